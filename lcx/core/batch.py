@@ -1,0 +1,76 @@
+"""The one record that flows from the loader into the step.
+
+Legend: B batch rows, T tokens in a row.
+"""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+PADDING = 0
+"""Segment id of padding: such a key is seen by nobody, such a query sees nothing."""
+
+SHARED = 2**31 - 1
+"""Segment id of a key that every document sees (the shared BOS anchor)."""
+
+
+@flax.struct.dataclass
+class Index:
+    """Who a token is to attention: int32 arrays, each `[B, T]`.
+
+    `order` is the row index before any permutation: masks and windows compare it. `positions` is what positional schemes
+    see. `segments` is the document id (`PADDING`, `SHARED` reserved). `prefix` (or None) is 1 for keys that every query
+    of their document sees, whatever the order.
+    """
+
+    order: jax.Array
+    positions: jax.Array
+    segments: jax.Array
+    prefix: jax.Array | None = None
+
+    @classmethod
+    def dense(cls, batch: int, length: int) -> "Index":
+        """One document per row, positions equal to the order."""
+        order = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+        return cls(order=order, positions=order, segments=jnp.ones_like(order))
+
+    def slice(self, start: int | jax.Array, size: int) -> "Index":
+        """`size` tokens from `start` along T (dynamic start allowed)."""
+        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis=1), self)
+
+
+@flax.struct.dataclass
+class Batch:
+    """Training or scoring rows: int32 `[B, T]` each, `weights` float32 `[B, T]`.
+
+    `targets[b, t]` is the token that follows `tokens[b, t]` in its row (shifted before any permutation); `weights` scales its
+    loss, 0 where there is nothing to predict.
+    """
+
+    tokens: jax.Array
+    targets: jax.Array
+    weights: jax.Array
+    order: jax.Array
+    positions: jax.Array
+    segments: jax.Array
+    prefix: jax.Array | None = None
+
+    @property
+    def index(self) -> Index:
+        """The attention index of the rows."""
+        return Index(self.order, self.positions, self.segments, self.prefix)
+
+    @classmethod
+    def from_tokens(cls, tokens: np.ndarray | jax.Array, weights: np.ndarray | jax.Array | None = None) -> "Batch":
+        """Rows of `T + 1` tokens, one document each, as a batch of `T` predictions.
+
+        `tokens` is int `[B, T + 1]`; `weights` float32 `[B, T + 1]` belongs to the token that is predicted (default 1).
+        """
+        tokens = jnp.asarray(tokens, jnp.int32)
+        rows, length = tokens.shape[0], tokens.shape[1] - 1
+        weights = jnp.ones_like(tokens, jnp.float32) if weights is None else jnp.asarray(weights, jnp.float32)
+        index = Index.dense(rows, length)
+        return cls(tokens[:, :-1], tokens[:, 1:], weights[:, 1:], index.order, index.positions, index.segments)

@@ -1,0 +1,159 @@
+"""From a user's `ConfigDict` to frozen dataclasses, with errors that name field, value, what is allowed and the nearest key."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+import ml_collections
+
+from lcx.core.errors import UserError
+
+T = TypeVar("T")
+
+
+def build(cls: type[T], values: Mapping[str, Any] | ml_collections.ConfigDict, path: str = "config") -> T:
+    """An instance of the dataclass `cls` from nested mappings; types are checked, never silently converted.
+
+    Lists become tuples, ints are taken for floats, nested mappings for nested dataclasses. Raises `UserError` that names
+    `path`, the value and the way out for unknown keys, missing keys and wrong types. Checks of values belong into the
+    dataclass's own `__post_init__`, which may raise `UserError` too.
+    """
+    values = dict(values.items())
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    for key in values:
+        if key not in fields:
+            raise UserError(f"{path} has no field {key!r}{nearest(key, fields)}")
+    hints = typing.get_type_hints(cls)
+    built = {key: _convert(hints[key], value, f"{path}.{key}") for key, value in values.items()}
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in built and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise UserError(f"{path} needs a value for {', '.join(missing)}")
+    return cls(**built)
+
+
+def nearest(key: str, allowed: Iterable[str]) -> str:
+    """`; did you mean 'x'?` or the list of what is allowed, to close an error sentence with."""
+    allowed = [str(name) for name in allowed]
+    close = difflib.get_close_matches(key, allowed, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; allowed: {', '.join(sorted(allowed)) or 'none'}"
+
+
+def choice(path: str, value: T, allowed: Iterable[T]) -> T:
+    """`value`, when it is one of `allowed`; else a `UserError` with the nearest."""
+    allowed = list(allowed)
+    if value not in allowed:
+        raise UserError(f"{path}={value!r} is not known{nearest(str(value), map(str, allowed))}")
+    return value
+
+
+def positive(path: str, **values: float | None) -> None:
+    """Raises `UserError` for the first value that is given and not above zero."""
+    for name, value in values.items():
+        if value is not None and not value > 0:
+            raise UserError(f"{path}.{name}={value!r} must be above 0")
+
+
+def to_config_dict(instance: Any) -> ml_collections.ConfigDict:
+    """The dataclass as a `ConfigDict` of the same keys, for a config file to start from; `build` reads it back."""
+    return ml_collections.ConfigDict(_plain(instance), type_safe=False)
+
+
+def plain(instance: Any) -> Any:
+    """Nested dicts, lists and scalars of a dataclass, for JSON."""
+    return json.loads(json.dumps(_plain(instance)))
+
+
+def fingerprint(*instances: Any) -> str:
+    """Sixteen hex digits that change when any value in the instances does."""
+    text = json.dumps([_plain(x) for x in instances], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, ml_collections.ConfigDict):
+        return _plain(value.to_dict())
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(_plain(item) for item in value)
+    return value
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    if isinstance(value, ml_collections.ConfigDict):
+        value = value.to_dict()
+    origin = typing.get_origin(hint)
+    if origin is typing.Union or isinstance(hint, types.UnionType):
+        return _convert_union(hint, value, path)
+    if origin is typing.Literal:
+        return choice(path, value, typing.get_args(hint))
+    if hint is Any:
+        return value
+    if hint is types.NoneType:
+        return value if value is None else _wrong(path, value, "None")
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, hint):
+            return value
+        return build(hint, value, path) if isinstance(value, Mapping) else _wrong(path, value, f"the fields of {hint.__name__}")
+    if origin in (tuple, list):
+        return _convert_sequence(hint, value, path)
+    if origin in (dict, Mapping) or hint is dict:
+        if not isinstance(value, Mapping):
+            _wrong(path, value, "a mapping")
+        item = (typing.get_args(hint) or (str, Any))[1]
+        return {str(key): _convert(item, entry, f"{path}.{key}") for key, entry in value.items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    return _wrong(path, value, getattr(hint, "__name__", str(hint)))
+
+
+def _convert_union(hint: Any, value: Any, path: str) -> Any:
+    options = typing.get_args(hint)
+    if value is None and types.NoneType in options:
+        return None
+    errors = []
+    for option in options:
+        if option is types.NoneType:
+            continue
+        try:
+            return _convert(option, value, path)
+        except UserError as error:
+            errors.append(error)
+    # A mapping was meant for the option that takes mappings, and its error is about the contents.
+    raise errors[-1] if isinstance(value, Mapping) else errors[0]
+
+
+def _convert_sequence(hint: Any, value: Any, path: str) -> Any:
+    if isinstance(value, str) or not isinstance(value, list | tuple):
+        _wrong(path, value, "a list")
+    items = typing.get_args(hint)
+    if len(items) == 2 and items[1] is Ellipsis:
+        items = (items[0],) * len(value)
+    elif typing.get_origin(hint) is list:
+        items = items * len(value)
+    elif len(items) != len(value):
+        _wrong(path, value, f"{len(items)} values")
+    return typing.get_origin(hint)(
+        _convert(item, entry, f"{path}[{i}]") for i, (item, entry) in enumerate(zip(items, value, strict=True))
+    )
+
+
+def _wrong(path: str, value: Any, wanted: str) -> typing.NoReturn:
+    raise UserError(f"{path}={value!r} is of type {type(value).__name__}; it takes {wanted}")

@@ -1,0 +1,105 @@
+"""What a person sees in the terminal: lines, tables, a progress bar, and errors in one sentence."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+
+import rich.console
+import rich.markup
+import rich.progress
+import rich.table
+
+from lcx.core.errors import UserError
+
+
+def console() -> rich.console.Console:
+    """A console on the present standard output."""
+    return rich.console.Console(highlight=False, soft_wrap=True)
+
+
+def say(message: str) -> None:
+    """One line to the user; rich markup in `message` is shown literally."""
+    console().print(rich.markup.escape(message))
+
+
+def warn(message: str) -> None:
+    """One line on standard error that something is not as asked for."""
+    rich.console.Console(stderr=True, highlight=False, soft_wrap=True).print(f"[yellow]warning:[/] {rich.markup.escape(message)}")
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a table; cells are shown with `str`."""
+    grid = rich.table.Table(title=title, title_justify="left", title_style="bold")
+    for i, column in enumerate(columns):
+        grid.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        grid.add_row(*(rich.markup.escape(str(cell)) for cell in row))
+    out = console()
+    if not out.is_terminal:
+        out.width = 200  # a file or a pipe has no width of its own; folded columns are hard to read and to search
+    out.print(grid)
+
+
+class Progress:
+    """A bar with a line of figures behind it; where the output is no terminal, a plain line every `every` steps."""
+
+    def __init__(self, title: str, total: int, done: int = 0, every: int = 20):
+        self._title, self._total, self._done, self._every = title, total, done, every
+        self._console = console()
+        self._bar: rich.progress.Progress | None = None
+        self._task: rich.progress.TaskID | None = None
+
+    def __enter__(self) -> "Progress":
+        if self._console.is_terminal:
+            self._bar = rich.progress.Progress(
+                rich.progress.TextColumn("{task.description}"),
+                rich.progress.BarColumn(bar_width=24),
+                rich.progress.MofNCompleteColumn(),
+                rich.progress.TimeRemainingColumn(compact=True),
+                rich.progress.TextColumn("{task.fields[figures]}"),
+                console=self._console,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(self._title, total=self._total, completed=self._done, figures="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, figures: str = "", steps: int = 1) -> None:
+        """`steps` more are done; `figures` is what they showed."""
+        before, self._done = self._done, self._done + steps
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, advance=steps, figures=figures)
+        elif self._done // self._every > before // self._every or self._done == self._total:
+            self._console.print(rich.markup.escape(f"{self._title} {self._done}/{self._total} {figures}"))
+
+
+@contextlib.contextmanager
+def friendly_errors() -> Iterator[None]:
+    """Turn `UserError` and refusals of the system into one sentence on standard error and exit status 1, an interrupt into 130."""
+    try:
+        yield
+    except UserError as error:
+        _print_error(str(error))
+        sys.exit(1)
+    except BrokenPipeError:
+        # The reader of our output has left, as `| head` does; nothing is wrong. Keep the interpreter's last flush quiet too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        _print_error(f"the system answered {error.strerror!r}{where}; what was saved before is untouched")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _print_error(sentence: str) -> None:
+    rich.console.Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/] {rich.markup.escape(sentence)}")

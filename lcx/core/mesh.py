@@ -1,0 +1,119 @@
+"""The device mesh and the one table from logical to physical axes.
+
+A mesh always has the six axes of `AXES`, in that order; one device is an ordinary mesh of ones. The sequence is split over
+(ring, ulysses), whose product users call context.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from lcx.core.errors import UserError
+
+AXES = ("data", "fsdp", "expert", "tensor", "ring", "ulysses")
+
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp", "expert"),
+    "sequence": ("ring", "ulysses"),
+    "embed": ("fsdp", "ring", "ulysses"),
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "experts": ("expert",),
+}
+"""Logical axis of an array dimension -> mesh axes that split it. A name that is not here is never split."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes; at most one may be -1 (whatever devices are left).
+
+    `context` splits the sequence; `ulysses` fixes its share of the split, the rest is `ring`.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    expert: int = 1
+    tensor: int = 1
+    context: int = 1
+    ulysses: int = 1
+
+    def sizes(self, num_devices: int) -> dict[str, int]:
+        """Size of each axis of `AXES` on `num_devices` devices; raises `UserError` when they do not fit."""
+        given = {name: getattr(self, name) for name in ("data", "fsdp", "expert", "tensor", "context")}
+        for name, size in (*given.items(), ("ulysses", self.ulysses)):
+            if size < 1 and (size != -1 or name == "ulysses"):
+                raise UserError(
+                    f"mesh.{name}={size} must be a positive size" + ("" if name == "ulysses" else ", or -1 for what is left")
+                )
+        open_axes = [name for name, size in given.items() if size == -1]
+        if len(open_axes) > 1:
+            raise UserError(f"mesh.{' and mesh.'.join(open_axes)} are both -1; leave only one to be inferred")
+        fixed = math.prod(size for size in given.values() if size != -1)
+        if open_axes:
+            if num_devices % fixed:
+                raise UserError(
+                    f"mesh axes {_text(given)} fix {fixed} devices, which do not divide the {num_devices} that are present"
+                )
+            given[open_axes[0]] = num_devices // fixed
+        elif fixed != num_devices:
+            raise UserError(
+                f"mesh axes {_text(given)} need {fixed} devices and {num_devices} are present; set one axis to -1 to use them all"
+            )
+        context = given.pop("context")
+        if context % self.ulysses:
+            raise UserError(f"mesh.ulysses={self.ulysses} does not divide mesh.context={context}")
+        return {**given, "ring": context // self.ulysses, "ulysses": self.ulysses}
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over `devices` (all, unless named) with the axes of `AXES`, each of automatic type."""
+    devices = list(jax.devices()) if devices is None else list(devices)
+    sizes = config.sizes(len(devices))
+    return jax.make_mesh([sizes[name] for name in AXES], AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def partition_spec(logical_axes: Sequence[str | None]) -> PartitionSpec:
+    """Physical spec of an array with these logical axes; raises `ValueError` when two dimensions claim one mesh axis."""
+    taken: dict[str, str] = {}
+    entries: list[tuple[str, ...] | None] = []
+    for name in logical_axes:
+        physical = RULES.get(name, ()) if name is not None else ()
+        for axis in physical:
+            if axis in taken:
+                raise ValueError(
+                    f"logical axes {taken[axis]!r} and {name!r} both claim mesh axis {axis!r} in {tuple(logical_axes)}"
+                )
+            taken[axis] = str(name)
+        entries.append(physical or None)
+    return PartitionSpec(*entries)
+
+
+def named_sharding(mesh: Mesh, logical_axes: Sequence[str | None]) -> NamedSharding:
+    """Sharding of an array with these logical axes on `mesh`."""
+    return NamedSharding(mesh, partition_spec(logical_axes))
+
+
+def axis_size(mesh: Mesh, logical: str) -> int:
+    """Number of pieces into which `mesh` splits a dimension of this logical name."""
+    return math.prod(mesh.shape[axis] for axis in RULES.get(logical, ()))
+
+
+def check_divides(what: str, size: int, mesh: Mesh, logical: str) -> None:
+    """Raises `UserError` naming the nearest sizes when `mesh` cannot split a dimension of `size` evenly."""
+    pieces = axis_size(mesh, logical)
+    if size % pieces:
+        below = size // pieces * pieces
+        nearest = f"{below} and {below + pieces}" if below else f"{pieces}"
+        axes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in RULES[logical] if mesh.shape[axis] > 1)
+        raise UserError(f"{what}={size} does not divide into the {pieces} pieces of mesh axes {axes}; nearest are {nearest}")
+
+
+def _text(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{name}={size}" for name, size in sizes.items())

@@ -1,0 +1,53 @@
+"""Small operations on parameter trees: nested dicts of arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Tree = Any
+"""A nested dict whose leaves are arrays (or abstract arrays)."""
+
+
+def paths(tree: Tree) -> Iterator[tuple[str, Any]]:
+    """Leaves with their path joined by `/`, in the tree's own order."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf
+
+
+def num_bytes(tree: Tree) -> int:
+    """Bytes that the leaves hold, abstract leaves included."""
+    return sum(int(np.prod(x.shape)) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
+
+
+def num_elements(tree: Tree) -> int:
+    """Numbers that the leaves hold."""
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
+
+
+def cast(tree: Tree, dtype: jnp.dtype) -> Tree:
+    """The tree with floating-point leaves in `dtype`; others untouched."""
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
+def worst_error(tree: Tree, reference: Tree) -> tuple[float, str]:
+    """Largest `max|leaf - reference| / max(1, max|reference|)` over the leaves, and the path where it stands.
+
+    Raises `ValueError` when the two trees differ in structure. A NaN anywhere counts as infinite.
+    """
+    if jax.tree.structure(tree) != jax.tree.structure(reference):
+        raise ValueError(f"trees differ: {jax.tree.structure(tree)} against {jax.tree.structure(reference)}")
+    worst, where = 0.0, ""
+    for (path, leaf), wanted in zip(paths(tree), jax.tree.leaves(reference), strict=True):
+        leaf, wanted = np.asarray(leaf, np.float64), np.asarray(wanted, np.float64)
+        if not leaf.size:
+            continue
+        error = np.max(np.abs(leaf - wanted)) / max(1.0, np.max(np.abs(wanted)))
+        error = float("inf") if np.isnan(error) else float(error)
+        if error >= worst:
+            worst, where = error, path
+    return worst, where
