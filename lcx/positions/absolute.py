@@ -1,0 +1,106 @@
+"""Schemes without rotation or bias: none at all, sinusoids, and a learned table.
+
+Legend: B batch, T tokens, D model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import mpmath
+import numpy as np
+
+from lcx.core.config import positive
+from lcx.core.errors import UserError
+from lcx.core.params import Init, ParamSpec
+from lcx.positions.angles import DIGITS, Phase, cos_sin, encode
+from lcx.positions.form import EmbedForm, Form, Heads, Scheme
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Nope(Scheme):
+    """No positional information but the mask's (NoPE, arXiv 2305.19466); its temperature, if any, is Llama 4's use of it."""
+
+    name: ClassVar[str] = "nope"
+
+    original_length: int | None = None
+
+    def __post_init__(self) -> None:
+        positive(self.name, original_length=self.original_length)
+
+
+@dataclasses.dataclass(frozen=True)
+class SinusoidalForm(EmbedForm):
+    """Sines in the even dims, cosines in the odd ones."""
+
+    def __call__(
+        self, params: Mapping[str, jax.Array], constants: Mapping[str, jax.Array], positions: jax.Array, model_dim: int
+    ) -> jax.Array:
+        """float32 `[B, T, D]`; takes the constants `hi`, `lo`, `scale`."""
+        cos, sin = cos_sin(Phase(constants["hi"], constants["lo"], constants["scale"]), positions)
+        return jnp.stack([sin, cos], axis=-1).reshape(*positions.shape, model_dim)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sinusoidal(Scheme):
+    """Sinusoids added to the embeddings (arXiv 1706.03762), exact at every position; `scale` multiplies them."""
+
+    name: ClassVar[str] = "sinusoidal"
+
+    theta: float = 10000.0
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 1 < self.theta < float("inf"):
+            raise UserError(f"sinusoidal.theta={self.theta!r} must be a number above 1, such as 10000")
+        positive(self.name, scale=self.scale)
+
+    def form(self, length: int) -> Form:
+        """An embedding, nothing else."""
+        return Form(embed=SinusoidalForm(), temperature=self._temperature_form(length))
+
+    def arrays(self, heads: Heads, length: int) -> dict[str, Any]:
+        """`embed.hi`, `embed.lo` uint32 `[D / 2]` and `embed.scale`."""
+        dim = heads.model_dim
+        if dim % 2:
+            raise UserError(f"sinusoidal needs an even model_dim, not {dim}; nearest are {dim - 1} and {dim + 1}")
+        with mpmath.workdps(DIGITS):
+            hi, lo = encode(mpmath.power(self.theta, mpmath.mpf(-2 * i) / dim) for i in range(dim // 2))
+        return {**super().arrays(heads, length), "embed": {"hi": hi, "lo": lo, "scale": np.asarray(self.scale, np.float32)}}
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnedForm(EmbedForm):
+    """A row of a learned table for each position."""
+
+    def __call__(
+        self, params: Mapping[str, jax.Array], constants: Mapping[str, jax.Array], positions: jax.Array, model_dim: int
+    ) -> jax.Array:
+        """float32 `[B, T, D]`; takes the parameter `table`. A position outside it gives NaN rather than another one's row."""
+        return params["table"].astype(jnp.float32).at[positions].get(mode="fill", fill_value=jnp.nan)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Learned(Scheme):
+    """A learned vector for each position below `max_length` added to the embeddings (GPT-2); it cannot be extended."""
+
+    name: ClassVar[str] = "learned"
+
+    max_length: int
+
+    def __post_init__(self) -> None:
+        positive(self.name, max_length=self.max_length)
+
+    def form(self, length: int) -> Form:
+        """An embedding; raises `UserError` beyond the table."""
+        if length > self.max_length:
+            raise UserError(f"learned.max_length={self.max_length} has no rows for length {length}; train a longer table")
+        return Form(embed=LearnedForm(), temperature=self._temperature_form(length))
+
+    def specs(self, heads: Heads, length: int) -> dict[str, ParamSpec]:
+        """`table` `[max_length, D]`."""
+        return {"table": ParamSpec((self.max_length, heads.model_dim), (None, "embed"), Init("normal", 0.02))}
