@@ -1,0 +1,1 @@
+"""Attention: the oracle, the tiled kernel, and the choice between them."""

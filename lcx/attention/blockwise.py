@@ -1,0 +1,250 @@
+"""Attention in tiles with an online softmax, in pure JAX: linear memory, own VJP, and no work where the mask rules a block out.
+
+Legend: B batch, T query tokens, S key tokens, N heads, K KV heads, G = N/K, H head dim. Inside a group (see `tiles`) a tile of
+logits is `[rows, heads, G·block_q, block_k]`: the G query heads of a KV head stand below one another, so keys are never
+repeated. Every matrix product has both operands in row-major order (keys and values are transposed once, outside the loops):
+XLA's CPU backend is several times slower on the transposed forms.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lcx.attention.dense import MASKED
+from lcx.attention.tiles import Blocks, block_bounds, fold, fold_index, unfold, visits
+from lcx.core.batch import Index
+from lcx.core.mask import Bounds, Mask, visible
+
+Bias = Callable[[Any, jax.Array, jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rule:
+    """All that is static about one call."""
+
+    mask: Mask
+    bias: Bias | None
+    scale: float
+    softcap: float | None
+    blocks: Blocks
+    tile_dtype: Any
+    out_dtype: Any
+
+    @property
+    def wide(self) -> Any:
+        return jnp.promote_types(self.tile_dtype, jnp.float32)
+
+    @property
+    def prescaled(self) -> bool:
+        """The scale goes into q where that costs no precision; else every tile of logits is read once more."""
+        return self.tile_dtype == self.wide
+
+
+def blockwise(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    q_index: Index,
+    k_index: Index,
+    mask: Mask,
+    *,
+    bias: Bias | None = None,
+    bias_params: Any = None,
+    scale: float,
+    softcap: float | None = None,
+    blocks: Blocks,
+    tile_dtype: Any = None,
+    out_dtype: Any = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The same function as `dense`, never holding a T×S array; T and S need not be multiples of the blocks.
+
+    Returns `o_BTNH` (`out_dtype`, default q's) and float32 `lse_BTN`; both are differentiable, and so are the float leaves of
+    `bias_params`. `tile_dtype` is what tiles are multiplied in (default q's; sums are float32 or wider anyway). `blocks.rows`
+    must divide B, `blocks.heads` K; with a bias, which is computed for all heads at once, `blocks.heads` must be K.
+    After FlashAttention-2 (arXiv 2307.08691): the backward pass recomputes tiles from q, k, v and the saved o and lse.
+    """
+    B, _, N, _ = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    if N % K or B % blocks.rows or K % blocks.heads or (bias is not None and blocks.heads != K):
+        raise ValueError(f"{blocks} does not divide {B} rows, {N} heads and {K} KV heads (a bias needs all heads in one group)")
+    rule = _Rule(
+        mask=mask,
+        bias=bias,
+        scale=scale,
+        softcap=softcap,
+        blocks=blocks,
+        tile_dtype=jnp.dtype(tile_dtype or q_BTNH.dtype),
+        out_dtype=jnp.dtype(out_dtype or q_BTNH.dtype),
+    )
+    return _attend(rule, q_BTNH, k_BSKH, v_BSKH, q_index, k_index, bias_params)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(rule, q, k, v, q_index, k_index, bias_params):
+    return _forward(rule, q, k, v, q_index, k_index, bias_params)
+
+
+def _attend_fwd(rule, q, k, v, q_index, k_index, bias_params):
+    o, lse = _forward(rule, q, k, v, q_index, k_index, bias_params)
+    return (o, lse), (q, k, v, q_index, k_index, bias_params, o, lse)
+
+
+def _attend_bwd(rule, residuals, cotangents):
+    q, k, v, q_index, k_index, bias_params, _, _ = residuals
+    dq, dk, dv, dbias = _backward(rule, residuals, cotangents)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, _like(dbias, bias_params)
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _like(tree: Any, reference: Any) -> Any:
+    return jax.tree.map(lambda x, r: x.astype(r.dtype), tree, reference)
+
+
+def _matmul(a: jax.Array, b: jax.Array, rule: _Rule) -> jax.Array:
+    return jnp.matmul(a.astype(rule.tile_dtype), b.astype(rule.tile_dtype), preferred_element_type=rule.wide)
+
+
+def _turn(x: jax.Array) -> jax.Array:
+    return jnp.swapaxes(x, -1, -2)
+
+
+def _logits(rule: _Rule, masked: bool, raw, q_index: Index, k_index: Index, bias_params) -> tuple[jax.Array, jax.Array]:
+    """Logits of a tile `[rows, heads, G·bq, bk]` from `raw` = q·k, and the same before bias and mask (for softcap's slope)."""
+    capped = raw if rule.prescaled else raw * rule.scale
+    if rule.softcap is not None:
+        capped = rule.softcap * jnp.tanh(capped / rule.softcap)
+    logits = capped
+    split = (*raw.shape[:2], -1, q_index.order.shape[-1], raw.shape[-1])
+    if rule.bias is not None:
+        tile = rule.bias(bias_params, q_index.positions, k_index.positions)
+        logits = logits + tile.reshape(raw.shape).astype(raw.dtype)
+    if masked:
+        seen = visible(rule.mask, q_index, k_index)[:, None, None]
+        logits = jnp.where(seen, logits.reshape(split), MASKED).reshape(raw.shape)
+    return logits, capped
+
+
+def _take(tree: Any, i: jax.Array) -> Any:
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False), tree)
+
+
+def _walk(rule: _Rule, q_index: Index, k_bounds: Bounds, tile: Callable, carry: Any) -> Any:
+    """Runs `tile(masked, j, carry)` over the key blocks j that the query block may see: whole ones first, then masked ones."""
+    q_bounds = block_bounds(jax.tree.map(lambda x: x[None], q_index))
+    order, whole, end = visits(rule.mask, q_bounds, k_bounds)
+    carry = jax.lax.fori_loop(0, whole, lambda i, c: tile(False, order[i], c), carry)
+    return jax.lax.fori_loop(whole, end, lambda i, c: tile(True, order[i], c), carry)
+
+
+def _fold_all(rule: _Rule, q, k, v, q_index, k_index):
+    K = k.shape[2]
+    at_q, at_k = (functools.partial(fold, block=b, blocks=rule.blocks, kv_heads=K) for b in (rule.blocks.q, rule.blocks.k))
+    q = q.astype(rule.tile_dtype)
+    q, k, v = at_q(q * rule.scale if rule.prescaled else q), at_k(k.astype(rule.tile_dtype)), at_k(v.astype(rule.tile_dtype))
+    q_index = fold_index(q_index, rule.blocks.q, rule.blocks, K)
+    k_index = fold_index(k_index, rule.blocks.k, rule.blocks, K)
+    return at_q, q, k, v, q_index, k_index
+
+
+def _forward(rule: _Rule, q_BTNH, k_BSKH, v_BSKH, q_index, k_index, bias_params):
+    _, q, k, v, q_index, k_index = _fold_all(rule, q_BTNH, k_BSKH, v_BSKH, q_index, k_index)
+
+    def group(args):
+        q, kT, v, q_index, k_index = args
+        k_bounds = block_bounds(k_index)
+
+        def query_block(args):
+            q, q_index = args
+
+            def tile(masked, j, carry):
+                top, total, acc = carry
+                kT_j, v_j, k_j = _take((kT, v, k_index), j)
+                logits, _ = _logits(rule, masked, _matmul(q, kT_j, rule), q_index, k_j, bias_params)
+                new_top = jnp.maximum(top, jnp.max(logits, axis=-1))
+                # A row without a visible key so far has new_top = MASKED; halving it keeps exp(MASKED - ...) at 0 there.
+                safe = jnp.maximum(new_top, MASKED / 2)
+                p = jnp.exp(logits - safe[..., None])
+                shrink = jnp.exp(top - safe)
+                acc = acc * shrink[..., None] + _matmul(p, v_j, rule)
+                return new_top, total * shrink + jnp.sum(p, axis=-1), acc
+
+            rows = q.shape[:-1]
+            start = (jnp.full(rows, MASKED, rule.wide), jnp.zeros(rows, rule.wide), jnp.zeros(q.shape, rule.wide))
+            top, total, acc = _walk(rule, q_index, k_bounds, tile, start)
+            empty = total == 0.0
+            total = jnp.where(empty, 1.0, total)
+            lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))
+            return (acc / total[..., None]).astype(rule.out_dtype), lse[..., None]
+
+        return jax.lax.map(query_block, (q, q_index))
+
+    o, lse = jax.lax.map(group, (q, _turn(k), v, q_index, k_index))
+    o = unfold(o, rule.blocks.q, rule.blocks, q_BTNH.shape)
+    return o, unfold(lse, rule.blocks.q, rule.blocks, (*q_BTNH.shape[:3], 1))[..., 0]
+
+
+def _backward(rule: _Rule, residuals, cotangents):
+    q_BTNH, k_BSKH, v_BSKH, q_index, k_index, bias_params, o, lse = residuals
+    do, dlse = cotangents
+    at_q, q, k, v, q_index, k_index = _fold_all(rule, q_BTNH, k_BSKH, v_BSKH, q_index, k_index)
+    # d logits = p · (dp − D) with D = rowsum(do · o) − dlse; a row that saw nothing gets p = exp(−huge) = 0.
+    delta = jnp.sum(do.astype(rule.wide) * o.astype(rule.wide), axis=-1) - dlse
+    lse = jnp.where(jnp.isneginf(lse), -MASKED, lse)
+    delta, lse = at_q(delta[..., None])[..., 0], at_q(lse[..., None])[..., 0]
+    do = at_q(do.astype(rule.tile_dtype))
+    zero_bias = jax.tree.map(lambda x: jnp.zeros(x.shape, rule.wide), bias_params)
+
+    def group(dbias, args):
+        q, do, lse, delta, k, v, q_index, k_index = args
+        kT, vT, k_bounds = _turn(k), _turn(v), block_bounds(k_index)
+
+        def query_block(carry, args):
+            q, do, lse, delta, q_index = args
+            qT, doT = _turn(q), _turn(do)
+
+            def tile(masked, j, carry):
+                dq, dkT, dvT, dbias = carry
+                k_j, kT_j, vT_j, index_j = _take((k, kT, vT, k_index), j)
+                logits, capped = _logits(rule, masked, _matmul(q, kT_j, rule), q_index, index_j, bias_params)
+                p = jnp.exp(logits - lse[..., None])
+                ds = p * (_matmul(do, vT_j, rule) - delta[..., None])
+                if rule.bias is not None:
+                    dbias = _add_bias_cotangent(rule, dbias, ds, q_index, index_j, bias_params)
+                if rule.softcap is not None:
+                    ds = ds * (1.0 - jnp.square(capped / rule.softcap))
+                dq = dq + _matmul(ds, k_j, rule)
+                dkT = _add_at(dkT, j, _matmul(qT, ds, rule))
+                return dq, dkT, _add_at(dvT, j, _matmul(doT, p, rule)), dbias
+
+            dq, *carry = _walk(rule, q_index, k_bounds, tile, (jnp.zeros(q.shape, rule.wide), *carry))
+            return tuple(carry), dq
+
+        start = (jnp.zeros(kT.shape, rule.wide), jnp.zeros(kT.shape, rule.wide), dbias)
+        (dkT, dvT, dbias), dq = jax.lax.scan(query_block, start, (q, do, lse, delta, q_index))
+        return dbias, (dq * rule.scale, _turn(dkT) * (1.0 if rule.prescaled else rule.scale), _turn(dvT))
+
+    dbias, (dq, dk, dv) = jax.lax.scan(group, zero_bias, (q, do, lse, delta, k, v, q_index, k_index))
+    dq = unfold(dq, rule.blocks.q, rule.blocks, q_BTNH.shape)
+    dk, dv = (unfold(x, rule.blocks.k, rule.blocks, k_BSKH.shape) for x in (dk, dv))
+    return dq, dk, dv, dbias
+
+
+def _add_at(total: jax.Array, j: jax.Array, part: jax.Array) -> jax.Array:
+    """total[j] += part, in place under a loop."""
+    old = jax.lax.dynamic_index_in_dim(total, j, 0, keepdims=True)
+    return jax.lax.dynamic_update_slice_in_dim(total, old + part[None], j, 0)
+
+
+def _add_bias_cotangent(rule: _Rule, dbias, ds, q_index: Index, k_index: Index, bias_params):
+    """Adds the pull-back of a tile's logit cotangent through the bias function."""
+    tile, pull = jax.vjp(lambda p: rule.bias(p, q_index.positions, k_index.positions), bias_params)
+    (part,) = pull(ds.reshape(tile.shape).astype(tile.dtype))
+    return jax.tree.map(lambda total, x: total + x.astype(total.dtype), dbias, part)

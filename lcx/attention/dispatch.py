@@ -1,0 +1,169 @@
+"""Chooses a kernel for a layer, and puts rotation, pieces, temperature and sinks around it.
+
+Legend: B batch, T query tokens, S key tokens, N heads, K KV heads, H head dim, R rotary pairs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lcx.attention.blockwise import blockwise
+from lcx.attention.dense import dense
+from lcx.attention.merge import apply_sinks, merge
+from lcx.attention.tiles import Blocks
+from lcx.core.batch import Index
+from lcx.core.errors import UserError
+from lcx.core.mask import Mask
+from lcx.positions.form import Form, Layout
+from lcx.positions.rotary import Tables, rotate
+
+Kernel = Literal["dense", "blockwise"]
+
+DENSE_LIMIT = 2**19
+"""Logits (B·N·T·S) up to which the dense kernel is taken: its float32 array then is 2 MiB, what a core's cache holds. Beyond,
+tiles are faster even on short rows: forward and backward of 8 rows of 256 tokens take about half the time."""
+
+CPU_TILE = 2**17
+"""Logits in a tile on a CPU, as far as heads and rows may be grouped to fill it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSpec:
+    """Static description of one kind of layer; `block_q` and `block_k` override the chosen tile sizes."""
+
+    mask: Mask
+    form: Form
+    scale: float
+    softcap: float | None = None
+    kernel: Literal["dense", "blockwise", "auto"] = "auto"
+    block_q: int | None = None
+    block_k: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kernel not in ("dense", "blockwise", "auto"):
+            raise UserError(f"attention kernel {self.kernel!r} is unknown; choose dense, blockwise or auto")
+        for name in ("block_q", "block_k"):
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise UserError(f"{name}={size} must be at least 1")
+
+
+class Plan(NamedTuple):
+    """What `resolve` decided: `blocks` is None for the dense kernel."""
+
+    kernel: Kernel
+    blocks: Blocks | None
+    reason: str
+
+
+def resolve(spec: AttentionSpec, T: int, S: int, platform: str, *, batch: int = 1, heads: int = 1, kv_heads: int = 1) -> Plan:
+    """Kernel and tile sizes for `T` queries and `S` keys on a platform ("cpu", "gpu", "tpu"), and a sentence that says why."""
+    logits = batch * heads * T * S
+    kernel, why = spec.kernel, "asked for"
+    if kernel == "auto":
+        small = logits <= DENSE_LIMIT
+        kernel = "dense" if small else "blockwise"
+        why = f"{logits:,} logits are {'at most' if small else 'more than'} {DENSE_LIMIT:,}"
+    if kernel == "dense":
+        return Plan("dense", None, f"dense: {why}")
+    blocks = _blocks(spec, T, S, platform, batch, heads, kv_heads)
+    return Plan("blockwise", blocks, f"blockwise: {why}; tiles of {blocks.q} queries by {blocks.k} keys suit {platform}")
+
+
+def attend(
+    spec: AttentionSpec,
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    q_index: Index,
+    k_index: Index,
+    *,
+    q_tables: Tables,
+    k_tables: Tables,
+    bias_params: Any = None,
+    temperature: jax.Array | None = None,
+    sinks: jax.Array | None = None,
+) -> jax.Array:
+    """One layer's attention from raw (not rotated) queries and keys to `o_BTNH` in q's dtype.
+
+    `q_tables` and `k_tables` come from `positions.rotary.tables`. `temperature` is float32 `[B, T]` and multiplies q;
+    `sinks` `[N]` enter the denominator once, after the pieces are merged. All arrays but the indices are differentiable.
+    """
+    B, T, N, _ = q_BTNH.shape
+    S, K = k_BSKH.shape[1:3]
+    plan = resolve(spec, T, S, jax.default_backend(), batch=B, heads=N, kv_heads=K)
+    q = q_BTNH
+    if temperature is not None:
+        q = (q.astype(jnp.float32) * temperature[:, :, None, None]).astype(q.dtype)
+    pieces = spec.form.pieces
+    wide = len(pieces) > 1 or sinks is not None
+    chunk = functools.partial(
+        dense if plan.kernel == "dense" else functools.partial(blockwise, blocks=plan.blocks, tile_dtype=_tile_dtype(q.dtype)),
+        bias=spec.form.bias,
+        bias_params=bias_params,
+        scale=spec.scale,
+        softcap=spec.softcap,
+        out_dtype=jnp.promote_types(q.dtype, jnp.float32) if wide else q.dtype,
+    )
+    parts = []
+    for piece in pieces:
+        turned_q, turned_k = (
+            _turned(x, phase, tables, spec.form.layout)
+            for x, phase, tables in ((q, piece.q_phase, q_tables), (k_BSKH, piece.k_phase, k_tables))
+        )
+        mask = dataclasses.replace(spec.mask, band=piece.band)
+        parts.append(chunk(turned_q, turned_k, v_BSKH, q_index, k_index, mask))
+    o, lse = functools.reduce(merge, parts)
+    if sinks is not None:
+        o, _ = apply_sinks(o, lse, sinks)
+    return o.astype(q_BTNH.dtype)
+
+
+def _turned(x: jax.Array, phase: str | None, tables: Tables, layout: Layout) -> jax.Array:
+    return x if phase is None else rotate(x, *tables[phase], layout)
+
+
+def _tile_dtype(dtype: Any) -> Any:
+    """CPUs multiply float32 tiles fastest; accelerators the dtype that they are given."""
+    return jnp.promote_types(dtype, jnp.float32) if jax.default_backend() == "cpu" else dtype
+
+
+def _blocks(spec: AttentionSpec, T: int, S: int, platform: str, batch: int, heads: int, kv_heads: int) -> Blocks:
+    """Tile sizes. On a CPU a tile's logits stay in a core's cache; an accelerator takes all rows and heads at once."""
+    group = heads // kv_heads
+    if platform == "cpu":
+        longest = max(T, S)
+        side, budget = 128 if longest <= 512 else 256 if longest <= 4096 else 512, CPU_TILE
+    else:
+        side, budget = 512, 2**62
+    if spec.mask.window is not None:
+        # Of a window of w keys, blocks of side b visit about w + 2b: small blocks pay where the window is small.
+        side = min(side, max(64, _power(spec.mask.window)))
+    block_k = spec.block_k or min(side, _round_up(S, 16))
+    block_q = spec.block_q or min(max(side // group, 64), _round_up(T, 16))
+    if spec.form.bias is not None:
+        share = kv_heads
+    else:
+        share = _divisor(kv_heads, budget // (group * block_q * block_k))
+    rows = _divisor(batch, budget // (share * group * block_q * block_k))
+    return Blocks(block_q, block_k, rows, share)
+
+
+def _power(x: int) -> int:
+    """The least power of two that is at least x."""
+    return 1 << max(0, math.ceil(math.log2(x)))
+
+
+def _round_up(x: int, multiple: int) -> int:
+    return -(-x // multiple) * multiple
+
+
+def _divisor(x: int, most: int) -> int:
+    """The largest divisor of x that is at most `most`, at least 1."""
+    return max(d for d in range(1, x + 1) if x % d == 0 and d <= max(1, most))

@@ -1,0 +1,39 @@
+"""Joins partial attention results by their log-sum-exp, and adds attention sinks.
+
+Legend: B batch, T query tokens, N heads, H head dim.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+Partial = tuple[jax.Array, jax.Array]
+"""Normalised output `o_BTNH` and log-sum-exp `lse_BTN` (float32; -inf and o = 0 for a query that saw nothing)."""
+
+
+def merge(one: Partial, two: Partial) -> Partial:
+    """The attention over the union of two disjoint sets of keys, in float32.
+
+    o' = o·e^(l−l') + o2·e^(l2−l') with l' = logaddexp(l, l2). A row that is empty on one side is the other side's; a row that is
+    empty on both stays o = 0, lse = -inf, and no gradient through it is NaN.
+    """
+    (o, lse), (o2, lse2) = one, two
+    top = jax.lax.stop_gradient(jnp.maximum(lse, lse2))
+    empty = jnp.isneginf(top)
+    top = jnp.where(empty, 0.0, top)
+    # An empty side has weight 0 by selection, not by exp(-inf): its gradient must be 0, not 0·inf.
+    weight, weight2 = (jnp.where(jnp.isneginf(x), 0.0, jnp.exp(jnp.where(jnp.isneginf(x), 0.0, x) - top)) for x in (lse, lse2))
+    total = jnp.where(empty, 1.0, weight + weight2)
+    merged = o.astype(total.dtype) * (weight / total)[..., None] + o2.astype(total.dtype) * (weight2 / total)[..., None]
+    return merged, jnp.where(empty, -jnp.inf, top + jnp.log(total))
+
+
+def apply_sinks(o: jax.Array, lse: jax.Array, sinks_N: jax.Array) -> Partial:
+    """Adds one learned logit per head to the softmax's denominator: lse' = logaddexp(lse, sink), o·σ(lse − sink).
+
+    `o` is `[B, T, N, H]`, `lse` float32 `[B, T, N]`, `sinks_N` `[N]`; comes out in float32. To be applied once, after all merges.
+    An empty row keeps o = 0 and gets the sink as its lse.
+    """
+    sink = jnp.broadcast_to(sinks_N.astype(lse.dtype)[None, None, :], lse.shape)
+    return merge((o.astype(lse.dtype), lse), (jnp.zeros_like(o, lse.dtype), sink))

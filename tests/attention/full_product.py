@@ -1,0 +1,63 @@
+"""The full product of options, blockwise against dense: one JSON line a case, and finished cases are not run again.
+
+Run it as `python -m tests.attention.full_product --out=attention_product.jsonl`; kill it and run it again as you like. Ends with
+status 1 when a case is out of tolerance. About 430 programs are compiled, a few seconds each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import pathlib
+import sys
+
+import jax
+from rich.progress import track
+
+from tests.attention.cases import DATA, OPTIONS, errors, within
+
+
+def cases() -> list[dict]:
+    """All rows of the product; those that share a compiled program follow one another."""
+    structure = [name for name in OPTIONS if name not in DATA]
+    names = [*structure, *DATA]
+    return [dict(zip(names, values, strict=True)) for values in itertools.product(*(OPTIONS[name] for name in names))]
+
+
+def finished(path: pathlib.Path) -> dict[str, bool]:
+    """Case → passed, from the whole lines of a result table; a line cut off by a kill is dropped from the file."""
+    if not path.exists():
+        return {}
+    text = path.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole)
+    rows = [json.loads(line) for line in whole.splitlines()]
+    return {json.dumps(row["case"], sort_keys=True): row["passed"] for row in rows}
+
+
+def main() -> int:
+    """Runs what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="JSONL result table, appended to")
+    parser.add_argument("--limit", type=int, default=None, help="stop after this many new cases")
+    arguments = parser.parse_args()
+    jax.config.update("jax_default_matmul_precision", "highest")
+    done = finished(arguments.out)
+    todo = [case for case in cases() if json.dumps(case, sort_keys=True) not in done][: arguments.limit]
+    failed = sum(not passed for passed in done.values())
+    with arguments.out.open("a") as table:
+        for case in track(todo, description="cases", disable=not sys.stderr.isatty()):
+            found = errors(case)
+            failed += not within(found)
+            table.write(json.dumps({"case": case, "errors": found, "passed": within(found)}) + "\n")
+            table.flush()
+            os.fsync(table.fileno())
+    print(f"{len(done) + len(todo)} of {len(cases())} cases done, {failed} out of tolerance; table in {arguments.out}")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

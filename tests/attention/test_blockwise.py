@@ -1,0 +1,145 @@
+"""Blockwise attention on its own: log-sum-exp, grouping, skipping, memory, precision, permutation."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lcx.attention.blockwise import blockwise
+from lcx.attention.dense import dense
+from lcx.attention.tiles import Blocks, fold, unfold, visited_pairs
+from lcx.core.batch import Index
+from lcx.core.mask import Band, Mask, visible
+from lcx.positions.bias import T5Form
+
+B, T, S, N, K, H = 4, 27, 41, 4, 2, 8
+
+
+def draw(dtype=jnp.float32, q_tokens=T, k_tokens=S):
+    keys = jax.random.split(jax.random.key(1), 5)
+    shapes = (B, q_tokens, N, H), (B, k_tokens, K, H), (B, k_tokens, K, H), (B, q_tokens, N, H), (B, q_tokens, N)
+    return [jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def chunk_index():
+    """Queries from the middle of the keys' range, row 1 with padding on both sides and row 2 with keys of another document only."""
+    k = Index.dense(B, S)
+    q = k.slice(9, T)
+    q_segments = q.segments.at[1, -5:].set(0)
+    k_segments = k.segments.at[1, :30].set(0).at[2].set(2)
+    return q.replace(segments=q_segments), k.replace(segments=k_segments)
+
+
+def gradients(kernel, q, k, v, do, dlse, q_index, k_index, **options):
+    def loss(q, k, v, params):
+        o, lse = kernel(q, k, v, q_index, k_index, bias_params=params, **options)
+        return jnp.sum(o * do) + jnp.sum(jnp.where(jnp.isneginf(lse), 0.0, lse) * dlse), (o, lse)
+
+    table = jax.random.normal(jax.random.key(2), (8, N))
+    step = jax.grad(loss, (0, 1, 2, 3), has_aux=True)
+    # The oracle runs op by op: cheaper than a compile for each set of options.
+    grads, (o, lse) = (step if kernel is dense else jax.jit(step))(q, k, v, {"table": table})
+    return o, lse, jax.tree.leaves(grads)
+
+
+@pytest.mark.parametrize("rows,heads,bias", [(2, 1, None), (1, 2, T5Form(8, 20, True))])
+def test_chunk_with_lse_cotangent_and_empty_rows(rows, heads, bias):
+    q_index, k_index = chunk_index()
+    options = {"mask": Mask(window=13), "scale": 0.3, "softcap": 3.0, "bias": bias}
+    tiled = functools.partial(blockwise, blocks=Blocks(8, 16, rows, heads))
+    o, lse, got = gradients(tiled, *draw(), q_index, k_index, **options)
+    o2, lse2, wanted = gradients(dense, *draw(), q_index, k_index, **options)
+    np.testing.assert_allclose(o, o2, atol=2e-6)
+    np.testing.assert_allclose(lse, lse2, atol=2e-6)
+    for one, two in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-5 * max(1.0, float(jnp.abs(two).max())))
+        assert np.isfinite(one).all()
+    empty = ~np.asarray(visible(options["mask"], q_index, k_index)).any(axis=2)
+    assert empty[2].all() and 0 < empty[1].sum() < T
+    assert np.isneginf(np.asarray(lse)[empty]).all() and (np.asarray(o)[empty] == 0).all()
+    assert (np.asarray(got[0])[empty] == 0).all() and (np.asarray(got[1])[2] == 0).all()
+
+
+def test_order_may_come_permuted():
+    index = Index.dense(B, S)
+    index = index.replace(segments=index.segments + index.order // 23, positions=index.order % 23)
+    perm = np.random.default_rng(0).permutation(S)
+    run = jax.jit(functools.partial(blockwise, mask=Mask(window=17), scale=0.4, blocks=Blocks(16, 8, 2, 1)))
+    q, k, v, *_ = draw(q_tokens=S)
+    o, lse = run(q, k, v, index, index)
+    q, k, v, moved = jax.tree.map(lambda x: x[:, perm], (q, k, v, index))
+    o2, lse2 = run(q, k, v, moved, moved)
+    np.testing.assert_allclose(o[:, perm], o2, atol=2e-6)
+    np.testing.assert_allclose(lse[:, perm], lse2, atol=2e-6)
+
+
+def test_bfloat16_inputs_against_a_float32_oracle():
+    """Bounds: two units in the last place of bfloat16 (2⁻⁸) of the largest value of each array, one for the output."""
+    index = Index.dense(B, S)
+    inputs = draw(jnp.bfloat16, q_tokens=S)
+    inputs[4] = inputs[4].astype(jnp.float32)
+    tiled = functools.partial(blockwise, blocks=Blocks(16, 16))
+    o, lse, got = gradients(tiled, *inputs, index, index, mask=Mask(), scale=0.35)
+    o2, lse2, wanted = gradients(dense, *(x.astype(jnp.float32) for x in inputs), index, index, mask=Mask(), scale=0.35)
+    assert o.dtype == jnp.bfloat16 and lse.dtype == jnp.float32 and got[0].dtype == jnp.bfloat16
+    np.testing.assert_allclose(o.astype(jnp.float32), o2, atol=2**-8 * float(jnp.abs(o2).max()))
+    np.testing.assert_allclose(lse, lse2, atol=1e-5)
+    for one, two in zip(got[:3], wanted[:3], strict=True):
+        np.testing.assert_allclose(one.astype(jnp.float32), two, atol=2**-7 * float(jnp.abs(two).max()))
+
+
+def temporary_bytes(length, mask):
+    """Of forward and backward at 1 row, 2 heads of 16."""
+    array = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
+    where = Index(*(jax.ShapeDtypeStruct((1, length), jnp.int32) for _ in range(3)))
+
+    def step(q, k, v, do, where):
+        kernel = functools.partial(blockwise, mask=mask, scale=0.25, blocks=Blocks(256, 256, 1, 1))
+        return jax.vjp(lambda q, k, v: kernel(q, k, v, where, where)[0], q, k, v)[1](do)
+
+    memory = jax.jit(step).lower(array, array, array, array, where).compile().memory_analysis()
+    return memory.temp_size_in_bytes
+
+
+def test_memory_grows_linearly():
+    short, long = (temporary_bytes(length, Mask()) for length in (16384, 65536))
+    assert long <= 4.02 * short
+    assert long < 16 * (65536 * 2 * 16 * 4)
+
+
+def share(mask, length, block, index=None):
+    index = index or Index.dense(1, length)
+    visited, total = visited_pairs(mask, index, index, block, block)
+    return int(visited) / total
+
+
+def test_visits():
+    assert share(Mask(causal=False), 512, 16) == 1.0
+    assert share(Mask(), 512, 16) == 33 / 64 <= 0.53
+    assert share(Mask(window=16), 512, 16) == (2 * 32 - 1) / 32**2
+    assert share(Mask(band=Band(low=256)), 512, 16) < 0.15
+    packed = Index.dense(1, 512)
+    packed = packed.replace(segments=1 + packed.order // 64)
+    assert share(Mask(), 512, 16, packed) == 8 * 10 / 32**2
+    padded = Index.dense(1, 512)
+    padded = padded.replace(segments=jnp.where(padded.order < 256, 1, 0))
+    assert share(Mask(), 512, 16, padded) == 16 * 17 / 2 / 32**2
+
+
+def test_fold_and_back():
+    x = jax.random.normal(jax.random.key(0), (4, 11, 6, 3))
+    blocks = Blocks(4, 4, rows=2, heads=1)
+    tiles = fold(x, 4, blocks, kv_heads=2)
+    assert tiles.shape == (4, 3, 2, 1, 12, 3)
+    np.testing.assert_array_equal(unfold(tiles, 4, blocks, x.shape), x)
+
+
+def test_blocks_that_do_not_divide_are_refused():
+    index = Index.dense(B, S)
+    q, k, v, *_ = draw(q_tokens=S)
+    with pytest.raises(ValueError, match="4 rows, 4 heads and 2 KV heads"):
+        blockwise(q, k, v, index, index, Mask(), scale=1.0, blocks=Blocks(8, 8, rows=3))
+    with pytest.raises(ValueError, match="a bias needs all heads"):
+        blockwise(q, k, v, index, index, Mask(), scale=1.0, blocks=Blocks(8, 8), bias=T5Form(8, 20, True))

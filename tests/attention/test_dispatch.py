@@ -1,0 +1,68 @@
+"""Which kernel is chosen and why; rotation, temperature and dtype around it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lcx.attention.dense import dense
+from lcx.attention.dispatch import AttentionSpec, attend, resolve
+from lcx.core.batch import Index
+from lcx.core.errors import UserError
+from lcx.core.mask import Mask
+from lcx.positions.bias import AlibiForm
+from lcx.positions.form import Form, Heads
+from lcx.positions.rotary import Rope, rotate, tables
+
+PLAIN = Form()
+
+
+def spec(**options):
+    return AttentionSpec(options.pop("mask", Mask()), options.pop("form", PLAIN), scale=0.5, **options)
+
+
+def test_choice_depends_on_size_and_says_so():
+    small = resolve(spec(), 64, 64, "cpu", batch=2, heads=4, kv_heads=2)
+    assert small.kernel == "dense" and small.blocks is None and "32,768 logits" in small.reason
+    large = resolve(spec(), 16384, 16384, "cpu", heads=8, kv_heads=8)
+    assert large.kernel == "blockwise" and "2,147,483,648 logits" in large.reason and "suit cpu" in large.reason
+    assert resolve(spec(kernel="dense"), 16384, 16384, "cpu").reason == "dense: asked for"
+    assert resolve(spec(kernel="blockwise"), 64, 64, "cpu").kernel == "blockwise"
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("form", [PLAIN, Form(bias=AlibiForm())])
+@pytest.mark.parametrize("window", [None, 64])
+def test_blocks_divide_whatever_the_sizes(platform, form, window):
+    for batch, heads, kv_heads, tokens in [(1, 8, 8, 16384), (6, 12, 4, 1000), (3, 4, 1, 33)]:
+        plan = resolve(
+            spec(kernel="blockwise", form=form, mask=Mask(window=window)),
+            tokens, tokens, platform, batch=batch, heads=heads, kv_heads=kv_heads,
+        )  # fmt: skip
+        assert batch % plan.blocks.rows == 0 and kv_heads % plan.blocks.heads == 0
+        assert form.bias is None or plan.blocks.heads == kv_heads
+    chosen = resolve(spec(kernel="blockwise", block_q=48, block_k=80), 4096, 4096, platform).blocks
+    assert (chosen.q, chosen.k) == (48, 80)
+
+
+def test_wrong_options_are_named():
+    with pytest.raises(UserError, match="'flash' is unknown; choose dense, blockwise or auto"):
+        spec(kernel="flash")
+    with pytest.raises(UserError, match="block_q=0 must be at least 1"):
+        spec(block_q=0)
+
+
+@pytest.mark.parametrize("kernel", ["dense", "blockwise"])
+def test_rotates_once_and_scales_queries(kernel):
+    B, T, N, H = 2, 20, 2, 8
+    q, k, v = (jax.random.normal(key, (B, T, N, H)) for key in jax.random.split(jax.random.key(0), 3))
+    scheme, index = Rope(theta=50.0), Index.dense(B, T)
+    turned = tables(scheme.form(T), scheme.arrays(Heads(N, N, H, N * H), T), index.positions)
+    temperature = 1.0 + 0.1 * index.order.astype(jnp.float32)
+    chosen = spec(form=scheme.form(T), kernel=kernel)
+    o = attend(chosen, q, k, v, index, index, q_tables=turned, k_tables=turned, temperature=temperature)
+    turned_q = rotate(q, *turned["rotary"]) * temperature[:, :, None, None]
+    expected, _ = dense(turned_q, rotate(k, *turned["rotary"]), v, index, index, Mask(), scale=0.5)
+    np.testing.assert_allclose(o, expected, atol=2e-6)
+    half = attend(chosen, *(x.astype(jnp.bfloat16) for x in (q, k, v)), index, index, q_tables=turned, k_tables=turned)
+    assert half.dtype == jnp.bfloat16

@@ -1,0 +1,24 @@
+"""The pairwise covering array of blockwise against dense; `full_product.py` runs all of it."""
+
+import itertools
+
+import pytest
+
+from tests.attention.cases import OPTIONS, errors, within
+from tests.covering import pairs_of, pairwise
+
+ROWS = pairwise(OPTIONS)
+
+
+def test_covering_array_holds_every_pair():
+    wanted = set()
+    for (one, ones), (two, twos) in itertools.combinations(OPTIONS.items(), 2):
+        wanted |= {frozenset({(one, x), (two, y)}) for x in ones for y in twos}
+    assert set().union(*(pairs_of(row) for row in ROWS)) == wanted
+    assert len(ROWS) <= 24
+
+
+@pytest.mark.parametrize("case", ROWS, ids=lambda case: "-".join(str(value) for value in case.values()))
+def test_blockwise_equals_dense(case):
+    found = errors(case, optimize=False)
+    assert within(found), found
