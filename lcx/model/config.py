@@ -1,0 +1,151 @@
+"""What a decoder-only transformer is, as one frozen record, and how positional schemes are laid over its layers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from lcx.attention.dispatch import AttentionSpec
+from lcx.core.config import choice, positive
+from lcx.core.errors import UserError
+from lcx.core.mask import Mask
+from lcx.positions.form import Form, Heads, Scheme
+from lcx.positions.schemes import from_config
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and options of a decoder-only transformer; the defaults are Llama's.
+
+    `pattern` names the kind of each layer and repeats over the depth. A kind that starts with `local` sees a sliding window of
+    `window` tokens. Positional schemes are chosen per kind, outside of this record.
+    """
+
+    vocab_size: int = 256
+    model_dim: int = 128
+    num_layers: int = 2
+    num_heads: int = 4
+    num_kv_heads: int = 4
+    head_dim: int = 32
+    mlp_dim: int = 512
+    pattern: tuple[str, ...] = ("global",)
+    window: int | None = None
+    # feed-forward
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu_squared"] = "silu"
+    gated: bool = True
+    mlp_bias: bool = False
+    # norms
+    norm_eps: float = 1e-6
+    norm_offset: float = 0.0
+    """Added to every norm scale, which then starts at 1 - norm_offset (Gemma: 1)."""
+    pre_norm: bool = True
+    post_norm: bool = False
+    qk_norm: Literal["none", "head", "full"] = "none"
+    """RMS norm of queries and keys: over each head (Qwen 3, Gemma 3) or over all heads at once (OLMo 2)."""
+    # attention
+    qkv_bias: bool = False
+    out_bias: bool = False
+    query_scale: float | None = None
+    """Multiplies the scores; None is head_dim ** -0.5."""
+    attention_softcap: float | None = None
+    sinks: bool = False
+    """One learned logit per head that joins the softmax without a value."""
+    prefix_attention: bool = False
+    attention: Literal["auto", "dense", "blockwise"] = "auto"
+    # embedding and output
+    tied_embeddings: bool = False
+    embedding_scale: bool = False
+    """Multiply embeddings by sqrt(model_dim), rounded in the compute dtype (Gemma)."""
+    logit_softcap: float | None = None
+    # computation
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "dots", "block"] = "none"
+    mlp_tile: int | None = 4096
+    """Tokens of a row that go through the feed-forward layer at once; longer rows go tile by tile, and the backward pass computes
+    a tile's two wide products again instead of keeping them (Arctic, arXiv 2506.13996). None: always whole rows."""
+    loss_tile: int = 1 << 25
+    """Most logits that exist at once on a device during the loss; the vocabulary is cut into tiles to keep to it."""
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "model_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "window")
+        positive("model", **{name: getattr(self, name) for name in (*sizes, "mlp_tile", "loss_tile")})
+        if self.num_heads % self.num_kv_heads:
+            divisors = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
+            raise UserError(
+                f"model.num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}; these do: {divisors}"
+            )
+        if not self.pattern:
+            raise UserError("model.pattern=() needs at least one layer kind, for example ('global',)")
+        if any(is_local(kind) for kind in self.pattern) and self.window is None:
+            raise UserError(f"model.pattern={self.pattern} has local layers, so model.window needs a size in tokens")
+
+    @property
+    def heads(self) -> Heads:
+        """The sizes that positional schemes are built from."""
+        return Heads(self.num_heads, self.num_kv_heads, self.head_dim, self.model_dim)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Layer kinds that occur, in order of first appearance."""
+        return tuple(dict.fromkeys(self.pattern[: self.num_layers]))
+
+    @property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """The kind of each layer."""
+        return tuple(self.pattern[i % len(self.pattern)] for i in range(self.num_layers))
+
+
+def is_local(kind: str) -> bool:
+    """True for layer kinds under a sliding window."""
+    return kind.startswith("local")
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """A model and the static forms of its positional schemes: all that a compiled program depends on."""
+
+    config: ModelConfig
+    forms: tuple[tuple[str, Form], ...]
+
+    def form(self, kind: str) -> Form:
+        """The positional form of a layer kind."""
+        return dict(self.forms)[kind]
+
+    def attention(self, kind: str) -> AttentionSpec:
+        """How layers of a kind attend."""
+        config = self.config
+        mask = Mask(causal=True, window=config.window if is_local(kind) else None, prefix=config.prefix_attention)
+        scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
+        return AttentionSpec(
+            mask=mask, form=self.form(kind), scale=scale, softcap=config.attention_softcap, kernel=config.attention
+        )
+
+
+def schemes_of(config: ModelConfig, positions: Mapping[str, Any]) -> dict[str, Scheme]:
+    """The scheme of each layer kind from a mapping of kind to scheme, spec string or field mapping.
+
+    The key `default` serves kinds that are not named. Raises `UserError` for a name that is no kind of this model and for a
+    kind that is left without a scheme.
+    """
+    for kind in positions:
+        if kind != "default":
+            choice("positions", kind, config.kinds)
+    schemes = {}
+    for kind in config.kinds:
+        chosen = positions.get(kind, positions.get("default"))
+        if chosen is None:
+            raise UserError(f"positions has no scheme for {kind!r} layers; set positions.{kind} or positions.default")
+        schemes[kind] = from_config(chosen, f"positions.{kind}")
+    return schemes
+
+
+def lay_out(config: ModelConfig, schemes: Mapping[str, Scheme], length: int) -> tuple[Architecture, dict[str, Any]]:
+    """Static architecture and the arrays of its schemes for a declared length (tokens, generated ones included).
+
+    The arrays are a pytree `{kind: {"phases": ..., ...}}` whose structure does not depend on theta, so that programs compiled
+    for one theta serve all.
+    """
+    forms = tuple((kind, schemes[kind].form(length)) for kind in config.kinds)
+    arrays = {kind: schemes[kind].arrays(config.heads, length) for kind in config.kinds}
+    return Architecture(config, forms), arrays

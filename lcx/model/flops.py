@@ -1,0 +1,80 @@
+"""Floating-point operations, counted by walking a jaxpr with trip counts.
+
+XLA's own counter sees the body of a loop once; this one multiplies it by the trips. Loops whose trip count is only known at
+run time (the blocks that a mask leaves visible) take theirs from the caller.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core as jex
+
+from lcx.model.config import ModelConfig, is_local
+
+
+def count(function: Callable[..., Any], *args: Any, while_trips: int = 1) -> int:
+    """Multiply-adds of matrix products in `function(*args)`, times two. Arguments may be abstract.
+
+    A loop with a run-time trip count is taken to run `while_trips` times.
+    """
+    return _jaxpr(jax.make_jaxpr(function)(*args).jaxpr, while_trips)
+
+
+def _jaxpr(jaxpr: jex.Jaxpr, while_trips: int) -> int:
+    return sum(_equation(equation, while_trips) for equation in jaxpr.eqns)
+
+
+def _equation(equation: jex.JaxprEqn, while_trips: int) -> int:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        return _dot(equation)
+    if name == "scan":
+        return params["length"] * _jaxpr(params["jaxpr"].jaxpr, while_trips)
+    if name == "while":
+        return while_trips * _jaxpr(params["body_jaxpr"].jaxpr, while_trips)
+    if name == "cond":
+        return max(_jaxpr(branch.jaxpr, while_trips) for branch in params["branches"])
+    if name == "shard_map":
+        return math.prod(params["mesh"].shape.values()) * _jaxpr(params["jaxpr"], while_trips)
+    total = 0
+    for value in params.values():
+        inner = getattr(value, "jaxpr", value)
+        if isinstance(inner, jex.Jaxpr):
+            total += _jaxpr(inner, while_trips)
+    return total
+
+
+def _dot(equation: jex.JaxprEqn) -> int:
+    (contract, _), _ = equation.params["dimension_numbers"]
+    left = equation.invars[0].aval.shape
+    out = equation.outvars[0].aval.shape
+    return 2 * int(np.prod(out, dtype=np.int64)) * math.prod(left[i] for i in contract)
+
+
+def forward_flops(config: ModelConfig, rows: int, length: int) -> int:
+    """Operations of one forward pass over `rows` × `length` tokens, matrix products only.
+
+    Attention is charged for the pairs that a causal mask (and a local layer's window) leaves visible, exactly.
+    """
+    N, K, H, D, F = config.num_heads, config.num_kv_heads, config.head_dim, config.model_dim, config.mlp_dim
+    projections = D * H * (2 * N + 2 * K)
+    feed_forward = D * F * (3 if config.gated else 2)
+    per_token = config.num_layers * (projections + feed_forward) + D * config.vocab_size
+    pairs = sum(visible_pairs(length, config.window if is_local(kind) else None) for kind in config.layer_kinds)
+    return 2 * rows * (length * per_token + pairs * 2 * N * H)
+
+
+def visible_pairs(length: int, window: int | None) -> int:
+    """Query-key pairs of one causal row: T(T+1)/2, or fewer under a window."""
+    reach = length if window is None else min(window, length)
+    return reach * (reach + 1) // 2 + (length - reach) * reach
+
+
+def step_flops(config: ModelConfig, rows: int, length: int) -> int:
+    """Operations of a training step: the forward pass and twice that for the backward; recomputation is not counted (MFU)."""
+    return 3 * forward_flops(config, rows, length)

@@ -1,0 +1,154 @@
+"""Next-token loss, tiled over the vocabulary so that the logits of a long sequence never exist at once.
+
+Legend: B batch, T tokens, D model, V vocabulary, C vocabulary entries in a tile.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lcx.core.batch import Batch
+from lcx.core.trees import Tree
+from lcx.model.config import Architecture, ModelConfig
+
+
+@flax.struct.dataclass
+class LossSums:
+    """Sums over the tokens of a batch, float32 scalars; divide by `weight` once, after every device and microbatch is in.
+
+    `nll` is Σ w·ℓ in nats, `weight` Σ w, `z` Σ w·lse² (the z-loss, which has the same denominator), `correct` Σ w·[the target is
+    the most likely token].
+    """
+
+    nll: jax.Array
+    weight: jax.Array
+    z: jax.Array
+    correct: jax.Array
+
+
+@flax.struct.dataclass
+class TokenLosses:
+    """Per token, each `[B, T]`: `nll` and `lse` float32 in nats, `correct` boolean."""
+
+    nll: jax.Array
+    lse: jax.Array
+    correct: jax.Array
+
+
+def loss_sums(params: Tree, hidden: jax.Array, batch: Batch, arch: Architecture) -> LossSums:
+    """Weighted sums of the next-token loss; `hidden` is `[B, T, D]` from `transformer.hidden`."""
+    losses = token_losses(params, hidden, batch.targets, arch)
+    weights = batch.weights.astype(jnp.float32)
+    return LossSums(
+        nll=jnp.sum(losses.nll * weights),
+        weight=jnp.sum(weights),
+        z=jnp.sum(jnp.square(losses.lse) * weights),
+        correct=jnp.sum(losses.correct * weights),
+    )
+
+
+def token_losses(params: Tree, hidden: jax.Array, targets: jax.Array, arch: Architecture) -> TokenLosses:
+    """Loss of every token, unweighted; differentiable with respect to `params` and `hidden`."""
+    config = arch.config
+    kernel = output_kernel(params, config).astype(hidden.dtype)
+    lse, chosen, best = _tiled(hidden, kernel, targets, _tile(hidden, config), config.logit_softcap)
+    return TokenLosses(nll=lse - chosen, lse=lse, correct=chosen >= best)
+
+
+def logits(params: Tree, hidden: jax.Array, config: ModelConfig) -> jax.Array:
+    """All logits `[..., V]` float32: for a few positions, as decoding needs them."""
+    kernel = output_kernel(params, config).astype(hidden.dtype)
+    raw = jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=jnp.float32)
+    return _cap(raw, config.logit_softcap)
+
+
+def output_kernel(params: Tree, config: ModelConfig) -> jax.Array:
+    """The `[D, V]` output weights, tied or not."""
+    return params["embed"]["embedding"].T if config.tied_embeddings else params["head"]["kernel"]
+
+
+def _tile(hidden: jax.Array, config: ModelConfig) -> int:
+    tokens = int(np.prod(hidden.shape[:-1]))
+    tiles = -(-tokens * config.vocab_size // config.loss_tile)
+    return -(-config.vocab_size // tiles)
+
+
+def _cap(raw: jax.Array, softcap: float | None) -> jax.Array:
+    return raw if softcap is None else softcap * jnp.tanh(raw / softcap)
+
+
+def _tiles(kernel: jax.Array, tile: int) -> tuple[jax.Array, jax.Array]:
+    """The kernel as `[V/C, D, C]`, the last tile filled with zeros, and the first vocabulary entry of each tile."""
+    dim, vocab = kernel.shape
+    count = -(-vocab // tile)
+    padded = jnp.pad(kernel, ((0, 0), (0, count * tile - vocab)))
+    return padded.reshape(dim, count, tile).transpose(1, 0, 2), jnp.arange(count, dtype=jnp.int32) * tile
+
+
+def _tile_logits(hidden: jax.Array, weights: jax.Array, start: jax.Array, vocab: int, softcap: float | None) -> tuple:
+    raw = jnp.einsum("btd,dc->btc", hidden, weights, preferred_element_type=jnp.float32)
+    entries = start + jnp.arange(weights.shape[1], dtype=jnp.int32)[None, None]
+    return jnp.where(entries < vocab, _cap(raw, softcap), -jnp.inf), raw, entries
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _tiled(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, tile: int, softcap: float | None) -> tuple:
+    """Log-sum-exp, the target's logit and the largest logit, each float32 `[B, T]`; the last carries no gradient."""
+    return _tiled_forward(hidden, kernel, targets, tile, softcap)[0]
+
+
+def _tiled_forward(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, tile: int, softcap: float | None) -> tuple:
+    vocab = kernel.shape[1]
+
+    def step(carry: tuple, tile_: tuple) -> tuple:
+        best, total, chosen = carry
+        values, _, entries = _tile_logits(hidden, *tile_, vocab, softcap)
+        new_best = jnp.maximum(best, jnp.max(values, axis=-1))
+        total = total * jnp.exp(best - new_best) + jnp.sum(jnp.exp(values - new_best[..., None]), axis=-1)
+        chosen = chosen + jnp.sum(jnp.where(entries == targets[..., None], values, 0.0), axis=-1)
+        return (new_best, total, chosen), None
+
+    shape = targets.shape
+    start = (jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros(shape))
+    weights, firsts = _tiles(kernel, tile)
+    if weights.shape[0] == 1:
+        (best, total, chosen), _ = step(start, (weights[0], firsts[0]))
+    else:
+        (best, total, chosen), _ = jax.lax.scan(step, start, (weights, firsts))
+    lse = best + jnp.log(total)
+    return (lse, chosen, best), (hidden, kernel, targets, lse)
+
+
+def _tiled_backward(tile: int, softcap: float | None, saved: tuple, cotangents: tuple) -> tuple:
+    hidden, kernel, targets, lse = saved
+    d_lse, d_chosen, _ = cotangents
+    dim, vocab = kernel.shape
+
+    def step(d_hidden: jax.Array, tile_: tuple) -> tuple:
+        weights, _ = tile_
+        values, raw, entries = _tile_logits(hidden, *tile_, vocab, softcap)
+        slope = jnp.exp(values - lse[..., None]) * d_lse[..., None]
+        slope = slope + jnp.where(entries == targets[..., None], d_chosen[..., None], 0.0)
+        if softcap is not None:
+            slope = slope * (1 - jnp.square(jnp.tanh(raw / softcap)))
+        slope = slope.astype(hidden.dtype)
+        d_hidden = d_hidden + jnp.einsum("btc,dc->btd", slope, weights, preferred_element_type=jnp.float32)
+        return d_hidden, jnp.einsum("btd,btc->dc", hidden, slope, preferred_element_type=jnp.float32)
+
+    weights, firsts = _tiles(kernel, tile)
+    start = jnp.zeros(hidden.shape, jnp.float32)
+    if weights.shape[0] == 1:
+        d_hidden, d_tile = step(start, (weights[0], firsts[0]))
+        d_kernel = d_tile[:, :vocab]
+    else:
+        d_hidden, d_tiles = jax.lax.scan(step, start, (weights, firsts))
+        d_kernel = d_tiles.transpose(1, 0, 2).reshape(dim, -1)[:, :vocab]
+    return d_hidden.astype(hidden.dtype), d_kernel.astype(kernel.dtype), None
+
+
+_tiled.defvjp(_tiled_forward, _tiled_backward)

@@ -1,0 +1,296 @@
+"""The decoder: pure functions over a parameter dict, scanned over the layer pattern's period.
+
+Legend: B batch, T tokens, N heads, K key-value heads, H head dim, D model, F feed-forward, L layers.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lcx.attention.dispatch import attend
+from lcx.core.batch import Batch, Index
+from lcx.core.mesh import axis_size, partition_spec
+from lcx.core.trees import Tree, cast
+from lcx.model.config import Architecture, ModelConfig
+from lcx.positions.rotary import tables
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+    "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
+}
+
+Norm = Callable[[jax.Array], jax.Array]
+
+Attend = Callable[..., tuple[jax.Array, Tree]]
+"""`(kind, layer, state, q_BTNH, k_BTKH, v_BTKH) -> (o_BTNH, state)`: how a layer's queries meet keys.
+
+`state` is the layer's slice of what `layers` was given to carry: nothing in training, its cache in decoding.
+"""
+
+
+def hidden(params: Tree, arrays: Tree, arch: Architecture, batch: Batch) -> jax.Array:
+    """Final hidden states `[B, T, D]` in the compute dtype, after the last norm.
+
+    `params` follows `model.params.specs`; `arrays` comes from `model.config.lay_out`. Activations are constrained to the mesh
+    that is set (`jax.set_mesh`), if any.
+    """
+    params = cast_params(params, arch.config)
+    index = batch.index
+    context = {kind: KindContext.build(arch, kind, params, arrays, index) for kind in arch.config.kinds}
+
+    def local(kind: str, layer: Tree, state: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+        here = context[kind]
+        out = attend(
+            arch.attention(kind), q, k, v, index, index,
+            q_tables=here.tables, k_tables=here.tables, bias_params=here.bias, temperature=here.temperature,
+            sinks=layer["attention"].get("sinks"),
+        )  # fmt: skip
+        return out, state
+
+    x = embed(params, arrays, arch, batch.tokens, index.positions)
+    x, _ = layers(params["layers"], x, arch.config, local)
+    return rms_norm(params["final_norm"], x, arch.config)
+
+
+def cast_params(params: Tree, config: ModelConfig) -> Tree:
+    """Weights in the compute dtype; cast while still sharded, so that gathering moves the smaller numbers."""
+    # Parameters of positional biases stay float32: they are added to float32 scores.
+    learned = {"positions": params["positions"]} if "positions" in params else {}
+    return {**cast(params, jnp.dtype(config.compute_dtype)), **learned}
+
+
+class KindContext:
+    """What the layers of one kind share in a forward pass: rotary tables, bias parameters, temperatures."""
+
+    def __init__(self, tables: Tree, bias: Tree | None, temperature: jax.Array | None):
+        self.tables, self.bias, self.temperature = tables, bias, temperature
+
+    @classmethod
+    def build(cls, arch: Architecture, kind: str, params: Tree, arrays: Tree, index: Index) -> "KindContext":
+        """For queries and keys at `index`."""
+        form, constants = arch.form(kind), arrays[kind]
+        bias = {**constants.get("bias", {}), **params.get("positions", {}).get(kind, {})} if form.bias is not None else None
+        temperature = None
+        if form.temperature is not None:
+            temperature = form.temperature(constants.get("temperature", {}), index.positions)
+        return cls(tables(form, constants, index.positions), bias, temperature)
+
+
+def embed(params: Tree, arrays: Tree, arch: Architecture, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+    """Token embeddings `[B, T, D]` with absolute positional embeddings added once per scheme that has them."""
+    config = arch.config
+    x = params["embed"]["embedding"][tokens]
+    if config.embedding_scale:
+        x = x * jnp.asarray(config.model_dim**0.5, x.dtype)
+    for kind, form in arch.forms:
+        if form.embed is not None:
+            learned = params.get("positions", {}).get(kind, {})
+            x = x + form.embed(learned, arrays[kind].get("embed", {}), positions, config.model_dim).astype(x.dtype)
+            break
+    return constrain(x)
+
+
+def layers(stacked: Tree, x: jax.Array, config: ModelConfig, attend_: Attend, state: Tree = None) -> tuple[jax.Array, Tree]:
+    """Run all layers over `x` `[B, T, D]`: a scan over whole periods of the pattern, the rest unrolled.
+
+    `state`, stacked `[L, ...]` like the weights, is handed to `attend_` layer by layer and comes back as it left it.
+    """
+    period = len(config.pattern)
+    whole = config.num_layers // period
+    step = remat(functools.partial(_period, config=config, attend_=attend_), config.remat)
+    given, results, done = (stacked, state), [], 0
+    if whole > 1:
+        done = whole * period
+        grouped = jax.tree.map(lambda w: w[:done].reshape(whole, period, *w.shape[1:]), given)
+        x, states = jax.lax.scan(lambda x, group: step(x, group, kinds=config.pattern), x, grouped)
+        results.append(jax.tree.map(lambda w: w.reshape(done, *w.shape[2:]), states))
+    for start in range(done, config.num_layers, period):
+        kinds = config.pattern[: config.num_layers - start]
+        rest = jax.tree.map(functools.partial(_slice, start=start, size=len(kinds)), given)
+        x, states = step(x, rest, kinds=kinds)
+        results.append(states)
+    return x, results[0] if len(results) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *results)
+
+
+def _slice(w: jax.Array, *, start: int, size: int) -> jax.Array:
+    return w[start : start + size]
+
+
+def remat(step: Callable[..., Any], policy: str) -> Callable[..., Any]:
+    """`step(x, group, kinds=...)` with what it saves for the backward pass chosen by name.
+
+    `none` saves everything, `dots` the results of matrix products with weights, `block` nothing but the input.
+    """
+    if policy == "none":
+        return step
+    policies = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "block": jax.checkpoint_policies.nothing_saveable}
+    return lambda x, group, kinds: jax.checkpoint(functools.partial(step, kinds=kinds), policy=policies[policy])(x, group)
+
+
+def _period(x: jax.Array, group: Tree, *, kinds: tuple[str, ...], config: ModelConfig, attend_: Attend) -> tuple[jax.Array, Tree]:
+    states = []
+    for i, kind in enumerate(kinds):
+        layer, state = jax.tree.map(lambda w, i=i: w[i], group)
+        x, state = block(layer, x, config, functools.partial(attend_, kind, layer, state))
+        states.append(state)
+    return x, jax.tree.map(lambda *parts: jnp.stack(parts), *states)
+
+
+def block(layer: Tree, x: jax.Array, config: ModelConfig, attend_: Callable[..., tuple]) -> tuple[jax.Array, Tree]:
+    """One transformer layer: attention and feed-forward, each a residual branch with the norms that the config asks for."""
+    state = None
+    for name in ("attention", "mlp"):
+        norm = functools.partial(rms_norm, layer[f"pre_{name}_norm"], config=config) if config.pre_norm else None
+        if name == "attention":
+            y, state = attention(layer["attention"], x, config, attend_, norm)
+        else:
+            y = mlp(layer["mlp"], x, config, norm)
+        y = rms_norm(layer[f"post_{name}_norm"], y, config) if config.post_norm else y
+        x = constrain(x + y)
+    return x, state
+
+
+def attention(
+    params: Tree, x: jax.Array, config: ModelConfig, attend_: Callable[..., tuple], norm: Norm | None = None
+) -> tuple[jax.Array, Tree]:
+    """Attention branch `[B, T, D] -> [B, T, D]` over `norm(x)`, and the layer's state after it."""
+    q, k, v = _project([params[name] for name in ("query", "key", "value")], x, norm)
+    if config.qk_norm == "head":
+        q, k = rms_norm(params["query_norm"], q, config), rms_norm(params["key_norm"], k, config)
+    elif config.qk_norm == "full":
+        q, k = (
+            rms_norm(params[name], y.reshape(*y.shape[:-2], -1), config).reshape(y.shape)
+            for name, y in (("query_norm", q), ("key_norm", k))
+        )
+    out, state = attend_(q, k, v)
+    return linear(params["out"], out, contract=2), state
+
+
+def mlp(params: Tree, x: jax.Array, config: ModelConfig, norm: Norm | None = None) -> jax.Array:
+    """Feed-forward branch `[B, T, D] -> [B, T, D]` over `norm(x)`, gated or plain; long rows tile by tile (`config.mlp_tile`)."""
+    B, T, D = x.shape
+    count = _mlp_tiles(T, config.mlp_tile)
+    if count == 1:
+        return _mlp(params, x, config, norm)
+    tiles = x.reshape(B, count, T // count, D).swapaxes(0, 1)
+    out = jax.lax.map(jax.checkpoint(lambda tile: _mlp(params, tile, config, norm), prevent_cse=False), tiles)
+    return out.swapaxes(0, 1).reshape(x.shape)
+
+
+def _mlp_tiles(length: int, most: int | None) -> int:
+    mesh = jax.sharding.get_abstract_mesh()
+    # A row that is split over devices is cut already, and cutting it again would move it between them.
+    if most is None or length <= most or (not mesh.empty and axis_size(mesh, "sequence") > 1):
+        return 1
+    least = -(-length // most)
+    return next((n for n in range(least, 2 * least) if length % n == 0), 1)
+
+
+def _mlp(params: Tree, x: jax.Array, config: ModelConfig, norm: Norm | None) -> jax.Array:
+    activation = ACTIVATIONS[config.activation]
+    inner = _project([params[name] for name in (("up", "gate") if config.gated else ("up",))], x, norm)
+
+    @jax.checkpoint
+    def down(up: jax.Array, gate: jax.Array | None = None) -> jax.Array:
+        return linear(params["down"], activation(up) if gate is None else activation(gate) * up)
+
+    return down(*inner)
+
+
+def _project(weights: list[Tree], x: jax.Array, norm: Norm | None) -> list[jax.Array]:
+    """`norm(x)` through each of several linear maps.
+
+    Like `down` above: checkpointed, and yet no matrix product is computed twice, because the backward pass of a product needs
+    its input only. What is recomputed is the elementwise work before it, what is not kept is its result.
+    """
+
+    @jax.checkpoint
+    def project(x: jax.Array) -> list[jax.Array]:
+        y = x if norm is None else norm(x)
+        return [linear(params, y) for params in weights]
+
+    return project(x)
+
+
+def linear(params: Tree, x: jax.Array, contract: int = 1) -> jax.Array:
+    """`x` times `params["kernel"]` over the last `contract` axes of x, plus the bias if there is one.
+
+    The one place where a weight matrix is applied. Kernels are `[*ins, *outs]`, biases `[*outs]`.
+    """
+    kernel = params["kernel"]
+    y = _matmul(contract, x, kernel)
+    if (bias := params.get("bias")) is not None:
+        y = y + bias.reshape((1,) * (x.ndim - contract) + bias.shape)
+    return y
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul(contract: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`x` times `kernel` over the last `contract` axes of x, forward and backward as plain matrix products.
+
+    XLA's CPU backend is several times slower on products with several free axes. And JAX's own transpose asks for the kernel's
+    gradient transposed: XLA then writes x or dy transposed, strided, and computes what produced it a second time, so that a
+    feed-forward layer takes twice as long.
+    """
+    size, outs = x.shape[: x.ndim - contract], kernel.shape[contract:]
+    return (_flat(x, contract) @ _matrix(kernel, contract)).reshape(*size, *outs)
+
+
+def _matmul_forward(contract: int, x: jax.Array, kernel: jax.Array) -> tuple:
+    return _matmul(contract, x, kernel), (x, kernel)
+
+
+def _matmul_backward(contract: int, saved: tuple, dy: jax.Array) -> tuple:
+    x, kernel = saved
+    flat_x, flat_dy = _flat(x, contract), _flat(dy, kernel.ndim - contract)
+    rows = tuple(range(flat_x.ndim - 1))
+    dx = jax.lax.dot_general(flat_dy, _matrix(kernel, contract), (((len(rows),), (1,)), ((), ())))
+    dkernel = jax.lax.dot_general(flat_x, flat_dy, ((rows, rows), ((), ())))
+    return dx.reshape(x.shape), dkernel.reshape(kernel.shape)
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def _flat(x: jax.Array, count: int) -> jax.Array:
+    """The last `count` axes as one."""
+    return x.reshape(*x.shape[: x.ndim - count], -1)
+
+
+def _matrix(kernel: jax.Array, contract: int) -> jax.Array:
+    return kernel.reshape(math.prod(kernel.shape[:contract]), -1)
+
+
+def rms_norm(params: Tree, x: jax.Array, config: ModelConfig) -> jax.Array:
+    """Root-mean-square norm over the last axis, computed in float32, returned in x's dtype (Zhang & Sennrich, 1910.07467)."""
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + config.norm_eps)
+    scale = params["scale"].astype(jnp.float32) + config.norm_offset
+    return (wide * scale.reshape((1,) * (x.ndim - 1) + scale.shape)).astype(x.dtype)
+
+
+def constrain(x: jax.Array) -> jax.Array:
+    """Pin activations `[B, T, ...]` to rows × sequence of the mesh that is set; without one, nothing happens."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(("batch", "sequence", *(None,) * (x.ndim - 2))))
+
+
+def describe(config: ModelConfig, num_parameters: int) -> dict[str, Any]:
+    """A model's headline figures, for logs and reports."""
+    return {
+        "layers": config.num_layers,
+        "model_dim": config.model_dim,
+        "heads": f"{config.num_heads}/{config.num_kv_heads} x {config.head_dim}",
+        "pattern": "-".join(config.pattern),
+        "parameters": num_parameters,
+    }

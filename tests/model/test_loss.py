@@ -1,0 +1,80 @@
+"""The tiled loss equals the plain one in value and every gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lcx.core.batch import Batch
+from lcx.core.trees import worst_error
+from lcx.model.config import Architecture, ModelConfig
+from lcx.model.loss import logits, loss_sums, token_losses
+
+B, T, D, V = 2, 24, 16, 50
+
+
+def problem(tied=False, softcap=None, tile=1 << 25, dtype="float32"):
+    config = ModelConfig(
+        vocab_size=V, model_dim=D, tied_embeddings=tied, logit_softcap=softcap, loss_tile=tile, compute_dtype=dtype
+    )
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {"embed": {"embedding": jax.random.normal(keys[0], (V, D))}, "head": {"kernel": jax.random.normal(keys[1], (D, V))}}
+    hidden = jax.random.normal(keys[2], (B, T, D), jnp.dtype(dtype))
+    tokens = jax.random.randint(keys[3], (B, T + 1), 0, V)
+    weights = np.random.default_rng(0).random((B, T + 1)).astype(np.float32)
+    return params, hidden, Batch.from_tokens(tokens, weights), Architecture(config, ())
+
+
+def plain_sums(params, hidden, batch, arch):
+    logp = jax.nn.log_softmax(logits(params, hidden, arch.config))
+    lse = jax.nn.logsumexp(logits(params, hidden, arch.config), axis=-1)
+    nll = -jnp.take_along_axis(logp, batch.targets[..., None], axis=-1)[..., 0]
+    return jnp.sum(nll * batch.weights), jnp.sum(lse**2 * batch.weights)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("tile", [1 << 25, B * T * 16, B * T * 7])
+def test_equals_the_plain_loss(tied, softcap, tile):
+    params, hidden, batch, arch = problem(tied, softcap, tile)
+
+    def tiled(params, hidden):
+        sums = loss_sums(params, hidden, batch, arch)
+        return sums.nll + 0.01 * sums.z, (sums.nll, sums.z)
+
+    def plain(params, hidden):
+        nll, z = plain_sums(params, hidden, batch, arch)
+        return nll + 0.01 * z, (nll, z)
+
+    (_, got), got_grads = jax.value_and_grad(tiled, argnums=(0, 1), has_aux=True)(params, hidden)
+    (_, want), want_grads = jax.value_and_grad(plain, argnums=(0, 1), has_aux=True)(params, hidden)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    error, where = worst_error(got_grads, want_grads)
+    assert error <= 1e-5, where
+
+
+def test_counts_correct_targets():
+    params, hidden, batch, arch = problem(tile=B * T * 16)
+    best = jnp.argmax(logits(params, hidden, arch.config), axis=-1)
+    mixed = jnp.where(jnp.arange(T)[None] % 2 == 0, best, (best + 1) % V)
+    losses = token_losses(params, hidden, mixed, arch)
+    np.testing.assert_array_equal(losses.correct, np.broadcast_to(np.arange(T) % 2 == 0, (B, T)))
+
+
+def test_no_array_of_all_logits():
+    params, hidden, batch, arch = problem(tile=B * T * 10)
+
+    def loss(params, hidden):
+        return loss_sums(params, hidden, batch, arch).nll
+
+    text = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(params, hidden))
+    assert f"[{B},{T},10]" in text
+    assert f"[{B},{T},{V}]" not in text
+
+
+def test_bfloat16_states_keep_a_float32_loss():
+    params, hidden, batch, arch = problem(dtype="bfloat16")
+    exact = plain_sums(params, hidden.astype(jnp.float32), batch, arch)[0]
+    got = loss_sums(params, hidden, batch, arch).nll
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, exact, rtol=2e-3)

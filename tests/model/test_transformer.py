@@ -1,0 +1,147 @@
+"""The decoder: every family runs, sees no future, and computes the same whatever the scan, remat or dtype."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lcx.core.batch import Batch
+from lcx.core.params import initialize
+from lcx.core.trees import worst_error
+from lcx.model import flops
+from lcx.model.config import Architecture, ModelConfig, lay_out, schemes_of
+from lcx.model.families import FAMILIES, shrink
+from lcx.model.loss import loss_sums
+from lcx.model.params import specs
+from lcx.model.transformer import hidden, layers
+from lcx.positions.schemes import with_theta
+
+T = 32
+TINY = ModelConfig(
+    model_dim=32, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64, pattern=("local", "global"), window=8
+)
+POSITIONS = {"default": "rope:theta=500", "local": "rope:theta=100"}
+
+
+def build(config: ModelConfig, positions: dict, length: int = T, seed: int = 0):
+    schemes = schemes_of(config, positions)
+    arch, arrays = lay_out(config, schemes, length)
+    return initialize(specs(config, schemes, length), jax.random.key(seed)), arrays, arch
+
+
+def tokens(rows: int = 2, length: int = T) -> np.ndarray:
+    """Every token of a row differs, so that a gradient with respect to an embedding row belongs to one place."""
+    rng = np.random.default_rng(0)
+    return np.stack([rng.permutation(256)[: length + 1] for _ in range(rows)])
+
+
+def loss(params, arrays, arch, batch):
+    return loss_sums(params, hidden(params, arrays, arch, batch), batch, arch).nll
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_run_and_see_no_future(name):
+    family = FAMILIES[name]
+    config = dataclasses.replace(shrink(family.model), tied_embeddings=False)
+    params, arrays, arch = build(config, family.positions)
+    batch = Batch.from_tokens(tokens(1))
+    place = 19
+
+    def at_place(embedding):
+        changed = {**params, "embed": {"embedding": embedding}}
+        return jnp.sum(jnp.sin(hidden(changed, arrays, arch, batch)[0, place]))
+
+    gradient = jax.jit(jax.grad(at_place))(params["embed"]["embedding"])
+    reach = np.abs(np.asarray(gradient)[np.asarray(batch.tokens[0])]).sum(-1)
+    assert np.all(reach[place + 1 :] == 0)
+    assert reach[place] > 0 and reach[place - 1] > 0
+    if config.window is None:
+        assert np.all(reach[: place + 1] > 0)
+
+
+def test_scan_over_periods_equals_single_layers():
+    params, arrays, arch = build(dataclasses.replace(TINY, num_layers=5), POSITIONS)
+    x = jax.random.normal(jax.random.key(1), (2, T, 32))
+
+    def attend(kind, layer, state, q, k, v):
+        # Told apart by kind and by layer, so that a wrong order or a wrong kind shows.
+        return q * (2.0 if kind == "local" else 0.5) + state, state + 1
+
+    states = jnp.arange(5.0)
+    together, after = layers(params["layers"], x, arch.config, attend, states)
+    apart = x
+    for i, kind in enumerate(arch.config.layer_kinds):
+        one = dataclasses.replace(arch.config, num_layers=1, pattern=(kind,))
+        apart, _ = layers(jax.tree.map(lambda w, i=i: w[i : i + 1], params["layers"]), apart, one, attend, states[i : i + 1])
+    np.testing.assert_allclose(together, apart, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(after, states + 1)
+
+
+@pytest.mark.parametrize("policy", ["dots", "block"])
+def test_rematerialisation_changes_no_gradient(policy):
+    params, arrays, arch = build(TINY, POSITIONS)
+    batch = Batch.from_tokens(tokens())
+    again = dataclasses.replace(arch, config=dataclasses.replace(TINY, remat=policy))
+    plain = jax.jit(jax.value_and_grad(loss), static_argnums=2)
+    want, got = plain(params, arrays, arch, batch), plain(params, arrays, again, batch)
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-6)
+    assert worst_error(got[1], want[1])[0] <= 1e-5
+
+
+def test_bfloat16_stays_near_float32():
+    params, arrays, arch = build(TINY, POSITIONS)
+    batch = Batch.from_tokens(tokens())
+    low = dataclasses.replace(arch, config=dataclasses.replace(TINY, compute_dtype="bfloat16"))
+    want, got = loss(params, arrays, arch, batch), loss(params, arrays, low, batch)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, want, rtol=5e-3)
+    gradients = jax.grad(loss)(params, arrays, low, batch)
+    assert {g.dtype for g in jax.tree.leaves(gradients)} == {jnp.dtype("float32")}
+
+
+def test_changing_theta_compiles_nothing_again():
+    schemes = schemes_of(TINY, POSITIONS)
+    params, arrays, arch = build(TINY, POSITIONS)
+    batch = Batch.from_tokens(tokens())
+    traced = []
+
+    def counted(params, arrays, arch: Architecture, batch):
+        traced.append(arch)
+        return loss(params, arrays, arch, batch)
+
+    step = jax.jit(counted, static_argnums=2)
+    values = []
+    for theta in (500.0, 2000.0, 1e6):
+        arch, arrays = lay_out(TINY, {**schemes, "global": with_theta(schemes["global"], theta)}, T)
+        values.append(float(step(params, arrays, arch, batch)))
+    assert len(traced) == 1
+    assert len(set(values)) == 3
+
+
+def test_flops_agree_with_the_walked_program():
+    config = dataclasses.replace(TINY, attention="dense", pattern=("global",), window=None)
+    params, arrays, arch = build(config, {"default": "rope:theta=500"})
+    batch = Batch.from_tokens(tokens())
+    walked = flops.count(lambda p, b: loss(p, arrays, arch, b), params, batch)
+    per_row = flops.forward_flops(config, 1, T)
+    # Dense attention computes all T * T pairs of every head, the formula charges the T(T+1)/2 that are visible.
+    hidden_pairs = 4 * config.num_layers * config.num_heads * config.head_dim * (T * T - flops.visible_pairs(T, None))
+    assert walked == 2 * (per_row + hidden_pairs)
+
+
+def test_flops_of_a_scanned_loop_count_every_trip():
+    def looped(x):
+        return jax.lax.scan(lambda x, _: (x @ x, None), x, length=7)[0]
+
+    assert flops.count(looped, jnp.ones((4, 4))) == 7 * 2 * 4**3
+
+
+def test_visible_pairs():
+    for length in (1, 5, 16):
+        for window in (None, 1, 3, 16, 40):
+            order = np.arange(length)
+            distance = order[:, None] - order[None, :]
+            want = (distance >= 0) & (distance < (window or length))
+            assert flops.visible_pairs(length, window) == want.sum()
