@@ -1,0 +1,169 @@
+"""What a training mixture is made of: the dataclasses that `lcx.core.config.build` fills.
+
+Every check of a value stands here, so that a wrong one is answered before anything is read or compiled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from lcx.core.config import positive
+from lcx.core.errors import UserError
+
+TASKS = ("passkey", "multikey", "variable_tracking", "key_value")
+
+
+def _not_negative(path: str, **values: float) -> None:
+    for name, value in values.items():
+        if not value >= 0:
+            raise UserError(f"{path}.{name}={value!r} must not be negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """Where documents come from.
+
+    `kind`: `stdlib` (the running Python's standard library), `text` (one document per file), `jsonl`, `parquet` (one per
+    line or row), `tfds` (through `tfds.data_source`), `array_record` (a folder that `lcx data prepare` wrote).
+    `path`: one or several glob patterns; for `tfds` the dataset's name, for `array_record` the folder.
+    `field`: the key, column or feature that holds the text. `split`: of a `tfds` dataset. `data_dir`: where `tfds` looks.
+    `include_tests`: also the test packages of the standard library. `append_eos`: close each document with the tokenizer's
+    end-of-sequence token. `limit_bytes`: stop taking documents once this much text has been read (None: read all).
+    """
+
+    kind: Literal["stdlib", "text", "jsonl", "parquet", "tfds", "array_record"] = "stdlib"
+    path: str | tuple[str, ...] = ""
+    field: str = "text"
+    split: str = "train"
+    data_dir: str | None = None
+    include_tests: bool = False
+    append_eos: bool = False
+    limit_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        positive("source", limit_bytes=self.limit_bytes)
+        if self.kind != "stdlib" and not self.paths:
+            raise UserError(f"source.path is empty, and source.kind={self.kind!r} needs one; give a path, or take kind='stdlib'")
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The patterns of `path` as a tuple."""
+        return ((self.path,) if self.path else ()) if isinstance(self.path, str) else self.path
+
+
+@dataclasses.dataclass(frozen=True)
+class PackingConfig:
+    """How documents become rows; every combination of the options is allowed.
+
+    `method`: `concat_then_split` (one stream, cut at each row's end), `first_fit` or `best_fit` (documents stay whole where
+    they fit into a row). `mask_documents`: tokens see their own document only. `reset_positions`: positions start again at
+    each document. `shared_bos`: the row opens with a begin-of-sequence token that every document sees.
+    """
+
+    method: Literal["concat_then_split", "first_fit", "best_fit"] = "concat_then_split"
+    mask_documents: bool = False
+    reset_positions: bool = False
+    shared_bos: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """A retrieval task's shape; `lcx.data.tasks` says how its rows are written.
+
+    Counts are per row: `needles` (chains, for variable tracking) and `queries`, each raised to `..._per_1024` times the
+    row's length in units of 1,024 tokens when that is more. `key_length` letters name a needle, `value_length` digits are its
+    value, `hops` is the number of renamings of variable tracking. Loss weights: `answer_weight` on the digits asked for,
+    `needle_weight` on the needles' own lines, `query_weight` on the rest of the query lines, `haystack_weight` elsewhere.
+    """
+
+    needles: int = 4
+    queries: int = 4
+    needles_per_1024: float = 0.0
+    queries_per_1024: float = 0.0
+    hops: int = 2
+    key_length: int = 2
+    value_length: int = 4
+    answer_weight: float = 6.0
+    needle_weight: float = 0.0
+    query_weight: float = 0.0
+    haystack_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        positive("task", needles=self.needles, queries=self.queries, hops=self.hops)
+        positive("task", key_length=self.key_length, value_length=self.value_length, answer_weight=self.answer_weight)
+        _not_negative("task", needles_per_1024=self.needles_per_1024, queries_per_1024=self.queries_per_1024)
+        _not_negative(
+            "task", needle_weight=self.needle_weight, query_weight=self.query_weight, haystack_weight=self.haystack_weight
+        )
+        if self.key_length > 8 or self.value_length > 12:
+            raise UserError(
+                f"task.key_length={self.key_length} may be at most 8 and task.value_length={self.value_length} at most 12"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class PartConfig:
+    """One part of a mixture: packed text, or rows of a retrieval task over the source as haystack.
+
+    `weight`: share of the rows, against the other parts' weights. `loss_weight` multiplies the part's loss weights.
+    Length upsampling per source, as in arXiv:2402.10171: documents below `short_tokens` stay with probability `short_keep`,
+    longer ones always; `min_tokens` and `max_tokens` leave out documents of other lengths altogether.
+    `remap`: positions handed to the model are `none` (as packed), `pose` (PoSE's skips) or `randomized`, up to the stage's
+    `max_position`.
+    """
+
+    kind: Literal["text", "passkey", "multikey", "variable_tracking", "key_value"] = "text"
+    weight: float = 1.0
+    loss_weight: float = 1.0
+    source: SourceConfig = SourceConfig()
+    packing: PackingConfig = PackingConfig()
+    task: TaskConfig = TaskConfig()
+    short_tokens: int = 4096
+    short_keep: float = 1.0
+    min_tokens: int = 1
+    max_tokens: int | None = None
+    remap: Literal["none", "pose", "randomized"] = "none"
+
+    def __post_init__(self) -> None:
+        _not_negative("part", weight=self.weight, loss_weight=self.loss_weight)
+        positive("part", short_tokens=self.short_tokens, min_tokens=self.min_tokens, max_tokens=self.max_tokens)
+        if not 0 <= self.short_keep <= 1:
+            raise UserError(f"part.short_keep={self.short_keep} is a probability; give a number from 0 to 1")
+        if self.max_tokens is not None and self.max_tokens < self.min_tokens:
+            raise UserError(f"part.max_tokens={self.max_tokens} is below part.min_tokens={self.min_tokens}; no document is left")
+        if self.remap != "none" and (self.packing.mask_documents or self.packing.reset_positions or self.packing.shared_bos):
+            raise UserError(
+                f"part.remap={self.remap!r} rewrites the positions of whole rows; leave packing.mask_documents, "
+                "packing.reset_positions and packing.shared_bos off"
+            )
+
+    @property
+    def is_task(self) -> bool:
+        """True when the rows are a retrieval task's."""
+        return self.kind in TASKS
+
+
+def _default_parts() -> dict[str, PartConfig]:
+    return {"text": PartConfig(weight=0.3), "needles": PartConfig(kind="multikey", weight=0.7)}
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The whole mixture, by part name.
+
+    `tokenizer`: `bytes`, `bytes+bos`, `bytes+eos`, `bytes+bos+eos`, or the path of a Hugging Face `tokenizer.json`.
+    `heldout_fraction`: documents whose content hash falls below it are kept out of training.
+    """
+
+    tokenizer: str = "bytes"
+    parts: dict[str, PartConfig] = dataclasses.field(default_factory=_default_parts)
+    heldout_fraction: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise UserError("data.parts is empty; name at least one part")
+        if not sum(part.weight for part in self.parts.values()) > 0:
+            raise UserError(f"data.parts {', '.join(self.parts)} all have weight 0; give one a positive weight")
+        if not 0 <= self.heldout_fraction < 1:
+            raise UserError(f"data.heldout_fraction={self.heldout_fraction} must be at least 0 and below 1")

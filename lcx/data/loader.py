@@ -1,0 +1,248 @@
+"""Batches as a pure function of (config, seed, stage, step): nothing is remembered, so resuming is a step number.
+
+Legend: B batch rows, T tokens in a row. Row r of step s is element s * B + r of the mixture. A process builds the rows that
+it asks for and no others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Iterator, Mapping
+
+import jax
+import numpy as np
+
+from lcx.core.batch import Batch
+from lcx.core.errors import UserError
+from lcx.data import mixture, packing, sources, tokenizers
+from lcx.data.config import DataConfig, PartConfig, SourceConfig
+from lcx.data.tasks import Task
+from lcx.positions import remap
+
+# Ends of the key that a random stream is drawn from, so that no two uses share one.
+_PLAN, _TASK, _KEEP, _REMAP, _SHUFFLE = range(5)
+_KEYS = ("tokens", "targets", "weights", "order", "positions", "segments")
+
+
+class Corpus:
+    """The tokenizer and the tokenised sources of a mixture, read once and shared by the loaders of all stages."""
+
+    def __init__(self, config: DataConfig) -> None:
+        self.config = config
+        self.tokenizer = tokenizers.load(config.tokenizer)
+        wanted = {part.source: None for part in config.parts.values() if part.weight > 0}
+        self._sources = {source: sources.load(source, self.tokenizer) for source in wanted}
+
+    def select(self, source: SourceConfig, split: sources.Split) -> sources.Selection:
+        """The training or held-out documents of one of the mixture's sources."""
+        return sources.split(self._sources[source], self.config.heldout_fraction, split)
+
+
+class Loader:
+    """Rows of one stage's mixture.
+
+    `rows` is the whole batch's number of rows B, `seq_len` is T. `max_position` is how far remapped positions reach (default
+    `seq_len`). `split` is `train` or `heldout`. `corpus` saves reading the sources again. Raises `UserError` when the sources
+    or the tasks do not fit.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        seq_len: int,
+        rows: int,
+        seed: int,
+        stage_index: int = 0,
+        *,
+        max_position: int | None = None,
+        corpus: Corpus | None = None,
+        split: sources.Split = "train",
+    ) -> None:
+        if seq_len < 1 or rows < 1:
+            raise UserError(f"a batch of {rows} rows of {seq_len} tokens holds nothing; give at least one of each")
+        self.config, self.seq_len, self.num_rows, self.seed, self.stage_index = config, seq_len, rows, seed, stage_index
+        self.max_position = seq_len if max_position is None else max_position
+        if self.max_position < seq_len:
+            raise UserError(f"max_position={self.max_position} is below seq_len={seq_len}; give at least {seq_len}")
+        self.corpus = Corpus(config) if corpus is None else corpus
+        # Sorted, and random streams keyed by name: neither the order of a config's keys nor another part changes a part's rows.
+        self.names = sorted(name for name, part in config.parts.items() if part.weight > 0)
+        key = (seed, stage_index, int(split == "heldout"))
+        keys = [(*key, zlib.crc32(name.encode())) for name in self.names]
+        self.parts = [_make_part(self, name, split, own) for name, own in zip(self.names, keys, strict=True)]
+        weights = [config.parts[name].weight for name in self.names]
+        self.rows = mixture.addresses(weights, [part.size for part in self.parts], [(*own, _SHUFFLE) for own in keys])
+
+    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
+        """Rows `rows` of step `step`, as NumPy arrays `[B, T]`: weights float32, all others int32."""
+        part, row = self.addresses(step, rows)
+        shape = (len(part), self.seq_len)
+        out = {key: np.zeros(shape, np.float32 if key == "weights" else np.int32) for key in _KEYS}
+        out["order"][:] = np.arange(self.seq_len, dtype=np.int32)
+        for index in np.unique(part):
+            own = np.flatnonzero(part == index)
+            for key, value in self.parts[index].build(row[own]).items():
+                out[key][own] = value
+        return Batch(**out)
+
+    def batches(self, start: int = 0, rows: slice = slice(None)) -> Iterator[tuple[int, Batch]]:
+        """(step, batch) from step `start` on, without end."""
+        step = start
+        while True:
+            yield step, self.batch(step, rows)
+            step += 1
+
+    def provenance(self, step: int, rows: slice = slice(None)) -> list[str]:
+        """For each row of the step, its part and the documents or task it was made of, in a line."""
+        part, row = self.addresses(step, rows)
+        return [f"{self.names[p]}[{r}]: {self.parts[p].describe(r)}" for p, r in zip(part.tolist(), row.tolist(), strict=True)]
+
+    def addresses(self, step: int, rows: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
+        """(part, row of the part) of each of the step's rows, int64 `[B]`; parts as numbered in `names`."""
+        first, stop, stride = rows.indices(self.num_rows)
+        if step < 0 or stride != 1 or stop <= first:
+            raise ValueError(f"step {step}, rows {rows} of {self.num_rows}: rows must be a non-empty contiguous slice, step >= 0")
+        return mixture.locate(self.rows, step * self.num_rows + first, stop - first)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextPart:
+    """Packed rows of text."""
+
+    config: PartConfig
+    seq_len: int
+    source: sources.Selection
+    plan: packing.Plan
+    bos_id: int | None
+
+    @property
+    def size(self) -> int:
+        """Rows in an epoch."""
+        return len(self.plan)
+
+    def build(self, rows: np.ndarray) -> Mapping[str, np.ndarray]:
+        """Arrays `[n, T]` of the named rows."""
+        out = packing.assemble(self.plan, rows, self.source, self.seq_len, self.config.packing, self.bos_id)
+        out["weights"] *= np.float32(self.config.loss_weight)
+        return out
+
+    def describe(self, row: int) -> str:
+        """The row's documents with the tokens taken from each."""
+        return ", ".join(f"{self.source.name(d)}[{start}:{end}]" for d, start, end in self.plan.spans(row))
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskPart:
+    """Rows of a retrieval task, each from a random stream of its own."""
+
+    config: PartConfig
+    seq_len: int
+    source: sources.Selection
+    task: Task
+    key: tuple[int, ...]
+    size: None = None
+
+    def build(self, rows: np.ndarray) -> Mapping[str, np.ndarray]:
+        """Arrays `[n, T]` of the named rows."""
+        count = self.task.uniforms(self.seq_len)
+        uniforms = np.stack([rng.random(count) for rng in generators(self.key, rows)])
+        samples = self.task.rows(uniforms, self.seq_len, self.source)
+        return {
+            "tokens": samples.tokens[:, :-1],
+            "targets": samples.tokens[:, 1:],
+            "weights": samples.weights[:, 1:] * np.float32(self.config.loss_weight),
+            "segments": np.ones((len(rows), self.seq_len), np.int32),
+            "positions": np.broadcast_to(np.arange(self.seq_len, dtype=np.int32), (len(rows), self.seq_len)),
+        }
+
+    def describe(self, row: int) -> str:
+        """The task's name and counts."""
+        needles, queries = self.task.counts(self.seq_len)
+        return f"{self.config.kind} with {needles} needles and {queries} queries"
+
+
+@dataclasses.dataclass(frozen=True)
+class Remapped:
+    """A part whose positions are skipped or randomized, row by row."""
+
+    part: TextPart | TaskPart
+    max_position: int
+    key: tuple[int, ...]
+
+    @property
+    def size(self) -> int | None:
+        """Rows in an epoch, None without end."""
+        return self.part.size
+
+    def build(self, rows: np.ndarray) -> Mapping[str, np.ndarray]:
+        """Arrays `[n, T]` of the named rows."""
+        out = dict(self.part.build(rows))
+        new = np.empty_like(out["positions"])
+        for i, rng in enumerate(generators(self.key, rows)):
+            if self.part.config.remap == "pose":
+                new[i] = remap.pose(out["positions"][i], rng, self.max_position)
+            else:
+                new[i] = remap.randomized(new.shape[1], rng, self.max_position)
+        return {**out, "positions": new}
+
+    def describe(self, row: int) -> str:
+        """The part's own words and the remap."""
+        return f"{self.part.describe(row)}; positions {self.part.config.remap} up to {self.max_position}"
+
+
+def generators(key: tuple[int, ...], rows: np.ndarray) -> Iterator[np.random.Generator]:
+    """The random stream of each row: counter-based generators, cheap to make, the same on every machine."""
+    words = np.random.SeedSequence(key).generate_state(2, np.uint64)
+    for row in rows.tolist():
+        yield np.random.Generator(np.random.Philox(key=words, counter=[0, 0, 0, row]))
+
+
+def _make_part(loader: Loader, name: str, split: sources.Split, key: tuple[int, ...]) -> TextPart | TaskPart | Remapped:
+    config, tokenizer, seq_len = loader.config.parts[name], loader.corpus.tokenizer, loader.seq_len
+    try:
+        chosen = loader.corpus.select(config.source, split)
+        source = sources.lengths_between(chosen, config.min_tokens, config.max_tokens)
+        if config.is_task:
+            part = TaskPart(config, seq_len, source, Task(config.kind, config.task, tokenizer), (*key, _TASK))
+            part.build(np.arange(1))
+        else:
+            kept = _keep(source, config, np.random.default_rng((*key, _KEEP)))
+            rng = np.random.default_rng((*key, _PLAN))
+            plan = packing.plan(config.packing.method, kept.lengths, seq_len - config.packing.shared_bos, rng)
+            part = TextPart(config, seq_len, kept, plan, tokenizer.bos_id)
+            part.build(np.arange(1))
+    except UserError as error:
+        raise UserError(f"data.parts.{name}: {error}") from error
+    return part if config.remap == "none" else Remapped(part, loader.max_position, (*key, _REMAP))
+
+
+def _keep(source: sources.Selection, config: PartConfig, rng: np.random.Generator) -> sources.Selection:
+    """All long documents, and short ones with probability `short_keep`, drawn once for the stage."""
+    keep = (source.lengths >= config.short_tokens) | (rng.random(len(source.lengths)) < config.short_keep)
+    if not keep.any():
+        raise UserError(f"short_keep={config.short_keep} left none of {len(keep)} documents; raise it or lower short_tokens")
+    return sources.Selection(source.source, source.ids[keep])
+
+
+def probe(config: DataConfig, seq_len: int, rows: int, seed: int, corpus: Corpus | None = None) -> Batch:
+    """A fixed batch of `rows` held-out rows `[rows, T]` to watch a run with.
+
+    The first half is packed text with its ordinary weights, the rest (`rows // 2`) needles in held-out text with weight 1 on
+    the answers and 0 elsewhere. Packing and task are those of the mixture's heaviest text and heaviest task part, or the
+    defaults over its heaviest part's source. A function of its arguments alone. Raises `UserError` for fewer than two rows.
+    """
+    if rows < 2:
+        raise UserError(f"a probe of {rows} rows cannot hold both text and needles; give at least 2")
+    used = sorted((part for _, part in sorted(config.parts.items()) if part.weight > 0), key=lambda part: -part.weight)
+    text = next((part for part in used if not part.is_task), PartConfig(source=used[0].source))
+    needles = next((part for part in used if part.is_task), PartConfig(kind="multikey", source=used[0].source))
+    task = dataclasses.replace(needles.task, answer_weight=1.0, needle_weight=0.0, query_weight=0.0, haystack_weight=0.0)
+    needles = dataclasses.replace(needles, task=task)
+    plain = {"weight": 1.0, "loss_weight": 1.0, "remap": "none"}
+    corpus = Corpus(config) if corpus is None else corpus
+    halves = []
+    for part, count in ((text, rows - rows // 2), (needles, rows // 2)):
+        alone = dataclasses.replace(config, parts={"probe": dataclasses.replace(part, **plain)})
+        halves.append(Loader(alone, seq_len, count, seed, corpus=corpus, split="heldout").batch(0))
+    return jax.tree.map(lambda *x: np.concatenate(x), *halves)

@@ -1,0 +1,181 @@
+"""From documents of known lengths to rows: a seeded plan of spans, then the rows' arrays.
+
+Legend: D documents, R rows, S spans, T tokens in a row, n rows asked for.
+
+Rules that hold for every combination of options:
+- A plan uses every token of every document exactly once as an input token. Nothing is dropped: the last row of a stream and
+  the rows of the fitting methods may end in padding (segment `PADDING`, weight 0).
+- A document longer than the row is cut into pieces of the row's length and a rest. A piece is a document to the mask and to
+  reset positions: it sees nothing of the piece before, and its positions start again.
+- A token's target is the next token of its own document, also where that stands in the next row. A document's last token has
+  weight 0 under a document mask. Without one its target is the next document's first token if that stands in the same row,
+  else it has weight 0.
+- `shared_bos` takes the row's first place: segment `SHARED`, position 0, weight 0. Documents share the T-1 places behind it;
+  with reset positions each starts at 1, as though it alone followed the anchor.
+- Positions that are not reset count along the row, whatever the mask.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+
+import numpy as np
+
+from lcx.core.batch import PADDING, SHARED
+from lcx.core.errors import UserError
+from lcx.data.config import PackingConfig
+from lcx.data.sources import Selection, cut, ranges
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Which spans each row holds: row i has spans `splits[i]` to `splits[i + 1]` of `document`, `start`, `end` (int64 `[S]`)."""
+
+    splits: np.ndarray
+    document: np.ndarray
+    start: np.ndarray
+    end: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.splits) - 1
+
+    def spans(self, row: int) -> list[tuple[int, int, int]]:
+        """(document, start, end) of one row's spans, in the row's order."""
+        own = slice(self.splits[row], self.splits[row + 1])
+        return list(zip(self.document[own].tolist(), self.start[own].tolist(), self.end[own].tolist(), strict=True))
+
+    def fill_ratio(self, capacity: int) -> float:
+        """Share of the rows' places that hold a document's token."""
+        return float((self.end - self.start).sum() / (len(self) * capacity))
+
+
+def plan(method: str, lengths: np.ndarray, capacity: int, rng: np.random.Generator) -> Plan:
+    """A plan over documents of `lengths` int64 `[D]` (all above 0) for rows of `capacity` tokens; `rng` shuffles the documents.
+
+    `concat_then_split`: the shuffled documents are one stream, cut every `capacity` tokens. `first_fit`: in shuffled order,
+    each piece goes into the first row with room. `best_fit`: from the longest piece to the shortest (equal ones in shuffled
+    order), each goes into the fullest row that still has room (arXiv:2404.10830). Raises `UserError` for an unusable capacity.
+    """
+    if capacity < 1:
+        raise UserError(f"a row of {capacity} tokens holds no document; give a longer seq_len")
+    order = rng.permutation(len(lengths))
+    if method == "concat_then_split":
+        return _concat(order, lengths[order], capacity)
+    document, start, end = _pieces(order, lengths[order], capacity)
+    if method == "best_fit":
+        longest_first = np.argsort(start - end, kind="stable")
+        document, start, end = document[longest_first], start[longest_first], end[longest_first]
+    fit = {"first_fit": _first_fit, "best_fit": _best_fit}[method]
+    row = fit((end - start).tolist(), capacity)
+    by_row = np.argsort(row, kind="stable")
+    counts = np.bincount(row)
+    return Plan(np.concatenate([[0], np.cumsum(counts)]), document[by_row], start[by_row], end[by_row])
+
+
+def _concat(order: np.ndarray, lengths: np.ndarray, capacity: int) -> Plan:
+    cumulative = np.concatenate([[0], np.cumsum(lengths)])
+    starts = np.arange(0, cumulative[-1], capacity)
+    row, document, start, end = cut(cumulative, starts, np.minimum(starts + capacity, cumulative[-1]))
+    splits = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=len(starts)))])
+    return Plan(splits, order[document], start, end)
+
+
+def _pieces(order: np.ndarray, lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    counts = -(-lengths // capacity)
+    document = np.repeat(order, counts)
+    start = ranges(np.zeros_like(counts), counts) * capacity
+    return document, start, np.minimum(start + capacity, np.repeat(lengths, counts))
+
+
+def _first_fit(sizes: list[int], capacity: int) -> np.ndarray:
+    """Row of each piece; a tree over the rows holds the most room of any row below each node, so a search is logarithmic."""
+    leaves = 1 << max(len(sizes) - 1, 0).bit_length()
+    room = [capacity] * (2 * leaves)
+    rows = np.empty(len(sizes), np.int64)
+    for piece, size in enumerate(sizes):
+        node = 1
+        while node < leaves:
+            node *= 2
+            node += room[node] < size
+        rows[piece] = node - leaves
+        room[node] -= size
+        while node > 1:
+            node //= 2
+            most = max(room[2 * node], room[2 * node + 1])
+            if room[node] == most:
+                break
+            room[node] = most
+    return rows
+
+
+def _best_fit(sizes: list[int], capacity: int) -> np.ndarray:
+    """Row of each piece; open rows are kept sorted by room, then by age."""
+    open_rows: list[tuple[int, int]] = []
+    rows = np.empty(len(sizes), np.int64)
+    count = 0
+    for piece, size in enumerate(sizes):
+        at = bisect.bisect_left(open_rows, (size, -1))
+        if at < len(open_rows):
+            room, row = open_rows.pop(at)
+        else:
+            room, row = capacity, count
+            count += 1
+        rows[piece] = row
+        if room > size:
+            bisect.insort(open_rows, (room - size, row))
+    return rows
+
+
+def assemble(plan: Plan, rows: np.ndarray, source: Selection, seq_len: int, config: PackingConfig, bos_id: int | None) -> dict:
+    """The named rows as arrays `[n, T]`: tokens, targets, positions, segments (int32) and weights (float32).
+
+    The plan must have been made for rows of `seq_len - config.shared_bos` tokens. Raises `UserError` when the shared anchor
+    is asked for and the tokenizer has no begin-of-sequence token.
+    """
+    if config.shared_bos and bos_id is None:
+        raise UserError("packing.shared_bos=True needs a begin-of-sequence token; take tokenizer 'bytes+bos' or set it to False")
+    anchor, shape = int(config.shared_bos), (len(rows), seq_len)
+    counts = plan.splits[rows + 1] - plan.splits[rows]
+    spans = ranges(plan.splits[rows], counts)
+    document, start, end = plan.document[spans], plan.start[spans], plan.end[spans]
+    lengths, row = end - start, np.repeat(np.arange(len(rows)), counts)
+    before = np.cumsum(lengths) - lengths
+    first = np.cumsum(counts) - counts
+    place = ranges(row * seq_len + anchor + before - np.repeat(before[first], counts), lengths)
+
+    tokens = source.gather(document, start, end)
+    targets, weights = _targets(tokens, source, document, end, np.cumsum(lengths) - 1, row, config.mask_documents)
+    number = ranges(np.ones_like(counts), counts) if config.mask_documents else np.ones_like(lengths)
+    columns = np.broadcast_to(np.arange(seq_len, dtype=np.int32), shape)
+    out = {
+        "tokens": _scatter(shape, place, tokens, 0),
+        "targets": _scatter(shape, place, targets, 0),
+        "weights": _scatter(shape, place, weights, np.float32(0)),
+        "segments": _scatter(shape, place, np.repeat(number, lengths), PADDING),
+        "positions": columns.copy(),
+    }
+    if config.reset_positions:
+        out["positions"] = _scatter(shape, place, ranges(np.full_like(lengths, anchor), lengths), 0)
+    if config.shared_bos:
+        out["tokens"][:, 0], out["segments"][:, 0] = bos_id, SHARED
+        out["targets"][:, 0] = out["tokens"][:, 1]
+    return out
+
+
+def _targets(tokens, source, document, end, last, row, masked) -> tuple[np.ndarray, np.ndarray]:
+    """Next token and weight of each token; `last` int64 `[S]` is where each span's last token stands in `tokens`."""
+    targets = np.append(tokens[1:], np.int32(0))
+    weights = np.ones(len(tokens), np.float32)
+    goes_on = end < source.lengths[document]
+    targets[last[goes_on]] = source.gather(document[goes_on], end[goes_on], end[goes_on] + 1)
+    neighbour = np.append(row[1:] == row[:-1], False) & (not masked)
+    weights[last[~goes_on & ~neighbour]] = 0
+    targets[last[~goes_on & ~neighbour]] = 0
+    return targets, weights
+
+
+def _scatter(shape: tuple[int, int], place: np.ndarray, values: np.ndarray, fill: np.generic | int) -> np.ndarray:
+    out = np.full(shape, fill, np.float32 if isinstance(fill, np.float32) else np.int32)
+    out.reshape(-1)[place] = values
+    return out

@@ -1,0 +1,125 @@
+"""The files of a prepared dataset: ArrayRecord shards of `tf.train.Example` messages, in the layout that TFDS reads.
+
+    folder/dataset_info.json, features.json      what `tfds.builder_from_directory(folder)` needs
+    folder/<name>-train.array_record-00000       documents 0, 1, ...: features `name` (text) and `tokens` (raw bytes of a vector)
+    folder/index/00000.npz                       lengths, text hashes and names of that shard's documents; the shard's commit mark
+    folder/lcx.json                              tokenizer fingerprint, source, counts, and whether the dataset is complete
+
+An `Example` is written and read here by hand: its bytes must be the same in every run, which protobuf does not promise for
+maps, and reading must not need TensorFlow. Wire format: https://protobuf.dev/programming-guides/encoding.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+META = "lcx.json"
+
+
+def shard_path(folder: pathlib.Path, name: str, shard: int) -> pathlib.Path:
+    """Where a shard's documents stand."""
+    return folder / f"{name}-train.array_record-{shard:05d}"
+
+
+def index_path(folder: pathlib.Path, shard: int) -> pathlib.Path:
+    """Where a shard's index stands."""
+    return folder / "index" / f"{shard:05d}.npz"
+
+
+def write_atomically(path: pathlib.Path, content: bytes) -> None:
+    """The file exists with all of `content` or, whenever this is killed, as it was before."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def write_index(path: pathlib.Path, names: Sequence[str], lengths: Sequence[int], hashes: Sequence[int]) -> None:
+    """One shard's index, atomically."""
+    content = io.BytesIO()
+    words = np.frombuffer(json.dumps(list(names)).encode(), np.uint8)
+    np.savez(content, lengths=np.asarray(lengths, np.int64), hashes=np.asarray(hashes, np.uint64), names=words)
+    write_atomically(path, content.getvalue())
+
+
+def read_index(path: pathlib.Path) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """(names, lengths int64, hashes uint64) of a shard."""
+    with np.load(path) as index:
+        return json.loads(index["names"].tobytes()), index["lengths"], index["hashes"]
+
+
+def encode_example(features: Mapping[str, bytes]) -> bytes:
+    """A `tf.train.Example` with one bytes value per feature, in the mapping's order."""
+    entries = (_field(1, _field(1, key.encode()) + _field(2, _field(1, _field(1, value)))) for key, value in features.items())
+    return _field(1, b"".join(entries))
+
+
+def decode_example(message: bytes) -> dict[str, bytes]:
+    """The one bytes value of each feature of a `tf.train.Example`."""
+    (features,) = (value for number, value in _fields(memoryview(message)) if number == 1)
+    out = {}
+    for _, entry in _fields(features):
+        parts = dict(_fields(entry))
+        (values,) = (value for _, value in _fields(parts[2]))
+        out[bytes(parts[1]).decode()] = bytes(next(value for _, value in _fields(values)))
+    return out
+
+
+def tfds_files(name: str, shard_lengths: Sequence[int], num_bytes: int, dtype: np.dtype) -> dict[str, Any]:
+    """Contents of the JSON files by which TFDS finds the shards and their features."""
+    tensor = {"dtype": np.dtype(dtype).name, "encoding": "bytes", "shape": {"dimensions": ["-1"]}}
+    core = "tensorflow_datasets.core.features"
+    features = {
+        "name": {"pythonClassName": f"{core}.text_feature.Text", "text": {}},
+        "tokens": {"pythonClassName": f"{core}.tensor_feature.Tensor", "tensor": tensor},
+    }
+    split = {
+        "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}",
+        "name": "train",
+        "numBytes": str(num_bytes),
+        "shardLengths": [str(length) for length in shard_lengths],
+    }
+    return {
+        "dataset_info.json": {"fileFormat": "array_record", "name": name, "splits": [split], "version": "1.0.0"},
+        "features.json": {"featuresDict": {"features": features}, "pythonClassName": f"{core}.features_dict.FeaturesDict"},
+    }
+
+
+def _field(number: int, payload: bytes) -> bytes:
+    """A length-delimited field."""
+    size, varint = len(payload), bytearray()
+    while size > 127:
+        varint.append(size & 127 | 128)
+        size >>= 7
+    varint.append(size)
+    return bytes([number << 3 | 2]) + bytes(varint) + payload
+
+
+def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
+    at = 0
+    while at < len(message):
+        tag, at = _varint(message, at)
+        if tag & 7 != 2:
+            raise ValueError(f"field {tag >> 3} of a prepared record is not length-delimited")
+        size, at = _varint(message, at)
+        yield tag >> 3, message[at : at + size]
+        at += size
+
+
+def _varint(message: memoryview, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = message[at]
+        value |= (byte & 127) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 128:
+            return value, at
