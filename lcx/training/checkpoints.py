@@ -1,0 +1,323 @@
+"""Checkpoints of a run: written in the background, restored into abstract trees, the newest readable one taken.
+
+Layout of a workdir: `config.json`, `checkpoints/<step>/{params,progress}`, `metrics.jsonl`, `decisions.jsonl`, `tensorboard/`.
+`<step>` counts the steps of the whole run. What is not an array (stage, loader position, schemes in force) stands in a
+checkpoint's custom metadata.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import absl.logging
+import jax
+from jax.sharding import Mesh
+from orbax.checkpoint import v1 as ocp
+
+from lcx.core import params as parameters
+from lcx.core.console import warn
+from lcx.core.errors import UserError
+from lcx.core.trees import Tree, num_bytes
+from lcx.model.params import specs
+from lcx.positions.form import Scheme
+from lcx.positions.schemes import from_config, to_config
+from lcx.training.stages import CheckpointConfig, RunConfig
+from lcx.training.step import TrainState
+from lcx.training.workdir import read_config
+
+FOLDER = "checkpoints"
+
+
+@dataclasses.dataclass(frozen=True)
+class Meta:
+    """Where a checkpoint stands in its run, and what a later reader needs to know to use it.
+
+    `stage_step` is also the loader's state: the next batch of stage `stage_index`. `attempt` counts the monitor's rollbacks of
+    the stage. `positions` holds the scheme in force of each layer kind, `length` the declared length. `losses`,
+    `probe_before` and `reference` are what the monitor has seen of the stage.
+    """
+
+    stage: str
+    stage_index: int
+    attempt: int
+    stage_step: int
+    step: int
+    length: int
+    seed: int
+    config: str
+    positions: dict[str, Any]
+    losses: tuple[float, ...] = ()
+    probe_before: dict[str, float] | None = None
+    reference: dict[str, float] | None = None
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """(stage, attempt, step of the stage), ordered as the run goes."""
+        return self.stage_index, self.attempt, self.stage_step
+
+    @property
+    def schemes(self) -> dict[str, Scheme]:
+        """Layer kind (or `default`) -> scheme in force."""
+        return {kind: from_config(values) for kind, values in self.positions.items()}
+
+
+def scheme_configs(schemes: Mapping[str, Scheme]) -> dict[str, Any]:
+    """`Meta.positions` of schemes."""
+    return {kind: to_config(scheme) for kind, scheme in schemes.items()}
+
+
+class Store:
+    """The checkpoints of one workdir. `ends`: steps at which stages end, always kept. Use as a context manager."""
+
+    def __init__(self, workdir: Path, config: CheckpointConfig, ends: Sequence[int] = ()):
+        policies = ocp.training.preservation_policies
+        keep = [policies.LatestN(config.keep_latest), policies.CustomSteps(steps=[0, *ends])]
+        if config.keep_every is not None:
+            keep.append(policies.EveryNSteps(config.keep_every))
+        self.directory = Path(workdir).absolute() / FOLDER
+        self._checkpointer = ocp.training.Checkpointer(
+            self.directory,
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=policies.AnyPreservationPolicy(keep),
+            cleanup_tmp_directories=True,
+        )
+        self._saving: tuple[int, Any] | None = None
+
+    def __enter__(self) -> "Store":
+        # Errors reach the user as one sentence; the library's own account of them, with its traceback, would bury it.
+        self._level = absl.logging.get_verbosity()
+        absl.logging.set_verbosity(absl.logging.FATAL)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.wait()
+        except UserError:
+            if kind is None:
+                raise
+        finally:
+            # What failed was said already; closing would raise it once more.
+            with contextlib.suppress(Exception):
+                self._checkpointer.close()
+            absl.logging.set_verbosity(self._level)
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps that have a complete checkpoint, ascending."""
+        return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+
+    def save(self, state: TrainState, meta: Meta) -> None:
+        """Begin to write a checkpoint; the state may be donated as soon as this returns.
+
+        Raises `UserError` when the disk is (or became, since the last call) too full; earlier checkpoints stay as they are.
+        """
+        self.wait()
+        if meta.step in self.steps:
+            return
+        self._check_space(state, meta.step)
+        trees = {"params": state.params, "progress": _progress(state)}
+        try:
+            response = self._checkpointer.save_checkpointables_async(
+                meta.step, trees, force=True, custom_metadata=dataclasses.asdict(meta)
+            )
+        except Exception as error:
+            raise self._failed(meta.step, error) from error
+        self._saving = (meta.step, response)
+
+    def wait(self) -> None:
+        """Until the last checkpoint is complete on disk; raises `UserError` when it could not be written."""
+        if self._saving is None:
+            return
+        (step, response), self._saving = self._saving, None
+        try:
+            if response is not None:
+                response.result()
+        except Exception as error:
+            raise self._failed(step, error) from error
+
+    def meta(self, step: int) -> Meta:
+        """The record of a checkpoint."""
+        values = dict(self._checkpointer.checkpointables_metadata(step).custom_metadata)
+        return Meta(**{**values, "losses": tuple(values["losses"])})
+
+    def restore(self, abstract: Callable[[Meta], TrainState], wanted: Callable[[Meta], bool]) -> tuple[TrainState, Meta] | None:
+        """State and record of the newest checkpoint that can be read; None when there is none.
+
+        `abstract` gives the tree to restore into; checkpoints that `wanted` refuses are deleted. One that cannot be read is set
+        aside with a warning, and the one before is taken; raises `UserError` when none can be read.
+        """
+        broken: dict[int, Exception] = {}
+        for step in reversed(self.steps):
+            try:
+                meta = self.meta(step)
+                found = self.read(step, abstract(meta)) if wanted(meta) else None
+            except UserError:
+                raise
+            except Exception as error:
+                broken[step] = error
+                continue
+            if found is None:
+                self._checkpointer.delete(step)
+                continue
+            for bad, error in broken.items():
+                self._set_aside(bad, error, step)
+            return found, meta
+        if broken:
+            step, error = next(iter(broken.items()))
+            raise UserError(
+                f"no checkpoint in {self.directory} can be read (step {step}: {_short(error)}); "
+                f"restore it from a copy, or delete {self.directory} to start over"
+            )
+        return None
+
+    def read(self, step: int, abstract: TrainState) -> TrainState:
+        """The state of one checkpoint, placed as `abstract` says."""
+        trees = {"params": abstract.params, "progress": _progress(abstract)}
+        found = self._checkpointer.load_checkpointables(step, trees)
+        return TrainState(params=found["params"], **found["progress"])
+
+    def read_params(self, step: int, abstract: Tree) -> Tree:
+        """The parameters alone of one checkpoint."""
+        return self._checkpointer.load_checkpointables(step, {"params": abstract})["params"]
+
+    def drop_after(self, step: int) -> None:
+        """Delete checkpoints beyond `step`: the run goes back."""
+        self.wait()
+        for later in [known for known in self.steps if known > step]:
+            self._checkpointer.delete(later)
+
+    def _set_aside(self, step: int, error: Exception, used: int) -> None:
+        aside = self.directory.parent / f"{FOLDER}.unreadable" / str(step)
+        warn(
+            f"checkpoint {step} in {self.directory} cannot be read ({_short(error)}); going on from step {used}; it moves "
+            f"to {aside}"
+        )
+        if jax.process_index() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(self.directory / str(step), aside)
+        self._checkpointer.reload()
+
+    def _check_space(self, state: TrainState, step: int) -> None:
+        needed, free = num_bytes(state) // jax.process_count(), shutil.disk_usage(self.directory).free
+        if free < needed:
+            raise UserError(
+                f"checkpoint {step} needs {needed / 1e6:,.1f} MB and {self.directory} has {free / 1e6:,.1f} MB left; free some "
+                f"space and run the same command, {self._newest()}"
+            )
+
+    def _failed(self, step: int, error: Exception) -> UserError:
+        self._checkpointer.reload()
+        return UserError(
+            f"checkpoint {step} could not be written to {self.directory} ({_short(error)}); make room or mend the disk and run the "
+            f"same command, {self._newest()}"
+        )
+
+    def _newest(self) -> str:
+        return f"which goes on from step {self.steps[-1]}" if self.steps else "which starts over: no earlier checkpoint exists"
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """Weights for evaluation: `params` on their mesh, the run's config, and the schemes and length they were trained with."""
+
+    params: Tree
+    run: RunConfig
+    meta: Meta
+
+    @property
+    def schemes(self) -> dict[str, Scheme]:
+        """Layer kind (or `default`) -> scheme in force at the checkpoint."""
+        return self.meta.schemes
+
+
+def load_meta(path: str | Path) -> Meta:
+    """The record of the newest checkpoint of a workdir, or of a checkpoint folder, without its arrays."""
+    workdir, step = _locate(Path(path), None)
+    run = read_config(workdir)
+    with Store(workdir, CheckpointConfig(), stage_ends(run)) as store:
+        if not store.steps or step is not None and step not in store.steps:
+            raise UserError(f"{path} holds no complete checkpoint; train first, or name another workdir")
+        return store.meta(store.steps[-1] if step is None else step)
+
+
+def load_params(path: str | Path, step: int | None = None, stage: str | None = None, mesh: Mesh | None = None) -> Loaded:
+    """Parameters from a workdir (newest, or at a `step`, or at the end of a `stage`) or from one of its checkpoint folders.
+
+    Placed on `mesh` (default: the first device). The newest that can be read is taken where none is named. Raises `UserError`
+    when there is no such checkpoint or it cannot be read.
+    """
+    workdir, step = _locate(Path(path), step)
+    run = read_config(workdir)
+    if stage is not None:
+        names = [known.name for known in run.stages]
+        if stage not in names:
+            raise UserError(f"the run in {workdir} has no stage {stage!r}; it has {', '.join(names)}")
+        step = stage_ends(run)[names.index(stage)]
+    with Store(workdir, CheckpointConfig(), stage_ends(run)) as store:
+        if not store.steps:
+            raise UserError(f"{store.directory} holds no complete checkpoint; train first, or name another workdir")
+        if step is not None and step not in store.steps:
+            wanted = f"at the end of stage {stage!r} (step {step})" if stage else f"of step {step}"
+            raise UserError(f"{store.directory} has no checkpoint {wanted}; it has {', '.join(map(str, store.steps))}")
+        return _read_newest(store, run, store.steps if step is None else [step], mesh)
+
+
+def stage_ends(run: RunConfig) -> list[int]:
+    """The run's step count at the end of each stage."""
+    total, ends = 0, []
+    for stage in run.stages:
+        total += stage.steps
+        ends.append(total)
+    return ends
+
+
+def abstract_params(run: RunConfig, meta: Meta, mesh: Mesh | None) -> Tree:
+    """`ShapeDtypeStruct`s of a checkpoint's parameters on `mesh`, or on the first device."""
+    schemes = meta.schemes
+    table = specs(run.model, {kind: schemes.get(kind, schemes.get("default")) for kind in run.model.kinds}, meta.length)
+    if mesh is not None:
+        return parameters.abstract(table, mesh)
+    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), parameters.abstract(table))
+
+
+def _read_newest(store: Store, run: RunConfig, steps: Sequence[int], mesh: Mesh | None) -> Loaded:
+    failures = []
+    for step in reversed(steps):
+        try:
+            meta = store.meta(step)
+            loaded = Loaded(store.read_params(step, abstract_params(run, meta, mesh)), run, meta)
+        except UserError:
+            raise
+        except Exception as error:
+            failures.append(f"step {step}: {_short(error)}")
+            continue
+        for failure in failures:
+            warn(f"a checkpoint in {store.directory} cannot be read ({failure}); taking step {step}")
+        return loaded
+    raise UserError(f"no checkpoint in {store.directory} can be read ({'; '.join(failures)})")
+
+
+def _locate(path: Path, step: int | None) -> tuple[Path, int | None]:
+    if not path.is_dir():
+        raise UserError(f"checkpoint {path} is no folder; name a run's workdir, or a folder {FOLDER}/<step> in it")
+    if path.name == FOLDER:
+        return path.parent, step
+    if path.parent.name == FOLDER and path.name.isdigit():
+        return path.parent.parent, int(path.name)
+    return path, step
+
+
+def _progress(state: TrainState) -> dict[str, Any]:
+    return {"opt_state": state.opt_state, "step": state.step, "skipped": state.skipped, "in_a_row": state.in_a_row}
+
+
+def _short(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 160 else f"{text[:60]} ... {text[-95:]}"

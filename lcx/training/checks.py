@@ -1,0 +1,71 @@
+"""Cross-checks of a run against its devices and its model, made before anything is compiled or read."""
+
+from __future__ import annotations
+
+from jax.sharding import Mesh
+
+from lcx.core.console import warn
+from lcx.core.errors import UserError
+from lcx.core.mesh import RULES, axis_size, check_divides
+from lcx.core.params import paths_of
+from lcx.core.trees import Tree
+from lcx.model.config import ModelConfig
+from lcx.training.stages import RunConfig, StageConfig
+
+
+def check_stage(run: RunConfig, stage: StageConfig, mesh: Mesh, specs: Tree) -> None:
+    """Raises `UserError` where the sizes of a stage do not fit its mesh."""
+    check_batch(stage, mesh)
+    check_divides(f"stages.{stage.name}.seq_len", stage.seq_len, mesh, "sequence")
+    check_model(run.model, mesh)
+    for path, spec in paths_of(specs):
+        for size, name in zip(spec.shape, spec.logical_axes, strict=True):
+            if name is not None:
+                check_divides(f"{name} dimension of {path}", size, mesh, name)
+
+
+def check_batch(stage: StageConfig, mesh: Mesh) -> None:
+    """Rows divide over microbatches and the mesh axes of the batch."""
+    pieces = axis_size(mesh, "batch")
+    unit = pieces * stage.accumulate
+    if stage.batch_size % unit:
+        below = stage.batch_size // unit * unit
+        nearest = f"{below} and {below + unit}" if below else str(unit)
+        axes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in RULES["batch"])
+        raise UserError(
+            f"stages.{stage.name}.batch_size={stage.batch_size} rows do not divide by {axes} times accumulate={stage.accumulate}, "
+            f"which is {unit}; nearest are {nearest}"
+        )
+
+
+def check_model(model: ModelConfig, mesh: Mesh) -> None:
+    """Model sizes divide over the mesh axes that split them."""
+    for field, logical in (
+        ("num_heads", "heads"),
+        ("num_kv_heads", "kv_heads"),
+        ("mlp_dim", "mlp"),
+        ("vocab_size", "vocab"),
+        ("model_dim", "embed"),
+    ):
+        check_divides(f"model.{field}", getattr(model, field), mesh, logical)
+
+
+def check_vocabulary(model: ModelConfig, vocab_size: int, tokenizer: str) -> None:
+    """The tokenizer's ids fit the model's embedding table."""
+    if model.vocab_size < vocab_size:
+        raise UserError(
+            f"model.vocab_size={model.vocab_size} is below the {vocab_size} tokens of data.tokenizer={tokenizer!r}; "
+            f"set it to at least {vocab_size}"
+        )
+
+
+def remark(run: RunConfig) -> None:
+    """Warn of what is allowed and seldom meant."""
+    for before, stage in zip(run.stages, run.stages[1:], strict=False):
+        if stage.seq_len < before.seq_len:
+            warn(f"stages.{stage.name}.seq_len={stage.seq_len} is shorter than {before.name}'s {before.seq_len}")
+        if stage.length > before.length and not stage.positions and not run.monitored(stage):
+            warn(
+                f"stages.{stage.name} is longer than {before.name} and keeps its positional scheme; "
+                f"set stages.{stage.name}.positions"
+            )

@@ -1,0 +1,71 @@
+"""Batches made ahead while the device computes, and signals that ask a run to stop."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from types import FrameType
+from typing import Any
+
+from lcx.core.batch import Batch
+from lcx.core.console import warn
+
+AHEAD = 2
+
+
+class Feed:
+    """The batches of steps `start` to `stop - 1` in order, the next `AHEAD` in the making in one thread. A context manager."""
+
+    def __init__(self, make: Callable[[int], Batch], start: int, stop: int):
+        self._make, self._next, self._stop = make, start, stop
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="feed")
+        self._waiting: deque[concurrent.futures.Future[Batch]] = deque()
+
+    def __enter__(self) -> "Feed":
+        self._fill()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def take(self) -> tuple[Batch, float]:
+        """The next batch and the seconds that were spent waiting for it."""
+        begin = time.perf_counter()
+        batch = self._waiting.popleft().result()
+        self._fill()
+        return batch, time.perf_counter() - begin
+
+    def _fill(self) -> None:
+        while len(self._waiting) < AHEAD and self._next < self._stop:
+            self._waiting.append(self._pool.submit(self._make, self._next))
+            self._next += 1
+
+
+class Stop:
+    """While entered, the first Ctrl-C or SIGTERM only sets `signal`; a second Ctrl-C interrupts at once.
+
+    On several hosts JAX's own preemption service decides, so that all stop after the same step.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before: Mapping[int, Any] = {}
+
+    def __enter__(self) -> "Stop":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+        warn(f"{signal.Signals(number).name}: saving after this step; Ctrl-C once more stops at once")

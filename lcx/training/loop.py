@@ -1,0 +1,275 @@
+"""Train a list of stages, from wherever the workdir stands to the end of the last one."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from lcx.core.console import Progress, console, say, warn
+from lcx.core.errors import UserError
+from lcx.core.trees import Tree, num_elements
+from lcx.model.config import Architecture
+from lcx.positions.form import Scheme
+from lcx.training import metrics, monitor
+from lcx.training.checkpoints import Meta, Store, scheme_configs, stage_ends
+from lcx.training.checks import remark
+from lcx.training.feed import Feed, Stop
+from lcx.training.plan import Plan, Planner
+from lcx.training.stages import RunConfig
+from lcx.training.start import Start, at_stage_start, begin, carry, origin
+from lcx.training.step import TrainState
+from lcx.training.workdir import fingerprint, open_workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """The end of a run: final parameters with what is needed to use them, and the monitor's decisions."""
+
+    workdir: Path
+    step: int
+    params: Tree
+    arch: Architecture
+    arrays: Tree
+    schemes: dict[str, Scheme]
+    decisions: tuple[dict[str, Any], ...]
+
+
+@dataclasses.dataclass
+class Watch:
+    """What the monitor has seen of the present stage."""
+
+    losses: list[float] = dataclasses.field(default_factory=list)
+    before: monitor.Probe | None = None
+    reference: monitor.Probe | None = None
+
+
+def train(run: RunConfig, workdir: str | Path, devices: Sequence[jax.Device] | None = None) -> Result:
+    """Run all stages that the workdir has not seen the end of; the same call goes on after any interruption.
+
+    Ctrl-C saves and raises `KeyboardInterrupt`, SIGTERM saves and exits with status 143. Raises `UserError` for a config that
+    cannot work, a workdir of another run, a full disk, and too many non-finite steps in a row.
+    """
+    workdir = Path(workdir).absolute()
+    decisions = metrics.read(workdir / "decisions.jsonl")
+    planner = Planner(run, decisions, devices, origin(run.init_from))
+    open_workdir(workdir, run)
+    remark(run)
+    main = jax.process_index() == 0
+    with Stop() as stop, Store(workdir, run.checkpoint, stage_ends(run)) as store:
+        writer = metrics.Writer(workdir, run.metrics, active=main)
+        try:
+            return Trainer(planner, workdir, store, writer, decisions, stop).run()
+        finally:
+            writer.close()
+
+
+class Trainer:
+    """The state of a run in this process; `train` is the way in."""
+
+    def __init__(
+        self, planner: Planner, workdir: Path, store: Store, writer: metrics.Writer, decisions: list[dict[str, Any]], stop: Stop
+    ):
+        self.planner, self.config, self.workdir = planner, planner.run, workdir
+        self.store, self.writer, self.decisions, self.stop = store, writer, decisions, stop
+        self.ends = stage_ends(self.config)
+        self.config_fingerprint = fingerprint(self.config)
+
+    def run(self) -> Result:
+        """All stages that are left."""
+        start = begin(self.planner, self.store)
+        plan, state, at = self.planner.plan(start.index), start.state, start.stage_step
+        watch = _watch(start)
+        self.writer.truncate(lambda row: metrics.place_of(row) <= self._reached(start))
+        self._introduce(plan, state)
+        while True:
+            if at < plan.stage.steps:
+                state, again = self._stage(plan, state, at, watch)
+                if again:
+                    # Nothing of the failed attempt stays in memory beside what is read back.
+                    del state
+                    self.store.drop_after(self._stage_start(plan))
+                    plan = self.planner.plan(plan.index)
+                    state, at, watch = at_stage_start(self.planner, self.store, plan.index), 0, Watch()
+                    continue
+            if plan.index + 1 == len(self.config.stages):
+                break
+            plan = self.planner.plan(plan.index + 1)
+            state, at, watch = carry(state, plan, self.config.seed), 0, Watch()
+        self.store.wait()
+        say(f"done: {self.ends[-1]} steps; metrics and checkpoints in {self.workdir}")
+        return Result(self.workdir, self.ends[-1], state.params, plan.arch, plan.arrays, plan.schemes, tuple(self.decisions))
+
+    def _reached(self, start: Start) -> tuple[int, int, int]:
+        """The place up to which rows of metrics stand; a finished stage counts as the beginning of the next."""
+        stages, index, at = self.config.stages, start.index, start.stage_step
+        if at == stages[index].steps and index + 1 < len(stages):
+            index, at = index + 1, 0
+        return index, self.planner.choose(index)[0].index, at
+
+    def _stage(self, plan: Plan, state: TrainState, at: int, watch: Watch) -> tuple[TrainState, bool]:
+        """Steps `at` to the end of a stage; True when the monitor wants the stage again from its start."""
+        stage, every = plan.stage, self.config.checkpoint.every
+        judged = self.config.monitor.steps if plan.attempt.watched else None
+        if judged is not None and watch.before is None:
+            watch.before = self.planner.probe(plan, state.params)
+            watch.reference = self.planner.reference(plan, state.params)
+        title = stage.name if not plan.attempt.index else f"{stage.name} (attempt {plan.attempt.index + 1})"
+        with Feed(plan.batch, at, stage.steps) as feed, Progress(title, stage.steps, at) as bar:
+            late = Late(self, plan, watch, bar)
+            for step in range(at, stage.steps):
+                batch, waited = feed.take()
+                state, figures = plan.step(state, batch, plan.arrays)
+                late.settle((step, figures, waited))
+                done = step + 1
+                if done == judged:
+                    late.settle()
+                    if self._judge(plan, state, watch):
+                        return state, True
+                total = self._stage_start(plan) + done
+                stopping = self._stopping(total)
+                if stopping or done == stage.steps or (every is not None and total % every == 0):
+                    late.settle()
+                    self._save(plan, state, done, watch)
+                if stopping:
+                    self._leave(total)
+        return state, False
+
+    def _stage_start(self, plan: Plan) -> int:
+        return self.ends[plan.index] - plan.stage.steps
+
+    def _save(self, plan: Plan, state: TrainState, done: int, watch: Watch) -> None:
+        meta = Meta(
+            stage=plan.stage.name,
+            stage_index=plan.index,
+            attempt=plan.attempt.index,
+            stage_step=done,
+            step=self._stage_start(plan) + done,
+            length=plan.stage.length,
+            seed=self.config.seed,
+            config=self.config_fingerprint,
+            positions=scheme_configs(plan.schemes),
+            losses=tuple(watch.losses),
+            probe_before=_record(watch.before),
+            reference=_record(watch.reference),
+        )
+        self.store.save(state, meta)
+
+    def _judge(self, plan: Plan, state: TrainState, watch: Watch) -> bool:
+        """Decide on the stage, write it down, say it; True when the run has to go back to the stage's start."""
+        after = self.planner.probe(plan, state.params)
+        decision = monitor.decide(self.config.monitor, watch.losses, watch.before, after, watch.reference)
+        entry = {
+            "stage": plan.stage.name,
+            "stage_index": plan.index,
+            "attempt": plan.attempt.index,
+            "step": self._stage_start(plan) + len(watch.losses),
+            "theta": plan.theta,
+            **dataclasses.asdict(decision),
+            "probe_before": _record(watch.before),
+            "probe_after": _record(after),
+            "reference": _record(watch.reference),
+        }
+        self.decisions.append(entry)
+        following = self.planner.choose(plan.index)[0]
+        entry["next_theta"] = following.theta
+        if jax.process_index() == 0:
+            metrics.append(self.workdir / "decisions.jsonl", entry)
+        theta = "its scheme" if plan.theta is None else f"theta {plan.theta:.4g}"
+        say(f"monitor: {plan.stage.name} at {theta}: {decision.verdict} ({decision.reason})")
+        if decision.verdict == "straight down":
+            return False
+        if following.watched:
+            say(f"monitor: back to the start of {plan.stage.name}, next theta {following.theta:.4g}")
+        else:
+            scheme = "its scheme as it is" if following.theta is None else f"theta {following.theta:.4g}, whose probe was the best"
+            say(f"monitor: no theta is left to try for {plan.stage.name}; it goes on with {scheme}")
+        return following.index != plan.attempt.index
+
+    def _stopping(self, total: int) -> bool:
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(total)
+        return self.stop.signal is not None
+
+    def _leave(self, total: int) -> None:
+        self.store.wait()
+        say(f"saved at step {total}; the same command goes on from there")
+        if self.stop.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + signal.SIGTERM)
+
+    def _introduce(self, plan: Plan, state: TrainState) -> None:
+        devices = " x ".join(f"{name}={size}" for name, size in plan.mesh.shape.items() if size > 1) or "1 device"
+        stages = " -> ".join(f"{stage.name} ({stage.seq_len} x {stage.steps})" for stage in self.config.stages)
+        say(f"{num_elements(state.params):,} parameters on {devices}; stages {stages}; workdir {self.workdir}")
+
+
+class Late:
+    """Figures of the step before the present one: read while the device already works on the next."""
+
+    def __init__(self, trainer: Trainer, plan: Plan, watch: Watch, bar: Progress):
+        self._trainer, self._plan, self._watch, self._bar = trainer, plan, watch, bar
+        self._pending: tuple[int, dict[str, jax.Array], float] | None = None
+        self._before = time.perf_counter()
+        self._plain = not console().is_terminal
+
+    def settle(self, following: tuple[int, dict[str, jax.Array], float] | None = None) -> None:
+        """Write the row that is pending, if any; `following` is pending from now on."""
+        pending, self._pending = self._pending, following
+        if pending is None:
+            return
+        step, figures, waited = pending
+        plan, trainer = self._plan, self._trainer
+        jax.block_until_ready(figures)
+        now = time.perf_counter()
+        seconds, self._before = now - self._before, now
+        place = {
+            "step": trainer.ends[plan.index] - plan.stage.steps + step + 1,
+            "stage": plan.stage.name,
+            "stage_index": plan.index,
+            "attempt": plan.attempt.index,
+            "stage_step": step + 1,
+            "seq_len": plan.stage.seq_len,
+            "theta": plan.theta,
+        }
+        row = metrics.row(place, figures, {**plan.meter.speed(seconds), "data_wait": waited})
+        trainer.writer.write(row)
+        if plan.attempt.watched and len(self._watch.losses) < trainer.config.monitor.steps:
+            self._watch.losses.append(row["loss"])
+        left = f"  {(plan.stage.steps - step - 1) * seconds:,.0f} s left" if self._plain else ""
+        self._bar.advance(f"loss {row['loss']:.3f}  {row['tokens_per_second']:,.0f} tok/s  MFU {row['mfu']:.0%}{left}")
+        if not row["ok"]:
+            self._report(row, step)
+
+    def _report(self, row: dict[str, Any], step: int) -> None:
+        """Name a dropped step and its batch; too many in a row end the run."""
+        made_of = _few(self._plan.loader.provenance(step))
+        what = f"step {row['step']} (stage {row['stage']}, batch {step}): loss {row['loss']}, gradient norm {row['grad_norm']}"
+        if row["in_a_row"] >= self._trainer.config.max_bad_steps:
+            raise UserError(
+                f"{what}; that is the last of {row['in_a_row']} non-finite steps in a row, so the run stops: lower optim.lr, or "
+                f"look at the batch, made of {made_of}"
+            )
+        warn(f"{what}; parameters are kept as they were. The batch was made of {made_of}")
+
+
+def _few(lines: Sequence[str], count: int = 3) -> str:
+    rest = f"; and {len(lines) - count} more rows" if len(lines) > count else ""
+    return "; ".join(lines[:count]) + rest
+
+
+def _watch(start: Start) -> Watch:
+    if start.meta is None or start.meta.probe_before is None:
+        return Watch()
+    reference = None if start.meta.reference is None else monitor.Probe(**start.meta.reference)
+    return Watch(list(start.meta.losses), monitor.Probe(**start.meta.probe_before), reference)
+
+
+def _record(probe: monitor.Probe | None) -> dict[str, float] | None:
+    return None if probe is None else dataclasses.asdict(probe)

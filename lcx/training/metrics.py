@@ -1,0 +1,163 @@
+"""What a run writes about itself, fetched from the device one step late: JSONL and TensorBoard."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import functools
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import psutil
+
+from lcx.core.config import positive
+from lcx.core.errors import UserError
+
+TIMING = ("time", "tokens_per_second", "mfu", "data_wait", "host_memory")
+"""Fields of a row that differ between two runs of the same thing; all others are bitwise the same."""
+
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+"""Dense bfloat16 operations per second of one device by the start of its kind, from the makers' data sheets."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MetricsConfig:
+    """`tensorboard`: also write event files. `peak_flops`: operations per second of one device, for MFU (None: from the table,
+    or measured)."""
+
+    tensorboard: bool = True
+    peak_flops: float | None = None
+
+    def __post_init__(self) -> None:
+        positive("metrics", peak_flops=self.peak_flops)
+
+
+def peak_flops(device: jax.Device, given: float | None = None) -> float:
+    """Operations per second that MFU is a share of: `given`, the data sheet's, or what a large matrix product reaches here."""
+    if given is not None:
+        return given
+    kinds = sorted((kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)), key=len)
+    return PEAK_FLOPS[kinds[-1]] if kinds else _measure(device)
+
+
+@functools.lru_cache(maxsize=4)
+def _measure(device: jax.Device) -> float:
+    size = 1024
+    with jax.default_device(device):
+        x = jnp.ones((size, size), jnp.float32)
+        product = jax.jit(lambda x: x @ x)
+        product(x).block_until_ready()
+        best = math.inf
+        for _ in range(5):
+            start = time.perf_counter()
+            product(x).block_until_ready()
+            best = min(best, time.perf_counter() - start)
+    # Devices of one host's CPU share its cores: each has its share of the peak.
+    share = jax.local_device_count() if device.platform == "cpu" else 1
+    return 2 * size**3 / best / share
+
+
+@dataclasses.dataclass(frozen=True)
+class Meter:
+    """What turns the time of a step into tokens/s and MFU: both per step of one stage, over all devices."""
+
+    tokens: int
+    flops: float
+    peak: float
+
+    def speed(self, seconds: float) -> dict[str, float]:
+        """Figures of a step that took `seconds`."""
+        return {"tokens_per_second": self.tokens / seconds, "mfu": self.flops / seconds / self.peak}
+
+
+def row(place: Mapping[str, Any], figures: Mapping[str, jax.Array], timing: Mapping[str, float]) -> dict[str, Any]:
+    """One row of `metrics.jsonl`; waits until the device has the figures."""
+    values = {name: value.item() for name, value in jax.device_get(dict(figures)).items()}
+    perplexity = math.exp(min(values["loss"], 700.0)) if math.isfinite(values["loss"]) else math.inf
+    memory = psutil.Process().memory_info().rss
+    return {**place, **values, "perplexity": perplexity, **timing, "host_memory": memory, "time": time.time()}
+
+
+def place_of(entry: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Where in a run a row stands: (stage, attempt, step of the stage). Rows of a run are in this order."""
+    return entry["stage_index"], entry["attempt"], entry["stage_step"]
+
+
+class Writer:
+    """`metrics.jsonl` (one row a step, flushed) and TensorBoard events of a workdir; writes nothing where `active` is false."""
+
+    def __init__(self, workdir: Path, config: MetricsConfig, active: bool = True):
+        self._path, self._active, self._events = workdir / "metrics.jsonl", active, None
+        if active and config.tensorboard:
+            import tensorboardX
+
+            self._events = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), flush_secs=30)
+
+    def truncate(self, keep: Callable[[Mapping[str, Any]], bool]) -> None:
+        """Drop the rows that `keep` refuses, and a last line that was cut off: the restored run writes them again."""
+        if not self._active or not self._path.exists():
+            return
+        kept = [json.dumps(entry) for entry in read(self._path) if keep(entry)]
+        fresh = self._path.with_suffix(".tmp")
+        fresh.write_text("".join(line + "\n" for line in kept))
+        os.replace(fresh, self._path)
+
+    def write(self, entry: Mapping[str, Any]) -> None:
+        """Append a row; raises `UserError` when the disk is full."""
+        if not self._active:
+            return
+        append(self._path, entry)
+        if self._events is not None:
+            for name, value in entry.items():
+                if isinstance(value, int | float) and name not in ("step", "stage_index", "stage_step", "attempt", "time"):
+                    self._events.add_scalar(f"train/{name}", value, entry["step"])
+
+    def close(self) -> None:
+        """Flush the events."""
+        if self._events is not None:
+            self._events.close()
+
+
+def append(path: Path, entry: Mapping[str, Any]) -> None:
+    """Add a JSON line to a file; raises `UserError` when the disk is full."""
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(
+            f"the disk that holds {path} is full ({error.strerror}); free some space and run the same command"
+        ) from error
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSONL file, without a last one that was cut off; empty when there is no file."""
+    if not path.exists():
+        return []
+    entries = []
+    for line in path.read_text().splitlines():
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return entries

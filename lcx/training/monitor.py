@@ -1,0 +1,262 @@
+"""The early-perplexity monitor: is a stage going straight down in its first steps, or is its theta wrong?
+
+The statistic, over the logarithms y_0 ... y_{K-1} of the training loss (after `skip` steps of warm-up):
+
+- fall: minus the Theil-Sen slope (the median of all pairwise slopes; Sen 1968) times K - 1, the trend over the window.
+- wobble: 1.4826 times the median absolute residual around that line, a robust deviation.
+- straightness: fall / wobble.
+- swing: wobble / noise, where noise is the same robust deviation of successive differences over sqrt(2). It is 1 where only the
+  batches differ from one another, and grows when the loss moves up and down over several steps.
+- up-pairs: of all pairs of steps, the share whose later loss is the higher one (Kendall 1938): 0 straight down, 0.5 no trend.
+
+Perplexity alone can look fine while retrieval fails, so a fixed held-out probe is read before the first step and after step K:
+
+- text gain, needle gain: 1 - loss after / before, on text and on needle answers; needle accuracy: share of answer tokens predicted.
+- text excess, needle excess: loss after - loss of the same weights at the stage's start on the same probe at the length and with
+  the scheme of the stage before, in nats a token: what the model could do and cannot do at the new length (yet).
+
+The excesses matter most. A right theta may have hardly anything to fall: the stage begins where the last one ended. A wrong one
+begins high and falls at first, as steadily as one could wish, while the needles stay lost.
+
+A stage oscillates when its loss goes up more than down, or swings without falling, when text is lost, or when needles are. All
+thresholds are fields of `MonitorConfig`; `experiments/003_monitor` holds how often they are right.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lcx.core.batch import Batch
+from lcx.core.config import positive
+from lcx.core.errors import UserError
+from lcx.core.trees import Tree
+from lcx.model.config import Architecture
+from lcx.model.loss import token_losses
+from lcx.model.transformer import hidden
+from lcx.positions.form import Scheme
+from lcx.positions.schemes import with_theta
+from lcx.positions.theta import retries
+
+FEWEST = 8
+"""Losses that a statistic needs at least."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MonitorConfig:
+    """When and how a stage is judged; the module says what the statistics are.
+
+    After `steps` steps, of which the first `skip` are not looked at. `probe_rows` rows of held-out text and needles. `retries`
+    is how many further thetas may be tried.
+    """
+
+    enabled: bool = False
+    steps: int = 40
+    skip: int = 4
+    probe_rows: int = 16
+    retries: int = 4
+    min_straightness: float = 1.0
+    max_swing: float = 2.0
+    max_up_pairs: float = 0.6
+    min_text_gain: float = -0.02
+    max_text_excess: float = 0.15
+    min_needle_gain: float = 0.05
+    max_needle_excess: float = 0.7
+    enough_needle_accuracy: float = 0.9
+
+    def __post_init__(self) -> None:
+        positive("monitor", steps=self.steps, retries=self.retries)
+        if self.probe_rows < 2:
+            raise UserError(f"monitor.probe_rows={self.probe_rows} cannot hold both text and needles; give at least 2")
+        if not 0 <= self.skip <= self.steps - FEWEST:
+            raise UserError(f"monitor.skip={self.skip} must leave at least {FEWEST} of monitor.steps={self.steps} steps")
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """Statistics of a loss curve, as the module defines them."""
+
+    fall: float
+    wobble: float
+    straightness: float
+    swing: float
+    up_pairs: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """What the held-out probe showed: losses in nats a token, accuracy of needle answers a token."""
+
+    text_loss: float
+    needle_loss: float
+    needle_accuracy: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """A verdict with everything that it was made from."""
+
+    verdict: Literal["straight down", "oscillating"]
+    reason: str
+    statistics: dict[str, float]
+    thresholds: dict[str, float]
+
+
+def curve(losses: Sequence[float]) -> Curve:
+    """Statistics of training losses in nats, one per step, at least `FEWEST` of them; a loss that is not finite spoils all."""
+    y = np.asarray(losses, np.float64)
+    if len(y) < FEWEST:
+        raise ValueError(f"{len(y)} losses are too few; at least {FEWEST} are needed")
+    if not np.all(np.isfinite(y)) or np.any(y <= 0):
+        return Curve(-math.inf, math.inf, -math.inf, math.inf, 1.0)
+    y, x = np.log(y), np.arange(len(y), dtype=np.float64)
+    i, j = np.triu_indices(len(y), 1)
+    slope = float(np.median((y[j] - y[i]) / (x[j] - x[i])))
+    wobble, noise = _deviation(y - slope * x), _deviation(np.diff(y)) / math.sqrt(2)
+    fall = -slope * (len(y) - 1)
+    return Curve(fall, wobble, fall / max(wobble, 1e-9), wobble / max(noise, 1e-9), float(np.mean(y[j] > y[i])))
+
+
+def _deviation(x: np.ndarray) -> float:
+    return 1.4826 * float(np.median(np.abs(x - np.median(x))))
+
+
+def decide(config: MonitorConfig, losses: Sequence[float], before: Probe, after: Probe, reference: Probe | None = None) -> Decision:
+    """The verdict on a stage's first steps; `losses` holds one training loss a step, the skipped ones included.
+
+    `reference` is the probe at the length and with the scheme of the stage before; without it gains stand in for excesses.
+    """
+    found = curve(losses[config.skip :])
+    statistics = {
+        **dataclasses.asdict(found),
+        "text_gain": 1 - after.text_loss / before.text_loss,
+        "needle_gain": 1 - after.needle_loss / before.needle_loss,
+        "needle_accuracy": after.needle_accuracy,
+    }
+    if reference is not None:
+        statistics["text_excess"] = after.text_loss - reference.text_loss
+        statistics["needle_excess"] = after.needle_loss - reference.needle_loss
+    values = dataclasses.asdict(config)
+    thresholds = {name: value for name, value in values.items() if name.startswith(("min_", "max_", "enough_"))}
+    wrong = [*curve_faults(config, statistics), *probe_faults(config, statistics)]
+    if wrong:
+        return Decision("oscillating", "; ".join(wrong), statistics, thresholds)
+    reason = (
+        f"{statistics['needle_accuracy']:.0%} of needle answers, gain {statistics['needle_gain']:.1%}; text gain "
+        f"{statistics['text_gain']:.1%}; {found.up_pairs:.0%} of the pairs go up"
+    )
+    return Decision("straight down", reason, statistics, thresholds)
+
+
+def curve_faults(config: MonitorConfig, values: Mapping[str, float]) -> list[str]:
+    """What speaks against a stage in its loss curve: sentences, none when nothing does."""
+    # `not a >= b` rather than `a < b`: a statistic that is not a number is a fault.
+    faults = []
+    if not (values["straightness"] >= config.min_straightness or values["swing"] <= config.max_swing):
+        faults.append(
+            f"the loss swings {values['swing']:.1f} times the noise of its batches, above {config.max_swing}, and falls at "
+            f"straightness {values['straightness']:.2f}, below {config.min_straightness}"
+        )
+    if not values["up_pairs"] <= config.max_up_pairs:
+        faults.append(f"{values['up_pairs']:.0%} of the pairs go up, more than {config.max_up_pairs:.0%}")
+    return faults
+
+
+def probe_faults(config: MonitorConfig, values: Mapping[str, float]) -> list[str]:
+    """What speaks against a stage in its probe: sentences, none when nothing does."""
+    faults = []
+    if "text_excess" in values:
+        if not values["text_excess"] <= config.max_text_excess:
+            faults.append(
+                f"held-out text is {values['text_excess']:.2f} nats above the stage before, more than {config.max_text_excess}"
+            )
+    elif not values["text_gain"] >= config.min_text_gain:
+        faults.append(f"held-out text gain {values['text_gain']:.1%} is below {config.min_text_gain:.1%}")
+    if values["needle_accuracy"] >= config.enough_needle_accuracy:
+        return faults
+    if "needle_excess" in values:
+        if not values["needle_excess"] <= config.max_needle_excess:
+            faults.append(
+                f"needles are {values['needle_excess']:.2f} nats above the stage before, more than {config.max_needle_excess}"
+            )
+    elif not values["needle_gain"] >= config.min_needle_gain:
+        faults.append(f"needle gain {values['needle_gain']:.1%} is below {config.min_needle_gain:.1%}")
+    return faults
+
+
+def thetas(
+    config: MonitorConfig, given: Sequence[float], first: float | None, trained: tuple[float, int], target: int
+) -> list[float]:
+    """The thetas that a stage may try, in order: `given` where there are any, else `first` (the config's own, if it names one)
+    and those around the critical base of `trained` (theta, length) at `target`; at most `config.retries` after the first."""
+    if given:
+        return list(given)
+    theta, length = trained
+    around = retries(theta, length, target) if target > length else []
+    ladder = [] if first is None else [first]
+    for candidate in around:
+        if all(abs(candidate / known - 1) > 0.05 for known in ladder):
+            ladder.append(candidate)
+    return ladder[: config.retries + 1]
+
+
+def theta_of(schemes: Mapping[str, Scheme]) -> float | None:
+    """The theta that a ladder turns: that of the first kind which is no local one and has one."""
+    return next((schemes[kind].theta for kind in sorted(schemes) if _turns(kind, schemes[kind])), None)
+
+
+def at_theta(schemes: Mapping[str, Scheme], theta: float) -> dict[str, Scheme]:
+    """The schemes with another theta, local layers apart: a window never sees the new distances."""
+    return {kind: with_theta(scheme, theta) if _turns(kind, scheme) else scheme for kind, scheme in schemes.items()}
+
+
+def _turns(kind: str, scheme: Scheme) -> bool:
+    return not kind.startswith("local") and getattr(scheme, "theta", None) is not None
+
+
+def best(decisions: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Of decisions as written to `decisions.jsonl`, the one whose probe was best: by needle loss, then by text loss."""
+
+    def rank(decision: Mapping[str, Any]) -> tuple[float, float]:
+        values = decision["probe_after"]
+        return tuple(x if math.isfinite(x) else math.inf for x in (values["needle_loss"], values["text_loss"]))
+
+    return min(decisions, key=rank)
+
+
+@flax.struct.dataclass
+class ProbeSums:
+    """Σ w·ℓ, Σ w and Σ w·correct over the text rows and the needle rows, float32 `[2]` each."""
+
+    nll: jax.Array
+    weight: jax.Array
+    correct: jax.Array
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def probe_sums(params: Tree, arrays: Mapping[str, Any], arch: Architecture, batch: Batch) -> ProbeSums:
+    """Sums over a batch from `lcx.data.loader.probe`: text in the first half of its rows `[B, T]`, needles in the rest."""
+    losses = token_losses(params, hidden(params, arrays, arch, batch), batch.targets, arch)
+    rows = batch.tokens.shape[0]
+    needle = (jnp.arange(rows) >= rows - rows // 2).astype(jnp.float32)
+    halves = jnp.stack([1 - needle, needle])
+
+    def both(x: jax.Array) -> jax.Array:
+        return halves @ jnp.sum(x * batch.weights, axis=1)
+
+    return ProbeSums(both(losses.nll), both(jnp.ones_like(losses.nll)), both(losses.correct.astype(jnp.float32)))
+
+
+def read_probe(sums: ProbeSums) -> Probe:
+    """Figures of the sums, fetched from the device."""
+    nll, weight, correct = (np.asarray(jax.device_get(x), np.float64) for x in (sums.nll, sums.weight, sums.correct))
+    text, needle = nll / np.maximum(weight, 1.0)
+    return Probe(float(text), float(needle), float(correct[1] / max(weight[1], 1.0)))

@@ -1,0 +1,228 @@
+"""What a run is: a list of stages over one model, and the checks that are worth making before anything is compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from lcx.core import config as configs
+from lcx.core.config import positive
+from lcx.core.errors import UserError
+from lcx.core.mesh import MeshConfig
+from lcx.data.config import DataConfig
+from lcx.model.config import ModelConfig
+from lcx.positions.form import Scheme
+from lcx.positions.schemes import extend, from_config
+from lcx.training.metrics import MetricsConfig
+from lcx.training.monitor import MonitorConfig
+from lcx.training.optimizer import OptimConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are written and which are kept.
+
+    `every` steps (None: only at the ends of stages), the newest `keep_latest`, and all at multiples of `keep_every`. Ends of
+    stages are always kept: evaluation and the next stage start from them.
+    """
+
+    every: int | None = 100
+    keep_latest: int = 2
+    keep_every: int | None = None
+
+    def __post_init__(self) -> None:
+        positive("checkpoint", every=self.every, keep_latest=self.keep_latest, keep_every=self.keep_every)
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """One stretch of a run at one length, from the weights that the stage before left.
+
+    `seq_len` tokens a row, `batch_size` rows a step in `accumulate` microbatches, `steps` steps. `max_position` is the declared
+    length (default `seq_len`). `positions` changes the scheme from here on, per layer kind: a number is a new theta, a text or
+    mapping another scheme, which keeps the theta it does not name. `mixture` sets weights of data parts by name, `parts` changes
+    any of their fields, `optim` fields of the optimizer, for this stage. `keep_optimizer_state` carries AdamW's moments over.
+    `mesh` replaces the run's. `monitor` switches the early monitor on or off (None: as the run says); `thetas` is the ladder that
+    it tries (empty: around the critical base).
+    """
+
+    name: str
+    seq_len: int
+    steps: int
+    batch_size: int
+    accumulate: int = 1
+    max_position: int | None = None
+    positions: dict[str, Any] = dataclasses.field(default_factory=dict)
+    mixture: dict[str, float] = dataclasses.field(default_factory=dict)
+    parts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    optim: dict[str, Any] = dataclasses.field(default_factory=dict)
+    keep_optimizer_state: bool = False
+    mesh: MeshConfig | None = None
+    monitor: bool | None = None
+    thetas: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        sizes = ("seq_len", "steps", "batch_size", "accumulate", "max_position")
+        positive(f"stages.{self.name}", **{name: getattr(self, name) for name in sizes})
+        for theta in self.thetas:
+            positive(f"stages.{self.name}.thetas", theta=theta)
+        if self.max_position is not None and self.max_position < self.seq_len:
+            raise UserError(f"stages.{self.name}.max_position={self.max_position} is below seq_len={self.seq_len}")
+        if self.batch_size % self.accumulate:
+            divisors = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
+            raise UserError(
+                f"stages.{self.name}.batch_size={self.batch_size} does not divide into accumulate={self.accumulate} microbatches; "
+                f"these do: {divisors}"
+            )
+
+    @property
+    def length(self) -> int:
+        """The declared length, in tokens."""
+        return self.max_position or self.seq_len
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides what a run computes.
+
+    `init_from`: a workdir or checkpoint whose weights to start from. `resume_from`: another run's workdir to go on from, with
+    optimizer and step. `max_bad_steps`: non-finite steps in a row after which the run stops.
+    """
+
+    model: ModelConfig
+    stages: tuple[StageConfig, ...]
+    positions: dict[str, Any] = dataclasses.field(default_factory=lambda: {"default": {"name": "rope", "theta": 10000.0}})
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    mesh: MeshConfig = MeshConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    seed: int = 0
+    init_from: str | None = None
+    resume_from: str | None = None
+    max_bad_steps: int = 5
+
+    def __post_init__(self) -> None:
+        positive("config", max_bad_steps=self.max_bad_steps)
+        if not self.stages:
+            raise UserError("stages is empty; name at least one stage with seq_len, steps and batch_size")
+        names = [stage.name for stage in self.stages]
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"stages has {name!r} twice; stage names must differ")
+            if not name or set(name) & set("/\\ "):
+                raise UserError(f"stages: {name!r} is no name; leave out blanks and slashes")
+        for stage in self.stages:  # wrong overrides are answered here, not when their stage begins
+            self.optim_of(stage)
+            self.data_of(stage)
+            if self.monitored(stage) and self.monitor.steps >= stage.steps:
+                raise UserError(
+                    f"stages.{stage.name}.steps={stage.steps} leaves nothing after the monitor's {self.monitor.steps} steps; "
+                    f"lower monitor.steps or set stages.{stage.name}.monitor=False"
+                )
+
+    def optim_of(self, stage: StageConfig) -> OptimConfig:
+        """The optimizer of a stage: the run's with the stage's changes."""
+        return configs.build(OptimConfig, {**configs.plain(self.optim), **stage.optim}, f"stages.{stage.name}.optim")
+
+    def data_of(self, stage: StageConfig) -> DataConfig:
+        """The mixture of a stage: the run's with the stage's weights and changed parts."""
+        if not stage.mixture and not stage.parts:
+            return self.data
+        values = configs.plain(self.data)
+        for name, weight in stage.mixture.items():
+            configs.choice(f"stages.{stage.name}.mixture", name, [*values["parts"], *stage.parts])
+            values["parts"].setdefault(name, {})["weight"] = weight
+        return configs.build(DataConfig, _merge(values, {"parts": stage.parts}), f"stages.{stage.name}.data")
+
+    def mesh_of(self, stage: StageConfig) -> MeshConfig:
+        """The mesh of a stage."""
+        return self.mesh if stage.mesh is None else stage.mesh
+
+    def monitored(self, stage: StageConfig) -> bool:
+        """Does the early monitor watch this stage? Not a first one from scratch, unless asked to: there is nothing to compare."""
+        if stage.monitor is not None:
+            return stage.monitor
+        scratch = stage == self.stages[0] and self.init_from is None
+        return self.monitor.enabled and (not scratch or bool(stage.thetas))
+
+
+def run_config(values: Mapping[str, Any] | ml_collections.ConfigDict) -> RunConfig:
+    """A `RunConfig` from a `ConfigDict` or nested mapping.
+
+    `stages` is a list of mappings with a `name`, or a mapping of name to stage, which flags reach
+    (`--config.stages.extend.steps=10`). A `ConfigDict` sorts its keys, so the order of a mapping's stages is that of
+    `stage_order` (a list of names) where given, else by `seq_len`, then by name.
+    """
+    values = values.to_dict() if isinstance(values, ml_collections.ConfigDict) else dict(values)
+    order = values.pop("stage_order", None)
+    stages = values.get("stages")
+    if isinstance(stages, Mapping):
+        values["stages"] = _in_order(stages, list(order) if order else None)
+    elif order:
+        raise UserError("stage_order is for stages given by name; a list of stages is its own order")
+    return configs.build(RunConfig, values)
+
+
+def _in_order(stages: Mapping[str, Any], order: list[str] | None) -> list[StageConfig]:
+    built = {}
+    for name, stage in stages.items():
+        if not isinstance(stage, Mapping | ml_collections.ConfigDict):
+            raise UserError(f"config.stages.{name}={stage!r} must be a mapping with seq_len, steps and batch_size")
+        built[name] = configs.build(StageConfig, {"name": name, **dict(stage.items())}, f"config.stages.{name}")
+    if order is None:
+        return sorted(built.values(), key=lambda stage: (stage.seq_len, stage.name))
+    for name in order:
+        configs.choice("config.stage_order", name, built)
+    if left := sorted(set(built) - set(order)):
+        raise UserError(f"config.stage_order={order} leaves out {', '.join(left)}; name every stage, or delete it from stages")
+    return [built[name] for name in order]
+
+
+def schemes_through(run: RunConfig) -> list[dict[str, Scheme]]:
+    """Layer kind -> scheme in each stage, before any decision of the monitor."""
+    current = {kind: from_config(spec, f"positions.{kind}") for kind, spec in run.positions.items()}
+    result, trained = [], run.stages[0].length
+    for stage in run.stages:
+        current = override(current, stage, trained)
+        result.append(current)
+        trained = stage.length
+    return result
+
+
+def override(current: Mapping[str, Scheme], stage: StageConfig, trained_length: int) -> dict[str, Scheme]:
+    """`current` (kind or `default` -> scheme) with the stage's changes; what a change does not name stays as it was."""
+    changed = dict(current)
+    for kind, spec in stage.positions.items():
+        before = current.get(kind, current.get("default"))
+        path = f"stages.{stage.name}.positions.{kind}"
+        if isinstance(spec, bool) or not isinstance(spec, int | float | str | Mapping | ml_collections.ConfigDict):
+            raise UserError(f"{path}={spec!r} must be a theta, a text like 'yarn:factor=4' or a mapping")
+        if before is None:
+            changed[kind] = from_config(spec, path)
+            continue
+        if isinstance(spec, int | float):
+            spec = {"name": before.name, "theta": float(spec)}
+        elif not isinstance(spec, str) and "name" not in spec:
+            spec = {"name": before.name, **spec}
+        # A scheme of the same name keeps all its settings, another keeps what it shares with the one before.
+        if not isinstance(spec, str) and spec["name"] == before.name:
+            spec = {**_settings(before), **spec}
+        changed[kind] = extend(before, spec, trained_length)
+    return changed
+
+
+def _settings(scheme: Scheme) -> dict[str, Any]:
+    return {field.name: getattr(scheme, field.name) for field in dataclasses.fields(scheme)}
+
+
+def _merge(base: Any, changes: Mapping[str, Any]) -> Any:
+    merged = dict(base)
+    for key, value in changes.items():
+        inner = isinstance(value, Mapping | ml_collections.ConfigDict) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], dict(value.items())) if inner else value
+    return merged

@@ -1,0 +1,226 @@
+"""One jitted, donated, sharded training step over any mesh.
+
+A microbatch gives sums and the gradient of the sum; the step adds them up in float32 over microbatches and devices and divides
+once. Positional arrays are an argument, so another theta compiles nothing.
+
+Legend: B batch rows, T tokens, A microbatches of a step.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import flax.struct
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lcx.core.batch import Batch
+from lcx.core.mesh import named_sharding, partition_spec
+from lcx.core.params import ParamSpec, abstract, initialize, paths_of, shardings
+from lcx.core.trees import Tree
+from lcx.model.config import Architecture
+from lcx.model.loss import LossSums, loss_sums
+from lcx.model.transformer import hidden
+from lcx.training.optimizer import OptimConfig, learning_rate, optimizer
+
+Table = tuple[tuple[str, ParamSpec], ...]
+"""A spec tree as `(path, spec)` pairs: hashable, so that it can key a compiled step."""
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What a step changes.
+
+    `params` float32; `opt_state` as optax made it; `step` int32, steps of this stage, dropped ones included; `skipped` and
+    `in_a_row` int32, how many non-finite steps were dropped in the run and without a good one in between.
+    """
+
+    params: Tree
+    opt_state: Tree
+    step: jax.Array
+    skipped: jax.Array
+    in_a_row: jax.Array
+
+
+class TrainStep:
+    """The compiled step of one architecture, optimizer and mesh; serves every theta and every batch of one shape.
+
+    `compiles` counts how often the step was traced.
+    """
+
+    def __init__(self, arch: Architecture, table: Table, optim: OptimConfig, steps: int, mesh: Mesh, accumulate: int = 1):
+        self.arch, self.optim, self.mesh, self.accumulate = arch, optim, mesh, accumulate
+        self.compiles = 0
+        self.specs = flax.traverse_util.unflatten_dict(dict(table), sep="/")
+        self.transform = optimizer(optim, steps)
+        self._schedule = learning_rate(optim, steps)
+        self._param_shardings = shardings(self.specs, mesh)
+        self._batch_sharding = named_sharding(mesh, ("batch", "sequence"))
+        self._replicated = NamedSharding(mesh, PartitionSpec())
+        self.state_shardings = self._state_shardings()
+        out = (self.state_shardings, self._replicated)
+        self._step = jax.jit(self._train, donate_argnums=0, in_shardings=(self.state_shardings, None, None), out_shardings=out)
+        self._open_step = jax.jit(
+            functools.partial(self._train, gradients=True),
+            donate_argnums=0,
+            in_shardings=(self.state_shardings, None, None),
+            out_shardings=(*out, self._param_shardings),
+        )
+
+    def __call__(self, state: TrainState, batch: Batch, arrays: Mapping[str, Any]) -> tuple[TrainState, dict[str, jax.Array]]:
+        """The next state and this step's figures; `state` is donated.
+
+        `batch` holds `[B, T]` arrays from `put`, `arrays` what `model.config.lay_out` gave. A step whose loss or gradient is not
+        finite, or whose weights are all zero, leaves parameters and optimizer as they were, and says so in `ok`.
+        """
+        with jax.set_mesh(self.mesh):
+            return self._step(state, batch, arrays)
+
+    def with_gradients(self, state: TrainState, batch: Batch, arrays: Mapping[str, Any]) -> tuple[TrainState, dict, Tree]:
+        """As a call, and the float32 gradient of (Σ w·ℓ + z-loss) / Σ w before clipping; for tests and diagnosis."""
+        with jax.set_mesh(self.mesh):
+            return self._open_step(state, batch, arrays)
+
+    def local_rows(self, rows: int, length: int) -> slice:
+        """Rows of a `[rows, length]` batch that this process's devices hold: all that its loader has to make."""
+        indices = self._batch_sharding.addressable_devices_indices_map((rows, length)).values()
+        return slice(min(i[0].start or 0 for i in indices), max(rows if i[0].stop is None else i[0].stop for i in indices))
+
+    def put(self, batch: Batch, rows: int) -> Batch:
+        """Host arrays of this process's rows as global arrays `[rows, T]`, rows and sequence split over the mesh."""
+
+        def one(x: np.ndarray) -> jax.Array:
+            shape = (rows, x.shape[1])
+            first = self.local_rows(*shape).start
+
+            def part(index: tuple[slice, ...]) -> np.ndarray:
+                start, stop, _ = index[0].indices(rows)
+                return x[start - first : stop - first, index[1]]
+
+            return jax.make_array_from_callback(shape, self._batch_sharding, part)
+
+        return jax.tree.map(one, batch)
+
+    def initialize(self, key: jax.Array) -> TrainState:
+        """A fresh state, made in place on the mesh."""
+        # This runs once; on CPU, optimizing its random bits would take longer than everything else in the start of a small run.
+        options = {"xla_backend_optimization_level": 0} if self.mesh.devices.flat[0].platform == "cpu" else None
+        make = jax.jit(
+            lambda key: self.fresh(initialize(self.specs, key)), out_shardings=self.state_shardings, compiler_options=options
+        )
+        return make(key)
+
+    def start(self, params: Tree) -> TrainState:
+        """A state at step 0 with these parameters (any sharding) and a fresh optimizer; `params` is not to be used afterwards."""
+        params = jax.device_put(params, self._param_shardings)
+        rest = jax.jit(
+            lambda params: self.fresh(params).replace(params=None), out_shardings=self.state_shardings.replace(params=None)
+        )
+        return rest(params).replace(params=params)
+
+    def fresh(self, params: Tree) -> TrainState:
+        """The state at step 0 around `params`."""
+        # Three arrays, not one three times: donating one buffer twice is an error.
+        zeros = [jnp.zeros((), jnp.int32) for _ in range(3)]
+        return TrainState(params, self.transform.init(params), *zeros)
+
+    def abstract_state(self) -> TrainState:
+        """`ShapeDtypeStruct`s with shardings, for a restore that needs no initialised state beside it."""
+        shapes = jax.eval_shape(self.fresh, abstract(self.specs))
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.state_shardings)
+
+    def _state_shardings(self) -> TrainState:
+        shapes = jax.eval_shape(self.fresh, abstract(self.specs))
+        opt = optax.tree.map_params(
+            self.transform,
+            lambda _, sharding: sharding,
+            shapes.opt_state,
+            self._param_shardings,
+            transform_non_params=lambda _: self._replicated,
+        )
+        return TrainState(self._param_shardings, opt, self._replicated, self._replicated, self._replicated)
+
+    def _train(self, state: TrainState, batch: Batch, arrays: Mapping[str, Any], gradients: bool = False) -> tuple:
+        self.compiles += 1  # runs when the step is traced, never when it is executed
+        sums, grads = self._sums_and_gradients(state.params, batch, arrays)
+        weight = jnp.maximum(sums.weight, jnp.finfo(jnp.float32).tiny)
+        loss, norm = sums.nll / weight, optax.global_norm(grads)
+        ok = jnp.isfinite(loss) & jnp.isfinite(norm) & (sums.weight > 0)
+        updates, opt_state = self.transform.update(grads, state.opt_state, state.params, step=state.step)
+        params = optax.apply_updates(state.params, updates)
+
+        def keep(new: Tree, old: Tree) -> Tree:
+            return jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)
+
+        bad = jnp.where(ok, 0, 1).astype(jnp.int32)
+        after = TrainState(
+            params=keep(params, state.params),
+            opt_state=keep(opt_state, state.opt_state),
+            step=state.step + 1,
+            skipped=state.skipped + bad,
+            in_a_row=(state.in_a_row + bad) * bad,
+        )
+        figures = {
+            "loss": loss,
+            "z_loss": sums.z / weight,
+            "accuracy": sums.correct / weight,
+            "weight": sums.weight,
+            "grad_norm": norm,
+            "lr": jnp.asarray(self._schedule(state.step), jnp.float32),
+            "ok": ok,
+            "skipped": after.skipped,
+            "in_a_row": after.in_a_row,
+        }
+        return (after, figures, grads) if gradients else (after, figures)
+
+    def _sums_and_gradients(self, params: Tree, batch: Batch, arrays: Mapping[str, Any]) -> tuple[LossSums, Tree]:
+        gradient = jax.value_and_grad(self._loss, has_aux=True)
+        if self.accumulate == 1:
+            (_, sums), grads = gradient(params, batch, arrays)
+        else:
+            parts = microbatches(batch, self.accumulate)
+
+            def add(carry: tuple, part: Batch) -> tuple:
+                (_, sums), grads = gradient(params, part, arrays)
+                return jax.tree.map(jnp.add, carry, (sums, self._shard(grads))), None
+
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
+            nothing = LossSums(*(jnp.zeros((), jnp.float32) for _ in range(4)))
+            (sums, grads), _ = jax.lax.scan(add, (nothing, self._shard(zeros)), parts)
+        weight = jnp.maximum(sums.weight, jnp.finfo(jnp.float32).tiny)
+        return sums, jax.tree.map(lambda g: g.astype(jnp.float32) / weight, self._shard(grads))
+
+    def _loss(self, params: Tree, batch: Batch, arrays: Mapping[str, Any]) -> tuple[jax.Array, LossSums]:
+        sums = loss_sums(params, hidden(params, arrays, self.arch, batch), batch, self.arch)
+        # Both sums have Σ w as denominator, which is divided out once, after the last microbatch.
+        return sums.nll + self.optim.z_loss * sums.z, sums
+
+    def _shard(self, grads: Tree) -> Tree:
+        return jax.tree.map(jax.lax.with_sharding_constraint, grads, self._param_shardings)
+
+
+def microbatches(batch: Batch, count: int) -> Batch:
+    """`[B, T]` arrays as `[A, B / A, T]`; microbatch a takes rows a, a + A, ..., so that no row leaves its device."""
+
+    def one(x: jax.Array) -> jax.Array:
+        rows, length = x.shape
+        x = x.reshape(rows // count, count, length).swapaxes(0, 1)
+        return jax.lax.with_sharding_constraint(x, partition_spec((None, "batch", "sequence")))
+
+    return jax.tree.map(one, batch)
+
+
+@functools.lru_cache(maxsize=8)
+def _cached(arch: Architecture, table: Table, optim: OptimConfig, steps: int, mesh: Mesh, accumulate: int) -> TrainStep:
+    return TrainStep(arch, table, optim, steps, mesh, accumulate)
+
+
+def train_step(arch: Architecture, specs: Tree, optim: OptimConfig, steps: int, mesh: Mesh, accumulate: int = 1) -> TrainStep:
+    """The step for these choices, compiled once in a process however many thetas, stages or sweep points ask for it."""
+    return _cached(arch, tuple(paths_of(specs)), optim, steps, mesh, accumulate)

@@ -1,0 +1,96 @@
+"""A workdir belongs to one run: its config is kept there and compared before anything else is touched."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lcx.core import config as configs
+from lcx.core.errors import UserError
+from lcx.training.stages import RunConfig
+
+CONFIG = "config.json"
+
+FREE = ("mesh", "checkpoint", "metrics", "max_bad_steps", "model.remat", "model.loss_tile", "model.attention")
+"""What may change between two starts of one run: how it is computed and kept, not what."""
+
+
+def open_workdir(workdir: Path, run: RunConfig) -> None:
+    """Make the folder and keep the config in it; raises `UserError` when it holds another run.
+
+    Changes of `FREE` fields and stages added at the end are the same run.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"workdir {workdir} cannot be made ({error.strerror}); name another --workdir") from error
+    if not os.access(workdir, os.W_OK):
+        raise UserError(f"workdir {workdir} cannot be written to; name another --workdir")
+    path = workdir / CONFIG
+    if path.exists():
+        _compare(workdir, _read(path), configs.plain(run))
+    if jax.process_index() == 0:
+        fresh = path.with_suffix(".tmp")
+        fresh.write_text(json.dumps(configs.plain(run), indent=1) + "\n")
+        os.replace(fresh, path)
+
+
+def read_config(workdir: Path) -> RunConfig:
+    """The config of the run in a workdir; raises `UserError` when there is none."""
+    path = workdir / CONFIG
+    if not path.exists():
+        raise UserError(f"{workdir} holds no run ({CONFIG} is missing); name the workdir of a training run")
+    return configs.build(RunConfig, _read(path), str(path))
+
+
+def fingerprint(run: RunConfig) -> str:
+    """Sixteen hex digits over everything that decides what the run computes."""
+    return configs.fingerprint({path: value for path, value in _leaves(configs.plain(run)) if not _free(path)})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); delete it to let the same command write it again") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is damaged (it holds no mapping); delete it to let the same command write it again")
+    return values
+
+
+def _compare(workdir: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+    if len(here["stages"]) > len(there["stages"]):
+        here = {**here, "stages": here["stages"][: len(there["stages"])]}
+    old, new = dict(_leaves(there)), dict(_leaves(here))
+    differences = [
+        f"{path} is {old.get(path, 'absent')!r} there and {new.get(path, 'absent')!r} here"
+        for path in sorted({*old, *new})
+        if not _free(path) and old.get(path, "absent") != new.get(path, "absent")
+    ]
+    if differences:
+        more = f" and {len(differences) - 1} more" if len(differences) > 1 else ""
+        raise UserError(f"workdir {workdir} holds a run of another config: {differences[0]}{more}; name another --workdir")
+
+
+def _free(path: str) -> bool:
+    parts = path.split(".")
+    if parts[0] == "stages" and len(parts) > 2:
+        parts = parts[2:] if parts[2] == "mesh" else parts
+    path = ".".join(parts)
+    return any(path == name or path.startswith(name + ".") for name in FREE)
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key in sorted(value):
+            yield from _leaves(value[key], f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list) and value:
+        for i, item in enumerate(value):
+            yield from _leaves(item, f"{path}.{i}")
+    else:
+        yield path, value

@@ -1,0 +1,200 @@
+"""Whole runs: whatever interrupts one, the rest is bitwise what it would have been."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from lcx.core.errors import UserError
+from lcx.training.checkpoints import load_params
+from lcx.training.loop import train
+from lcx.training.metrics import TIMING, read
+from lcx.training.stages import run_config
+
+ROOT = Path(__file__).parents[2]
+
+
+def go(workdir, **changes):
+    return train(run_config(tiny.config(**changes)), workdir, jax.devices()[:1])
+
+
+def rows(workdir):
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in read(workdir / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing interrupted."""
+    workdir = tmp_path_factory.mktemp("whole")
+    return workdir, go(workdir)
+
+
+def same(workdir, result, whole):
+    assert rows(workdir) == rows(whole[0])
+    jax.tree.map(np.testing.assert_array_equal, result.params, whole[1].params)
+
+
+def test_a_whole_run(whole):
+    workdir, result = whole
+    found = rows(workdir)
+    assert [row["step"] for row in found] == list(range(1, 19))
+    assert [row["stage"] for row in found] == ["base"] * 8 + ["longer"] * 10
+    assert found[-1]["loss"] < found[0]["loss"]
+    assert result.schemes["default"].theta == 400.0
+    assert {"tokens_per_second", "mfu", "data_wait", "host_memory"} <= set(read(workdir / "metrics.jsonl")[0])
+
+
+def test_a_finished_run_has_nothing_to_do(whole, tmp_path, capsys):
+    workdir = tmp_path / "copy"
+    shutil.copytree(whole[0], workdir)
+    same(workdir, go(workdir), whole)
+
+
+@pytest.mark.parametrize("at", [6, pytest.param(14, marks=pytest.mark.slow)])
+def test_kill_9_and_rerun(at, whole, tmp_path):
+    child = subprocess.run([sys.executable, str(ROOT / "tests/training/tiny.py"), tmp_path, str(at)], cwd=ROOT, env=child_env())
+    assert child.returncode == -signal.SIGKILL
+    assert at <= len(rows(tmp_path)) < 18
+    same(tmp_path, go(tmp_path), whole)
+
+
+def child_env():
+    import os
+
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_saves_first(number, error, whole, tmp_path):
+    tiny.when_rows(tmp_path, 10, number)
+    with pytest.raises(error) as caught:
+        go(tmp_path, checkpoint={"every": None})
+    if error is SystemExit:
+        assert caught.value.code == 143
+    stopped = len(rows(tmp_path))
+    saved = [int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
+    assert 10 <= stopped < 18 and max(saved) == stopped
+    same(tmp_path, go(tmp_path), whole)
+
+
+def test_a_truncated_checkpoint_falls_back(whole, tmp_path, capfd):
+    workdir = tmp_path / "copy"
+    shutil.copytree(whole[0], workdir)
+    for path in (workdir / "checkpoints/18").rglob("d/*"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    result = go(workdir)
+    assert "checkpoint 18" in capfd.readouterr().err.replace("\n", " ")
+    assert (workdir / "checkpoints.unreadable/18").is_dir()
+    same(workdir, result, whole)
+
+
+def test_nothing_readable_is_an_error_and_nothing_is_lost(whole, tmp_path):
+    workdir = tmp_path / "copy"
+    shutil.copytree(whole[0], workdir)
+    for path in (workdir / "checkpoints").rglob("d/*"):
+        path.write_bytes(b"")
+    before = rows(workdir)
+    with pytest.raises(UserError, match="can be read"):
+        go(workdir)
+    assert rows(workdir) == before
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["16", "18", "8"]
+
+
+def test_a_workdir_of_another_config(whole):
+    with pytest.raises(UserError, match=r"another config: seed is 0 there and 1 here"):
+        go(whole[0], seed=1)
+    with pytest.raises(UserError, match=r"stages\.1\.steps is 10 there and 11 here"):
+        go(whole[0], stages=tiny.stages(steps=11))
+
+
+def test_parameters_for_evaluation(whole):
+    workdir, result = whole
+    loaded = load_params(workdir)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, result.params)
+    assert loaded.schemes["default"].theta == 400.0 and loaded.meta.length == 128
+    base = load_params(workdir, stage="base")
+    assert (base.meta.step, base.meta.length, base.schemes["default"].theta) == (8, 64, 100.0)
+    assert load_params(workdir / "checkpoints" / "16").meta.stage_step == 8
+    with pytest.raises(UserError, match="no stage 'bass'"):
+        load_params(workdir, stage="bass")
+    with pytest.raises(UserError, match="it has 8, 16, 18"):
+        load_params(workdir, step=5)
+    with pytest.raises(UserError, match="holds no run"):
+        load_params(workdir / "checkpoints" / "16" / "params")
+
+
+def test_given_weights(whole, tmp_path):
+    stage = {**tiny.stages()[1], "steps": 10}
+    result = go(tmp_path, init_from=f"{whole[0]}/checkpoints/8", stages=[stage])
+    # Stage 0 here and stage 1 there see different batches; the start is the same weights.
+    first = next(row for row in rows(whole[0]) if row["stage"] == "longer")["loss"]
+    np.testing.assert_allclose(rows(tmp_path)[0]["loss"], first, rtol=0.1)
+    assert result.step == 10
+
+
+def test_going_on_from_another_run(whole, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(whole[0], source)
+    for step in (16, 18):
+        shutil.rmtree(source / "checkpoints" / str(step))
+    result = go(tmp_path / "own", resume_from=str(source))
+    jax.tree.map(np.testing.assert_array_equal, result.params, whole[1].params)
+    assert rows(tmp_path / "own") == rows(whole[0])[8:]
+
+
+MONITOR = {"enabled": True, "steps": 8, "skip": 0, "probe_rows": 4}
+HARD = {"max_up_pairs": -1.0}
+EASY = {"max_swing": 1e9, "max_up_pairs": 1.0, "max_text_excess": 9.0, "max_needle_excess": 9.0}
+
+
+def attempts(workdir):
+    found = [row for row in rows(workdir) if row["stage"] == "longer"]
+    return [
+        [{k: v for k, v in row.items() if k != "attempt"} for row in found if row["attempt"] == a]
+        for a in range(1 + max(row["attempt"] for row in found))
+    ]
+
+
+def test_the_monitor_lets_a_good_stage_pass(whole, tmp_path):
+    result = go(tmp_path, monitor={**MONITOR, **EASY})
+    assert rows(tmp_path) == rows(whole[0])
+    (decision,) = result.decisions
+    assert decision["verdict"] == "straight down" and decision["theta"] == 400.0
+    assert json.loads((tmp_path / "decisions.jsonl").read_text()) == decision
+
+
+def test_the_monitor_rolls_back(whole, tmp_path, capsys):
+    result = go(tmp_path, monitor={**MONITOR, **HARD}, stages=tiny.stages(thetas=[400.0, 400.0, 1e6]))
+    assert [d["verdict"] for d in result.decisions] == ["oscillating"] * 3
+    assert [d["theta"] for d in result.decisions] == [400.0, 400.0, 1e6]
+    first, second, third, *rest = attempts(tmp_path)
+    # The same theta again from the stage's start, weights, optimizer and data alike, gives the same bits.
+    assert first == second and len(first) == 8
+    assert third[0]["loss"] != first[0]["loss"]
+    # With nothing left to try, the best theta runs to the end.
+    chosen = result.decisions[-1]["next_theta"]
+    assert chosen == min(result.decisions, key=lambda d: d["probe_after"]["needle_loss"])["theta"]
+    last = rest[0] if rest else third
+    assert last[-1]["stage_step"] == 10
+    said = capsys.readouterr().out
+    assert said.count("back to the start of longer") == 2 and "no theta is left" in said
+    # What was decided is in force when the run is looked at again.
+    assert load_params(tmp_path).schemes["default"].theta == chosen
+    before = rows(tmp_path)
+    again = go(tmp_path, monitor={**MONITOR, **HARD}, stages=tiny.stages(thetas=[400.0, 400.0, 1e6]))
+    assert rows(tmp_path) == before and len(again.decisions) == 3
+
+
+def test_steps_that_are_not_finite_stop_the_run(tmp_path, capfd):
+    stages = [{**tiny.stages()[0], "steps": 8, "parts": {"text": {"loss_weight": 1e38}, "needles": {"loss_weight": 1e38}}}]
+    with pytest.raises(UserError, match=r"last of 3 non-finite steps in a row.*lower optim.lr"):
+        go(tmp_path, stages=stages, max_bad_steps=3)
+    assert [row["in_a_row"] for row in rows(tmp_path)] == [1, 2, 3]
+    assert "parameters are kept" in capfd.readouterr().err.replace("\n", " ")

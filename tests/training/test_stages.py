@@ -1,0 +1,106 @@
+"""Run configs: order, overrides, and what is answered when they are wrong."""
+
+import jax
+import ml_collections
+import pytest
+import tiny
+
+from lcx.core.config import plain
+from lcx.core.errors import UserError
+from lcx.core.mesh import MeshConfig
+from lcx.training.plan import Planner
+from lcx.training.stages import RunConfig, run_config, schemes_through
+
+
+def named(**stages):
+    return tiny.config(stages={name: {"steps": 4, "batch_size": 8, **stage} for name, stage in stages.items()})
+
+
+def test_named_stages_are_ordered_by_length_or_as_told():
+    config = ml_collections.ConfigDict(named(zeta={"seq_len": 64}, alpha={"seq_len": 256}, mid={"seq_len": 128}))
+    config.stages.alpha.steps = 7  # what a flag does
+    assert [(s.name, s.steps) for s in run_config(config).stages] == [("zeta", 4), ("mid", 4), ("alpha", 7)]
+    config.stage_order = ("mid", "alpha", "zeta")
+    assert [s.name for s in run_config(config).stages] == ["mid", "alpha", "zeta"]
+
+
+def test_a_saved_config_reads_back():
+    from lcx.core.config import build
+
+    run = run_config(tiny.config(stages=tiny.stages(mesh={"data": 2, "fsdp": 1}, optim={"lr": 1e-4})))
+    assert build(RunConfig, plain(run)) == run
+
+
+def test_positions_change_from_stage_to_stage():
+    values = tiny.config(positions={"default": {"name": "rope", "theta": 100.0, "partial": 0.5}})
+    values["stages"] = [
+        {"name": "a", "seq_len": 64, "steps": 1, "batch_size": 1},
+        {"name": "b", "seq_len": 128, "steps": 1, "batch_size": 1, "positions": {"default": 400.0}},
+        {"name": "c", "seq_len": 256, "steps": 1, "batch_size": 1, "positions": {"default": "linear:factor=2"}},
+        {"name": "d", "seq_len": 512, "steps": 1, "batch_size": 1},
+    ]
+    a, b, c, d = (schemes["default"] for schemes in schemes_through(run_config(values)))
+    assert (a.theta, b.theta, b.partial, c.name, c.theta, c.partial) == (100.0, 400.0, 0.5, "linear", 400.0, 0.5)
+    assert d == c
+
+
+def test_mixture_and_parts_change_one_stage():
+    run = run_config(tiny.config(stages=tiny.stages(mixture={"text": 0.9}, parts={"needles": {"task": {"needles": 3}}})))
+    first, second = (run.data_of(stage).parts for stage in run.stages)
+    assert (first["text"].weight, second["text"].weight, second["needles"].weight) == (0.5, 0.9, 0.5)
+    assert (first["needles"].task.needles, second["needles"].task.needles, second["needles"].task.queries) == (1, 3, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stages": []}, "stages is empty"),
+        ({"sead": 1}, "config has no field 'sead'; did you mean 'seed'"),
+        ({"stages": tiny.stages(name="base")}, "stages has 'base' twice"),
+        ({"stages": tiny.stages(steps=0)}, r"stages.longer.steps=0 must be above 0"),
+        (
+            {"stages": tiny.stages(accumulate=3)},
+            r"batch_size=4 does not divide into accumulate=3 microbatches; these do: \[1, 2, 4\]",
+        ),
+        ({"stages": tiny.stages(max_position=64)}, "max_position=64 is below seq_len=128"),
+        ({"stages": tiny.stages(optim={"learning_rate": 1.0})}, "stages.longer.optim has no field 'learning_rate'"),
+        ({"stages": tiny.stages(mixture={"txt": 1.0})}, "'txt' is not known; did you mean 'text'"),
+        ({"stages": tiny.stages(seq_leng=3)}, "has no field 'seq_leng'; did you mean 'seq_len'"),
+        ({"monitor": {"enabled": True, "steps": 10, "skip": 0}}, "leaves nothing after the monitor's 10 steps"),
+        ({"optim": {"schedule": "cosin"}}, "config.optim.schedule='cosin' is not known; did you mean 'cosine'"),
+    ],
+)
+def test_wrong_configs(changes, message):
+    with pytest.raises(UserError, match=message):
+        run_config(tiny.config(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stages": tiny.stages(positions={"default": "ropy"})}, "'ropy' is not known; did you mean 'rope'"),
+        ({"stages": tiny.stages(positions={"globl": 4.0})}, "globl"),
+        ({"stages": tiny.stages(positions={"default": -4.0})}, "theta=-4.0"),
+        (
+            {"mesh": {"data": 8, "fsdp": 1}},
+            "batch_size=4 rows do not divide by data=8 x fsdp=1 x expert=1 times accumulate=2, which is 16",
+        ),
+        ({"mesh": {"tensor": 4, "fsdp": 2}}, "model.num_heads=2 does not divide into the 4 pieces of mesh axes tensor=4"),
+        ({"mesh": {"fsdp": 3}}, "need 3 devices and 8 are present"),
+        (
+            {"monitor": {"enabled": True, "steps": 8, "skip": 0}, "stages": [{**tiny.stages()[1], "monitor": True}]},
+            "set stages.longer.thetas",
+        ),
+        ({"data": {"tokenizer": "bytes+bos"}}, "model.vocab_size=256 is below the 257 tokens of data.tokenizer='bytes\\+bos'"),
+    ],
+)
+def test_what_does_not_fit(changes, message):
+    with pytest.raises(UserError, match=message):
+        Planner(run_config(tiny.config(**changes)), [], jax.devices()[: 8 if "mesh" in changes else 1])
+
+
+def test_a_mesh_of_its_own_for_a_stage():
+    values = tiny.config(stages=tiny.stages(mesh={"data": 2, "fsdp": 4}, batch_size=16), mesh={"fsdp": 8})
+    planner = Planner(run_config(values), [], jax.devices())
+    assert [dict(mesh.shape)["data"] for mesh in planner.meshes] == [1, 2]
+    assert planner.run.mesh_of(planner.run.stages[1]) == MeshConfig(data=2, fsdp=4)

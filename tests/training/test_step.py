@@ -1,0 +1,139 @@
+"""One step is the same on every mesh, under every accumulation, and compiled once for every theta."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lcx.core.batch import Batch
+from lcx.core.mesh import MeshConfig, make_mesh
+from lcx.core.params import initialize, paths_of
+from lcx.core.trees import worst_error
+from lcx.model.config import ModelConfig, lay_out
+from lcx.model.params import specs
+from lcx.positions.schemes import from_config
+from lcx.training.optimizer import OptimConfig
+from lcx.training.step import TrainStep, train_step
+
+ROWS, LENGTH, STEPS = 8, 32, 5
+MODEL = ModelConfig(vocab_size=64, model_dim=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=32)
+OPTIM = OptimConfig(lr=1e-2, warmup_steps=2, z_loss=1e-3)
+
+
+def laid_out(theta=100.0):
+    scheme = {"global": from_config({"name": "rope", "theta": theta})}
+    arch, arrays = lay_out(MODEL, scheme, LENGTH)
+    return arch, arrays, specs(MODEL, scheme, LENGTH)
+
+
+def make_step(mesh, accumulate=1):
+    arch, arrays, table = laid_out()
+    devices = jax.devices() if np.prod(list(dataclasses.asdict(mesh).values())) == 8 else jax.devices()[:1]
+    return train_step(arch, table, OPTIM, STEPS, make_mesh(mesh, devices), accumulate), arrays
+
+
+def host_batch(step):
+    rng = np.random.default_rng(step)
+    tokens = rng.integers(0, 64, (ROWS, LENGTH + 1))
+    # Uneven weights: rows differ a hundredfold, so that averaging averages would show.
+    weights = rng.random((ROWS, LENGTH + 1)).astype(np.float32) * (10.0 ** -(np.arange(ROWS) % 3))[:, None].astype(np.float32)
+    return jax.tree.map(np.asarray, Batch.from_tokens(tokens, weights))
+
+
+def fresh(step):
+    return step.start(initialize(step.specs, jax.random.key(0)))
+
+
+def run(step, arrays):
+    """Losses and gradients of five steps, and the state after them."""
+    state = fresh(step)
+    losses, gradients = [], []
+    for i in range(STEPS):
+        state, figures, grads = step.with_gradients(state, step.put(host_batch(i), ROWS), arrays)
+        losses.append(figures["loss"].item())
+        gradients.append(jax.device_get(grads))
+    return losses, gradients, state
+
+
+@functools.cache
+def reference():
+    return run(*make_step(MeshConfig(fsdp=1)))[:2]
+
+
+def check(losses, gradients):
+    wanted = reference()
+    np.testing.assert_allclose(losses, wanted[0], rtol=1e-6)
+    for got, want in zip(gradients, wanted[1], strict=True):
+        error, where = worst_error(got, want)
+        assert error <= 1e-5, where
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 4, 1), (2, 2, 2)])
+def test_meshes_equal_one_device(sizes):
+    data, fsdp, tensor = sizes
+    step, arrays = make_step(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
+    losses, gradients, state = run(step, arrays)
+    check(losses, gradients)
+    kernel = state.params["layers"]["mlp"]["up"]["kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size // (fsdp * tensor)
+    moments = next(part for part in state.opt_state if hasattr(part, "mu"))
+    assert moments.mu["layers"]["mlp"]["up"]["kernel"].sharding == kernel.sharding
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_accumulation_equals_one_batch(accumulate):
+    check(*run(*make_step(MeshConfig(fsdp=1), accumulate))[:2])
+
+
+@pytest.mark.slow
+def test_accumulation_on_a_mesh():
+    check(*run(*make_step(MeshConfig(data=2, fsdp=2, tensor=2), 2))[:2])
+
+
+def test_theta_compiles_nothing_again():
+    arch, arrays, table = laid_out(theta=55.0)
+    step = TrainStep(arch, tuple(paths_of(table)), OPTIM, STEPS, make_mesh(MeshConfig(fsdp=1), jax.devices()[:1]))
+    state = fresh(step)
+    losses = []
+    for theta in (55.0, 1e4, 5e8):
+        other, arrays, _ = laid_out(theta)
+        assert other == arch
+        state, figures = step(state, step.put(host_batch(0), ROWS), arrays)
+        losses.append(figures["loss"].item())
+    assert step.compiles == 1
+    assert len(set(losses)) == 3
+
+
+@pytest.mark.parametrize("poison", ["weights", "none", "arrays"])
+def test_a_step_that_is_not_finite_keeps_the_state(poison):
+    step, arrays = make_step(MeshConfig(fsdp=1))
+    state = fresh(step)
+    state, figures = step(state, step.put(host_batch(0), ROWS), arrays)
+    assert figures["ok"] and figures["in_a_row"] == 0
+    before = jax.tree.map(np.array, (state.params, state.opt_state))
+    batch = host_batch(1)
+    if poison == "weights":
+        batch = batch.replace(weights=np.where(batch.weights > 0.5, np.nan, batch.weights).astype(np.float32))
+    elif poison == "none":
+        batch = batch.replace(weights=np.zeros_like(batch.weights))
+    bad = jax.tree.map(lambda x: x * jnp.nan if x.dtype == jnp.float32 else x, arrays) if poison == "arrays" else arrays
+    for count in (1, 2):
+        state, figures = step(state, step.put(batch, ROWS), bad)
+        assert not figures["ok"] and figures["in_a_row"] == count and figures["skipped"] == count
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.array, (state.params, state.opt_state)))
+    state, figures = step(state, step.put(host_batch(2), ROWS), arrays)
+    assert figures["ok"] and figures["in_a_row"] == 0 and figures["skipped"] == 2
+    assert state.step == 4
+
+
+def test_bfloat16_computes_on_float32_weights():
+    model = dataclasses.replace(MODEL, compute_dtype="bfloat16")
+    scheme = {"global": from_config({"name": "rope", "theta": 100.0})}
+    arch, arrays = lay_out(model, scheme, LENGTH)
+    step = train_step(arch, specs(model, scheme, LENGTH), OPTIM, STEPS, make_mesh(MeshConfig(fsdp=1), jax.devices()[:1]), 2)
+    state, figures = step(fresh(step), step.put(host_batch(0), ROWS), arrays)
+    assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.float32)}
+    np.testing.assert_allclose(figures["loss"].item(), reference()[0][0], rtol=1e-2)
