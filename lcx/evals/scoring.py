@@ -1,0 +1,86 @@
+"""Scoring rows of tokens with a model: one compiled program per shape, whatever the frequencies.
+
+Legend: R rows, B rows in one forward pass, T tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from lcx.core.batch import Batch
+from lcx.core.trees import Tree
+from lcx.model.config import Architecture, ModelConfig, lay_out
+from lcx.model.loss import token_losses
+from lcx.model.transformer import hidden
+from lcx.positions.form import Scheme
+
+
+class Scores(NamedTuple):
+    """Per predicted token, each `[R, T]`: loss in nats (float32) and whether the token is the most likely one (boolean)."""
+
+    nll: np.ndarray
+    correct: np.ndarray
+
+
+Scorer = Callable[[np.ndarray, int], Scores]
+"""`(rows [B, T + 1], last)`: scores of the predictions of each row's last `last` tokens, `[B, last]`."""
+
+ScorerFor = Callable[[int], Scorer]
+"""The scorer for a declared length in tokens."""
+
+
+@functools.partial(jax.jit, static_argnames=("arch", "last"))
+def score(params: Tree, arrays: Tree, tokens: jax.Array, arch: Architecture, last: int) -> tuple[jax.Array, jax.Array]:
+    """Loss and match of the last `last` predictions of rows `[B, T + 1]`; logits are made for these alone.
+
+    Frequencies are in `arrays`, so a theta ladder and a zero-shot comparison of schemes of one form share the program.
+    """
+    batch = Batch.from_tokens(tokens)
+    states = hidden(params, arrays, arch, batch)[:, -last:]
+    losses = token_losses(params, states, batch.targets[:, -last:], arch)
+    return losses.nll, losses.correct
+
+
+def model_scorer(params: Tree, config: ModelConfig, schemes: Mapping[str, Scheme], length: int) -> Scorer:
+    """A scorer of the model under `schemes` (by layer kind), laid out for `length` tokens."""
+    arch, arrays = lay_out(config, schemes, length)
+
+    def run(rows: np.ndarray, last: int) -> Scores:
+        # With a small vocabulary the logits of all tokens cost less than compiling a program for each `last`.
+        scored = rows.shape[1] - 1 if config.vocab_size <= 1024 else last
+        nll, correct = score(params, arrays, jnp.asarray(rows, jnp.int32), arch, scored)
+        return Scores(fetch(nll)[:, -last:], fetch(correct)[:, -last:])
+
+    return run
+
+
+def fetch(x: jax.Array) -> np.ndarray:
+    """The whole array on this host, gathered from other hosts where they hold parts of it."""
+    return np.asarray(x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True))
+
+
+def score_rows(scorer: Scorer, rows: np.ndarray, tokens_per_forward: int, last: int | None = None) -> Scores:
+    """Scores of any number of rows `[R, T + 1]`, at most `tokens_per_forward` tokens (but at least one row) at a time.
+
+    A group that is not full is filled up with copies of its first row, so that all passes at a length, for whatever purpose, have
+    one shape and share one program.
+    """
+    count, length = rows.shape[0], rows.shape[1] - 1
+    last = length if last is None else last
+    group = max(1, tokens_per_forward // length)
+    nll, correct = [], []
+    for start in range(0, count, group):
+        part = rows[start : start + group]
+        real = len(part)
+        part = np.concatenate([part, np.repeat(part[:1], group - real, axis=0)])
+        scores = scorer(part, last)
+        nll.append(scores.nll[:real])
+        correct.append(scores.correct[:real])
+    return Scores(np.concatenate(nll), np.concatenate(correct))

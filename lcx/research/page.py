@@ -1,0 +1,66 @@
+"""The HTML shell of reports: inline style for light and dark, nothing fetched from anywhere."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1d2733; --muted: #66727f; --line: #e3e8ee; --paper: #ffffff; --ground: #f6f8fa;
+  --accent: #0a8f6e; --code: #f1f4f7; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6ebf0; --muted: #94a1ae; --line: #2c3641; --paper: #171d24;
+  --ground: #0f1419; --accent: #2ad4a5; --code: #10161c; } figure { filter: brightness(.93); } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--ground); color: var(--ink); font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto,
+  "Helvetica Neue", "DejaVu Sans", sans-serif; -webkit-font-smoothing: antialiased; }
+main { max-width: 980px; margin: 0 auto; padding: 44px 20px 72px; }
+h1 { font-size: 40px; line-height: 1.15; letter-spacing: -.02em; margin: 0; font-weight: 700; }
+.lead { color: var(--muted); font-size: 17px; margin: 10px 0 28px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 12px; margin-bottom: 16px; }
+.tile, section { background: var(--paper); border: 1px solid var(--line); border-radius: 10px; }
+.tile { padding: 14px 16px 13px; }
+.tile .caption { color: var(--muted); font-size: 13px; }
+.tile .value { font-size: 23px; font-weight: 650; letter-spacing: -.01em; margin: 3px 0 4px; color: var(--accent);
+  font-variant-numeric: tabular-nums; white-space: nowrap; }
+.tile .small { color: var(--muted); font-size: 12.5px; line-height: 1.4; }
+section { padding: 20px 22px 18px; margin-top: 16px; }
+h2 { font-size: 17px; margin: 0 0 14px; letter-spacing: -.005em; }
+figure { margin: 0 0 12px; background: #fff; border-radius: 8px; padding: 12px; }
+figure img { display: block; width: 100%; height: auto; }
+.note { color: var(--muted); font-size: 13.5px; margin: 10px 0 0; max-width: 78ch; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: 13.5px; font-variant-numeric: tabular-nums; }
+th { color: var(--muted); font-weight: 500; text-align: right; border-bottom: 1px solid var(--line); padding: 6px 10px; }
+td { text-align: right; border-bottom: 1px solid var(--line); padding: 7px 10px; white-space: nowrap; }
+tr:last-child td { border-bottom: 0; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+th:last-child, td:last-child { padding-right: 0; }
+td span { color: var(--muted); font-size: 12.5px; font-weight: 400; display: inline-block; min-width: 42px; }
+.words td:first-child { white-space: nowrap; }
+.words th:last-child, .words td:last-child { text-align: left; white-space: normal; padding-left: 22px; }
+tr.dim td { color: var(--muted); }
+tr.strong td { font-weight: 650; color: var(--accent); }
+pre { background: var(--code); border-radius: 8px; padding: 12px 14px; overflow-x: auto; font: 12.5px/1.5 ui-monospace,
+  SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; margin: 0 0 12px; }
+summary { cursor: pointer; color: var(--muted); font-size: 13.5px; margin: 12px 0 8px; }
+footer { color: var(--muted); font-size: 13px; margin-top: 24px; }
+@media (max-width: 560px) { h1 { font-size: 30px; } section { padding: 16px 14px; } }
+@media print { body { background: none; } section { break-inside: avoid; } }
+"""
+
+
+def page(title: str, heading: str, lead: str, tiles: Sequence[tuple[str, str, str]], body: str) -> str:
+    """A whole document; `tiles` are (caption, value, small print) in plain text, `body` is HTML."""
+    shown = "".join(
+        f"<div class=tile><div class=caption>{html.escape(caption)}</div><div class=value>{html.escape(value)}</div>"
+        f"<div class=small>{html.escape(small)}</div></div>"
+        for caption, value, small in tiles
+    )
+    return (
+        "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
+        "<meta name=viewport content='width=device-width, initial-scale=1'>"
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body><main>"
+        f"<h1>{html.escape(heading)}</h1><p class=lead>{html.escape(lead)}</p><div class=tiles>{shown}</div>{body}"
+        "<footer>Written by lcx from the files in this run's folder; every number comes from them.</footer>"
+        "</main></body></html>\n"
+    )

@@ -1,0 +1,108 @@
+"""A whole recipe in one config: train the stages, evaluate the model before and after its extension, write the report."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from lcx.core import config as configs
+from lcx.core.config import choice
+from lcx.core.console import say
+from lcx.core.errors import UserError
+from lcx.core.mesh import make_mesh
+from lcx.evals import results
+from lcx.evals.results import EvalResult
+from lcx.evals.suite import EvalConfig, evaluate
+from lcx.model.config import ModelConfig, schemes_of
+from lcx.research.history import record_environment
+from lcx.research.report import write_report
+from lcx.training.checkpoints import Loaded, load_params
+from lcx.training.loop import train
+from lcx.training.stages import RunConfig, StageConfig, run_config
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A run, and how to judge it.
+
+    `base_stage` names the stage after which the model counts as trained; what follows extends it. The model is evaluated there
+    (`before`, with the zero-shot schemes) and at the end (`after`). Without it there is no before.
+    """
+
+    run: RunConfig
+    evals: EvalConfig = EvalConfig()
+    base_stage: str | None = None
+
+
+def defaults(stages: Mapping[str, Mapping[str, Any]], **model: Any) -> ml_collections.ConfigDict:
+    """Every field of a recipe with its default as a `ConfigDict`, so that flags reach all of them.
+
+    `stages` maps names to at least `seq_len`, `steps` and `batch_size`, in running order; `model` changes the model's.
+    """
+    full = {name: _flexible(StageConfig, {"name": name, **values}) for name, values in stages.items()}
+    run = RunConfig(model=ModelConfig(**model), stages=tuple(configs.build(StageConfig, stage) for stage in full.values()))
+    config = configs.to_config_dict(run)
+    for stage in full.values():
+        del stage["name"]
+    config.stages = ml_collections.ConfigDict(full, type_safe=False)
+    config.stage_order = tuple(full)
+    config.evals = configs.to_config_dict(EvalConfig())
+    # A plain None would tell the flags nothing of the type that they may put in its place.
+    for name in ("base_stage", "init_from", "resume_from"):
+        config[name] = ml_collections.config_dict.placeholder(str)
+    return config
+
+
+def _flexible(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    known = {field.name: field for field in dataclasses.fields(cls)}
+    for key in values:
+        if key not in known:
+            raise UserError(f"stages.{values['name']} has no field {key!r}{configs.nearest(key, known)}")
+    return {**configs.plain(cls(**values)), **values}
+
+
+def recipe(config: ml_collections.ConfigDict) -> Recipe:
+    """The checked recipe of a config; raises `UserError` for anything that is wrong with it."""
+    values = config.to_dict()
+    evals = configs.build(EvalConfig, values.pop("evals", {}), "config.evals")
+    base_stage = values.pop("base_stage", None)
+    run = run_config(values)
+    if base_stage is not None:
+        choice("config.base_stage", base_stage, [stage.name for stage in run.stages])
+    return Recipe(run, evals, base_stage)
+
+
+def run_recipe(chosen: Recipe, workdir: Path, command: Sequence[str]) -> None:
+    """Train, evaluate, report. What is there already is not done again, so the same command goes on after any interruption."""
+    train(chosen.run, workdir)
+    record_environment(workdir, command)
+    if chosen.base_stage is not None:
+        evaluate_stage(chosen, workdir, "before", chosen.base_stage)
+    after = dataclasses.replace(chosen, evals=dataclasses.replace(chosen.evals, zero_shot=()))
+    evaluate_stage(after, workdir, "after", chosen.run.stages[-1].name)
+    say(f"report: {write_report(workdir)}")
+
+
+def evaluate_stage(chosen: Recipe, workdir: Path, label: str, stage: str) -> EvalResult:
+    """The evaluation of the model at the end of a stage, kept as `eval/<label>.json`."""
+    path = workdir / "eval" / f"{label}.json"
+    loaded = load_params(workdir, stage=stage, mesh=make_mesh(chosen.run.mesh))
+    if path.exists():
+        found = results.read(path)
+        same = found.settings.get("evals") == configs.plain(chosen.evals)
+        if same and found.step == loaded.meta.step:
+            return found
+    return evaluate_loaded(loaded, chosen.evals, label, workdir)
+
+
+def evaluate_loaded(loaded: Loaded, evals: EvalConfig, label: str, workdir: Path | None) -> EvalResult:
+    """Evaluate loaded weights under the schemes that they were last trained with."""
+    run, meta = loaded.run, loaded.meta
+    schemes = schemes_of(run.model, loaded.schemes)
+    return evaluate(
+        loaded.params, run.model, schemes, run.data, evals, trained=meta.length, label=label, step=meta.step, workdir=workdir
+    )

@@ -1,0 +1,174 @@
+"""How lcx's pictures look: type, colours, number formats, and labels that stand at the end of their line."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+
+import matplotlib
+import matplotlib.colors
+import matplotlib.ticker
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+INK = "#1D2733"
+MUTED = "#66727F"
+FAINT = "#DDE2E8"
+PAPER = "#FFFFFF"
+LOST, HALF, FOUND = "#F0496E", "#EBB839", "#0CD79F"
+SCORES = matplotlib.colors.LinearSegmentedColormap.from_list("found", [LOST, HALF, FOUND])
+BEFORE, AFTER = "#D6335A", "#0A9A76"
+LINES = ("#2B62C9", "#C77A12", "#7D4FC4", "#0E8FA8", "#B23A7A", "#5E7A1F", "#8A5A3C", "#3F4E9E")
+
+_RC = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": MUTED,
+    "axes.labelsize": 10,
+    "axes.titlesize": 11.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelsize": 9.5,
+    "ytick.labelsize": 9.5,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "xtick.minor.size": 0,
+    "ytick.minor.size": 0,
+    "xtick.major.pad": 6,
+    "ytick.major.pad": 5,
+    "lines.linewidth": 2.0,
+    "lines.solid_capstyle": "round",
+    "lines.solid_joinstyle": "round",
+    "figure.facecolor": PAPER,
+    "savefig.facecolor": PAPER,
+    "mathtext.default": "regular",
+}
+
+
+@contextlib.contextmanager
+def typography() -> Iterator[None]:
+    """The rc settings under which every figure is built and saved; restored on leaving."""
+    with matplotlib.rc_context(_RC):
+        yield
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of `width` x `height` inches on the Agg canvas, outside pyplot's global list."""
+    figure = Figure(figsize=(width, height), dpi=200, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save(figure: Figure, path: str | os.PathLike[str]) -> pathlib.Path:
+    """Write the figure as PNG at 200 dots per inch."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with typography():
+        figure.savefig(path, format="png", dpi=200, metadata={"Software": "lcx"})
+    return path
+
+
+def tokens(length: float) -> str:
+    """`256`, `4K`, `1M`: lengths in powers of two as people say them; others in full."""
+    length = int(length)
+    for size, unit in ((2**30, "G"), (2**20, "M"), (2**10, "K")):
+        if length >= size and length % size == 0:
+            return f"{length // size}{unit}"
+    return f"{length:,}"
+
+
+def number(value: float) -> str:
+    """Three significant digits without an exponent where that stays short: `0.012`, `4.31`, `23.5K`, `3.58B`."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e4, "K")):
+        if abs(value) >= size:
+            return f"{value / size * (10 if unit == 'K' else 1):.3g}{unit}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def grid_lines(axes: Axes, axis: str = "y") -> None:
+    """Hair lines behind the data, along one axis."""
+    axes.grid(True, axis=axis, color=FAINT, linewidth=0.7, zorder=0)  # type: ignore[arg-type]
+    axes.set_axisbelow(True)
+
+
+def length_axis(axes: Axes, lengths: Sequence[int], label: str = "context length, tokens") -> None:
+    """A base-2 logarithmic x axis with one tick for each length, thinned to at most nine."""
+    axes.set_xscale("log", base=2)
+    shown = list(lengths)[:: -(-len(lengths) // 9)]
+    axes.xaxis.set_major_locator(matplotlib.ticker.FixedLocator([float(x) for x in shown]))
+    axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: tokens(round(x))))
+    axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+    axes.set_xlabel(label)
+
+
+def value_axis(axes: Axes, low: float, high: float, label: str) -> None:
+    """A y axis over `low`..`high`: linear, or logarithmic with plain numbers when the values span more than a factor of four."""
+    if low > 0 and high > 4 * low:
+        axes.set_yscale("log")
+        span = high / low
+        steps = (1, 1.5, 2, 3, 4, 5, 7) if span < 12 else (1, 2, 5) if span < 300 else (1,)
+        ticks = [m * 10.0**e for e in range(-6, 16) for m in steps]
+        ticks = [t for t in ticks if low / 1.3 <= t <= high * 1.3]
+        axes.yaxis.set_major_locator(matplotlib.ticker.FixedLocator(ticks))
+        axes.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+        axes.set_ylim(low / (high / low) ** 0.06, high * (high / low) ** 0.06)
+    else:
+        room = (high - low) * 0.08 or abs(high) * 0.05 or 1.0
+        axes.set_ylim(low - room, high + room)
+        axes.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
+    axes.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda y, _: number(y)))
+    axes.set_ylabel(label)
+
+
+def mark_trained(axes: Axes, trained: int | None, text: str = "trained at") -> None:
+    """A dashed upright at the trained length with its name at the top."""
+    if trained is None:
+        return
+    axes.axvline(trained, color=INK, linewidth=1.0, linestyle=(0, (3, 3)), zorder=1)
+    axes.annotate(
+        f"{text} {tokens(trained)}", (trained, 1.0), xycoords=("data", "axes fraction"), xytext=(5, -3), textcoords="offset points",
+        ha="left", va="top", fontsize=9, color=INK,
+    )  # fmt: skip
+
+
+def end_labels(axes: Axes, ends: Sequence[tuple[float, float, str, str]], gap: float = 0.062) -> None:
+    """Name lines at their right ends: `(x, y, text, colour)` in data units; at one x they stand `gap` of the height apart."""
+    low, high = axes.get_ylim()
+    log = axes.get_yscale() == "log"
+
+    def place(y: float) -> float:
+        height = math.log(y / low) / math.log(high / low) if log else (y - low) / (high - low)
+        return min(1.0, max(0.0, height))
+
+    for at in dict.fromkeys(end[0] for end in ends):
+        here = sorted((place(y), text, colour) for x, y, text, colour in ends if x == at)
+        for height, (_, text, colour) in zip(spread([end[0] for end in here], gap), here, strict=True):
+            axes.annotate(
+                text, (at, height), xycoords=("data", "axes fraction"), xytext=(8, 0), textcoords="offset points",
+                ha="left", va="center", fontsize=9.5, color=colour, fontweight="bold", annotation_clip=False,
+            )  # fmt: skip
+
+
+def spread(wanted: Sequence[float], gap: float) -> list[float]:
+    """The sorted heights moved as little as is needed (least squares) for neighbours to stand `gap` apart."""
+    blocks: list[list[float]] = []  # each [sum of (wanted - offset), count]: pooled neighbours that touch
+    for i, height in enumerate(wanted):
+        blocks.append([height - i * gap, 1.0])
+        while len(blocks) > 1 and blocks[-2][0] / blocks[-2][1] > blocks[-1][0] / blocks[-1][1]:
+            total, count = blocks.pop()
+            blocks[-1][0] += total
+            blocks[-1][1] += count
+    means = [total / count for total, count in blocks for _ in range(int(count))]
+    return [mean + i * gap for i, mean in enumerate(means)]

@@ -1,0 +1,126 @@
+import dataclasses
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from lcx.core.errors import UserError
+from lcx.core.params import initialize
+from lcx.data.config import DataConfig, PartConfig, SourceConfig
+from lcx.evals import needles, results
+from lcx.evals.scoring import model_scorer, score
+from lcx.evals.suite import EvalConfig, evaluate, gather
+from lcx.model.config import ModelConfig, lay_out, schemes_of
+from lcx.model.decode import generate
+from lcx.model.params import specs
+
+MODEL = ModelConfig(model_dim=32, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=16, mlp_dim=32)
+SCHEMES = schemes_of(MODEL, {"default": "rope:theta=100"})
+CONFIG = EvalConfig(
+    lengths=(64, 128), depths=(0.0, 1.0), items=3, zero_shot=("linear", "ntk", "rope:theta=critical"), zero_shot_items=2,
+    perplexity_tokens=512, tokens_per_forward=256,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def params():
+    return initialize(specs(MODEL, SCHEMES, 128), jax.random.key(0))
+
+
+@pytest.fixture
+def data(tmp_path):
+    for i in range(6):
+        (tmp_path / f"{i}.txt").write_text(f"file {i}\n" + "".join(f"line {i * 1000 + n} of text\n" for n in range(60)))
+    source = SourceConfig(kind="text", path=str(tmp_path / "*.txt"))
+    parts = {"text": PartConfig(source=source), "needles": PartConfig(kind="multikey", source=source)}
+    return DataConfig(parts=parts, heldout_fraction=0.5)
+
+
+def test_evaluates_every_scheme_and_writes_json(params, data, tmp_path):
+    said = []
+    result = evaluate(
+        params, MODEL, SCHEMES, data, CONFIG, trained=64, label="before", step=7, workdir=tmp_path, announce=said.append
+    )
+    names = ["none", "linear", "ntk", "rope:theta=critical"]
+    assert [grid.scheme for grid in result.needles] == names == [curve.scheme for curve in result.perplexity]
+    assert [grid.items for grid in result.needles] == [3, 2, 2, 2]
+    assert {point.tokens for curve in result.perplexity for point in curve.points} == {512}
+    base, *others = (curve.at(64).nll for curve in result.perplexity)
+    assert others == pytest.approx([base] * 3, rel=1e-6)  # at the trained length every factor is 1
+    assert len({round(curve.at(128).nll, 6) for curve in result.perplexity}) == 4
+    assert results.read(tmp_path / "eval" / "before.json") == dataclasses.replace(
+        result, settings=json.loads(json.dumps(result.settings))
+    )
+    assert len(said) == 8
+
+
+def test_another_theta_or_scheme_of_the_same_form_compiles_nothing(params, data):
+    config = dataclasses.replace(CONFIG, zero_shot=())
+    evaluate(params, MODEL, SCHEMES, data, config, trained=64, announce=lambda _: None)
+    before = score._cache_size()
+    evaluate(params, MODEL, schemes_of(MODEL, {"default": "rope:theta=7"}), data, CONFIG, trained=64, announce=lambda _: None)
+    assert score._cache_size() == before
+
+
+def test_text_and_needles_are_held_out(data):
+    materials = gather(data, CONFIG)
+    train = {i for i in range(6)} - set(_files(materials.text))
+    assert train and not set(_files(materials.items[128].tokens)) & train
+
+
+def _files(rows: np.ndarray) -> list[int]:
+    """Numbers of the files whose lines appear, told by the thousands of their line numbers."""
+    import re
+
+    return [int(n) // 1000 for row in rows for n in re.findall(rb"line (\d+) of", bytes(row.astype(np.uint8)))]
+
+
+def test_generation_and_teacher_forcing_agree(params, data):
+    """Answers made by greedy generation are found by both ways of scoring, others by neither."""
+    made = gather(data, CONFIG).items[64]
+    arch, arrays = lay_out(MODEL, SCHEMES, 64)
+    write = functools.partial(generate, params, arrays, arch)
+    answers = write([row[:60] for row in made.tokens], 4)
+    own = dataclasses.replace(made, tokens=made.tokens.copy())
+    own.tokens[:, 60:64] = answers
+    own.tokens[0, 62] ^= 1
+    wanted = [False] + [True] * (len(own.tokens) - 1)
+
+    def scorer_for(length):
+        return model_scorer(params, MODEL, SCHEMES, length)
+
+    assert needles.teacher_forced(scorer_for, own, 256).tolist() == wanted
+    assert needles.generated(write, own, 256).tolist() == wanted
+
+
+def test_generation_has_a_grid_of_its_own(params, data):
+    config = EvalConfig(lengths=(64,), depths=(0.5,), items=2, generation_items=1, perplexity_tokens=0, tokens_per_forward=256)
+    result = evaluate(params, MODEL, SCHEMES, data, config, trained=64, announce=lambda _: None)
+    assert [(grid.method, grid.items) for grid in result.needles] == [("teacher_forced", 2), ("generation", 1)]
+    assert result.perplexity == () and result.grid(method="generation").items == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lengths": (64, 64)}, "must be different lengths"),
+        ({"depths": (0.0, 25.0)}, "depths are fractions from 0"),
+        ({"zero_shot": ("yarm",)}, "did you mean 'yarn'"),
+        ({"items": -1}, "evals.items=-1 must not be negative"),
+        ({"effective_threshold": 85.6}, "must be between 0 and 1"),
+    ],
+)
+def test_wrong_settings_are_answered(changes, message):
+    with pytest.raises(UserError, match=message):
+        EvalConfig(**changes)
+
+
+def test_wrong_parts_are_answered(data):
+    with pytest.raises(UserError, match="did you mean 'needles'"):
+        gather(data, dataclasses.replace(CONFIG, task="needle"))
+    with pytest.raises(UserError, match="is a text part; the parts with a retrieval task are: needles"):
+        gather(data, dataclasses.replace(CONFIG, task="text"))
+    with pytest.raises(UserError, match="tokens and evals.lengths asks for 100,000"):
+        gather(data, dataclasses.replace(CONFIG, lengths=(100_000,)))
