@@ -1,0 +1,95 @@
+"""Time of attention, forward and backward: causal against full, sliding window, and torch's fused CPU kernel if installed.
+
+Run it as `python benchmarks/attention.py --out=attention.json`. Kernels take turns and the best of `--repeats` counts, so that
+other load on the machine hurts all alike. Both the wall clock and the processor time of all threads are given, in seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import pathlib
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lcx.attention.dispatch import AttentionSpec, attend, resolve
+from lcx.attention.tiles import visited_pairs
+from lcx.core.batch import Index
+from lcx.core.mask import Mask
+from lcx.positions.form import Form
+
+SHAPES = ((8, 256, 4, 32), (8, 512, 8, 32), (1, 4096, 8, 32), (1, 16384, 8, 32))
+"""Batch, tokens, heads, head dim."""
+MASKS = {"causal": Mask(), "full": Mask(causal=False), "window64": Mask(window=64)}
+
+
+def ours(mask: Mask, shape: tuple[int, ...], arrays: list[np.ndarray]) -> Callable[[], None]:
+    """A closure that runs forward and backward once."""
+    index = Index.dense(*shape[:2])
+    spec = AttentionSpec(mask, Form(), scale=shape[-1] ** -0.5)
+
+    def step(q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array, index: Index) -> tuple[jax.Array, ...]:
+        return jax.vjp(lambda q, k, v: attend(spec, q, k, v, index, index, q_tables={}, k_tables={}), q, k, v)[1](do)
+
+    inputs = [jnp.asarray(x) for x in arrays]
+    compiled = jax.jit(step).lower(*inputs, index).compile()
+    return lambda: jax.block_until_ready(compiled(*inputs, index)) and None
+
+
+def fused(shape: tuple[int, ...], arrays: list[np.ndarray]) -> Callable[[], None]:
+    """The same with torch's scaled_dot_product_attention, causal."""
+    import torch
+
+    q, k, v, do = (torch.from_numpy(x).transpose(1, 2).contiguous() for x in arrays)
+    for x in (q, k, v):
+        x.requires_grad_(True)
+
+    def step() -> None:
+        torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).backward(do)
+
+    return step
+
+
+def measure(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, dict[str, float]]:
+    """Best wall and processor seconds of each step; the steps take turns."""
+    best = {name: {"wall": float("inf"), "cpu": float("inf")} for name in steps}
+    for _ in range(repeats + 1):
+        for name, step in steps.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            step()
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            best[name] = {"wall": min(best[name]["wall"], wall), "cpu": min(best[name]["cpu"], cpu)}
+    return best
+
+
+def main() -> None:
+    """Measures and writes the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--longest", type=int, default=16384, help="leave out shapes with more tokens")
+    arguments = parser.parse_args()
+    rows = []
+    for shape in (shape for shape in SHAPES if shape[1] <= arguments.longest):
+        B, T, N, _ = shape
+        arrays = list(np.random.default_rng(0).standard_normal((4, *shape), np.float32))
+        steps = {name: ours(mask, shape, arrays) for name, mask in MASKS.items()}
+        if importlib.util.find_spec("torch"):
+            steps["torch causal"] = fused(shape, arrays)
+        plan = resolve(AttentionSpec(Mask(), Form(), scale=1.0), T, T, jax.default_backend(), batch=B, heads=N, kv_heads=N)
+        row = {"shape": shape, "plan": plan.reason, "seconds": measure(steps, arguments.repeats)}
+        if plan.blocks is not None:
+            visited, total = visited_pairs(Mask(), Index.dense(1, T), Index.dense(1, T), plan.blocks.q, plan.blocks.k)
+            row["causal block pairs"] = int(visited) / total
+        rows.append(row)
+        print(json.dumps(row))
+    arguments.out.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

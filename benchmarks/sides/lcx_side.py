@@ -1,0 +1,49 @@
+"""The lcx side: the training step that `lcx run` takes, on one device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import jax
+import numpy as np
+from side import MODEL, NORM_EPS, OPTIMIZER, THETA, batches, serve
+
+from lcx.core.batch import Batch
+from lcx.core.mesh import MeshConfig, make_mesh
+from lcx.model.config import ModelConfig, lay_out
+from lcx.model.params import specs
+from lcx.positions.rotary import Rope
+from lcx.training.optimizer import OptimConfig
+from lcx.training.step import train_step
+
+
+def build(rows: int, length: int) -> tuple[Callable[[], float], dict[str, Any]]:
+    """The compiled, donated step in float32; each call moves a batch from the host and waits for its loss."""
+    config = ModelConfig(**MODEL, norm_eps=NORM_EPS)
+    schemes = {"global": Rope(theta=THETA)}
+    arch, arrays = lay_out(config, schemes, length)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    step = train_step(arch, specs(config, schemes, length), OptimConfig(schedule="constant", **OPTIMIZER), 10**6, mesh)
+    state = step.initialize(jax.random.key(0))
+    host = map(host_batch, batches(rows, length))
+    parameters = sum(x.size for x in jax.tree.leaves(state.params))
+
+    def run() -> float:
+        nonlocal state
+        state, figures = step(state, step.put(next(host), rows), arrays)
+        return figures["loss"].item()
+
+    return run, {"parameters": parameters, "versions": {name: version(name) for name in ("jax", "jaxlib", "numpy", "optax")}}
+
+
+def host_batch(tokens: np.ndarray) -> Batch:
+    """Rows `[B, T + 1]` as NumPy arrays, one document each, as the loader hands them over."""
+    rows, length = tokens.shape[0], tokens.shape[1] - 1
+    order = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
+    return Batch(tokens[:, :-1], tokens[:, 1:], np.ones((rows, length), np.float32), order, order, np.ones_like(order))
+
+
+if __name__ == "__main__":
+    serve(build)

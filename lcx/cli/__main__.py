@@ -1,0 +1,5 @@
+"""`python -m lcx.cli` is `lcx`."""
+
+from lcx.cli.main import main
+
+main()

@@ -1,0 +1,64 @@
+"""The flags that commands share: `--config=FILE`, `--config.KEY=VALUE` and `--workdir`."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from lcx.cli import parse
+from lcx.core.errors import UserError
+
+
+def define(values: flags.FlagValues, workdir: bool = True) -> None:
+    """`--config` with overrides, and `--workdir` where the command keeps something."""
+    config_flags.DEFINE_config_file("config", None, "a Python file with get_config()", flag_values=values)
+    if workdir:
+        flags.DEFINE_string(
+            "workdir", None, "where the run is kept (default: runs/ and the name of the config file)", flag_values=values
+        )
+
+
+def chosen(values: flags.FlagValues, rest: Sequence[str]) -> ml_collections.ConfigDict:
+    """The config with the changes that the flags make."""
+    # Checkpointing logs every step of its own work at this level.
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    if rest:
+        raise UserError(f"there is an argument too many, {rest[0]!r}; values are given as --config.KEY=VALUE")
+    if values.config is None:
+        raise UserError("--config is missing; name a file such as configs/quickstart.py")
+    return values.config
+
+
+def read(values: flags.FlagValues, rest: Sequence[str]) -> tuple[ml_collections.ConfigDict, Path]:
+    """The config and the workdir that the flags name."""
+    config = chosen(values, rest)
+    return config, Path(values.workdir or Path("runs") / Path(filename(values)).stem)
+
+
+def filename(values: flags.FlagValues) -> str:
+    """The config's file, without what follows a colon."""
+    return values["config"].config_filename.partition(":")[0]
+
+
+def module(values: flags.FlagValues) -> ModuleType:
+    """The config file as a module, for what it offers besides `get_config`."""
+    return parse.module(filename(values))
+
+
+def command() -> list[str]:
+    """The command line as it was typed, for the record."""
+    program = Path(sys.argv[0]).name
+    return ["lcx" if program in ("__main__.py", "lcx") else program, *sys.argv[1:]]
+
+
+def text(words: Sequence[str]) -> str:
+    """A command line that a shell reads back."""
+    return shlex.join(words)

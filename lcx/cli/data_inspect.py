@@ -1,0 +1,60 @@
+"""Show what a config's mixture really holds, counted from the rows that a stage trains on: lengths, shares, fill, samples.
+
+lcx data inspect --config=configs/quickstart.py --stage=extend_4096 --rows=256 --plot=mixture.png
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from absl import flags
+
+from lcx.cli import config
+from lcx.core.config import choice
+from lcx.core.console import say, table
+from lcx.core.errors import UserError
+from lcx.data.inspect import COLUMNS, Report, figure, inspect
+from lcx.data.loader import Loader
+from lcx.research import style
+from lcx.research.recipe import recipe
+from lcx.training.stages import RunConfig
+
+
+def define(values: flags.FlagValues) -> None:
+    """The command's flags."""
+    config.define(values, workdir=False)
+    flags.DEFINE_string("stage", None, "the stage to look at (default: the last)", flag_values=values)
+    flags.DEFINE_integer("rows", 256, "rows to count, whole steps", flag_values=values)
+    flags.DEFINE_integer("samples", 3, "sample documents of each part", lower_bound=0, flag_values=values)
+    flags.DEFINE_string("plot", None, "file for a picture of the histogram and the shares, such as mixture.png", flag_values=values)
+
+
+def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
+    """Print the tables, draw the plot."""
+    run = recipe(config.chosen(values, rest)).run
+    if values.rows < 1:
+        raise UserError(f"--rows={values.rows} looks at nothing; give at least 1")
+    loader = _loader(run, values.stage)
+    report = inspect(loader, values.rows, values.samples)
+    say(f"stage {run.stages[loader.stage_index].name}: rows of {report.seq_len:,} tokens, {report.fill_ratio:.2%} filled")
+    _show(report)
+    if values.plot is not None:
+        style.save(figure(report), values.plot)
+        say(f"plot: {values.plot}")
+
+
+def _loader(run: RunConfig, name: str | None) -> Loader:
+    names = [stage.name for stage in run.stages]
+    index = names.index(choice("--stage", names[-1] if name is None else name, names))
+    stage = run.stages[index]
+    return Loader(run.data_of(stage), stage.seq_len, stage.batch_size, run.seed, index, max_position=stage.max_position)
+
+
+def _show(report: Report) -> None:
+    table("parts of the mixture", COLUMNS, report.rows())
+    columns = ("length of the document", *(part.name for part in report.parts))
+    table("documents by length", columns, report.documents_by_length())
+    table("share of all tokens by length", (*columns, "together"), report.shares_by_length())
+    for part in report.parts:
+        for sample in part.samples:
+            say(f"\n{part.name} > {sample}")

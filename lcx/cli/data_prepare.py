@@ -1,0 +1,72 @@
+"""Tokenise a corpus once, into a dataset that runs read in place of the text. The same command goes on where one was stopped.
+
+lcx data prepare --kind=text --path='books/**/*.txt' --tokenizer=tokenizer.json --out=data/books
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+
+from absl import flags
+
+from lcx.core import config as configs
+from lcx.core.config import nearest
+from lcx.core.console import say
+from lcx.core.errors import UserError
+from lcx.data.config import SourceConfig
+from lcx.data.prepare import Progress, prepare
+
+
+def define(values: flags.FlagValues) -> None:
+    """The command's flags."""
+    flags.DEFINE_string("out", None, "folder of the dataset", flag_values=values)
+    flags.DEFINE_string("kind", "stdlib", "stdlib, text, jsonl, parquet or tfds", flag_values=values)
+    flags.DEFINE_multi_string("path", [], "files, as a glob pattern; the name of a tfds dataset", flag_values=values)
+    flags.DEFINE_string("tokenizer", "bytes", "bytes, bytes+bos, bytes+eos, bytes+bos+eos, or a tokenizer.json", flag_values=values)
+    flags.DEFINE_string("field", "text", "key, column or feature that holds the text", flag_values=values)
+    flags.DEFINE_string("split", "train", "split of a tfds dataset", flag_values=values)
+    flags.DEFINE_string("data_dir", None, "where tfds keeps its datasets", flag_values=values)
+    flags.DEFINE_bool("include_tests", False, "also the test packages of the standard library", flag_values=values)
+    flags.DEFINE_bool("append_eos", False, "close each document with the end-of-sequence token", flag_values=values)
+    flags.DEFINE_integer("limit_bytes", None, "stop after so many bytes of text", flag_values=values)
+    flags.DEFINE_string("name", "lcx", "name of the dataset for TFDS", flag_values=values)
+    flags.DEFINE_integer("shard_tokens", 1 << 24, "tokens after which a shard is closed and safe", flag_values=values)
+
+
+def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
+    """Prepare the dataset."""
+    if rest:
+        raise UserError(f"there is an argument too many, {rest[0]!r}; files are given as --path=PATTERN")
+    if values.out is None:
+        raise UserError(f"--out is missing; name the folder to write, such as --out=data/{values.kind}")
+    if values.kind == "array_record":
+        raise UserError(f"--kind=array_record is what this command writes{nearest('array_record', _text_kinds())}")
+    fields = [field.name for field in dataclasses.fields(SourceConfig) if field.name != "path"]
+    given = {"path": tuple(values.path), **{name: values[name].value for name in fields}}
+    source = configs.build(SourceConfig, given, "source")
+    done = prepare(
+        source,
+        values.tokenizer,
+        values.out,
+        name=values.name,
+        shard_tokens=values.shard_tokens,
+        report=_progress(time.perf_counter()),
+    )
+    say(f"dataset: {values.out}: {done.documents:,} documents, {done.tokens:,} tokens in {done.shards} shards")
+    say("in a config:")
+    say(f"    config.data.tokenizer = {values.tokenizer!r}")
+    say(f"    config.data.parts.NAME.source = {{'kind': 'array_record', 'path': {values.out!r}}}")
+
+
+def _text_kinds() -> tuple[str, ...]:
+    return "stdlib", "text", "jsonl", "parquet", "tfds"
+
+
+def _progress(start: float) -> Callable[[Progress], None]:
+    def report(progress: Progress) -> None:
+        seconds = time.perf_counter() - start
+        say(f"{progress.shards} shards written: {progress.documents:,} documents, {progress.tokens:,} tokens, {seconds:,.0f} s")
+
+    return report

@@ -1,0 +1,64 @@
+"""Evaluate a checkpoint: needles over length x depth and perplexity by length, under its own or any other scheme.
+
+lcx eval --checkpoint=runs/quickstart --stage=base_256 --positions=yarn:factor=16 --lengths=256,1024,4096
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from lcx.core.console import say
+from lcx.core.errors import UserError
+from lcx.evals.suite import EvalConfig
+from lcx.research.recipe import evaluate_loaded
+from lcx.training.checkpoints import load_params
+
+
+def define(values: flags.FlagValues) -> None:
+    """The command's flags."""
+    flags.DEFINE_string("checkpoint", None, "a run's workdir, or one of its checkpoint folders", flag_values=values)
+    flags.DEFINE_string("stage", None, "take the weights at the end of this stage (default: the newest)", flag_values=values)
+    flags.DEFINE_integer("step", None, "take the weights at this step", flag_values=values)
+    flags.DEFINE_multi_string("positions", [], "a scheme to try zero-shot, such as yarn:factor=16", flag_values=values)
+    flags.DEFINE_list("lengths", None, "lengths in tokens (default: 256 to 4096)", flag_values=values)
+    flags.DEFINE_integer("items", 20, "needles in each cell of the grid", flag_values=values)
+    flags.DEFINE_integer("generation_items", 0, "needles a cell that are answered by generation too", flag_values=values)
+    flags.DEFINE_integer("perplexity_tokens", 1 << 16, "held-out tokens scored at each length", flag_values=values)
+    flags.DEFINE_string("label", None, "the result is kept as eval/<label>.json of the run", flag_values=values)
+
+
+def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
+    """Evaluate."""
+    if rest:
+        raise UserError(f"there is an argument too many, {rest[0]!r}; see lcx eval --help")
+    if values.checkpoint is None:
+        raise UserError("--checkpoint is missing; name a run's workdir")
+    lengths = EvalConfig().lengths if values.lengths is None else tuple(_length(text) for text in values.lengths)
+    evals = EvalConfig(
+        lengths=lengths,
+        items=values.items,
+        zero_shot=tuple(values.positions),
+        zero_shot_items=values.items,
+        generation_items=values.generation_items,
+        perplexity_tokens=values.perplexity_tokens,
+    )
+    loaded = load_params(values.checkpoint, step=values.step, stage=values.stage)
+    label = values.label or re.sub(r"[^\w.=-]+", "_", "-".join([values.stage or str(loaded.meta.step), *values.positions]))
+    evaluate_loaded(loaded, evals, label, _workdir(Path(values.checkpoint)))
+    say(f"result: {_workdir(Path(values.checkpoint)) / 'eval' / (label + '.json')}")
+
+
+def _workdir(path: Path) -> Path:
+    """The run that a checkpoint folder belongs to."""
+    return path if (path / "config.json").exists() else path.resolve().parent.parent
+
+
+def _length(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"--lengths has {text!r}; write whole numbers of tokens, as in --lengths=256,1024")

@@ -1,0 +1,87 @@
+"""`lcx COMMAND [flags]`: finds the command, parses its flags, calls it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+from absl import flags
+
+from lcx.cli import parse
+from lcx.core.config import nearest
+from lcx.core.console import friendly_errors, say
+from lcx.core.errors import UserError
+
+COMMANDS = {
+    "run": "train the stages of a config, evaluate before and after, write the report",
+    "train": "train the stages of a config; resumes from its workdir",
+    "eval": "evaluate a checkpoint, under its own or any other positional scheme",
+    "report": "write report.html of a run again from its files",
+    "sweep": "run every point of a sweep that is not finished, then a table and a plot",
+    "theta": "choose theta for a target length",
+    "data prepare": "tokenise a corpus once, into a dataset that runs read",
+    "data inspect": "print and plot what a config's mixture really holds",
+}
+"""Command -> what it does. Each is a module of this package with `define(values)` and `main(values, rest)`."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The console script; exits with status 0, or 1 after one sentence about what was wrong."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    with friendly_errors(), parse.typed(argv):
+        if not argv or argv[0] in ("-h", "--help", "-help", "help"):
+            say(usage(COMMANDS))
+            return
+        name, words = _command(argv)
+        if name not in COMMANDS:
+            within = {known: text for known, text in COMMANDS.items() if known.startswith(f"{name} ")}
+            say(usage(within))
+            return
+        use_host_devices(words)
+        module = importlib.import_module(f"lcx.cli.{name.replace(' ', '_')}")
+        values = _flags(module)
+        if any(word in ("-h", "--help", "-help") for word in words):
+            say(parse.help_text(name, module.__doc__, values))
+            return
+        module.main(values, parse.parse(values, name, words))
+
+
+def usage(commands: dict[str, str]) -> str:
+    """The overview of commands that `lcx --help` prints."""
+    width = max(map(len, commands))
+    lines = [f"  {name.ljust(width)}  {text}" for name, text in commands.items()]
+    return "lcx COMMAND [flags]\n\n" + "\n".join(lines) + "\n\n`lcx COMMAND --help` shows a command's flags."
+
+
+def use_host_devices(argv: Sequence[str]) -> None:
+    """`--host_devices=N` acts before JAX starts, so it is read ahead of the other flags."""
+    for arg in argv:
+        if re.fullmatch(r"--host_devices=0*[1-9]\d*", arg):
+            count = arg.split("=", 1)[1]
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}".strip()
+
+
+def _command(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """The command that the words begin with, or a group of commands (`data`) of which help is wanted, and the words left."""
+    for count in (2, 1):
+        if (name := " ".join(argv[:count])) in COMMANDS:
+            return name, list(argv[count:])
+    within = [name.removeprefix(f"{argv[0]} ") for name in COMMANDS if name.startswith(f"{argv[0]} ")]
+    if within and (len(argv) == 1 or argv[1] in ("-h", "--help", "-help")):
+        return argv[0], []
+    if within:
+        raise UserError(f"lcx {argv[0]} has no command {argv[1]!r}{nearest(argv[1], within)}")
+    raise UserError(f"lcx has no command {argv[0]!r}{nearest(argv[0], COMMANDS)}")
+
+
+def _flags(module: ModuleType) -> flags.FlagValues:
+    values = flags.FlagValues()
+    module.define(values)
+    flags.DEFINE_integer(
+        "host_devices", 1, "CPU devices to split this machine into, to try a mesh on", lower_bound=1, flag_values=values
+    )
+    return values

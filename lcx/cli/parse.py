@@ -1,0 +1,171 @@
+"""Command lines to flag values: help that can be read, and one sentence for whatever is wrong with a flag or a config file."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import keyword
+import logging
+import re
+import sys
+import textwrap
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
+
+import ml_collections
+from absl import flags
+
+from lcx.core.config import nearest
+from lcx.core.errors import UserError
+
+CONFIG_HELP = "    --config.KEY=VALUE     change a value of the config, as in --config.optim.lr=3e-4; may be repeated\n"
+
+
+def parse(values: flags.FlagValues, command: str, words: Sequence[str]) -> list[str]:
+    """Read the flags of a command line into `values`; gives the words that are no flags.
+
+    Raises `UserError` for unknown flags and wrong values, and for a config file that is missing, broken or lacks a key.
+    """
+    if "config" in values and (path := _given(words, "config")) is not None:
+        config = load(path)
+        for word in words:
+            if match := re.match(r"--?(?:no)?config\.([^=]+)", word):
+                _check_key(config, match[1])
+    # ml_collections logs what it also raises.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    words = [_quoted(word) for word in words]
+    try:
+        with typed(words):
+            return values([f"lcx {command}", *words])[1:]
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(_sentence(error, values, command)) from error
+
+
+@contextlib.contextmanager
+def typed(words: Sequence[str]) -> Iterator[None]:
+    """`sys.argv` as though `words` had been typed: ml_collections finds the overrides of a config there and nowhere else."""
+    before, sys.argv = sys.argv, [sys.argv[0], *words]
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+def load(path: str) -> ml_collections.ConfigDict:
+    """What the `get_config` of a config file returns; `path` may end in a colon and the variant that it is called with."""
+    filename, colon, variant = path.partition(":")
+    loaded = module(filename)
+    if not hasattr(loaded, "get_config"):
+        raise UserError(f"--config={filename} has no get_config(); define one that returns a ConfigDict")
+    try:
+        config = loaded.get_config(*[variant] * bool(colon))
+    except UserError:
+        raise
+    except Exception as error:
+        _blame(filename, error)
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(f"--config={filename}: get_config() returned {type(config).__name__}; it must return a ConfigDict")
+    return config
+
+
+def module(filename: str) -> ModuleType:
+    """A config file as a module; raises `UserError` when it is missing or broken."""
+    if not Path(filename).is_file():
+        raise UserError(f"--config={filename} is no file; name a config file, such as configs/quickstart.py")
+    spec = importlib.util.spec_from_file_location(Path(filename).stem, filename)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--config={filename} is no Python file; name a config file, such as configs/quickstart.py")
+    loaded = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(loaded)
+    except UserError:
+        raise
+    except Exception as error:
+        _blame(filename, error)
+    return loaded
+
+
+def help_text(command: str, about: str, values: flags.FlagValues) -> str:
+    """What a command does and its flags: name, what it means, default."""
+    lines = []
+    for flag in {id(values[name]): values[name] for name in values}.values():
+        text = " ".join(flag.help.split())
+        if flag.default not in (None, [], "", False) and "default" not in text:
+            text += f" (default: {flag.default_as_str.strip(chr(39))})"
+        name = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}"
+        lines.append(textwrap.fill(text, 120, initial_indent=f"    {name:<22} ", subsequent_indent=" " * 27) + "\n")
+        if flag.name == "config":
+            lines.append(CONFIG_HELP)
+    return f"{about.strip()}\n\nFlags of lcx {command}:\n{''.join(lines)}".rstrip()
+
+
+def _quoted(word: str) -> str:
+    """`--config.positions.global.theta=1` with `['global']`: ml_collections reads a key as Python, where that is a keyword."""
+    key, equals, value = word.partition("=")
+    if not re.match(r"--?(no)?config\.", key):
+        return word
+    first, *parts = key.split(".")
+    return first + "".join(f"[{part!r}]" if keyword.iskeyword(part) else f".{part}" for part in parts) + equals + value
+
+
+def _given(words: Sequence[str], name: str) -> str | None:
+    """The value that a command line gives a flag, the last one where there are several."""
+    found = None
+    for i, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        if flag in (f"--{name}", f"-{name}") and (equals or i + 1 < len(words)):
+            found = value if equals else words[i + 1]
+    return found
+
+
+def _check_key(config: Any, key: str) -> None:
+    place = "config"
+    for part in re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", key).split("."):
+        if isinstance(config, Mapping | ml_collections.ConfigDict):
+            if part not in config:
+                raise UserError(f"--config.{key}: {place} has no field {part!r}{nearest(part, config)}")
+            config = config[part]
+        elif isinstance(config, list | tuple) and part.isdigit():
+            if int(part) >= len(config):
+                raise UserError(f"--config.{key}: {place} has {len(config)} entries and no number {part}; they count from 0")
+            config = config[int(part)]
+        elif config is not None:
+            raise UserError(f"--config.{key}: {place}={config!r} is a {type(config).__name__} and has no field {part!r}")
+        else:
+            raise UserError(f"--config.{key}: {place} is None; set it as a whole in the config file")
+        place = f"{place}.{part}"
+
+
+def _blame(filename: str, error: Exception) -> NoReturn:
+    """One sentence with the line of the config file at which it went wrong."""
+    line = error.lineno if isinstance(error, SyntaxError) and error.filename == filename else None
+    for frame in traceback.extract_tb(error.__traceback__):
+        if frame.filename == filename:
+            line = frame.lineno
+    what = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
+    at = "" if line is None else f", line {line}"
+    raise UserError(f"--config={filename}{at}: {type(error).__name__}: {what}; mend the config file") from error
+
+
+def _sentence(error: Exception, values: flags.FlagValues, command: str) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, flags.UnrecognizedFlagError):
+        name = error.flagname.partition("=")[0].lstrip("-")
+        if name.startswith("config.") and "config" in values:
+            return f"--{name} changes a value of a config, and --config is missing; name a file such as configs/quickstart.py"
+        known = {flag.name for flag in (values[known] for known in values)}
+        return f"lcx {command} has no flag --{name}{nearest(name, known)}"
+    if found := re.match(r"flag --([^=]+)=(.*?): ", text):
+        name, value = found.groups()
+        flag = values[name]
+        wanted = {"bool": "true or false"}.get(flag.flag_type()) or getattr(flag.parser, "syntactic_help", "") or "another value"
+        usual = "" if flag.default in (None, [], "") else f", such as {flag.default}"
+        return f"--{name}={value} is not taken; it takes {wanted}{usual}"
+    if found := re.match(r"Found (\S+) in argv before", text):
+        return f"{found[1]} stands before --config; name the config file first"
+    if text.startswith("Missing value"):
+        return f"m{text[1:]}; write it behind an equals sign"
+    return text[:1].lower() + text[1:]

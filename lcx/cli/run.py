@@ -1,0 +1,24 @@
+"""Train the stages of a config, evaluate the model before and after, write the report. The same command resumes.
+
+lcx run --config=configs/quickstart.py --workdir=runs/quickstart [--config.KEY=VALUE ...]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from absl import flags
+
+from lcx.cli import config
+from lcx.research.recipe import recipe, run_recipe
+
+
+def define(values: flags.FlagValues) -> None:
+    """The command's flags."""
+    config.define(values)
+
+
+def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
+    """Run the recipe."""
+    chosen, workdir = config.read(values, rest)
+    run_recipe(recipe(chosen), workdir, config.command())

@@ -1,0 +1,36 @@
+"""Run every point of a sweep that is not finished yet, each in a process of its own; then a table and a plot.
+
+    lcx sweep --config=configs/sweeps/theta_length.py [--workdir=runs/theta_length]
+
+The config file offers get_config(), the base of every point, and get_sweep(), the points (`lcx.research.sweeps`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from absl import flags
+
+from lcx.cli import config
+from lcx.core.errors import UserError
+from lcx.research.recipe import recipe
+from lcx.research.sweeps import cli_argv, run_sweep
+
+
+def define(values: flags.FlagValues) -> None:
+    """The command's flags."""
+    config.define(values)
+    flags.DEFINE_string("metric", None, "what to plot (default: needles, else perplexity, else loss)", flag_values=values)
+    flags.DEFINE_float("timeout", None, "seconds after which a point is given up", flag_values=values)
+
+
+def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
+    """Run the sweep."""
+    base, workdir = config.read(values, rest)
+    loaded = config.module(values)
+    if not hasattr(loaded, "get_sweep"):
+        raise UserError(f"{config.filename(values)} has no get_sweep(); take a file of configs/sweeps, or add it")
+    recipe(base)
+    given = [word for word in config.command() if word.startswith("--config.")]
+    argv = cli_argv(values["config"].config_filename, "run", given)
+    run_sweep(loaded.get_sweep(), base, workdir, argv, metric=values.metric, timeout=values.timeout)

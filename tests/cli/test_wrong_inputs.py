@@ -1,0 +1,230 @@
+"""Every wrong input is answered with one clear sentence, an exit code, and nothing lost; through the real command line."""
+
+import contextlib
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lcx.cli.main import main
+
+CONFIG = Path(__file__).parent / "tiny.py"
+
+TINY = "from tests.cli import tiny\n\ndef get_config():\n    c = tiny.get_config()\n    {}\n    return c\n"
+"""A config file that changes the tiny one."""
+
+FILES = {
+    "syntax.py": "def get_config(:\n",
+    "empty.py": "x = 1\n",
+    "broken.py": "def get_config():\n    return undefined_name\n",
+    "nothing.py": "def get_config():\n    return None\n",
+    "typo.py": TINY.format("c.optim.lrr = 1.0"),
+    "type.py": TINY.format("c.optim.lr = 'fast'"),
+    "sweep.py": "from tests.cli.tiny import get_config\n\ndef get_sweep():\n    return [{'optim.lrr': 1.0}]\n",
+    "empty.txt": "",
+    "page.jsonl": '{"txt": "one"}\n',
+    "tokenizer.json": "{}",
+}
+
+TRAIN = "train --config={config} --workdir={new} "
+
+# What is typed -> what the answer has to name.
+WRONG = {
+    # the command line itself
+    "tarin --config={config}": "no command 'tarin'; did you mean 'train'",
+    "data prepar": "no command 'prepar'; did you mean 'prepare'",
+    "train --cofnig={config}": "no flag --cofnig; did you mean 'config'",
+    "train --workdir={new}": "--config is missing; name a file",
+    "train --config={config} --workdir": "missing value for flag --workdir",
+    "train --config.seed=3 --config={config}": "--config.seed=3 stands before --config; name the config file first",
+    "train --config.seed=3": "--config is missing; name a file",
+    TRAIN + "again": "an argument too many, 'again'; values are given as",
+    "eval --checkpoint={run} --items=many": "--items=many is not taken; it takes an integer, such as 20",
+    "train --host_devices=0 --config={config}": "--host_devices=0 is not taken; it takes a positive integer",
+    # the config file
+    "train --config={tmp}/missing.py": "missing.py is no file; name a config file",
+    "train --config={tmp}/syntax.py": "syntax.py, line 1: SyntaxError: invalid syntax; mend",
+    "train --config={tmp}/empty.py": "empty.py has no get_config(); define one",
+    "train --config={tmp}/broken.py": "broken.py, line 2: NameError: name 'undefined_name' is not defined; mend",
+    "train --config={tmp}/nothing.py": "get_config() returned NoneType; it must return a ConfigDict",
+    "train --config={tmp}/typo.py --workdir={new}": "config.optim has no field 'lrr'; did you mean 'lr'",
+    "train --config={tmp}/type.py --workdir={new}": "config.optim.lr='fast' is of type str; it takes float",
+    # its values
+    TRAIN + "--config.optim.lrr=1": "config.optim has no field 'lrr'; did you mean 'lr'",
+    TRAIN + "--config.stages.base.stepz=1": "config.stages.base has no field 'stepz'; did you mean 'steps'",
+    TRAIN + "--config.seed.x=1": "config.seed=0 is a int and has no field 'x'",
+    TRAIN + "--config.optim.lr=fast": "--config.optim.lr=fast is not taken; it takes a number, such as 0.001",
+    TRAIN + "--config.monitor.enabled=perhaps": "it takes true or false, such as False",
+    TRAIN + "--config.optim.lr=-1": "optim.lr=-1.0 must be above 0",
+    TRAIN + "--config.positions.default.theta=-500": "rope.theta=-500.0 must be a number above 1, such as 10000",
+    TRAIN + "--config.positions.default.name=yarm": "positions.default.name='yarm' is not known; did you mean 'yarn'",
+    TRAIN + "--config.model.head_dim=7": "= 7 dims; it takes an even number of at least 2, such as 6",
+    TRAIN + "--config.model.num_kv_heads=3": "model.num_kv_heads=3 does not divide num_heads=2; these do: [1, 2]",
+    TRAIN + "--config.model.pattern=local": "has local layers, so model.window needs a size in tokens",
+    TRAIN + "--config.stages.base.accumulate=3": "batch_size=8 does not divide into accumulate=3 microbatches; these do",
+    TRAIN + "--config.stages.base.batch_size=6": "batch_size=6 rows do not divide by data=1 x fsdp=8",
+    TRAIN + "--config.mesh.context=8 --config.stages.base.seq_len=60": "seq_len=60 does not divide into the 8 pieces",
+    TRAIN + "--config.mesh.data=3": "fix 3 devices, which do not divide the 8 that are present",
+    TRAIN + "--config.mesh.data=16 --config.mesh.fsdp=1": "need 16 devices and 8 are present; set one axis to -1",
+    TRAIN + "--config.model.vocab_size=100": "model.vocab_size=100 is below the 256 tokens of data.tokenizer='bytes'; set it to",
+    TRAIN + "--config.init_from={tmp}/nowhere": "nowhere is no folder; name a run's workdir",
+    # the data
+    TRAIN + "--config.data.parts.text.source.kind=text --config.data.parts.text.source.path={tmp}/absent*": "matches no file; give",
+    TRAIN
+    + "--config.data.parts.text.source.kind=text --config.data.parts.text.source.path={tmp}/*.txt": "holds no text; name files",
+    TRAIN
+    + "--config.data.parts.text.source.kind=array_record --config.data.parts.text.source.path={tmp}": "holds no prepared dataset",
+    TRAIN + "--config.data.tokenizer={tmp}/no/tokenizer.json": "is not there; give the path of a tokenizer.json, or 'bytes'",
+    TRAIN + "--config.data.tokenizer={tmp}/tokenizer.json": "is not a tokenizer.json that can be read",
+    "data prepare --kind=text": "--out is missing; name the folder to write",
+    "data prepare --kind=texty --out={new}": "source.kind='texty' is not known; did you mean 'text'",
+    "data prepare --kind=array_record --out={new}": "array_record is what this command writes; allowed: jsonl",
+    "data prepare --kind=jsonl --path={tmp}/page.jsonl --out={new}": "no text under source.field='text'; did you mean 'txt'",
+    "data prepare --append_eos --out={new}": "needs an end-of-sequence token and tokenizer 'bytes' has none; take 'bytes+eos'",
+    "data inspect --config={config} --stage=lnger": "--stage='lnger' is not known; did you mean 'longer'",
+    "data inspect --config={config} --rows=0": "--rows=0 looks at nothing; give at least 1",
+    "data inspect --config={config} --rows=1 --plot=/dev/full": "'No space left on device'",
+    # workdirs and checkpoints
+    "train --config={config} --config.seed=1 --workdir={run}": "holds a run of another config: seed is 0 there and 1 here",
+    "train --config={config} --workdir={tmp}/empty.txt": "empty.txt cannot be made (File exists); name another --workdir",
+    "eval --lengths=64": "--checkpoint is missing; name a run's workdir",
+    "eval --checkpoint={tmp}": "holds no run (config.json is missing); name the workdir of a training run",
+    "eval --checkpoint={tmp}/nowhere": "nowhere is no folder; name a run's workdir",
+    "eval --checkpoint={run} --stage=lnger": "has no stage 'lnger'; it has base, longer",
+    "eval --checkpoint={run} --step=3": "has no checkpoint of step 3; it has 2, 4",
+    "eval --checkpoint={run} --lengths=64,long": "--lengths has 'long'; write whole numbers of tokens",
+    "eval --checkpoint={run} --lengths=64 --positions=yarm": "'yarm' is not known; did you mean 'yarn'",
+    "eval --checkpoint={run} --lengths=64 --positions=yarn:factor=big": "factor='big'",
+    "report": "--workdir is missing; name the folder of a run",
+    "report --workdir={tmp}": "holds no metrics.jsonl and no eval/*.json; train or evaluate there first",
+    "sweep --config={config} --workdir={new}": "tiny.py has no get_sweep(); take a file of configs/sweeps, or add it",
+    "sweep --config={tmp}/sweep.py --workdir={new}": "the sweep sets 'optim.lrr', which the config does not have; did you mean",
+    # theta
+    "theta --from=-1": "length=-1 must be at least",
+    "theta --theta=-500": "theta=-500.0 must be a number above 1",
+    "theta --head-dim=127": "head_dim=127 must be even",
+}
+
+
+def lcx(words, limit=None):
+    """The command as a process of its own on one device; no file it writes may pass `limit` bytes: a full disk's stand-in."""
+    before = [] if limit is None else [f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"]
+    code = "\n".join([*before, "from lcx.cli.main import main", "main()"])
+    env = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.run([sys.executable, "-c", code, *map(str, words)], env=env, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """A finished run with a checkpoint at the end of each of its two stages."""
+    workdir = tmp_path_factory.mktemp("run") / "run"
+    assert lcx(["train", f"--config={CONFIG}", f"--workdir={workdir}"]).returncode == 0
+    return workdir
+
+
+@pytest.fixture
+def places(tmp_path, run):
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
+    return {"config": CONFIG, "tmp": tmp_path, "run": run, "new": tmp_path / "new"}
+
+
+def contents(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def one_sentence(err: str, says: str) -> None:
+    lines = err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), err
+    assert says in lines[0], err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("typed", WRONG)
+def test_one_sentence_and_nothing_lost(typed, places, capsys):
+    before = contents(places["run"])
+    with pytest.raises(SystemExit) as left:
+        main(shlex.split(typed.format(**places)))
+    one_sentence(capsys.readouterr().err, WRONG[typed])
+    assert left.value.code == 1
+    assert contents(places["run"]) == before
+    # Nothing was begun that would stand in the way of the command put right.
+    assert not (places["new"] / "config.json").exists() and not list(places["new"].rglob("*.array_record*"))
+
+
+@pytest.mark.parametrize("command", ["train --config={config} --workdir={copy}", "eval --checkpoint={copy} --lengths=64"])
+def test_all_checkpoints_corrupt(command, places, capsys):
+    copy = places["tmp"] / "copy"
+    shutil.copytree(places["run"], copy)
+    for path in (copy / "checkpoints").rglob("*"):
+        if path.is_file() and "/d/" in str(path):
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    before = contents(copy)
+    with pytest.raises(SystemExit) as left:
+        main(shlex.split(command.format(copy=copy, **places)))
+    one_sentence(capsys.readouterr().err, "can be read")
+    assert left.value.code == 1
+    assert contents(copy) == before
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"model": {}}'])
+def test_a_damaged_config_of_a_workdir(damage, places, capsys):
+    copy = places["tmp"] / "copy"
+    shutil.copytree(places["run"], copy)
+    (copy / "config.json").write_text(damage)
+    before = contents(copy)
+    with pytest.raises(SystemExit) as left:
+        main(["eval", f"--checkpoint={copy}", "--lengths=64"])
+    one_sentence(capsys.readouterr().err, "config.json")
+    assert left.value.code == 1
+    assert contents(copy) == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    bad = ["--config.optim.lr=1e38", "--config.optim.warmup_steps=0", "--config.stages.base.steps=20", "--config.max_bad_steps=2"]
+    ended = lcx(["train", f"--config={CONFIG}", f"--workdir={tmp_path}", *bad])
+    lines = ended.stderr.strip().splitlines()
+    assert ended.returncode == 1
+    assert [line.partition(":")[0] for line in lines] == ["warning", "error"], ended.stderr
+    assert "2 non-finite steps in a row, so the run stops: lower optim.lr" in lines[-1]
+
+
+def test_a_full_disk_while_training(places):
+    workdir, more = places["tmp"] / "copy", places["tmp"] / "more.py"
+    shutil.copytree(places["run"], workdir)
+    before = contents(workdir / "checkpoints")
+    # A stage that is added goes on from what is there.
+    more.write_text(TINY.format("c.stages.more = {**c.stages.base, 'steps': 1}; c.stage_order = ('base', 'longer', 'more')"))
+    ended = lcx(["train", f"--config={more}", f"--workdir={workdir}"], limit=6000)
+    one_sentence(ended.stderr.splitlines()[-1], "make room or mend the disk and run the same command, which goes on from step 4")
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    after = contents(workdir / "checkpoints")
+    assert {name: after.get(name) for name in before} == before
+
+
+def test_a_full_disk_while_preparing(places):
+    words = ["data", "prepare", "--limit_bytes=300000", "--shard_tokens=50000", f"--out={places['new']}"]
+    ended = lcx(words, limit=20_000)
+    one_sentence(ended.stderr, "run the same command, it goes on from there")
+    assert ended.returncode == 1
+    assert lcx(words).returncode == 0
+
+
+def test_errors_leave_a_process_with_status_1(places):
+    ended = lcx(["theta", "--head-dim=7"])
+    one_sentence(ended.stderr, "head_dim=7 must be even and at least 2, such as 8")
+    assert (ended.returncode, ended.stdout) == (1, "")
+
+
+def test_output_that_nobody_reads_says_nothing():
+    pipe = subprocess.Popen([sys.executable, "-m", "lcx.cli", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with contextlib.suppress(OSError):
+        pipe.stdout.close()
+    assert pipe.stderr.read() == b""
+    pipe.wait()

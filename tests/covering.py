@@ -1,0 +1,34 @@
+"""Pairwise covering arrays: every two settings of every two options meet in at least one row."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable, Mapping, Sequence
+
+Row = dict[str, Hashable]
+Pair = frozenset[tuple[str, Hashable]]
+
+
+def pairs_of(row: Mapping[str, Hashable]) -> set[Pair]:
+    """All pairs of settings that a row holds."""
+    return {frozenset(pair) for pair in itertools.combinations(row.items(), 2)}
+
+
+def pairwise(options: Mapping[str, Sequence[Hashable]]) -> list[Row]:
+    """Few rows in which all pairs of settings occur, the same ones at every call.
+
+    Greedy (after AETG): a row starts from a pair that is still missing, and each further option takes the setting that adds the
+    most missing pairs.
+    """
+    missing: dict[Pair, None] = {}
+    for (one, ones), (two, twos) in itertools.combinations(options.items(), 2):
+        missing.update(dict.fromkeys(frozenset({(one, x), (two, y)}) for x in ones for y in twos))
+    rows: list[Row] = []
+    while missing:
+        row: Row = dict(sorted(next(iter(missing))))
+        for name in sorted(options.keys() - row.keys(), key=lambda name: -len(options[name])):
+            row[name] = max(options[name], key=lambda x: sum(p in missing for p in pairs_of({**row, name: x})))
+        for pair in pairs_of(row):
+            missing.pop(pair, None)
+        rows.append({name: row[name] for name in options})
+    return rows
