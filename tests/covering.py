@@ -26,7 +26,7 @@ def pairwise(options: Mapping[str, Sequence[Hashable]]) -> list[Row]:
     rows: list[Row] = []
     while missing:
         row: Row = dict(sorted(next(iter(missing))))
-        for name in sorted(options.keys() - row.keys(), key=lambda name: -len(options[name])):
+        for name in sorted((name for name in options if name not in row), key=lambda name: -len(options[name])):
             row[name] = max(options[name], key=lambda x: sum(p in missing for p in pairs_of({**row, name: x})))
         for pair in pairs_of(row):
             missing.pop(pair, None)
