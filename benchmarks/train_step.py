@@ -4,8 +4,9 @@
     python benchmarks/train_step.py --peer_python=PATH/bin/python   ... or in another environment
 
 A step is forward, backward, clipping and AdamW in float32 on all cores. At each length both sides live at once, each in its own
-process, and take turns (A B A B ...); a figure is the median over the turns, the ratio that over the pairs of turns. Peak memory is
-the most that a process held, less what it held after its imports: compilation, weights and optimizer state are in it.
+process, and take turns (A B A B ...), each after a step that is not timed; a figure is the median over the turns, the ratio that
+over the pairs of turns. Peak memory is the most that a process held, less what it held after its imports: compilation, weights and
+optimizer state are in it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 from sides.side import MODEL, cores
+
+from lcx.core.host import HUGE_PAGES, huge_pages_help
 
 HERE = Path(__file__).resolve().parent
 CASES = {512: 8, 4096: 1, 16384: 1}
@@ -53,6 +56,8 @@ class Side:
         }
         if name == "torch":
             environment.pop("PYTHONPATH")  # the peer's interpreter must not see packages of this one
+        if huge_pages_help():
+            environment["GLIBC_TUNABLES"] = HUGE_PAGES  # as `lcx` starts itself; the peer has them as well
         self.name, self.tokens = name, case["rows"] * case["length"]
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._process = subprocess.Popen([python, str(script), json.dumps(case)], env=environment, **pipes)

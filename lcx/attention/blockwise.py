@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from lcx.attention.dense import MASKED
 from lcx.attention.tiles import Blocks, block_bounds, fold, fold_index, unfold, visits
@@ -22,6 +23,9 @@ from lcx.core.batch import Index
 from lcx.core.mask import Bounds, Mask, visible
 
 Bias = Callable[[Any, jax.Array, jax.Array], jax.Array]
+
+SAVED = "attention"
+"""Name of o and lse for rematerialisation policies: saved, the forward pass over the tiles is never run again."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +95,7 @@ def _attend(rule, q, k, v, q_index, k_index, bias_params):
 
 
 def _attend_fwd(rule, q, k, v, q_index, k_index, bias_params):
-    o, lse = _forward(rule, q, k, v, q_index, k_index, bias_params)
+    o, lse = (checkpoint_name(x, SAVED) for x in _forward(rule, q, k, v, q_index, k_index, bias_params))
     return (o, lse), (q, k, v, q_index, k_index, bias_params, o, lse)
 
 

@@ -29,8 +29,9 @@ DENSE_LIMIT = 2**19
 """Logits (B·N·T·S) up to which the dense kernel is taken: its float32 array then is 2 MiB, what a core's cache holds. Beyond,
 tiles are faster even on short rows: forward and backward of 8 rows of 256 tokens take about half the time."""
 
-CPU_TILE = 2**17
-"""Logits in a tile on a CPU, as far as heads and rows may be grouped to fill it."""
+CPU_TILE = 2**19
+"""Logits in a tile on a CPU, as far as heads and rows may be grouped to fill it: what keeps its threads busy beyond the start of
+each loop turn."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,11 +136,11 @@ def _tile_dtype(dtype: Any) -> Any:
 
 
 def _blocks(spec: AttentionSpec, T: int, S: int, platform: str, batch: int, heads: int, kv_heads: int) -> Blocks:
-    """Tile sizes. On a CPU a tile's logits stay in a core's cache; an accelerator takes all rows and heads at once."""
+    """Tile sizes. On a CPU a tile's logits stay near its caches; an accelerator takes all rows and heads at once."""
     group = heads // kv_heads
     if platform == "cpu":
         longest = max(T, S)
-        side, budget = 128 if longest <= 512 else 256 if longest <= 4096 else 512, CPU_TILE
+        side, budget = 128 if longest <= 256 else 256 if longest <= 1024 else 512, CPU_TILE
     else:
         side, budget = 512, 2**62
     if spec.mask.window is not None:

@@ -15,6 +15,7 @@ from lcx.cli import parse
 from lcx.core.config import nearest
 from lcx.core.console import friendly_errors, say
 from lcx.core.errors import UserError
+from lcx.core.host import take_huge_pages
 
 COMMANDS = {
     "run": "train the stages of a config, evaluate before and after, write the report",
@@ -31,6 +32,8 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The console script; exits with status 0, or 1 after one sentence about what was wrong."""
+    if argv is None:
+        take_huge_pages()
     argv = list(sys.argv[1:] if argv is None else argv)
     with friendly_errors(), parse.typed(argv):
         if not argv or argv[0] in ("-h", "--help", "-help", "help"):

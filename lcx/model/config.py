@@ -60,7 +60,14 @@ class ModelConfig:
     logit_softcap: float | None = None
     # computation
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Literal["none", "dots", "block"] = "none"
+    remat: Literal["auto", "none", "attention", "dots", "block"] = "auto"
+    """What a layer keeps for its backward pass; the rest is computed again. `none`: everything. `attention`: its input and what
+    attention gave, at the price of four small matrix products. `dots`: the results of products with weights. `block`: its input.
+    `auto`: attention where a row has at least 8,192 tokens, else none."""
+    layer_unroll: int | None = None
+    """Periods of the pattern in one turn of the scan over layers. None: up to 8 on a CPU, where every turn copies its weights and
+    activations (a step of 4 layers takes a quarter less time), unless `remat` computes anything again; else 1, which compiles
+    fastest."""
     mlp_tile: int | None = 4096
     """Tokens of a row that go through the feed-forward layer at once; longer rows go tile by tile, and the backward pass computes
     a tile's two wide products again instead of keeping them (Arctic, arXiv 2506.13996). None: always whole rows."""
@@ -69,7 +76,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "model_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "window")
-        positive("model", **{name: getattr(self, name) for name in (*sizes, "mlp_tile", "loss_tile")})
+        positive("model", **{name: getattr(self, name) for name in (*sizes, "layer_unroll", "mlp_tile", "loss_tile")})
         if self.num_heads % self.num_kv_heads:
             divisors = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
             raise UserError(

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lcx.attention.blockwise import SAVED
 from lcx.attention.dispatch import attend
 from lcx.core.batch import Batch, Index
 from lcx.core.mesh import axis_size, partition_spec
@@ -27,6 +28,13 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
     "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
 }
+
+CPU_UNROLL = 8
+"""Periods in one turn of the scan over layers on a CPU (`ModelConfig.layer_unroll`). Not where anything is computed again: outside
+a loop XLA's CPU backend finds the first result and keeps it after all."""
+
+LONG = 8192
+"""Tokens of a row from which on `remat="auto"` computes again what is cheap to compute."""
 
 Norm = Callable[[jax.Array], jax.Array]
 
@@ -106,12 +114,14 @@ def layers(stacked: Tree, x: jax.Array, config: ModelConfig, attend_: Attend, st
     """
     period = len(config.pattern)
     whole = config.num_layers // period
-    step = remat(functools.partial(_period, config=config, attend_=attend_), config.remat)
+    policy = config.remat if config.remat != "auto" else "attention" if x.shape[1] >= LONG else "none"
+    step = remat(functools.partial(_period, config=config, attend_=attend_), policy)
     given, results, done = (stacked, state), [], 0
     if whole > 1:
         done = whole * period
         grouped = jax.tree.map(lambda w: w[:done].reshape(whole, period, *w.shape[1:]), given)
-        x, states = jax.lax.scan(lambda x, group: step(x, group, kinds=config.pattern), x, grouped)
+        unroll = config.layer_unroll or (CPU_UNROLL if policy == "none" and jax.default_backend() == "cpu" else 1)
+        x, states = jax.lax.scan(lambda x, group: step(x, group, kinds=config.pattern), x, grouped, unroll=min(whole, unroll))
         results.append(jax.tree.map(lambda w: w.reshape(done, *w.shape[2:]), states))
     for start in range(done, config.num_layers, period):
         kinds = config.pattern[: config.num_layers - start]
@@ -126,13 +136,14 @@ def _slice(w: jax.Array, *, start: int, size: int) -> jax.Array:
 
 
 def remat(step: Callable[..., Any], policy: str) -> Callable[..., Any]:
-    """`step(x, group, kinds=...)` with what it saves for the backward pass chosen by name.
-
-    `none` saves everything, `dots` the results of matrix products with weights, `block` nothing but the input.
-    """
+    """`step(x, group, kinds=...)` with what it saves for the backward pass chosen by name (`ModelConfig.remat`)."""
     if policy == "none":
         return step
-    policies = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "block": jax.checkpoint_policies.nothing_saveable}
+    policies = {
+        "attention": jax.checkpoint_policies.save_only_these_names(SAVED),
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "block": jax.checkpoint_policies.nothing_saveable,
+    }
     return lambda x, group, kinds: jax.checkpoint(functools.partial(step, kinds=kinds), policy=policies[policy])(x, group)
 
 
@@ -254,8 +265,22 @@ def _matmul_backward(contract: int, saved: tuple, dy: jax.Array) -> tuple:
     flat_x, flat_dy = _flat(x, contract), _flat(dy, kernel.ndim - contract)
     rows = tuple(range(flat_x.ndim - 1))
     dx = jax.lax.dot_general(flat_dy, _matrix(kernel, contract), (((len(rows),), (1,)), ((), ())))
-    dkernel = jax.lax.dot_general(flat_x, flat_dy, ((rows, rows), ((), ())))
-    return dx.reshape(x.shape), dkernel.reshape(kernel.shape)
+    return dx.reshape(x.shape), _outer(flat_x, flat_dy).reshape(kernel.shape)
+
+
+def _outer(x: jax.Array, dy: jax.Array) -> jax.Array:
+    """`[..., D]` and `[..., F]` to `[D, F]`, summed over the leading axes.
+
+    On a CPU one of the two has to be turned for a plain product, and a strided copy of a wide array takes longer than the product:
+    so it is the narrow one, and the barrier keeps what computed it out of the copy.
+    """
+    rows = tuple(range(x.ndim - 1))
+    if jax.default_backend() != "cpu":
+        return jax.lax.dot_general(x, dy, ((rows, rows), ((), ())))
+    if x.shape[-1] > dy.shape[-1]:
+        return _outer(dy, x).T
+    turned = jax.lax.optimization_barrier(jnp.moveaxis(x, -1, 0))
+    return jax.lax.dot_general(turned, dy, ((tuple(r + 1 for r in rows), rows), ((), ())))
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)
