@@ -97,6 +97,9 @@ class Store:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             self.wait()
+            # After a failure the library's threads may still have something to say: then they stay silenced.
+            if kind is None:
+                absl.logging.set_verbosity(self._level)
         except UserError:
             if kind is None:
                 raise
@@ -104,7 +107,6 @@ class Store:
             # What failed was said already; closing would raise it once more.
             with contextlib.suppress(Exception):
                 self._checkpointer.close()
-            absl.logging.set_verbosity(self._level)
 
     @property
     def steps(self) -> list[int]:

@@ -15,7 +15,7 @@ from lcx.model.config import Architecture, ModelConfig, lay_out, schemes_of
 from lcx.model.families import FAMILIES, shrink
 from lcx.model.loss import loss_sums
 from lcx.model.params import specs
-from lcx.model.transformer import hidden, layers
+from lcx.model.transformer import hidden, layers, linear
 from lcx.positions.schemes import with_theta
 
 T = 32
@@ -79,15 +79,37 @@ def test_scan_over_periods_equals_single_layers():
     np.testing.assert_array_equal(after, states + 1)
 
 
-@pytest.mark.parametrize("policy", ["dots", "block"])
-def test_rematerialisation_changes_no_gradient(policy):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"remat": "attention", "attention": "blockwise"},
+        {"remat": "dots"},
+        {"remat": "block"},
+        {"layer_unroll": 1},
+        {"mlp_tile": T // 4},
+    ],
+    ids=str,
+)
+def test_what_saves_memory_changes_no_gradient(changes):
     params, arrays, arch = build(TINY, POSITIONS)
     batch = Batch.from_tokens(tokens())
-    again = dataclasses.replace(arch, config=dataclasses.replace(TINY, remat=policy))
+    again = dataclasses.replace(arch, config=dataclasses.replace(TINY, **changes))
     plain = jax.jit(jax.value_and_grad(loss), static_argnums=2)
     want, got = plain(params, arrays, arch, batch), plain(params, arrays, again, batch)
     np.testing.assert_allclose(got[0], want[0], rtol=1e-6)
     assert worst_error(got[1], want[1])[0] <= 1e-5
+
+
+@pytest.mark.parametrize("outs", [(6,), (40,), (2, 12)], ids=str)
+def test_linear_has_the_gradients_of_a_contraction(outs):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, kernel = jax.random.normal(keys[0], (2, 10, 16)), jax.random.normal(keys[1], (16, *outs))
+    y, pull = jax.vjp(lambda x, kernel: linear({"kernel": kernel}, x), x, kernel)
+    want, want_pull = jax.vjp(lambda x, kernel: jnp.tensordot(x, kernel, 1), x, kernel)
+    dy = jax.random.normal(keys[2], y.shape)
+    np.testing.assert_allclose(y, want, atol=1e-5)
+    for got, wanted in zip(pull(dy), want_pull(dy), strict=True):
+        np.testing.assert_allclose(got, wanted, atol=2e-5)
 
 
 def test_bfloat16_stays_near_float32():

@@ -76,7 +76,6 @@ with friendly_errors(), t.Store({workdir!r}, t.CheckpointConfig()) as store:
 """
 
 
-@pytest.mark.slow  # orbax may print from a thread of its own when the interpreter ends: not settled yet
 def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path):
     program = FULL.format(root=str(ROOT), here=str(Path(__file__).parent), workdir=str(tmp_path))
     child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ})
