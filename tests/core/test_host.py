@@ -1,0 +1,41 @@
+"""A command starts itself again with huge pages, once."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lcx.core import host
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = """
+import os, sys
+from lcx.core.host import take_huge_pages
+
+take_huge_pages()
+print(os.environ.get("GLIBC_TUNABLES"), sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("present", [None, "glibc.malloc.check=0"])
+def test_the_command_keeps_its_words_and_what_is_set(present):
+    env = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"} | {"PYTHONPATH": str(ROOT)}
+    env |= {"GLIBC_TUNABLES": present} if present else {}
+    done = subprocess.run([sys.executable, "-c", PROGRAM, "--a=b c", "d"], env=env, capture_output=True, text=True)
+    wanted = present or (host.HUGE_PAGES if helps(env) else None)
+    assert done.stdout == f"{wanted} ['--a=b c', 'd']\n", done.stderr
+
+
+def helps(env):
+    """What `huge_pages_help` says in that environment."""
+    code = "from lcx.core.host import huge_pages_help; print(huge_pages_help())"
+    said = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    return said == "True\n"
+
+
+def test_no_huge_pages_beside_an_accelerator(monkeypatch):
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    monkeypatch.setattr(host.glob, "glob", lambda pattern: ["/dev/nvidia0"] if "nvidia" in pattern else [])
+    assert not host.huge_pages_help()
