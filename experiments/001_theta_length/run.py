@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import runpy
 import shutil
 import subprocess
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from lcx.evals.results import wilson
 from lcx.positions.theta import critical_base, ntk_base
-from lcx.research import style
+from lcx.research import readme, style
 from lcx.research.recipe import recipe
 
 HERE = Path(__file__).parent
@@ -109,7 +108,7 @@ def table(rows: Sequence[dict]) -> str:
         "perplexity there",
         "loss",
     ]
-    lines = [header, ["---"] * len(header)]
+    lines = []
     for row in rows:
         low, high = row["interval"]
         lines.append(
@@ -119,7 +118,7 @@ def table(rows: Sequence[dict]) -> str:
                 f"{row['perplexity']:.3f}", f"{row['loss']:.3f}",
             ]
         )  # fmt: skip
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return readme.table(header, lines)
 
 
 def findings(rows: Sequence[dict]) -> str:
@@ -140,12 +139,6 @@ def findings(rows: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
-def fill(readme: Path, name: str, text: str) -> None:
-    """Put `text` between the marks `<!-- name -->` and `<!-- /name -->`."""
-    mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-    readme.write_text(mark.sub(lambda found: f"{found[1]}{text}\n{found[2]}", readme.read_text()))
-
-
 def main() -> None:
     """The sweep, then what is made of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -156,8 +149,8 @@ def main() -> None:
         shutil.copyfile(workdir / name, HERE / name)
     rows = rows_of(json.loads((HERE / "results.json").read_text()), runpy.run_path(str(SWEEP)))
     draw(rows, HERE / "theta_length.png")
-    fill(HERE / "README.md", "table", table(rows))
-    fill(HERE / "README.md", "findings", findings(rows))
+    readme.fill(HERE / "README.md", "table", table(rows))
+    readme.fill(HERE / "README.md", "findings", findings(rows))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import runpy
 import shutil
 import subprocess
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from lcx.evals import results
 from lcx.evals.results import EvalResult, wilson
-from lcx.research import style
+from lcx.research import readme, style
 from lcx.research.recipe import evaluate_loaded, recipe
 from lcx.training.checkpoints import load_params
 
@@ -106,7 +105,7 @@ def table(rows: Sequence[dict]) -> str:
         "scheme", f"zero-shot at {longest:,}", f"after, at {longest:,} (95% interval)", f"after, at {shortest:,}",
         f"perplexity at {longest:,}, zero-shot", "after", "seconds of training",
     ]  # fmt: skip
-    lines = [header, ["---"] * len(header)]
+    lines = []
     for row in sorted(rows, key=lambda row: (-row["after"][longest], -row["before"][longest])):
         low, high = wilson(round(row["after"][longest] * row["items"]), row["items"])
         lines.append(
@@ -116,7 +115,7 @@ def table(rows: Sequence[dict]) -> str:
                 f"{row['perplexity_before'][longest]:.2f}", f"{row['perplexity_after'][longest]:.2f}", f"{row['seconds']:.0f}",
             ]
         )  # fmt: skip
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return readme.table(header, lines)
 
 
 def findings(rows: Sequence[dict]) -> str:
@@ -142,12 +141,6 @@ def findings(rows: Sequence[dict]) -> str:
     )
 
 
-def fill(readme: Path, name: str, text: str) -> None:
-    """Put `text` between the marks `<!-- name -->` and `<!-- /name -->`."""
-    mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-    readme.write_text(mark.sub(lambda found: f"{found[1]}{text}\n{found[2]}", readme.read_text()))
-
-
 def main() -> None:
     """The sweep and the zero-shot evaluation, then what is made of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -160,8 +153,8 @@ def main() -> None:
         shutil.copyfile(workdir / name, HERE / Path(name).name)
     rows = rows_of(json.loads((HERE / "results.json").read_text()), before, module)
     draw(rows, HERE / "schemes.png")
-    fill(HERE / "README.md", "table", table(rows))
-    fill(HERE / "README.md", "findings", findings(rows))
+    readme.fill(HERE / "README.md", "table", table(rows))
+    readme.fill(HERE / "README.md", "findings", findings(rows))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python experiments/003_monitor/run.py --workdir=runs/003_monitor
 
-Two CPU cores, about ten minutes. Resumes: a finished point is not run again. Writes results.json beside this file, and prints
-the table: for each multiple of the critical base the monitor's verdicts and the needle accuracy at the end of the stage.
+Two CPU cores, about ten minutes. Resumes: a finished point is not run again. Writes results.json and the tables of README.md beside
+this file: for each multiple of the critical base the monitor's verdicts and the needle accuracy at the end of the stage.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from lcx.core.console import say, table
 from lcx.data.loader import Corpus, probe
 from lcx.model.config import lay_out, schemes_of
 from lcx.positions.theta import critical_base
+from lcx.research import readme
 from lcx.training import metrics, monitor
 from lcx.training.checkpoints import Loaded, load_params
 from lcx.training.loop import train
@@ -129,8 +130,14 @@ def succeeded(found: dict, points: list[dict]) -> bool:
     return found["end"]["needle_accuracy"] >= SUCCESS * best
 
 
-def show(results: dict) -> None:
-    """The table by theta, then the rates."""
+HEAD = (
+    "× critical", "alarms", "failed", "runs", "needle accuracy at end", "straightness", "up-pairs", "swing", "text excess",
+    "needle excess", "accuracy at the verdict",
+)  # fmt: skip
+
+
+def rows_of(results: dict) -> list[tuple[object, ...]]:
+    """For each theta: alarms, failures, and the means of what the monitor saw."""
     rows = []
     for multiple in sorted({found["multiple"] for found in results["points"]}):
         own = [found for found in results["points"] if found["multiple"] == multiple]
@@ -147,25 +154,34 @@ def show(results: dict) -> None:
                 sum(not succeeded(found, results["points"]) for found in own),
                 len(own),
                 f"{sum(found['end']['needle_accuracy'] for found in own) / len(own):.3f}",
-                f"{mean('straightness'):.2f}",
-                f"{mean('up_pairs'):.2f}",
-                f"{mean('swing'):.2f}",
-                f"{mean('text_excess'):.3f}",
-                f"{mean('needle_excess'):.3f}",
+                *(f"{mean(name):.2f}" for name in ("straightness", "up_pairs", "swing", "text_excess", "needle_excess")),
                 f"{mean('needle_accuracy'):.3f}",
             )
         )
-    head = ("x critical", "alarms", "failed", "runs", "accuracy at end")
-    head += ("straightness", "up-pairs", "swing", "text excess", "needle excess", "accuracy")
-    table("the monitor against the stage run to its end", head, rows)
+    return rows
+
+
+def findings(results: dict) -> str:
+    """The rates, and what happened in the run that was sent back."""
     found = rates(results["points"], SETTINGS)
-    say(
-        f"detection {found['caught']}/{found['failed']}, false alarms {found['false_alarms']}/{found['succeeded']}; a stage "
-        f"succeeds at {SUCCESS:.0%} of its seed's best needle accuracy"
-    )
+    lines = [
+        f"- Detection: {found['caught']} of {found['failed']} stages that failed were stopped ({found['detection']:.0%}).",
+        f"- False alarms: {found['false_alarms']} of {found['succeeded']} stages that succeeded were stopped "
+        f"({found['false_alarm']:.0%}).",
+    ]
+    for missed in results["points"]:
+        verdict = judged(missed, SETTINGS).verdict
+        if (verdict == "oscillating") == succeeded(missed, results["points"]):
+            best = max(other["end"]["needle_accuracy"] for other in results["points"] if other["seed"] == missed["seed"])
+            lines.append(
+                f"- Wrong: seed {missed['seed']} at {missed['multiple']:g} × critical, {verdict}, ended at "
+                f"{missed['end']['needle_accuracy']:.3f} where the best of its seed is {best:.3f}."
+            )
     if "rollback" in results:
-        story = ", ".join(f"theta {d['theta']:.0f} {d['verdict']}" for d in results["rollback"]["decisions"])
-        say(f"rollback: {story}; needle accuracy at the end {results['rollback']['end']['needle_accuracy']:.3f}")
+        story = "; then ".join(f"theta {d['theta']:.0f}: {d['verdict']}, {d['reason']}" for d in results["rollback"]["decisions"])
+        end = results["rollback"]["end"]
+        lines.append(f"- One run sent back for real: {story}. Needle accuracy at its end {end['needle_accuracy']:.3f}.")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -173,7 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, default=Path("runs/003_monitor"))
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--show", action="store_true", help="only print the table of results.json")
+    parser.add_argument("--show", action="store_true", help="only make the tables of results.json again")
     args = parser.parse_args()
     path = HERE / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {"points": []}
@@ -189,7 +205,10 @@ def main() -> None:
         if "rollback" not in results:
             results["rollback"] = rollback(args.workdir, corpus)
         path.write_text(json.dumps(results, indent=1) + "\n")
-    show(results)
+    table("the monitor against the stage run to its end", HEAD, rows_of(results))
+    say(findings(results))
+    readme.fill(HERE / "README.md", "table", readme.table(HEAD, rows_of(results)))
+    readme.fill(HERE / "README.md", "findings", findings(results))
 
 
 if __name__ == "__main__":
