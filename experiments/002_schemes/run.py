@@ -154,7 +154,8 @@ def main() -> None:
     rows = rows_of(json.loads((HERE / "results.json").read_text()), before, module)
     draw(rows, HERE / "schemes.png")
     readme.fill(HERE / "README.md", "table", table(rows))
-    readme.fill(HERE / "README.md", "findings", findings(rows))
+    picture = "![Needles by scheme and length, zero-shot and after the extension](schemes.png)"
+    readme.fill(HERE / "README.md", "findings", f"{picture}\n\n{findings(rows)}")
 
 
 if __name__ == "__main__":
