@@ -126,8 +126,12 @@ def rates(points: list[dict], settings: monitor.MonitorConfig) -> dict:
 
 def succeeded(found: dict, points: list[dict]) -> bool:
     """Did the stage end as well as the seed allows?"""
-    best = max(other["end"]["needle_accuracy"] for other in points if other["seed"] == found["seed"])
-    return found["end"]["needle_accuracy"] >= SUCCESS * best
+    return found["end"]["needle_accuracy"] >= SUCCESS * best_of_seed(found, points)
+
+
+def best_of_seed(found: dict, points: list[dict]) -> float:
+    """The best needle accuracy that a point's seed ended at with any theta."""
+    return max(other["end"]["needle_accuracy"] for other in points if other["seed"] == found["seed"])
 
 
 HEAD = (
@@ -172,10 +176,10 @@ def findings(results: dict) -> str:
     for missed in results["points"]:
         verdict = judged(missed, SETTINGS).verdict
         if (verdict == "oscillating") == succeeded(missed, results["points"]):
-            best = max(other["end"]["needle_accuracy"] for other in results["points"] if other["seed"] == missed["seed"])
             lines.append(
                 f"- Wrong: seed {missed['seed']} at {missed['multiple']:g} × critical, {verdict}, ended at "
-                f"{missed['end']['needle_accuracy']:.3f} where the best of its seed is {best:.3f}."
+                f"{missed['end']['needle_accuracy']:.3f} where the best of its seed is "
+                f"{best_of_seed(missed, results['points']):.3f}."
             )
     if "rollback" in results:
         story = "; then ".join(f"theta {d['theta']:.0f}: {d['verdict']}, {d['reason']}" for d in results["rollback"]["decisions"])
