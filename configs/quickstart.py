@@ -10,6 +10,7 @@ Result:   needles found at 256 / 512 / 1,024 / 2,048 / 4,096: 96 / 98 / 97 / 99 
 from lcx.positions.theta import critical_base
 from lcx.research.recipe import defaults
 
+WORKDIR = "runs/quickstart"
 BASE, BASE_LENGTH, BASE_THETA = "base_256", 256, 500.0
 MODEL = dict(
     model_dim=64, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=32, mlp_dim=256, pattern=("local", "global"), window=16
@@ -18,7 +19,17 @@ MODEL = dict(
 
 def get_config(variant: str = ""):
     """The recipe; the variant `smoke` runs every part of it in a minute or two, with too few steps to learn."""
-    config = defaults(stages(), **MODEL)
+    config = recipe(stages())
+    config.base_stage = BASE
+    config.evals.zero_shot = ("linear", "ntk", "yarn", "rope:theta=critical")
+    if variant == "smoke":
+        smoke(config)
+    return config
+
+
+def recipe(stages: dict):
+    """Model, positions, optimizer and data, for any stages."""
+    config = defaults(stages, **MODEL)
     config.positions = {
         # Heads that look at the 0 to 3 tokens before them: what retrieval is built from, and slow to find from nothing.
         "local": {"name": "t5", "focus": 8.0},
@@ -31,10 +42,6 @@ def get_config(variant: str = ""):
         "code": {"kind": "text", "weight": 0.2},
         "needles": {"kind": "multikey", "weight": 0.8, "task": {"needles": 3, "queries": 3, "answer_weight": 10.0}},
     }
-    config.base_stage = BASE
-    config.evals.zero_shot = ("linear", "ntk", "yarn", "rope:theta=critical")
-    if variant == "smoke":
-        smoke(config)
     return config
 
 
@@ -59,6 +66,21 @@ def extension(needles: int, seq_len: int, **stage) -> dict:
 def task(count: int, **stage) -> dict:
     """A stage whose retrieval rows hold `count` needles and as many queries."""
     return {**stage, "parts": {"needles": {"task": {"needles": count, "queries": count}}}}
+
+
+def from_base(lengths, **stage):
+    """For sweeps: one short stage `extend` from the base model of a finished quickstart, whose global layer changes its scheme."""
+    config = recipe({"extend": {"steps": 25, "optim": {"lr": 1e-3, "warmup_steps": 3}, **stage}})
+    config.positions = {"local": config.positions["local"], "default": config.positions["global"]}
+    before = (stage["steps"] for name, stage in stages().items() if not name.startswith("extend"))
+    config.init_from = f"{WORKDIR}/checkpoints/{sum(before)}"
+    config.evals.lengths = lengths
+    config.evals.items = 10
+    config.evals.perplexity_tokens = 1 << 14
+    config.checkpoint.every = None
+    config.metrics.tensorboard = False
+    config.monitor.enabled = False
+    return config
 
 
 def smoke(config) -> None:

@@ -9,39 +9,18 @@ import runpy
 from pathlib import Path
 
 from lcx.positions.theta import critical_base, untrained_pairs
-from lcx.research.recipe import defaults
 from lcx.research.sweeps import param
 
 QUICKSTART = runpy.run_path(str(Path(__file__).parents[1] / "quickstart.py"))
-WORKDIR = "runs/quickstart"
 TRAINED, LENGTH = QUICKSTART["BASE_LENGTH"], 2048
 
 
 def get_config():
-    """The base of every point: one short stage from the quickstart's base model, whose global layer gets the scheme."""
-    quickstart = QUICKSTART["get_config"]()
-    stage = {"seq_len": LENGTH, "steps": 25, "batch_size": 4, "optim": {"lr": 1e-3, "warmup_steps": 3}}
-    config = defaults({"extend": stage}, **QUICKSTART["MODEL"])
-    for key in ("data", "optim"):
-        config[key] = quickstart[key]
-    config.positions = {"local": quickstart.positions["local"], "default": quickstart.positions["global"]}
-    config.init_from = base_checkpoint(quickstart)
+    """The base of every point: a short stage in which the global layer gets the scheme."""
+    config = QUICKSTART["from_base"]((TRAINED, 512, 1024, LENGTH), seq_len=LENGTH, batch_size=4)
     config.stages.extend.positions = {"default": "rope"}
     config.stages.extend.parts = {"needles": {"task": {"needles": LENGTH // 128, "queries": LENGTH // 128}}}
-    config.evals.lengths = (TRAINED, 512, 1024, LENGTH)
-    config.evals.items = 10
-    config.evals.perplexity_tokens = 1 << 14
-    config.checkpoint.every = None
-    config.metrics.tensorboard = False
-    config.monitor.enabled = False
     return config
-
-
-def base_checkpoint(quickstart) -> str:
-    """The checkpoint at the end of the quickstart's base stage."""
-    order = list(quickstart.stage_order)
-    steps = sum(quickstart.stages[name].steps for name in order[: order.index(quickstart.base_stage) + 1])
-    return f"{WORKDIR}/checkpoints/{steps}"
 
 
 def get_sweep():

@@ -11,44 +11,24 @@ import runpy
 from pathlib import Path
 
 from lcx.positions.theta import critical_base, ladder
-from lcx.research.recipe import defaults
 from lcx.research.sweeps import chain, param, prod
 
 QUICKSTART = runpy.run_path(str(Path(__file__).parents[1] / "quickstart.py"))
-WORKDIR = "runs/quickstart"
 LENGTHS = (1024, 2048, 4096)
 MULTIPLES = (0.02, 0.5, 1.0, 2.0)
 """Of the critical base of a length. With them go the NTK-aware base, about a quarter of it, and the base model's own theta."""
 
 
 def get_config():
-    """The base of every point: one short stage from the quickstart's base model. Batch and needles follow the length."""
-    quickstart = QUICKSTART["get_config"]()
-    stage = {"seq_len": LENGTHS[0], "steps": 25, "batch_size": 8, "optim": {"lr": 1e-3, "warmup_steps": 3}}
-    config = defaults({"extend": stage}, **QUICKSTART["MODEL"])
-    for key in ("data", "optim"):
-        config[key] = quickstart[key]
-    config.positions = {"local": quickstart.positions["local"], "default": quickstart.positions["global"]}
-    config.init_from = base_checkpoint(quickstart)
+    """The base of every point. Batch and needles follow the length."""
+    config = QUICKSTART["from_base"](LENGTHS[:1], seq_len=LENGTHS[0], batch_size=8)
     extend = config.stages.extend
     extend.positions = {"default": critical_base(QUICKSTART["BASE_THETA"], QUICKSTART["BASE_LENGTH"], LENGTHS[0])}
     length = extend.get_ref("seq_len")
     needles = length // 128
     extend.batch_size = 8192 // length
     extend.parts = {"needles": {"task": {"needles": needles, "queries": needles}}}
-    config.evals.items = 10
-    config.evals.perplexity_tokens = 1 << 14
-    config.checkpoint.every = None
-    config.metrics.tensorboard = False
-    config.monitor.enabled = False
     return config
-
-
-def base_checkpoint(quickstart) -> str:
-    """The checkpoint at the end of the quickstart's base stage."""
-    order = list(quickstart.stage_order)
-    steps = sum(quickstart.stages[name].steps for name in order[: order.index(quickstart.base_stage) + 1])
-    return f"{WORKDIR}/checkpoints/{steps}"
 
 
 def get_sweep():

@@ -16,7 +16,10 @@ from lcx.training.stages import RunConfig
 
 CONFIG = "config.json"
 
-FREE = ("mesh", "checkpoint", "metrics", "max_bad_steps", "model.remat", "model.loss_tile", "model.attention")
+FREE = (
+    "mesh", "checkpoint", "metrics", "max_bad_steps",
+    "model.remat", "model.layer_unroll", "model.mlp_tile", "model.loss_tile", "model.attention",
+)  # fmt: skip
 """What may change between two starts of one run: how it is computed and kept, not what."""
 
 
