@@ -57,7 +57,7 @@ def rows_of(found: Sequence[dict], before: EvalResult, module: Mapping) -> list[
                 "scheme": spec, "before": grid.by_length(), "after": after, "items": items,
                 "perplexity_before": {point.length: point.perplexity for point in curve.points},
                 "perplexity_after": {int(n): value for n, value in result["numbers"]["perplexity_by_length"].items()},
-                "loss": result["numbers"]["loss"], "seconds": result["numbers"]["train_seconds"],
+                "loss": result["numbers"]["loss"],
             }
         )  # fmt: skip
     return rows
@@ -103,7 +103,7 @@ def table(rows: Sequence[dict]) -> str:
     longest, shortest = max(rows[0]["after"]), min(rows[0]["after"])
     header = [
         "scheme", f"zero-shot at {longest:,}", f"after, at {longest:,} (95% interval)", f"after, at {shortest:,}",
-        f"perplexity at {longest:,}, zero-shot", "after", "seconds of training",
+        f"perplexity at {longest:,}, zero-shot", "after",
     ]  # fmt: skip
     lines = []
     for row in sorted(rows, key=lambda row: (-row["after"][longest], -row["before"][longest])):
@@ -112,7 +112,7 @@ def table(rows: Sequence[dict]) -> str:
             [
                 f"`{row['scheme']}`", f"{100 * row['before'][longest]:.0f}%",
                 f"{100 * row['after'][longest]:.0f}% ({100 * low:.0f}–{100 * high:.0f})", f"{100 * row['after'][shortest]:.0f}%",
-                f"{row['perplexity_before'][longest]:.2f}", f"{row['perplexity_after'][longest]:.2f}", f"{row['seconds']:.0f}",
+                f"{row['perplexity_before'][longest]:.2f}", f"{row['perplexity_after'][longest]:.2f}",
             ]
         )  # fmt: skip
     return readme.table(header, lines)
@@ -124,17 +124,15 @@ def findings(rows: Sequence[dict]) -> str:
     order = sorted(rows, key=lambda row: row["after"][longest], reverse=True)
     first = max(rows, key=lambda row: row["before"][longest])
     gain = max(rows, key=lambda row: row["after"][longest] - row["before"][longest])
-    level = [
-        row["scheme"]
-        for row in rows
-        if wilson(round(row["after"][longest] * row["items"]), row["items"])[1] >= order[0]["after"][longest]
-    ]
+    low, _ = wilson(round(order[0]["after"][longest] * order[0]["items"]), order[0]["items"])
+    below = [row["scheme"] for row in order if wilson(round(row["after"][longest] * row["items"]), row["items"])[1] < low]
     lost = [f"`{row['scheme']}` ({100 * row['after'][shortest]:.0f}%)" for row in rows if row["after"][shortest] < 0.85]
     return "\n".join(
         [
             f"- Zero-shot, `{first['scheme']}` finds most at {longest:,}: {100 * first['before'][longest]:.0f}%.",
             f"- After the extension `{order[0]['scheme']}` finds most ({100 * order[0]['after'][longest]:.0f}%); with "
-            f"{order[0]['items']} needles a length these cannot be told from it: {', '.join(f'`{name}`' for name in level)}.",
+            f"{order[0]['items']} needles a length only these are surely worse: "
+            f"{', '.join(f'`{name}`' for name in below) or 'none'}.",
             f"- `{gain['scheme']}` gains most: {100 * gain['before'][longest]:.0f}% to {100 * gain['after'][longest]:.0f}%.",
             f"- Below 85% at the base model's own length after the extension: {', '.join(lost) or 'none'}.",
         ]
