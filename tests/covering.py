@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 Row = dict[str, Hashable]
 Pair = frozenset[tuple[str, Hashable]]
@@ -14,20 +14,23 @@ def pairs_of(row: Mapping[str, Hashable]) -> set[Pair]:
     return {frozenset(pair) for pair in itertools.combinations(row.items(), 2)}
 
 
-def pairwise(options: Mapping[str, Sequence[Hashable]]) -> list[Row]:
+def pairwise(options: Mapping[str, Sequence[Hashable]], allowed: Callable[[Row], bool] = lambda row: True) -> list[Row]:
     """Few rows in which all pairs of settings occur, the same ones at every call.
+
+    `allowed` says whether a row, whole or in part, can exist; pairs that cannot are left out.
 
     Greedy (after AETG): a row starts from a pair that is still missing, and each further option takes the setting that adds the
     most missing pairs.
     """
     missing: dict[Pair, None] = {}
     for (one, ones), (two, twos) in itertools.combinations(options.items(), 2):
-        missing.update(dict.fromkeys(frozenset({(one, x), (two, y)}) for x in ones for y in twos))
+        missing.update(dict.fromkeys(frozenset({(one, x), (two, y)}) for x in ones for y in twos if allowed({one: x, two: y})))
     rows: list[Row] = []
     while missing:
         row: Row = dict(sorted(next(iter(missing))))
         for name in sorted((name for name in options if name not in row), key=lambda name: -len(options[name])):
-            row[name] = max(options[name], key=lambda x: sum(p in missing for p in pairs_of({**row, name: x})))
+            able = [x for x in options[name] if allowed({**row, name: x})]
+            row[name] = max(able, key=lambda x: sum(p in missing for p in pairs_of({**row, name: x})))
         for pair in pairs_of(row):
             missing.pop(pair, None)
         rows.append({name: row[name] for name in options})

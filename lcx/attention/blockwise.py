@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lcx.attention.dense import MASKED
+from lcx.attention.merge import Partial
 from lcx.attention.tiles import Blocks, block_bounds, fold, fold_index, unfold, visits
 from lcx.core.batch import Index
 from lcx.core.mask import Bounds, Mask, visible
@@ -77,16 +78,37 @@ def blockwise(
     K = k_BSKH.shape[2]
     if N % K or B % blocks.rows or K % blocks.heads or (bias is not None and blocks.heads != K):
         raise ValueError(f"{blocks} does not divide {B} rows, {N} heads and {K} KV heads (a bias needs all heads in one group)")
-    rule = _Rule(
-        mask=mask,
-        bias=bias,
-        scale=scale,
-        softcap=softcap,
-        blocks=blocks,
-        tile_dtype=jnp.dtype(tile_dtype or q_BTNH.dtype),
-        out_dtype=jnp.dtype(out_dtype or q_BTNH.dtype),
-    )
+    rule = _rule(mask, bias, scale, softcap, blocks, tile_dtype or q_BTNH.dtype, out_dtype or q_BTNH.dtype)
     return _attend(rule, q_BTNH, k_BSKH, v_BSKH, q_index, k_index, bias_params)
+
+
+def blockwise_backward(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    q_index: Index,
+    k_index: Index,
+    mask: Mask,
+    *,
+    bias: Bias | None = None,
+    bias_params: Any = None,
+    scale: float,
+    softcap: float | None = None,
+    blocks: Blocks,
+    tile_dtype: Any = None,
+    whole: Partial,
+    cotangent: Partial,
+) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
+    """Gradients `(dq, dk, dv, dbias_params)`, float32 or wider, that go through these keys.
+
+    `whole` is (o, lse) of the queries over all their keys, of which these may be a part; `cotangent` is its cotangent.
+    """
+    rule = _rule(mask, bias, scale, softcap, blocks, tile_dtype or q_BTNH.dtype, whole[0].dtype)
+    return _backward(rule, (q_BTNH, k_BSKH, v_BSKH, q_index, k_index, bias_params, *whole), cotangent)
+
+
+def _rule(mask, bias, scale, softcap, blocks, tile_dtype, out_dtype) -> _Rule:
+    return _Rule(mask, bias, scale, softcap, blocks, jnp.dtype(tile_dtype), jnp.dtype(out_dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

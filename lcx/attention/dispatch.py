@@ -6,22 +6,25 @@ Legend: B batch, T query tokens, S key tokens, N heads, K KV heads, H head dim, 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 
-from lcx.attention.blockwise import blockwise
-from lcx.attention.dense import dense
-from lcx.attention.merge import apply_sinks, merge
+from lcx.attention.context import Strategy, over_mesh, resolve_context
+from lcx.attention.local import Keys, Local, Queries, forward
+from lcx.attention.merge import Partial, apply_sinks
 from lcx.attention.tiles import Blocks
+from lcx.attention.ulysses import check_heads
 from lcx.core.batch import Index
+from lcx.core.config import choice
 from lcx.core.errors import UserError
 from lcx.core.mask import Mask
-from lcx.positions.form import Form, Layout
-from lcx.positions.rotary import Tables, rotate
+from lcx.core.mesh import axis_size
+from lcx.positions.form import Form
+from lcx.positions.rotary import Tables
 
 Kernel = Literal["dense", "blockwise"]
 
@@ -36,7 +39,8 @@ each loop turn."""
 
 @dataclasses.dataclass(frozen=True)
 class AttentionSpec:
-    """Static description of one kind of layer; `block_q` and `block_k` override the chosen tile sizes."""
+    """Static description of one kind of layer; `block_q` and `block_k` override the chosen tile sizes, `strategy`
+    what serves a sequence that is split over the mesh."""
 
     mask: Mask
     form: Form
@@ -45,10 +49,12 @@ class AttentionSpec:
     kernel: Literal["dense", "blockwise", "auto"] = "auto"
     block_q: int | None = None
     block_k: int | None = None
+    strategy: Strategy | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         if self.kernel not in ("dense", "blockwise", "auto"):
             raise UserError(f"attention kernel {self.kernel!r} is unknown; choose dense, blockwise or auto")
+        choice("context strategy", self.strategy, ("auto", "ring", "gather", "window"))
         for name in ("block_q", "block_k"):
             size = getattr(self, name)
             if size is not None and size < 1:
@@ -63,8 +69,21 @@ class Plan(NamedTuple):
     reason: str
 
 
-def resolve(spec: AttentionSpec, T: int, S: int, platform: str, *, batch: int = 1, heads: int = 1, kv_heads: int = 1) -> Plan:
-    """Kernel and tile sizes for `T` queries and `S` keys on a platform ("cpu", "gpu", "tpu"), and a sentence that says why."""
+def resolve(
+    spec: AttentionSpec,
+    T: int,
+    S: int,
+    platform: str,
+    *,
+    batch: int = 1,
+    heads: int = 1,
+    kv_heads: int = 1,
+    chunk: int | None = None,
+) -> Plan:
+    """Kernel and tile sizes for `T` queries and `S` keys on a platform ("cpu", "gpu", "tpu"), and a sentence that says why.
+
+    Where only `chunk` tokens at a time follow one another (a zigzag layout), no tile lies across the seam: it would span the row.
+    """
     logits = batch * heads * T * S
     kernel, why = spec.kernel, "asked for"
     if kernel == "auto":
@@ -73,7 +92,9 @@ def resolve(spec: AttentionSpec, T: int, S: int, platform: str, *, batch: int = 
         why = f"{logits:,} logits are {'at most' if small else 'more than'} {DENSE_LIMIT:,}"
     if kernel == "dense":
         return Plan("dense", None, f"dense: {why}")
-    blocks = _blocks(spec, T, S, platform, batch, heads, kv_heads)
+    blocks = _blocks(spec, chunk or T, chunk or S, platform, batch, heads, kv_heads)
+    if chunk is not None:
+        blocks = dataclasses.replace(blocks, q=_part(chunk, blocks.q), k=_part(chunk, blocks.k))
     return Plan("blockwise", blocks, f"blockwise: {why}; tiles of {blocks.q} queries by {blocks.k} keys suit {platform}")
 
 
@@ -98,36 +119,42 @@ def attend(
     """
     B, T, N, _ = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
-    plan = resolve(spec, T, S, jax.default_backend(), batch=B, heads=N, kv_heads=K)
     q = q_BTNH
     if temperature is not None:
         q = (q.astype(jnp.float32) * temperature[:, :, None, None]).astype(q.dtype)
-    pieces = spec.form.pieces
-    wide = len(pieces) > 1 or sinks is not None
-    chunk = functools.partial(
-        dense if plan.kernel == "dense" else functools.partial(blockwise, blocks=plan.blocks, tile_dtype=_tile_dtype(q.dtype)),
-        bias=spec.form.bias,
-        bias_params=bias_params,
-        scale=spec.scale,
-        softcap=spec.softcap,
-        out_dtype=jnp.promote_types(q.dtype, jnp.float32) if wide else q.dtype,
-    )
-    parts = []
-    for piece in pieces:
-        turned_q, turned_k = (
-            _turned(x, phase, tables, spec.form.layout)
-            for x, phase, tables in ((q, piece.q_phase, q_tables), (k_BSKH, piece.k_phase, k_tables))
-        )
-        mask = dataclasses.replace(spec.mask, band=piece.band)
-        parts.append(chunk(turned_q, turned_k, v_BSKH, q_index, k_index, mask))
-    o, lse = functools.reduce(merge, parts)
+    queries, keys = Queries(q, q_index, q_tables), Keys(k_BSKH, v_BSKH, k_index, k_tables)
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and axis_size(mesh, "sequence") > 1:
+        o, lse = _over_mesh(spec, mesh, queries, keys, bias_params)
+    else:
+        local = _local(spec, B, T, S, N, K, q.dtype)
+        o, lse = forward(local, queries, keys, bias_params, wide if len(spec.form.pieces) > 1 or sinks is not None else q.dtype)
     if sinks is not None:
         o, _ = apply_sinks(o, lse, sinks)
     return o.astype(q_BTNH.dtype)
 
 
-def _turned(x: jax.Array, phase: str | None, tables: Tables, layout: Layout) -> jax.Array:
-    return x if phase is None else rotate(x, *tables[phase], layout)
+def _local(spec: AttentionSpec, B: int, T: int, S: int, N: int, K: int, dtype: Any, chunk: int | None = None) -> Local:
+    """The kernel for what a device works on; `chunk`: tokens that follow one another in its rows."""
+    plan = resolve(spec, T, S, jax.default_backend(), batch=B, heads=N, kv_heads=K, chunk=chunk)
+    return Local(spec.mask, spec.form, spec.scale, spec.softcap, plan.blocks, _tile_dtype(dtype))
+
+
+def _over_mesh(spec: AttentionSpec, mesh: AbstractMesh, queries: Queries, keys: Keys, bias_params: Any) -> Partial:
+    B, T, N, _ = queries.q.shape
+    S, K = keys.k.shape[1:3]
+    pieces, layout = mesh.shape["ring"], keys.index.layout
+    if T % axis_size(mesh, "sequence") or S != T:
+        raise UserError(f"{T} queries and {S} keys can't be split over {axis_size(mesh, 'sequence')} devices of mesh.context")
+    check_heads(N, mesh.shape["ulysses"])
+    plan = resolve_context(spec.strategy, spec.mask, layout, T, pieces, N // K)
+    chunk = T // (2 * pieces) if layout == "zigzag" else None
+
+    def local(tokens: int, heads: int, kv_heads: int) -> Local:
+        return _local(spec, B, tokens, tokens, heads, kv_heads, queries.q.dtype, chunk)
+
+    return over_mesh(mesh, plan, local, queries, keys, bias_params)
 
 
 def _tile_dtype(dtype: Any) -> Any:
@@ -154,6 +181,12 @@ def _blocks(spec: AttentionSpec, T: int, S: int, platform: str, batch: int, head
         share = _divisor(kv_heads, budget // (group * block_q * block_k))
     rows = _divisor(batch, budget // (share * group * block_q * block_k))
     return Blocks(block_q, block_k, rows, share)
+
+
+def _part(x: int, most: int) -> int:
+    """The largest divisor of x that is at most `most`, unless that is less than half of it: then `most`."""
+    part = _divisor(x, most)
+    return part if 2 * part >= min(x, most) else most
 
 
 def _power(x: int) -> int:

@@ -23,13 +23,15 @@ class Index:
 
     `order` is the row index before any permutation: masks and windows compare it. `positions` is what positional schemes
     see. `segments` is the document id (`PADDING`, `SHARED` reserved). `prefix` (or None) is 1 for keys that every query
-    of their document sees, whatever the order.
+    of their document sees, whatever the order. `layout` says how rows were dealt to the devices that share them
+    (`attention.layout`); strategies may rely on it, masks never do.
     """
 
     order: jax.Array
     positions: jax.Array
     segments: jax.Array
     prefix: jax.Array | None = None
+    layout: str = flax.struct.field(pytree_node=False, default="contiguous")
 
     @classmethod
     def dense(cls, batch: int, length: int) -> "Index":
@@ -47,7 +49,7 @@ class Batch:
     """Training or scoring rows: int32 `[B, T]` each, `weights` float32 `[B, T]`.
 
     `targets[b, t]` is the token that follows `tokens[b, t]` in its row (shifted before any permutation); `weights` scales its
-    loss, 0 where there is nothing to predict.
+    loss, 0 where there is nothing to predict. `layout` as in `Index`.
     """
 
     tokens: jax.Array
@@ -57,11 +59,12 @@ class Batch:
     positions: jax.Array
     segments: jax.Array
     prefix: jax.Array | None = None
+    layout: str = flax.struct.field(pytree_node=False, default="contiguous")
 
     @property
     def index(self) -> Index:
         """The attention index of the rows."""
-        return Index(self.order, self.positions, self.segments, self.prefix)
+        return Index(self.order, self.positions, self.segments, self.prefix, self.layout)
 
     @classmethod
     def from_tokens(cls, tokens: np.ndarray | jax.Array, weights: np.ndarray | jax.Array | None = None) -> "Batch":

@@ -6,7 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from jax.sharding import Mesh
+
 from lcx.attention.dispatch import AttentionSpec
+from lcx.attention.layout import Layout, resolve_layout
 from lcx.core.config import choice, positive
 from lcx.core.errors import UserError
 from lcx.core.mask import Mask
@@ -53,6 +56,11 @@ class ModelConfig:
     """One learned logit per head that joins the softmax without a value."""
     prefix_attention: bool = False
     attention: Literal["auto", "dense", "blockwise"] = "auto"
+    context_strategy: Literal["auto", "ring", "gather"] = "auto"
+    """How the devices of a split sequence meet each other's keys (`attention.context`). `auto`: neighbours only for a window, a
+    ring where a device has tokens enough to hide it, else all-gather."""
+    context_layout: Literal["auto", "contiguous", "zigzag", "striped"] = "auto"
+    """How the tokens of a row are dealt to those devices. `auto`: zigzag, or contiguous if all layers are local."""
     # embedding and output
     tied_embeddings: bool = False
     embedding_scale: bool = False
@@ -103,6 +111,11 @@ class ModelConfig:
         return tuple(self.pattern[i % len(self.pattern)] for i in range(self.num_layers))
 
 
+def layout_on(config: ModelConfig, length: int, mesh: Mesh) -> Layout:
+    """How rows of `length` tokens are dealt to the devices of a mesh."""
+    return resolve_layout(config.context_layout, length, mesh.shape["ring"], all(is_local(kind) for kind in config.kinds))
+
+
 def is_local(kind: str) -> bool:
     """True for layer kinds under a sliding window."""
     return kind.startswith("local")
@@ -125,7 +138,12 @@ class Architecture:
         mask = Mask(causal=True, window=config.window if is_local(kind) else None, prefix=config.prefix_attention)
         scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
         return AttentionSpec(
-            mask=mask, form=self.form(kind), scale=scale, softcap=config.attention_softcap, kernel=config.attention
+            mask=mask,
+            form=self.form(kind),
+            scale=scale,
+            softcap=config.attention_softcap,
+            kernel=config.attention,
+            strategy=config.context_strategy,
         )
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from jax.sharding import Mesh
 
+from lcx.attention.layout import check_length
+from lcx.attention.ulysses import check_heads
 from lcx.core.console import warn
 from lcx.core.errors import UserError
 from lcx.core.mesh import RULES, axis_size, check_divides
 from lcx.core.params import paths_of
 from lcx.core.trees import Tree
-from lcx.model.config import ModelConfig
+from lcx.model.config import ModelConfig, layout_on
 from lcx.training.stages import RunConfig, StageConfig
 
 
@@ -17,6 +19,9 @@ def check_stage(run: RunConfig, stage: StageConfig, mesh: Mesh, specs: Tree) -> 
     """Raises `UserError` where the sizes of a stage do not fit its mesh."""
     check_batch(stage, mesh)
     check_divides(f"stages.{stage.name}.seq_len", stage.seq_len, mesh, "sequence")
+    layout = layout_on(run.model, stage.seq_len, mesh)
+    check_length(f"stages.{stage.name}.seq_len", stage.seq_len, layout, mesh.shape["ring"])
+    check_heads(run.model.num_heads // mesh.shape["tensor"], mesh.shape["ulysses"])
     check_model(run.model, mesh)
     for path, spec in paths_of(specs):
         for size, name in zip(spec.shape, spec.logical_axes, strict=True):

@@ -20,11 +20,12 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lcx.attention.layout import arrange
 from lcx.core.batch import Batch
 from lcx.core.mesh import named_sharding, partition_spec
 from lcx.core.params import ParamSpec, abstract, initialize, paths_of, shardings
 from lcx.core.trees import Tree
-from lcx.model.config import Architecture
+from lcx.model.config import Architecture, layout_on
 from lcx.model.loss import LossSums, loss_sums
 from lcx.model.transformer import hidden
 from lcx.training.optimizer import OptimConfig, learning_rate, optimizer
@@ -93,7 +94,10 @@ class TrainStep:
         return slice(min(i[0].start or 0 for i in indices), max(rows if i[0].stop is None else i[0].stop for i in indices))
 
     def put(self, batch: Batch, rows: int) -> Batch:
-        """Host arrays of this process's rows as global arrays `[rows, T]`, rows and sequence split over the mesh."""
+        """Host arrays of this process's rows as global arrays `[rows, T]`, dealt to the mesh in its layout."""
+        ring = self.mesh.shape["ring"]
+        layout = layout_on(self.arch.config, batch.tokens.shape[1], self.mesh)
+        batch = arrange(batch, layout, ring).replace(layout=layout)
 
         def one(x: np.ndarray) -> jax.Array:
             shape = (rows, x.shape[1])

@@ -19,6 +19,7 @@ CONFIG = "config.json"
 FREE = (
     "mesh", "checkpoint", "metrics", "max_bad_steps",
     "model.remat", "model.layer_unroll", "model.mlp_tile", "model.loss_tile", "model.attention",
+    "model.context_strategy", "model.context_layout",
 )  # fmt: skip
 """What may change between two starts of one run: how it is computed and kept, not what."""
 

@@ -47,9 +47,9 @@ SCHEMES = {
 KV_HEADS = {"mha": 4, "gqa": 2, "mqa": 1}
 
 
-def index(segments: str, positions: str) -> Index:
+def index(segments: str, positions: str, length: int = T) -> Index:
     """Two rows whose documents end in different places; the first 5 tokens of each document are its prefix."""
-    order = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
+    order = np.broadcast_to(np.arange(length, dtype=np.int32), (B, length))
     ends = np.asarray([[0, 19, 33], [0, 7, 38]])
     document = np.stack([np.searchsorted(row, order[0], side="right") for row in ends]).astype(np.int32)
     start = np.take_along_axis(ends, document - 1, axis=1)
@@ -58,6 +58,8 @@ def index(segments: str, positions: str) -> Index:
         ids = np.where(order == 0, SHARED, ids)
     if segments == "padding":
         ids = np.where(order >= np.asarray([[40], [27]]), 0, ids)
+    if segments == "half":
+        ids = np.where(order >= length // 2, 0, ids)
     seen = order if positions == "continuous" else order - start
     return Index(*(jnp.asarray(x, jnp.int32) for x in (order, seen, ids, order - start < 5)))
 

@@ -23,15 +23,15 @@ MODEL = ModelConfig(vocab_size=64, model_dim=16, num_layers=2, num_heads=4, num_
 OPTIM = OptimConfig(lr=1e-2, warmup_steps=2, z_loss=1e-3)
 
 
-def laid_out(theta=100.0):
+def laid_out(theta=100.0, model=MODEL):
     scheme = {"global": from_config({"name": "rope", "theta": theta})}
-    arch, arrays = lay_out(MODEL, scheme, LENGTH)
-    return arch, arrays, specs(MODEL, scheme, LENGTH)
+    arch, arrays = lay_out(model, scheme, LENGTH)
+    return arch, arrays, specs(model, scheme, LENGTH)
 
 
-def make_step(mesh, accumulate=1):
-    arch, arrays, table = laid_out()
-    devices = jax.devices() if np.prod(list(dataclasses.asdict(mesh).values())) == 8 else jax.devices()[:1]
+def make_step(mesh, accumulate=1, model=MODEL):
+    arch, arrays, table = laid_out(model=model)
+    devices = jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor * mesh.context]
     return train_step(arch, table, OPTIM, STEPS, make_mesh(mesh, devices), accumulate), arrays
 
 
@@ -81,6 +81,32 @@ def test_meshes_equal_one_device(sizes):
     assert kernel.addressable_shards[0].data.size == kernel.size // (fsdp * tensor)
     moments = next(part for part in state.opt_state if hasattr(part, "mu"))
     assert moments.mu["layers"]["mlp"]["up"]["kernel"].sharding == kernel.sharding
+
+
+CONTEXT_MESHES = [
+    (1, 1, 1, 8, 1),
+    (1, 1, 1, 8, 2),
+    (1, 1, 1, 8, 4),
+    (1, 2, 1, 4, 1),
+    (1, 2, 1, 4, 4),
+    (2, 1, 2, 2, 1),
+    (2, 1, 2, 2, 2),
+]
+
+
+@pytest.mark.parametrize("strategy", ["ring", "gather"])
+@pytest.mark.parametrize("sizes", CONTEXT_MESHES)
+def test_context_meshes_equal_one_device(sizes, strategy):
+    """Sequence, weights and optimizer state split over the devices of the context."""
+    data, fsdp, tensor, context, ulysses = sizes
+    mesh = MeshConfig(data=data, fsdp=fsdp, tensor=tensor, context=context, ulysses=ulysses)
+    step, arrays = make_step(mesh, model=dataclasses.replace(MODEL, context_strategy=strategy))
+    losses, gradients, state = run(step, arrays)
+    check(losses, gradients)
+    adam = next(x for x in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(x, "mu"))
+    for tree in (state.params, adam.mu, adam.nu):
+        kernel = tree["layers"]["mlp"]["up"]["kernel"]
+        assert kernel.addressable_shards[0].data.size * fsdp * tensor * context == kernel.size
 
 
 @pytest.mark.parametrize("accumulate", [2, 4])

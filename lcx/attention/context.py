@@ -1,0 +1,106 @@
+"""Attention over a sequence that is split over the mesh: which strategy serves a layer, and the `shard_map` around it.
+
+Legend: B batch, T tokens, N heads, K KV heads.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from lcx.attention.gather import gather
+from lcx.attention.layout import Layout
+from lcx.attention.local import Keys, Local, Queries
+from lcx.attention.merge import Partial
+from lcx.attention.ring import Hops, ring
+from lcx.attention.ulysses import ulysses
+from lcx.core.errors import UserError
+from lcx.core.mask import Mask
+
+Strategy = Literal["ring", "gather", "window"]
+
+AXES = ("ring", "ulysses")
+"""Mesh axes that split the sequence, the first one outermost."""
+
+RING_TOKENS = 12_288
+"""Tokens of a device times heads a KV head from which on a ring hides its traffic: 3K tokens for Llama 3 on a TPU v5p."""
+
+
+class ContextPlan(NamedTuple):
+    """What `resolve_context` decided; `hops` serve ring and window, `slices` gather."""
+
+    strategy: Strategy
+    hops: Hops
+    slices: int
+    reason: str
+
+
+def resolve_context(
+    strategy: Strategy | Literal["auto"], mask: Mask, layout: Layout, length: int, pieces: int, group: int
+) -> ContextPlan:
+    """How `pieces` devices of the ring share rows of `length` tokens under a mask, and why; `group` is N / K.
+
+    Raises `UserError` where the strategy that is asked for can't be exact.
+    """
+    shard = length // pieces
+    whole = Hops(pieces - 1)
+    near = _window_hops(mask, layout, shard, pieces)
+    if strategy == "window" and near is None:
+        raise UserError(
+            "strategy 'window' needs a window that ends within the ring, no prefix, and a contiguous or zigzag layout "
+            f"(window={mask.window}, prefix={mask.prefix}, layout={layout!r}); choose 'ring'"
+        )
+    why = "asked for"
+    if strategy == "auto":
+        many = shard * group >= RING_TOKENS
+        strategy = "window" if near is not None else "ring" if many else "gather"
+        enough = f"{shard:,} tokens a device with {group} heads a KV head are {'enough' if many else 'too few'} to hide a ring"
+        why = (
+            f"a window of {mask.window} reaches {near.before} devices before and {near.after} after" if near is not None else enough
+        )
+    hops = near if strategy == "window" else whole
+    # Slices of a shard, so that what is gathered at a time is what one device holds.
+    slices = next(n for n in range(min(pieces, shard), 0, -1) if shard % n == 0)
+    return ContextPlan(strategy, hops, slices, f"{strategy}: {why}")
+
+
+def _window_hops(mask: Mask, layout: Layout, shard: int, pieces: int) -> Hops | None:
+    """The neighbours that a window reaches; None where it reaches everybody, or somebody who is no neighbour."""
+    if mask.window is None or mask.prefix or layout == "striped":
+        return None
+    reach = -(-(mask.window - 1) // (shard // 2 if layout == "zigzag" else shard))
+    # Of a device's two zigzag chunks one has its predecessor on the device before, the other on the device after.
+    hops = Hops(reach, 0 if mask.causal and layout == "contiguous" else reach)
+    return hops if hops.before + hops.after < pieces - 1 else None
+
+
+def over_mesh(
+    mesh: AbstractMesh, plan: ContextPlan, local: Callable[[int, int, int], Local], queries: Queries, keys: Keys, bias_params: Any
+) -> Partial:
+    """`(o_BTNH, lse_BTN)` in float32 or wider of global arrays whose sequence is split over `AXES`.
+
+    Every device computes the results of its own tokens. `local(tokens, heads, kv_heads)` gives what is static for the sizes that
+    a device works on at a time.
+    """
+    exchange = mesh.shape["ulysses"] > 1
+
+    def attention(bias_params: Any, local: Local, queries: Queries, keys: Keys) -> Partial:
+        if plan.strategy == "gather":
+            return gather(local, "ring", plan.slices, queries, keys, bias_params)
+        return ring(local, "ring", plan.hops, queries, keys, bias_params)
+
+    def run(queries: Queries, keys: Keys, bias_params: Any) -> Partial:
+        part = functools.partial(attention, bias_params)
+        size = mesh.shape["ulysses"]
+        tokens, heads, kv_heads = queries.q.shape[1] * size, queries.q.shape[2] // size, max(1, keys.k.shape[2] // size)
+        here = local(tokens, heads, kv_heads)
+        return ulysses(part, here, "ulysses", queries, keys) if exchange else part(here, queries, keys)
+
+    split, everywhere = PartitionSpec(None, AXES), PartitionSpec()
+    return jax.shard_map(
+        run, mesh=mesh, in_specs=(split, split, everywhere), out_specs=split, axis_names=set(AXES), check_vma=False
+    )(queries, keys, bias_params)

@@ -1,0 +1,132 @@
+"""Attention of the queries and keys that a device holds: rotation, pieces and kernel, forward and backward.
+
+Strategies move `Keys` between devices and call these two functions on what has arrived. The backward pass takes o and lse of *all*
+keys, so that a part's gradients are right wherever the rest of the keys was.
+
+Legend: B batch, T query tokens, S key tokens, N heads, K KV heads, H head dim.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from lcx.attention.blockwise import blockwise, blockwise_backward
+from lcx.attention.dense import dense
+from lcx.attention.merge import Partial, merge
+from lcx.attention.tiles import Blocks
+from lcx.core.batch import Index
+from lcx.core.mask import Mask
+from lcx.positions.form import Form, Piece
+from lcx.positions.rotary import Tables, rotate
+
+
+@flax.struct.dataclass
+class Queries:
+    """Raw (not rotated) queries `[B, T, N, H]`, who they are, and the rotary tables of their positions."""
+
+    q: jax.Array
+    index: Index
+    tables: Tables
+
+
+@flax.struct.dataclass
+class Keys:
+    """Raw keys and values `[B, S, K, H]`, who they are, and the rotary tables of their positions. What travels."""
+
+    k: jax.Array
+    v: jax.Array
+    index: Index
+    tables: Tables
+
+
+@dataclasses.dataclass(frozen=True)
+class Local:
+    """All that is static about attention on one device: `blocks` is None for the dense kernel."""
+
+    mask: Mask
+    form: Form
+    scale: float
+    softcap: float | None
+    blocks: Blocks | None
+    tile_dtype: Any
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What every kernel takes."""
+        return {"bias": self.form.bias, "scale": self.scale, "softcap": self.softcap}
+
+
+def forward(local: Local, queries: Queries, keys: Keys, bias_params: Any, out_dtype: Any) -> Partial:
+    """`(o_BTNH, lse_BTN)` of the queries over these keys, all pieces merged; differentiable by JAX."""
+    parts = [
+        _kernel(local, out_dtype)(
+            _turned(queries.q, piece.q_phase, queries.tables, local.form),
+            _turned(keys.k, piece.k_phase, keys.tables, local.form),
+            keys.v, queries.index, keys.index, _mask(local, piece), bias_params=bias_params,
+        )
+        for piece in local.form.pieces
+    ]  # fmt: skip
+    return functools.reduce(merge, parts)
+
+
+def backward(local: Local, queries: Queries, keys: Keys, bias_params: Any, whole: Partial, cotangent: Partial) -> tuple[Any, ...]:
+    """Gradients `(dq, dk, dv, dbias_params)` that go through these keys, float32 or wider.
+
+    `whole` is (o, lse) of the queries over all their keys, wherever those are, and `cotangent` that of `whole`.
+    """
+    total = None
+    for piece in local.form.pieces:
+        q, pull_q = jax.vjp(lambda x, piece=piece: _turned(x, piece.q_phase, queries.tables, local.form), _wide(queries.q))
+        k, pull_k = jax.vjp(lambda x, piece=piece: _turned(x, piece.k_phase, keys.tables, local.form), _wide(keys.k))
+        q, k = q.astype(queries.q.dtype), k.astype(keys.k.dtype)
+        dq, dk, dv, dbias = _pull(local)(
+            q, k, keys.v, queries.index, keys.index, _mask(local, piece), bias_params=bias_params, whole=whole, cotangent=cotangent
+        )
+        part = (*pull_q(dq), *pull_k(dk), dv, dbias)
+        total = part if total is None else jax.tree.map(jnp.add, total, part)
+    return total
+
+
+def _kernel(local: Local, out_dtype: Any) -> Callable[..., Partial]:
+    if local.blocks is None:
+        return functools.partial(dense, out_dtype=out_dtype, **local.options)
+    return functools.partial(blockwise, blocks=local.blocks, tile_dtype=local.tile_dtype, out_dtype=out_dtype, **local.options)
+
+
+def _pull(local: Local) -> Callable[..., tuple[Any, ...]]:
+    if local.blocks is None:
+        return functools.partial(_dense_backward, local)
+    return functools.partial(blockwise_backward, blocks=local.blocks, tile_dtype=local.tile_dtype, **local.options)
+
+
+def _dense_backward(local: Local, q, k, v, q_index, k_index, mask, *, bias_params, whole, cotangent):
+    """By JAX's own derivative of the part: what it has to do with the whole is `merge`'s."""
+    (o, lse), (do, dlse) = whole, cotangent
+
+    def run(q, k, v, bias_params):
+        return dense(q, k, v, q_index, k_index, mask, bias_params=bias_params, out_dtype=o.dtype, **local.options)
+
+    (o_part, lse_part), pull = jax.vjp(run, _wide(q), _wide(k), _wide(v), bias_params)
+    seen = ~(jnp.isneginf(lse_part) | jnp.isneginf(lse))
+    share = jnp.where(seen, jnp.exp(jnp.where(seen, lse_part - lse, 0.0)), 0.0)
+    slope = jnp.sum(do * (o_part - o), axis=-1) + dlse
+    return pull((do * share[..., None], jnp.where(seen, share * slope, 0.0)))
+
+
+def _mask(local: Local, piece: Piece) -> Mask:
+    return dataclasses.replace(local.mask, band=piece.band)
+
+
+def _turned(x: jax.Array, phase: str | None, tables: Tables, form: Form) -> jax.Array:
+    return x if phase is None else rotate(x, *tables[phase], form.layout)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -1,0 +1,138 @@
+"""Attention over a split sequence against dense on one device: what a case is, and how far apart the two are.
+
+Legend: B batch, T tokens, N heads, K KV heads, H head dim.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lcx.attention.dispatch import AttentionSpec, attend
+from lcx.attention.layout import arrange, restore
+from lcx.core.mask import Mask
+from lcx.core.mesh import MeshConfig, make_mesh
+from lcx.positions.bias import T5, Alibi
+from lcx.positions.form import Heads
+from lcx.positions.pieces import SelfExtend
+from lcx.positions.rotary import Rope, tables
+from lcx.positions.schemes import from_config
+from tests.attention.cases import index, within
+
+B, T, N, H = 2, 48, 24, 4
+HEADS = Heads(N, N, H, N * H)
+
+OPTIONS = {
+    "size": (2, 3, 4, 6, 8),
+    "strategy": ("ring", "gather", "window", "ulysses", "hybrid"),
+    "layout": ("contiguous", "zigzag", "striped"),
+    "mask": ("causal", "window", "prefix", "full", "full window"),
+    "scheme": ("rope", "self_extend", "alibi", "t5", "nope"),
+    "kernel": ("blockwise", "dense"),
+    "grouping": ("mha", "gqa", "mqa"),
+    "segments": ("none", "packed", "shared", "padding", "half"),
+    "softcap": (None, 5.0),
+    "sink": (False, True),
+}
+
+MASKS = {
+    "causal": Mask(),
+    "window": Mask(window=3),
+    "prefix": Mask(prefix=True),
+    "full": Mask(causal=False),
+    "full window": Mask(causal=False, window=3),
+}
+SCHEMES = {
+    "rope": Rope(theta=100.0),
+    "self_extend": SelfExtend(theta=100.0, window=10, group=3),
+    "alibi": Alibi(),
+    "t5": T5(buckets=8, max_distance=20, bidirectional=True),
+    "nope": from_config("nope"),
+}
+KV_HEADS = {"mha": 24, "gqa": 6, "mqa": 1}
+
+
+def allowed(case: dict[str, Any]) -> bool:
+    """Whether a case, whole or in part, can exist: the others are refused (`tests/attention/test_context.py`)."""
+    size, strategy, layout, mask = (case.get(name) for name in ("size", "strategy", "layout", "mask"))
+    if strategy == "hybrid":
+        return size not in (2, 3)
+    if strategy == "ulysses":  # one piece of the ring: nothing to deal
+        return layout in (None, "contiguous")
+    if strategy == "window":
+        # Neighbours on one side, or on both, and someone left whom they are spared.
+        both = layout == "zigzag" or mask == "full window"
+        return layout != "striped" and mask in (None, "window", "full window") and (size is None or size > (3 if both else 2))
+    return True
+
+
+def mesh_of(case: dict[str, Any]) -> MeshConfig:
+    """Ring × ulysses for a size and a strategy."""
+    ulysses = {"ulysses": case["size"], "hybrid": 2}.get(case["strategy"], 1)
+    return MeshConfig(fsdp=1, context=case["size"], ulysses=ulysses)
+
+
+def inputs_of(case: dict[str, Any], dtype: Any = jnp.float32) -> tuple[dict[str, Any], jax.Array]:
+    """What is differentiated in a case, and the cotangent of o."""
+    q, k, v, cotangent = (jax.random.normal(key, (B, T, N, H)).astype(dtype) for key in jax.random.split(jax.random.key(0), 4))
+    heads = KV_HEADS[case["grouping"]]
+    bias = {"table": jax.random.normal(jax.random.key(7), (8, N))} if case["scheme"] == "t5" else {}
+    inputs = {"q": q, "k": k[:, :, :heads], "v": v[:, :, :heads], "bias": bias}
+    return {**inputs, "sinks": jnp.linspace(-1.0, 2.0, N)} if case["sink"] else inputs, cotangent
+
+
+def program(case: dict[str, Any], strategy: str, kernel: str) -> Any:
+    """(inputs, index, cotangent) → (o, gradients); over the mesh that is set, or on one device."""
+    scheme = SCHEMES[case["scheme"]]
+    form, constants = scheme.form(T), scheme.arrays(HEADS, T)
+    spec = AttentionSpec(
+        MASKS[case["mask"]], form, scale=0.5, softcap=case["softcap"], kernel=kernel, block_q=8, block_k=8, strategy=strategy
+    )
+
+    def run(inputs: dict[str, Any], where: Any, cotangent: jax.Array) -> Any:
+        rotations = tables(form, constants, where.positions)
+
+        def output(x: dict[str, Any]) -> jax.Array:
+            bias = {**constants.get("bias", {}), **x["bias"]}
+            extra = {"bias_params": bias, "sinks": x.get("sinks")}
+            return attend(spec, x["q"], x["k"], x["v"], where, where, q_tables=rotations, k_tables=rotations, **extra)
+
+        o, pull = jax.vjp(output, inputs)
+        return o, pull(cotangent)[0]
+
+    return run
+
+
+def over_mesh(case: dict[str, Any], inputs: dict[str, Any], cotangent: jax.Array, optimize: bool = True) -> Any:
+    """(o, gradients) of a case on its mesh, in row order."""
+    config = mesh_of(case)
+    ring = config.context // config.ulysses
+    strategy = {"ulysses": "auto", "hybrid": "ring"}.get(case["strategy"], case["strategy"])
+    deal = functools.partial(arrange, layout=case["layout"], pieces=ring)
+    back = functools.partial(restore, layout=case["layout"], pieces=ring)
+    where = deal(index(case["segments"], "reset", T)).replace(layout=case["layout"])
+    rows = {name: deal(inputs[name]) for name in "qkv"}
+    options = {} if optimize else {"xla_backend_optimization_level": 0}
+    with jax.set_mesh(make_mesh(config, jax.devices()[: case["size"]])):
+        run = jax.jit(program(case, strategy, case["kernel"]), compiler_options=options)
+        o, gradients = run({**inputs, **rows}, where, deal(cotangent))
+    o, gradients = jax.device_get((o, gradients))
+    return back(o), {**gradients, **{name: back(gradients[name]) for name in "qkv"}}
+
+
+def errors(case: dict[str, Any], optimize: bool = True) -> dict[str, float]:
+    """Largest |split − dense| of the output, and of each gradient over max(1, max|reference|); NaN counts as infinite."""
+    inputs, cotangent = inputs_of(case)
+    o, gradients = over_mesh(case, inputs, cotangent, optimize)
+    reference, expected = program(case, "auto", "dense")(inputs, index(case["segments"], "reset", T), cotangent)
+    found = {"o": jnp.max(jnp.abs(o - reference))}
+    for (path, got), wanted in zip(jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(expected), strict=True):
+        error = jnp.max(jnp.abs(got - wanted)) / jnp.maximum(1.0, jnp.max(jnp.abs(wanted)))
+        found["d" + jax.tree_util.keystr(path, simple=True, separator=".")] = error
+    return {name: float(value) if jnp.isfinite(value) else float("inf") for name, value in found.items()}
+
+
+__all__ = ["OPTIONS", "allowed", "errors", "within"]

@@ -1,0 +1,162 @@
+"""Attention over a split sequence: equal to one device, whatever the strategy, layout and number of devices; or refused."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lcx.attention.context import resolve_context
+from lcx.attention.dispatch import resolve
+from lcx.attention.layout import LAYOUTS, arrange, check_length, resolve_layout, restore
+from lcx.attention.tiles import visited_pairs
+from lcx.attention.ulysses import check_heads
+from lcx.core.batch import Index
+from lcx.core.errors import UserError
+from lcx.core.mask import Mask
+from lcx.core.mesh import MeshConfig, make_mesh
+from tests.attention import context_cases
+from tests.attention.cases import index
+from tests.attention.context_cases import OPTIONS, T, allowed, errors, inputs_of, over_mesh, within
+from tests.attention.test_dispatch import spec
+from tests.covering import pairs_of, pairwise
+
+ROWS = pairwise(OPTIONS, allowed)
+CASE = {
+    "size": 4, "strategy": "ring", "layout": "zigzag", "mask": "causal", "scheme": "rope", "kernel": "blockwise", "grouping": "gqa",
+    "segments": "packed", "softcap": None, "sink": True,
+}  # fmt: skip
+
+
+def test_covering_array_holds_every_pair_that_can_exist():
+    seen = set().union(*(pairs_of(row) for row in ROWS))
+    assert all(allowed(row) for row in ROWS)
+    assert {("strategy", "window"), ("layout", "zigzag")} in seen
+    assert {("strategy", "hybrid"), ("size", 6)} in seen
+    assert len(ROWS) <= 40
+
+
+@pytest.mark.parametrize("case", ROWS, ids=lambda case: "-".join(str(value) for value in case.values()))
+def test_split_attention_equals_dense(case):
+    found = errors(case, optimize=False)
+    assert within(found), found
+
+
+@pytest.mark.parametrize("kernel", ["blockwise", "dense"])
+def test_gradients_do_not_depend_on_the_ring(kernel):
+    results = []
+    for size in (2, 3, 4, 6, 8):
+        case = {**CASE, "size": size, "kernel": kernel}
+        results.append(over_mesh(case, *inputs_of(case), optimize=False))
+    for other in results[1:]:
+        for got, wanted in zip(jax.tree.leaves(other), jax.tree.leaves(results[0]), strict=True):
+            np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5 * max(1.0, np.abs(wanted).max()))
+
+
+def test_bfloat16_is_no_worse_on_a_larger_ring():
+    """Every partial result is merged in float32: the error against float64 at 8 devices is at most 1.2 times that at 2."""
+    case = {**CASE, "sink": False}
+    inputs, cotangent = inputs_of(case, jnp.bfloat16)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: jnp.asarray(np.asarray(x.astype(jnp.float32)), jnp.float64), (inputs, cotangent))
+        exact = jax.device_get(context_cases.program(case, "auto", "dense")(wide[0], index("packed", "reset", T), wide[1]))
+    worst = {}
+    for size in (2, 8):
+        found = over_mesh({**case, "size": size}, inputs, cotangent, optimize=False)
+        pairs = zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True)
+        worst[size] = [float(np.sqrt(np.mean(np.square(np.asarray(x, np.float64) - y)))) for x, y in pairs]
+    assert all(eight <= 1.2 * two for two, eight in zip(worst[2], worst[8], strict=True)), worst
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("pieces", [1, 2, 3, 8])
+def test_layouts_are_permutations_and_restored(layout, pieces):
+    x = np.arange(2 * 48 * 3).reshape(2, 48, 3)
+    dealt = arrange(x, layout, pieces)
+    assert isinstance(dealt, np.ndarray)
+    assert sorted(dealt[0, :, 0]) == sorted(x[0, :, 0])
+    np.testing.assert_array_equal(restore(dealt, layout, pieces), x)
+    np.testing.assert_array_equal(np.asarray(arrange(jnp.asarray(x), layout, pieces)), dealt)
+
+
+def test_layouts_deal_as_they_say():
+    row = np.arange(16)[None]
+    assert arrange(row, "zigzag", 4)[0].reshape(4, 4).tolist() == [[0, 1, 14, 15], [2, 3, 12, 13], [4, 5, 10, 11], [6, 7, 8, 9]]
+    assert arrange(row, "striped", 4)[0].reshape(4, 4).tolist() == [[0, 4, 8, 12], [1, 5, 9, 13], [2, 6, 10, 14], [3, 7, 11, 15]]
+
+
+@pytest.mark.parametrize("ring", [2, 8])
+def test_zigzag_shares_the_work_evenly(ring):
+    """Per device within 5% of equal, and at most .54 of the work of full attention in all."""
+    length = 16384
+    where = arrange(Index.dense(1, length), "zigzag", ring)
+    chunk = length // (2 * ring)
+    blocks = resolve(spec(kernel="blockwise"), length // ring, length // ring, "cpu", chunk=min(chunk, 512)).blocks
+    shard = length // ring
+    work, total = [], 0
+    for device in range(ring):
+        mine = where.slice(device * shard, shard)
+        pairs = [visited_pairs(Mask(), mine, where.slice(other * shard, shard), blocks.q, blocks.k) for other in range(ring)]
+        work.append(sum(int(found.visited) for found in pairs))
+        total += sum(found.total for found in pairs)
+    assert max(work) <= 1.05 * sum(work) / ring and min(work) >= 0.95 * sum(work) / ring
+    assert sum(work) <= 0.54 * total
+
+
+def test_layout_follows_the_layers_and_the_length():
+    assert resolve_layout("auto", 64, 4, windowed=False) == "zigzag"
+    assert resolve_layout("auto", 64, 4, windowed=True) == "contiguous"
+    assert resolve_layout("auto", 64, 1, windowed=False) == "contiguous"
+    assert resolve_layout("auto", 60, 4, windowed=False) == "striped"
+    assert resolve_layout("contiguous", 64, 4, windowed=False) == "contiguous"
+
+
+def test_strategy_follows_the_tokens_of_a_device_and_says_why():
+    few = resolve_context("auto", Mask(), "zigzag", 8192, 8, group=4)
+    assert few.strategy == "gather" and "1,024 tokens a device with 4 heads a KV head are too few to hide a ring" in few.reason
+    many = resolve_context("auto", Mask(), "zigzag", 65536, 8, group=4)
+    assert many.strategy == "ring" and many.hops.before == 7
+    near = resolve_context("auto", Mask(window=1024), "contiguous", 65536, 8, group=4)
+    assert near.strategy == "window" and (near.hops.before, near.hops.after) == (1, 0)
+    sides = resolve_context("auto", Mask(window=1024), "zigzag", 65536, 8, group=4)
+    assert sides.strategy == "window" and (sides.hops.before, sides.hops.after) == (1, 1)
+    assert resolve_context("auto", Mask(window=1024), "striped", 65536, 8, group=4).strategy == "ring"
+
+
+@pytest.mark.parametrize(
+    ("mask", "layout"), [(Mask(), "contiguous"), (Mask(window=3), "striped"), (Mask(window=3, prefix=True), "contiguous")]
+)
+def test_a_window_that_is_none_is_refused(mask, layout):
+    with pytest.raises(UserError, match="strategy 'window' needs a window that ends within the ring"):
+        resolve_context("window", mask, layout, 48, 4, group=1)
+
+
+def test_lengths_and_heads_that_do_not_divide_name_those_that_do():
+    message = "seq_len=4098 does not divide into 2·ring=16 zigzag chunks; nearest are 4096 and 4112"
+    with pytest.raises(UserError, match=message):
+        check_length("seq_len", 4098, "zigzag", 8)
+    with pytest.raises(UserError, match="nearest are 4096 and 4104"):
+        check_length("seq_len", 4098, "striped", 8)
+    with pytest.raises(
+        UserError, match=r"mesh.ulysses=8 does not divide the 12 heads of a device; these sizes do: \[1, 2, 3, 4, 6, 12\]"
+    ):
+        check_heads(12, 8)
+
+
+def test_rows_that_cannot_be_split_are_refused_before_anything_runs():
+    config = MeshConfig(fsdp=1, context=4)
+    q = jnp.zeros((1, 6, 4, 4))
+    where = Index.dense(1, 6)
+    attend = context_cases.attend
+    with (
+        jax.set_mesh(make_mesh(config, jax.devices()[:4])),
+        pytest.raises(UserError, match="6 queries and 6 keys can't be split over 4"),
+    ):
+        attend(spec(), q, q, q, where, where, q_tables={}, k_tables={})
+
+
+def test_strategy_is_an_option_of_the_layer():
+    assert dataclasses.replace(spec(), strategy="gather").strategy == "gather"
+    with pytest.raises(UserError, match="context strategy='rings' is not known; did you mean 'ring'"):
+        spec(strategy="rings")
