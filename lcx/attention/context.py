@@ -5,6 +5,7 @@ Legend: B batch, T tokens, N heads, K KV heads.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -30,17 +31,20 @@ RING_TOKENS = 12_288
 """Tokens of a device times heads a KV head from which on a ring hides its traffic: 3K tokens for Llama 3 on a TPU v5p."""
 
 
+CPU_SLICES = 2
+"""Parts in which keys travel between host devices: they share their memory, so that what is saved counts for all of them."""
+
+
 class ContextPlan(NamedTuple):
-    """What `resolve_context` decided; `hops` serve ring and window, `slices` gather."""
+    """What `resolve_context` decided: the devices whose keys are met, and in how many slices."""
 
     strategy: Strategy
     hops: Hops
-    slices: int
     reason: str
 
 
 def resolve_context(
-    strategy: Strategy | Literal["auto"], mask: Mask, layout: Layout, length: int, pieces: int, group: int
+    strategy: Strategy | Literal["auto"], mask: Mask, layout: Layout, length: int, pieces: int, group: int, platform: str = "tpu"
 ) -> ContextPlan:
     """How `pieces` devices of the ring share rows of `length` tokens under a mask, and why; `group` is N / K.
 
@@ -63,9 +67,10 @@ def resolve_context(
             f"a window of {mask.window} reaches {near.before} devices before and {near.after} after" if near is not None else enough
         )
     hops = near if strategy == "window" else whole
-    # Slices of a shard, so that what is gathered at a time is what one device holds.
-    slices = next(n for n in range(min(pieces, shard), 0, -1) if shard % n == 0)
-    return ContextPlan(strategy, hops, slices, f"{strategy}: {why}")
+    # Gathered, a slice of every shard makes up what one device holds. A ring needs large messages; on a CPU none travels.
+    most = pieces if strategy == "gather" else CPU_SLICES if platform == "cpu" else 1
+    slices = next(n for n in range(min(most, shard), 0, -1) if shard % n == 0)
+    return ContextPlan(strategy, dataclasses.replace(hops, slices=slices), f"{strategy}: {why}")
 
 
 def _window_hops(mask: Mask, layout: Layout, shard: int, pieces: int) -> Hops | None:
@@ -90,7 +95,7 @@ def over_mesh(
 
     def attention(bias_params: Any, local: Local, queries: Queries, keys: Keys) -> Partial:
         if plan.strategy == "gather":
-            return gather(local, "ring", plan.slices, queries, keys, bias_params)
+            return gather(local, "ring", plan.hops.slices, queries, keys, bias_params)
         return ring(local, "ring", plan.hops, queries, keys, bias_params)
 
     def run(queries: Queries, keys: Keys, bias_params: Any) -> Partial:

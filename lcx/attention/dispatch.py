@@ -79,10 +79,12 @@ def resolve(
     heads: int = 1,
     kv_heads: int = 1,
     chunk: int | None = None,
+    devices: int = 1,
 ) -> Plan:
     """Kernel and tile sizes for `T` queries and `S` keys on a platform ("cpu", "gpu", "tpu"), and a sentence that says why.
 
     Where only `chunk` tokens at a time follow one another (a zigzag layout), no tile lies across the seam: it would span the row.
+    `devices` that work side by side share a CPU's caches, and get smaller tiles.
     """
     logits = batch * heads * T * S
     kernel, why = spec.kernel, "asked for"
@@ -92,7 +94,7 @@ def resolve(
         why = f"{logits:,} logits are {'at most' if small else 'more than'} {DENSE_LIMIT:,}"
     if kernel == "dense":
         return Plan("dense", None, f"dense: {why}")
-    blocks = _blocks(spec, chunk or T, chunk or S, platform, batch, heads, kv_heads)
+    blocks = _blocks(spec, chunk or T, chunk or S, platform, batch, heads, kv_heads, devices)
     if chunk is not None:
         blocks = dataclasses.replace(blocks, q=_part(chunk, blocks.q), k=_part(chunk, blocks.k))
     return Plan("blockwise", blocks, f"blockwise: {why}; tiles of {blocks.q} queries by {blocks.k} keys suit {platform}")
@@ -135,9 +137,11 @@ def attend(
     return o.astype(q_BTNH.dtype)
 
 
-def _local(spec: AttentionSpec, B: int, T: int, S: int, N: int, K: int, dtype: Any, chunk: int | None = None) -> Local:
+def _local(
+    spec: AttentionSpec, B: int, T: int, S: int, N: int, K: int, dtype: Any, chunk: int | None = None, devices: int = 1
+) -> Local:
     """The kernel for what a device works on; `chunk`: tokens that follow one another in its rows."""
-    plan = resolve(spec, T, S, jax.default_backend(), batch=B, heads=N, kv_heads=K, chunk=chunk)
+    plan = resolve(spec, T, S, jax.default_backend(), batch=B, heads=N, kv_heads=K, chunk=chunk, devices=devices)
     return Local(spec.mask, spec.form, spec.scale, spec.softcap, plan.blocks, _tile_dtype(dtype))
 
 
@@ -148,11 +152,11 @@ def _over_mesh(spec: AttentionSpec, mesh: AbstractMesh, queries: Queries, keys: 
     if T % axis_size(mesh, "sequence") or S != T:
         raise UserError(f"{T} queries and {S} keys can't be split over {axis_size(mesh, 'sequence')} devices of mesh.context")
     check_heads(N, mesh.shape["ulysses"])
-    plan = resolve_context(spec.strategy, spec.mask, layout, T, pieces, N // K)
+    plan = resolve_context(spec.strategy, spec.mask, layout, T, pieces, N // K, jax.default_backend())
     chunk = T // (2 * pieces) if layout == "zigzag" else None
 
     def local(tokens: int, heads: int, kv_heads: int) -> Local:
-        return _local(spec, B, tokens, tokens, heads, kv_heads, queries.q.dtype, chunk)
+        return _local(spec, B, tokens, tokens, heads, kv_heads, queries.q.dtype, chunk, mesh.size)
 
     return over_mesh(mesh, plan, local, queries, keys, bias_params)
 
@@ -162,12 +166,13 @@ def _tile_dtype(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32) if jax.default_backend() == "cpu" else dtype
 
 
-def _blocks(spec: AttentionSpec, T: int, S: int, platform: str, batch: int, heads: int, kv_heads: int) -> Blocks:
+def _blocks(spec: AttentionSpec, T: int, S: int, platform: str, batch: int, heads: int, kv_heads: int, devices: int) -> Blocks:
     """Tile sizes. On a CPU a tile's logits stay near its caches; an accelerator takes all rows and heads at once."""
     group = heads // kv_heads
     if platform == "cpu":
+        # Eight devices are many enough: smaller tiles than these cost more than they save.
         longest = max(T, S)
-        side, budget = 128 if longest <= 256 else 256 if longest <= 1024 else 512, CPU_TILE
+        side, budget = 128 if longest <= 256 else 256 if longest <= 1024 else 512, CPU_TILE // min(devices, 8)
     else:
         side, budget = 512, 2**62
     if spec.mask.window is not None:

@@ -25,10 +25,14 @@ from lcx.attention.merge import Partial, merge
 
 @dataclasses.dataclass(frozen=True)
 class Hops:
-    """How many devices before and after its own a device hears from. A whole ring is (n - 1, 0)."""
+    """How many devices before and after its own a device hears from. A whole ring is (n - 1, 0).
+
+    Keys travel in `slices` parts, one after another: what is under way, and what the kernel lays out for it, is that much smaller.
+    """
 
     before: int
     after: int = 0
+    slices: int = 1
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -47,10 +51,14 @@ def _forward(local: Local, axis: str, hops: Hops, queries: Queries, keys: Keys, 
         return merge(so_far, part), following
 
     B, T, N, _ = queries.q.shape
-    result = (jnp.zeros(queries.q.shape, wide), jnp.full((B, T, N), -jnp.inf, wide))
-    for shift, start, stop in _legs(hops):
-        result = _walk(axis, shift, start, stop, keys, visit, result)[0]
-    return result
+    start = (jnp.zeros(queries.q.shape, wide), jnp.full((B, T, N), -jnp.inf, wide))
+
+    def part(result: Partial, keys: Keys) -> tuple[Partial, None]:
+        for shift, first, last in _legs(hops):
+            result = _walk(axis, shift, first, last, keys, visit, result)
+        return result, None
+
+    return over_slices(part, start, keys, hops.slices)[0]
 
 
 def _ring_forward(local: Local, axis: str, hops: Hops, queries: Queries, keys: Keys, bias_params: Any) -> tuple:
@@ -65,22 +73,25 @@ def _ring_backward(local: Local, axis: str, hops: Hops, saved: tuple, cotangent:
     def zeros(tree: Any) -> Any:
         return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), tree)
 
-    dq, dbias, dkv = zeros(queries.q), zeros(bias_params), None
-    for shift, start, stop in _legs(hops):
+    def part(state: tuple, keys: Keys) -> tuple[tuple, tuple]:
+        dkv = None
+        for shift, first, last in _legs(hops):
 
-        def visit(state: tuple, here: Keys, following: Any, shift: int = shift) -> tuple[tuple, Any]:
-            dq, dbias, pending = state
-            arrived = _send(axis, shift, pending)
-            dq_part, *dkv_part, dbias_part = backward(local, queries, here, bias_params, whole, cotangent)
-            following, arrived, dkv_part = jax.lax.optimization_barrier((following, arrived, tuple(dkv_part)))
-            dkv = jax.tree.map(lambda a, b: a + b.astype(wide), arrived, dkv_part)
-            return (dq + dq_part, jax.tree.map(jnp.add, dbias, dbias_part), dkv), following
+            def visit(state: tuple, here: Keys, following: Any, shift: int = shift) -> tuple[tuple, Any]:
+                dq, dbias, pending = state
+                arrived = _send(axis, shift, pending)
+                dq_part, *dkv_part, dbias_part = backward(local, queries, here, bias_params, whole, cotangent)
+                following, arrived, dkv_part = jax.lax.optimization_barrier((following, arrived, tuple(dkv_part)))
+                dkv = jax.tree.map(lambda a, b: a + b.astype(wide), arrived, dkv_part)
+                return (dq + dq_part, jax.tree.map(jnp.add, dbias, dbias_part), dkv), following
 
-        state = (dq, dbias, zeros((keys.k, keys.v)))
-        (dq, dbias, pending), _ = _walk(axis, shift, start, stop, keys, visit, state)
-        # The last keys that were visited are `stop` devices from home.
-        home = _send(axis, -shift * stop, pending) if stop else pending
-        dkv = home if dkv is None else jax.tree.map(jnp.add, dkv, home)
+            *state, pending = _walk(axis, shift, first, last, keys, visit, (*state, zeros((keys.k, keys.v))))
+            # The last keys that were visited are `last` devices from home.
+            home = _send(axis, -shift * last, pending) if last else pending
+            dkv = home if dkv is None else jax.tree.map(jnp.add, dkv, home)
+        return tuple(state), dkv
+
+    (dq, dbias), dkv = over_slices(part, (zeros(queries.q), zeros(bias_params)), keys, hops.slices)
     dk, dv = (x.astype(like.dtype) for x, like in zip(dkv, (keys.k, keys.v), strict=True))
     nothing = functools.partial(jax.tree.map, jnp.zeros_like)
     return (
@@ -91,6 +102,21 @@ def _ring_backward(local: Local, axis: str, hops: Hops, saved: tuple, cotangent:
 
 
 ring.defvjp(_ring_forward, _ring_backward)
+
+
+def over_slices(part: Callable, state: Any, keys: Keys, slices: int) -> tuple[Any, Any]:
+    """`part(state, keys) -> (state, out)` over `slices` parts of the keys in turn; `out` `[B, S / slices, ...]` is joined."""
+    if slices == 1:
+        return part(state, keys)
+
+    def one(state: Any, i: jax.Array) -> tuple[Any, Any]:
+        def cut(x: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(x, i * (x.shape[1] // slices), x.shape[1] // slices, axis=1)
+
+        return part(state, jax.tree.map(cut, keys))
+
+    state, out = jax.lax.scan(one, state, jnp.arange(slices))
+    return state, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:]), out)
 
 
 def _legs(hops: Hops) -> list[tuple[int, int, int]]:
@@ -104,14 +130,14 @@ def _send(axis: str, shift: int, tree: Any) -> Any:
     return jax.lax.ppermute(tree, axis, [(i, (i + shift) % size) for i in range(size)])
 
 
-def _walk(axis: str, shift: int, start: int, stop: int, keys: Keys, visit: Callable, state: Any) -> tuple[Any, Any]:
-    """`visit(state, keys, following)` for the keys `start` to `stop` devices away; the next ones are under way meanwhile."""
-    here = _send(axis, shift * start, keys) if start else keys
+def _walk(axis: str, shift: int, first: int, last: int, keys: Keys, visit: Callable, state: Any) -> Any:
+    """`visit(state, keys, following)` for the keys `first` to `last` devices away; the next ones are under way meanwhile."""
+    here = _send(axis, shift * first, keys) if first else keys
 
     def hop(carry: tuple, _: None) -> tuple:
         state, here = carry
         return visit(state, here, _send(axis, shift, here)), None
 
-    if stop > start:
-        (state, here), _ = jax.lax.scan(hop, (state, here), length=stop - start)
-    return visit(state, here, ())
+    if last > first:
+        (state, here), _ = jax.lax.scan(hop, (state, here), length=last - first)
+    return visit(state, here, ())[0]
