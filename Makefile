@@ -28,12 +28,12 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
-	@echo "installing lcx into $(VENV)"
+	@echo "installing lcx into $(VENV), a minute or two"
 	$(INSTALL) --editable .
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	@echo "installing what the tests need into $(VENV)"
+	@echo "installing what the tests need into $(VENV), a minute or two"
 	$(INSTALL) --editable '.[dev]'
 	@touch $@
 

@@ -8,7 +8,7 @@ Result:   needles found at 256 / 512 / 1,024 / 2,048 / 4,096: 96 / 98 / 97 / 99 
 """
 
 from lcx.positions.theta import critical_base
-from lcx.research.recipe import defaults
+from lcx.research.recipe import defaults, part, variant_of
 
 WORKDIR = "runs/quickstart"
 BASE, BASE_LENGTH, BASE_THETA = "base_256", 256, 500.0
@@ -22,7 +22,7 @@ def get_config(variant: str = ""):
     config = recipe(stages())
     config.base_stage = BASE
     config.evals.zero_shot = ("linear", "ntk", "yarn", "rope:theta=critical")
-    if variant == "smoke":
+    if variant_of(variant, "smoke"):
         smoke(config)
     return config
 
@@ -39,8 +39,8 @@ def recipe(stages: dict):
     config.optim.b2 = 0.98
     config.optim.weight_decay = 0.01
     config.data.parts = {
-        "code": {"kind": "text", "weight": 0.2},
-        "needles": {"kind": "multikey", "weight": 0.8, "task": {"needles": 3, "queries": 3, "answer_weight": 10.0}},
+        "code": part(kind="text", weight=0.2),
+        "needles": part(kind="multikey", weight=0.8, task={"needles": 3, "queries": 3, "answer_weight": 10.0}),
     }
     return config
 
@@ -48,10 +48,13 @@ def recipe(stages: dict):
 def stages() -> dict:
     """Short rows first: retrieval is learned many times faster there. An extension takes the critical base of its length."""
     constant = {"lr": 2e-3, "schedule": "constant"}
+    theta = {"global": BASE_THETA}
     return {
         "base_64": task(3, seq_len=64, batch_size=64, steps=300, optim={**constant, "lr": 3e-3, "warmup_steps": 40}),
-        "base_128": task(6, seq_len=128, batch_size=32, steps=200, optim=constant, keep_optimizer_state=True),
-        BASE: task(8, seq_len=BASE_LENGTH, batch_size=16, steps=400, optim={"lr": 2e-3}, keep_optimizer_state=True),
+        "base_128": task(6, seq_len=128, batch_size=32, steps=200, positions=theta, optim=constant, keep_optimizer_state=True),
+        BASE: task(
+            8, seq_len=BASE_LENGTH, batch_size=16, steps=400, positions=theta, optim={"lr": 2e-3}, keep_optimizer_state=True
+        ),
         "extend_1024": extension(16, 1024, batch_size=8, steps=120),
         "extend_4096": extension(32, 4096, batch_size=2, steps=120),
     }

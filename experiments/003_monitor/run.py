@@ -173,6 +173,11 @@ def findings(results: dict) -> str:
         f"- False alarms: {found['false_alarms']} of {found['succeeded']} stages that succeeded were stopped "
         f"({found['false_alarm']:.0%}).",
     ]
+    others = rates([point for point in results["points"] if point["seed"]], SETTINGS)
+    lines.append(
+        f"- Without seed 0, on which the thresholds were chosen: {others['caught']} of {others['failed']} and "
+        f"{others['false_alarms']} of {others['succeeded']}."
+    )
     for missed in results["points"]:
         verdict = judged(missed, SETTINGS).verdict
         if (verdict == "oscillating") == succeeded(missed, results["points"]):

@@ -43,7 +43,7 @@ def check_length(what: str, length: int, layout: Layout, pieces: int) -> None:
         below = length // size * size
         nearest = f"{below} and {below + size}" if below else str(size)
         chunks = f"2·ring={size} zigzag chunks" if layout == "zigzag" else f"{size} {layout} shards"
-        raise UserError(f"{what}={length} does not divide into {chunks}; nearest are {nearest}")
+        raise UserError(f"{what}={length} does not divide into {chunks}; nearest: {nearest}")
 
 
 def arrange(tree: Any, layout: Layout, pieces: int) -> Any:

@@ -46,15 +46,18 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
         generation_items=values.generation_items,
         perplexity_tokens=values.perplexity_tokens,
     )
+    if values.step is not None and values.stage is not None:
+        raise UserError(f"--step={values.step} and --stage={values.stage} both name weights; leave one of them out")
     loaded = load_params(values.checkpoint, step=values.step, stage=values.stage)
-    label = values.label or re.sub(r"[^\w.=-]+", "_", "-".join([values.stage or str(loaded.meta.step), *values.positions]))
+    named = values.label or "-".join([values.stage or str(loaded.meta.step), *values.positions])
+    label = re.sub(r"[^\w.=-]+", "_", named).lstrip(".") or "eval"
     evaluate_loaded(loaded, evals, label, _workdir(Path(values.checkpoint)))
     say(f"result: {_workdir(Path(values.checkpoint)) / 'eval' / (label + '.json')}")
 
 
 def _workdir(path: Path) -> Path:
     """The run that a checkpoint folder belongs to."""
-    return path if (path / "config.json").exists() else path.resolve().parent.parent
+    return next((folder for folder in (path, *path.resolve().parents[:2]) if (folder / "config.json").exists()), path)
 
 
 def _length(text: str) -> int:

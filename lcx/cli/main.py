@@ -78,7 +78,7 @@ def _command(argv: Sequence[str]) -> tuple[str, list[str]]:
         return argv[0], []
     if within:
         raise UserError(f"lcx {argv[0]} has no command {argv[1]!r}{nearest(argv[1], within)}")
-    raise UserError(f"lcx has no command {argv[0]!r}{nearest(argv[0], COMMANDS)}")
+    raise UserError(f"lcx has no command {argv[0]!r}{nearest(argv[0], [*COMMANDS, *{name.split()[0] for name in COMMANDS}])}")
 
 
 def _flags(module: ModuleType) -> flags.FlagValues:

@@ -33,4 +33,9 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     recipe(base)
     given = [word for word in config.command() if word.startswith("--config.")]
     argv = cli_argv(values["config"].config_filename, "run", given)
-    run_sweep(loaded.get_sweep(), base, workdir, argv, metric=values.metric, timeout=values.timeout)
+    points = loaded.get_sweep()
+    if not isinstance(points, list) or not all(isinstance(point, dict) for point in points):
+        raise UserError(
+            f"get_sweep() of {config.filename(values)} gives {points!r:.60}; make a list of points with lcx.research.sweeps"
+        )
+    run_sweep(points, base, workdir, argv, metric=values.metric, timeout=values.timeout)

@@ -91,6 +91,9 @@ def friendly_errors() -> Iterator[None]:
         # The reader of our output has left, as `| head` does; nothing is wrong. Keep the interpreter's last flush quiet too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except MemoryError as error:
+        _print_error(f"memory ran out ({error or 'no details'}); take shorter rows, fewer of them, or a larger machine")
+        sys.exit(1)
     except OSError as error:
         if error.strerror is None:
             raise

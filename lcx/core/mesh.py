@@ -112,7 +112,7 @@ def check_divides(what: str, size: int, mesh: Mesh, logical: str) -> None:
         below = size // pieces * pieces
         nearest = f"{below} and {below + pieces}" if below else f"{pieces}"
         axes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in RULES[logical] if mesh.shape[axis] > 1)
-        raise UserError(f"{what}={size} does not divide into the {pieces} pieces of mesh axes {axes}; nearest are {nearest}")
+        raise UserError(f"{what}={size} does not divide into the {pieces} pieces of mesh axes {axes}; nearest: {nearest}")
 
 
 def _text(sizes: dict[str, int]) -> str:

@@ -54,7 +54,13 @@ def files(config: SourceConfig) -> list[pathlib.Path]:
         matches = [pathlib.Path(name) for name in glob.glob(os.path.expanduser(pattern), recursive=True)]
         matches = [match for match in matches if match.is_file()]
         if not matches:
-            raise UserError(f"source.path={pattern!r} matches no file; give a path or a glob pattern of files that are there")
+            folder = pathlib.Path(pattern).expanduser()
+            what = (
+                f"is a folder; add a pattern, as in {str(folder / '*.txt')!r}"
+                if folder.is_dir()
+                else ("matches no file; give a path or a glob pattern of files that are there")
+            )
+            raise UserError(f"source.path={pattern!r} {what}")
         found.update(matches)
     return sorted(found)
 
@@ -79,7 +85,10 @@ def _stdlib(config: SourceConfig) -> Iterator[tuple[str, bytes]]:
 
 def _text(config: SourceConfig) -> Iterator[tuple[str, bytes]]:
     for path in files(config):
-        yield str(path), _bytes(path)
+        text = _bytes(path)
+        if b"\0" in text:
+            raise UserError(f"{path} is not text (it holds zero bytes); leave it out of source.path")
+        yield str(path), text
 
 
 def _jsonl(config: SourceConfig) -> Iterator[tuple[str, bytes]]:
@@ -91,9 +100,14 @@ def _jsonl(config: SourceConfig) -> Iterator[tuple[str, bytes]]:
                 row = json.loads(line)
             except ValueError as error:
                 raise UserError(f"{path}:{number} is not a line of JSON: {error}") from error
-            if not isinstance(row, dict) or not isinstance(row.get(config.field), str):
-                keys = row.keys() if isinstance(row, dict) else ()
-                raise UserError(f"{path}:{number} has no text under source.field={config.field!r}{nearest(config.field, keys)}")
+            if not isinstance(row, dict):
+                raise UserError(f"{path}:{number} is not an object; write lines such as {{{config.field!r}: ...}}")
+            if config.field not in row:
+                raise UserError(f"{path}:{number} has no text under source.field={config.field!r}{nearest(config.field, row)}")
+            if not isinstance(row[config.field], str):
+                raise UserError(
+                    f"{path}:{number} has {row[config.field]!r:.60} under source.field={config.field!r}; it must be text"
+                )
             yield f"{path}:{number}", row[config.field].encode("utf-8", "surrogatepass")
 
 
@@ -101,7 +115,7 @@ def _parquet(config: SourceConfig) -> Iterator[tuple[str, bytes]]:
     try:
         import pyarrow.parquet as parquet
     except ImportError as error:
-        raise UserError("source.kind='parquet' needs pyarrow; install the extra: pip install 'lcx[hf]'") from error
+        raise UserError("source.kind='parquet' needs pyarrow; install the extra: pip install -e '.[hf]'") from error
     for path in files(config):
         try:
             table = parquet.ParquetFile(path)
@@ -128,13 +142,18 @@ def _tfds(config: SourceConfig) -> Iterator[tuple[str, bytes]]:
         except Exception as error:
             raise UserError(
                 f"tfds dataset {name!r} split {config.split!r} cannot be opened in data_dir={config.data_dir!r} "
-                f"(prepare it there first, with file_format='array_record'): {error}"
+                f"(prepare it there first, with file_format='array_record'): {_short(error)}"
             ) from error
         for i in range(len(rows)):
             row = rows[i]
             if config.field not in row:
                 raise UserError(f"tfds dataset {name!r} has no feature source.field={config.field!r}{nearest(config.field, row)}")
             yield f"{name}/{config.split}:{i}", _as_bytes(row[config.field])
+
+
+def _short(error: Exception) -> str:
+    """The first line of what a library said, cut to a sentence's length."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
 def _as_bytes(value: object) -> bytes:

@@ -92,12 +92,20 @@ def _claim(folder: pathlib.Path, identity: dict) -> bool:
         for key, value in identity.items():
             if begun and meta.get(key) != value and key != "tokenizer":
                 raise UserError(
-                    f"{folder} holds another dataset ({key} is {meta.get(key)!r}, not {value!r}); give a new folder or delete it"
+                    f"{folder} holds another dataset ({_difference(key, meta.get(key), value)}); give a new folder or delete it"
                 )
         if begun:
             return meta["complete"]
+    elif foreign := sorted(entry.name for entry in folder.iterdir() if entry.name != "index"):
+        raise UserError(f"{folder} holds {foreign[0]!r}, which is no dataset of lcx; give a new folder")
     records.write_atomically(path, _json({**identity, "complete": False}))
     return False
+
+
+def _difference(key: str, old: object, new: object) -> str:
+    if isinstance(old, dict) and isinstance(new, dict):
+        key, old, new = next((f"{key}.{name}", old.get(name), new[name]) for name in new if old.get(name) != new[name])
+    return f"{key} is {old!r}, not {new!r}"
 
 
 class _Writer:

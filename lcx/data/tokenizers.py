@@ -85,7 +85,7 @@ class HuggingFace:
             import tokenizers as library
         except ImportError as error:
             raise UserError(
-                f"tokenizer {str(path)!r} needs the tokenizers library; install the extra: pip install 'lcx[hf]'"
+                f"tokenizer {str(path)!r} needs the tokenizers library; install the extra: pip install -e '.[hf]'"
             ) from error
         self.path = pathlib.Path(path)
         raw = self.path.read_bytes()

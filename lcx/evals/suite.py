@@ -25,7 +25,7 @@ from lcx.evals import needles, results
 from lcx.evals.perplexity import bytes_per_token, perplexity, spans
 from lcx.evals.results import EvalResult, NeedleGrid, PerplexityCurve
 from lcx.evals.scoring import Scorer, model_scorer
-from lcx.evals.zero_shot import at_length, check
+from lcx.evals.zero_shot import at_length, check, refuse_learned
 from lcx.model.config import ModelConfig, lay_out
 from lcx.model.decode import generate
 from lcx.positions.form import Scheme
@@ -133,6 +133,13 @@ def evaluate(
     length / trained, chosen anew at each length unless the spec fixes it.
     """
     started = time.perf_counter()
+    for spec in config.zero_shot:
+        # A slip in the last spec is said before the first is measured, not after.
+        for length in config.lengths:
+            chosen = at_length(schemes, spec, trained, length)
+            if spec.strip() != "none":
+                refuse_learned(spec, {kind: x for kind, x in chosen.items() if x != schemes[kind]}, model, length)
+            lay_out(model, chosen, length)
     materials = gather(data, config)
     grids: list[NeedleGrid] = []
     curves: list[PerplexityCurve] = []

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from lcx.core.config import choice
 from lcx.core.errors import UserError
-from lcx.model.config import is_local
+from lcx.model.config import ModelConfig, is_local
 from lcx.positions.form import Scheme
 from lcx.positions.schemes import ALIASES, SCHEMES, extend
 from lcx.positions.theta import critical_base
@@ -30,6 +30,16 @@ def check(spec: str) -> str:
     if spec.strip() != "none":
         choice("evals.zero_shot", _name(spec), SCHEMES)
     return spec
+
+
+def refuse_learned(spec: str, schemes: Mapping[str, Scheme], config: ModelConfig, length: int) -> None:
+    """Raises `UserError` for a scheme with parameters of its own, which a checkpoint of another scheme doesn't have."""
+    for kind, scheme in schemes.items():
+        if not is_local(kind) and (learned := scheme.specs(config.heads, length)):
+            raise UserError(
+                f"positions={spec!r} learns {', '.join(learned)}, which the checkpoint does not hold; "
+                "try a scheme without parameters, such as yarn, or train with this one"
+            )
 
 
 def _name(spec: str) -> str:

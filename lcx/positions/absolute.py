@@ -67,7 +67,7 @@ class Sinusoidal(Scheme):
         """`embed.hi`, `embed.lo` uint32 `[D / 2]` and `embed.scale`."""
         dim = heads.model_dim
         if dim % 2:
-            raise UserError(f"sinusoidal needs an even model_dim, not {dim}; nearest are {dim - 1} and {dim + 1}")
+            raise UserError(f"sinusoidal needs an even model_dim, not {dim}; nearest: {dim - 1} and {dim + 1}")
         with mpmath.workdps(DIGITS):
             hi, lo = encode(mpmath.power(self.theta, mpmath.mpf(-2 * i) / dim) for i in range(dim // 2))
         return {**super().arrays(heads, length), "embed": {"hi": hi, "lo": lo, "scale": np.asarray(self.scale, np.float32)}}

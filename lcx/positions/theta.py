@@ -21,6 +21,9 @@ GRID_STEP = 1.01
 GRID_ANCHOR = 2000.0
 """The lower bound is looked for on the bases `2000 * 1.01**k`, for whole k of either sign."""
 
+MOST_THETA, MOST_LENGTH, MOST_HEAD_DIM, MOST_STAGES = 1e30, 2**31 - 1, 4096, 64
+"""Positions are int32; the other bounds keep a slip of the pen from a search without end."""
+
 _BLOCK = 512
 
 
@@ -143,10 +146,14 @@ def schedule(length: int, theta: float, target: int, factor: float = 4.0) -> lis
     Each theta is the critical base, which is the same whether reckoned from the first stage or from the one before.
     """
     _check(theta, length)
+    _check(theta, target)
     if target < length:
         raise UserError(f"target length {target} is below the trained length {length}; nothing is to be extended")
     if not factor > 1:
         raise UserError(f"stage factor={factor!r} must be above 1, such as 4")
+    if factor**MOST_STAGES * length < target:
+        least = (target / length) ** (1 / MOST_STAGES)
+        raise UserError(f"stage factor={factor!r} takes more than {MOST_STAGES} stages to {target:,}; it must be above {least:.3g}")
     lengths, reached = [], float(length)
     while reached * factor < target:
         reached *= factor
@@ -228,9 +235,10 @@ def report(
 
 
 def _check(theta: float | None, length: int | None, head_dim: int | None = None) -> None:
-    if theta is not None and not 1 < theta < math.inf:
-        raise UserError(f"theta={theta!r} must be a number above 1, such as 10000")
-    if length is not None and length < 7:
-        raise UserError(f"length={length!r} must be at least 7 tokens, a turn of the fastest pair")
-    if head_dim is not None and (head_dim < 2 or head_dim % 2):
-        raise UserError(f"head_dim={head_dim!r} must be even and at least 2, such as {max(2, head_dim + head_dim % 2)}")
+    if theta is not None and not 1 < theta <= MOST_THETA:
+        raise UserError(f"theta={theta!r} must be a number above 1, such as 10000, and at most {MOST_THETA:g}")
+    if length is not None and not 7 <= length <= MOST_LENGTH:
+        raise UserError(f"length={length!r} must be at least 7 tokens, a turn of the fastest pair, and at most {MOST_LENGTH:,}")
+    if head_dim is not None and (not 2 <= head_dim <= MOST_HEAD_DIM or head_dim % 2):
+        near = min(MOST_HEAD_DIM, max(2, head_dim + head_dim % 2))
+        raise UserError(f"head_dim={head_dim!r} must be even, at least 2 and at most {MOST_HEAD_DIM:,}, such as {near}")

@@ -14,6 +14,7 @@ from lcx.core.config import choice
 from lcx.core.console import say
 from lcx.core.errors import UserError
 from lcx.core.mesh import make_mesh
+from lcx.data.config import PartConfig
 from lcx.evals import results
 from lcx.evals.results import EvalResult
 from lcx.evals.suite import EvalConfig, evaluate
@@ -55,6 +56,16 @@ def defaults(stages: Mapping[str, Mapping[str, Any]], **model: Any) -> ml_collec
     for name in ("base_stage", "init_from", "resume_from"):
         config[name] = ml_collections.config_dict.placeholder(str)
     return config
+
+
+def part(**values: Any) -> ml_collections.ConfigDict:
+    """A part of a mixture with every field of `PartConfig`, so that flags reach all of them."""
+    return configs.to_config_dict(configs.build(PartConfig, values, "part"))
+
+
+def variant_of(asked: str, *known: str) -> str:
+    """`asked`, which a user wrote behind the config file's name as in `file.py:variant`; raises `UserError` if it is not known."""
+    return asked and choice("the config's variant", asked, known)
 
 
 def _flexible(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:

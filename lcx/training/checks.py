@@ -39,7 +39,7 @@ def check_batch(stage: StageConfig, mesh: Mesh) -> None:
         axes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in RULES["batch"])
         raise UserError(
             f"stages.{stage.name}.batch_size={stage.batch_size} rows do not divide by {axes} times accumulate={stage.accumulate}, "
-            f"which is {unit}; nearest are {nearest}"
+            f"which is {unit}; nearest: {nearest}"
         )
 
 

@@ -71,6 +71,8 @@ class StageConfig:
             positive(f"stages.{self.name}.thetas", theta=theta)
         if self.max_position is not None and self.max_position < self.seq_len:
             raise UserError(f"stages.{self.name}.max_position={self.max_position} is below seq_len={self.seq_len}")
+        if self.length > 2**31 - 1:
+            raise UserError(f"stages.{self.name}: {self.length:,} positions are more than an int32 counts; at most {2**31 - 1:,}")
         if self.batch_size % self.accumulate:
             divisors = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
             raise UserError(
@@ -108,6 +110,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         positive("config", max_bad_steps=self.max_bad_steps)
+        if self.seed < 0:
+            raise UserError(f"config.seed={self.seed} must not be negative")
         if not self.stages:
             raise UserError("stages is empty; name at least one stage with seq_len, steps and batch_size")
         names = [stage.name for stage in self.stages]
@@ -127,7 +131,11 @@ class RunConfig:
 
     def optim_of(self, stage: StageConfig) -> OptimConfig:
         """The optimizer of a stage: the run's with the stage's changes."""
-        return configs.build(OptimConfig, {**configs.plain(self.optim), **stage.optim}, f"stages.{stage.name}.optim")
+        try:
+            return configs.build(OptimConfig, {**configs.plain(self.optim), **stage.optim}, f"stages.{stage.name}.optim")
+        except UserError as error:
+            where = f"stages.{stage.name}."
+            raise UserError(str(error) if where in str(error) else f"{where}{error}") from error
 
     def data_of(self, stage: StageConfig) -> DataConfig:
         """The mixture of a stage: the run's with the stage's weights and changed parts."""

@@ -40,7 +40,7 @@ def begin(planner: Planner, store: Store) -> Start:
     """The state to go on from: own workdir, then `resume_from`, then `init_from`, then scratch."""
     found = restore(planner, store)
     if found is not None:
-        say(f"resuming at step {found.meta.step}: stage {found.meta.stage}, step {found.meta.stage_step} of it")
+        say(f"resuming at step {found.meta.step}, after step {found.meta.stage_step} of stage {found.meta.stage}")
         return found
     if planner.run.resume_from is not None:
         return _from_other(planner, Path(planner.run.resume_from))

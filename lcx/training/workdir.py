@@ -61,9 +61,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text())
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); delete it to let the same command write it again") from error
+        raise UserError(f"{path} is damaged ({error}); the training command writes it again once it is deleted") from error
     if not isinstance(values, dict):
-        raise UserError(f"{path} is damaged (it holds no mapping); delete it to let the same command write it again")
+        raise UserError(f"{path} is damaged (it holds no mapping); the training command writes it again once it is deleted")
     return values
 
 

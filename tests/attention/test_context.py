@@ -133,10 +133,10 @@ def test_a_window_that_is_none_is_refused(mask, layout):
 
 
 def test_lengths_and_heads_that_do_not_divide_name_those_that_do():
-    message = "seq_len=4098 does not divide into 2·ring=16 zigzag chunks; nearest are 4096 and 4112"
+    message = "seq_len=4098 does not divide into 2·ring=16 zigzag chunks; nearest: 4096 and 4112"
     with pytest.raises(UserError, match=message):
         check_length("seq_len", 4098, "zigzag", 8)
-    with pytest.raises(UserError, match="nearest are 4096 and 4104"):
+    with pytest.raises(UserError, match="nearest: 4096 and 4104"):
         check_length("seq_len", 4098, "striped", 8)
     with pytest.raises(
         UserError, match=r"mesh.ulysses=8 does not divide the 12 heads of a device; these sizes do: \[1, 2, 3, 4, 6, 12\]"

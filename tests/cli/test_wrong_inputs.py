@@ -25,8 +25,13 @@ FILES = {
     "nothing.py": "def get_config():\n    return None\n",
     "typo.py": TINY.format("c.optim.lrr = 1.0"),
     "type.py": TINY.format("c.optim.lr = 'fast'"),
+    "numbers.py": "from tests.cli.tiny import get_config\n\ndef get_sweep():\n    return [1, 2]\n",
+    "variant.py": "from lcx.research.recipe import variant_of\n\ndef get_config(variant=''):\n    variant_of(variant, 'smoke')\n",
     "sweep.py": "from tests.cli.tiny import get_config\n\ndef get_sweep():\n    return [{'optim.lrr': 1.0}]\n",
     "empty.txt": "",
+    "zero.bin": "a\0b",
+    "number.jsonl": '{"text": 5}\n',
+    "list.jsonl": "[1, 2]\n",
     "page.jsonl": '{"txt": "one"}\n',
     "tokenizer.json": "{}",
 }
@@ -37,6 +42,7 @@ TRAIN = "train --config={config} --workdir={new} "
 WRONG = {
     # the command line itself
     "tarin --config={config}": "no command 'tarin'; did you mean 'train'",
+    "dta inspect": "no command 'dta'; did you mean 'data'",
     "data prepar": "no command 'prepar'; did you mean 'prepare'",
     "train --cofnig={config}": "no flag --cofnig; did you mean 'config'",
     "train --workdir={new}": "--config is missing; name a file",
@@ -50,6 +56,7 @@ WRONG = {
     "train --config={tmp}/missing.py": "missing.py is no file; name a config file",
     "train --config={tmp}/syntax.py": "syntax.py, line 1: SyntaxError: invalid syntax; mend",
     "train --config={tmp}/empty.py": "empty.py has no get_config(); define one",
+    "train --config={tmp}/variant.py:smok --workdir={new}": "the config's variant='smok' is not known; did you mean 'smoke'",
     "train --config={tmp}/broken.py": "broken.py, line 2: NameError: name 'undefined_name' is not defined; mend",
     "train --config={tmp}/nothing.py": "get_config() returned NoneType; it must return a ConfigDict",
     "train --config={tmp}/typo.py --workdir={new}": "config.optim has no field 'lrr'; did you mean 'lr'",
@@ -60,6 +67,8 @@ WRONG = {
     TRAIN + "--config.seed.x=1": "config.seed=0 is a int and has no field 'x'",
     TRAIN + "--config.optim.lr=fast": "--config.optim.lr=fast is not taken; it takes a number, such as 0.001",
     TRAIN + "--config.monitor.enabled=perhaps": "it takes true or false, such as False",
+    TRAIN + "--config.seed=-1": "config.seed=-1 must not be negative",
+    TRAIN + "--config.stages.base.seq_len=99999999999": "99,999,999,999 positions are more than an int32 counts",
     TRAIN + "--config.optim.lr=-1": "optim.lr=-1.0 must be above 0",
     TRAIN + "--config.positions.default.theta=-500": "rope.theta=-500.0 must be a number above 1, such as 10000",
     TRAIN + "--config.positions.default.name=yarm": "positions.default.name='yarm' is not known; did you mean 'yarn'",
@@ -85,6 +94,12 @@ WRONG = {
     "data prepare --kind=texty --out={new}": "source.kind='texty' is not known; did you mean 'text'",
     "data prepare --kind=array_record --out={new}": "array_record is what this command writes; allowed: jsonl",
     "data prepare --kind=jsonl --path={tmp}/page.jsonl --out={new}": "no text under source.field='text'; did you mean 'txt'",
+    "data prepare --kind=jsonl --path={tmp}/number.jsonl --out={new}": "has 5 under source.field='text'; it must be text",
+    "data prepare --kind=jsonl --path={tmp}/list.jsonl --out={new}": "is not an object; write lines such as {'text': ...}",
+    "data prepare --kind=text --path={tmp} --out={new}": "is a folder; add a pattern, as in",
+    "data prepare --kind=text --path={tmp}/zero.bin --out={new}": "is not text (it holds zero bytes)",
+    "data prepare --out={tmp}": "which is no dataset of lcx; give a new folder",
+    "data prepare --kind=tfds --path=nosuch --out={new}": "tfds dataset 'nosuch' split 'train' cannot be opened",
     "data prepare --append_eos --out={new}": "needs an end-of-sequence token and tokenizer 'bytes' has none; take 'bytes+eos'",
     "data inspect --config={config} --stage=lnger": "--stage='lnger' is not known; did you mean 'longer'",
     "data inspect --config={config} --rows=0": "--rows=0 looks at nothing; give at least 1",
@@ -98,16 +113,23 @@ WRONG = {
     "eval --checkpoint={run} --stage=lnger": "has no stage 'lnger'; it has base, longer",
     "eval --checkpoint={run} --step=3": "has no checkpoint of step 3; it has 2, 4",
     "eval --checkpoint={run} --lengths=64,long": "--lengths has 'long'; write whole numbers of tokens",
+    "eval --checkpoint={run} --step=2 --stage=base": "--step=2 and --stage=base both name weights; leave one of them out",
+    "eval --checkpoint={run} --lengths=64 --positions=t5": "positions='t5' learns table, which the checkpoint does not hold",
     "eval --checkpoint={run} --lengths=64 --positions=yarm": "'yarm' is not known; did you mean 'yarn'",
     "eval --checkpoint={run} --lengths=64 --positions=yarn:factor=big": "factor='big'",
     "report": "--workdir is missing; name the folder of a run",
     "report --workdir={tmp}": "holds no metrics.jsonl and no eval/*.json; train or evaluate there first",
     "sweep --config={config} --workdir={new}": "tiny.py has no get_sweep(); take a file of configs/sweeps, or add it",
+    "sweep --config={tmp}/numbers.py --workdir={new}": "gives [1, 2]; make a list of points with lcx.research.sweeps",
     "sweep --config={tmp}/sweep.py --workdir={new}": "the sweep sets 'optim.lrr', which the config does not have; did you mean",
     # theta
     "theta --from=-1": "length=-1 must be at least",
     "theta --theta=-500": "theta=-500.0 must be a number above 1",
     "theta --head-dim=127": "head_dim=127 must be even",
+    "theta --head-dim=2000000": "head_dim=2000000 must be even, at least 2 and at most 4,096",
+    "theta --theta=1e300": "at most 1e+30",
+    "theta --to=99999999999999999999": "at most 2,147,483,647",
+    "theta --factor=1.0000001": "takes more than 64 stages to 1,048,576; it must be above 1.08",
 }
 
 
@@ -218,7 +240,7 @@ def test_a_full_disk_while_preparing(places):
 
 def test_errors_leave_a_process_with_status_1(places):
     ended = lcx(["theta", "--head-dim=7"])
-    one_sentence(ended.stderr, "head_dim=7 must be even and at least 2, such as 8")
+    one_sentence(ended.stderr, "head_dim=7 must be even, at least 2 and at most 4,096, such as 8")
     assert (ended.returncode, ended.stdout) == (1, "")
 
 

@@ -100,5 +100,5 @@ def test_missing_library_names_the_extra(byte_level, monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(UserError, match=r"lcx\[hf\]"):
+    with pytest.raises(UserError, match=r"\.\[hf\]"):
         tokenizers.load(str(byte_level))
