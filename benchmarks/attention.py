@@ -1,6 +1,6 @@
 """Time of attention, forward and backward: causal against full, sliding window, and torch's fused CPU kernel if installed.
 
-Run it as `python benchmarks/attention.py --out=attention.json`. Kernels take turns and the best of `--repeats` counts, so that
+Run it as `python benchmarks/attention.py`. Kernels take turns and the best of `--repeats` counts, so that
 other load on the machine hurts all alike. Both the wall clock and the processor time of all threads are given, in seconds.
 """
 
@@ -70,7 +70,7 @@ def measure(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, dic
 def main() -> None:
     """Measures and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results" / "attention.json")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--longest", type=int, default=16384, help="leave out shapes with more tokens")
     arguments = parser.parse_args()

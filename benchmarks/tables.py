@@ -1,0 +1,73 @@
+"""Makes the tables of benchmarks/README.md from the figures in benchmarks/results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lcx.research import readme
+
+HERE = Path(__file__).resolve().parent
+
+
+def train_step(found: dict[str, Any]) -> str:
+    """A row a length."""
+    header = ("tokens", "rows", "lcx tok/s", "torch tok/s", "ratio", "lcx MiB", "torch MiB", "ratio")
+    rows = []
+    for result in found["results"]:
+        speed, peak = (result[name] for name in ("tokens_per_second", "peak_bytes"))
+        rows.append(
+            (
+                f"{result['length']:,}", result["rows"], f"{speed['lcx']:,.0f}", f"{speed['torch']:,.0f}",
+                f"{result['speed_ratio']:.2f}", f"{peak['lcx'] / 2**20:,.0f}", f"{peak['torch'] / 2**20:,.0f}",
+                f"{result['memory_ratio']:.2f}",
+            )
+        )  # fmt: skip
+    return readme.table(header, rows)
+
+
+def attention(found: list[dict[str, Any]]) -> str:
+    """A row a shape."""
+    names = list(dict.fromkeys(name for row in found for name in row["seconds"]))
+    header = ("rows x tokens x heads x dim", *names, "causal / full", "block pairs visited")
+    rows = []
+    for row in found:
+        wall = {name: row["seconds"][name]["wall"] for name in names if name in row["seconds"]}
+        share = row.get("causal block pairs")
+        rows.append(
+            (
+                " x ".join(f"{n:,}" for n in row["shape"]), *(f"{wall[name]:.3f}" if name in wall else "" for name in names),
+                f"{wall['causal'] / wall['full']:.2f}", "" if share is None else f"{share:.3f}",
+            )
+        )  # fmt: skip
+    return readme.table(header, rows)
+
+
+def context_parallel(found: dict[str, Any]) -> str:
+    """A row a way and length."""
+    return readme.table(("tokens", "way", "seconds", "ratio", "MiB a device", "ratio", "error"), _ways(found["rows"]))
+
+
+def _ways(rows: list[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
+    for row in rows:
+        peers = [other for other in rows if other["length"] == row["length"] and other["way"].startswith("ringattention")]
+        best = min(peers, key=lambda other: min(other["seconds"]))
+        fastest, memory = min(best["seconds"]), row["temporary_bytes"]
+        yield (
+            f"{row['length']:,}", row["way"], f"{min(row['seconds']):.2f}", f"{min(row['seconds']) / fastest:.2f}",
+            f"{memory / 2**20:.1f}", f"{memory / best['temporary_bytes']:.2f}", f"{row['error']:.1e}",
+        )  # fmt: skip
+
+
+def main() -> None:
+    """Fill in what has been measured."""
+    for make in (train_step, attention, context_parallel):
+        path = HERE / "results" / f"{make.__name__}.json"
+        if path.exists():
+            readme.fill(HERE / "README.md", make.__name__, make(json.loads(path.read_text())))
+
+
+if __name__ == "__main__":
+    main()
