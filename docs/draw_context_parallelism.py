@@ -1,6 +1,6 @@
 """The drawing of docs/context_parallelism.md: who computes what under each layout, from the layouts' own code.
 
-    python docs/draw_context_parallelism.py
+python docs/draw_context_parallelism.py
 """
 
 from __future__ import annotations
