@@ -171,15 +171,17 @@ def _blocks(spec: AttentionSpec, T: int, S: int, platform: str, batch: int, head
     group = heads // kv_heads
     if platform == "cpu":
         # Eight devices are many enough: smaller tiles than these cost more than they save.
-        longest = max(T, S)
-        side, budget = 128 if longest <= 256 else 256 if longest <= 1024 else 512, CPU_TILE // min(devices, 8)
+        longest, budget = max(T, S), CPU_TILE // min(devices, 8)
+        side = 128 if longest <= 256 else 256 if longest <= 1024 else 512
     else:
         side, budget = 512, 2**62
     if spec.mask.window is not None:
         # Of a window of w keys, blocks of side b visit about w + 2b: small blocks pay where the window is small.
         side = min(side, max(64, _power(spec.mask.window)))
     block_k = spec.block_k or min(side, _round_up(S, 16))
-    block_q = spec.block_q or min(max(side // group, 64), _round_up(T, 16))
+    # A row of 512 in one tile of queries: products large enough for two threads, which gain more than the masked half costs.
+    wide = 512 if platform == "cpu" and side == 256 and max(T, S) <= 512 else side
+    block_q = spec.block_q or min(max(wide // group, 64), _round_up(T, 16))
     if spec.form.bias is not None:
         share = kv_heads
     else:

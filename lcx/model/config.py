@@ -78,7 +78,8 @@ class ModelConfig:
     fastest."""
     mlp_tile: int | None = 4096
     """Tokens of a row that go through the feed-forward layer at once; longer rows go tile by tile, and the backward pass computes
-    a tile's two wide products again instead of keeping them (Arctic, arXiv 2506.13996). None: always whole rows."""
+    a tile's two wide products again instead of keeping them (Arctic, arXiv 2506.13996). On a CPU tiles are smaller where the layer
+    is wide, so that they fit its cache. None: always whole rows."""
     loss_tile: int = 1 << 25
     """Most logits that exist at once on a device during the loss; the vocabulary is cut into tiles to keep to it."""
 

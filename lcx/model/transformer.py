@@ -33,6 +33,10 @@ CPU_UNROLL = 8
 """Periods in one turn of the scan over layers on a CPU (`ModelConfig.layer_unroll`). Not where anything is computed again: outside
 a loop XLA's CPU backend finds the first result and keeps it after all."""
 
+CPU_WIDE = 2**20
+"""Elements of a feed-forward layer's inner activations that a CPU works on at once, 4 MiB: they stay in its cache. A step of 4,096
+tokens takes a twentieth less time, although it computes two products again."""
+
 LONG = 8192
 """Tokens of a row from which on `remat="auto"` computes again what is cheap to compute."""
 
@@ -189,7 +193,7 @@ def attention(
 def mlp(params: Tree, x: jax.Array, config: ModelConfig, norm: Norm | None = None) -> jax.Array:
     """Feed-forward branch `[B, T, D] -> [B, T, D]` over `norm(x)`, gated or plain; long rows tile by tile (`config.mlp_tile`)."""
     B, T, D = x.shape
-    count = _mlp_tiles(T, config.mlp_tile)
+    count = _mlp_tiles(T, config)
     if count == 1:
         return _mlp(params, x, config, norm)
     tiles = x.reshape(B, count, T // count, D).swapaxes(0, 1)
@@ -197,7 +201,10 @@ def mlp(params: Tree, x: jax.Array, config: ModelConfig, norm: Norm | None = Non
     return out.swapaxes(0, 1).reshape(x.shape)
 
 
-def _mlp_tiles(length: int, most: int | None) -> int:
+def _mlp_tiles(length: int, config: ModelConfig) -> int:
+    most = config.mlp_tile
+    if most is not None and jax.default_backend() == "cpu":
+        most = max(1, min(most, CPU_WIDE // config.mlp_dim))
     mesh = jax.sharding.get_abstract_mesh()
     # A row that is split over devices is cut already, and cutting it again would move it between them.
     if most is None or length <= most or (not mesh.empty and axis_size(mesh, "sequence") > 1):
