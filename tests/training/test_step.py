@@ -94,8 +94,10 @@ CONTEXT_MESHES = [
 ]
 
 
-@pytest.mark.parametrize("strategy", ["ring", "gather"])
-@pytest.mark.parametrize("sizes", CONTEXT_MESHES)
+@pytest.mark.parametrize(
+    ("sizes", "strategy"),
+    [*((sizes, "ring") for sizes in CONTEXT_MESHES), ((1, 1, 1, 8, 2), "gather"), ((1, 2, 1, 4, 1), "gather")],
+)
 def test_context_meshes_equal_one_device(sizes, strategy):
     """Sequence, weights and optimizer state split over the devices of the context."""
     data, fsdp, tensor, context, ulysses = sizes
