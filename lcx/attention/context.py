@@ -6,7 +6,6 @@ Legend: B batch, T tokens, N heads, K KV heads.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +17,7 @@ from lcx.attention.layout import Layout
 from lcx.attention.local import Keys, Local, Queries
 from lcx.attention.merge import Partial
 from lcx.attention.ring import Hops, ring
-from lcx.attention.ulysses import ulysses
+from lcx.attention.ulysses import share_of_bias, ulysses
 from lcx.core.errors import UserError
 from lcx.core.mask import Mask
 
@@ -93,17 +92,16 @@ def over_mesh(
     """
     exchange = mesh.shape["ulysses"] > 1
 
-    def attention(bias_params: Any, local: Local, queries: Queries, keys: Keys) -> Partial:
-        if plan.strategy == "gather":
-            return gather(local, "ring", plan.hops.slices, queries, keys, bias_params)
-        return ring(local, "ring", plan.hops, queries, keys, bias_params)
-
     def run(queries: Queries, keys: Keys, bias_params: Any) -> Partial:
-        part = functools.partial(attention, bias_params)
-        size = mesh.shape["ulysses"]
-        tokens, heads, kv_heads = queries.q.shape[1] * size, queries.q.shape[2] // size, max(1, keys.k.shape[2] // size)
-        here = local(tokens, heads, kv_heads)
-        return ulysses(part, here, "ulysses", queries, keys) if exchange else part(here, queries, keys)
+        def attention(queries: Queries, keys: Keys) -> Partial:
+            here = local(queries.q.shape[1], queries.q.shape[2], keys.k.shape[2])
+            if exchange:
+                here = share_of_bias(here, "ulysses")
+            if plan.strategy == "gather":
+                return gather(here, "ring", plan.hops.slices, queries, keys, bias_params)
+            return ring(here, "ring", plan.hops, queries, keys, bias_params)
+
+        return ulysses(attention, "ulysses", queries, keys) if exchange else attention(queries, keys)
 
     split, everywhere = PartitionSpec(None, AXES), PartitionSpec()
     return jax.shard_map(

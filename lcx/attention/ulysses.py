@@ -48,7 +48,14 @@ class HeadShare(BiasForm):
         return jax.lax.dynamic_slice_in_dim(tile, jax.lax.axis_index(self.axis) * heads, heads, axis=1)
 
 
-def ulysses(attention: Callable[[Local, Queries, Keys], Partial], local: Local, axis: str, queries: Queries, keys: Keys) -> Partial:
+def share_of_bias(local: Local, axis: str) -> Local:
+    """`local` for the heads of this device of mesh axis `axis`; without a bias nothing changes."""
+    if local.form.bias is None:
+        return local
+    return dataclasses.replace(local, form=dataclasses.replace(local.form, bias=HeadShare(local.form.bias, axis)))
+
+
+def ulysses(attention: Callable[[Queries, Keys], Partial], axis: str, queries: Queries, keys: Keys) -> Partial:
     """`attention` over the tokens of all devices of mesh axis `axis`, on this device's share of the heads."""
     size = jax.lax.axis_size(axis)
     copies = kv_copies(keys.k.shape[2], size)
@@ -63,9 +70,7 @@ def ulysses(attention: Callable[[Local, Queries, Keys], Partial], local: Local, 
     def everyone(tree: Any) -> Any:
         return jax.tree.map(lambda x: jax.lax.all_gather(x, axis, axis=1, tiled=True), tree)
 
-    if local.form.bias is not None:
-        local = dataclasses.replace(local, form=dataclasses.replace(local.form, bias=HeadShare(local.form.bias, axis)))
     q_side = Queries(heads_for_tokens(queries.q), *everyone((queries.index, queries.tables)))
     k_side = Keys(heads_for_tokens(k), heads_for_tokens(v), *everyone((keys.index, keys.tables)))
-    o, lse = attention(local, q_side, k_side)
+    o, lse = attention(q_side, k_side)
     return tokens_for_heads(o), tokens_for_heads(lse)

@@ -43,6 +43,13 @@ def test_split_attention_equals_dense(case):
     assert within(found), found
 
 
+def test_heads_that_are_sent_twice_keep_their_bias():
+    """Six KV heads over four devices: each gets three, two of them also its neighbour's."""
+    case = {**CASE, "strategy": "ulysses", "layout": "contiguous", "scheme": "alibi"}
+    found = errors(case, optimize=False)
+    assert within(found), found
+
+
 def test_gradients_do_not_depend_on_the_ring():
     results = []
     for size in (2, 3, 4, 6, 8):
