@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tables
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.table import Table
@@ -137,15 +138,15 @@ def error(found: tuple[np.ndarray, np.ndarray], reference: tuple[np.ndarray, np.
     )
 
 
-def measure(length: int, repeats: int, ways: list[str]) -> list[dict[str, Any]]:
-    """The ways whose names begin like one of `ways`, at one length."""
+def measure(length: int, repeats: int, chosen: list[str]) -> list[dict[str, Any]]:
+    """The ways whose names begin like one of `chosen`, at one length."""
     arrays = list(np.random.default_rng(0).standard_normal((4, 1, length, HEADS, HEAD_DIM), np.float32))
     rows = np.random.default_rng(1).choice(length, QUERIES, replace=False)
     reference = exact(arrays, rows)
     makers = {name: functools.partial(ours, way) for name, way in WAYS.items()}
     if importlib.util.find_spec("ringattention"):
         makers |= {f"ringattention, chunks of {chunk:,}": functools.partial(peer, chunk) for chunk in PEER_CHUNKS}
-    programs = {name: make(arrays) for name, make in makers.items() if name.startswith(tuple(ways))}
+    programs = {name: make(arrays) for name, make in makers.items() if name.startswith(tuple(chosen))}
     found = {
         name: {
             "length": length,
@@ -165,23 +166,12 @@ def measure(length: int, repeats: int, ways: list[str]) -> list[dict[str, Any]]:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """The table, with ratios to the fastest run of the peer at the same length."""
+    """The table that `tables` puts into the README."""
     table = Table(title=f"{HEADS} heads of {HEAD_DIM}, causal, forward and backward, {DEVICES} host devices")
-    for column in ("tokens", "way", "seconds", "ratio", "MiB a device", "ratio", "error"):
+    for column in tables.WAYS_HEADER:
         table.add_column(column, justify="left" if column == "way" else "right")
-    for row in rows:
-        peers = [other for other in rows if other["length"] == row["length"] and other["way"].startswith("ringattention")]
-        best = min(peers, key=lambda other: min(other["seconds"]), default=None)
-        ratios = ("", "")
-        if best is not None:
-            ratios = (
-                f"{min(row['seconds']) / min(best['seconds']):.2f}",
-                f"{row['temporary_bytes'] / best['temporary_bytes']:.2f}",
-            )
-        table.add_row(
-            f"{row['length']:,}", row["way"], f"{min(row['seconds']):.2f}", ratios[0],
-            f"{row['temporary_bytes'] / 2**20:.1f}", ratios[1], f"{row['error']:.1e}",
-        )  # fmt: skip
+    for row in tables.ways(rows):
+        table.add_row(*row)
     Console().print(table)
 
 

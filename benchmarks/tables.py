@@ -11,6 +11,8 @@ from lcx.research import readme
 
 HERE = Path(__file__).resolve().parent
 
+WAYS_HEADER = ("tokens", "way", "seconds", "ratio", "MiB a device", "ratio", "error")
+
 
 def train_step(found: dict[str, Any]) -> str:
     """A row a length."""
@@ -47,17 +49,21 @@ def attention(found: list[dict[str, Any]]) -> str:
 
 def context_parallel(found: dict[str, Any]) -> str:
     """A row a way and length."""
-    return readme.table(("tokens", "way", "seconds", "ratio", "MiB a device", "ratio", "error"), _ways(found["rows"]))
+    return readme.table(WAYS_HEADER, ways(found["rows"]))
 
 
-def _ways(rows: list[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
+def ways(rows: list[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
+    """The columns of `WAYS_HEADER`, with ratios to the fastest run of the peer at the same length where there is one."""
     for row in rows:
         peers = [other for other in rows if other["length"] == row["length"] and other["way"].startswith("ringattention")]
-        best = min(peers, key=lambda other: min(other["seconds"]))
-        fastest, memory = min(best["seconds"]), row["temporary_bytes"]
+        best = min(peers, key=lambda other: min(other["seconds"]), default=None)
+        seconds, memory = min(row["seconds"]), row["temporary_bytes"]
+        time_ratio, memory_ratio = "", ""
+        if best is not None:
+            time_ratio, memory_ratio = f"{seconds / min(best['seconds']):.2f}", f"{memory / best['temporary_bytes']:.2f}"
         yield (
-            f"{row['length']:,}", row["way"], f"{min(row['seconds']):.2f}", f"{min(row['seconds']) / fastest:.2f}",
-            f"{memory / 2**20:.1f}", f"{memory / best['temporary_bytes']:.2f}", f"{row['error']:.1e}",
+            f"{row['length']:,}", row["way"], f"{seconds:.2f}", time_ratio, f"{memory / 2**20:.1f}", memory_ratio,
+            f"{row['error']:.1e}",
         )  # fmt: skip
 
 

@@ -75,8 +75,9 @@ def from_base(lengths, **stage):
     """For sweeps: one short stage `extend` from the base model of a finished quickstart, whose global layer changes its scheme."""
     config = recipe({"extend": {"steps": 25, "optim": {"lr": 1e-3, "warmup_steps": 3}, **stage}})
     config.positions = {"local": config.positions["local"], "default": config.positions["global"]}
-    before = (stage["steps"] for name, stage in stages().items() if not name.startswith("extend"))
-    config.init_from = f"{WORKDIR}/checkpoints/{sum(before)}"
+    names = list(stages())
+    base = sum(stages()[name]["steps"] for name in names[: names.index(BASE) + 1])
+    config.init_from = f"{WORKDIR}/checkpoints/{base}"
     config.evals.lengths = lengths
     config.evals.items = 10
     config.evals.perplexity_tokens = 1 << 14

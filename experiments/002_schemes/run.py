@@ -82,9 +82,8 @@ def draw(rows: Sequence[dict], path: Path) -> None:
         image = axes.imshow(values, cmap=style.SCORES, vmin=0, vmax=100, aspect="auto")
         for y, line in enumerate(values):
             for x, value in enumerate(line):
-                red, green, blue, _ = image.cmap(image.norm(value))
-                dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.53
-                axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=9.5, color=style.PAPER if dark else style.INK)
+                colour = style.ink_on(image.cmap(image.norm(value)))
+                axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=9.5, color=colour)
         for edge in range(1, len(lengths)):
             axes.axvline(edge - 0.5, color=style.PAPER, linewidth=2)
         for edge in range(1, len(rows)):

@@ -20,10 +20,11 @@ from lcx.attention.ring import Hops, ring
 from lcx.attention.ulysses import share_of_bias, ulysses
 from lcx.core.errors import UserError
 from lcx.core.mask import Mask
+from lcx.core.mesh import RULES
 
 Strategy = Literal["ring", "gather", "window"]
 
-AXES = ("ring", "ulysses")
+AXES = RULES["sequence"]
 """Mesh axes that split the sequence, the first one outermost."""
 
 RING_TOKENS = 12_288

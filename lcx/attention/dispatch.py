@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,7 @@ class AttentionSpec:
     def __post_init__(self) -> None:
         if self.kernel not in ("dense", "blockwise", "auto"):
             raise UserError(f"attention kernel {self.kernel!r} is unknown; choose dense, blockwise or auto")
-        choice("context strategy", self.strategy, ("auto", "ring", "gather", "window"))
+        choice("context strategy", self.strategy, ("auto", *get_args(Strategy)))
         for name in ("block_q", "block_k"):
             size = getattr(self, name)
             if size is not None and size < 1:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lcx.attention.blockwise import SAVED
-from lcx.attention.local import Keys, Local, Queries, backward, forward
+from lcx.attention.local import Keys, Local, Queries, backward, cotangents, forward, nothing_seen, over_slices, wide_zeros
 from lcx.attention.merge import Partial, merge
 
 
@@ -27,13 +27,11 @@ def gather(local: Local, axis: str, slices: int, queries: Queries, keys: Keys, b
 
 def _forward(local: Local, axis: str, slices: int, queries: Queries, keys: Keys, bias_params: Any) -> Partial:
     wide = jnp.promote_types(queries.q.dtype, jnp.float32)
-    B, T, N, _ = queries.q.shape
 
-    def one(so_far: Partial, i: jax.Array) -> tuple[Partial, None]:
-        return merge(so_far, forward(local, queries, _slice(axis, slices, keys, i), bias_params, wide)), None
+    def part(so_far: Partial, keys: Keys) -> tuple[Partial, None]:
+        return merge(so_far, forward(local, queries, _everybodys(axis, keys), bias_params, wide)), None
 
-    start = (jnp.zeros(queries.q.shape, wide), jnp.full((B, T, N), -jnp.inf, wide))
-    return jax.lax.scan(one, start, jnp.arange(slices))[0]
+    return over_slices(part, nothing_seen(queries), keys, slices)[0]
 
 
 def _gather_forward(local: Local, axis: str, slices: int, queries: Queries, keys: Keys, bias_params: Any) -> tuple:
@@ -44,33 +42,18 @@ def _gather_forward(local: Local, axis: str, slices: int, queries: Queries, keys
 def _gather_backward(local: Local, axis: str, slices: int, saved: tuple, cotangent: Partial) -> tuple:
     queries, keys, bias_params, whole = saved
 
-    def zeros(tree: Any) -> Any:
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), tree)
-
-    def one(state: tuple, i: jax.Array) -> tuple:
-        here = _slice(axis, slices, keys, i)
-        dq, *dkv, dbias = backward(local, queries, here, bias_params, whole, cotangent)
+    def part(state: tuple, keys: Keys) -> tuple[tuple, list]:
+        dq, *dkv, dbias = backward(local, queries, _everybodys(axis, keys), bias_params, whole, cotangent)
         dkv = [jax.lax.psum_scatter(x, axis, scatter_dimension=1, tiled=True) for x in dkv]
         return jax.tree.map(jnp.add, state, (dq, dbias)), dkv
 
-    (dq, dbias), dkv = jax.lax.scan(one, (zeros(queries.q), zeros(bias_params)), jnp.arange(slices))
-    dk, dv = (jnp.moveaxis(x, 0, 1).reshape(like.shape).astype(like.dtype) for x, like in zip(dkv, (keys.k, keys.v), strict=True))
-    nothing = functools.partial(jax.tree.map, jnp.zeros_like)
-    return (
-        Queries(dq.astype(queries.q.dtype), None, nothing(queries.tables)),
-        Keys(dk, dv, None, nothing(keys.tables)),
-        jax.tree.map(lambda x, like: x.astype(like.dtype), dbias, bias_params),
-    )
+    (dq, dbias), dkv = over_slices(part, wide_zeros((queries.q, bias_params)), keys, slices)
+    return cotangents(queries, keys, bias_params, dq, dkv, dbias)
 
 
 gather.defvjp(_gather_forward, _gather_backward)
 
 
-def _slice(axis: str, slices: int, keys: Keys, i: jax.Array) -> Keys:
-    """Slice i of every device's keys."""
-
-    def one(x: jax.Array) -> jax.Array:
-        size = x.shape[1] // slices
-        return jax.lax.all_gather(jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=1), axis, axis=1, tiled=True)
-
-    return jax.tree.map(one, keys)
+def _everybodys(axis: str, keys: Keys) -> Keys:
+    """These keys of all devices."""
+    return jax.tree.map(lambda x: jax.lax.all_gather(x, axis, axis=1, tiled=True), keys)

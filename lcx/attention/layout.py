@@ -5,17 +5,18 @@ Legend: B batch, T tokens in a row, n pieces that the row is split into.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lcx.core.errors import UserError
+from lcx.core.mesh import multiples
 
 Layout = Literal["contiguous", "zigzag", "striped"]
 
-LAYOUTS: tuple[Layout, ...] = ("contiguous", "zigzag", "striped")
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 
 def resolve_layout(asked: Layout | Literal["auto"], length: int, pieces: int, windowed: bool) -> Layout:
@@ -40,10 +41,8 @@ def check_length(what: str, length: int, layout: Layout, pieces: int) -> None:
     """Raises `UserError` naming the nearest lengths when a row of `length` can't be dealt to `pieces`."""
     size = unit(layout, pieces)
     if length % size:
-        below = length // size * size
-        nearest = f"{below} and {below + size}" if below else str(size)
         chunks = f"2·ring={size} zigzag chunks" if layout == "zigzag" else f"{size} {layout} shards"
-        raise UserError(f"{what}={length} does not divide into {chunks}; nearest: {nearest}")
+        raise UserError(f"{what}={length} does not divide into {chunks}; nearest: {multiples(length, size)}")
 
 
 def arrange(tree: Any, layout: Layout, pieces: int) -> Any:

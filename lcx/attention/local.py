@@ -94,6 +94,43 @@ def backward(local: Local, queries: Queries, keys: Keys, bias_params: Any, whole
     return total
 
 
+def nothing_seen(queries: Queries) -> Partial:
+    """The result of queries that have met no key yet: what partial results are merged into."""
+    wide = jnp.promote_types(queries.q.dtype, jnp.float32)
+    return jnp.zeros(queries.q.shape, wide), jnp.full(queries.q.shape[:3], -jnp.inf, wide)
+
+
+def wide_zeros(tree: Any) -> Any:
+    """Zeros of the tree's shapes in float32 or wider: where gradients are summed."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), tree)
+
+
+def cotangents(queries: Queries, keys: Keys, bias_params: Any, dq: jax.Array, dkv: Any, dbias: Any) -> tuple:
+    """What a strategy's VJP returns for `(queries, keys, bias_params)`, in their dtypes; indices and tables have no gradient."""
+    nothing = functools.partial(jax.tree.map, jnp.zeros_like)
+    dk, dv = (x.astype(like.dtype) for x, like in zip(dkv, (keys.k, keys.v), strict=True))
+    return (
+        Queries(dq.astype(queries.q.dtype), None, nothing(queries.tables)),
+        Keys(dk, dv, None, nothing(keys.tables)),
+        jax.tree.map(lambda x, like: x.astype(like.dtype), dbias, bias_params),
+    )
+
+
+def over_slices(part: Callable, state: Any, keys: Keys, slices: int) -> tuple[Any, Any]:
+    """`part(state, keys) -> (state, out)` over `slices` parts of the keys in turn; `out` `[B, S / slices, ...]` is joined."""
+    if slices == 1:
+        return part(state, keys)
+
+    def one(state: Any, i: jax.Array) -> tuple[Any, Any]:
+        def cut(x: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(x, i * (x.shape[1] // slices), x.shape[1] // slices, axis=1)
+
+        return part(state, jax.tree.map(cut, keys))
+
+    state, out = jax.lax.scan(one, state, jnp.arange(slices))
+    return state, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:]), out)
+
+
 def _kernel(local: Local, out_dtype: Any) -> Callable[..., Partial]:
     if local.blocks is None:
         return functools.partial(dense, out_dtype=out_dtype, **local.options)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lcx.attention.blockwise import SAVED
-from lcx.attention.local import Keys, Local, Queries, backward, forward
+from lcx.attention.local import Keys, Local, Queries, backward, cotangents, forward, nothing_seen, over_slices, wide_zeros
 from lcx.attention.merge import Partial, merge
 
 
@@ -50,15 +50,12 @@ def _forward(local: Local, axis: str, hops: Hops, queries: Queries, keys: Keys, 
         following, part = jax.lax.optimization_barrier((following, part))
         return merge(so_far, part), following
 
-    B, T, N, _ = queries.q.shape
-    start = (jnp.zeros(queries.q.shape, wide), jnp.full((B, T, N), -jnp.inf, wide))
-
     def part(result: Partial, keys: Keys) -> tuple[Partial, None]:
         for shift, first, last in _legs(hops):
             result = _walk(axis, shift, first, last, keys, visit, result)
         return result, None
 
-    return over_slices(part, start, keys, hops.slices)[0]
+    return over_slices(part, nothing_seen(queries), keys, hops.slices)[0]
 
 
 def _ring_forward(local: Local, axis: str, hops: Hops, queries: Queries, keys: Keys, bias_params: Any) -> tuple:
@@ -69,9 +66,6 @@ def _ring_forward(local: Local, axis: str, hops: Hops, queries: Queries, keys: K
 def _ring_backward(local: Local, axis: str, hops: Hops, saved: tuple, cotangent: Partial) -> tuple:
     queries, keys, bias_params, whole = saved
     wide = whole[0].dtype
-
-    def zeros(tree: Any) -> Any:
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), tree)
 
     def part(state: tuple, keys: Keys) -> tuple[tuple, tuple]:
         dkv = None
@@ -85,38 +79,17 @@ def _ring_backward(local: Local, axis: str, hops: Hops, saved: tuple, cotangent:
                 dkv = jax.tree.map(lambda a, b: a + b.astype(wide), arrived, dkv_part)
                 return (dq + dq_part, jax.tree.map(jnp.add, dbias, dbias_part), dkv), following
 
-            *state, pending = _walk(axis, shift, first, last, keys, visit, (*state, zeros((keys.k, keys.v))))
+            *state, pending = _walk(axis, shift, first, last, keys, visit, (*state, wide_zeros((keys.k, keys.v))))
             # The last keys that were visited are `last` devices from home.
             home = _send(axis, -shift * last, pending) if last else pending
             dkv = home if dkv is None else jax.tree.map(jnp.add, dkv, home)
         return tuple(state), dkv
 
-    (dq, dbias), dkv = over_slices(part, (zeros(queries.q), zeros(bias_params)), keys, hops.slices)
-    dk, dv = (x.astype(like.dtype) for x, like in zip(dkv, (keys.k, keys.v), strict=True))
-    nothing = functools.partial(jax.tree.map, jnp.zeros_like)
-    return (
-        Queries(dq.astype(queries.q.dtype), None, nothing(queries.tables)),
-        Keys(dk, dv, None, nothing(keys.tables)),
-        jax.tree.map(lambda x, like: x.astype(like.dtype), dbias, bias_params),
-    )
+    (dq, dbias), dkv = over_slices(part, wide_zeros((queries.q, bias_params)), keys, hops.slices)
+    return cotangents(queries, keys, bias_params, dq, dkv, dbias)
 
 
 ring.defvjp(_ring_forward, _ring_backward)
-
-
-def over_slices(part: Callable, state: Any, keys: Keys, slices: int) -> tuple[Any, Any]:
-    """`part(state, keys) -> (state, out)` over `slices` parts of the keys in turn; `out` `[B, S / slices, ...]` is joined."""
-    if slices == 1:
-        return part(state, keys)
-
-    def one(state: Any, i: jax.Array) -> tuple[Any, Any]:
-        def cut(x: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_slice_in_dim(x, i * (x.shape[1] // slices), x.shape[1] // slices, axis=1)
-
-        return part(state, jax.tree.map(cut, keys))
-
-    state, out = jax.lax.scan(one, state, jnp.arange(slices))
-    return state, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:]), out)
 
 
 def _legs(hops: Hops) -> list[tuple[int, int, int]]:

@@ -109,10 +109,16 @@ def check_divides(what: str, size: int, mesh: Mesh, logical: str) -> None:
     """Raises `UserError` naming the nearest sizes when `mesh` cannot split a dimension of `size` evenly."""
     pieces = axis_size(mesh, logical)
     if size % pieces:
-        below = size // pieces * pieces
-        nearest = f"{below} and {below + pieces}" if below else f"{pieces}"
         axes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in RULES[logical] if mesh.shape[axis] > 1)
-        raise UserError(f"{what}={size} does not divide into the {pieces} pieces of mesh axes {axes}; nearest: {nearest}")
+        raise UserError(
+            f"{what}={size} does not divide into the {pieces} pieces of mesh axes {axes}; nearest: {multiples(size, pieces)}"
+        )
+
+
+def multiples(size: int, unit: int) -> str:
+    """The multiples of `unit` next to `size`, for an error that asks for one."""
+    below = size // unit * unit
+    return f"{below} and {below + unit}" if below else str(unit)
 
 
 def _text(sizes: dict[str, int]) -> str:

@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
-import matplotlib.colors
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -121,7 +120,7 @@ def draw_needles(axes: Axes, grid: NeedleGrid, title: str, first: bool = True) -
         axes.axhline(edge, color=style.PAPER, linewidth=2)
     for row in range(rows):
         for column in range(columns):
-            colour = style.PAPER if _dark(style.SCORES(shares[row, column] / 100)) else style.INK
+            colour = style.ink_on(style.SCORES(shares[row, column] / 100))
             axes.text(column, row, f"{shares[row, column]:.0f}", ha="center", va="center", fontsize=9.5, color=colour)
     axes.set_xticks(range(columns), [style.tokens(x) for x in grid.lengths])
     axes.set_yticks(range(rows), [f"{100 * depth:.0f}%" for depth in grid.depths])
@@ -233,11 +232,6 @@ def _score_bar(figure: Figure, panels: Sequence[Axes]) -> None:
     bar.outline.set_visible(False)
     bar.ax.set_yticklabels(["0", "50", "100%"])
     bar.ax.set_title("found", fontsize=9, fontweight="normal", color=style.MUTED, loc="left", pad=8)
-
-
-def _dark(colour: tuple[float, ...]) -> bool:
-    red, green, blue = matplotlib.colors.to_rgb(colour)
-    return 0.299 * red + 0.587 * green + 0.114 * blue < 0.53
 
 
 def _extent(values: Sequence[float]) -> tuple[float, float]:

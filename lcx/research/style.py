@@ -7,6 +7,7 @@ import math
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import matplotlib
 import matplotlib.colors
@@ -95,6 +96,12 @@ def number(value: float) -> str:
         if abs(value) >= size:
             return f"{value / size * (10 if unit == 'K' else 1):.3g}{unit}"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def ink_on(background: Any) -> str:
+    """The colour of text that is read on a background of any matplotlib colour."""
+    red, green, blue = matplotlib.colors.to_rgb(background)
+    return PAPER if 0.299 * red + 0.587 * green + 0.114 * blue < 0.53 else INK
 
 
 def grid_lines(axes: Axes, axis: str = "y") -> None:

@@ -92,8 +92,7 @@ def _heatmap(cells: Sequence[tuple[tuple[Any, Any], float]], x: str, y: str, met
     for row, column in np.ndindex(shown.shape):
         value = shown[row, column]
         if math.isfinite(value):
-            red, green, blue, _ = image.cmap(image.norm(value))
-            colour = style.PAPER if 0.299 * red + 0.587 * green + 0.114 * blue < 0.53 else style.INK
+            colour = style.ink_on(image.cmap(image.norm(value)))
             text = f"{value:.0f}" if share else style.number(value)
             axes.text(column, row, text, ha="center", va="center", fontsize=9.5, color=colour)
     for edge in range(1, len(columns)):

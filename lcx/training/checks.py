@@ -8,7 +8,7 @@ from lcx.attention.layout import check_length
 from lcx.attention.ulysses import check_heads
 from lcx.core.console import warn
 from lcx.core.errors import UserError
-from lcx.core.mesh import RULES, axis_size, check_divides
+from lcx.core.mesh import RULES, axis_size, check_divides, multiples
 from lcx.core.params import paths_of
 from lcx.core.trees import Tree
 from lcx.model.config import ModelConfig, layout_on
@@ -34,12 +34,10 @@ def check_batch(stage: StageConfig, mesh: Mesh) -> None:
     pieces = axis_size(mesh, "batch")
     unit = pieces * stage.accumulate
     if stage.batch_size % unit:
-        below = stage.batch_size // unit * unit
-        nearest = f"{below} and {below + unit}" if below else str(unit)
         axes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in RULES["batch"])
         raise UserError(
             f"stages.{stage.name}.batch_size={stage.batch_size} rows do not divide by {axes} times accumulate={stage.accumulate}, "
-            f"which is {unit}; nearest: {nearest}"
+            f"which is {unit}; nearest: {multiples(stage.batch_size, unit)}"
         )
 
 

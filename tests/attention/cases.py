@@ -131,13 +131,16 @@ def errors(case: dict[str, Any], optimize: bool = True) -> dict[str, float]:
     structure = tuple((name, value) for name, value in case.items() if name not in DATA)
     where, inputs = index(case["segments"], case["positions"]), inputs_of(case)
     (o, gradients), (reference, expected) = (f(inputs, where, arrays()[3]) for f in programs(structure, optimize))
-    found = {"o": float(jnp.max(jnp.abs(o - reference)))}
-    for path, wanted in jax.tree_util.tree_leaves_with_path(expected):
-        got = functools.reduce(lambda tree, key: tree[key.key], path, gradients)
-        found["d" + jax.tree_util.keystr(path, simple=True, separator=".")] = float(
-            jnp.max(jnp.abs(got - wanted)) / jnp.maximum(1.0, jnp.max(jnp.abs(wanted)))
-        )
-    return {name: value if np.isfinite(value) else float("inf") for name, value in found.items()}
+    return distances(o, reference, gradients, expected)
+
+
+def distances(o: Any, reference: Any, gradients: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
+    """Largest error of the output, and of each gradient over max(1, max|reference|); NaN counts as infinite."""
+    found = {"o": jnp.max(jnp.abs(o - reference))}
+    for (path, got), wanted in zip(jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(expected), strict=True):
+        error = jnp.max(jnp.abs(got - wanted)) / jnp.maximum(1.0, jnp.max(jnp.abs(wanted)))
+        found["d" + jax.tree_util.keystr(path, simple=True, separator=".")] = error
+    return {name: float(value) if jnp.isfinite(value) else float("inf") for name, value in found.items()}
 
 
 def within(found: dict[str, float]) -> bool:

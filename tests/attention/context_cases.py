@@ -20,7 +20,7 @@ from lcx.positions.form import Heads
 from lcx.positions.pieces import SelfExtend
 from lcx.positions.rotary import Rope, tables
 from lcx.positions.schemes import from_config
-from tests.attention.cases import index, within
+from tests.attention.cases import distances, index
 
 B, T, N, H = 2, 48, 24, 4
 HEADS = Heads(N, N, H, N * H)
@@ -128,11 +128,4 @@ def errors(case: dict[str, Any], optimize: bool = True) -> dict[str, float]:
     inputs, cotangent = inputs_of(case)
     o, gradients = over_mesh(case, inputs, cotangent, optimize)
     reference, expected = program(case, "auto", "dense")(inputs, index(case["segments"], "reset", T), cotangent)
-    found = {"o": jnp.max(jnp.abs(o - reference))}
-    for (path, got), wanted in zip(jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(expected), strict=True):
-        error = jnp.max(jnp.abs(got - wanted)) / jnp.maximum(1.0, jnp.max(jnp.abs(wanted)))
-        found["d" + jax.tree_util.keystr(path, simple=True, separator=".")] = error
-    return {name: float(value) if jnp.isfinite(value) else float("inf") for name, value in found.items()}
-
-
-__all__ = ["OPTIONS", "allowed", "errors", "within"]
+    return distances(o, reference, gradients, expected)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lcx.attention.context import resolve_context
-from lcx.attention.dispatch import resolve
+from lcx.attention.dispatch import attend, resolve
 from lcx.attention.layout import LAYOUTS, arrange, check_length, resolve_layout, restore
 from lcx.attention.tiles import visited_pairs
 from lcx.attention.ulysses import check_heads
@@ -16,9 +16,8 @@ from lcx.core.batch import Index
 from lcx.core.errors import UserError
 from lcx.core.mask import Mask
 from lcx.core.mesh import MeshConfig, make_mesh
-from tests.attention import context_cases
-from tests.attention.cases import index
-from tests.attention.context_cases import OPTIONS, T, allowed, errors, inputs_of, over_mesh, within
+from tests.attention.cases import index, within
+from tests.attention.context_cases import OPTIONS, T, allowed, errors, inputs_of, over_mesh, program
 from tests.attention.test_dispatch import spec
 from tests.covering import pairs_of, pairwise
 
@@ -66,7 +65,7 @@ def test_bfloat16_is_no_worse_on_a_larger_ring():
     inputs, cotangent = inputs_of(case, jnp.bfloat16)
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda x: jnp.asarray(np.asarray(x.astype(jnp.float32)), jnp.float64), (inputs, cotangent))
-        exact = jax.device_get(context_cases.program(case, "auto", "dense")(wide[0], index("packed", "reset", T), wide[1]))
+        exact = jax.device_get(program(case, "auto", "dense")(wide[0], index("packed", "reset", T), wide[1]))
     worst = {}
     for size in (2, 8):
         found = over_mesh({**case, "size": size}, inputs, cotangent, optimize=False)
@@ -154,7 +153,6 @@ def test_rows_that_cannot_be_split_are_refused_before_anything_runs():
     config = MeshConfig(fsdp=1, context=4)
     q = jnp.zeros((1, 6, 4, 4))
     where = Index.dense(1, 6)
-    attend = context_cases.attend
     with (
         jax.set_mesh(make_mesh(config, jax.devices()[:4])),
         pytest.raises(UserError, match="6 queries and 6 keys can't be split over 4"),
