@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -45,6 +46,12 @@ SCHEMES = {
     "dual_chunk": DualChunk(theta=100.0, original_length=16, chunk=12),
 }
 KV_HEADS = {"mha": 4, "gqa": 2, "mqa": 1}
+
+
+def product() -> list[dict[str, Any]]:
+    """All rows of the product; those that share a compiled program follow one another."""
+    names = [*(name for name in OPTIONS if name not in DATA), *DATA]
+    return [dict(zip(names, values, strict=True)) for values in itertools.product(*(OPTIONS[name] for name in names))]
 
 
 def index(segments: str, positions: str, length: int = T) -> Index:

@@ -6,6 +6,7 @@ Legend: B batch, T tokens, N heads, K KV heads, H head dim.
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -110,22 +111,53 @@ def over_mesh(case: dict[str, Any], inputs: dict[str, Any], cotangent: jax.Array
     """(o, gradients) of a case on its mesh, in row order."""
     config = mesh_of(case)
     ring = config.context // config.ulysses
-    strategy = {"ulysses": "auto", "hybrid": "ring"}.get(case["strategy"], case["strategy"])
     deal = functools.partial(arrange, layout=case["layout"], pieces=ring)
     back = functools.partial(restore, layout=case["layout"], pieces=ring)
     where = deal(index(case["segments"], "reset", T)).replace(layout=case["layout"])
     rows = {name: deal(inputs[name]) for name in "qkv"}
-    options = {} if optimize else {"xla_backend_optimization_level": 0}
     with jax.set_mesh(make_mesh(config, jax.devices()[: case["size"]])):
-        run = jax.jit(program(case, strategy, case["kernel"]), compiler_options=options)
+        run = compiled(tuple((name, value) for name, value in case.items() if name != "segments"), optimize)
         o, gradients = run({**inputs, **rows}, where, deal(cotangent))
     o, gradients = jax.device_get((o, gradients))
     return back(o), {**gradients, **{name: back(gradients[name]) for name in "qkv"}}
+
+
+@functools.lru_cache(maxsize=1)
+def compiled(structure: tuple[tuple[str, Any], ...], optimize: bool) -> Any:
+    """The program of a structure; the last one is kept, so that cases that differ in their segments compile once."""
+    case = dict(structure)
+    strategy = {"ulysses": "auto", "hybrid": "ring"}.get(case["strategy"], case["strategy"])
+    options = {} if optimize else {"xla_backend_optimization_level": 0}
+    return jax.jit(program(case, strategy, case["kernel"]), compiler_options=options)
+
+
+@functools.cache
+def oracle(case: tuple[tuple[str, Any], ...]) -> Any:
+    """(o, gradients) of dense on one device, for what of a case that depends on."""
+    inputs, cotangent = inputs_of(dict(case))
+    return jax.device_get(program(dict(case), "auto", "dense")(inputs, index(dict(case)["segments"], "reset", T), cotangent))
 
 
 def errors(case: dict[str, Any], optimize: bool = True) -> dict[str, float]:
     """Largest |split − dense| of the output, and of each gradient over max(1, max|reference|); NaN counts as infinite."""
     inputs, cotangent = inputs_of(case)
     o, gradients = over_mesh(case, inputs, cotangent, optimize)
-    reference, expected = program(case, "auto", "dense")(inputs, index(case["segments"], "reset", T), cotangent)
+    names = ("mask", "scheme", "grouping", "segments", "softcap", "sink")
+    reference, expected = oracle(tuple((name, case[name]) for name in names))
     return distances(o, reference, gradients, expected)
+
+
+def product() -> list[dict[str, Any]]:
+    """Every strategy, layout, mask and scheme at every size, each plain and with one further option, over each kind of rows.
+
+    Cases that share a compiled program follow one another. The covering array has the dense kernel, and pairs of further options.
+    """
+    plain = {"kernel": "blockwise", "grouping": "mha", "softcap": None, "sink": False}
+    further: tuple[dict[str, Any], ...] = ({}, {"softcap": 5.0}, {"sink": True}, {"grouping": "gqa"}, {"grouping": "mqa"})
+    names = ("size", "strategy", "layout", "mask", "scheme")
+    found = []
+    for values in itertools.product(*(OPTIONS[name] for name in names)):
+        case = dict(zip(names, values, strict=True))
+        if allowed(case):
+            found += [{**case, **plain, **more, "segments": rows} for more in further for rows in ("packed", "padding", "half")]
+    return found

@@ -18,8 +18,8 @@ from lcx.positions.schemes import from_config
 from lcx.training.optimizer import OptimConfig
 from lcx.training.step import TrainStep, train_step
 
-ROWS, LENGTH, STEPS = 8, 32, 5
-MODEL = ModelConfig(vocab_size=64, model_dim=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=32)
+ROWS, LENGTH, STEPS = 8, 48, 5
+MODEL = ModelConfig(vocab_size=64, model_dim=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=32)
 OPTIM = OptimConfig(lr=1e-2, warmup_steps=2, z_loss=1e-3)
 
 
@@ -91,6 +91,8 @@ CONTEXT_MESHES = [
     (1, 2, 1, 4, 4),
     (2, 1, 2, 2, 1),
     (2, 1, 2, 2, 2),
+    (1, 1, 1, 6, 1),
+    (1, 1, 1, 6, 2),
 ]
 
 
