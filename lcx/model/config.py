@@ -68,9 +68,10 @@ class ModelConfig:
     logit_softcap: float | None = None
     # computation
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Literal["auto", "none", "attention", "dots", "block"] = "auto"
+    remat: Literal["auto", "none", "attention", "dots", "block", "offload"] = "auto"
     """What a layer keeps for its backward pass; the rest is computed again. `none`: everything. `attention`: its input and what
     attention gave, at the price of four small matrix products. `dots`: the results of products with weights. `block`: its input.
+    `offload`: as `attention`, but in the host's memory, from where the backward pass fetches it (on a CPU that is the same memory).
     `auto`: attention where a row has at least 8,192 tokens, else none."""
     layer_unroll: int | None = None
     """Periods of the pattern in one turn of the scan over layers. None: up to 8 on a CPU, where every turn copies its weights and

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from lcx.attention.blockwise import SAVED
 from lcx.attention.dispatch import attend
@@ -39,6 +40,9 @@ tokens needs a quarter less memory, and no more time although it computes two pr
 
 LONG = 8192
 """Tokens of a row from which on `remat="auto"` computes again what is cheap to compute."""
+
+INPUT = "layer input"
+"""Name of what enters a period of layers, for rematerialisation policies."""
 
 Norm = Callable[[jax.Array], jax.Array]
 
@@ -147,12 +151,19 @@ def remat(step: Callable[..., Any], policy: str) -> Callable[..., Any]:
         "attention": jax.checkpoint_policies.save_only_these_names(SAVED),
         "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         "block": jax.checkpoint_policies.nothing_saveable,
+        "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[INPUT, SAVED],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
     }
     return lambda x, group, kinds: jax.checkpoint(functools.partial(step, kinds=kinds), policy=policies[policy])(x, group)
 
 
 def _period(x: jax.Array, group: Tree, *, kinds: tuple[str, ...], config: ModelConfig, attend_: Attend) -> tuple[jax.Array, Tree]:
     states = []
+    x = checkpoint_name(x, INPUT)
     for i, kind in enumerate(kinds):
         layer, state = jax.tree.map(lambda w, i=i: w[i], group)
         x, state = block(layer, x, config, functools.partial(attend_, kind, layer, state))

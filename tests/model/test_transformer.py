@@ -85,6 +85,7 @@ def test_scan_over_periods_equals_single_layers():
         {"remat": "attention", "attention": "blockwise"},
         {"remat": "dots"},
         {"remat": "block"},
+        {"remat": "offload", "attention": "blockwise"},
         {"layer_unroll": 1},
         {"mlp_tile": T // 4},
     ],

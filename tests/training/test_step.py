@@ -113,6 +113,11 @@ def test_context_meshes_equal_one_device(sizes, strategy):
         assert kernel.addressable_shards[0].data.size * fsdp * tensor * context == kernel.size
 
 
+def test_residuals_in_host_memory_on_a_context_mesh():
+    model = dataclasses.replace(MODEL, remat="offload", context_strategy="ring", attention="blockwise")
+    check(*run(*make_step(MeshConfig(data=2, fsdp=1, context=4, ulysses=2), model=model))[:2])
+
+
 @pytest.mark.parametrize("accumulate", [2, 4])
 def test_accumulation_equals_one_batch(accumulate):
     check(*run(*make_step(MeshConfig(fsdp=1), accumulate))[:2])
