@@ -44,9 +44,9 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
 
 
 class Progress:
-    """A bar with a line of figures behind it; where the output is no terminal, a plain line every `every` steps."""
+    """A bar with a line of figures behind it; where the output is no terminal, plain lines every `every` steps (None: none)."""
 
-    def __init__(self, title: str, total: int, done: int = 0, every: int = 20):
+    def __init__(self, title: str, total: int, done: int = 0, every: int | None = 20):
         self._title, self._total, self._done, self._every = title, total, done, every
         self._console = console()
         self._bar: rich.progress.Progress | None = None
@@ -75,7 +75,7 @@ class Progress:
         before, self._done = self._done, self._done + steps
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, advance=steps, figures=figures)
-        elif self._done // self._every > before // self._every or self._done == self._total:
+        elif self._every and (self._done // self._every > before // self._every or self._done == self._total):
             self._console.print(rich.markup.escape(f"{self._title} {self._done}/{self._total} {figures}"))
 
 

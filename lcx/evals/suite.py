@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from lcx.core import config as configs
-from lcx.core.console import say
+from lcx.core.console import Progress, say
 from lcx.core.errors import UserError
 from lcx.core.trees import Tree
 from lcx.data import sources, tokenizers
@@ -141,42 +141,54 @@ def evaluate(
                 refuse_learned(spec, {kind: x for kind, x in chosen.items() if x != schemes[kind]}, model, length)
             lay_out(model, chosen, length)
     materials = gather(data, config)
+    specs = ("none", *(spec for spec in config.zero_shot if spec != "none"))
     grids: list[NeedleGrid] = []
     curves: list[PerplexityCurve] = []
-    for spec in ("none", *(spec for spec in config.zero_shot if spec != "none")):
+    with Progress(f"{label}: measuring", _measurements(config, materials, len(specs) - 1), every=None) as bar:
+        for spec in specs:
 
-        def schemes_for(length: int, spec: str = spec) -> dict[str, Scheme]:
-            return at_length(schemes, spec, trained, length)
+            def schemes_for(length: int, spec: str = spec) -> dict[str, Scheme]:
+                bar.advance(f"{spec} at {length:,}")
+                return at_length(schemes, spec, trained, length)
 
-        def scorer_for(length: int, schemes_for=schemes_for) -> Scorer:
-            return model_scorer(params, model, schemes_for(length), length)
+            def scorer_for(length: int, schemes_for=schemes_for) -> Scorer:
+                return model_scorer(params, model, schemes_for(length), length)
 
-        measured = config.items if spec == "none" else config.zero_shot_items
-        if materials.items and measured:
-            few = materials.few(measured, len(config.depths))
-            found = {n: needles.teacher_forced(scorer_for, few[n], config.tokens_per_forward) for n in sorted(few)}
-            grids.append(needles.grid(found, few, config.depths, "teacher_forced", spec, trained))
-            announce(f"{label}: needles, {spec}: {_by_length(grids[-1])}")
-        if materials.items and config.generation_items and spec == "none":
-            few = materials.few(config.generation_items, len(config.depths))
-            found = {n: _generated(params, model, schemes_for(n), few[n], config) for n in sorted(few)}
-            grids.append(needles.grid(found, few, config.depths, "generation", spec, trained))
-            announce(f"{label}: needles by generation: {_by_length(grids[-1])}")
-        if materials.text is not None:
-            curves.append(
-                perplexity(
-                    scorer_for, materials.text, config.lengths, stride=config.stride, final=config.final_tokens,
-                    tokens_per_forward=config.tokens_per_forward, bytes_per_token=materials.bytes_per_token,
-                    scheme=spec, trained=trained, joined=materials.joined,
-                )
-            )  # fmt: skip
-            announce(f"{label}: perplexity, {spec}: " + "  ".join(f"{p.length:,}: {p.perplexity:.4g}" for p in curves[-1].points))
+            measured = config.items if spec == "none" else config.zero_shot_items
+            if materials.items and measured:
+                few = materials.few(measured, len(config.depths))
+                found = {n: needles.teacher_forced(scorer_for, few[n], config.tokens_per_forward) for n in sorted(few)}
+                grids.append(needles.grid(found, few, config.depths, "teacher_forced", spec, trained))
+                announce(f"{label}: needles, {spec}: {_by_length(grids[-1])}")
+            if materials.items and config.generation_items and spec == "none":
+                few = materials.few(config.generation_items, len(config.depths))
+                found = {n: _generated(params, model, schemes_for(n), few[n], config) for n in sorted(few)}
+                grids.append(needles.grid(found, few, config.depths, "generation", spec, trained))
+                announce(f"{label}: needles by generation: {_by_length(grids[-1])}")
+            if materials.text is not None:
+                curves.append(
+                    perplexity(
+                        scorer_for, materials.text, config.lengths, stride=config.stride, final=config.final_tokens,
+                        tokens_per_forward=config.tokens_per_forward, bytes_per_token=materials.bytes_per_token,
+                        scheme=spec, trained=trained, joined=materials.joined,
+                    )
+                )  # fmt: skip
+                points = "  ".join(f"{p.length:,}: {p.perplexity:.4g}" for p in curves[-1].points)
+                announce(f"{label}: perplexity, {spec}: {points}")
     result = EvalResult(
         label, trained, step, tuple(grids), tuple(curves), time.perf_counter() - started, {"evals": configs.plain(config)}
     )
     if workdir is not None:
         results.write(result, pathlib.Path(workdir) / "eval" / f"{label}.json")
     return result
+
+
+def _measurements(config: EvalConfig, materials: Materials, zero_shot: int) -> int:
+    """How many times a length is measured, `zero_shot` schemes and the model's own."""
+    grids = 0
+    if materials.items:
+        grids = bool(config.items) + bool(config.generation_items) + bool(config.zero_shot_items) * zero_shot
+    return len(config.lengths) * (grids + (materials.text is not None) * (1 + zero_shot))
 
 
 def _generated(

@@ -6,10 +6,11 @@ import jax
 import numpy as np
 import pytest
 
+from lcx.core.console import Progress
 from lcx.core.errors import UserError
 from lcx.core.params import initialize
 from lcx.data.config import DataConfig, PartConfig, SourceConfig
-from lcx.evals import needles, results
+from lcx.evals import needles, results, suite
 from lcx.evals.scoring import model_scorer, score
 from lcx.evals.suite import EvalConfig, evaluate, gather
 from lcx.model.config import ModelConfig, lay_out, schemes_of
@@ -54,6 +55,21 @@ def test_evaluates_every_scheme_and_writes_json(params, data, tmp_path):
         result, settings=json.loads(json.dumps(result.settings))
     )
     assert len(said) == 8
+
+
+@pytest.mark.parametrize("left_out", [{}, {"generation_items": 1}, {"items": 0}, {"zero_shot_items": 0}, {"perplexity_tokens": 0}])
+def test_the_bar_ends_at_its_total(params, data, monkeypatch, left_out):
+    bars = []
+
+    class Watched(Progress):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            bars.append(self)
+
+    monkeypatch.setattr(suite, "Progress", Watched)
+    config = dataclasses.replace(CONFIG, **left_out)
+    evaluate(params, MODEL, SCHEMES, data, config, trained=64, announce=lambda _: None)
+    assert [bar._done for bar in bars] == [bar._total for bar in bars] != [0]
 
 
 def test_another_theta_or_scheme_of_the_same_form_compiles_nothing(params, data):
