@@ -14,13 +14,13 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from lcx.attention.gather import gather
 from lcx.attention.layout import Layout
-from lcx.attention.local import Keys, Local, Queries
+from lcx.attention.local import Kernel, Keys, Local, Queries
 from lcx.attention.merge import Partial
 from lcx.attention.ring import Hops, ring
 from lcx.attention.ulysses import share_of_bias, ulysses
 from lcx.core.errors import UserError
 from lcx.core.mask import Mask
-from lcx.core.mesh import RULES
+from lcx.core.mesh import RULES, axis_size
 
 Strategy = Literal["ring", "gather", "window"]
 
@@ -83,8 +83,52 @@ def _window_hops(mask: Mask, layout: Layout, shard: int, pieces: int) -> Hops | 
     return hops if hops.before + hops.after < pieces - 1 else None
 
 
+class _Split(NamedTuple):
+    """Mesh axes that `shard_map` takes over, and how it splits arrays `[B, T, ...]` of tokens and `[B, T, N, ...]` of heads."""
+
+    axes: set[str]
+    tokens: PartitionSpec
+    heads: PartitionSpec
+
+
+def _split(mesh: AbstractMesh, kernel: Kernel, queries: Queries, keys: Keys) -> _Split:
+    """The sequence alone; or all of the mesh for a kernel that the compiler can't split over rows and heads by itself."""
+    if kernel != "flash":
+        return _Split(set(AXES), PartitionSpec(None, AXES), PartitionSpec(None, AXES))
+    B, _, N, _ = queries.q.shape
+    tensor, share = mesh.shape["tensor"], mesh.shape["tensor"] * mesh.shape["ulysses"]
+    rows = RULES["batch"] if B % axis_size(mesh, "batch") == 0 else None
+    heads = "tensor" if N % share == 0 and keys.k.shape[2] % tensor == 0 else None
+    return _Split(set(mesh.axis_names), PartitionSpec(rows, AXES), PartitionSpec(rows, AXES, heads))
+
+
+def over_devices(
+    mesh: AbstractMesh, kernel: Kernel, run: Callable[..., Partial], queries: Queries, keys: Keys, bias_params: Any
+) -> Partial:
+    """`run(shared, queries, keys, bias_params)` on the rows, tokens and heads of each device, for global arrays.
+
+    `shared(local)` is `local` for the heads that a device has of them.
+    """
+    split = _split(mesh, kernel, queries, keys)
+
+    def shared(local: Local) -> Local:
+        return share_of_bias(local, "tensor") if len(split.heads) > 2 and split.heads[2] else local
+
+    q_specs, k_specs = Queries(split.heads, split.tokens, split.tokens), Keys(split.heads, split.heads, split.tokens, split.tokens)
+    return jax.shard_map(
+        lambda *args: run(shared, *args),
+        mesh=mesh, in_specs=(q_specs, k_specs, PartitionSpec()), out_specs=split.heads, axis_names=split.axes, check_vma=False,
+    )(queries, keys, bias_params)  # fmt: skip
+
+
 def over_mesh(
-    mesh: AbstractMesh, plan: ContextPlan, local: Callable[[int, int, int], Local], queries: Queries, keys: Keys, bias_params: Any
+    mesh: AbstractMesh,
+    plan: ContextPlan,
+    kernel: Kernel,
+    local: Callable[[int, int, int], Local],
+    queries: Queries,
+    keys: Keys,
+    bias_params: Any,
 ) -> Partial:
     """`(o_BTNH, lse_BTN)` in float32 or wider of global arrays whose sequence is split over `AXES`.
 
@@ -93,9 +137,9 @@ def over_mesh(
     """
     exchange = mesh.shape["ulysses"] > 1
 
-    def run(queries: Queries, keys: Keys, bias_params: Any) -> Partial:
+    def run(shared: Callable[[Local], Local], queries: Queries, keys: Keys, bias_params: Any) -> Partial:
         def attention(queries: Queries, keys: Keys) -> Partial:
-            here = local(queries.q.shape[1], queries.q.shape[2], keys.k.shape[2])
+            here = shared(local(queries.q.shape[1], queries.q.shape[2], keys.k.shape[2]))
             if exchange:
                 here = share_of_bias(here, "ulysses")
             if plan.strategy == "gather":
@@ -104,7 +148,4 @@ def over_mesh(
 
         return ulysses(attention, "ulysses", queries, keys) if exchange else attention(queries, keys)
 
-    split, everywhere = PartitionSpec(None, AXES), PartitionSpec()
-    return jax.shard_map(
-        run, mesh=mesh, in_specs=(split, split, everywhere), out_specs=split, axis_names=set(AXES), check_vma=False
-    )(queries, keys, bias_params)
+    return over_devices(mesh, kernel, run, queries, keys, bias_params)

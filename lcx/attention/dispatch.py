@@ -6,6 +6,7 @@ Legend: B batch, T query tokens, S key tokens, N heads, K KV heads, H head dim, 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -13,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
-from lcx.attention.context import Strategy, over_mesh, resolve_context
-from lcx.attention.local import Keys, Local, Queries, forward
+from lcx.attention.context import Strategy, over_devices, over_mesh, resolve_context
+from lcx.attention.local import Kernel, Keys, Local, Queries, forward
 from lcx.attention.merge import Partial, apply_sinks
 from lcx.attention.tiles import Blocks
 from lcx.attention.ulysses import check_heads
@@ -22,15 +23,17 @@ from lcx.core.batch import Index
 from lcx.core.config import choice
 from lcx.core.errors import UserError
 from lcx.core.mask import Mask
-from lcx.core.mesh import axis_size
+from lcx.core.mesh import axis_size, target_platform
 from lcx.positions.form import Form
 from lcx.positions.rotary import Tables
-
-Kernel = Literal["dense", "blockwise"]
 
 DENSE_LIMIT = 2**19
 """Logits (B·N·T·S) up to which the dense kernel is taken: its float32 array then is 2 MiB, what a core's cache holds. Beyond,
 tiles are faster even on short rows: forward and backward of 8 rows of 256 tokens take about half the time."""
+
+FLASH_SIDE = 1024
+"""Queries of a KV head, and keys, in a tile of the flash kernel: its float32 logits take 4 MiB of a TPU's on-chip memory, and
+a tile takes longer to compute than a grid step to begin."""
 
 CPU_TILE = 2**19
 """Logits in a tile on a CPU, as far as heads and rows may be grouped to fill it: what keeps its threads busy beyond the start of
@@ -40,20 +43,21 @@ each loop turn."""
 @dataclasses.dataclass(frozen=True)
 class AttentionSpec:
     """Static description of one kind of layer; `block_q` and `block_k` override the chosen tile sizes, `strategy`
-    what serves a sequence that is split over the mesh."""
+    what serves a sequence that is split over the mesh. `interpret` lets the flash kernel run where there is no TPU, for tests."""
 
     mask: Mask
     form: Form
     scale: float
     softcap: float | None = None
-    kernel: Literal["dense", "blockwise", "auto"] = "auto"
+    kernel: Kernel | Literal["auto"] = "auto"
     block_q: int | None = None
     block_k: int | None = None
     strategy: Strategy | Literal["auto"] = "auto"
+    interpret: bool = False
 
     def __post_init__(self) -> None:
-        if self.kernel not in ("dense", "blockwise", "auto"):
-            raise UserError(f"attention kernel {self.kernel!r} is unknown; choose dense, blockwise or auto")
+        if self.kernel not in ("dense", "blockwise", "flash", "auto"):
+            raise UserError(f"attention kernel {self.kernel!r} is unknown; choose dense, blockwise, flash or auto")
         choice("context strategy", self.strategy, ("auto", *get_args(Strategy)))
         for name in ("block_q", "block_k"):
             size = getattr(self, name)
@@ -90,14 +94,21 @@ def resolve(
     kernel, why = spec.kernel, "asked for"
     if kernel == "auto":
         small = logits <= DENSE_LIMIT
-        kernel = "dense" if small else "blockwise"
+        kernel = "dense" if small else "flash" if platform == "tpu" else "blockwise"
         why = f"{logits:,} logits are {'at most' if small else 'more than'} {DENSE_LIMIT:,}"
     if kernel == "dense":
         return Plan("dense", None, f"dense: {why}")
-    blocks = _blocks(spec, chunk or T, chunk or S, platform, batch, heads, kv_heads, devices)
+    if kernel == "flash" and not (platform == "tpu" or spec.interpret):
+        raise UserError(f"attention kernel 'flash' is for TPUs, and this is a {platform}; choose blockwise, dense or auto")
+    if kernel == "flash" and not (spec.form.bias is None or spec.form.bias.linear):
+        kernel, why = "blockwise", f"{why}; flash adds no bias but ALiBi's, and this is {type(spec.form.bias).__name__}"
+    if kernel == "flash":
+        blocks = _flash_blocks(spec, chunk or T, chunk or S, heads // kv_heads)
+    else:
+        blocks = _blocks(spec, chunk or T, chunk or S, platform, batch, heads, kv_heads, devices)
     if chunk is not None:
         blocks = dataclasses.replace(blocks, q=_part(chunk, blocks.q), k=_part(chunk, blocks.k))
-    return Plan("blockwise", blocks, f"blockwise: {why}; tiles of {blocks.q} queries by {blocks.k} keys suit {platform}")
+    return Plan(kernel, blocks, f"{kernel}: {why}; tiles of {blocks.q} queries by {blocks.k} keys suit {platform}")
 
 
 def attend(
@@ -131,7 +142,13 @@ def attend(
         o, lse = _over_mesh(spec, mesh, queries, keys, bias_params)
     else:
         local = _local(spec, B, T, S, N, K, q.dtype)
-        o, lse = forward(local, queries, keys, bias_params, wide if len(spec.form.pieces) > 1 or sinks is not None else q.dtype)
+        run = functools.partial(forward, out_dtype=wide if len(spec.form.pieces) > 1 or sinks is not None else q.dtype)
+        if local.kernel == "flash" and mesh.size > 1:
+            # The compiler can't split a Pallas call by itself.
+            split = functools.partial(over_devices, mesh, local.kernel, lambda shared, *args: run(shared(local), *args))
+            o, lse = split(queries, keys, bias_params)
+        else:
+            o, lse = run(local, queries, keys, bias_params)
     if sinks is not None:
         o, _ = apply_sinks(o, lse, sinks)
     return o.astype(q_BTNH.dtype)
@@ -141,8 +158,8 @@ def _local(
     spec: AttentionSpec, B: int, T: int, S: int, N: int, K: int, dtype: Any, chunk: int | None = None, devices: int = 1
 ) -> Local:
     """The kernel for what a device works on; `chunk`: tokens that follow one another in its rows."""
-    plan = resolve(spec, T, S, jax.default_backend(), batch=B, heads=N, kv_heads=K, chunk=chunk, devices=devices)
-    return Local(spec.mask, spec.form, spec.scale, spec.softcap, plan.blocks, _tile_dtype(dtype))
+    plan = resolve(spec, T, S, target_platform(), batch=B, heads=N, kv_heads=K, chunk=chunk, devices=devices)
+    return Local(spec.mask, spec.form, spec.scale, spec.softcap, plan.blocks, _tile_dtype(dtype), plan.kernel, spec.interpret)
 
 
 def _over_mesh(spec: AttentionSpec, mesh: AbstractMesh, queries: Queries, keys: Keys, bias_params: Any) -> Partial:
@@ -152,18 +169,19 @@ def _over_mesh(spec: AttentionSpec, mesh: AbstractMesh, queries: Queries, keys: 
     if T % axis_size(mesh, "sequence") or S != T:
         raise UserError(f"{T} queries and {S} keys can't be split over {axis_size(mesh, 'sequence')} devices of mesh.context")
     check_heads(N, mesh.shape["ulysses"])
-    plan = resolve_context(spec.strategy, spec.mask, layout, T, pieces, N // K, jax.default_backend())
+    plan = resolve_context(spec.strategy, spec.mask, layout, T, pieces, N // K, target_platform())
     chunk = T // (2 * pieces) if layout == "zigzag" else None
 
     def local(tokens: int, heads: int, kv_heads: int) -> Local:
         return _local(spec, B, tokens, tokens, heads, kv_heads, queries.q.dtype, chunk, mesh.size)
 
-    return over_mesh(mesh, plan, local, queries, keys, bias_params)
+    kernel = local(T // pieces, N // mesh.shape["ulysses"], max(1, K // mesh.shape["ulysses"])).kernel
+    return over_mesh(mesh, plan, kernel, local, queries, keys, bias_params)
 
 
 def _tile_dtype(dtype: Any) -> Any:
     """CPUs multiply float32 tiles fastest; accelerators the dtype that they are given."""
-    return jnp.promote_types(dtype, jnp.float32) if jax.default_backend() == "cpu" else dtype
+    return jnp.promote_types(dtype, jnp.float32) if target_platform() == "cpu" else dtype
 
 
 def _blocks(spec: AttentionSpec, T: int, S: int, platform: str, batch: int, heads: int, kv_heads: int, devices: int) -> Blocks:
@@ -188,6 +206,12 @@ def _blocks(spec: AttentionSpec, T: int, S: int, platform: str, batch: int, head
         share = _divisor(kv_heads, budget // (group * block_q * block_k))
     rows = _divisor(batch, budget // (share * group * block_q * block_k))
     return Blocks(block_q, block_k, rows, share)
+
+
+def _flash_blocks(spec: AttentionSpec, T: int, S: int, group: int) -> Blocks:
+    side = FLASH_SIDE if spec.mask.window is None else min(FLASH_SIDE, max(128, _power(spec.mask.window)))
+    block_q = spec.block_q or min(max(side // group // 16 * 16, 16), _round_up(T, 16))
+    return Blocks(block_q, spec.block_k or min(side, _round_up(S, 16)))
 
 
 def _part(x: int, most: int) -> int:

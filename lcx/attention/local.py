@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import flax.struct
 import jax
@@ -19,12 +19,15 @@ import jax.numpy as jnp
 
 from lcx.attention.blockwise import blockwise, blockwise_backward
 from lcx.attention.dense import dense
+from lcx.attention.kernels.flash import flash, flash_backward
 from lcx.attention.merge import Partial, merge
 from lcx.attention.tiles import Blocks
 from lcx.core.batch import Index
 from lcx.core.mask import Mask
 from lcx.positions.form import Form, Piece
 from lcx.positions.rotary import Tables, rotate
+
+Kernel = Literal["dense", "blockwise", "flash"]
 
 
 @flax.struct.dataclass
@@ -48,7 +51,10 @@ class Keys:
 
 @dataclasses.dataclass(frozen=True)
 class Local:
-    """All that is static about attention on one device: `blocks` is None for the dense kernel."""
+    """All that is static about attention on one device: `blocks` is None for the dense kernel.
+
+    `interpret` runs the flash kernel where there is no TPU, for tests.
+    """
 
     mask: Mask
     form: Form
@@ -56,11 +62,18 @@ class Local:
     softcap: float | None
     blocks: Blocks | None
     tile_dtype: Any
+    kernel: Kernel
+    interpret: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
-        """What every kernel takes."""
+        """What every kernel takes that adds any bias."""
         return {"bias": self.form.bias, "scale": self.scale, "softcap": self.softcap}
+
+    @property
+    def flash_options(self) -> dict[str, Any]:
+        """What the flash kernel takes besides slopes."""
+        return {"scale": self.scale, "softcap": self.softcap, "blocks": self.blocks, "interpret": self.interpret}
 
 
 def forward(local: Local, queries: Queries, keys: Keys, bias_params: Any, out_dtype: Any) -> Partial:
@@ -132,15 +145,33 @@ def over_slices(part: Callable, state: Any, keys: Keys, slices: int) -> tuple[An
 
 
 def _kernel(local: Local, out_dtype: Any) -> Callable[..., Partial]:
-    if local.blocks is None:
+    if local.kernel == "dense":
         return functools.partial(dense, out_dtype=out_dtype, **local.options)
+    if local.kernel == "flash":
+        return functools.partial(_flash, local, out_dtype=out_dtype)
     return functools.partial(blockwise, blocks=local.blocks, tile_dtype=local.tile_dtype, out_dtype=out_dtype, **local.options)
 
 
 def _pull(local: Local) -> Callable[..., tuple[Any, ...]]:
-    if local.blocks is None:
+    if local.kernel == "dense":
         return functools.partial(_dense_backward, local)
+    if local.kernel == "flash":
+        return functools.partial(_flash_backward, local)
     return functools.partial(blockwise_backward, blocks=local.blocks, tile_dtype=local.tile_dtype, **local.options)
+
+
+def _flash(local: Local, *args, bias_params, **options) -> Partial:
+    slopes = None if local.form.bias is None else local.form.bias.slopes(bias_params)
+    return flash(*args, slopes=slopes, **local.flash_options, **options)
+
+
+def _flash_backward(local: Local, *args, bias_params, **options) -> tuple[Any, ...]:
+    if local.form.bias is None:
+        *gradients, _ = flash_backward(*args, **local.flash_options, **options)
+        return (*gradients, wide_zeros(bias_params))
+    slopes, pull = jax.vjp(local.form.bias.slopes, bias_params)
+    *gradients, dslopes = flash_backward(*args, slopes=slopes, **local.flash_options, **options)
+    return (*gradients, *pull(dslopes))
 
 
 def _dense_backward(local: Local, q, k, v, q_index, k_index, mask, *, bias_params, whole, cotangent):

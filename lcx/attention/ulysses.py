@@ -43,9 +43,20 @@ class HeadShare(BiasForm):
 
     def __call__(self, bias_params: Any, q_positions: jax.Array, k_positions: jax.Array) -> jax.Array:
         """float32 `[B, N / u, T, S]`."""
-        tile = self.whole(bias_params, q_positions, k_positions)
-        heads = tile.shape[1] // jax.lax.axis_size(self.axis)
-        return jax.lax.dynamic_slice_in_dim(tile, jax.lax.axis_index(self.axis) * heads, heads, axis=1)
+        return self._share(self.whole(bias_params, q_positions, k_positions), 1)
+
+    @property
+    def linear(self) -> bool:
+        """As the whole."""
+        return self.whole.linear
+
+    def slopes(self, bias_params: Any) -> jax.Array:
+        """float32 `[N / u]`."""
+        return self._share(self.whole.slopes(bias_params), 0)
+
+    def _share(self, x: jax.Array, axis: int) -> jax.Array:
+        heads = x.shape[axis] // jax.lax.axis_size(self.axis)
+        return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(self.axis) * heads, heads, axis=axis)
 
 
 def share_of_bias(local: Local, axis: str) -> Local:

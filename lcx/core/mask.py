@@ -49,20 +49,23 @@ class Mask:
 
 def visible(mask: Mask, q: Index, k: Index) -> jax.Array:
     """Boolean `[B, T, S]`: may query t of row b see key s."""
-    q_order, k_order = q.order[:, :, None], k.order[:, None, :]
-    distance = q_order - k_order
-    q_segment, k_segment = q.segments[:, :, None], k.segments[:, None, :]
-    same = ((q_segment == k_segment) | (k_segment == SHARED)) & (k_segment != PADDING) & (q_segment != PADDING)
+    return sees(mask, jax.tree.map(lambda x: x[:, :, None], q), jax.tree.map(lambda x: x[:, None, :], k))
+
+
+def sees(mask: Mask, q: Index, k: Index) -> jax.Array:
+    """Boolean: may the query see the key, for index arrays that are broadcast against each other. The rule itself."""
+    distance = q.order - k.order
+    same = ((q.segments == k.segments) | (k.segments == SHARED)) & (k.segments != PADDING) & (q.segments != PADDING)
     reach = jnp.ones_like(same)
     if mask.causal:
         reach &= distance >= 0
     if mask.window is not None:
         reach &= (distance < mask.window) & (distance > -mask.window)
     if mask.prefix and k.prefix is not None:
-        reach |= (k.prefix > 0)[:, None, :]
+        reach |= k.prefix > 0
     if not mask.band.everything:
         if mask.band.chunk > 1:
-            distance = (q.positions // mask.band.chunk)[:, :, None] - (k.positions // mask.band.chunk)[:, None, :]
+            distance = q.positions // mask.band.chunk - k.positions // mask.band.chunk
         if mask.band.low is not None:
             reach &= distance >= mask.band.low
         if mask.band.high is not None:
@@ -177,4 +180,5 @@ def _band_extremes(band: Band, q: Bounds, k: Bounds, valid: jax.Array) -> tuple[
         extremes = (q.position_min, q.position_max, k.position_min, k.position_max)
     else:
         extremes = (q.order_min, q.order_max, k.order_min, k.order_max)
-    return tuple(jnp.where(valid, x, 0) // band.chunk for x in extremes)
+    extremes = tuple(jnp.where(valid, x, 0) for x in extremes)
+    return tuple(x // band.chunk for x in extremes) if band.chunk > 1 else extremes

@@ -121,5 +121,14 @@ def multiples(size: int, unit: int) -> str:
     return f"{below} and {below + unit}" if below else str(unit)
 
 
+def target_platform() -> str:
+    """The platform, "cpu", "gpu" or "tpu", that the program being traced is for.
+
+    The mesh that is set may be of devices that are not here, for compiling ahead; without one, it is this process's own.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def _text(sizes: dict[str, int]) -> str:
     return ", ".join(f"{name}={size}" for name, size in sizes.items())

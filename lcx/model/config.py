@@ -55,7 +55,7 @@ class ModelConfig:
     sinks: bool = False
     """One learned logit per head that joins the softmax without a value."""
     prefix_attention: bool = False
-    attention: Literal["auto", "dense", "blockwise"] = "auto"
+    attention: Literal["auto", "dense", "blockwise", "flash"] = "auto"
     context_strategy: Literal["auto", "ring", "gather"] = "auto"
     """How the devices of a split sequence meet each other's keys (`attention.context`). `auto`: neighbours only for a window, a
     ring where a device has tokens enough to hide it, else all-gather."""

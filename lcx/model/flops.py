@@ -20,7 +20,8 @@ from lcx.model.config import ModelConfig, is_local
 def count(function: Callable[..., Any], *args: Any, while_trips: int = 1) -> int:
     """Multiply-adds of matrix products in `function(*args)`, times two. Arguments may be abstract.
 
-    A loop with a run-time trip count is taken to run `while_trips` times.
+    A loop with a run-time trip count is taken to run `while_trips` times; of a Pallas kernel all blocks count, also those that it
+    skips.
     """
     return _jaxpr(jax.make_jaxpr(function)(*args).jaxpr, while_trips)
 
@@ -39,6 +40,8 @@ def _equation(equation: jex.JaxprEqn, while_trips: int) -> int:
         return while_trips * _jaxpr(params["body_jaxpr"].jaxpr, while_trips)
     if name == "cond":
         return max(_jaxpr(branch.jaxpr, while_trips) for branch in params["branches"])
+    if name == "pallas_call":
+        return math.prod(params["grid_mapping"].grid) * _jaxpr(params["jaxpr"], while_trips)
     if name == "shard_map":
         return math.prod(params["mesh"].shape.values()) * _jaxpr(params["jaxpr"], while_trips)
     total = 0

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from lcx.attention.blockwise import SAVED
 from lcx.attention.dispatch import attend
 from lcx.core.batch import Batch, Index
-from lcx.core.mesh import axis_size, partition_spec
+from lcx.core.mesh import axis_size, partition_spec, target_platform
 from lcx.core.trees import Tree, cast
 from lcx.model.config import Architecture, ModelConfig
 from lcx.positions.rotary import tables
@@ -128,7 +128,7 @@ def layers(stacked: Tree, x: jax.Array, config: ModelConfig, attend_: Attend, st
     if whole > 1:
         done = whole * period
         grouped = jax.tree.map(lambda w: w[:done].reshape(whole, period, *w.shape[1:]), given)
-        unroll = config.layer_unroll or (CPU_UNROLL if policy == "none" and jax.default_backend() == "cpu" else 1)
+        unroll = config.layer_unroll or (CPU_UNROLL if policy == "none" and target_platform() == "cpu" else 1)
         x, states = jax.lax.scan(lambda x, group: step(x, group, kinds=config.pattern), x, grouped, unroll=min(whole, unroll))
         results.append(jax.tree.map(lambda w: w.reshape(done, *w.shape[2:]), states))
     for start in range(done, config.num_layers, period):
@@ -214,7 +214,7 @@ def mlp(params: Tree, x: jax.Array, config: ModelConfig, norm: Norm | None = Non
 
 def _mlp_tiles(length: int, config: ModelConfig) -> int:
     most = config.mlp_tile
-    if most is not None and jax.default_backend() == "cpu":
+    if most is not None and target_platform() == "cpu":
         most = max(1, min(most, CPU_WIDE // config.mlp_dim))
     mesh = jax.sharding.get_abstract_mesh()
     # A row that is split over devices is cut already, and cutting it again would move it between them.
@@ -293,7 +293,7 @@ def _outer(x: jax.Array, dy: jax.Array) -> jax.Array:
     so it is the narrow one, and the barrier keeps what computed it out of the copy.
     """
     rows = tuple(range(x.ndim - 1))
-    if jax.default_backend() != "cpu":
+    if target_platform() != "cpu":
         return jax.lax.dot_general(x, dy, ((rows, rows), ((), ())))
     if x.shape[-1] > dy.shape[-1]:
         return _outer(dy, x).T

@@ -36,6 +36,12 @@ def _per_head(values_N: jax.Array) -> jax.Array:
 class AlibiForm(BiasForm):
     """`-slope * |distance|`."""
 
+    linear: ClassVar[bool] = True
+
+    def slopes(self, bias_params: Mapping[str, jax.Array]) -> jax.Array:
+        """float32 `[N]`."""
+        return bias_params["slopes"]
+
     def __call__(self, bias_params: Mapping[str, jax.Array], q_positions: jax.Array, k_positions: jax.Array) -> jax.Array:
         """float32 `[B, N, T, S]`; takes `slopes` `[N]`."""
         away = jnp.abs(distances(q_positions, k_positions)).astype(jnp.float32)

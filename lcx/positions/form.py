@@ -36,6 +36,13 @@ class Piece:
 class BiasForm:
     """A frozen callable that gives tiles of an additive bias."""
 
+    linear: ClassVar[bool] = False
+    """The bias is `-slope * |distance|`, and `slopes` gives its slopes: all that some kernels can add."""
+
+    def slopes(self, bias_params: Mapping[str, jax.Array]) -> jax.Array:
+        """float32 `[N]`, of a linear bias."""
+        raise TypeError(f"{type(self).__name__} is not linear")
+
     def __call__(self, bias_params: Mapping[str, jax.Array], q_positions: jax.Array, k_positions: jax.Array) -> jax.Array:
         """float32 `[B, N, T, S]` for int32 positions `[B, T]` and `[B, S]`."""
         raise TypeError(f"{type(self).__name__} gives no bias")

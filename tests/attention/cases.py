@@ -95,12 +95,13 @@ def arrays() -> tuple[jax.Array, ...]:
 def program(case: dict[str, Any], kernel: str, optimize: bool = True) -> Any:
     """(inputs, data) → (o, gradients) of one kernel; `inputs` is a dict of all that is differentiated.
 
-    The oracle runs op by op, which is cheaper than one compile a case; so is blockwise without LLVM's optimisations.
+    The oracle runs op by op, which is cheaper than one compile a case; so are the others without LLVM's optimisations.
     """
     form = form_of(case["pieces"], case["bias"])
     spec = AttentionSpec(
-        MASKS[case["mask"]], form, scale=0.5, softcap=case["softcap"], kernel=kernel, block_q=BLOCK_Q, block_k=BLOCK_K
-    )
+        MASKS[case["mask"]], form, scale=0.5, softcap=case["softcap"], kernel=kernel, block_q=BLOCK_Q, block_k=BLOCK_K,
+        interpret=kernel == "flash",
+    )  # fmt: skip
     phases = SCHEMES[case["pieces"]].arrays(HEADS, T)
 
     def run(inputs: dict[str, Any], where: Index, cotangent: jax.Array) -> Any:
@@ -119,10 +120,10 @@ def program(case: dict[str, Any], kernel: str, optimize: bool = True) -> Any:
 
 
 @functools.lru_cache(maxsize=1)
-def programs(structure: tuple[tuple[str, Any], ...], optimize: bool) -> tuple[Any, Any]:
-    """Both kernels of a structure; the last one is kept, so that cases of one structure compile once."""
+def programs(structure: tuple[tuple[str, Any], ...], kernel: str, optimize: bool) -> tuple[Any, Any]:
+    """A kernel and the oracle, of a structure; the last one is kept, so that cases of one structure compile once."""
     case = dict(structure)
-    return program(case, "blockwise", optimize), program(case, "dense")
+    return program(case, kernel, optimize), program(case, "dense")
 
 
 def inputs_of(case: dict[str, Any]) -> dict[str, Any]:
@@ -133,11 +134,11 @@ def inputs_of(case: dict[str, Any]) -> dict[str, Any]:
     return {**inputs, "sinks": jnp.linspace(-1.0, 2.0, N)} if case["sink"] else inputs
 
 
-def errors(case: dict[str, Any], optimize: bool = True) -> dict[str, float]:
-    """Largest |blockwise − dense| of the output, and of each gradient over max(1, max|reference|); NaN counts as infinite."""
+def errors(case: dict[str, Any], optimize: bool = True, kernel: str = "blockwise") -> dict[str, float]:
+    """Largest |kernel − dense| of the output, and of each gradient over max(1, max|reference|); NaN counts as infinite."""
     structure = tuple((name, value) for name, value in case.items() if name not in DATA)
     where, inputs = index(case["segments"], case["positions"]), inputs_of(case)
-    (o, gradients), (reference, expected) = (f(inputs, where, arrays()[3]) for f in programs(structure, optimize))
+    (o, gradients), (reference, expected) = (f(inputs, where, arrays()[3]) for f in programs(structure, kernel, optimize))
     return distances(o, reference, gradients, expected)
 
 

@@ -90,8 +90,9 @@ def program(case: dict[str, Any], strategy: str, kernel: str) -> Any:
     scheme = SCHEMES[case["scheme"]]
     form, constants = scheme.form(T), scheme.arrays(HEADS, T)
     spec = AttentionSpec(
-        MASKS[case["mask"]], form, scale=0.5, softcap=case["softcap"], kernel=kernel, block_q=8, block_k=8, strategy=strategy
-    )
+        MASKS[case["mask"]], form, scale=0.5, softcap=case["softcap"], kernel=kernel, block_q=8, block_k=8, strategy=strategy,
+        interpret=kernel == "flash",
+    )  # fmt: skip
 
     def run(inputs: dict[str, Any], where: Any, cotangent: jax.Array) -> Any:
         rotations = tables(form, constants, where.positions)

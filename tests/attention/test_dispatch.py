@@ -10,7 +10,7 @@ from lcx.attention.dispatch import AttentionSpec, attend, resolve
 from lcx.core.batch import Index
 from lcx.core.errors import UserError
 from lcx.core.mask import Mask
-from lcx.positions.bias import AlibiForm
+from lcx.positions.bias import AlibiForm, T5Form
 from lcx.positions.form import Form, Heads
 from lcx.positions.rotary import Rope, rotate, tables
 
@@ -30,6 +30,19 @@ def test_choice_depends_on_size_and_says_so():
     assert resolve(spec(kernel="blockwise"), 64, 64, "cpu").kernel == "blockwise"
 
 
+def test_flash_serves_tpus_and_no_bias_but_alibi():
+    sizes = {"heads": 32, "kv_heads": 8}
+    plain = resolve(spec(), 16384, 16384, "tpu", **sizes)
+    assert plain.kernel == "flash" and (plain.blocks.q, plain.blocks.k) == (256, 1024) and "suit tpu" in plain.reason
+    assert resolve(spec(form=Form(bias=AlibiForm())), 16384, 16384, "tpu", **sizes).kernel == "flash"
+    learned = resolve(spec(form=Form(bias=T5Form(8, 20, True)), kernel="flash"), 16384, 16384, "tpu", **sizes)
+    assert learned.kernel == "blockwise" and "flash adds no bias but ALiBi's, and this is T5Form" in learned.reason
+    assert resolve(spec(), 64, 64, "tpu").kernel == "dense"
+    assert resolve(spec(kernel="flash", interpret=True), 64, 64, "cpu").kernel == "flash"
+    with pytest.raises(UserError, match="'flash' is for TPUs, and this is a cpu; choose blockwise, dense or auto"):
+        resolve(spec(kernel="flash"), 64, 64, "cpu")
+
+
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 @pytest.mark.parametrize("form", [PLAIN, Form(bias=AlibiForm())])
 @pytest.mark.parametrize("window", [None, 64])
@@ -46,8 +59,8 @@ def test_blocks_divide_whatever_the_sizes(platform, form, window):
 
 
 def test_wrong_options_are_named():
-    with pytest.raises(UserError, match="'flash' is unknown; choose dense, blockwise or auto"):
-        spec(kernel="flash")
+    with pytest.raises(UserError, match="'flush' is unknown; choose dense, blockwise, flash or auto"):
+        spec(kernel="flush")
     with pytest.raises(UserError, match="block_q=0 must be at least 1"):
         spec(block_q=0)
 
