@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh
 from lcx.attention.context import Strategy, over_devices, over_mesh, resolve_context
 from lcx.attention.local import Kernel, Keys, Local, Queries, forward
 from lcx.attention.merge import Partial, apply_sinks
+from lcx.attention.split_kv import split_kv
 from lcx.attention.tiles import Blocks
 from lcx.attention.ulysses import check_heads
 from lcx.core.batch import Index
@@ -124,11 +125,15 @@ def attend(
     bias_params: Any = None,
     temperature: jax.Array | None = None,
     sinks: jax.Array | None = None,
+    cached: bool = False,
 ) -> jax.Array:
     """One layer's attention from raw (not rotated) queries and keys to `o_BTNH` in q's dtype.
 
     `q_tables` and `k_tables` come from `positions.rotary.tables`. `temperature` is float32 `[B, T]` and multiplies q;
     `sinks` `[N]` enter the denominator once, after the pieces are merged. All arrays but the indices are differentiable.
+
+    `cached`: the keys are the slots of a cache, and on a mesh that splits sequences stay where they are (`attention.split_kv`);
+    there is no gradient then.
     """
     B, T, N, _ = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
@@ -139,7 +144,7 @@ def attend(
     wide = jnp.promote_types(q.dtype, jnp.float32)
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and axis_size(mesh, "sequence") > 1:
-        o, lse = _over_mesh(spec, mesh, queries, keys, bias_params)
+        o, lse = (_over_slots if cached else _over_mesh)(spec, mesh, queries, keys, bias_params)
     else:
         local = _local(spec, B, T, S, N, K, q.dtype)
         run = functools.partial(forward, out_dtype=wide if len(spec.form.pieces) > 1 or sinks is not None else q.dtype)
@@ -177,6 +182,13 @@ def _over_mesh(spec: AttentionSpec, mesh: AbstractMesh, queries: Queries, keys: 
 
     kernel = local(T // pieces, N // mesh.shape["ulysses"], max(1, K // mesh.shape["ulysses"])).kernel
     return over_mesh(mesh, plan, kernel, local, queries, keys, bias_params)
+
+
+def _over_slots(spec: AttentionSpec, mesh: AbstractMesh, queries: Queries, keys: Keys, bias_params: Any) -> Partial:
+    B, T, N, _ = queries.q.shape
+    S, K = keys.k.shape[1:3]
+    local = _local(spec, B, T, S // axis_size(mesh, "sequence"), N, K, queries.q.dtype, None, mesh.size)
+    return split_kv(mesh, local, queries, keys, bias_params)
 
 
 def _tile_dtype(dtype: Any) -> Any:

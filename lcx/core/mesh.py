@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lcx.core.errors import UserError
 
@@ -95,12 +95,18 @@ def partition_spec(logical_axes: Sequence[str | None]) -> PartitionSpec:
     return PartitionSpec(*entries)
 
 
+def fitting_spec(logical_axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """Physical spec of an array of this shape, in which a dimension that the mesh can't split evenly stays whole."""
+    fits = (name is None or size % axis_size(mesh, name) == 0 for name, size in zip(logical_axes, shape, strict=True))
+    return partition_spec([name if fit else None for name, fit in zip(logical_axes, fits, strict=True)])
+
+
 def named_sharding(mesh: Mesh, logical_axes: Sequence[str | None]) -> NamedSharding:
     """Sharding of an array with these logical axes on `mesh`."""
     return NamedSharding(mesh, partition_spec(logical_axes))
 
 
-def axis_size(mesh: Mesh, logical: str) -> int:
+def axis_size(mesh: Mesh | AbstractMesh, logical: str) -> int:
     """Number of pieces into which `mesh` splits a dimension of this logical name."""
     return math.prod(mesh.shape[axis] for axis in RULES.get(logical, ()))
 

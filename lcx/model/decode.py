@@ -1,6 +1,6 @@
-"""Greedy generation with a key-value cache: chunked prefill, then one token at a time.
+"""Greedy generation with a key-value cache: chunked prefill, then one token at a time, on one device or a mesh that is set.
 
-Legend: B batch, T tokens of a chunk, S cache slots, K key-value heads, H head dim, L layers, V vocabulary.
+Legend: B batch, T tokens of a chunk, S cache slots, K key-value heads, H head dim, D model, V vocabulary.
 """
 
 from __future__ import annotations
@@ -8,16 +8,28 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from lcx.attention.dispatch import attend
-from lcx.core.batch import PADDING, Index
-from lcx.core.config import fingerprint
+from lcx.core.batch import Index
 from lcx.core.errors import UserError
 from lcx.core.trees import Tree
+from lcx.model.cache import (
+    Cache,
+    check_chunk,
+    check_room,
+    collect,
+    context_size,
+    deal,
+    empty_cache,
+    keep_placed,
+    scheme_fingerprint,
+    write,
+    write_index,
+)
 from lcx.model.config import Architecture
 from lcx.model.loss import logits
 from lcx.model.transformer import KindContext, cast_params, embed, layers, rms_norm
@@ -25,79 +37,49 @@ from lcx.positions.form import Form, Piece
 from lcx.positions.rotary import rotate, tables
 
 
-@flax.struct.dataclass
-class Cache:
-    """Keys and values `[L, B, S, K, H]` with the index of every slot; empty slots are padding.
-
-    `rotated` says whether keys are stored rotated (schemes of one piece) or raw (schemes of several, which rotate them anew for
-    each piece). `scheme` is the fingerprint of forms and frequencies that the keys were made under.
-    """
-
-    keys: jax.Array
-    values: jax.Array
-    index: Index
-    rotated: bool = flax.struct.field(pytree_node=False)
-    scheme: str = flax.struct.field(pytree_node=False)
-
-
-def empty_cache(arch: Architecture, arrays: Tree, rows: int, slots: int) -> Cache:
-    """A cache for `rows` sequences of up to `slots` tokens."""
-    config = arch.config
-    shape = (config.num_layers, rows, slots, config.num_kv_heads, config.head_dim)
-    # A cache is donated, so every array is a buffer of its own.
-    keys, values = (jnp.zeros(shape, jnp.dtype(config.compute_dtype)) for _ in range(2))
-    order, positions, segments = (jnp.full((rows, slots), PADDING, jnp.int32) for _ in range(3))
-    rotated = all(len(form.pieces) == 1 for _, form in arch.forms)
-    return Cache(keys, values, Index(order, positions, segments), rotated, scheme_fingerprint(arch, arrays))
-
-
-def scheme_fingerprint(arch: Architecture, arrays: Tree) -> str:
-    """Changes with any frequency, piece or constant: keys cached under one fingerprint mean nothing under another."""
-    leaves = jax.tree_util.tree_leaves_with_path(arrays)
-    return fingerprint([[jax.tree_util.keystr(path), np.asarray(leaf).tolist()] for path, leaf in leaves], repr(arch.forms))
-
-
 def extend(params: Tree, arrays: Tree, arch: Architecture, cache: Cache, tokens: jax.Array, index: Index, start: int) -> tuple:
-    """Run a chunk of tokens `[B, T]` that goes into slots `start … start + T`; gives (hidden `[B, T, D]`, cache).
+    """Run a chunk of tokens `[B, T]`, numbers `start … start + T` of their rows; gives (hidden `[B, T, D]`, cache).
 
-    The cache is consumed. Tokens of segment `PADDING` are stored and never seen. Raises `UserError` when the slots do not exist
-    or the cache was made under other frequencies.
+    Under a mesh whose context has n devices (`jax.set_mesh`), T is a multiple of n or at most n. Chunks follow one another and
+    the cache is consumed. Tokens of segment `PADDING` are stored and never seen; keys marked by `index.prefix` are seen by their
+    own chunk and later ones. Raises `UserError` when the slots do not exist, the chunk can't be dealt or the cache was made under
+    other frequencies.
     """
-    slots = cache.keys.shape[2]
-    if start + tokens.shape[1] > slots:
-        raise UserError(f"tokens {start} to {start + tokens.shape[1]} do not fit a cache of {slots} slots; make it longer")
+    check_room(arch, cache, tokens.shape[1], start)
     if cache.scheme != scheme_fingerprint(arch, arrays):
         raise UserError("the cache was filled under other positional frequencies; prefill again under the present ones")
-    return _extend(params, arrays, arch, cache, tokens, index, jnp.int32(start))
+    return _extend(params, arrays, arch, cache, tokens, index, jnp.int32(start), start % context_size())
 
 
-@functools.partial(jax.jit, static_argnames=("arch",), donate_argnames=("cache",))
+@functools.partial(jax.jit, static_argnames=("arch", "turn"), donate_argnames=("cache",))
 def _extend(
-    params: Tree, arrays: Tree, arch: Architecture, cache: Cache, tokens: jax.Array, index: Index, start: jax.Array
+    params: Tree, arrays: Tree, arch: Architecture, cache: Cache, tokens: jax.Array, index: Index, start: jax.Array, turn: int
 ) -> tuple:
+    """`turn`: the device that `start` goes to."""
     params = cast_params(params, arch.config)
-    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
-    slots = jax.tree.map(lambda old, new: write(old, new), cache.index, index)
-    context = {kind: KindContext.build(arch, kind, params, arrays, index) for kind in arch.config.kinds}
-    raw = {} if cache.rotated else {kind: tables(arch.form(kind), arrays[kind], slots.positions) for kind in arch.config.kinds}
+    tokens, index = deal((tokens, index), turn)
+    slots = {kind: write_index(old, index, start) for kind, old in cache.index.items()}
+    context = {kind: KindContext.build(arch, kind, params, arrays, index) for kind in slots}
+    raw = {kind: tables(arch.form(kind), arrays[kind], at.positions) for kind, at in slots.items() if kind not in cache.rotated}
 
-    def cached(kind: str, layer: Tree, state: tuple, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple]:
+    def cached(kind: str, nth: jax.Array | int, layer: Tree, state: tuple, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
         here, spec = context[kind], arch.attention(kind)
-        k_tables = raw.get(kind)
-        if cache.rotated:
+        if kind in cache.rotated:
             k, form = rotate_keys(spec.form, k, here.tables)
-            spec, k_tables = dataclasses.replace(spec, form=form), {}
-        keys, values = write(state[0], k.astype(state[0].dtype)), write(state[1], v.astype(state[1].dtype))
+            spec = dataclasses.replace(spec, form=form)
+        state = tuple({**old, kind: write(old[kind], new, nth, start)} for old, new in zip(state, (k, v), strict=True))
+        keys, values = (jax.lax.dynamic_index_in_dim(x[kind], nth, keepdims=False) for x in state)
         out = attend(
-            spec, q, keys, values, index, slots,
-            q_tables=here.tables, k_tables=k_tables, bias_params=here.bias, temperature=here.temperature,
-            sinks=layer["attention"].get("sinks"),
+            spec, q, keys, values, index, slots[kind],
+            q_tables=here.tables, k_tables=raw.get(kind, {}), bias_params=here.bias, temperature=here.temperature,
+            sinks=layer["attention"].get("sinks"), cached=True,
         )  # fmt: skip
-        return out, (keys, values)
+        return out, state
 
     x = embed(params, arrays, arch, tokens, index.positions)
     x, (keys, values) = layers(params["layers"], x, arch.config, cached, (cache.keys, cache.values))
-    return rms_norm(params["final_norm"], x, arch.config), cache.replace(keys=keys, values=values, index=slots)
+    hidden = collect(rms_norm(params["final_norm"], x, arch.config), turn)
+    return hidden, keep_placed(cache.replace(keys=keys, values=values, index=slots))
 
 
 def rotate_keys(form: Form, k: jax.Array, tables_: Tree) -> tuple[jax.Array, Form]:
@@ -117,20 +99,28 @@ def generate(
 
     `prompts` are int arrays of any lengths ≥ 1; shorter ones are padded on the left, out of sight. `arrays` must be laid out for
     the longest prompt plus `max_new_tokens`. `chunk` tokens are prefilled at a time.
+
+    Under a mesh that is set (`jax.set_mesh`, weights placed on it as in training) rows are split over its batch axes where their
+    number divides, and tokens and cache over its context (`model.cache`), whose size must divide `chunk`; a chunk longer than the
+    longest prompt is cut to it. Raises `UserError` where a number does not fit.
     """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
     lengths = np.array([len(prompt) for prompt in prompts])
     if not len(lengths) or lengths.min() < 1:
         raise UserError("every prompt needs at least one token")
-    chunk = min(chunk, int(lengths.max()))
-    width = -(-int(lengths.max()) // chunk) * chunk
+    if chunk < 1:
+        raise UserError(f"chunk={chunk} must be at least 1")
+    check_chunk("a chunk", chunk)
+    longest = int(lengths.max())
+    chunk = min(chunk, longest if longest <= context_size() else -(-longest // context_size()) * context_size())
+    width = -(-longest // chunk) * chunk
     order = np.broadcast_to(np.arange(width, dtype=np.int32), (len(prompts), width))
     offset = (width - lengths)[:, None].astype(np.int32)
     tokens = np.stack([np.pad(np.asarray(p, np.int32), (width - len(p), 0)) for p in prompts])
     real = order >= offset
     index = Index(jnp.asarray(order), jnp.asarray(np.maximum(order - offset, 0)), jnp.asarray(real.astype(np.int32)))
-    cache = empty_cache(arch, arrays, len(prompts), width + max_new_tokens)
+    cache = empty_cache(arch, arrays, len(prompts), width + max_new_tokens, chunk)
     for start in range(0, width, chunk):
         part = jnp.asarray(tokens[:, start : start + chunk])
         hidden, cache = extend(params, arrays, arch, cache, part, index.slice(start, chunk), start)
@@ -147,4 +137,8 @@ def generate(
 
 @functools.partial(jax.jit, static_argnames=("arch",))
 def _best(params: Tree, hidden: jax.Array, arch: Architecture) -> jax.Array:
-    return jnp.argmax(logits(params, hidden, arch.config), axis=-1).astype(jnp.int32)
+    best = jnp.argmax(logits(params, hidden, arch.config), axis=-1).astype(jnp.int32)
+    if jax.sharding.get_abstract_mesh().empty:
+        return best
+    # On every device of every host: all of them go on from it.
+    return jax.lax.with_sharding_constraint(best, PartitionSpec())

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from lcx.attention.blockwise import SAVED
 from lcx.attention.dispatch import attend
 from lcx.core.batch import Batch, Index
-from lcx.core.mesh import axis_size, partition_spec, target_platform
+from lcx.core.mesh import axis_size, fitting_spec, target_platform
 from lcx.core.trees import Tree, cast
 from lcx.model.config import Architecture, ModelConfig
 from lcx.positions.rotary import tables
@@ -47,9 +47,10 @@ INPUT = "layer input"
 Norm = Callable[[jax.Array], jax.Array]
 
 Attend = Callable[..., tuple[jax.Array, Tree]]
-"""`(kind, layer, state, q_BTNH, k_BTKH, v_BTKH) -> (o_BTNH, state)`: how a layer's queries meet keys.
+"""`(kind, nth, layer, state, q_BTNH, k_BTKH, v_BTKH) -> (o_BTNH, state)`: how a layer's queries meet keys.
 
-`state` is the layer's slice of what `layers` was given to carry: nothing in training, its cache in decoding.
+The layer is the `nth` of its kind (an int or int32 scalar). `state` is what `layers` carries from layer to layer: nothing in
+training, the whole cache in decoding.
 """
 
 
@@ -63,7 +64,9 @@ def hidden(params: Tree, arrays: Tree, arch: Architecture, batch: Batch) -> jax.
     index = batch.index
     context = {kind: KindContext.build(arch, kind, params, arrays, index) for kind in arch.config.kinds}
 
-    def local(kind: str, layer: Tree, state: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+    def local(
+        kind: str, nth: jax.Array | int, layer: Tree, state: None, q: jax.Array, k: jax.Array, v: jax.Array
+    ) -> tuple[jax.Array, None]:
         here = context[kind]
         out = attend(
             arch.attention(kind), q, k, v, index, index,
@@ -118,25 +121,27 @@ def embed(params: Tree, arrays: Tree, arch: Architecture, tokens: jax.Array, pos
 def layers(stacked: Tree, x: jax.Array, config: ModelConfig, attend_: Attend, state: Tree = None) -> tuple[jax.Array, Tree]:
     """Run all layers over `x` `[B, T, D]`: a scan over whole periods of the pattern, the rest unrolled.
 
-    `state`, stacked `[L, ...]` like the weights, is handed to `attend_` layer by layer and comes back as it left it.
+    `state` goes through `attend_` from layer to layer, as a carry of the scan: what changes in it is written in place.
     """
     period = len(config.pattern)
     whole = config.num_layers // period
     policy = config.remat if config.remat != "auto" else "attention" if x.shape[1] >= LONG else "none"
     step = remat(functools.partial(_period, config=config, attend_=attend_), policy)
-    given, results, done = (stacked, state), [], 0
+    carry, done = (x, state), 0
     if whole > 1:
         done = whole * period
-        grouped = jax.tree.map(lambda w: w[:done].reshape(whole, period, *w.shape[1:]), given)
+        grouped = jax.tree.map(lambda w: w[:done].reshape(whole, period, *w.shape[1:]), stacked)
         unroll = config.layer_unroll or (CPU_UNROLL if policy == "none" and target_platform() == "cpu" else 1)
-        x, states = jax.lax.scan(lambda x, group: step(x, group, kinds=config.pattern), x, grouped, unroll=min(whole, unroll))
-        results.append(jax.tree.map(lambda w: w.reshape(done, *w.shape[2:]), states))
+
+        def turn(carry: tuple, group: tuple) -> tuple:
+            return step(carry, group, kinds=config.pattern), None
+
+        carry, _ = jax.lax.scan(turn, carry, (grouped, jnp.arange(whole, dtype=jnp.int32)), unroll=min(whole, unroll))
     for start in range(done, config.num_layers, period):
         kinds = config.pattern[: config.num_layers - start]
-        rest = jax.tree.map(functools.partial(_slice, start=start, size=len(kinds)), given)
-        x, states = step(x, rest, kinds=kinds)
-        results.append(states)
-    return x, results[0] if len(results) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *results)
+        rest = jax.tree.map(functools.partial(_slice, start=start, size=len(kinds)), stacked)
+        carry = step(carry, (rest, start // period), kinds=kinds)
+    return carry
 
 
 def _slice(w: jax.Array, *, start: int, size: int) -> jax.Array:
@@ -144,7 +149,7 @@ def _slice(w: jax.Array, *, start: int, size: int) -> jax.Array:
 
 
 def remat(step: Callable[..., Any], policy: str) -> Callable[..., Any]:
-    """`step(x, group, kinds=...)` with what it saves for the backward pass chosen by name (`ModelConfig.remat`)."""
+    """`step(carry, group, kinds=...)` with what it saves for the backward pass chosen by name (`ModelConfig.remat`)."""
     if policy == "none":
         return step
     policies = {
@@ -158,17 +163,17 @@ def remat(step: Callable[..., Any], policy: str) -> Callable[..., Any]:
             offload_dst="pinned_host",
         ),
     }
-    return lambda x, group, kinds: jax.checkpoint(functools.partial(step, kinds=kinds), policy=policies[policy])(x, group)
+    return lambda carry, group, kinds: jax.checkpoint(functools.partial(step, kinds=kinds), policy=policies[policy])(carry, group)
 
 
-def _period(x: jax.Array, group: Tree, *, kinds: tuple[str, ...], config: ModelConfig, attend_: Attend) -> tuple[jax.Array, Tree]:
-    states = []
+def _period(carry: tuple, group: tuple, *, kinds: tuple[str, ...], config: ModelConfig, attend_: Attend) -> tuple:
+    (x, state), (weights, turn) = carry, group
     x = checkpoint_name(x, INPUT)
     for i, kind in enumerate(kinds):
-        layer, state = jax.tree.map(lambda w, i=i: w[i], group)
-        x, state = block(layer, x, config, functools.partial(attend_, kind, layer, state))
-        states.append(state)
-    return x, jax.tree.map(lambda *parts: jnp.stack(parts), *states)
+        layer = jax.tree.map(lambda w, i=i: w[i], weights)
+        nth = turn * config.pattern.count(kind) + kinds[:i].count(kind)
+        x, state = block(layer, x, config, functools.partial(attend_, kind, nth, layer, state))
+    return x, state
 
 
 def block(layer: Tree, x: jax.Array, config: ModelConfig, attend_: Callable[..., tuple]) -> tuple[jax.Array, Tree]:
@@ -322,10 +327,12 @@ def rms_norm(params: Tree, x: jax.Array, config: ModelConfig) -> jax.Array:
 
 
 def constrain(x: jax.Array) -> jax.Array:
-    """Pin activations `[B, T, ...]` to rows × sequence of the mesh that is set; without one, nothing happens."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Pin activations `[B, T, ...]` to rows × sequence of the mesh that is set, where they divide; without one, nothing happens."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(("batch", "sequence", *(None,) * (x.ndim - 2))))
+    axes = ("batch", "sequence", *(None,) * (x.ndim - 2))
+    return jax.lax.with_sharding_constraint(x, fitting_spec(axes, x.shape, mesh))
 
 
 def describe(config: ModelConfig, num_parameters: int) -> dict[str, Any]:

@@ -65,18 +65,21 @@ def test_scan_over_periods_equals_single_layers():
     params, arrays, arch = build(dataclasses.replace(TINY, num_layers=5), POSITIONS)
     x = jax.random.normal(jax.random.key(1), (2, T, 32))
 
-    def attend(kind, layer, state, q, k, v):
-        # Told apart by kind and by layer, so that a wrong order or a wrong kind shows.
-        return q * (2.0 if kind == "local" else 0.5) + state, state + 1
+    seen = {"local": 10.0, "global": 20.0}
 
-    states = jnp.arange(5.0)
-    together, after = layers(params["layers"], x, arch.config, attend, states)
+    def attend(kind, nth, layer, state, q, k, v):
+        # Told apart by kind and by number, so that a wrong order or a wrong kind shows.
+        met, i = state
+        return q * (2.0 if kind == "local" else 0.5) + seen[kind] + nth + i, (met.at[i].set(seen[kind] + nth), i + 1)
+
+    together, after = layers(params["layers"], x, arch.config, attend, (jnp.zeros(5), 0))
+    np.testing.assert_array_equal(after[0], [10, 20, 11, 21, 12])
     apart = x
     for i, kind in enumerate(arch.config.layer_kinds):
         one = dataclasses.replace(arch.config, num_layers=1, pattern=(kind,))
-        apart, _ = layers(jax.tree.map(lambda w, i=i: w[i : i + 1], params["layers"]), apart, one, attend, states[i : i + 1])
+        weights = jax.tree.map(lambda w, i=i: w[i : i + 1], params["layers"])
+        apart, _ = layers(weights, apart, one, lambda *args, i=i: attend(args[0], i // 2, args[2], (jnp.zeros(5), i), *args[4:]))
     np.testing.assert_allclose(together, apart, rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(after, states + 1)
 
 
 @pytest.mark.parametrize(

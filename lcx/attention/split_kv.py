@@ -1,0 +1,68 @@
+"""Split-KV attention: the slots of a key-value cache are split over devices, every device sees all the queries.
+
+Each device runs the kernel over its own keys, and the partial results are joined by their log-sum-exp (Flash-Decoding, 2023;
+over devices: tree attention, arXiv 2408.04093). The queries of a chunk are few and the keys of a long cache many: so queries and
+results travel, T·N·H numbers each way, and the S·K·H of keys and values never do.
+
+To be called under the mesh. Forward only: that is what decoding needs. Legend: B batch, T queries, S slots, N heads, K KV heads,
+H head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from lcx.attention.local import Keys, Local, Queries, forward
+from lcx.attention.merge import Partial
+from lcx.core.mesh import RULES, axis_size
+
+AXES = RULES["sequence"]
+
+
+def split_kv(mesh: AbstractMesh, local: Local, queries: Queries, keys: Keys, bias_params: Any) -> Partial:
+    """`(o_BTNH, lse_BTN)` in float32 or wider of the queries over the slots of all devices of the mesh's sequence axes.
+
+    `local` is what is static for all T queries over S / n slots. Any dealing of tokens to slots is right: the index says who a slot
+    is. T that divides by n comes in and goes out split over the same axes; any other T (a decoded token) whole, on every device.
+    """
+    spread = queries.q.shape[1] % axis_size(mesh, "sequence") == 0
+    wide = jnp.promote_types(queries.q.dtype, jnp.float32)
+
+    def run(queries: Queries, keys: Keys, bias_params: Any) -> Partial:
+        if spread:
+            queries = jax.tree.map(lambda x: jax.lax.all_gather(x, AXES, axis=1, tiled=True), queries)
+        return merge_over(AXES, forward(local, queries, keys, bias_params, wide), spread)
+
+    split, whole = PartitionSpec(None, AXES), PartitionSpec()
+    at_queries = split if spread else whole
+    run = jax.shard_map(
+        run, mesh=mesh, in_specs=(at_queries, split, whole), out_specs=at_queries, axis_names=set(AXES), check_vma=False
+    )
+    return run(queries, keys, bias_params)
+
+
+def merge_over(axes: tuple[str, ...], part: Partial, scatter: bool) -> Partial:
+    """The attention over the keys of all devices of `axes` from each one's part; inside `jax.shard_map`.
+
+    o' = Σ o·e^(l−m) / Σ e^(l−m) and l' = m + log Σ e^(l−m) with m = max l. With `scatter` every device gets its own share of T,
+    else all of it. A row that is empty everywhere stays o = 0, lse = -inf.
+    """
+    o, lse = part
+    top = jax.lax.pmax(lse, axes)
+    # As in `merge`: an empty part has weight 0 by selection, and an empty row no difference of infinities.
+    top = jnp.where(jnp.isneginf(top), 0.0, top)
+    weight = jnp.where(jnp.isneginf(lse), 0.0, jnp.exp(jnp.where(jnp.isneginf(lse), 0.0, lse) - top))
+    o = o.astype(weight.dtype) * weight[..., None]
+    if scatter:
+        share = weight.shape[1] // jax.lax.axis_size(axes)
+        top = jax.lax.dynamic_slice_in_dim(top, jax.lax.axis_index(axes) * share, share, axis=1)
+        o, weight = (jax.lax.psum_scatter(x, axes, scatter_dimension=1, tiled=True) for x in (o, weight))
+    else:
+        o, weight = jax.lax.psum((o, weight), axes)
+    empty = weight == 0.0
+    total = jnp.where(empty, 1.0, weight)
+    return o / total[..., None], jnp.where(empty, -jnp.inf, top + jnp.log(total))

@@ -1,0 +1,216 @@
+"""The key-value cache: slots shared by the devices of a context, as many as each kind of layer needs.
+
+The dealing: a row's tokens are counted from 0, padding included. Of the n devices that share the sequence, number s goes to device
+s % n, there into slot s // n. So whatever the chunks, every device has its share of each chunk, of each window and of the decoded
+tokens, which go round in turn. A chunk comes in dealt the same way (`deal`): each device writes its own tokens into its own slots,
+and none travels. Masks compare `order`, which travels with the slots, never a slot's number.
+
+Layers under a window of w tokens, visited by chunks of at most T, keep w - 1 + T slots (rounded up to the devices) as a ring:
+number s overwrites number s - slots, which then has left the window of every query to come, the chunk's first included. That takes
+a row's `order` to advance by at least one a number, as it does where both are the place in the row. A mask with a prefix sees
+marked keys beyond any window: its layers keep all slots.
+
+Legend: B batch, T tokens of a chunk, S slots, K key-value heads, H head dim, L layers of a kind, n devices.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lcx.attention.layout import arrange, restore
+from lcx.attention.split_kv import AXES
+from lcx.core.batch import PADDING, Index
+from lcx.core.config import fingerprint
+from lcx.core.errors import UserError
+from lcx.core.mesh import axis_size, fitting_spec, multiples
+from lcx.core.trees import Tree
+from lcx.model.config import Architecture
+
+
+@flax.struct.dataclass
+class Cache:
+    """By layer kind: keys and values `[L, B, S, K, H]` in the compute dtype, with the index `[B, S]` of every slot.
+
+    Empty slots are padding. `slots` is how many tokens of a row there is room for. `rotated` names the kinds whose keys are stored
+    rotated (schemes of one piece); the others' are raw, and rotated anew for each piece. `scheme` is the fingerprint of forms and
+    frequencies that the keys were made under.
+    """
+
+    keys: dict[str, jax.Array]
+    values: dict[str, jax.Array]
+    index: dict[str, Index]
+    slots: int = flax.struct.field(pytree_node=False)
+    rotated: tuple[str, ...] = flax.struct.field(pytree_node=False)
+    scheme: str = flax.struct.field(pytree_node=False)
+
+
+def context_size() -> int:
+    """Devices that share a sequence on the mesh that is set; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else axis_size(mesh, "sequence")
+
+
+def slots_of(arch: Architecture, kind: str, slots: int, chunk: int) -> int:
+    """Slots that layers of a kind need for rows of `slots` tokens that come in chunks of at most `chunk`."""
+    mask, size = arch.attention(kind).mask, context_size()
+    ring = mask.causal and mask.window is not None and not mask.prefix
+    needed = min(slots, mask.window - 1 + chunk) if ring else slots
+    return -(-needed // size) * size
+
+
+def empty_cache(arch: Architecture, arrays: Tree, rows: int, slots: int, chunk: int | None = None) -> Cache:
+    """A cache for `rows` sequences of up to `slots` tokens, made in place on the mesh that is set.
+
+    `chunk` is the most tokens that will be added at a time (None: any number); the smaller, the fewer slots a window takes.
+    """
+    config, counted = arch.config, arch.config.layer_kinds.count
+
+    def shape(kind: str) -> tuple[int, ...]:
+        return counted(kind), rows, slots_of(arch, kind, slots, chunk or slots), config.num_kv_heads, config.head_dim
+
+    # A cache is donated, so every array is a buffer of its own.
+    def heads() -> dict[str, jax.Array]:
+        return {kind: _full(_HEADS, shape(kind), 0, jnp.dtype(config.compute_dtype)) for kind in config.kinds}
+
+    def index(kind: str) -> Index:
+        count = 4 if arch.attention(kind).mask.prefix else 3
+        return Index(*(_full(_SLOTS, shape(kind)[1:3], PADDING, jnp.int32) for _ in range(count)))
+
+    rotated = tuple(kind for kind, form in arch.forms if len(form.pieces) == 1)
+    return Cache(heads(), heads(), {kind: index(kind) for kind in config.kinds}, slots, rotated, scheme_fingerprint(arch, arrays))
+
+
+_HEADS = (None, "batch", "sequence", "kv_heads", None)
+_SLOTS = ("batch", "sequence")
+
+
+def _full(axes: tuple[str | None, ...], shape: tuple[int, ...], value: int, dtype: Any) -> jax.Array:
+    if jax.sharding.get_abstract_mesh().empty:
+        return jnp.full(shape, value, dtype)
+    mesh = jax.sharding.get_mesh()
+    return jnp.full(shape, value, dtype, device=NamedSharding(mesh, fitting_spec(axes, shape, mesh)))
+
+
+def keep_placed(cache: Cache) -> Cache:
+    """The cache pinned to where `empty_cache` put it, so that a donated one is written in place."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return cache
+
+    def pin(x: jax.Array) -> jax.Array:
+        axes = _HEADS if x.ndim == len(_HEADS) else _SLOTS
+        return jax.lax.with_sharding_constraint(x, fitting_spec(axes, x.shape, mesh))
+
+    return jax.tree.map(pin, cache)
+
+
+def scheme_fingerprint(arch: Architecture, arrays: Tree) -> str:
+    """Changes with any frequency, piece or constant: keys cached under one fingerprint mean nothing under another."""
+    leaves = jax.tree_util.tree_leaves_with_path(arrays)
+    return fingerprint([[jax.tree_util.keystr(path), np.asarray(leaf).tolist()] for path, leaf in leaves], repr(arch.forms))
+
+
+def check_room(arch: Architecture, cache: Cache, tokens: int, start: int) -> None:
+    """Raises `UserError` when `tokens` tokens from number `start` on can't be dealt, or there are no slots for them."""
+    check_chunk("a chunk", tokens)
+    if start + tokens > cache.slots:
+        raise UserError(f"tokens {start} to {start + tokens} do not fit a cache of {cache.slots} slots; make it longer")
+    for kind, keys in cache.keys.items():
+        needed = slots_of(arch, kind, cache.slots, tokens)
+        if keys.shape[2] < needed:
+            raise UserError(
+                f"a chunk of {tokens} tokens needs {needed} slots in {kind!r} layers, whose window of {arch.config.window} has "
+                f"{keys.shape[2]} in this cache; make it with chunk={tokens}"
+            )
+
+
+def check_chunk(what: str, tokens: int) -> None:
+    """Raises `UserError` naming the nearest sizes when `tokens` tokens can't be dealt to the devices of the context.
+
+    Fewer tokens than devices (decoded ones) are computed by all of them.
+    """
+    size = context_size()
+    if tokens > size and tokens % size:
+        raise UserError(
+            f"{what} of {tokens} tokens does not divide over the context of {size} devices; nearest: {multiples(tokens, size)}"
+        )
+
+
+def deal(tree: Any, start: int) -> Any:
+    """Arrays `[B, T, ...]` of tokens `start …` in row order, so that a plain split along T gives each device those of its slots."""
+    size = context_size()
+
+    def one(x: jax.Array) -> jax.Array:
+        return jnp.roll(arrange(x, "striped", size), start % size * (x.shape[1] // size), axis=1)
+
+    return tree if size == 1 or _few(tree, size) else jax.tree.map(one, tree)
+
+
+def collect(x: jax.Array, start: int) -> jax.Array:
+    """The inverse of `deal`, for results `[B, T, ...]`."""
+    size = context_size()
+    if size == 1 or _few(x, size):
+        return x
+    return restore(jnp.roll(x, -(start % size) * (x.shape[1] // size), axis=1), "striped", size)
+
+
+def _few(tree: Any, size: int) -> bool:
+    return jax.tree.leaves(tree)[0].shape[1] % size != 0
+
+
+def write(old: jax.Array, new: jax.Array, layer: jax.Array | int, start: jax.Array) -> jax.Array:
+    """`new` `[B, T, ...]`, dealt, as tokens `start …` of layer `layer` of `old` `[L, B, S, ...]`."""
+    mesh, size = jax.sharding.get_abstract_mesh(), context_size()
+    new = new.astype(old.dtype)
+    if size == 1:
+        return _put(old, new, layer, start, True)
+    count = new.shape[1]
+    spread = count % size == 0
+
+    def run(old: jax.Array, new: jax.Array, layer: jax.Array, start: jax.Array) -> jax.Array:
+        first = (jax.lax.axis_index(AXES) - start) % size
+        if not spread:
+            new = jax.lax.dynamic_slice_in_dim(new, jnp.minimum(first, count - 1), 1, axis=1)
+        return _put(old, new, layer, (start + first) // size, spread | (first < count))
+
+    slots, whole = PartitionSpec(None, None, AXES), PartitionSpec()
+    tokens = PartitionSpec(None, AXES) if spread else whole
+    run = jax.shard_map(
+        run, mesh=mesh, in_specs=(slots, tokens, whole, whole), out_specs=slots, axis_names=set(AXES), check_vma=False
+    )
+    return run(old, new, jnp.int32(layer), start)
+
+
+def write_index(old: Index, new: Index, start: jax.Array) -> Index:
+    """As `write`, for the index of a kind's slots; without `new.prefix` no key is marked."""
+    unmarked = jnp.zeros_like(new.order) if new.prefix is None else new.prefix
+    new = new.replace(prefix=None if old.prefix is None else unmarked, layout=old.layout)
+    return jax.tree.map(lambda old, new: write(old[None], new, 0, start)[0], old, new)
+
+
+def _put(old: jax.Array, new: jax.Array, layer: jax.Array | int, at: jax.Array, mine: jax.Array | bool) -> jax.Array:
+    """`new` `[B, T, ...]` into slots `at …` of a layer of `old` `[L, B, S, ...]`, round the end if need be; if it is `mine` at all.
+
+    Two plain updates, before the end and after it: a scatter would go token by token.
+    """
+    size, slots = new.shape[1], old.shape[2]
+    at = at % slots
+
+    def place(old: jax.Array, first: jax.Array | int, shift: jax.Array) -> jax.Array:
+        """Token i into slot `first + shift + i`, as far as that is one of the T slots from `first` on."""
+        where = (layer, 0, first, *(0,) * (old.ndim - 3))
+        before = jax.lax.dynamic_slice(old, where, (1, *new.shape))
+        token = jnp.arange(size, dtype=jnp.int32) - shift
+        here = ((token >= 0) & (token < size) & mine).reshape(1, 1, size, *(1,) * (old.ndim - 3))
+        turned = new if size == 1 else jnp.roll(new, shift, axis=1)
+        return jax.lax.dynamic_update_slice(old, jnp.where(here, turned[None], before), where)
+
+    start = jnp.minimum(at, slots - size)
+    old = place(old, start, at - start)
+    return old if size == 1 else place(old, 0, at - slots)
