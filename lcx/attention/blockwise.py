@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -84,11 +84,9 @@ def blockwise(
 
 def blockwise_backward(
     q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
     q_index: Index,
-    k_index: Index,
     mask: Mask,
+    kv_heads: int,
     *,
     bias: Bias | None = None,
     bias_params: Any = None,
@@ -98,13 +96,15 @@ def blockwise_backward(
     tile_dtype: Any = None,
     whole: Partial,
     cotangent: Partial,
-) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
-    """Gradients `(dq, dk, dv, dbias_params)`, float32 or wider, that go through these keys.
+) -> Callable[[jax.Array, jax.Array, Index], tuple[jax.Array, jax.Array, jax.Array, Any]]:
+    """The pull-back to any keys: `(k_BSKH, v_BSKH, k_index)` -> `(dq, dk, dv, dbias_params)`, float32 or wider.
 
-    `whole` is (o, lse) of the queries over all their keys, of which these may be a part; `cotangent` is its cotangent.
+    `whole` is (o, lse) of the queries over all their keys, of which those may be a part; `cotangent` is its cotangent. What belongs
+    to the queries is laid out in tiles here, once, however many keys pass by.
     """
     rule = _rule(mask, bias, scale, softcap, blocks, tile_dtype or q_BTNH.dtype, whole[0].dtype)
-    return _backward(rule, (q_BTNH, k_BSKH, v_BSKH, q_index, k_index, bias_params, *whole), cotangent)
+    queries = _lay_out(rule, q_BTNH, q_index, kv_heads, whole, cotangent)
+    return functools.partial(_backward, rule, queries, q_BTNH.shape, bias_params)
 
 
 def _rule(mask, bias, scale, softcap, blocks, tile_dtype, out_dtype) -> _Rule:
@@ -122,8 +122,9 @@ def _attend_fwd(rule, q, k, v, q_index, k_index, bias_params):
 
 
 def _attend_bwd(rule, residuals, cotangents):
-    q, k, v, q_index, k_index, bias_params, _, _ = residuals
-    dq, dk, dv, dbias = _backward(rule, residuals, cotangents)
+    q, k, v, q_index, k_index, bias_params, *whole = residuals
+    queries = _lay_out(rule, q, q_index, k.shape[2], whole, cotangents)
+    dq, dk, dv, dbias = _backward(rule, queries, q.shape, bias_params, k, v, k_index)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, _like(dbias, bias_params)
 
 
@@ -170,18 +171,21 @@ def _walk(rule: _Rule, q_index: Index, k_bounds: Bounds, tile: Callable, carry: 
     return jax.lax.fori_loop(whole, end, lambda i, c: tile(True, order[i], c), carry)
 
 
-def _fold_all(rule: _Rule, q, k, v, q_index, k_index):
-    K = k.shape[2]
-    at_q, at_k = (functools.partial(fold, block=b, blocks=rule.blocks, kv_heads=K) for b in (rule.blocks.q, rule.blocks.k))
+def _fold_queries(rule: _Rule, q, q_index, kv_heads):
     q = q.astype(rule.tile_dtype)
-    q, k, v = at_q(q * rule.scale if rule.prescaled else q), at_k(k.astype(rule.tile_dtype)), at_k(v.astype(rule.tile_dtype))
-    q_index = fold_index(q_index, rule.blocks.q, rule.blocks, K)
-    k_index = fold_index(k_index, rule.blocks.k, rule.blocks, K)
-    return at_q, q, k, v, q_index, k_index
+    q = fold(q * rule.scale if rule.prescaled else q, rule.blocks.q, rule.blocks, kv_heads)
+    return q, fold_index(q_index, rule.blocks.q, rule.blocks, kv_heads)
+
+
+def _fold_keys(rule: _Rule, k, v, k_index):
+    kv_heads = k.shape[2]
+    k, v = (fold(x.astype(rule.tile_dtype), rule.blocks.k, rule.blocks, kv_heads) for x in (k, v))
+    return k, v, fold_index(k_index, rule.blocks.k, rule.blocks, kv_heads)
 
 
 def _forward(rule: _Rule, q_BTNH, k_BSKH, v_BSKH, q_index, k_index, bias_params):
-    _, q, k, v, q_index, k_index = _fold_all(rule, q_BTNH, k_BSKH, v_BSKH, q_index, k_index)
+    q, q_index = _fold_queries(rule, q_BTNH, q_index, k_BSKH.shape[2])
+    k, v, k_index = _fold_keys(rule, k_BSKH, v_BSKH, k_index)
 
     def group(args):
         q, kT, v, q_index, k_index = args
@@ -217,19 +221,33 @@ def _forward(rule: _Rule, q_BTNH, k_BSKH, v_BSKH, q_index, k_index, bias_params)
     return o, unfold(lse, rule.blocks.q, rule.blocks, (*q_BTNH.shape[:3], 1))[..., 0]
 
 
-def _backward(rule: _Rule, residuals, cotangents):
-    q_BTNH, k_BSKH, v_BSKH, q_index, k_index, bias_params, o, lse = residuals
-    do, dlse = cotangents
-    at_q, q, k, v, q_index, k_index = _fold_all(rule, q_BTNH, k_BSKH, v_BSKH, q_index, k_index)
+class _QueryTiles(NamedTuple):
+    """What the backward pass needs of the queries, in tiles."""
+
+    q: jax.Array
+    do: jax.Array
+    lse: jax.Array
+    delta: jax.Array
+    index: Index
+
+
+def _lay_out(rule: _Rule, q_BTNH, q_index, kv_heads: int, whole: Partial, cotangent: Partial) -> _QueryTiles:
+    (o, lse), (do, dlse) = whole, cotangent
+    at_q = functools.partial(fold, block=rule.blocks.q, blocks=rule.blocks, kv_heads=kv_heads)
     # d logits = p · (dp − D) with D = rowsum(do · o) − dlse; a row that saw nothing gets p = exp(−huge) = 0.
     delta = jnp.sum(do.astype(rule.wide) * o.astype(rule.wide), axis=-1) - dlse
     lse = jnp.where(jnp.isneginf(lse), -MASKED, lse)
     delta, lse = at_q(delta[..., None])[..., 0], at_q(lse[..., None])[..., 0]
-    do = at_q(do.astype(rule.tile_dtype))
+    q, q_index = _fold_queries(rule, q_BTNH, q_index, kv_heads)
+    return _QueryTiles(q, at_q(do.astype(rule.tile_dtype)), lse, delta, q_index)
+
+
+def _backward(rule: _Rule, queries: _QueryTiles, q_shape: tuple[int, ...], bias_params, k_BSKH, v_BSKH, k_index):
+    k, v, k_index = _fold_keys(rule, k_BSKH, v_BSKH, k_index)
     zero_bias = jax.tree.map(lambda x: jnp.zeros(x.shape, rule.wide), bias_params)
 
     def group(dbias, args):
-        q, do, lse, delta, k, v, q_index, k_index = args
+        queries, k, v, k_index = args
         kT, vT, k_bounds = _turn(k), _turn(v), block_bounds(k_index)
 
         def query_block(carry, args):
@@ -254,11 +272,11 @@ def _backward(rule: _Rule, residuals, cotangents):
             return tuple(carry), dq
 
         start = (jnp.zeros(kT.shape, rule.wide), jnp.zeros(kT.shape, rule.wide), dbias)
-        (dkT, dvT, dbias), dq = jax.lax.scan(query_block, start, (q, do, lse, delta, q_index))
+        (dkT, dvT, dbias), dq = jax.lax.scan(query_block, start, queries)
         return dbias, (dq * rule.scale, _turn(dkT) * (1.0 if rule.prescaled else rule.scale), _turn(dvT))
 
-    dbias, (dq, dk, dv) = jax.lax.scan(group, zero_bias, (q, do, lse, delta, k, v, q_index, k_index))
-    dq = unfold(dq, rule.blocks.q, rule.blocks, q_BTNH.shape)
+    dbias, (dq, dk, dv) = jax.lax.scan(group, zero_bias, (queries, k, v, k_index))
+    dq = unfold(dq, rule.blocks.q, rule.blocks, q_shape)
     dk, dv = (unfold(x, rule.blocks.k, rule.blocks, k_BSKH.shape) for x in (dk, dv))
     return dq, dk, dv, dbias
 

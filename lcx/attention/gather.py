@@ -42,8 +42,10 @@ def _gather_forward(local: Local, axis: str, slices: int, queries: Queries, keys
 def _gather_backward(local: Local, axis: str, slices: int, saved: tuple, cotangent: Partial) -> tuple:
     queries, keys, bias_params, whole = saved
 
+    pull = backward(local, queries, keys.k.shape[2], bias_params, whole, cotangent)
+
     def part(state: tuple, keys: Keys) -> tuple[tuple, list]:
-        dq, *dkv, dbias = backward(local, queries, _everybodys(axis, keys), bias_params, whole, cotangent)
+        dq, *dkv, dbias = pull(_everybodys(axis, keys))
         dkv = [jax.lax.psum_scatter(x, axis, scatter_dimension=1, tiled=True) for x in dkv]
         return jax.tree.map(jnp.add, state, (dq, dbias)), dkv
 

@@ -89,22 +89,30 @@ def forward(local: Local, queries: Queries, keys: Keys, bias_params: Any, out_dt
     return functools.reduce(merge, parts)
 
 
-def backward(local: Local, queries: Queries, keys: Keys, bias_params: Any, whole: Partial, cotangent: Partial) -> tuple[Any, ...]:
-    """Gradients `(dq, dk, dv, dbias_params)` that go through these keys, float32 or wider.
+def backward(
+    local: Local, queries: Queries, kv_heads: int, bias_params: Any, whole: Partial, cotangent: Partial
+) -> Callable[[Keys], tuple[Any, ...]]:
+    """The pull-back to any keys: it gives the gradients `(dq, dk, dv, dbias_params)` that go through them, float32 or wider.
 
-    `whole` is (o, lse) of the queries over all their keys, wherever those are, and `cotangent` that of `whole`.
+    `whole` is (o, lse) of the queries over all their keys, wherever those are, and `cotangent` that of `whole`. What belongs to the
+    queries is done here, once, however many keys pass by.
     """
-    total = None
+    ready = []
     for piece in local.form.pieces:
         q, pull_q = jax.vjp(lambda x, piece=piece: _turned(x, piece.q_phase, queries.tables, local.form), _wide(queries.q))
-        k, pull_k = jax.vjp(lambda x, piece=piece: _turned(x, piece.k_phase, keys.tables, local.form), _wide(keys.k))
-        q, k = q.astype(queries.q.dtype), k.astype(keys.k.dtype)
-        dq, dk, dv, dbias = _pull(local)(
-            q, k, keys.v, queries.index, keys.index, _mask(local, piece), bias_params=bias_params, whole=whole, cotangent=cotangent
-        )
-        part = (*pull_q(dq), *pull_k(dk), dv, dbias)
-        total = part if total is None else jax.tree.map(jnp.add, total, part)
-    return total
+        q, mask = q.astype(queries.q.dtype), _mask(local, piece)
+        ready.append((piece, pull_q, _pull(local, q, queries.index, mask, kv_heads, bias_params, whole, cotangent)))
+
+    def over(keys: Keys) -> tuple[Any, ...]:
+        total = None
+        for piece, pull_q, pull in ready:
+            k, pull_k = jax.vjp(lambda x, piece=piece: _turned(x, piece.k_phase, keys.tables, local.form), _wide(keys.k))
+            dq, dk, dv, dbias = pull(k.astype(keys.k.dtype), keys.v, keys.index)
+            part = (*pull_q(dq), *pull_k(dk), dv, dbias)
+            total = part if total is None else jax.tree.map(jnp.add, total, part)
+        return total
+
+    return over
 
 
 def nothing_seen(queries: Queries) -> Partial:
@@ -152,12 +160,15 @@ def _kernel(local: Local, out_dtype: Any) -> Callable[..., Partial]:
     return functools.partial(blockwise, blocks=local.blocks, tile_dtype=local.tile_dtype, out_dtype=out_dtype, **local.options)
 
 
-def _pull(local: Local) -> Callable[..., tuple[Any, ...]]:
-    if local.kernel == "dense":
-        return functools.partial(_dense_backward, local)
-    if local.kernel == "flash":
-        return functools.partial(_flash_backward, local)
-    return functools.partial(blockwise_backward, blocks=local.blocks, tile_dtype=local.tile_dtype, **local.options)
+def _pull(
+    local: Local, q: jax.Array, q_index: Index, mask: Mask, kv_heads: int, bias_params: Any, whole: Partial, cotangent: Partial
+) -> Callable[[jax.Array, jax.Array, Index], tuple[Any, ...]]:
+    options = {"bias_params": bias_params, "whole": whole, "cotangent": cotangent}
+    if local.kernel == "blockwise":
+        options |= {"blocks": local.blocks, "tile_dtype": local.tile_dtype, **local.options}
+        return blockwise_backward(q, q_index, mask, kv_heads, **options)
+    kernel = _flash_backward if local.kernel == "flash" else _dense_backward
+    return lambda k, v, k_index: kernel(local, q, k, v, q_index, k_index, mask, **options)
 
 
 def _flash(local: Local, *args, bias_params, **options) -> Partial:

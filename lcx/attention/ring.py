@@ -66,6 +66,7 @@ def _ring_forward(local: Local, axis: str, hops: Hops, queries: Queries, keys: K
 def _ring_backward(local: Local, axis: str, hops: Hops, saved: tuple, cotangent: Partial) -> tuple:
     queries, keys, bias_params, whole = saved
     wide = whole[0].dtype
+    pull = backward(local, queries, keys.k.shape[2], bias_params, whole, cotangent)
 
     def part(state: tuple, keys: Keys) -> tuple[tuple, tuple]:
         dkv = None
@@ -74,9 +75,10 @@ def _ring_backward(local: Local, axis: str, hops: Hops, saved: tuple, cotangent:
             def visit(state: tuple, here: Keys, following: Any, shift: int = shift) -> tuple[tuple, Any]:
                 dq, dbias, pending = state
                 arrived = _send(axis, shift, pending)
-                dq_part, *dkv_part, dbias_part = backward(local, queries, here, bias_params, whole, cotangent)
-                following, arrived, dkv_part = jax.lax.optimization_barrier((following, arrived, tuple(dkv_part)))
-                dkv = jax.tree.map(lambda a, b: a + b.astype(wide), arrived, dkv_part)
+                # All parts: a kernel that is left out may run after the transfers are done, with nothing to hide.
+                following, arrived, parts = jax.lax.optimization_barrier((following, arrived, pull(here)))
+                dq_part, *dkv_part, dbias_part = parts
+                dkv = jax.tree.map(lambda a, b: a + b.astype(wide), arrived, tuple(dkv_part))
                 return (dq + dq_part, jax.tree.map(jnp.add, dbias, dbias_part), dkv), following
 
             *state, pending = _walk(axis, shift, first, last, keys, visit, (*state, wide_zeros((keys.k, keys.v))))

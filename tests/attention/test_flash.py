@@ -1,19 +1,9 @@
 """The TPU kernel, interpreted on the host, against dense in value and in every gradient; on one device and in a ring."""
 
-import functools
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from lcx.attention.dense import dense
-from lcx.attention.kernels.flash import flash
-from lcx.attention.tiles import Blocks
-from lcx.core.mask import Mask, visible
-from tests.attention import context_cases
 from tests.attention.cases import errors, within
-from tests.attention.test_blockwise import chunk_index, draw
 
 # Every option of `cases.OPTIONS` that the kernel serves, few programs, several kinds of rows each.
 PLAIN = {"mask": "causal", "bias": "none", "pieces": "one", "grouping": "gqa", "softcap": None, "sink": False}
