@@ -13,9 +13,10 @@ from lcx.cli import config
 from lcx.core.config import choice
 from lcx.core.console import say, table
 from lcx.core.errors import UserError
-from lcx.data.inspect import COLUMNS, Report, figure, inspect
+from lcx.data.inspect import COLUMNS, Report, inspect
 from lcx.data.loader import Loader
 from lcx.research import style
+from lcx.research.mixture_plot import mixture
 from lcx.research.recipe import recipe
 from lcx.training.stages import RunConfig
 
@@ -39,7 +40,7 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     say(f"stage {run.stages[loader.stage_index].name}: rows of {report.seq_len:,} tokens, {report.fill_ratio:.2%} filled")
     _show(report)
     if values.plot is not None:
-        style.save(figure(report), values.plot)
+        style.save(mixture(report), values.plot)
         say(f"plot: {values.plot}")
 
 

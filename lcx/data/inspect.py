@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,9 +10,6 @@ from lcx.core.batch import PADDING
 from lcx.core.errors import UserError
 from lcx.data.documents import describe
 from lcx.data.loader import Loader, Remapped, TextPart
-
-if TYPE_CHECKING:
-    import matplotlib.figure
 
 _SHOWN = 240
 
@@ -126,29 +122,6 @@ def inspect(loader: Loader, rows: int, samples: int = 3) -> Report:
             own = part == index
             tallies[index].add(row[own], batch.segments[own], batch.weights[own], batch.tokens[own])
     return Report(loader.seq_len, edges, tuple(tally.report(samples) for tally in tallies))
-
-
-def figure(report: Report) -> matplotlib.figure.Figure:
-    """Documents by length, tokens by length, and share of tokens by part with the fill ratio, as three panels."""
-    from matplotlib.figure import Figure
-
-    drawing = Figure(figsize=(13, 4), layout="constrained")
-    left, middle, right = drawing.subplots(1, 3)
-    places, bottoms = np.arange(len(report.bins())), np.zeros((2, len(report.bins())))
-    for part in report.parts:
-        for i, (axes, counts) in enumerate(((left, part.documents_by_length), (middle, part.tokens_by_length))):
-            axes.bar(places, counts, bottom=bottoms[i], label=part.name)
-            bottoms[i] += counts
-    for axes, title in ((left, "documents"), (middle, "tokens")):
-        axes.set_xticks(places, report.bins(), rotation=60, ha="right", fontsize=7)
-        axes.set_xlabel("length of the document, tokens")
-        axes.set_title(f"{title} by length")
-    left.legend(frameon=False)
-    shares = report.token_shares()
-    right.barh(list(shares), list(shares.values()), color=[f"C{i}" for i in range(len(shares))])
-    right.set_title(f"share of tokens (rows of {report.seq_len:,}, {report.fill_ratio:.2%} filled)")
-    right.set_xlim(0, 1)
-    return drawing
 
 
 class _Tally:

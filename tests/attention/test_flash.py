@@ -1,6 +1,5 @@
 """The TPU kernel, interpreted on the host, against dense in value and in every gradient; on one device and in a ring."""
 
-
 import pytest
 
 from tests.attention.cases import errors, within

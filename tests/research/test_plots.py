@@ -5,7 +5,9 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from lcx.data.inspect import PartReport, Report
 from lcx.research import plots, style
+from lcx.research.mixture_plot import mixture
 from tests.research.synthetic import AFTER, BEFORE, CURVES, STAGES
 
 
@@ -60,6 +62,22 @@ def test_positions_are_drawn_where_they_are():
     x, y = axes.lines[0].get_data()
     assert np.allclose(y, CURVES["none"].positions.nll)
     assert all(a < b for a, b in zip(x, x[1:], strict=False)) and 256 < x[-1] < 4096
+
+
+def test_a_mixture_is_drawn_as_it_was_counted():
+    counted = [("code", (3, 1, 0), (90, 80, 0), 170), ("needles", (0, 0, 5), (0, 0, 330), 330)]
+    parts = tuple(
+        PartReport(name, "text", "a corpus", 4, 500, tokens, 0, 0.0, sum(documents), documents, by_length, ())
+        for name, documents, by_length, tokens in counted
+    )
+    left, middle, right = mixture(Report(128, (1, 64, 128, 256), parts)).axes
+    for axes, which in ((left, 1), (middle, 2)):
+        heights = [bar.get_height() for bars in axes.containers for bar in bars]
+        assert heights == [*counted[0][which], *counted[1][which]]
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "64", "128"]
+    assert text_of(right) == ["34.0%", "66.0%"]
+    assert [label.get_text() for label in right.get_yticklabels()] == ["code", "needles"]
+    assert right.get_xlabel() == "rows of 128, 50.0% filled"
 
 
 def test_losses_by_stage():
