@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -109,6 +111,15 @@ def named_sharding(mesh: Mesh, logical_axes: Sequence[str | None]) -> NamedShard
 def axis_size(mesh: Mesh | AbstractMesh, logical: str) -> int:
     """Number of pieces into which `mesh` splits a dimension of this logical name."""
     return math.prod(mesh.shape[axis] for axis in RULES.get(logical, ()))
+
+
+def mesh_of(tree: Any) -> AbstractContextManager[Any]:
+    """For a `with`: sets the mesh of several devices that the tree's arrays are placed on, unless a mesh is set already."""
+    placed = (x.sharding for x in jax.tree.leaves(tree) if isinstance(getattr(x, "sharding", None), NamedSharding))
+    mesh = next((sharding.mesh for sharding in placed), None)
+    if mesh is None or mesh.size == 1 or not jax.sharding.get_abstract_mesh().empty:
+        return nullcontext()
+    return jax.set_mesh(mesh)
 
 
 def check_divides(what: str, size: int, mesh: Mesh, logical: str) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from lcx.core import config as configs
 from lcx.core.console import Progress, say
 from lcx.core.errors import UserError
+from lcx.core.mesh import mesh_of
 from lcx.core.trees import Tree
 from lcx.data import sources, tokenizers
 from lcx.data.config import DataConfig, PartConfig
@@ -195,7 +196,9 @@ def _generated(
     params: Tree, model: ModelConfig, schemes: Mapping[str, Scheme], items: needles.Items, config: EvalConfig
 ) -> np.ndarray:
     arch, arrays = lay_out(model, schemes, items.length)
-    return needles.generated(functools.partial(generate, params, arrays, arch), items, config.tokens_per_forward)
+    # Where the weights were placed decides: on a context mesh prompts and caches are split as rows are in training.
+    with mesh_of(params):
+        return needles.generated(functools.partial(generate, params, arrays, arch), items, config.tokens_per_forward)
 
 
 def _part(data: DataConfig, name: str | None, field: str, *, is_task: bool) -> PartConfig:

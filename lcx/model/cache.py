@@ -37,15 +37,16 @@ from lcx.model.config import Architecture
 class Cache:
     """By layer kind: keys and values `[L, B, S, K, H]` in the compute dtype, with the index `[B, S]` of every slot.
 
-    Empty slots are padding. `slots` is how many tokens of a row there is room for. `rotated` names the kinds whose keys are stored
-    rotated (schemes of one piece); the others' are raw, and rotated anew for each piece. `scheme` is the fingerprint of forms and
-    frequencies that the keys were made under.
+    Empty slots are padding. `slots` is how many tokens of a row there is room for, `context` how many devices share them. `rotated`
+    names the kinds whose keys are stored rotated (schemes of one piece); the others' are raw, and rotated anew for each piece.
+    `scheme` is the fingerprint of forms and frequencies that the keys were made under.
     """
 
     keys: dict[str, jax.Array]
     values: dict[str, jax.Array]
     index: dict[str, Index]
     slots: int = flax.struct.field(pytree_node=False)
+    context: int = flax.struct.field(pytree_node=False)
     rotated: tuple[str, ...] = flax.struct.field(pytree_node=False)
     scheme: str = flax.struct.field(pytree_node=False)
 
@@ -83,7 +84,8 @@ def empty_cache(arch: Architecture, arrays: Tree, rows: int, slots: int, chunk: 
         return Index(*(_full(_SLOTS, shape(kind)[1:3], PADDING, jnp.int32) for _ in range(count)))
 
     rotated = tuple(kind for kind, form in arch.forms if len(form.pieces) == 1)
-    return Cache(heads(), heads(), {kind: index(kind) for kind in config.kinds}, slots, rotated, scheme_fingerprint(arch, arrays))
+    indices = {kind: index(kind) for kind in config.kinds}
+    return Cache(heads(), heads(), indices, slots, context_size(), rotated, scheme_fingerprint(arch, arrays))
 
 
 _HEADS = (None, "batch", "sequence", "kv_heads", None)
@@ -117,7 +119,9 @@ def scheme_fingerprint(arch: Architecture, arrays: Tree) -> str:
 
 
 def check_room(arch: Architecture, cache: Cache, tokens: int, start: int) -> None:
-    """Raises `UserError` when `tokens` tokens from number `start` on can't be dealt, or there are no slots for them."""
+    """Raises `UserError` when `tokens` tokens from number `start` on can't be dealt, or have no slots in this cache."""
+    if cache.context != context_size():
+        raise UserError(f"the cache was made for a context of {cache.context} devices, and {context_size()} are set; prefill again")
     check_chunk("a chunk", tokens)
     if start + tokens > cache.slots:
         raise UserError(f"tokens {start} to {start + tokens} do not fit a cache of {cache.slots} slots; make it longer")

@@ -36,6 +36,9 @@ from lcx.model.transformer import KindContext, cast_params, embed, layers, rms_n
 from lcx.positions.form import Form, Piece
 from lcx.positions.rotary import rotate, tables
 
+CHUNK = 512
+"""Tokens that are prefilled at a time unless said otherwise."""
+
 
 def extend(params: Tree, arrays: Tree, arch: Architecture, cache: Cache, tokens: jax.Array, index: Index, start: int) -> tuple:
     """Run a chunk of tokens `[B, T]`, numbers `start … start + T` of their rows; gives (hidden `[B, T, D]`, cache).
@@ -48,7 +51,9 @@ def extend(params: Tree, arrays: Tree, arch: Architecture, cache: Cache, tokens:
     check_room(arch, cache, tokens.shape[1], start)
     if cache.scheme != scheme_fingerprint(arch, arrays):
         raise UserError("the cache was filled under other positional frequencies; prefill again under the present ones")
-    return _extend(params, arrays, arch, cache, tokens, index, jnp.int32(start), start % context_size())
+    # Tokens that all devices compute are not dealt: every decoding step is one program, whosever turn it is.
+    turn = 0 if tokens.shape[1] % context_size() else start % context_size()
+    return _extend(params, arrays, arch, cache, tokens, index, jnp.int32(start), turn)
 
 
 @functools.partial(jax.jit, static_argnames=("arch", "turn"), donate_argnames=("cache",))
@@ -93,28 +98,31 @@ def rotate_keys(form: Form, k: jax.Array, tables_: Tree) -> tuple[jax.Array, For
 
 
 def generate(
-    params: Tree, arrays: Tree, arch: Architecture, prompts: list[np.ndarray], max_new_tokens: int, *, chunk: int = 512,
+    params: Tree, arrays: Tree, arch: Architecture, prompts: list[np.ndarray], max_new_tokens: int, *, chunk: int | None = None,
 ) -> np.ndarray:  # fmt: skip
     """The most likely continuation of each prompt, int32 `[B, max_new_tokens]`.
 
     `prompts` are int arrays of any lengths ≥ 1; shorter ones are padded on the left, out of sight. `arrays` must be laid out for
-    the longest prompt plus `max_new_tokens`. `chunk` tokens are prefilled at a time.
+    the longest prompt plus `max_new_tokens`. `chunk` tokens are prefilled at a time (None: 512, rounded up to the context), at
+    most the longest prompt's.
 
     Under a mesh that is set (`jax.set_mesh`, weights placed on it as in training) rows are split over its batch axes where their
-    number divides, and tokens and cache over its context (`model.cache`), whose size must divide `chunk`; a chunk longer than the
-    longest prompt is cut to it. Raises `UserError` where a number does not fit.
+    number divides, and tokens and cache over its context (`model.cache`), whose size must divide `chunk`. Raises `UserError` where
+    a number does not fit.
     """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
     lengths = np.array([len(prompt) for prompt in prompts])
     if not len(lengths) or lengths.min() < 1:
         raise UserError("every prompt needs at least one token")
+    size, longest = context_size(), int(lengths.max())
+    if chunk is None:
+        chunk = _round_up(CHUNK, size)
     if chunk < 1:
         raise UserError(f"chunk={chunk} must be at least 1")
     check_chunk("a chunk", chunk)
-    longest = int(lengths.max())
-    chunk = min(chunk, longest if longest <= context_size() else -(-longest // context_size()) * context_size())
-    width = -(-longest // chunk) * chunk
+    chunk = min(chunk, longest if longest <= size else _round_up(longest, size))
+    width = _round_up(longest, chunk)
     order = np.broadcast_to(np.arange(width, dtype=np.int32), (len(prompts), width))
     offset = (width - lengths)[:, None].astype(np.int32)
     tokens = np.stack([np.pad(np.asarray(p, np.int32), (width - len(p), 0)) for p in prompts])
@@ -133,6 +141,10 @@ def generate(
         token = _best(params, hidden[:, -1], arch)
         out.append(token)
     return np.stack([np.asarray(token) for token in out], axis=1)
+
+
+def _round_up(x: int, multiple: int) -> int:
+    return -(-x // multiple) * multiple
 
 
 @functools.partial(jax.jit, static_argnames=("arch",))

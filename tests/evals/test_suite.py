@@ -8,11 +8,12 @@ import pytest
 
 from lcx.core.console import Progress
 from lcx.core.errors import UserError
-from lcx.core.params import initialize
+from lcx.core.mesh import MeshConfig, make_mesh, mesh_of
+from lcx.core.params import initialize, shardings
 from lcx.data.config import DataConfig, PartConfig, SourceConfig
 from lcx.evals import needles, results, suite
 from lcx.evals.scoring import model_scorer, score
-from lcx.evals.suite import EvalConfig, evaluate, gather
+from lcx.evals.suite import EvalConfig, _generated, evaluate, gather
 from lcx.model.config import ModelConfig, lay_out, schemes_of
 from lcx.model.decode import generate
 from lcx.model.params import specs
@@ -116,6 +117,21 @@ def test_generation_has_a_grid_of_its_own(params, data):
     result = evaluate(params, MODEL, SCHEMES, data, config, trained=64, announce=lambda _: None)
     assert [(grid.method, grid.items) for grid in result.needles] == [("teacher_forced", 2), ("generation", 1)]
     assert result.perplexity == () and result.grid(method="generation").items == 1
+
+
+def test_generation_runs_where_the_weights_are(params, data):
+    """On a context mesh the same answers, of rows that the context does not divide; nobody has to set the mesh."""
+    made = dataclasses.replace(gather(data, CONFIG).items[64], length=67)
+    mesh = make_mesh(MeshConfig(fsdp=1, context=4, ulysses=2), jax.devices()[:4])
+    config = dataclasses.replace(CONFIG, tokens_per_forward=256)
+    arch, arrays = lay_out(MODEL, SCHEMES, 67)
+    answers = generate(params, arrays, arch, [row[:60] for row in made.tokens], 4)
+    made.tokens[:, 60:64] = answers
+    made.tokens[0, 62] ^= 1
+    split = jax.device_put(params, shardings(specs(MODEL, SCHEMES, 128), mesh))
+    with mesh_of(split):
+        assert jax.sharding.get_mesh() == mesh
+    assert _generated(split, MODEL, SCHEMES, made, config).tolist() == [False] + [True] * (len(made.tokens) - 1)
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,15 @@ def test_a_ring_that_is_too_small_for_a_chunk_is_refused():
         extend(params, arrays, arch, cache, order, Index(order, order, order + 1), 0)
 
 
+def test_a_cache_of_another_context_is_refused():
+    params, arrays, arch, table = build(CONFIG, {"default": "nope"}, LENGTH)
+    with jax.set_mesh(place(params, table, MeshConfig(fsdp=1, context=8))[1]):
+        cache = empty_cache(arch, arrays, 1, 40)
+    order = jnp.arange(8, dtype=jnp.int32)[None]
+    with pytest.raises(UserError, match="made for a context of 8 devices, and 1 are set; prefill again"):
+        extend(params, arrays, arch, cache, order, Index(order, order, order + 1), 0)
+
+
 LONG, TINY = 1 << 16, dataclasses.replace(CONFIG, num_layers=2, num_heads=2, num_kv_heads=1, mlp_dim=32, window=256)
 
 
