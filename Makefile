@@ -35,6 +35,9 @@ $(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "installing what the tests need into $(VENV), a minute or two"
 	$(INSTALL) --editable '.[dev]'
+	@# Beside the packages, where only the tests that compile for TPUs look: jax would try to start a TPU with it, and say so.
+	$(INSTALL) --upgrade --no-deps --target $(VENV)/libtpu "libtpu; sys_platform == 'linux' and platform_machine == 'x86_64'" \
+		|| echo "no libtpu for this machine: tests that compile for TPUs will be skipped"
 	@touch $@
 
 $(VENV)/.installed-bench: $(VENV)/.installed

@@ -37,11 +37,16 @@ def split_kv(mesh: AbstractMesh, local: Local, queries: Queries, keys: Keys, bia
             queries = jax.tree.map(lambda x: jax.lax.all_gather(x, AXES, axis=1, tiled=True), queries)
         return merge_over(AXES, forward(local, queries, keys, bias_params, wide), spread)
 
-    split, whole = PartitionSpec(None, AXES), PartitionSpec()
+    # A Pallas call is for the rows of one device: the compiler can't split it.
+    flash = local.kernel == "flash"
+    rows = RULES["batch"] if flash and queries.q.shape[0] % axis_size(mesh, "batch") == 0 else None
+    split, whole = PartitionSpec(rows, AXES), PartitionSpec(rows)
     at_queries = split if spread else whole
     run = jax.shard_map(
-        run, mesh=mesh, in_specs=(at_queries, split, whole), out_specs=at_queries, axis_names=set(AXES), check_vma=False
-    )
+        run,
+        mesh=mesh, in_specs=(at_queries, split, PartitionSpec()), out_specs=at_queries,
+        axis_names=set(mesh.axis_names if flash else AXES), check_vma=False,
+    )  # fmt: skip
     return run(queries, keys, bias_params)
 
 
