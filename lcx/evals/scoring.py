@@ -14,9 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from lcx.attention.layout import arrange, restore
 from lcx.core.batch import Batch
+from lcx.core.mesh import mesh_of
 from lcx.core.trees import Tree
-from lcx.model.config import Architecture, ModelConfig, lay_out
+from lcx.model.cache import context_size
+from lcx.model.config import Architecture, ModelConfig, lay_out, layout_on
 from lcx.model.loss import token_losses
 from lcx.model.transformer import hidden
 from lcx.positions.form import Scheme
@@ -40,23 +43,35 @@ ScorerFor = Callable[[int], Scorer]
 def score(params: Tree, arrays: Tree, tokens: jax.Array, arch: Architecture, last: int) -> tuple[jax.Array, jax.Array]:
     """Loss and match of the last `last` predictions of rows `[B, T + 1]`; logits are made for these alone.
 
-    Frequencies are in `arrays`, so a theta ladder and a zero-shot comparison of schemes of one form share the program.
+    Frequencies are in `arrays`, so a theta ladder and a zero-shot comparison of schemes of one form share the program. On a mesh
+    that is set rows are split over its context as in training, and logits are made for all tokens.
     """
     batch = Batch.from_tokens(tokens)
-    states = hidden(params, arrays, arch, batch)[:, -last:]
-    losses = token_losses(params, states, batch.targets[:, -last:], arch)
-    return losses.nll, losses.correct
+    mesh = jax.sharding.get_abstract_mesh()
+    if context_size() == 1:
+        states = hidden(params, arrays, arch, batch)[:, -last:]
+        losses = token_losses(params, states, batch.targets[:, -last:], arch)
+        return losses.nll, losses.correct
+    ring, layout = mesh.shape["ring"], layout_on(arch.config, batch.tokens.shape[1], mesh)
+    batch = arrange(batch, layout, ring).replace(layout=layout)
+    losses = token_losses(params, hidden(params, arrays, arch, batch), batch.targets, arch)
+    nll, correct = restore((losses.nll, losses.correct), layout, ring)
+    return nll[:, -last:], correct[:, -last:]
 
 
 def model_scorer(params: Tree, config: ModelConfig, schemes: Mapping[str, Scheme], length: int) -> Scorer:
-    """A scorer of the model under `schemes` (by layer kind), laid out for `length` tokens."""
+    """A scorer of the model under `schemes` (by layer kind), laid out for `length` tokens, on the mesh that the weights are on."""
     arch, arrays = lay_out(config, schemes, length)
 
     def run(rows: np.ndarray, last: int) -> Scores:
-        # With a small vocabulary the logits of all tokens cost less than compiling a program for each `last`.
-        scored = rows.shape[1] - 1 if config.vocab_size <= 1024 else last
-        nll, correct = score(params, arrays, jnp.asarray(rows, jnp.int32), arch, scored)
-        return Scores(fetch(nll)[:, -last:], fetch(correct)[:, -last:])
+        with mesh_of(params):
+            # Any layout can deal such a length. Tokens behind a row's end are seen by none before it.
+            fill = -(rows.shape[1] - 1) % (2 * context_size()) if context_size() > 1 else 0
+            rows = np.pad(rows, ((0, 0), (0, fill)))
+            # With a small vocabulary the logits of all tokens cost less than compiling a program for each `last`.
+            scored = rows.shape[1] - 1 if config.vocab_size <= 1024 else last + fill
+            scores = (fetch(x) for x in score(params, arrays, jnp.asarray(rows, jnp.int32), arch, scored))
+        return Scores(*(x[:, x.shape[1] - fill - last : x.shape[1] - fill] for x in scores))
 
     return run
 

@@ -134,6 +134,16 @@ def test_generation_runs_where_the_weights_are(params, data):
     assert _generated(split, MODEL, SCHEMES, made, config).tolist() == [False] + [True] * (len(made.tokens) - 1)
 
 
+@pytest.mark.parametrize("length", [64, 67])
+def test_scores_are_the_same_where_rows_are_split(params, length):
+    rows = np.random.default_rng(0).integers(0, 256, (2, length + 1))
+    split = jax.device_put(params, shardings(specs(MODEL, SCHEMES, 128), make_mesh(MeshConfig(fsdp=1, context=8, ulysses=2))))
+    one, several = (model_scorer(tree, MODEL, SCHEMES, length)(rows, 5) for tree in (params, split))
+    np.testing.assert_allclose(several.nll, one.nll, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(several.correct, one.correct)
+    assert one.nll.shape == several.nll.shape == (2, 5)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
