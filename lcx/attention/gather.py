@@ -45,7 +45,7 @@ def _gather_backward(local: Local, axis: str, slices: int, saved: tuple, cotange
     pull = backward(local, queries, keys.k.shape[2], bias_params, whole, cotangent)
 
     def part(state: tuple, keys: Keys) -> tuple[tuple, list]:
-        dq, *dkv, dbias = pull(_everybodys(axis, keys))
+        (dq, *dkv, dbias), _ = pull(_everybodys(axis, keys))
         dkv = [jax.lax.psum_scatter(x, axis, scatter_dimension=1, tiled=True) for x in dkv]
         return jax.tree.map(jnp.add, state, (dq, dbias)), dkv
 

@@ -91,8 +91,11 @@ def forward(local: Local, queries: Queries, keys: Keys, bias_params: Any, out_dt
 
 def backward(
     local: Local, queries: Queries, kv_heads: int, bias_params: Any, whole: Partial, cotangent: Partial
-) -> Callable[[Keys], tuple[Any, ...]]:
+) -> Callable[..., tuple[tuple[Any, ...], Any]]:
     """The pull-back to any keys: it gives the gradients `(dq, dk, dv, dbias_params)` that go through them, float32 or wider.
+
+    It is called with keys and `beside`, arrays under way that have to be there when the kernels are done, and returns them behind
+    the gradients. Without that barrier the compiler moves transfers behind the kernels, where little is left to hide them.
 
     `whole` is (o, lse) of the queries over all their keys, wherever those are, and `cotangent` that of `whole`. What belongs to the
     queries is done here, once, however many keys pass by.
@@ -103,14 +106,15 @@ def backward(
         q, mask = q.astype(queries.q.dtype), _mask(local, piece)
         ready.append((piece, pull_q, _pull(local, q, queries.index, mask, kv_heads, bias_params, whole, cotangent)))
 
-    def over(keys: Keys) -> tuple[Any, ...]:
+    def over(keys: Keys, beside: Any = ()) -> tuple[tuple[Any, ...], Any]:
         total = None
         for piece, pull_q, pull in ready:
             k, pull_k = jax.vjp(lambda x, piece=piece: _turned(x, piece.k_phase, keys.tables, local.form), _wide(keys.k))
-            dq, dk, dv, dbias = pull(k.astype(keys.k.dtype), keys.v, keys.index)
+            last = piece is local.form.pieces[-1]
+            (dq, dk, dv, dbias), moved = pull(k.astype(keys.k.dtype), keys.v, keys.index, beside if last else ())
             part = (*pull_q(dq), *pull_k(dk), dv, dbias)
             total = part if total is None else jax.tree.map(jnp.add, total, part)
-        return total
+        return total, moved
 
     return over
 
@@ -162,13 +166,23 @@ def _kernel(local: Local, out_dtype: Any) -> Callable[..., Partial]:
 
 def _pull(
     local: Local, q: jax.Array, q_index: Index, mask: Mask, kv_heads: int, bias_params: Any, whole: Partial, cotangent: Partial
-) -> Callable[[jax.Array, jax.Array, Index], tuple[Any, ...]]:
+) -> Callable[..., tuple[tuple[Any, ...], Any]]:
     options = {"bias_params": bias_params, "whole": whole, "cotangent": cotangent}
+    if local.kernel == "flash":
+        return lambda k, v, k_index, beside: _flash_backward(local, q, k, v, q_index, k_index, mask, beside=beside, **options)
     if local.kernel == "blockwise":
         options |= {"blocks": local.blocks, "tile_dtype": local.tile_dtype, **local.options}
-        return blockwise_backward(q, q_index, mask, kv_heads, **options)
-    kernel = _flash_backward if local.kernel == "flash" else _dense_backward
-    return lambda k, v, k_index: kernel(local, q, k, v, q_index, k_index, mask, **options)
+        pull = blockwise_backward(q, q_index, mask, kv_heads, **options)
+    else:
+
+        def pull(k: jax.Array, v: jax.Array, k_index: Index) -> tuple[Any, ...]:
+            return _dense_backward(local, q, k, v, q_index, k_index, mask, **options)
+
+    def run(k: jax.Array, v: jax.Array, k_index: Index, beside: Any) -> tuple[tuple[Any, ...], Any]:
+        gradients = pull(k, v, k_index)
+        return jax.lax.optimization_barrier((gradients, beside)) if jax.tree.leaves(beside) else (gradients, beside)
+
+    return run
 
 
 def _flash(local: Local, *args, bias_params, **options) -> Partial:
@@ -176,13 +190,13 @@ def _flash(local: Local, *args, bias_params, **options) -> Partial:
     return flash(*args, slopes=slopes, **local.flash_options, **options)
 
 
-def _flash_backward(local: Local, *args, bias_params, **options) -> tuple[Any, ...]:
+def _flash_backward(local: Local, *args, bias_params, **options) -> tuple[tuple[Any, ...], Any]:
     if local.form.bias is None:
-        *gradients, _ = flash_backward(*args, **local.flash_options, **options)
-        return (*gradients, wide_zeros(bias_params))
+        (*gradients, _), beside = flash_backward(*args, **local.flash_options, **options)
+        return (*gradients, wide_zeros(bias_params)), beside
     slopes, pull = jax.vjp(local.form.bias.slopes, bias_params)
-    *gradients, dslopes = flash_backward(*args, slopes=slopes, **local.flash_options, **options)
-    return (*gradients, *pull(dslopes))
+    (*gradients, dslopes), beside = flash_backward(*args, slopes=slopes, **local.flash_options, **options)
+    return (*gradients, *pull(dslopes)), beside
 
 
 def _dense_backward(local: Local, q, k, v, q_index, k_index, mask, *, bias_params, whole, cotangent):

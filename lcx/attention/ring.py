@@ -75,8 +75,7 @@ def _ring_backward(local: Local, axis: str, hops: Hops, saved: tuple, cotangent:
             def visit(state: tuple, here: Keys, following: Any, shift: int = shift) -> tuple[tuple, Any]:
                 dq, dbias, pending = state
                 arrived = _send(axis, shift, pending)
-                # All parts: a kernel that is left out may run after the transfers are done, with nothing to hide.
-                following, arrived, parts = jax.lax.optimization_barrier((following, arrived, pull(here)))
+                parts, (following, arrived) = pull(here, (following, arrived))
                 dq_part, *dkv_part, dbias_part = parts
                 dkv = jax.tree.map(lambda a, b: a + b.astype(wide), arrived, tuple(dkv_part))
                 return (dq + dq_part, jax.tree.map(jnp.add, dbias, dbias_part), dkv), following

@@ -6,6 +6,7 @@ Tiles of probabilities are computed again from q, k and the log-sum-exp (arXiv 2
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,10 @@ from lcx.attention.kernels.grid import Rule
 from lcx.attention.merge import Partial
 
 
-def backward(rule: Rule, q_BTNH, k_BSKH, v_BSKH, q_index, k_index, slopes_N, whole: Partial, cotangent: Partial) -> tuple:
-    """float32 `(dq, dk, dv, dslopes)` that go through these keys; dslopes `[N]` is 0 without slopes."""
+def backward(
+    rule: Rule, q_BTNH, k_BSKH, v_BSKH, q_index, k_index, slopes_N, whole: Partial, cotangent: Partial, beside: Any
+) -> tuple[tuple[jax.Array, ...], Any]:
+    """float32 `(dq, dk, dv, dslopes)` that go through these keys, and `beside`; dslopes `[N]` is 0 without slopes."""
     (o, lse), (do, dlse) = whole, cotangent
     tiles = grid.cut(rule, q_BTNH, k_BSKH, v_BSKH, q_index, k_index, slopes_N)
     block, K = rule.blocks.q, k_BSKH.shape[2]
@@ -41,9 +44,12 @@ def backward(rule: Rule, q_BTNH, k_BSKH, v_BSKH, q_index, k_index, slopes_N, who
         grid.steps(rule, q_index, k_index, keys_pass=False), False, more,
         [("k", like(tiles.k)), ("k", like(tiles.v))], [tiles.k.shape[3:], tiles.k.shape[3:]],
     )  # fmt: skip
+    # Before anything else is done with the results, which the compiler could hide transfers behind instead of behind the kernel.
+    # Not for dq too: its kernel then runs when what has arrived is added up, and fewer results are held at a time.
+    (dk, dv), beside = jax.lax.optimization_barrier(((dk, dv), beside))
     dk, dv = (grid.join_heads(x, rule.blocks.k, k_BSKH.shape) for x in (dk, dv))
     dslopes = jnp.sum(grid.join_numbers(dslopes, block, q_BTNH.shape[:3]), axis=(0, 1))
-    return grid.join_heads(dq, block, q_BTNH.shape), dk, dv, dslopes
+    return (grid.join_heads(dq, block, q_BTNH.shape), dk, dv, dslopes), beside
 
 
 def _slope(rule: Rule, masked: bool, q, k, v, q_tokens, k_tokens, slopes, do, lse, delta) -> tuple:

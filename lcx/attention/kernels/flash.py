@@ -61,10 +61,14 @@ def flash_backward(
     interpret: bool = False,
     whole: Partial,
     cotangent: Partial,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """float32 gradients `(dq, dk, dv, dslopes)` that go through these keys; `whole` and `cotangent` as in `blockwise_backward`."""
+    beside: Any = (),
+) -> tuple[tuple[jax.Array, ...], Any]:
+    """float32 gradients `(dq, dk, dv, dslopes)` that go through these keys; `whole` and `cotangent` as in `blockwise_backward`.
+
+    `beside` comes back as it is: arrays that must be there as soon as the kernels are done, so that they travel meanwhile.
+    """
     rule = Rule(mask, slopes is not None, scale, softcap, blocks, jnp.dtype(jnp.float32), interpret)
-    return backward(rule, q_BTNH, k_BSKH, v_BSKH, q_index, k_index, slopes, whole, cotangent)
+    return backward(rule, q_BTNH, k_BSKH, v_BSKH, q_index, k_index, slopes, whole, cotangent, beside)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -79,7 +83,7 @@ def _attend_fwd(rule, q, k, v, q_index, k_index, slopes):
 
 def _attend_bwd(rule, residuals, cotangent):
     q, k, v, _, _, slopes, _ = residuals
-    dq, dk, dv, dslopes = backward(rule, *residuals, cotangent)
+    (dq, dk, dv, dslopes), _ = backward(rule, *residuals, cotangent, ())
     dslopes = None if slopes is None else dslopes.astype(slopes.dtype)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, dslopes
 
