@@ -103,22 +103,35 @@ def _split(mesh: AbstractMesh, kernel: Kernel, queries: Queries, keys: Keys) -> 
 
 
 def over_devices(
-    mesh: AbstractMesh, kernel: Kernel, run: Callable[..., Partial], queries: Queries, keys: Keys, bias_params: Any
+    mesh: AbstractMesh,
+    kernel: Kernel,
+    run: Callable[..., Partial],
+    queries: Queries,
+    keys: Keys,
+    bias_params: Any,
+    spread: bool = True,
 ) -> Partial:
     """`run(shared, queries, keys, bias_params)` on the rows, tokens and heads of each device, for global arrays.
 
-    `shared(local)` is `local` for the heads that a device has of them.
+    `shared(local)` is `local` for the heads that a device has of them. Without `spread` every device has all tokens of the queries.
     """
     split = _split(mesh, kernel, queries, keys)
+    asking = split if spread else split._replace(tokens=_whole(split.tokens), heads=_whole(split.heads))
 
     def shared(local: Local) -> Local:
         return share_of_bias(local, "tensor") if len(split.heads) > 2 and split.heads[2] else local
 
-    q_specs, k_specs = Queries(split.heads, split.tokens, split.tokens), Keys(split.heads, split.heads, split.tokens, split.tokens)
+    q_specs = Queries(asking.heads, asking.tokens, asking.tokens)
+    k_specs = Keys(split.heads, split.heads, split.tokens, split.tokens)
     return jax.shard_map(
         lambda *args: run(shared, *args),
-        mesh=mesh, in_specs=(q_specs, k_specs, PartitionSpec()), out_specs=split.heads, axis_names=split.axes, check_vma=False,
+        mesh=mesh, in_specs=(q_specs, k_specs, PartitionSpec()), out_specs=asking.heads, axis_names=split.axes, check_vma=False,
     )(queries, keys, bias_params)  # fmt: skip
+
+
+def _whole(spec: PartitionSpec) -> PartitionSpec:
+    """The same split without that of the tokens."""
+    return PartitionSpec(*(None if axes == AXES else axes for axes in spec))
 
 
 def over_mesh(

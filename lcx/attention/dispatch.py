@@ -187,8 +187,11 @@ def _over_mesh(spec: AttentionSpec, mesh: AbstractMesh, queries: Queries, keys: 
 def _over_slots(spec: AttentionSpec, mesh: AbstractMesh, queries: Queries, keys: Keys, bias_params: Any) -> Partial:
     B, T, N, _ = queries.q.shape
     S, K = keys.k.shape[1:3]
-    local = _local(spec, B, T, S // axis_size(mesh, "sequence"), N, K, queries.q.dtype, None, mesh.size)
-    return split_kv(mesh, local, queries, keys, bias_params)
+    size = axis_size(mesh, "sequence")
+    local, spread = _local(spec, B, T, S // size, N, K, queries.q.dtype, None, mesh.size), T % size == 0
+    return over_devices(
+        mesh, local.kernel, lambda shared, *args: split_kv(shared(local), spread, *args), queries, keys, bias_params, spread
+    )
 
 
 def _tile_dtype(dtype: Any) -> Any:

@@ -4,8 +4,8 @@ Each device runs the kernel over its own keys, and the partial results are joine
 over devices: tree attention, arXiv 2408.04093). The queries of a chunk are few and the keys of a long cache many: so queries and
 results travel, T·N·H numbers each way, and the S·K·H of keys and values never do.
 
-To be called under the mesh. Forward only: that is what decoding needs. Legend: B batch, T queries, S slots, N heads, K KV heads,
-H head dim.
+To be called inside `jax.shard_map`. Forward only: that is what decoding needs. Legend: B batch, T queries, S slots, N heads, K KV
+heads, H head dim.
 """
 
 from __future__ import annotations
@@ -14,40 +14,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, PartitionSpec
 
 from lcx.attention.local import Keys, Local, Queries, forward
 from lcx.attention.merge import Partial
-from lcx.core.mesh import RULES, axis_size
+from lcx.core.mesh import RULES
 
 AXES = RULES["sequence"]
 
 
-def split_kv(mesh: AbstractMesh, local: Local, queries: Queries, keys: Keys, bias_params: Any) -> Partial:
+def split_kv(local: Local, spread: bool, queries: Queries, keys: Keys, bias_params: Any) -> Partial:
     """`(o_BTNH, lse_BTN)` in float32 or wider of the queries over the slots of all devices of the mesh's sequence axes.
 
-    `local` is what is static for all T queries over S / n slots. Any dealing of tokens to slots is right: the index says who a slot
-    is. T that divides by n comes in and goes out split over the same axes; any other T (a decoded token) whole, on every device.
+    `spread` says that a device has its share of the queries, and wants their results; else every device has and gets all of them.
+    `local` is what is static for all queries over a device's slots. Any dealing of tokens to slots is right: the index says who a
+    slot is.
     """
-    spread = queries.q.shape[1] % axis_size(mesh, "sequence") == 0
     wide = jnp.promote_types(queries.q.dtype, jnp.float32)
-
-    def run(queries: Queries, keys: Keys, bias_params: Any) -> Partial:
-        if spread:
-            queries = jax.tree.map(lambda x: jax.lax.all_gather(x, AXES, axis=1, tiled=True), queries)
-        return merge_over(AXES, forward(local, queries, keys, bias_params, wide), spread)
-
-    # A Pallas call is for the rows of one device: the compiler can't split it.
-    flash = local.kernel == "flash"
-    rows = RULES["batch"] if flash and queries.q.shape[0] % axis_size(mesh, "batch") == 0 else None
-    split, whole = PartitionSpec(rows, AXES), PartitionSpec(rows)
-    at_queries = split if spread else whole
-    run = jax.shard_map(
-        run,
-        mesh=mesh, in_specs=(at_queries, split, PartitionSpec()), out_specs=at_queries,
-        axis_names=set(mesh.axis_names if flash else AXES), check_vma=False,
-    )  # fmt: skip
-    return run(queries, keys, bias_params)
+    if spread:
+        queries = jax.tree.map(lambda x: jax.lax.all_gather(x, AXES, axis=1, tiled=True), queries)
+    return merge_over(AXES, forward(local, queries, keys, bias_params, wide), spread)
 
 
 def merge_over(axes: tuple[str, ...], part: Partial, scatter: bool) -> Partial:

@@ -26,6 +26,7 @@ CASES = [
     (8, 1, 16, "self_extend", "window", "blockwise", 2, "shared"),
     (8, 2, 1, "rope", "window", "dense", 1, "none"),
     (8, 4, 8, "t5", "prefix", "dense", 2, "padding"),
+    (4, 2, 16, "alibi", "window", "flash", 2, "packed"),
     (8, 8, 1, "nope", "causal", "blockwise", 2, "shared"),
 ]
 
@@ -46,7 +47,8 @@ def test_split_slots_equal_dense(case):
     }
 
     def run(kernel, q, k, v, asking, where):
-        spec = AttentionSpec(MASKS[mask], form, scale=0.5, softcap=5.0, kernel=kernel, block_q=8, block_k=8)
+        options = {"kernel": kernel, "interpret": kernel == "flash", "block_q": 16, "block_k": 8}
+        spec = AttentionSpec(MASKS[mask], form, scale=0.5, softcap=5.0, **options)
         turns = {"q_tables": tables(form, constants, asking.positions), "k_tables": tables(form, constants, where.positions)}
         return attend(spec, q, k, v, asking, where, cached=True, **turns, **extra)
 
