@@ -27,6 +27,7 @@ NEW, CHUNK, LENGTH = 6, 8, 48
 SELF_EXTEND = "self_extend:theta=500,window=4,group=2"
 
 CASES = {
+    "no context": (MeshConfig(fsdp=1), {"default": "rope:theta=500"}, {}),
     "2 x 1": (MeshConfig(fsdp=1, context=2), {"default": "rope:theta=500"}, {}),
     "1 x 2, learned bias": (MeshConfig(fsdp=1, context=2, ulysses=2), {"default": "t5"}, {}),
     "2 x 2, several pieces": (MeshConfig(fsdp=1, context=4, ulysses=2), {"local": "rope:theta=100", "global": SELF_EXTEND}, {}),
