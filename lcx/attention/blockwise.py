@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lcx.attention.dense import MASKED
-from lcx.attention.merge import Partial
+from lcx.attention.merge import Partial, PullBack, together
 from lcx.attention.tiles import Blocks, block_bounds, fold, fold_index, unfold, visits
 from lcx.core.batch import Index
 from lcx.core.mask import Bounds, Mask, visible
@@ -96,15 +96,20 @@ def blockwise_backward(
     tile_dtype: Any = None,
     whole: Partial,
     cotangent: Partial,
-) -> Callable[[jax.Array, jax.Array, Index], tuple[jax.Array, jax.Array, jax.Array, Any]]:
-    """The pull-back to any keys: `(k_BSKH, v_BSKH, k_index)` -> `(dq, dk, dv, dbias_params)`, float32 or wider.
+) -> PullBack:
+    """The pull-back to any keys, with `dbias_params` behind dv.
 
     `whole` is (o, lse) of the queries over all their keys, of which those may be a part; `cotangent` is its cotangent. What belongs
     to the queries is laid out in tiles here, once, however many keys pass by.
     """
     rule = _rule(mask, bias, scale, softcap, blocks, tile_dtype or q_BTNH.dtype, whole[0].dtype)
     queries = _lay_out(rule, q_BTNH, q_index, kv_heads, whole, cotangent)
-    return functools.partial(_backward, rule, queries, q_BTNH.shape, bias_params)
+
+    def through(k: jax.Array, v: jax.Array, k_index: Index, beside: Any) -> tuple[tuple[Any, ...], Any]:
+        return together(_backward(rule, queries, bias_params, k, v, k_index), beside)
+
+    finish = functools.partial(unfold, block=rule.blocks.q, blocks=rule.blocks, shape=q_BTNH.shape)
+    return PullBack(jnp.zeros(queries.q.shape, rule.wide), through, finish)
 
 
 def _rule(mask, bias, scale, softcap, blocks, tile_dtype, out_dtype) -> _Rule:
@@ -124,7 +129,8 @@ def _attend_fwd(rule, q, k, v, q_index, k_index, bias_params):
 def _attend_bwd(rule, residuals, cotangents):
     q, k, v, q_index, k_index, bias_params, *whole = residuals
     queries = _lay_out(rule, q, q_index, k.shape[2], whole, cotangents)
-    dq, dk, dv, dbias = _backward(rule, queries, q.shape, bias_params, k, v, k_index)
+    dq, dk, dv, dbias = _backward(rule, queries, bias_params, k, v, k_index)
+    dq = unfold(dq, rule.blocks.q, rule.blocks, q.shape)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, _like(dbias, bias_params)
 
 
@@ -242,7 +248,8 @@ def _lay_out(rule: _Rule, q_BTNH, q_index, kv_heads: int, whole: Partial, cotang
     return _QueryTiles(q, at_q(do.astype(rule.tile_dtype)), lse, delta, q_index)
 
 
-def _backward(rule: _Rule, queries: _QueryTiles, q_shape: tuple[int, ...], bias_params, k_BSKH, v_BSKH, k_index):
+def _backward(rule: _Rule, queries: _QueryTiles, bias_params, k_BSKH, v_BSKH, k_index):
+    """dq in tiles, as `queries`."""
     k, v, k_index = _fold_keys(rule, k_BSKH, v_BSKH, k_index)
     zero_bias = jax.tree.map(lambda x: jnp.zeros(x.shape, rule.wide), bias_params)
 
@@ -276,7 +283,6 @@ def _backward(rule: _Rule, queries: _QueryTiles, q_shape: tuple[int, ...], bias_
         return dbias, (dq * rule.scale, _turn(dkT) * (1.0 if rule.prescaled else rule.scale), _turn(dvT))
 
     dbias, (dq, dk, dv) = jax.lax.scan(group, zero_bias, (queries, k, v, k_index))
-    dq = unfold(dq, rule.blocks.q, rule.blocks, q_shape)
     dk, dv = (unfold(x, rule.blocks.k, rule.blocks, k_BSKH.shape) for x in (dk, dv))
     return dq, dk, dv, dbias
 

@@ -45,12 +45,12 @@ def _gather_backward(local: Local, axis: str, slices: int, saved: tuple, cotange
     pull = backward(local, queries, keys.k.shape[2], bias_params, whole, cotangent)
 
     def part(state: tuple, keys: Keys) -> tuple[tuple, list]:
-        (dq, *dkv, dbias), _ = pull(_everybodys(axis, keys))
+        (dq, *dkv, dbias), _ = pull.through(_everybodys(axis, keys), ())
         dkv = [jax.lax.psum_scatter(x, axis, scatter_dimension=1, tiled=True) for x in dkv]
         return jax.tree.map(jnp.add, state, (dq, dbias)), dkv
 
-    (dq, dbias), dkv = over_slices(part, wide_zeros((queries.q, bias_params)), keys, slices)
-    return cotangents(queries, keys, bias_params, dq, dkv, dbias)
+    (dq, dbias), dkv = over_slices(part, (pull.start, wide_zeros(bias_params)), keys, slices)
+    return cotangents(queries, keys, bias_params, pull.finish(dq), dkv, dbias)
 
 
 gather.defvjp(_gather_forward, _gather_backward)

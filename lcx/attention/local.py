@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import flax.struct
 import jax
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from lcx.attention.blockwise import blockwise, blockwise_backward
 from lcx.attention.dense import dense
 from lcx.attention.kernels.flash import flash, flash_backward
-from lcx.attention.merge import Partial, merge
+from lcx.attention.merge import Partial, PullBack, merge, together
 from lcx.attention.tiles import Blocks
 from lcx.core.batch import Index
 from lcx.core.mask import Mask
@@ -89,34 +89,44 @@ def forward(local: Local, queries: Queries, keys: Keys, bias_params: Any, out_dt
     return functools.reduce(merge, parts)
 
 
-def backward(
-    local: Local, queries: Queries, kv_heads: int, bias_params: Any, whole: Partial, cotangent: Partial
-) -> Callable[..., tuple[tuple[Any, ...], Any]]:
-    """The pull-back to any keys: it gives the gradients `(dq, dk, dv, dbias_params)` that go through them, float32 or wider.
+class Backward(NamedTuple):
+    """The gradients of a device's queries through any keys: as `PullBack`, of `Keys`, all pieces of the scheme together.
 
-    It is called with keys and `beside`, arrays under way that have to be there when the kernels are done, and returns them behind
-    the gradients. Without that barrier the compiler moves transfers behind the kernels, where little is left to hide them.
+    `through(keys, beside)` gives `((dq, dk, dv, dbias_params), beside)`.
+    """
+
+    start: tuple[jax.Array, ...]
+    through: Callable[[Keys, Any], tuple[tuple[Any, ...], Any]]
+    finish: Callable[[tuple[jax.Array, ...]], jax.Array]
+
+
+def backward(local: Local, queries: Queries, kv_heads: int, bias_params: Any, whole: Partial, cotangent: Partial) -> Backward:
+    """The pull-back to any keys.
 
     `whole` is (o, lse) of the queries over all their keys, wherever those are, and `cotangent` that of `whole`. What belongs to the
-    queries is done here, once, however many keys pass by.
+    queries is done once, before and after, however many keys pass by.
     """
     ready = []
     for piece in local.form.pieces:
-        q, pull_q = jax.vjp(lambda x, piece=piece: _turned(x, piece.q_phase, queries.tables, local.form), _wide(queries.q))
+        q, turn_back = jax.vjp(lambda x, piece=piece: _turned(x, piece.q_phase, queries.tables, local.form), _wide(queries.q))
         q, mask = q.astype(queries.q.dtype), _mask(local, piece)
-        ready.append((piece, pull_q, _pull(local, q, queries.index, mask, kv_heads, bias_params, whole, cotangent)))
+        ready.append((piece, turn_back, _pull_back(local, q, queries.index, mask, kv_heads, bias_params, whole, cotangent)))
 
-    def over(keys: Keys, beside: Any = ()) -> tuple[tuple[Any, ...], Any]:
-        total = None
-        for piece, pull_q, pull in ready:
-            k, pull_k = jax.vjp(lambda x, piece=piece: _turned(x, piece.k_phase, keys.tables, local.form), _wide(keys.k))
+    def through(keys: Keys, beside: Any) -> tuple[tuple[Any, ...], Any]:
+        dq, total = [], None
+        for piece, _, pull in ready:
+            k, turn_back = jax.vjp(lambda x, piece=piece: _turned(x, piece.k_phase, keys.tables, local.form), _wide(keys.k))
             last = piece is local.form.pieces[-1]
-            (dq, dk, dv, dbias), moved = pull(k.astype(keys.k.dtype), keys.v, keys.index, beside if last else ())
-            part = (*pull_q(dq), *pull_k(dk), dv, dbias)
+            (dq_part, dk, dv, dbias), moved = pull.through(k.astype(keys.k.dtype), keys.v, keys.index, beside if last else ())
+            dq.append(dq_part)
+            part = (*turn_back(dk), dv, dbias)
             total = part if total is None else jax.tree.map(jnp.add, total, part)
-        return total, moved
+        return (tuple(dq), *total), moved
 
-    return over
+    def finish(dq: tuple[jax.Array, ...]) -> jax.Array:
+        return sum(turn_back(pull.finish(x))[0] for x, (_, turn_back, pull) in zip(dq, ready, strict=True))
+
+    return Backward(tuple(pull.start for *_, pull in ready), through, finish)
 
 
 def nothing_seen(queries: Queries) -> Partial:
@@ -164,25 +174,21 @@ def _kernel(local: Local, out_dtype: Any) -> Callable[..., Partial]:
     return functools.partial(blockwise, blocks=local.blocks, tile_dtype=local.tile_dtype, out_dtype=out_dtype, **local.options)
 
 
-def _pull(
+def _pull_back(
     local: Local, q: jax.Array, q_index: Index, mask: Mask, kv_heads: int, bias_params: Any, whole: Partial, cotangent: Partial
-) -> Callable[..., tuple[tuple[Any, ...], Any]]:
-    options = {"bias_params": bias_params, "whole": whole, "cotangent": cotangent}
+) -> PullBack:
+    given = {"whole": whole, "cotangent": cotangent}
     if local.kernel == "flash":
-        return lambda k, v, k_index, beside: _flash_backward(local, q, k, v, q_index, k_index, mask, beside=beside, **options)
+        return _flash_pull_back(local, q, q_index, mask, kv_heads, bias_params, **given)
+    given["bias_params"] = bias_params
     if local.kernel == "blockwise":
-        options |= {"blocks": local.blocks, "tile_dtype": local.tile_dtype, **local.options}
-        pull = blockwise_backward(q, q_index, mask, kv_heads, **options)
-    else:
+        given |= {"blocks": local.blocks, "tile_dtype": local.tile_dtype, **local.options}
+        return blockwise_backward(q, q_index, mask, kv_heads, **given)
 
-        def pull(k: jax.Array, v: jax.Array, k_index: Index) -> tuple[Any, ...]:
-            return _dense_backward(local, q, k, v, q_index, k_index, mask, **options)
+    def through(k: jax.Array, v: jax.Array, k_index: Index, beside: Any) -> tuple[tuple[Any, ...], Any]:
+        return together(_dense_backward(local, q, k, v, q_index, k_index, mask, **given), beside)
 
-    def run(k: jax.Array, v: jax.Array, k_index: Index, beside: Any) -> tuple[tuple[Any, ...], Any]:
-        gradients = pull(k, v, k_index)
-        return jax.lax.optimization_barrier((gradients, beside)) if jax.tree.leaves(beside) else (gradients, beside)
-
-    return run
+    return PullBack(wide_zeros(q), through, lambda dq: dq)
 
 
 def _flash(local: Local, *args, bias_params, **options) -> Partial:
@@ -190,13 +196,18 @@ def _flash(local: Local, *args, bias_params, **options) -> Partial:
     return flash(*args, slopes=slopes, **local.flash_options, **options)
 
 
-def _flash_backward(local: Local, *args, bias_params, **options) -> tuple[tuple[Any, ...], Any]:
-    if local.form.bias is None:
-        (*gradients, _), beside = flash_backward(*args, **local.flash_options, **options)
-        return (*gradients, wide_zeros(bias_params)), beside
-    slopes, pull = jax.vjp(local.form.bias.slopes, bias_params)
-    (*gradients, dslopes), beside = flash_backward(*args, slopes=slopes, **local.flash_options, **options)
-    return (*gradients, *pull(dslopes)), beside
+def _flash_pull_back(local: Local, *args, **options) -> PullBack:
+    *args, bias_params = args
+    slopes, to_bias = None, lambda _: (wide_zeros(bias_params),)
+    if local.form.bias is not None:
+        slopes, to_bias = jax.vjp(local.form.bias.slopes, bias_params)
+    pull = flash_backward(*args, slopes=slopes, **local.flash_options, **options)
+
+    def through(*args) -> tuple[tuple[Any, ...], Any]:
+        (*gradients, dslopes), beside = pull.through(*args)
+        return (*gradients, *to_bias(dslopes)), beside
+
+    return pull._replace(through=through)
 
 
 def _dense_backward(local: Local, q, k, v, q_index, k_index, mask, *, bias_params, whole, cotangent):

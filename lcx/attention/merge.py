@@ -5,11 +5,32 @@ Legend: B batch, T query tokens, N heads, H head dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 Partial = tuple[jax.Array, jax.Array]
 """Normalised output `o_BTNH` and log-sum-exp `lse_BTN` (float32; -inf and o = 0 for a query that saw nothing)."""
+
+
+class PullBack(NamedTuple):
+    """The gradients of some queries through any keys, a part of the keys at a time.
+
+    `through(k_BSKH, v_BSKH, k_index, beside)` gives `((dq, dk, dv, dbias), beside)`, float32 or wider, dq in the kernel's own
+    layout, where parts are summed, from `start` on; `finish` lays the sum out as `[B, T, N, H]`. `beside` comes back as it is:
+    (arrays that have to be there when the kernel for dk and dv is done, others), on their way while it works.
+    """
+
+    start: jax.Array
+    through: Callable[..., tuple[tuple[Any, ...], Any]]
+    finish: Callable[[jax.Array], jax.Array]
+
+
+def together(gradients: tuple[Any, ...], beside: Any) -> tuple[tuple[Any, ...], Any]:
+    """Both, neither to be used before the other is there."""
+    return jax.lax.optimization_barrier((gradients, beside)) if jax.tree.leaves(beside) else (gradients, beside)
 
 
 def merge(one: Partial, two: Partial) -> Partial:

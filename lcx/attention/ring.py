@@ -75,19 +75,19 @@ def _ring_backward(local: Local, axis: str, hops: Hops, saved: tuple, cotangent:
             def visit(state: tuple, here: Keys, following: Any, shift: int = shift) -> tuple[tuple, Any]:
                 dq, dbias, pending = state
                 arrived = _send(axis, shift, pending)
-                parts, (following, arrived) = pull(here, (following, arrived))
-                dq_part, *dkv_part, dbias_part = parts
-                dkv = jax.tree.map(lambda a, b: a + b.astype(wide), arrived, tuple(dkv_part))
-                return (dq + dq_part, jax.tree.map(jnp.add, dbias, dbias_part), dkv), following
+                (dq_part, dk, dv, dbias_part), (following, arrived) = pull.through(here, (following, arrived))
+                pending = arrived + jnp.stack((dk, dv)).astype(wide)
+                return (*jax.tree.map(jnp.add, (dq, dbias), (dq_part, dbias_part)), pending), following
 
-            *state, pending = _walk(axis, shift, first, last, keys, visit, (*state, wide_zeros((keys.k, keys.v))))
+            nothing = jnp.zeros((2, *keys.k.shape), wide)  # dk and dv travel as one array: see `_send`
+            *state, pending = _walk(axis, shift, first, last, keys, visit, (*state, nothing))
             # The last keys that were visited are `last` devices from home.
             home = _send(axis, -shift * last, pending) if last else pending
             dkv = home if dkv is None else jax.tree.map(jnp.add, dkv, home)
-        return tuple(state), dkv
+        return tuple(state), tuple(dkv)
 
-    (dq, dbias), dkv = over_slices(part, wide_zeros((queries.q, bias_params)), keys, hops.slices)
-    return cotangents(queries, keys, bias_params, dq, dkv, dbias)
+    (dq, dbias), dkv = over_slices(part, (pull.start, wide_zeros(bias_params)), keys, hops.slices)
+    return cotangents(queries, keys, bias_params, pull.finish(dq), dkv, dbias)
 
 
 ring.defvjp(_ring_forward, _ring_backward)
@@ -99,9 +99,32 @@ def _legs(hops: Hops) -> list[tuple[int, int, int]]:
 
 
 def _send(axis: str, shift: int, tree: Any) -> Any:
-    """Every device's arrays to the device `shift` places on."""
+    """Every device's arrays to the device `shift` places on; arrays of one shape and dtype as one, but for keys and values.
+
+    A TPU has five transfers under way at a time, and one that has to wait for another hides behind no kernel. So the index travels
+    as one array, sine with cosine, dk with dv. Keys and values, the largest, would have to be copied for it.
+    """
+    if isinstance(tree, Keys):
+        rest = _send(axis, shift, (tree.index, tree.tables))
+        k, v = (_permute(axis, shift, x) for x in (tree.k, tree.v))
+        return Keys(k, v, *rest)
+    leaves, structure = jax.tree.flatten(tree)
+    groups: dict[Any, list[int]] = {}
+    for i, leaf in enumerate(leaves):
+        groups.setdefault((leaf.shape, leaf.dtype), []).append(i)
+    for members in groups.values():
+        if len(members) > 1:
+            moved = _permute(axis, shift, jnp.stack([leaves[i] for i in members]))
+        else:
+            moved = [_permute(axis, shift, leaves[members[0]])]
+        for i, leaf in zip(members, moved, strict=True):
+            leaves[i] = leaf
+    return jax.tree.unflatten(structure, leaves)
+
+
+def _permute(axis: str, shift: int, x: jax.Array) -> jax.Array:
     size = jax.lax.axis_size(axis)
-    return jax.lax.ppermute(tree, axis, [(i, (i + shift) % size) for i in range(size)])
+    return jax.lax.ppermute(x, axis, [(i, (i + shift) % size) for i in range(size)])
 
 
 def _walk(axis: str, shift: int, first: int, last: int, keys: Keys, visit: Callable, state: Any) -> Any:

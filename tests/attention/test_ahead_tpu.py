@@ -122,14 +122,14 @@ def schedule(text):
     return found
 
 
-@pytest.mark.parametrize("name", ["v5p:2x2x2", "v5p:4x4x4"])
+@pytest.mark.parametrize("name", ["v5p:2x2x2", pytest.param("v5p:4x4x4", marks=pytest.mark.slow)])
 def test_ring_hides_its_transfers_behind_kernels(name):
     """In little more memory than the kernel takes for as many tokens on one chip."""
     tokens, devices = 4096, chips(name)
     ring = program(make_mesh(MeshConfig(fsdp=1, context=len(devices)), devices), tokens, "zigzag")
     text = ring.as_text()
     assert "all-gather" not in text and "all-to-all" not in text
-    check_order(text, f"bf16[1,{tokens},{K},{H}]")
+    check_order(text)
     alone = program(one_chip(name), tokens, "contiguous")
     above = ring.memory_analysis().temp_size_in_bytes - alone.memory_analysis().temp_size_in_bytes
     numbers, keys = tokens * N * H, 2 * tokens * K * H
@@ -138,8 +138,8 @@ def test_ring_hides_its_transfers_behind_kernels(name):
     assert above <= hop + accumulators, [x / 2**20 for x in (above, hop, accumulators)]
 
 
-def check_order(text, shape):
-    """Every transfer of keys or values (arrays of `shape`) starts before a kernel and is done after it."""
+def check_order(text):
+    """Every transfer but that of the index starts before a kernel and is done after it."""
     steps = schedule(text)
     bodies = {body for body in re.findall(r"body=%?([\w.\-]+)", text) if any(x[0] == "kernel" for x in steps[body])}
     assert len(bodies) == 2  # one loop over the hops forward, one backward
@@ -148,10 +148,10 @@ def check_order(text, shape):
         kernels = [at for at, step in enumerate(steps[body]) if step[0] == "kernel"]
         started = {step[1]: at for at, step in enumerate(steps[body]) if step[0] == "collective-permute-start"}
         for at, (operation, _, operands, line) in enumerate(steps[body]):
-            if operation == "collective-permute-done" and shape in line:
+            if operation == "collective-permute-done" and " s32[" not in line:
                 moved.append(line)
                 assert any(started[operands[0]] < kernel < at for kernel in kernels), (body, line)
-    assert len(moved) == 4  # K and V, forward and backward
+    assert len(moved) == 7  # keys, values and rotary tables, forward and backward; dk with dv
 
 
 @pytest.mark.parametrize("layout", ["zigzag", "striped"])

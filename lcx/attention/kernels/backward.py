@@ -6,7 +6,7 @@ Tiles of probabilities are computed again from q, k and the log-sum-exp (arXiv 2
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,21 +14,35 @@ from jax.experimental import pallas as pl
 
 from lcx.attention.dense import MASKED
 from lcx.attention.kernels import grid
-from lcx.attention.kernels.grid import Rule
+from lcx.attention.kernels.grid import QueryTiles, Rule
 from lcx.attention.merge import Partial
 
 
-def backward(
-    rule: Rule, q_BTNH, k_BSKH, v_BSKH, q_index, k_index, slopes_N, whole: Partial, cotangent: Partial, beside: Any
-) -> tuple[tuple[jax.Array, ...], Any]:
-    """float32 `(dq, dk, dv, dslopes)` that go through these keys, and `beside`; dslopes `[N]` is 0 without slopes."""
+class Ready(NamedTuple):
+    """What the backward pass needs of the queries, in tiles: the cotangents of o, log-sum-exp, and D (see `lay_out`)."""
+
+    queries: QueryTiles
+    do: jax.Array
+    lse: jax.Array
+    delta: jax.Array
+
+
+def lay_out(rule: Rule, q_BTNH, q_index, slopes_N, kv_heads: int, whole: Partial, cotangent: Partial) -> Ready:
+    """Tiles of the queries' side, for any keys."""
     (o, lse), (do, dlse) = whole, cotangent
-    tiles = grid.cut(rule, q_BTNH, k_BSKH, v_BSKH, q_index, k_index, slopes_N)
-    block, K = rule.blocks.q, k_BSKH.shape[2]
     # d logits = p · (dp − D) with D = rowsum(do · o) − dlse; a row that saw nothing gets p = exp(−huge) = 0.
     delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1) - dlse
     lse = jnp.where(jnp.isneginf(lse), -MASKED, lse)
-    more = (grid.cut_heads(do.astype(q_BTNH.dtype), block, K), grid.cut_numbers(lse, block, K), grid.cut_numbers(delta, block, K))
+    block = rule.blocks.q
+    do = grid.cut_heads(do.astype(q_BTNH.dtype), block, kv_heads)
+    lse, delta = (grid.cut_numbers(x, block, kv_heads) for x in (lse, delta))
+    return Ready(grid.cut_queries(rule, q_BTNH, q_index, slopes_N, kv_heads), do, lse, delta)
+
+
+def backward(rule: Rule, ready: Ready, k_BSKH, v_BSKH, k_index, beside: Any) -> tuple[tuple[jax.Array, ...], Any]:
+    """float32 `(dq, dk, dv, dslopes)` that go through these keys, dq in tiles, dslopes `[N]`; and `beside`."""
+    queries, *more = ready
+    tiles, q_index, block = grid.cut(rule, queries, k_BSKH, v_BSKH, k_index), queries.index, rule.blocks.q
 
     def like(x: jax.Array) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, jnp.float32)
@@ -36,20 +50,23 @@ def backward(
     rows, H = tiles.q.shape[3:]
     dq, dslopes = grid.call(
         functools.partial(_queries, rule, tiles.sizes), rule, "flash_backward_queries", tiles,
-        grid.steps(rule, q_index, k_index, keys_pass=True), True, more,
-        [("q", like(tiles.q)), ("q", like(more[1]))], [(H, rows), (1, rows)],
+        grid.steps(rule, q_index, k_index, keys_pass=True), True, tuple(more),
+        [("q", like(tiles.q)), ("q", like(ready.lse))], [(H, rows), (1, rows)],
     )  # fmt: skip
     dk, dv = grid.call(
         functools.partial(_keys, rule, tiles.sizes), rule, "flash_backward_keys", tiles,
-        grid.steps(rule, q_index, k_index, keys_pass=False), False, more,
+        grid.steps(rule, q_index, k_index, keys_pass=False), False, tuple(more),
         [("k", like(tiles.k)), ("k", like(tiles.v))], [tiles.k.shape[3:], tiles.k.shape[3:]],
     )  # fmt: skip
-    # Before anything else is done with the results, which the compiler could hide transfers behind instead of behind the kernel.
-    # Not for dq too: its kernel then runs when what has arrived is added up, and fewer results are held at a time.
-    (dk, dv), beside = jax.lax.optimization_barrier(((dk, dv), beside))
+    if beside:
+        # Before anything else is done with the results: the compiler would hide transfers behind that instead of the kernel. What
+        # need not be there so soon is left to hide behind the kernel for dq, which runs later.
+        (dk, dv), soon = jax.lax.optimization_barrier(((dk, dv), beside[0]))
+        beside = (soon, *beside[1:])
     dk, dv = (grid.join_heads(x, rule.blocks.k, k_BSKH.shape) for x in (dk, dv))
-    dslopes = jnp.sum(grid.join_numbers(dslopes, block, q_BTNH.shape[:3]), axis=(0, 1))
-    return (grid.join_heads(dq, block, q_BTNH.shape), dk, dv, dslopes), beside
+    B, T = q_index.order.shape
+    dslopes = jnp.sum(grid.join_numbers(dslopes, block, (B, T, k_BSKH.shape[2] * rows // block)), axis=(0, 1))
+    return (dq, dk, dv, dslopes), beside
 
 
 def _slope(rule: Rule, masked: bool, q, k, v, q_tokens, k_tokens, slopes, do, lse, delta) -> tuple:

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lcx.attention.blockwise import SAVED
-from lcx.attention.kernels.backward import backward
+from lcx.attention.kernels.backward import backward, lay_out
 from lcx.attention.kernels.forward import forward
-from lcx.attention.kernels.grid import Rule
-from lcx.attention.merge import Partial
+from lcx.attention.kernels.grid import Rule, join_heads
+from lcx.attention.merge import Partial, PullBack
 from lcx.attention.tiles import Blocks
 from lcx.core.batch import Index
 from lcx.core.mask import Mask
@@ -48,11 +48,9 @@ def flash(
 
 def flash_backward(
     q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
     q_index: Index,
-    k_index: Index,
     mask: Mask,
+    kv_heads: int,
     *,
     slopes: jax.Array | None = None,
     scale: float,
@@ -61,14 +59,12 @@ def flash_backward(
     interpret: bool = False,
     whole: Partial,
     cotangent: Partial,
-    beside: Any = (),
-) -> tuple[tuple[jax.Array, ...], Any]:
-    """float32 gradients `(dq, dk, dv, dslopes)` that go through these keys; `whole` and `cotangent` as in `blockwise_backward`.
-
-    `beside` comes back as it is: arrays that must be there as soon as the kernels are done, so that they travel meanwhile.
-    """
+) -> PullBack:
+    """The pull-back to any keys, with `dslopes` behind dv; `whole` and `cotangent` as in `blockwise_backward`."""
     rule = Rule(mask, slopes is not None, scale, softcap, blocks, jnp.dtype(jnp.float32), interpret)
-    return backward(rule, q_BTNH, k_BSKH, v_BSKH, q_index, k_index, slopes, whole, cotangent, beside)
+    ready = lay_out(rule, q_BTNH, q_index, slopes, kv_heads, whole, cotangent)
+    finish = functools.partial(join_heads, block=blocks.q, shape=q_BTNH.shape)
+    return PullBack(jnp.zeros(ready.queries.q.shape, jnp.float32), functools.partial(backward, rule, ready), finish)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -82,8 +78,10 @@ def _attend_fwd(rule, q, k, v, q_index, k_index, slopes):
 
 
 def _attend_bwd(rule, residuals, cotangent):
-    q, k, v, _, _, slopes, _ = residuals
-    (dq, dk, dv, dslopes), _ = backward(rule, *residuals, cotangent, ())
+    q, k, v, q_index, k_index, slopes, whole = residuals
+    ready = lay_out(rule, q, q_index, slopes, k.shape[2], whole, cotangent)
+    (dq, dk, dv, dslopes), _ = backward(rule, ready, k, v, k_index, ())
+    dq = join_heads(dq, rule.blocks.q, q.shape)
     dslopes = None if slopes is None else dslopes.astype(slopes.dtype)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, dslopes
 

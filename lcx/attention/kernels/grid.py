@@ -68,19 +68,27 @@ class Tiles(NamedTuple):
         return (*self.q.shape[:3], self.k.shape[2])
 
 
-def cut(rule: Rule, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, q_index: Index, k_index: Index, slopes_N) -> Tiles:
-    """Tiles of the arguments of a kernel; tails are zeros of segment 0, so padding."""
-    K = k_BSKH.shape[2]
-    group = q_BTNH.shape[2] // K
-    slopes = jnp.zeros(K * group, jnp.float32) if slopes_N is None else slopes_N.astype(jnp.float32)
-    return Tiles(
-        cut_heads(q_BTNH, rule.blocks.q, K),
-        cut_heads(k_BSKH.astype(q_BTNH.dtype), rule.blocks.k, K),
-        cut_heads(v_BSKH.astype(q_BTNH.dtype), rule.blocks.k, K),
-        _tokens(q_index, rule.blocks.q, group),
-        _tokens(k_index, rule.blocks.k, 1),
-        jnp.repeat(slopes.reshape(K, 1, group), rule.blocks.q, axis=2),
-    )
+class QueryTiles(NamedTuple):
+    """The queries' side of `Tiles`, and their index as it came."""
+
+    q: jax.Array
+    tokens: jax.Array
+    slopes: jax.Array
+    index: Index
+
+
+def cut_queries(rule: Rule, q_BTNH: jax.Array, q_index: Index, slopes_N: jax.Array | None, kv_heads: int) -> QueryTiles:
+    """Tiles of the queries; tails are zeros of segment 0, so padding."""
+    group = q_BTNH.shape[2] // kv_heads
+    slopes = jnp.zeros(kv_heads * group, jnp.float32) if slopes_N is None else slopes_N.astype(jnp.float32)
+    slopes = jnp.repeat(slopes.reshape(kv_heads, 1, group), rule.blocks.q, axis=2)
+    return QueryTiles(cut_heads(q_BTNH, rule.blocks.q, kv_heads), _tokens(q_index, rule.blocks.q, group), slopes, q_index)
+
+
+def cut(rule: Rule, queries: QueryTiles, k_BSKH: jax.Array, v_BSKH: jax.Array, k_index: Index) -> Tiles:
+    """Tiles of the arguments of a kernel."""
+    k, v = (cut_heads(x.astype(queries.q.dtype), rule.blocks.k, k_BSKH.shape[2]) for x in (k_BSKH, v_BSKH))
+    return Tiles(queries.q, k, v, queries.tokens, _tokens(k_index, rule.blocks.k, 1), queries.slopes)
 
 
 def cut_heads(x_BTNH: jax.Array, block: int, kv_heads: int) -> jax.Array:
