@@ -49,6 +49,7 @@ def test_heads_that_are_sent_twice_keep_their_bias():
     assert within(found), found
 
 
+@pytest.mark.slow
 def test_gradients_do_not_depend_on_the_ring():
     results = []
     for size in (2, 3, 4, 6, 8):
@@ -59,6 +60,7 @@ def test_gradients_do_not_depend_on_the_ring():
             np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5 * max(1.0, np.abs(wanted).max()))
 
 
+@pytest.mark.slow
 def test_bfloat16_is_no_worse_on_a_larger_ring():
     """Every partial result is merged in float32: the error against float64 at 8 devices is at most 1.2 times that at 2."""
     case = {**CASE, "sink": False}

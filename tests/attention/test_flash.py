@@ -26,7 +26,15 @@ STRUCTURES = (
     {**PLAIN, "mask": "full", "bias": "alibi", "pieces": "dual_chunk", "sink": True},
 )
 ROWS = (("none", "continuous"), ("packed", "reset"), ("shared", "reset"), ("padding", "continuous"))
-CASES = [{**structure, "segments": segments, "positions": positions} for structure in STRUCTURES for segments, positions in ROWS]
+QUICK = (PLAIN, STRUCTURES[1])
+"""A structure is one program, compiled for a quarter of a minute."""
+CASES = [
+    pytest.param(
+        {**structure, "segments": segments, "positions": positions}, marks=[] if structure in QUICK else [pytest.mark.slow]
+    )
+    for structure in STRUCTURES
+    for segments, positions in ROWS
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(value) for value in case.values()))
@@ -35,6 +43,7 @@ def test_flash_equals_dense(case):
     assert within(found), found
 
 
+@pytest.mark.slow
 def test_chunk_with_lse_cotangent_and_empty_rows():
     (q, k, v, do, dlse), (q_index, k_index) = draw(), chunk_index()
     mask = Mask(window=13)

@@ -37,7 +37,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = ("2 x 2, several pieces",)
+
+
+@pytest.mark.parametrize("case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES])
 def test_tokens_and_logits_are_those_of_one_device(case):
     """Rows of 9 and 37 tokens in chunks of 8, rings of 13 to 16 slots overwritten twice."""
     mesh, positions, changes = CASES[case]
@@ -86,6 +89,7 @@ def test_dealt_tokens_come_back(start):
         np.testing.assert_array_equal(collect(dealt, start), x)
 
 
+@pytest.mark.slow
 def test_a_prefix_is_seen_beyond_the_window():
     """Keys that are marked keep their slots: the cache of such a model has no ring."""
     config = dataclasses.replace(CONFIG, prefix_attention=True)

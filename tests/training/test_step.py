@@ -83,22 +83,18 @@ def test_meshes_equal_one_device(sizes):
     assert moments.mu["layers"]["mlp"]["up"]["kernel"].sharding == kernel.sharding
 
 
-CONTEXT_MESHES = [
-    (1, 1, 1, 8, 1),
-    (1, 1, 1, 8, 2),
-    (1, 1, 1, 8, 4),
-    (1, 2, 1, 4, 1),
-    (1, 2, 1, 4, 4),
-    (2, 1, 2, 2, 1),
-    (2, 1, 2, 2, 2),
-    (1, 1, 1, 6, 1),
-    (1, 1, 1, 6, 2),
-]
+CONTEXT_MESHES = [(1, 1, 1, 8, 1), (1, 1, 1, 8, 2), (1, 1, 1, 8, 4), (1, 2, 1, 4, 1), (2, 1, 2, 2, 1), (1, 1, 1, 6, 1)]
+MORE_MESHES = [(1, 2, 1, 4, 4), (2, 1, 2, 2, 2), (1, 1, 1, 6, 2)]
 
 
 @pytest.mark.parametrize(
     ("sizes", "strategy"),
-    [*((sizes, "ring") for sizes in CONTEXT_MESHES), ((1, 1, 1, 8, 2), "gather"), ((1, 2, 1, 4, 1), "gather")],
+    [
+        *((sizes, "ring") for sizes in CONTEXT_MESHES),
+        ((1, 1, 1, 8, 2), "gather"),
+        *(pytest.param(sizes, "ring", marks=pytest.mark.slow) for sizes in MORE_MESHES),
+        pytest.param((1, 2, 1, 4, 1), "gather", marks=pytest.mark.slow),
+    ],
 )
 def test_context_meshes_equal_one_device(sizes, strategy):
     """Sequence, weights and optimizer state split over the devices of the context."""
