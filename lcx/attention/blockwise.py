@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lcx.attention.dense import MASKED
 from lcx.attention.merge import Partial, PullBack, together
-from lcx.attention.tiles import Blocks, block_bounds, fold, fold_index, unfold, visits
+from lcx.attention.tiles import Blocks, block_bounds, fold, fold_index, row_terms, unfold, visits
 from lcx.core.batch import Index
 from lcx.core.mask import Bounds, Mask, visible
 
@@ -103,6 +103,10 @@ def blockwise_backward(
     to the queries is laid out in tiles here, once, however many keys pass by.
     """
     rule = _rule(mask, bias, scale, softcap, blocks, tile_dtype or q_BTNH.dtype, whole[0].dtype)
+    return _pull_back(rule, q_BTNH, q_index, kv_heads, bias_params, whole, cotangent)
+
+
+def _pull_back(rule: _Rule, q_BTNH, q_index, kv_heads: int, bias_params, whole: Partial, cotangent: Partial) -> PullBack:
     queries = _lay_out(rule, q_BTNH, q_index, kv_heads, whole, cotangent)
 
     def through(k: jax.Array, v: jax.Array, k_index: Index, beside: Any) -> tuple[tuple[Any, ...], Any]:
@@ -128,10 +132,9 @@ def _attend_fwd(rule, q, k, v, q_index, k_index, bias_params):
 
 def _attend_bwd(rule, residuals, cotangents):
     q, k, v, q_index, k_index, bias_params, *whole = residuals
-    queries = _lay_out(rule, q, q_index, k.shape[2], whole, cotangents)
-    dq, dk, dv, dbias = _backward(rule, queries, bias_params, k, v, k_index)
-    dq = unfold(dq, rule.blocks.q, rule.blocks, q.shape)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, _like(dbias, bias_params)
+    pull = _pull_back(rule, q, q_index, k.shape[2], bias_params, whole, cotangents)
+    (dq, dk, dv, dbias), _ = pull.through(k, v, k_index, ())
+    return pull.finish(dq).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, _like(dbias, bias_params)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
@@ -238,14 +241,10 @@ class _QueryTiles(NamedTuple):
 
 
 def _lay_out(rule: _Rule, q_BTNH, q_index, kv_heads: int, whole: Partial, cotangent: Partial) -> _QueryTiles:
-    (o, lse), (do, dlse) = whole, cotangent
     at_q = functools.partial(fold, block=rule.blocks.q, blocks=rule.blocks, kv_heads=kv_heads)
-    # d logits = p · (dp − D) with D = rowsum(do · o) − dlse; a row that saw nothing gets p = exp(−huge) = 0.
-    delta = jnp.sum(do.astype(rule.wide) * o.astype(rule.wide), axis=-1) - dlse
-    lse = jnp.where(jnp.isneginf(lse), -MASKED, lse)
-    delta, lse = at_q(delta[..., None])[..., 0], at_q(lse[..., None])[..., 0]
+    lse, delta = (at_q(x[..., None])[..., 0] for x in row_terms(whole, cotangent, rule.wide))
     q, q_index = _fold_queries(rule, q_BTNH, q_index, kv_heads)
-    return _QueryTiles(q, at_q(do.astype(rule.tile_dtype)), lse, delta, q_index)
+    return _QueryTiles(q, at_q(cotangent[0].astype(rule.tile_dtype)), lse, delta, q_index)
 
 
 def _backward(rule: _Rule, queries: _QueryTiles, bias_params, k_BSKH, v_BSKH, k_index):

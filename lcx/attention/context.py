@@ -20,12 +20,9 @@ from lcx.attention.ring import Hops, ring
 from lcx.attention.ulysses import share_of_bias, ulysses
 from lcx.core.errors import UserError
 from lcx.core.mask import Mask
-from lcx.core.mesh import RULES, axis_size
+from lcx.core.mesh import RULES, SEQUENCE, axis_size
 
 Strategy = Literal["ring", "gather", "window"]
-
-AXES = RULES["sequence"]
-"""Mesh axes that split the sequence, the first one outermost."""
 
 RING_TOKENS = 12_288
 """Tokens of a device times heads a KV head from which on a ring hides its traffic: 3K tokens for Llama 3 on a TPU v5p."""
@@ -94,12 +91,12 @@ class _Split(NamedTuple):
 def _split(mesh: AbstractMesh, kernel: Kernel, queries: Queries, keys: Keys) -> _Split:
     """The sequence alone; or all of the mesh for a kernel that the compiler can't split over rows and heads by itself."""
     if kernel != "flash":
-        return _Split(set(AXES), PartitionSpec(None, AXES), PartitionSpec(None, AXES))
+        return _Split(set(SEQUENCE), PartitionSpec(None, SEQUENCE), PartitionSpec(None, SEQUENCE))
     B, _, N, _ = queries.q.shape
     tensor, share = mesh.shape["tensor"], mesh.shape["tensor"] * mesh.shape["ulysses"]
     rows = RULES["batch"] if B % axis_size(mesh, "batch") == 0 else None
     heads = "tensor" if N % share == 0 and keys.k.shape[2] % tensor == 0 else None
-    return _Split(set(mesh.axis_names), PartitionSpec(rows, AXES), PartitionSpec(rows, AXES, heads))
+    return _Split(set(mesh.axis_names), PartitionSpec(rows, SEQUENCE), PartitionSpec(rows, SEQUENCE, heads))
 
 
 def over_devices(
@@ -131,7 +128,7 @@ def over_devices(
 
 def _whole(spec: PartitionSpec) -> PartitionSpec:
     """The same split without that of the tokens."""
-    return PartitionSpec(*(None if axes == AXES else axes for axes in spec))
+    return PartitionSpec(*(None if axes == SEQUENCE else axes for axes in spec))
 
 
 def over_mesh(
@@ -143,7 +140,7 @@ def over_mesh(
     keys: Keys,
     bias_params: Any,
 ) -> Partial:
-    """`(o_BTNH, lse_BTN)` in float32 or wider of global arrays whose sequence is split over `AXES`.
+    """`(o_BTNH, lse_BTN)` in float32 or wider of global arrays whose sequence is split over `SEQUENCE`.
 
     Every device computes the results of its own tokens. `local(tokens, heads, kv_heads)` gives what is static for the sizes that
     a device works on at a time.

@@ -24,7 +24,7 @@ from lcx.core.batch import Index
 from lcx.core.config import choice
 from lcx.core.errors import UserError
 from lcx.core.mask import Mask
-from lcx.core.mesh import axis_size, target_platform
+from lcx.core.mesh import axis_size, context_size, target_platform
 from lcx.positions.form import Form
 from lcx.positions.rotary import Tables
 
@@ -143,7 +143,7 @@ def attend(
     queries, keys = Queries(q, q_index, q_tables), Keys(k_BSKH, v_BSKH, k_index, k_tables)
     wide = jnp.promote_types(q.dtype, jnp.float32)
     mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and axis_size(mesh, "sequence") > 1:
+    if context_size() > 1:
         o, lse = (_over_slots if cached else _over_mesh)(spec, mesh, queries, keys, bias_params)
     else:
         local = _local(spec, B, T, S, N, K, q.dtype)

@@ -17,9 +17,7 @@ import jax.numpy as jnp
 
 from lcx.attention.local import Keys, Local, Queries, forward
 from lcx.attention.merge import Partial
-from lcx.core.mesh import RULES
-
-AXES = RULES["sequence"]
+from lcx.core.mesh import SEQUENCE
 
 
 def split_kv(local: Local, spread: bool, queries: Queries, keys: Keys, bias_params: Any) -> Partial:
@@ -31,8 +29,8 @@ def split_kv(local: Local, spread: bool, queries: Queries, keys: Keys, bias_para
     """
     wide = jnp.promote_types(queries.q.dtype, jnp.float32)
     if spread:
-        queries = jax.tree.map(lambda x: jax.lax.all_gather(x, AXES, axis=1, tiled=True), queries)
-    return merge_over(AXES, forward(local, queries, keys, bias_params, wide), spread)
+        queries = jax.tree.map(lambda x: jax.lax.all_gather(x, SEQUENCE, axis=1, tiled=True), queries)
+    return merge_over(SEQUENCE, forward(local, queries, keys, bias_params, wide), spread)
 
 
 def merge_over(axes: tuple[str, ...], part: Partial, scatter: bool) -> Partial:

@@ -7,11 +7,13 @@ that is worked on at once: `rows` batch rows and `heads` KV heads.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from lcx.attention.dense import MASKED
+from lcx.attention.merge import Partial
 from lcx.core.batch import Index
 from lcx.core.mask import Bounds, Mask, bounds, may_see, sees_all
 
@@ -73,6 +75,16 @@ def block_bounds(index: Index) -> Bounds:
     """Bounds `[rows, blocks]` of one group's tiles `[blocks, rows, block]`."""
     block = index.order.shape[-1]
     return bounds(jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(x.shape[1], -1), index), block)
+
+
+def row_terms(whole: Partial, cotangent: Partial, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """`(lse, D)` `[B, T, N]`, with which p = exp(logits − lse) and the cotangent of the logits is p · (dp − D).
+
+    D = rowsum(do · o) − dlse. A row that saw nothing gets p = exp(−huge) = 0.
+    """
+    (o, lse), (do, dlse) = whole, cotangent
+    delta = jnp.sum(do.astype(dtype) * o.astype(dtype), axis=-1) - dlse
+    return jnp.where(jnp.isneginf(lse), -MASKED, lse), delta
 
 
 def visits(mask: Mask, q: Bounds, k: Bounds) -> tuple[jax.Array, jax.Array, jax.Array]:

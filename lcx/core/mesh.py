@@ -31,6 +31,9 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 """Logical axis of an array dimension -> mesh axes that split it. A name that is not here is never split."""
 
+SEQUENCE = RULES["sequence"]
+"""Mesh axes that split the sequence, the first one outermost."""
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
@@ -111,6 +114,12 @@ def named_sharding(mesh: Mesh, logical_axes: Sequence[str | None]) -> NamedShard
 def axis_size(mesh: Mesh | AbstractMesh, logical: str) -> int:
     """Number of pieces into which `mesh` splits a dimension of this logical name."""
     return math.prod(mesh.shape[axis] for axis in RULES.get(logical, ()))
+
+
+def context_size() -> int:
+    """Devices that share a sequence on the mesh that is set; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else axis_size(mesh, "sequence")
 
 
 def mesh_of(tree: Any) -> AbstractContextManager[Any]:

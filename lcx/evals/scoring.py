@@ -16,9 +16,8 @@ from jax.experimental import multihost_utils
 
 from lcx.attention.layout import arrange, restore
 from lcx.core.batch import Batch
-from lcx.core.mesh import mesh_of
+from lcx.core.mesh import context_size, mesh_of
 from lcx.core.trees import Tree
-from lcx.model.cache import context_size
 from lcx.model.config import Architecture, ModelConfig, lay_out, layout_on
 from lcx.model.loss import token_losses
 from lcx.model.transformer import hidden

@@ -24,11 +24,10 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lcx.attention.layout import arrange, restore
-from lcx.attention.split_kv import AXES
 from lcx.core.batch import PADDING, Index
 from lcx.core.config import fingerprint
 from lcx.core.errors import UserError
-from lcx.core.mesh import axis_size, fitting_spec, multiples
+from lcx.core.mesh import SEQUENCE, context_size, fitting_spec, multiples
 from lcx.core.trees import Tree
 from lcx.model.config import Architecture
 
@@ -49,12 +48,6 @@ class Cache:
     context: int = flax.struct.field(pytree_node=False)
     rotated: tuple[str, ...] = flax.struct.field(pytree_node=False)
     scheme: str = flax.struct.field(pytree_node=False)
-
-
-def context_size() -> int:
-    """Devices that share a sequence on the mesh that is set; 1 without one."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else axis_size(mesh, "sequence")
 
 
 def slots_of(arch: Architecture, kind: str, slots: int, chunk: int) -> int:
@@ -178,15 +171,15 @@ def write(old: jax.Array, new: jax.Array, layer: jax.Array | int, start: jax.Arr
     spread = count % size == 0
 
     def run(old: jax.Array, new: jax.Array, layer: jax.Array, start: jax.Array) -> jax.Array:
-        first = (jax.lax.axis_index(AXES) - start) % size
+        first = (jax.lax.axis_index(SEQUENCE) - start) % size
         if not spread:
             new = jax.lax.dynamic_slice_in_dim(new, jnp.minimum(first, count - 1), 1, axis=1)
         return _put(old, new, layer, (start + first) // size, spread | (first < count))
 
-    slots, whole = PartitionSpec(None, None, AXES), PartitionSpec()
-    tokens = PartitionSpec(None, AXES) if spread else whole
+    slots, whole = PartitionSpec(None, None, SEQUENCE), PartitionSpec()
+    tokens = PartitionSpec(None, SEQUENCE) if spread else whole
     run = jax.shard_map(
-        run, mesh=mesh, in_specs=(slots, tokens, whole, whole), out_specs=slots, axis_names=set(AXES), check_vma=False
+        run, mesh=mesh, in_specs=(slots, tokens, whole, whole), out_specs=slots, axis_names=set(SEQUENCE), check_vma=False
     )
     return run(old, new, jnp.int32(layer), start)
 

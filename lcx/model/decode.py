@@ -16,13 +16,13 @@ from jax.sharding import PartitionSpec
 from lcx.attention.dispatch import attend
 from lcx.core.batch import Index
 from lcx.core.errors import UserError
+from lcx.core.mesh import context_size
 from lcx.core.trees import Tree
 from lcx.model.cache import (
     Cache,
     check_chunk,
     check_room,
     collect,
-    context_size,
     deal,
     empty_cache,
     keep_placed,

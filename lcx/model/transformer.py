@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from lcx.attention.blockwise import SAVED
 from lcx.attention.dispatch import attend
 from lcx.core.batch import Batch, Index
-from lcx.core.mesh import axis_size, fitting_spec, target_platform
+from lcx.core.mesh import context_size, fitting_spec, target_platform
 from lcx.core.trees import Tree, cast
 from lcx.model.config import Architecture, ModelConfig
 from lcx.positions.rotary import tables
@@ -221,9 +221,8 @@ def _mlp_tiles(length: int, config: ModelConfig) -> int:
     most = config.mlp_tile
     if most is not None and target_platform() == "cpu":
         most = max(1, min(most, CPU_WIDE // config.mlp_dim))
-    mesh = jax.sharding.get_abstract_mesh()
     # A row that is split over devices is cut already, and cutting it again would move it between them.
-    if most is None or length <= most or (not mesh.empty and axis_size(mesh, "sequence") > 1):
+    if most is None or length <= most or context_size() > 1:
         return 1
     least = -(-length // most)
     return next((n for n in range(least, 2 * least) if length % n == 0), 1)

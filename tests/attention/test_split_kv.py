@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from lcx.attention.dispatch import AttentionSpec, attend
-from lcx.attention.split_kv import AXES, merge_over
-from lcx.core.mesh import MeshConfig, make_mesh
+from lcx.attention.split_kv import merge_over
+from lcx.core.mesh import SEQUENCE, MeshConfig, make_mesh
 from lcx.positions.rotary import tables
 from tests.attention.cases import HEADS, B, H, N, index
 from tests.attention.context_cases import MASKS, SCHEMES
@@ -70,9 +70,13 @@ def test_merging_guards_rows_that_are_empty_somewhere_or_everywhere(scatter):
     lse = jnp.asarray([[0.0, 3.0, -jnp.inf, -jnp.inf], [0.0, -jnp.inf, 200.0, -jnp.inf]])[..., None]
     o = jnp.where(jnp.isneginf(lse)[..., None], 0.0, o)
     mesh = make_mesh(MeshConfig(fsdp=1, context=2), jax.devices()[:2])
-    out = PartitionSpec(None, AXES) if scatter else PartitionSpec()
+    out = PartitionSpec(None, SEQUENCE) if scatter else PartitionSpec()
     run = jax.shard_map(
-        lambda o, lse: merge_over(AXES, (o, lse), scatter), mesh=mesh, in_specs=PartitionSpec(AXES), out_specs=out, check_vma=False
+        lambda o, lse: merge_over(SEQUENCE, (o, lse), scatter),
+        mesh=mesh,
+        in_specs=PartitionSpec(SEQUENCE),
+        out_specs=out,
+        check_vma=False,
     )
     merged, total = run(o, lse)
     np.testing.assert_allclose(merged[0, :, 0, 0], [3.0, 2.0, 7.0, 0.0])

@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from lcx.attention.dense import MASKED
 from lcx.attention.kernels import grid
 from lcx.attention.kernels.grid import QueryTiles, Rule
 from lcx.attention.merge import Partial
+from lcx.attention.tiles import row_terms
 
 
 class Ready(NamedTuple):
-    """What the backward pass needs of the queries, in tiles: the cotangents of o, log-sum-exp, and D (see `lay_out`)."""
+    """What the backward pass needs of the queries, in tiles: the cotangents of o, log-sum-exp, and D (see `row_terms`)."""
 
     queries: QueryTiles
     do: jax.Array
@@ -29,13 +29,9 @@ class Ready(NamedTuple):
 
 def lay_out(rule: Rule, q_BTNH, q_index, slopes_N, kv_heads: int, whole: Partial, cotangent: Partial) -> Ready:
     """Tiles of the queries' side, for any keys."""
-    (o, lse), (do, dlse) = whole, cotangent
-    # d logits = p · (dp − D) with D = rowsum(do · o) − dlse; a row that saw nothing gets p = exp(−huge) = 0.
-    delta = jnp.sum(do.astype(jnp.float32) * o.astype(jnp.float32), axis=-1) - dlse
-    lse = jnp.where(jnp.isneginf(lse), -MASKED, lse)
     block = rule.blocks.q
-    do = grid.cut_heads(do.astype(q_BTNH.dtype), block, kv_heads)
-    lse, delta = (grid.cut_numbers(x, block, kv_heads) for x in (lse, delta))
+    lse, delta = (grid.cut_numbers(x, block, kv_heads) for x in row_terms(whole, cotangent, jnp.float32))
+    do = grid.cut_heads(cotangent[0].astype(q_BTNH.dtype), block, kv_heads)
     return Ready(grid.cut_queries(rule, q_BTNH, q_index, slopes_N, kv_heads), do, lse, delta)
 
 
@@ -96,11 +92,7 @@ def _queries(
         if rule.linear:
             slope_acc[...] -= jnp.sum(dlogits * away, axis=0, keepdims=True)
 
-    some, whole = grid.work(rule, sizes, q_bounds, k_bounds, b, i, j)
-
-    @pl.when(some)
-    def _():
-        jax.lax.cond(whole, lambda: tile(False), lambda: tile(True))
+    grid.visit(rule, sizes, q_bounds, k_bounds, b, i, j, tile)
 
     @pl.when(j == sizes[3] - 1)
     def _():
@@ -123,11 +115,7 @@ def _keys(
         dv_acc[...] += grid.product(p.astype(do.dtype), do[...], 1, 0)
         dk_acc[...] += grid.product(ds.astype(q.dtype), q[...], 1, 0)
 
-    some, whole = grid.work(rule, sizes, q_bounds, k_bounds, b, i, j)
-
-    @pl.when(some)
-    def _():
-        jax.lax.cond(whole, lambda: tile(False), lambda: tile(True))
+    grid.visit(rule, sizes, q_bounds, k_bounds, b, i, j, tile)
 
     @pl.when(i == sizes[2] - 1)
     def _():

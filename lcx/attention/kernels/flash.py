@@ -62,8 +62,12 @@ def flash_backward(
 ) -> PullBack:
     """The pull-back to any keys, with `dslopes` behind dv; `whole` and `cotangent` as in `blockwise_backward`."""
     rule = Rule(mask, slopes is not None, scale, softcap, blocks, jnp.dtype(jnp.float32), interpret)
+    return _pull_back(rule, q_BTNH, q_index, slopes, kv_heads, whole, cotangent)
+
+
+def _pull_back(rule: Rule, q_BTNH, q_index, slopes, kv_heads: int, whole: Partial, cotangent: Partial) -> PullBack:
     ready = lay_out(rule, q_BTNH, q_index, slopes, kv_heads, whole, cotangent)
-    finish = functools.partial(join_heads, block=blocks.q, shape=q_BTNH.shape)
+    finish = functools.partial(join_heads, block=rule.blocks.q, shape=q_BTNH.shape)
     return PullBack(jnp.zeros(ready.queries.q.shape, jnp.float32), functools.partial(backward, rule, ready), finish)
 
 
@@ -79,11 +83,10 @@ def _attend_fwd(rule, q, k, v, q_index, k_index, slopes):
 
 def _attend_bwd(rule, residuals, cotangent):
     q, k, v, q_index, k_index, slopes, whole = residuals
-    ready = lay_out(rule, q, q_index, slopes, k.shape[2], whole, cotangent)
-    (dq, dk, dv, dslopes), _ = backward(rule, ready, k, v, k_index, ())
-    dq = join_heads(dq, rule.blocks.q, q.shape)
+    pull = _pull_back(rule, q, q_index, slopes, k.shape[2], whole, cotangent)
+    (dq, dk, dv, dslopes), _ = pull.through(k, v, k_index, ())
     dslopes = None if slopes is None else dslopes.astype(slopes.dtype)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, dslopes
+    return pull.finish(dq).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, dslopes
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

@@ -53,11 +53,7 @@ def _kernel(
         total[...] = total[...] * shrink + jnp.sum(p, axis=0, keepdims=True)
         acc[...] = acc[...] * shrink + grid.product(v[...], p, 0, 0)
 
-    some, whole = grid.work(rule, sizes, q_bounds, k_bounds, b, i, j)
-
-    @pl.when(some)
-    def _():
-        jax.lax.cond(whole, lambda: tile(False), lambda: tile(True))
+    grid.visit(rule, sizes, q_bounds, k_bounds, b, i, j, tile)
 
     @pl.when(j == sizes[3] - 1)
     def _():

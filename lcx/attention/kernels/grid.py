@@ -10,6 +10,7 @@ sublanes.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -145,11 +146,15 @@ def _flat(extremes: Bounds) -> jax.Array:
     return jnp.stack([getattr(extremes, name).astype(jnp.int32) for name in BOUNDS]).reshape(-1)
 
 
-def work(rule: Rule, sizes: tuple[int, ...], q_bounds, k_bounds, b: jax.Array, i: jax.Array, j: jax.Array) -> tuple[Any, Any]:
-    """Whether query block i of row b may see any of key block j, and whether it sees all: two scalars."""
+def visit(rule: Rule, sizes: tuple[int, ...], q_bounds, k_bounds, b, i, j, tile: Callable[[bool], None]) -> None:
+    """Runs `tile(masked)` where query block i of row b may see any of key block j; unmasked where it sees all."""
     B, _, q_count, k_count = sizes
     q, k = _read(q_bounds, B, q_count, b, i), _read(k_bounds, B, k_count, b, j)
-    return may_see(rule.mask, q, k), sees_all(rule.mask, q, k)
+    whole = sees_all(rule.mask, q, k)
+
+    @pl.when(may_see(rule.mask, q, k))
+    def _():
+        jax.lax.cond(whole, lambda: tile(False), lambda: tile(True))
 
 
 def _read(ref, B: int, count: int, b: jax.Array, i: jax.Array) -> Bounds:
