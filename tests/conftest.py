@@ -1,10 +1,16 @@
-"""Eight host devices, exact matrix products, and no silent rank promotion in every test."""
+"""Eight host devices, exact matrix products, and no silent rank promotion in every test.
+
+Programs are compiled without LLVM's optimisations, which is most of what the tests would wait for; notebooks and the main job of
+`.ci/run` have them.
+"""
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+if "xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]:
+    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 
 import jax
 import pytest
