@@ -23,7 +23,7 @@ from lcx.core.batch import Index
 from lcx.core.mask import Mask
 from lcx.positions.form import Form
 
-SHAPES = ((8, 256, 4, 32), (8, 512, 8, 32), (1, 4096, 8, 32), (1, 16384, 8, 32))
+SHAPES = ((8, 256, 4, 32), (8, 512, 8, 32), (1, 4096, 8, 32), (1, 8192, 8, 64), (1, 16384, 8, 32))
 """Batch, tokens, heads, head dim."""
 MASKS = {"causal": Mask(), "full": Mask(causal=False), "window64": Mask(window=64)}
 
