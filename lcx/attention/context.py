@@ -20,7 +20,7 @@ from lcx.attention.ring import Hops, ring
 from lcx.attention.ulysses import share_of_bias, ulysses
 from lcx.core.errors import UserError
 from lcx.core.mask import Mask
-from lcx.core.mesh import RULES, SEQUENCE, axis_size
+from lcx.core.mesh import RULES, SEQUENCE, axis_size, target_platform
 
 Strategy = Literal["ring", "gather", "window"]
 
@@ -28,8 +28,9 @@ RING_TOKENS = 12_288
 """Tokens of a device times heads a KV head from which on a ring hides its traffic: 3K tokens for Llama 3 on a TPU v5p."""
 
 
-CPU_SLICES = 2
-"""Parts in which keys travel between host devices: they share their memory, so that what is saved counts for all of them."""
+CPU_HOP = 2**21
+"""Logits of a hop down to which host devices take fewer heads at a time: they share their memory, so what is saved counts for
+all of them."""
 
 
 class ContextPlan(NamedTuple):
@@ -41,7 +42,7 @@ class ContextPlan(NamedTuple):
 
 
 def resolve_context(
-    strategy: Strategy | Literal["auto"], mask: Mask, layout: Layout, length: int, pieces: int, group: int, platform: str = "tpu"
+    strategy: Strategy | Literal["auto"], mask: Mask, layout: Layout, length: int, pieces: int, group: int
 ) -> ContextPlan:
     """How `pieces` devices of the ring share rows of `length` tokens under a mask, and why; `group` is N / K.
 
@@ -64,10 +65,18 @@ def resolve_context(
             f"a window of {mask.window} reaches {near.before} devices before and {near.after} after" if near is not None else enough
         )
     hops = near if strategy == "window" else whole
-    # Gathered, a slice of every shard makes up what one device holds. A ring needs large messages; on a CPU none travels.
-    most = pieces if strategy == "gather" else CPU_SLICES if platform == "cpu" else 1
-    slices = next(n for n in range(min(most, shard), 0, -1) if shard % n == 0)
+    # Gathered, a slice of every shard makes up what one device holds. A ring needs large messages.
+    slices = next(n for n in range(min(pieces, shard), 0, -1) if shard % n == 0) if strategy == "gather" else 1
     return ContextPlan(strategy, dataclasses.replace(hops, slices=slices), f"{strategy}: {why}")
+
+
+def host_parts(hops: Hops, biased: bool, rows: int, tokens: int, heads: int, kv_heads: int) -> Hops:
+    """How host devices that hold `rows` of so many `tokens` walk a ring: by groups of the heads; or with a bias, which is computed
+    for all heads at once, by halves of the keys."""
+    if biased:
+        return dataclasses.replace(hops, slices=2 if tokens % 2 == 0 else 1)
+    fits = (n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and rows * tokens**2 * (heads // n) >= CPU_HOP)
+    return dataclasses.replace(hops, groups=max(fits, default=1))
 
 
 def _window_hops(mask: Mask, layout: Layout, shard: int, pieces: int) -> Hops | None:
@@ -136,6 +145,7 @@ def over_mesh(
     plan: ContextPlan,
     kernel: Kernel,
     local: Callable[[int, int, int], Local],
+    biased: bool,
     queries: Queries,
     keys: Keys,
     bias_params: Any,
@@ -143,18 +153,21 @@ def over_mesh(
     """`(o_BTNH, lse_BTN)` in float32 or wider of global arrays whose sequence is split over `SEQUENCE`.
 
     Every device computes the results of its own tokens. `local(tokens, heads, kv_heads)` gives what is static for the sizes that
-    a device works on at a time.
+    a device works on at a time. `biased`: the scheme adds a bias.
     """
     exchange = mesh.shape["ulysses"] > 1
 
     def run(shared: Callable[[Local], Local], queries: Queries, keys: Keys, bias_params: Any) -> Partial:
         def attention(queries: Queries, keys: Keys) -> Partial:
-            here = shared(local(queries.q.shape[1], queries.q.shape[2], keys.k.shape[2]))
+            (B, T, N, _), K, hops = queries.q.shape, keys.k.shape[2], plan.hops
+            if plan.strategy != "gather" and target_platform() == "cpu":
+                hops = host_parts(hops, biased, B, T, N, K)
+            here = shared(local(T, N // hops.groups, K // hops.groups))
             if exchange:
                 here = share_of_bias(here, "ulysses")
             if plan.strategy == "gather":
-                return gather(here, "ring", plan.hops.slices, queries, keys, bias_params)
-            return ring(here, "ring", plan.hops, queries, keys, bias_params)
+                return gather(here, "ring", hops.slices, queries, keys, bias_params)
+            return ring(here, "ring", hops, queries, keys, bias_params)
 
         return ulysses(attention, "ulysses", queries, keys) if exchange else attention(queries, keys)
 

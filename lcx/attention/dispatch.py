@@ -174,14 +174,14 @@ def _over_mesh(spec: AttentionSpec, mesh: AbstractMesh, queries: Queries, keys: 
     if T % axis_size(mesh, "sequence") or S != T:
         raise UserError(f"{T} queries and {S} keys can't be split over {axis_size(mesh, 'sequence')} devices of mesh.context")
     check_heads(N, mesh.shape["ulysses"])
-    plan = resolve_context(spec.strategy, spec.mask, layout, T, pieces, N // K, target_platform())
+    plan = resolve_context(spec.strategy, spec.mask, layout, T, pieces, N // K)
     chunk = T // (2 * pieces) if layout == "zigzag" else None
 
     def local(tokens: int, heads: int, kv_heads: int) -> Local:
         return _local(spec, B, tokens, tokens, heads, kv_heads, queries.q.dtype, chunk, mesh.size)
 
     kernel = local(T // pieces, N // mesh.shape["ulysses"], max(1, K // mesh.shape["ulysses"])).kernel
-    return over_mesh(mesh, plan, kernel, local, queries, keys, bias_params)
+    return over_mesh(mesh, plan, kernel, local, spec.form.bias is not None, queries, keys, bias_params)
 
 
 def _over_slots(spec: AttentionSpec, mesh: AbstractMesh, queries: Queries, keys: Keys, bias_params: Any) -> Partial:

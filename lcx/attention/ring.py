@@ -19,7 +19,18 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lcx.attention.blockwise import SAVED
-from lcx.attention.local import Keys, Local, Queries, backward, cotangents, forward, nothing_seen, over_slices, wide_zeros
+from lcx.attention.local import (
+    Keys,
+    Local,
+    Queries,
+    backward,
+    cotangents,
+    forward,
+    nothing_seen,
+    over_heads,
+    over_slices,
+    wide_zeros,
+)
 from lcx.attention.merge import Partial, merge
 
 
@@ -27,12 +38,14 @@ from lcx.attention.merge import Partial, merge
 class Hops:
     """How many devices before and after its own a device hears from. A whole ring is (n - 1, 0).
 
-    Keys travel in `slices` parts, one after another: what is under way, and what the kernel lays out for it, is that much smaller.
+    Keys travel in `slices` parts, one after another, or the whole ring is walked for `groups` groups of the heads in turn: what is
+    under way, and what the kernel lays out for it, is that much smaller. More than one group takes a scheme without a bias.
     """
 
     before: int
     after: int = 0
     slices: int = 1
+    groups: int = 1
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -42,6 +55,12 @@ def ring(local: Local, axis: str, hops: Hops, queries: Queries, keys: Keys, bias
 
 
 def _forward(local: Local, axis: str, hops: Hops, queries: Queries, keys: Keys, bias_params: Any) -> Partial:
+    if hops.groups > 1:
+
+        def some(q: jax.Array, k: jax.Array, v: jax.Array) -> Partial:
+            return _forward(local, axis, _one_group(hops), queries.replace(q=q), keys.replace(k=k, v=v), bias_params)
+
+        return over_heads(some, hops.groups, (queries.q, keys.k, keys.v))
     wide = jnp.promote_types(queries.q.dtype, jnp.float32)
 
     def visit(so_far: Partial, here: Keys, following: Any) -> tuple[Partial, Any]:
@@ -65,6 +84,15 @@ def _ring_forward(local: Local, axis: str, hops: Hops, queries: Queries, keys: K
 
 def _ring_backward(local: Local, axis: str, hops: Hops, saved: tuple, cotangent: Partial) -> tuple:
     queries, keys, bias_params, whole = saved
+    if hops.groups > 1:
+
+        def some(q: jax.Array, k: jax.Array, v: jax.Array, o: jax.Array, lse: jax.Array, do: jax.Array, dlse: jax.Array) -> tuple:
+            part = queries.replace(q=q), keys.replace(k=k, v=v), bias_params, (o, lse)
+            dqueries, dkeys, _ = _ring_backward(local, axis, _one_group(hops), part, (do, dlse))
+            return dqueries.q, dkeys.k, dkeys.v
+
+        dq, *dkv = over_heads(some, hops.groups, (queries.q, keys.k, keys.v, *whole, *cotangent))
+        return cotangents(queries, keys, bias_params, dq, dkv, wide_zeros(bias_params))
     wide = whole[0].dtype
     pull = backward(local, queries, keys.k.shape[2], bias_params, whole, cotangent)
 
@@ -91,6 +119,10 @@ def _ring_backward(local: Local, axis: str, hops: Hops, saved: tuple, cotangent:
 
 
 ring.defvjp(_ring_forward, _ring_backward)
+
+
+def _one_group(hops: Hops) -> Hops:
+    return dataclasses.replace(hops, groups=1)
 
 
 def _legs(hops: Hops) -> list[tuple[int, int, int]]:

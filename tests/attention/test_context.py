@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lcx.attention import context
 from lcx.attention.context import resolve_context
 from lcx.attention.dispatch import attend, resolve
 from lcx.attention.layout import LAYOUTS, arrange, check_length, resolve_layout, restore
+from lcx.attention.ring import Hops
 from lcx.attention.tiles import visited_pairs
 from lcx.attention.ulysses import check_heads
 from lcx.core.batch import Index
@@ -47,6 +49,33 @@ def test_heads_that_are_sent_twice_keep_their_bias():
     case = {**CASE, "strategy": "ulysses", "layout": "contiguous", "scheme": "alibi"}
     found = errors(case, optimize=False)
     assert within(found), found
+
+
+@pytest.mark.parametrize("strategy", [("ring", "causal"), ("window", "window")], ids=" ".join)
+def test_heads_in_groups_equal_dense(strategy, monkeypatch):
+    """What host devices do with long shards: the whole ring for some heads, then for the next ones."""
+    monkeypatch.setattr(context, "CPU_HOP", 1)
+    assert context.host_parts(Hops(3), False, 2, 12, 24, 6) == Hops(3, groups=6)
+    found = errors({**CASE, "strategy": strategy[0], "layout": "contiguous", "mask": strategy[1]}, optimize=False)
+    assert within(found), found
+
+
+def test_heads_in_groups_take_less_memory(monkeypatch):
+    length, layout = 2048, "zigzag"
+    where = arrange(Index.dense(1, length), layout, 8).replace(layout=layout)
+    x = jax.ShapeDtypeStruct((1, length, 8, 16), jnp.float32)
+    ring = spec(kernel="blockwise", strategy="ring")
+
+    def loss(q, k, v):
+        return jnp.sum(attend(ring, q, k, v, where, where, q_tables={}, k_tables={}) ** 2)
+
+    def temporary(hop):
+        monkeypatch.setattr(context, "CPU_HOP", hop)
+        with jax.set_mesh(make_mesh(MeshConfig(fsdp=1, context=8), jax.devices()[:8])):
+            program = jax.jit(jax.grad(lambda *x: loss(*x), argnums=(0, 1, 2))).lower(x, x, x).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    assert temporary(1) < 0.5 * temporary(2**62)
 
 
 @pytest.mark.slow
