@@ -83,7 +83,7 @@ def from_base(lengths, **stage):
     base = sum(stages()[name]["steps"] for name in names[: names.index(BASE) + 1])
     config.init_from = f"{WORKDIR}/checkpoints/{base}"
     config.evals.lengths = lengths
-    config.evals.items = 10
+    config.evals.needle_items = 10
     config.evals.perplexity_tokens = 1 << 14
     config.checkpoint.every = None
     config.metrics.tensorboard = False
@@ -95,6 +95,6 @@ def smoke(config) -> None:
     """Shrink every part."""
     for name in config.stage_order:
         config.stages[name].steps = 3
-    config.evals.items = 1
+    config.evals.needle_items = 1
     config.evals.zero_shot_items = 1
     config.evals.perplexity_tokens = 4096

@@ -31,7 +31,7 @@ def rows_of(results: Sequence[dict], module: dict) -> list[dict]:
     base, trained, head_dim = (module["QUICKSTART"][name] for name in ("BASE_THETA", "BASE_LENGTH", "MODEL"))
     head_dim = head_dim["head_dim"]
     evals = recipe(module["get_config"]()).evals
-    items, rows = evals.items * len(evals.depths), []
+    items, rows = evals.needle_items * len(evals.depths), []
     for result in results:
         if result["status"] != "finished":
             continue

@@ -32,7 +32,7 @@ def zero_shot(module: Mapping, workdir: Path) -> EvalResult:
     kept = workdir / "eval" / "zero_shot.json"
     config = module["get_config"]()
     config.evals.zero_shot = tuple(module["specs"]())
-    config.evals.zero_shot_items = recipe(config).evals.items
+    config.evals.zero_shot_items = recipe(config).evals.needle_items
     chosen = recipe(config)
     if not kept.exists():
         evaluate_loaded(load_params(chosen.run.init_from), chosen.evals, "zero_shot", workdir)
@@ -42,7 +42,7 @@ def zero_shot(module: Mapping, workdir: Path) -> EvalResult:
 def rows_of(found: Sequence[dict], before: EvalResult, module: Mapping) -> list[dict]:
     """Scheme, needles and perplexity by length, before and after the extension."""
     evals = recipe(module["get_config"]()).evals
-    items = evals.items * len(evals.depths)
+    items = evals.needle_items * len(evals.depths)
     rows = []
     for result in found:
         if result["status"] != "finished":

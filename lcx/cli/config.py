@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
 from lcx.cli import parse
+from lcx.core.console import warn
 from lcx.core.errors import UserError
 
 
@@ -22,7 +25,7 @@ def define(values: flags.FlagValues, workdir: bool = True) -> None:
     config_flags.DEFINE_config_file("config", None, "a Python file with get_config()", flag_values=values)
     if workdir:
         flags.DEFINE_string(
-            "workdir", None, "where the run is kept (default: runs/ and the name of the config file)", flag_values=values
+            "workdir", None, "where the run is kept (default: runs/ and the name of the config)", flag_values=values
         )
 
 
@@ -34,13 +37,17 @@ def chosen(values: flags.FlagValues, rest: Sequence[str]) -> ml_collections.Conf
         raise UserError(f"there is an argument too many, {rest[0]!r}; values are given as --config.KEY=VALUE")
     if values.config is None:
         raise UserError("--config is missing; name a file such as configs/quickstart.py")
+    _remark(values.config)
     return values.config
 
 
 def read(values: flags.FlagValues, rest: Sequence[str]) -> tuple[ml_collections.ConfigDict, Path]:
     """The config and the workdir that the flags name."""
     config = chosen(values, rest)
-    return config, Path(values.workdir or Path("runs") / Path(filename(values)).stem)
+    if values.workdir == "":
+        raise UserError("--workdir= is empty; name a folder, or leave it out")
+    name, _, variant = values["config"].config_filename.partition(":")
+    return config, Path(values.workdir or Path("runs") / "_".join(x for x in (Path(name).stem, variant) if x))
 
 
 def filename(values: flags.FlagValues) -> str:
@@ -62,3 +69,21 @@ def command() -> list[str]:
 def text(words: Sequence[str]) -> str:
     """A command line that a shell reads back."""
     return shlex.join(words)
+
+
+def _remark(config: ml_collections.ConfigDict) -> None:
+    """Says which overrides no stage will see, because every stage has a value of its own."""
+    for word in sys.argv:
+        found = re.match(r"--?config\.(?:data\.)?((?:optim|parts)\.[^=]+)=", word)
+        stages = config.get("stages") or {}
+        if found and stages and all(_has(stage, found[1].split(".")) for stage in stages.values()):
+            names = ", ".join(stages)
+            warn(f"{word} changes nothing: every stage has its own; write --config.stages.STAGE.{found[1]}, STAGE one of {names}")
+
+
+def _has(tree: Any, path: Sequence[str]) -> bool:
+    for part in path:
+        if not isinstance(tree, Mapping | ml_collections.ConfigDict) or part not in tree:
+            return False
+        tree = tree[part]
+    return True

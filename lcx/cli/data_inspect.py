@@ -6,6 +6,7 @@ lcx data inspect --config=configs/quickstart.py --stage=extend_4096 --rows=256 -
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from absl import flags
 
@@ -35,6 +36,8 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     run = recipe(config.chosen(values, rest)).run
     if values.rows < 1:
         raise UserError(f"--rows={values.rows} looks at nothing; give at least 1")
+    if values.plot is not None and (not values.plot.endswith(".png") or not Path(values.plot).absolute().parent.is_dir()):
+        raise UserError(f"--plot={values.plot} is no PNG in a folder that exists; name one such as mixture.png")
     loader = _loader(run, values.stage)
     report = inspect(loader, values.rows, values.samples)
     say(f"stage {run.stages[loader.stage_index].name}: rows of {report.seq_len:,} tokens, {report.fill_ratio:.2%} filled")

@@ -40,7 +40,7 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     lengths = EvalConfig().lengths if values.lengths is None else tuple(_length(text) for text in values.lengths)
     evals = EvalConfig(
         lengths=lengths,
-        items=values.items,
+        needle_items=values.items,
         zero_shot=tuple(values.positions),
         zero_shot_items=values.items,
         generation_items=values.generation_items,
@@ -50,6 +50,8 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
         raise UserError(f"--step={values.step} and --stage={values.stage} both name weights; leave one of them out")
     loaded = load_params(values.checkpoint, step=values.step, stage=values.stage)
     named = values.label or "-".join([values.stage or str(loaded.meta.step), *values.positions])
+    if values.label in ("before", "after"):
+        raise UserError(f"--label={values.label} is where lcx run keeps its own evaluation; choose another")
     label = re.sub(r"[^\w.=-]+", "_", named).lstrip(".") or "eval"
     evaluate_loaded(loaded, evals, label, _workdir(Path(values.checkpoint)))
     say(f"result: {_workdir(Path(values.checkpoint)) / 'eval' / (label + '.json')}")

@@ -29,6 +29,9 @@ COMMANDS = {
 }
 """Command -> what it does. Each is a module of this package with `define(values)` and `main(values, rest)`."""
 
+MOST_DEVICES = 512
+"""What a machine may be split into: each device has threads of its own."""
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The console script; exits with status 0, or 1 after one sentence about what was wrong."""
@@ -62,10 +65,11 @@ def usage(commands: dict[str, str]) -> str:
 
 def use_host_devices(argv: Sequence[str]) -> None:
     """`--host_devices=N` acts before JAX starts, so it is read ahead of the other flags."""
-    for arg in argv:
-        if re.fullmatch(r"--host_devices=0*[1-9]\d*", arg):
-            count = arg.split("=", 1)[1]
-            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}".strip()
+    count = parse.given(argv, "host_devices") or ""
+    if re.fullmatch(r"0*[1-9]\d*", count):
+        if int(count) > MOST_DEVICES:
+            raise UserError(f"--host_devices={count} is more than {MOST_DEVICES}, the most that a machine is split into")
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}".strip()
 
 
 def _command(argv: Sequence[str]) -> tuple[str, list[str]]:

@@ -21,7 +21,7 @@ from absl import flags
 from lcx.core.config import nearest
 from lcx.core.errors import UserError
 
-CONFIG_HELP = "    --config.KEY=VALUE     change a value of the config, as in --config.optim.lr=3e-4; may be repeated\n"
+CONFIG_HELP = "    --config.KEY=VALUE     change a value of the config, as in --config.seed=1; may be repeated\n"
 
 
 def parse(values: flags.FlagValues, command: str, words: Sequence[str]) -> list[str]:
@@ -29,7 +29,7 @@ def parse(values: flags.FlagValues, command: str, words: Sequence[str]) -> list[
 
     Raises `UserError` for unknown flags and wrong values, and for a config file that is missing, broken or lacks a key.
     """
-    if "config" in values and (path := _given(words, "config")) is not None:
+    if "config" in values and (path := given(words, "config")) is not None:
         config = load(path)
         for word in words:
             if match := re.match(r"--?(?:no)?config\.([^=]+)", word):
@@ -102,16 +102,7 @@ def help_text(command: str, about: str, values: flags.FlagValues) -> str:
     return f"{about.strip()}\n\nFlags of lcx {command}:\n{''.join(lines)}".rstrip()
 
 
-def _quoted(word: str) -> str:
-    """`--config.positions.global.theta=1` with `['global']`: ml_collections reads a key as Python, where that is a keyword."""
-    key, equals, value = word.partition("=")
-    if not re.match(r"--?(no)?config\.", key):
-        return word
-    first, *parts = key.split(".")
-    return first + "".join(f"[{part!r}]" if keyword.iskeyword(part) else f".{part}" for part in parts) + equals + value
-
-
-def _given(words: Sequence[str], name: str) -> str | None:
+def given(words: Sequence[str], name: str) -> str | None:
     """The value that a command line gives a flag, the last one where there are several."""
     found = None
     for i, word in enumerate(words):
@@ -119,6 +110,15 @@ def _given(words: Sequence[str], name: str) -> str | None:
         if flag in (f"--{name}", f"-{name}") and (equals or i + 1 < len(words)):
             found = value if equals else words[i + 1]
     return found
+
+
+def _quoted(word: str) -> str:
+    """`--config.positions.global.theta=1` with `['global']`: ml_collections reads a key as Python, where that is a keyword."""
+    key, equals, value = word.partition("=")
+    if not re.match(r"--?(no)?config\.", key):
+        return word
+    first, *parts = key.split(".")
+    return first + "".join(f"[{part!r}]" if keyword.iskeyword(part) else f".{part}" for part in parts) + equals + value
 
 
 def _check_key(config: Any, key: str) -> None:
@@ -158,7 +158,7 @@ def _sentence(error: Exception, values: flags.FlagValues, command: str) -> str:
             return f"--{name} changes a value of a config, and --config is missing; name a file such as configs/quickstart.py"
         known = {flag.name for flag in (values[known] for known in values)}
         return f"lcx {command} has no flag --{name}{nearest(name, known)}"
-    if found := re.match(r"flag --([^=]+)=(.*?): ", text):
+    if (found := re.match(r"flag --([^=]+)=(.*?): ", text)) and found[1] in values:
         name, value = found.groups()
         flag = values[name]
         wanted = {"bool": "true or false"}.get(flag.flag_type()) or getattr(flag.parser, "syntactic_help", "") or "another value"

@@ -65,8 +65,25 @@ def positive(path: str, **values: float | None) -> None:
 
 
 def to_config_dict(instance: Any) -> ml_collections.ConfigDict:
-    """The dataclass as a `ConfigDict` of the same keys, for a config file to start from; `build` reads it back."""
-    return ml_collections.ConfigDict(_plain(instance), type_safe=False)
+    """The dataclass as a `ConfigDict` of the same keys, for a config file to start from; `build` reads it back.
+
+    A plain None would tell the flags nothing of the type that they may put in its place, so a placeholder stands there.
+    """
+    return ml_collections.ConfigDict(_with_placeholders(type(instance), _plain(instance)), type_safe=False)
+
+
+def _with_placeholders(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    hints, found = typing.get_type_hints(cls), {}
+    for key, value in values.items():
+        options = typing.get_args(hints[key]) or (hints[key],)
+        scalars = [option for option in options if option in (int, float, str, bool)]
+        nested = next((option for option in options if dataclasses.is_dataclass(option)), None)
+        if value is None and scalars:
+            value = ml_collections.config_dict.placeholder(scalars[0])
+        elif nested is not None and isinstance(value, Mapping) and typing.get_origin(hints[key]) not in (dict, tuple):
+            value = _with_placeholders(nested, value)
+        found[key] = value
+    return found
 
 
 def plain(instance: Any) -> Any:

@@ -63,10 +63,10 @@ class NeedleGrid:
         cells = [row[i] for row in self.correct for i, length in enumerate(self.lengths) if length > above]
         return min(cells) / self.items if cells else math.nan
 
-    def interval(self, depth: int | None = None, length: int | None = None) -> tuple[float, float]:
-        """95% Wilson interval of one cell, row or column (by index), or of the whole grid when neither is given."""
+    def interval(self, depth: int | None = None, length: int | None = None, above: int = 0) -> tuple[float, float]:
+        """95% Wilson interval of one cell, row or column (by index), or of all cells whose length is above `above`."""
         rows = self.correct if depth is None else (self.correct[depth],)
-        counts = [count for row in rows for i, count in enumerate(row) if length is None or i == length]
+        counts = [count for row in rows for i, count in enumerate(row) if self.lengths[i] > above and length in (None, i)]
         return wilson(sum(counts), self.items * len(counts))
 
     def effective_length(self, threshold: float = 0.856) -> int:
@@ -191,7 +191,7 @@ def _load(path: str | os.PathLike[str]) -> Mapping[str, object]:
         values = json.loads(pathlib.Path(path).read_text())
     except FileNotFoundError:
         raise UserError(f"no evaluation at {path}; `lcx eval` writes one") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); delete it and evaluate again") from None
     if not isinstance(values, Mapping):
         raise UserError(f"{path} does not hold an evaluation; delete it and evaluate again")

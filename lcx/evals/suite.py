@@ -36,7 +36,7 @@ from lcx.positions.form import Scheme
 class EvalConfig:
     """What to measure.
 
-    `lengths` in tokens, answers included; `depths` from 0 (start) to 1 (just before the question); `items` needles in each cell.
+    `lengths` in tokens, answers included; `depths` from 0 (start) to 1 (just before the question); `needle_items` in each cell.
     `zero_shot` are schemes to try besides the checkpoint's own (`lcx.evals.zero_shot.at_length`), with `zero_shot_items` needles a
     cell (0: perplexity alone). `generation_items` needles a cell are answered by greedy generation too (0: none).
     `perplexity_tokens` held-out tokens are scored at each length (0: none), in windows that move on by `stride` (None: the
@@ -48,7 +48,7 @@ class EvalConfig:
 
     lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    items: int = 20
+    needle_items: int = 20
     zero_shot: tuple[str, ...] = ()
     zero_shot_items: int = 4
     generation_items: int = 0
@@ -68,7 +68,7 @@ class EvalConfig:
             if not 0 <= depth <= 1:
                 raise UserError(f"evals.depths has {depth}; depths are fractions from 0 (start) to 1 (just before the question)")
         configs.positive("evals", tokens_per_forward=self.tokens_per_forward, stride=self.stride, final_tokens=self.final_tokens)
-        for name in ("items", "zero_shot_items", "generation_items", "perplexity_tokens", "seed"):
+        for name in ("needle_items", "zero_shot_items", "generation_items", "perplexity_tokens", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"evals.{name}={getattr(self, name)} must not be negative; 0 leaves it out")
         if not 0 < self.effective_threshold < 1:
@@ -106,7 +106,7 @@ def gather(data: DataConfig, config: EvalConfig) -> Materials:
         text, joined = spans(heldout(part.source), longest, max(1, config.perplexity_tokens // longest), config.seed)
         size = bytes_per_token(text, tokenizer)
     items: dict[int, needles.Items] = {}
-    most = max(config.items, config.zero_shot_items * bool(config.zero_shot), config.generation_items)
+    most = max(config.needle_items, config.zero_shot_items * bool(config.zero_shot), config.generation_items)
     if most and config.depths and (config.task or any(part.is_task for part in data.parts.values())):
         part = _part(data, config.task, "task", is_task=True)
         task = Task(part.kind, part.task, tokenizer)
@@ -155,7 +155,7 @@ def evaluate(
             def scorer_for(length: int, schemes_for=schemes_for) -> Scorer:
                 return model_scorer(params, model, schemes_for(length), length)
 
-            measured = config.items if spec == "none" else config.zero_shot_items
+            measured = config.needle_items if spec == "none" else config.zero_shot_items
             if materials.items and measured:
                 few = materials.few(measured, len(config.depths))
                 found = {n: needles.teacher_forced(scorer_for, few[n], config.tokens_per_forward) for n in sorted(few)}
@@ -188,7 +188,7 @@ def _measurements(config: EvalConfig, materials: Materials, zero_shot: int) -> i
     """How many times a length is measured, `zero_shot` schemes and the model's own."""
     grids = 0
     if materials.items:
-        grids = bool(config.items) + bool(config.generation_items) + bool(config.zero_shot_items) * zero_shot
+        grids = bool(config.needle_items) + bool(config.generation_items) + bool(config.zero_shot_items) * zero_shot
     return len(config.lengths) * (grids + (materials.text is not None) * (1 + zero_shot))
 
 

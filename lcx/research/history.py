@@ -139,7 +139,7 @@ def _json(path: pathlib.Path) -> Mapping[str, Any]:
         return json.loads(path.read_text())
     except FileNotFoundError:
         return {}
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); delete it or restore it") from None
 
 
@@ -147,7 +147,7 @@ def _rows(path: pathlib.Path) -> list[Mapping[str, Any]]:
     """Rows of a JSONL file; a last line cut short by a kill is left out, any other bad line is said."""
     if not path.exists():
         return []
-    rows, lines = [], path.read_text().splitlines()
+    rows, lines = [], path.read_text(errors="replace").splitlines()
     for i, line in enumerate(lines):
         try:
             row = json.loads(line)

@@ -12,7 +12,6 @@ import ml_collections
 from lcx.core import config as configs
 from lcx.core.config import choice
 from lcx.core.console import say
-from lcx.core.errors import UserError
 from lcx.core.mesh import make_mesh
 from lcx.data.config import PartConfig
 from lcx.evals import results
@@ -44,17 +43,15 @@ def defaults(stages: Mapping[str, Mapping[str, Any]], **model: Any) -> ml_collec
 
     `stages` maps names to at least `seq_len`, `steps` and `batch_size`, in running order; `model` changes the model's.
     """
-    full = {name: _flexible(StageConfig, {"name": name, **values}) for name, values in stages.items()}
-    run = RunConfig(model=ModelConfig(**model), stages=tuple(configs.build(StageConfig, stage) for stage in full.values()))
-    config = configs.to_config_dict(run)
-    for stage in full.values():
-        del stage["name"]
-    config.stages = ml_collections.ConfigDict(full, type_safe=False)
-    config.stage_order = tuple(full)
+    built = [configs.build(StageConfig, {"name": name, **values}, f"stages.{name}") for name, values in stages.items()]
+    config = configs.to_config_dict(RunConfig(model=ModelConfig(**model), stages=tuple(built)))
+    config.stages = ml_collections.ConfigDict({}, type_safe=False)
+    for stage in built:
+        config.stages[stage.name] = configs.to_config_dict(stage)
+        del config.stages[stage.name]["name"]
+    config.stage_order = tuple(config.stages)
     config.evals = configs.to_config_dict(EvalConfig())
-    # A plain None would tell the flags nothing of the type that they may put in its place.
-    for name in ("base_stage", "init_from", "resume_from"):
-        config[name] = ml_collections.config_dict.placeholder(str)
+    config.base_stage = ml_collections.config_dict.placeholder(str)
     return config
 
 
@@ -66,14 +63,6 @@ def part(**values: Any) -> ml_collections.ConfigDict:
 def variant_of(asked: str, *known: str) -> str:
     """`asked`, which a user wrote behind the config file's name as in `file.py:variant`; raises `UserError` if it is not known."""
     return asked and choice("the config's variant", asked, known)
-
-
-def _flexible(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    known = {field.name: field for field in dataclasses.fields(cls)}
-    for key in values:
-        if key not in known:
-            raise UserError(f"stages.{values['name']} has no field {key!r}{configs.nearest(key, known)}")
-    return {**configs.plain(cls(**values)), **values}
 
 
 def recipe(config: ml_collections.ConfigDict) -> Recipe:

@@ -124,7 +124,8 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     before, after = run.before, run.after
     if after and (grid := after.grid()):
         above = before.trained if before else 0
-        small = f"±{100 * _half(grid.interval()):.1f} at 95%; worst cell {_percent(grid.worst(above))}"
+        low, high = grid.interval(above=above)
+        small = f"95% interval {100 * low:.0f}–{100 * high:.0f}%; worst cell {_percent(grid.worst(above))}"
         old = before.grid() if before else None
         value = _percent(grid.mean(above)) if old is None else f"{_percent(old.mean(above))} → {_percent(grid.mean(above))}"
         tiles.append((f"needles beyond {above:,} tokens" if above else "needles found", value, small))

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import shutil
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,9 +74,12 @@ def scheme_configs(schemes: Mapping[str, Scheme]) -> dict[str, Any]:
 
 
 class Store:
-    """The checkpoints of one workdir. `ends`: steps at which stages end, always kept. Use as a context manager."""
+    """The checkpoints of one workdir. `ends`: steps at which stages end, always kept. Use as a context manager.
 
-    def __init__(self, workdir: Path, config: CheckpointConfig, ends: Sequence[int] = ()):
+    `clean` removes what a killed run left half-written; a reader leaves it alone, a run may be writing it.
+    """
+
+    def __init__(self, workdir: Path, config: CheckpointConfig, ends: Sequence[int] = (), clean: bool = True):
         policies = ocp.training.preservation_policies
         keep = [policies.LatestN(config.keep_latest), policies.CustomSteps(steps=[0, *ends])]
         if config.keep_every is not None:
@@ -84,14 +89,17 @@ class Store:
             self.directory,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=policies.AnyPreservationPolicy(keep),
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=clean,
         )
         self._saving: tuple[int, Any] | None = None
 
     def __enter__(self) -> "Store":
-        # Errors reach the user as one sentence; the library's own account of them, with its traceback, would bury it.
+        # Errors reach the user as one sentence; the library's own account of them, with its traceback, would bury it. So would
+        # that of the reads which it gives up after the first has failed, and that may come at any time later.
         self._level = absl.logging.get_verbosity()
         absl.logging.set_verbosity(absl.logging.FATAL)
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        warnings.filterwarnings("ignore", r"coroutine '\w+\._\w+' was never awaited", RuntimeWarning)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -242,7 +250,7 @@ def load_meta(path: str | Path) -> Meta:
     """The record of the newest checkpoint of a workdir, or of a checkpoint folder, without its arrays."""
     workdir, step = _locate(Path(path), None)
     run = read_config(workdir)
-    with Store(workdir, CheckpointConfig(), stage_ends(run)) as store:
+    with Store(workdir, CheckpointConfig(), stage_ends(run), clean=False) as store:
         if not store.steps or step is not None and step not in store.steps:
             raise UserError(f"{path} holds no complete checkpoint; train first, or name another workdir")
         return store.meta(store.steps[-1] if step is None else step)
@@ -254,14 +262,17 @@ def load_params(path: str | Path, step: int | None = None, stage: str | None = N
     Placed on `mesh` (default: the first device). The newest that can be read is taken where none is named. Raises `UserError`
     when there is no such checkpoint or it cannot be read.
     """
-    workdir, step = _locate(Path(path), step)
+    asked, (workdir, step) = step, _locate(Path(path), step)
     run = read_config(workdir)
+    for name, value in (("step", asked), ("stage", stage)):
+        if value is not None and step not in (None, asked):
+            raise UserError(f"{path} names step {step}, and {name}={value} other weights; leave one of them out")
     if stage is not None:
         names = [known.name for known in run.stages]
         if stage not in names:
             raise UserError(f"the run in {workdir} has no stage {stage!r}; it has {', '.join(names)}")
         step = stage_ends(run)[names.index(stage)]
-    with Store(workdir, CheckpointConfig(), stage_ends(run)) as store:
+    with Store(workdir, CheckpointConfig(), stage_ends(run), clean=False) as store:
         if not store.steps:
             raise UserError(f"{store.directory} holds no complete checkpoint; train first, or name another workdir")
         if step is not None and step not in store.steps:
@@ -321,5 +332,8 @@ def _progress(state: TrainState) -> dict[str, Any]:
 
 
 def _short(error: BaseException) -> str:
+    """What first went wrong: what the library says of it in the end is about its own workings."""
+    while cause := error.__cause__ or error.__context__:
+        error = cause
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 160 else f"{text[:60]} ... {text[-95:]}"

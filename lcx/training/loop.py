@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import signal
 import time
@@ -25,7 +26,7 @@ from lcx.training.plan import Plan, Planner
 from lcx.training.stages import RunConfig
 from lcx.training.start import Start, at_stage_start, begin, carry, origin
 from lcx.training.step import TrainState
-from lcx.training.workdir import fingerprint, open_workdir
+from lcx.training.workdir import alone, fingerprint, open_workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,8 @@ def train(run: RunConfig, workdir: str | Path, devices: Sequence[jax.Device] | N
     open_workdir(workdir, run)
     remark(run)
     main = jax.process_index() == 0
-    with Stop() as stop, Store(workdir, run.checkpoint, stage_ends(run)) as store:
+    held = alone(workdir) if main else contextlib.nullcontext()
+    with held, Stop() as stop, Store(workdir, run.checkpoint, stage_ends(run)) as store:
         writer = metrics.Writer(workdir, run.metrics, active=main)
         try:
             return Trainer(planner, workdir, store, writer, decisions, stop).run()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from lcx.core.errors import UserError
 from lcx.training.stages import RunConfig
 
 CONFIG = "config.json"
+LOCK = ".lock"
 
 FREE = (
     "mesh", "checkpoint", "metrics", "max_bad_steps",
@@ -29,6 +31,8 @@ def open_workdir(workdir: Path, run: RunConfig) -> None:
 
     Changes of `FREE` fields and stages added at the end are the same run.
     """
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"workdir {workdir} is a file; name a folder")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -42,6 +46,37 @@ def open_workdir(workdir: Path, run: RunConfig) -> None:
         fresh = path.with_suffix(".tmp")
         fresh.write_text(json.dumps(configs.plain(run), indent=1) + "\n")
         os.replace(fresh, path)
+
+
+@contextlib.contextmanager
+def alone(workdir: Path) -> Iterator[None]:
+    """Holds the workdir for one training process of this host; raises `UserError` when another one has it.
+
+    The lock goes with its process, however that ends. Where the file system has no locks, nothing is held.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        yield
+        return
+    with (workdir / LOCK).open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            owner = lock.read().strip() or "unknown"
+            raise UserError(
+                f"workdir {workdir} is in use by process {owner}; wait for it, end it, or name another --workdir"
+            ) from None
+        except OSError:
+            pass
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        try:
+            yield
+        finally:
+            lock.truncate(0)
 
 
 def read_config(workdir: Path) -> RunConfig:

@@ -8,6 +8,7 @@ import pytest
 
 from lcx.core.config import build, fingerprint, plain, to_config_dict
 from lcx.core.errors import UserError
+from lcx.research.recipe import defaults, part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,3 +65,27 @@ def test_errors_name_field_value_and_way_out(values, words):
 def test_fingerprint_follows_every_value():
     assert fingerprint(Outer(1)) == fingerprint(Outer(1))
     assert fingerprint(Outer(1)) != fingerprint(Outer(1, inner=Inner(rate=0.25)))
+
+
+def test_nothing_stands_where_a_flag_could_put_a_value():
+    config = to_config_dict(Outer(size=3))
+    assert config.limit is None and config.get_type("limit") is int
+    config.limit = 4
+    assert build(Outer, config) == Outer(size=3, limit=4)
+
+
+def test_no_field_of_a_config_is_hidden_by_a_method_of_its_dict():
+    """`--config.x.items=1` would find the method."""
+    config = defaults({"base": {"seq_len": 8, "steps": 1, "batch_size": 1}})
+    config.data.parts = {"text": part()}
+    methods = set(dir(ml_collections.ConfigDict))
+
+    def keys(tree):
+        for key, value in tree.items():
+            yield key
+            if isinstance(value, ml_collections.ConfigDict):
+                yield from keys(value)
+
+    found = list(keys(config))
+    assert {"needle_items", "max_position", "limit_bytes"} <= set(found)
+    assert not methods & set(found)

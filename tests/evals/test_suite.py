@@ -21,7 +21,7 @@ from lcx.model.params import specs
 MODEL = ModelConfig(model_dim=32, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=16, mlp_dim=32)
 SCHEMES = schemes_of(MODEL, {"default": "rope:theta=100"})
 CONFIG = EvalConfig(
-    lengths=(64, 128), depths=(0.0, 1.0), items=3, zero_shot=("linear", "ntk", "rope:theta=critical"), zero_shot_items=2,
+    lengths=(64, 128), depths=(0.0, 1.0), needle_items=3, zero_shot=("linear", "ntk", "rope:theta=critical"), zero_shot_items=2,
     perplexity_tokens=512, tokens_per_forward=256,
 )  # fmt: skip
 
@@ -58,7 +58,9 @@ def test_evaluates_every_scheme_and_writes_json(params, data, tmp_path):
     assert len(said) == 8
 
 
-@pytest.mark.parametrize("left_out", [{}, {"generation_items": 1}, {"items": 0}, {"zero_shot_items": 0}, {"perplexity_tokens": 0}])
+@pytest.mark.parametrize(
+    "left_out", [{}, {"generation_items": 1}, {"needle_items": 0}, {"zero_shot_items": 0}, {"perplexity_tokens": 0}]
+)
 def test_the_bar_ends_at_its_total(params, data, monkeypatch, left_out):
     bars = []
 
@@ -113,7 +115,9 @@ def test_generation_and_teacher_forcing_agree(params, data):
 
 
 def test_generation_has_a_grid_of_its_own(params, data):
-    config = EvalConfig(lengths=(64,), depths=(0.5,), items=2, generation_items=1, perplexity_tokens=0, tokens_per_forward=256)
+    config = EvalConfig(
+        lengths=(64,), depths=(0.5,), needle_items=2, generation_items=1, perplexity_tokens=0, tokens_per_forward=256
+    )
     result = evaluate(params, MODEL, SCHEMES, data, config, trained=64, announce=lambda _: None)
     assert [(grid.method, grid.items) for grid in result.needles] == [("teacher_forced", 2), ("generation", 1)]
     assert result.perplexity == () and result.grid(method="generation").items == 1
@@ -150,7 +154,7 @@ def test_scores_are_the_same_where_rows_are_split(params, length):
         ({"lengths": (64, 64)}, "must be different lengths"),
         ({"depths": (0.0, 25.0)}, "depths are fractions from 0"),
         ({"zero_shot": ("yarm",)}, "did you mean 'yarn'"),
-        ({"items": -1}, "evals.items=-1 must not be negative"),
+        ({"needle_items": -1}, "evals.needle_items=-1 must not be negative"),
         ({"effective_threshold": 85.6}, "must be between 0 and 1"),
     ],
 )

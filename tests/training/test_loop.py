@@ -1,6 +1,7 @@
 """Whole runs: whatever interrupts one, the rest is bitwise what it would have been."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from lcx.training.checkpoints import load_params
 from lcx.training.loop import train
 from lcx.training.metrics import TIMING, read
 from lcx.training.stages import run_config
+from lcx.training.workdir import alone
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,6 +51,14 @@ def test_a_whole_run(whole):
     assert found[-1]["loss"] < found[0]["loss"]
     assert result.schemes["default"].theta == 400.0
     assert {"tokens_per_second", "mfu", "data_wait", "host_memory"} <= set(read(workdir / "metrics.jsonl")[0])
+
+
+def test_a_workdir_in_use_is_refused(whole, tmp_path):
+    workdir = tmp_path / "copy"
+    shutil.copytree(whole[0], workdir)
+    with alone(workdir), pytest.raises(UserError, match=rf"is in use by process {os.getpid()}; wait for it"):
+        go(workdir)
+    same(workdir, go(workdir), whole)
 
 
 def test_a_finished_run_has_nothing_to_do(whole, tmp_path, capsys):
