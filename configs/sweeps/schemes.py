@@ -4,7 +4,8 @@ Command:  make quickstart      (the points start from its base stage, in runs/qu
           lcx sweep --config=configs/sweeps/schemes.py --workdir=runs/schemes
 Hardware: 2 CPU cores.
 Time:     about 10 minutes, 13 points of 20 to 70 seconds.
-Result:   all find nearly everything at 2,048 but ntk, alibi and plain rope (experiments/002_schemes).
+Result:   nope, the critical theta, rerope, p-RoPE and dynamic find 90% and more at 2,048, most others three quarters; ntk
+          less than half, alibi and plain rope hardly any (experiments/002_schemes).
 """
 
 import runpy
