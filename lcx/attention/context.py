@@ -72,8 +72,8 @@ def resolve_context(
 
 def host_parts(hops: Hops, biased: bool, rows: int, tokens: int, heads: int, kv_heads: int) -> Hops:
     """How host devices that hold `rows` of so many `tokens` walk a ring: by groups of the heads; or with a bias, which is computed
-    for all heads at once, by halves of the keys."""
-    if biased:
+    for all heads at once, and where nobody else has keys, by halves of the keys."""
+    if biased or not hops.before + hops.after:
         return dataclasses.replace(hops, slices=2 if tokens % 2 == 0 else 1)
     fits = (n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and rows * tokens**2 * (heads // n) >= CPU_HOP)
     return dataclasses.replace(hops, groups=max(fits, default=1))

@@ -67,7 +67,7 @@ def positions(curves: Mapping[str, PerplexityCurve], trained: int | None = None)
     style.length_axis(axes, [2**k for k in range(math.ceil(math.log2(longest)) + 1)], "position in the window, tokens")
     style.value_axis(axes, *_extent(values), "loss, nats per token")
     style.grid_lines(axes)
-    style.mark_trained(axes, trained)
+    style.mark_trained(axes, trained, "base trained at" if "extended" in curves else "trained at")
     axes.set_title("Loss by position on held-out text")
     style.end_labels(axes, ends)
     return figure
@@ -167,7 +167,7 @@ def draw_perplexity(axes: Axes, curves: Mapping[str, PerplexityCurve], trained: 
     style.length_axis(axes, sorted(lengths))
     style.value_axis(axes, *_extent(values), "perplexity per token")
     style.grid_lines(axes)
-    style.mark_trained(axes, trained)
+    style.mark_trained(axes, trained, "base trained at" if "extended" in curves else "trained at")
     axes.set_title("Held-out perplexity, last tokens of each text" if final else "Held-out perplexity")
     style.end_labels(axes, ends, gap=0.075)
 
