@@ -64,7 +64,8 @@ class MeshConfig:
         if open_axes:
             if num_devices % fixed:
                 raise UserError(
-                    f"mesh axes {_text(given)} fix {fixed} devices, which do not divide the {num_devices} that are present"
+                    f"mesh axes {_text(given)} fix {fixed} devices, which do not divide the {num_devices} that are present; "
+                    "their product has to, and an axis of -1 takes what is left"
                 )
             given[open_axes[0]] = num_devices // fixed
         elif fixed != num_devices:

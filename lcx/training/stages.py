@@ -185,6 +185,8 @@ def _in_order(stages: Mapping[str, Any], order: list[str] | None) -> list[StageC
     if order is None:
         return sorted(built.values(), key=lambda stage: (stage.seq_len, stage.name))
     for name in order:
+        if "," in name:
+            raise UserError(f"config.stage_order={name!r} is one name; write a list as --config.stage_order=\"('base','longer')\"")
         configs.choice("config.stage_order", name, built)
     if left := sorted(set(built) - set(order)):
         raise UserError(f"config.stage_order={order} leaves out {', '.join(left)}; name every stage, or delete it from stages")

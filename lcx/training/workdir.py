@@ -106,14 +106,21 @@ def _compare(workdir: Path, there: dict[str, Any], here: dict[str, Any]) -> None
     if len(here["stages"]) > len(there["stages"]):
         here = {**here, "stages": here["stages"][: len(there["stages"])]}
     old, new = dict(_leaves(there)), dict(_leaves(here))
+    names = {f"stages.{i}": f"stages.{stage['name']}" for i, stage in enumerate(here["stages"])}
     differences = [
-        f"{path} is {old.get(path, 'absent')!r} there and {new.get(path, 'absent')!r} here"
+        f"{_named(path, names)} is {old.get(path, 'absent')!r} there and {new.get(path, 'absent')!r} here"
         for path in sorted({*old, *new})
         if not _free(path) and old.get(path, "absent") != new.get(path, "absent")
     ]
     if differences:
         more = f" and {len(differences) - 1} more" if len(differences) > 1 else ""
         raise UserError(f"workdir {workdir} holds a run of another config: {differences[0]}{more}; name another --workdir")
+
+
+def _named(path: str, names: dict[str, str]) -> str:
+    """A path with the stage's name for its number."""
+    head = ".".join(path.split(".")[:2])
+    return names.get(head, head) + path[len(head) :]
 
 
 def _free(path: str) -> bool:

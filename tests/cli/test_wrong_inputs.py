@@ -72,6 +72,7 @@ WRONG = {
     TRAIN + "--config.monitor.enabled=perhaps": "it takes true or false, such as False",
     TRAIN + "--config.evals.needle_items=few": "--config.evals.needle_items=few is not taken; it takes an integer, such as 20",
     TRAIN + "--config.stages.base.max_position=far": "--config.stages.base.max_position=far is not taken; it takes an integer",
+    TRAIN + "--config.stage_order=base,longer": "config.stage_order='base,longer' is one name; write a list as",
     TRAIN + "--config.seed=-1": "config.seed=-1 must not be negative",
     TRAIN + "--config.stages.base.seq_len=99999999999": "99,999,999,999 positions are more than an int32 counts",
     TRAIN + "--config.optim.lr=-1": "optim.lr=-1.0 must be above 0",
@@ -112,6 +113,7 @@ WRONG = {
     "data inspect --config={config} --rows=1 --plot={new}/mixture.png": "mixture.png is no PNG in a folder that exists; name one",
     # workdirs and checkpoints
     "train --config={config} --config.seed=1 --workdir={run}": "holds a run of another config: seed is 0 there and 1 here",
+    "train --config={config} --config.stages.longer.steps=9 --workdir={run}": "stages.longer.steps is 2 there and 9 here",
     "train --config={config} --workdir={tmp}/empty.txt": "empty.txt is a file; name a folder",
     "eval --lengths=64": "--checkpoint is missing; name a run's workdir",
     "eval --checkpoint={tmp}": "holds no run (config.json is missing); name the workdir of a training run",

@@ -43,7 +43,7 @@ def test_perplexity_lines_hold_the_data_and_their_names():
     for curve in CURVES.values():
         wanted = [p.perplexity for p in curve.points]
         assert any(len(line.get_ydata()) == 4 and np.allclose(line.get_ydata(), wanted) for line in axes.lines)
-    assert set(CURVES) <= set(text_of(axes)) and "trained at 256" in text_of(axes)
+    assert set(CURVES) <= set(text_of(axes)) and "base trained at 256" in text_of(axes)
     assert axes.get_xscale() == axes.get_yscale() == "log"
     assert [f"{x:.0f}" for x in axes.get_xticks()] == ["256", "512", "1024", "4096"]
     final = plots.perplexity(CURVES, final=True).axes[0]
