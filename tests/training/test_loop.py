@@ -132,7 +132,7 @@ def test_a_checkpoint_moves_between_meshes(tmp_path):
 def test_a_workdir_of_another_config(whole):
     with pytest.raises(UserError, match=r"another config: seed is 0 there and 1 here"):
         go(whole[0], seed=1)
-    with pytest.raises(UserError, match=r"stages\.1\.steps is 10 there and 11 here"):
+    with pytest.raises(UserError, match=r"stages\.longer\.steps is 10 there and 11 here"):
         go(whole[0], stages=tiny.stages(steps=11))
 
 
