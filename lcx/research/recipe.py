@@ -49,7 +49,7 @@ def defaults(stages: Mapping[str, Mapping[str, Any]], **model: Any) -> ml_collec
     for stage in built:
         config.stages[stage.name] = configs.to_config_dict(stage)
         del config.stages[stage.name]["name"]
-    config.stage_order = tuple(config.stages)
+    config.stage_order = tuple(stages)
     config.evals = configs.to_config_dict(EvalConfig())
     config.base_stage = ml_collections.config_dict.placeholder(str)
     return config

@@ -8,7 +8,7 @@ import pytest
 
 from lcx.core.config import build, fingerprint, plain, to_config_dict
 from lcx.core.errors import UserError
-from lcx.research.recipe import defaults, part
+from lcx.research.recipe import defaults, part, recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,3 +89,9 @@ def test_no_field_of_a_config_is_hidden_by_a_method_of_its_dict():
     found = list(keys(config))
     assert {"needle_items", "max_position", "limit_bytes"} <= set(found)
     assert not methods & set(found)
+
+
+def test_stages_run_in_the_order_in_which_they_are_given():
+    sizes = {"seq_len": 8, "steps": 1, "batch_size": 1}
+    config = defaults({"second_by_name": sizes, "first_by_name": sizes})
+    assert [stage.name for stage in recipe(config).run.stages] == ["second_by_name", "first_by_name"]
