@@ -143,9 +143,7 @@ def _whole(spec: PartitionSpec) -> PartitionSpec:
 def over_mesh(
     mesh: AbstractMesh,
     plan: ContextPlan,
-    kernel: Kernel,
     local: Callable[[int, int, int], Local],
-    biased: bool,
     queries: Queries,
     keys: Keys,
     bias_params: Any,
@@ -153,9 +151,12 @@ def over_mesh(
     """`(o_BTNH, lse_BTN)` in float32 or wider of global arrays whose sequence is split over `SEQUENCE`.
 
     Every device computes the results of its own tokens. `local(tokens, heads, kv_heads)` gives what is static for the sizes that
-    a device works on at a time. `biased`: the scheme adds a bias.
+    a device works on at a time.
     """
-    exchange = mesh.shape["ulysses"] > 1
+    pieces, share = mesh.shape["ring"], mesh.shape["ulysses"]
+    exchange = share > 1
+    one = local(queries.q.shape[1] // pieces, queries.q.shape[2] // share, max(1, keys.k.shape[2] // share))
+    biased = one.form.bias is not None
 
     def run(shared: Callable[[Local], Local], queries: Queries, keys: Keys, bias_params: Any) -> Partial:
         def attention(queries: Queries, keys: Keys) -> Partial:
@@ -171,4 +172,4 @@ def over_mesh(
 
         return ulysses(attention, "ulysses", queries, keys) if exchange else attention(queries, keys)
 
-    return over_devices(mesh, kernel, run, queries, keys, bias_params)
+    return over_devices(mesh, one.kernel, run, queries, keys, bias_params)

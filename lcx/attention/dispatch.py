@@ -180,8 +180,7 @@ def _over_mesh(spec: AttentionSpec, mesh: AbstractMesh, queries: Queries, keys: 
     def local(tokens: int, heads: int, kv_heads: int) -> Local:
         return _local(spec, B, tokens, tokens, heads, kv_heads, queries.q.dtype, chunk, mesh.size)
 
-    kernel = local(T // pieces, N // mesh.shape["ulysses"], max(1, K // mesh.shape["ulysses"])).kernel
-    return over_mesh(mesh, plan, kernel, local, spec.form.bias is not None, queries, keys, bias_params)
+    return over_mesh(mesh, plan, local, queries, keys, bias_params)
 
 
 def _over_slots(spec: AttentionSpec, mesh: AbstractMesh, queries: Queries, keys: Keys, bias_params: Any) -> Partial:

@@ -166,19 +166,17 @@ def over_slices(part: Callable, state: Any, keys: Keys, slices: int) -> tuple[An
     return state, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:]), out)
 
 
-def over_heads(part: Callable, groups: int, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    """`part(*arrays)` for `groups` groups of the heads in turn; heads are axis 2 of what goes in and of what comes out."""
+def over_heads(part: Callable, groups: int, out: tuple[jax.Array, ...], arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """`part(*arrays)` for `groups` groups of the heads in turn, written over `out`; heads are axis 2 of both."""
 
     def cut(i: jax.Array, x: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice_in_dim(x, i * (x.shape[2] // groups), x.shape[2] // groups, axis=2)
 
     def one(i: jax.Array, out: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         found = part(*(cut(i, x) for x in arrays))
-        return tuple(jax.lax.dynamic_update_slice_in_dim(all_, x, i * x.shape[2], 2) for all_, x in zip(out, found, strict=True))
+        return tuple(jax.lax.dynamic_update_slice_in_dim(whole, x, i * x.shape[2], 2) for whole, x in zip(out, found, strict=True))
 
-    shapes = jax.eval_shape(part, *(jax.eval_shape(functools.partial(cut, 0), x) for x in arrays))
-    start = tuple(jnp.zeros((*x.shape[:2], groups * x.shape[2], *x.shape[3:]), x.dtype) for x in shapes)
-    return jax.lax.fori_loop(0, groups, one, start)
+    return jax.lax.fori_loop(0, groups, one, out)
 
 
 def _kernel(local: Local, out_dtype: Any) -> Callable[..., Partial]:

@@ -60,7 +60,7 @@ def _forward(local: Local, axis: str, hops: Hops, queries: Queries, keys: Keys, 
         def some(q: jax.Array, k: jax.Array, v: jax.Array) -> Partial:
             return _forward(local, axis, _one_group(hops), queries.replace(q=q), keys.replace(k=k, v=v), bias_params)
 
-        return over_heads(some, hops.groups, (queries.q, keys.k, keys.v))
+        return over_heads(some, hops.groups, nothing_seen(queries), (queries.q, keys.k, keys.v))
     wide = jnp.promote_types(queries.q.dtype, jnp.float32)
 
     def visit(so_far: Partial, here: Keys, following: Any) -> tuple[Partial, Any]:
@@ -91,7 +91,8 @@ def _ring_backward(local: Local, axis: str, hops: Hops, saved: tuple, cotangent:
             dqueries, dkeys, _ = _ring_backward(local, axis, _one_group(hops), part, (do, dlse))
             return dqueries.q, dkeys.k, dkeys.v
 
-        dq, *dkv = over_heads(some, hops.groups, (queries.q, keys.k, keys.v, *whole, *cotangent))
+        inputs = queries.q, keys.k, keys.v
+        dq, *dkv = over_heads(some, hops.groups, tuple(map(jnp.zeros_like, inputs)), (*inputs, *whole, *cotangent))
         return cotangents(queries, keys, bias_params, dq, dkv, wide_zeros(bias_params))
     wide = whole[0].dtype
     pull = backward(local, queries, keys.k.shape[2], bias_params, whole, cotangent)

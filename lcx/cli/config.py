@@ -46,13 +46,13 @@ def read(values: flags.FlagValues, rest: Sequence[str]) -> tuple[ml_collections.
     config = chosen(values, rest)
     if values.workdir == "":
         raise UserError("--workdir= is empty; name a folder, or leave it out")
-    name, _, variant = values["config"].config_filename.partition(":")
+    name, variant = _file_and_variant(values)
     return config, Path(values.workdir or Path("runs") / "_".join(x for x in (Path(name).stem, variant) if x))
 
 
 def filename(values: flags.FlagValues) -> str:
     """The config's file, without what follows a colon."""
-    return values["config"].config_filename.partition(":")[0]
+    return _file_and_variant(values)[0]
 
 
 def module(values: flags.FlagValues) -> ModuleType:
@@ -69,6 +69,11 @@ def command() -> list[str]:
 def text(words: Sequence[str]) -> str:
     """A command line that a shell reads back."""
     return shlex.join(words)
+
+
+def _file_and_variant(values: flags.FlagValues) -> tuple[str, str]:
+    name, _, variant = values["config"].config_filename.partition(":")
+    return name, variant
 
 
 def _remark(config: ml_collections.ConfigDict) -> None:

@@ -75,12 +75,12 @@ def to_config_dict(instance: Any) -> ml_collections.ConfigDict:
 def _with_placeholders(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     hints, found = typing.get_type_hints(cls), {}
     for key, value in values.items():
-        options = typing.get_args(hints[key]) or (hints[key],)
+        options = _options(hints[key])
         scalars = [option for option in options if option in (int, float, str, bool)]
         nested = next((option for option in options if dataclasses.is_dataclass(option)), None)
         if value is None and scalars:
             value = ml_collections.config_dict.placeholder(scalars[0])
-        elif nested is not None and isinstance(value, Mapping) and typing.get_origin(hints[key]) not in (dict, tuple):
+        elif nested is not None and isinstance(value, Mapping):
             value = _with_placeholders(nested, value)
         found[key] = value
     return found
@@ -109,12 +109,18 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _options(hint: Any) -> tuple[Any, ...]:
+    """The types of a union; of another hint itself."""
+    union = typing.get_origin(hint) is typing.Union or isinstance(hint, types.UnionType)
+    return typing.get_args(hint) if union else (hint,)
+
+
 def _convert(hint: Any, value: Any, path: str) -> Any:
     if isinstance(value, ml_collections.ConfigDict):
         value = value.to_dict()
     origin = typing.get_origin(hint)
-    if origin is typing.Union or isinstance(hint, types.UnionType):
-        return _convert_union(hint, value, path)
+    if len(options := _options(hint)) > 1:
+        return _convert_union(options, value, path)
     if origin is typing.Literal:
         return choice(path, value, typing.get_args(hint))
     if hint is Any:
@@ -141,8 +147,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     return _wrong(path, value, getattr(hint, "__name__", str(hint)))
 
 
-def _convert_union(hint: Any, value: Any, path: str) -> Any:
-    options = typing.get_args(hint)
+def _convert_union(options: tuple[Any, ...], value: Any, path: str) -> Any:
     if value is None and types.NoneType in options:
         return None
     errors = []
