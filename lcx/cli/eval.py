@@ -11,16 +11,19 @@ from pathlib import Path
 
 from absl import flags
 
+from lcx.cli import parse
 from lcx.core.console import say
 from lcx.core.errors import UserError
 from lcx.evals.suite import EvalConfig
+from lcx.research import models
 from lcx.research.recipe import evaluate_loaded
-from lcx.training.checkpoints import load_params
 
 
 def define(values: flags.FlagValues) -> None:
     """The command's flags."""
-    flags.DEFINE_string("checkpoint", None, "a run's workdir, or one of its checkpoint folders", flag_values=values)
+    flags.DEFINE_string(
+        "checkpoint", None, "a run's workdir, one of its checkpoint folders, or a Hugging Face folder", flag_values=values
+    )
     flags.DEFINE_string("stage", None, "take the weights at the end of this stage (default: the newest)", flag_values=values)
     flags.DEFINE_integer("step", None, "take the weights at this step", flag_values=values)
     flags.DEFINE_multi_string("positions", [], "a scheme to try zero-shot, such as yarn:factor=16", flag_values=values)
@@ -33,10 +36,8 @@ def define(values: flags.FlagValues) -> None:
 
 def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     """Evaluate."""
-    if rest:
-        raise UserError(f"there is an argument too many, {rest[0]!r}; see lcx eval --help")
-    if values.checkpoint is None:
-        raise UserError("--checkpoint is missing; name a run's workdir")
+    parse.nothing_left(rest, "eval")
+    checkpoint = parse.needed(values, "checkpoint", "name a run's workdir, or a Hugging Face folder")
     lengths = EvalConfig().lengths if values.lengths is None else tuple(_length(text) for text in values.lengths)
     evals = EvalConfig(
         lengths=lengths,
@@ -48,13 +49,13 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     )
     if values.step is not None and values.stage is not None:
         raise UserError(f"--step={values.step} and --stage={values.stage} both name weights; leave one of them out")
-    loaded = load_params(values.checkpoint, step=values.step, stage=values.stage)
+    loaded = models.load(checkpoint, step=values.step, stage=values.stage)
     named = values.label or "-".join([values.stage or str(loaded.meta.step), *values.positions])
     if values.label in ("before", "after"):
         raise UserError(f"--label={values.label} is where lcx run keeps its own evaluation; choose another")
     label = re.sub(r"[^\w.=-]+", "_", named).lstrip(".") or "eval"
-    evaluate_loaded(loaded, evals, label, _workdir(Path(values.checkpoint)))
-    say(f"result: {_workdir(Path(values.checkpoint)) / 'eval' / (label + '.json')}")
+    evaluate_loaded(loaded, evals, label, _workdir(Path(checkpoint)))
+    say(f"result: {_workdir(Path(checkpoint)) / 'eval' / (label + '.json')}")
 
 
 def _workdir(path: Path) -> Path:

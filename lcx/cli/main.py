@@ -24,6 +24,9 @@ COMMANDS = {
     "report": "write report.html of a run again from its files",
     "sweep": "run every point of a sweep that is not finished, then a table and a plot",
     "theta": "choose theta for a target length",
+    "import": "turn a Hugging Face folder into a run's checkpoint",
+    "export": "write a run's weights as a Hugging Face folder",
+    "diff": "compare two models tensor by tensor",
     "data prepare": "tokenise a corpus once, into a dataset that runs read",
     "data inspect": "print and plot what a config's mixture really holds",
 }

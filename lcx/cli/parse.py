@@ -112,6 +112,19 @@ def given(words: Sequence[str], name: str) -> str | None:
     return found
 
 
+def needed(values: flags.FlagValues, name: str, hint: str) -> str:
+    """The value of a flag that a command can't do without."""
+    if not values[name].value:
+        raise UserError(f"--{name} is missing; {hint}")
+    return values[name].value
+
+
+def nothing_left(rest: Sequence[str], command: str) -> None:
+    """Raises `UserError` for a word that is no flag, where a command takes none."""
+    if rest:
+        raise UserError(f"there is an argument too many, {rest[0]!r}; see lcx {command} --help")
+
+
 def _quoted(word: str) -> str:
     """`--config.positions.global.theta=1` with `['global']`: ml_collections reads a key as Python, where that is a keyword."""
     key, equals, value = word.partition("=")

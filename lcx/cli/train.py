@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from lcx.cli import config
-from lcx.research.recipe import recipe
-from lcx.training.loop import train
+from lcx.research.recipe import recipe, train_recipe
 
 
 def define(values: flags.FlagValues) -> None:
@@ -22,4 +21,4 @@ def define(values: flags.FlagValues) -> None:
 def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     """Train."""
     chosen, workdir = config.read(values, rest)
-    train(recipe(chosen).run, workdir)
+    train_recipe(recipe(chosen), workdir)

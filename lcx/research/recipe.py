@@ -18,6 +18,7 @@ from lcx.evals import results
 from lcx.evals.results import EvalResult
 from lcx.evals.suite import EvalConfig, evaluate
 from lcx.model.config import ModelConfig, schemes_of
+from lcx.research import models
 from lcx.research.history import record_environment
 from lcx.research.report import write_report
 from lcx.training.checkpoints import Loaded, load_params
@@ -78,13 +79,20 @@ def recipe(config: ml_collections.ConfigDict) -> Recipe:
 
 def run_recipe(chosen: Recipe, workdir: Path, command: Sequence[str]) -> None:
     """Train, evaluate, report. What is there already is not done again, so the same command goes on after any interruption."""
-    train(chosen.run, workdir)
+    train_recipe(chosen, workdir)
     record_environment(workdir, command)
     if chosen.base_stage is not None:
         evaluate_stage(chosen, workdir, "before", chosen.base_stage)
     after = dataclasses.replace(chosen, evals=dataclasses.replace(chosen.evals, zero_shot=()))
     evaluate_stage(after, workdir, "after", chosen.run.stages[-1].name)
     say(f"report: {write_report(workdir)}")
+
+
+def train_recipe(chosen: Recipe, workdir: Path) -> None:
+    """Train alone, from weights of either kind."""
+    given = models.initial(chosen.run.init_from)
+    train(chosen.run, workdir, given=given)
+    models.keep_beside(chosen.run.init_from, workdir)
 
 
 def evaluate_stage(chosen: Recipe, workdir: Path, label: str, stage: str) -> EvalResult:

@@ -126,11 +126,17 @@ class Store:
 
         Raises `UserError` when the disk is (or became, since the last call) too full; earlier checkpoints stay as they are.
         """
+        self._save({"params": state.params, "progress": _progress(state)}, meta)
+
+    def save_params(self, params: Tree, meta: Meta) -> None:
+        """As `save`, for weights alone: others may begin with them, no run can go on from them."""
+        self._save({"params": params}, meta)
+
+    def _save(self, trees: dict[str, Any], meta: Meta) -> None:
         self.wait()
         if meta.step in self.steps:
             return
-        self._check_space(state, meta.step)
-        trees = {"params": state.params, "progress": _progress(state)}
+        self._check_space(trees, meta.step)
         try:
             response = self._checkpointer.save_checkpointables_async(
                 meta.step, trees, force=True, custom_metadata=dataclasses.asdict(meta)
@@ -213,8 +219,8 @@ class Store:
             shutil.move(self.directory / str(step), aside)
         self._checkpointer.reload()
 
-    def _check_space(self, state: TrainState, step: int) -> None:
-        needed, free = num_bytes(state) // jax.process_count(), shutil.disk_usage(self.directory).free
+    def _check_space(self, trees: Tree, step: int) -> None:
+        needed, free = num_bytes(trees) // jax.process_count(), shutil.disk_usage(self.directory).free
         if free < needed:
             raise UserError(
                 f"checkpoint {step} needs {needed / 1e6:,.1f} MB and {self.directory} has {free / 1e6:,.1f} MB left; free some "
@@ -244,6 +250,20 @@ class Loaded:
     def schemes(self) -> dict[str, Scheme]:
         """Layer kind (or `default`) -> scheme in force at the checkpoint."""
         return self.meta.schemes
+
+
+@dataclasses.dataclass(frozen=True)
+class Initial:
+    """Weights that a run begins with: their `name` in messages, their record, and `load(mesh)`, which reads them."""
+
+    name: str
+    meta: Meta
+    load: Callable[[Mesh | None], Loaded]
+
+
+def initial(path: str | None) -> Initial | None:
+    """The weights of a checkpoint that `init_from` names; None without one."""
+    return None if path is None else Initial(path, load_meta(path), lambda mesh: load_params(path, mesh=mesh))
 
 
 def load_meta(path: str | Path) -> Meta:

@@ -19,12 +19,12 @@ from lcx.core.trees import Tree, num_elements
 from lcx.model.config import Architecture
 from lcx.positions.form import Scheme
 from lcx.training import metrics, monitor
-from lcx.training.checkpoints import Meta, Store, scheme_configs, stage_ends
+from lcx.training.checkpoints import Initial, Meta, Store, initial, scheme_configs, stage_ends
 from lcx.training.checks import remark
 from lcx.training.feed import Feed, Stop
 from lcx.training.plan import Plan, Planner
 from lcx.training.stages import RunConfig
-from lcx.training.start import Start, at_stage_start, begin, carry, origin
+from lcx.training.start import Start, at_stage_start, begin, carry
 from lcx.training.step import TrainState
 from lcx.training.workdir import alone, fingerprint, open_workdir
 
@@ -51,15 +51,16 @@ class Watch:
     reference: monitor.Probe | None = None
 
 
-def train(run: RunConfig, workdir: str | Path, devices: Sequence[jax.Device] | None = None) -> Result:
+def train(run: RunConfig, workdir: str | Path, devices: Sequence[jax.Device] | None = None, given: Initial | None = None) -> Result:
     """Run all stages that the workdir has not seen the end of; the same call goes on after any interruption.
 
+    `given` are the weights that `run.init_from` names (None: they are a checkpoint of lcx's, read when they are needed).
     Ctrl-C saves and raises `KeyboardInterrupt`, SIGTERM saves and exits with status 143. Raises `UserError` for a config that
     cannot work, a workdir of another run, a full disk, and too many non-finite steps in a row.
     """
     workdir = Path(workdir).absolute()
     decisions = metrics.read(workdir / "decisions.jsonl")
-    planner = Planner(run, decisions, devices, origin(run.init_from))
+    planner = Planner(run, decisions, devices, given or initial(run.init_from))
     open_workdir(workdir, run)
     remark(run)
     main = jax.process_index() == 0

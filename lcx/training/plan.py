@@ -19,6 +19,7 @@ from lcx.model.flops import step_flops
 from lcx.model.params import specs
 from lcx.positions.form import Scheme
 from lcx.positions.schemes import from_config
+from lcx.training.checkpoints import Initial
 from lcx.training.checks import check_stage, check_vocabulary
 from lcx.training.metrics import Meter, peak_flops
 from lcx.training.monitor import Probe, at_theta, best, probe_sums, read_probe, theta_of, thetas
@@ -83,9 +84,10 @@ class Planner:
     """Makes plans; `decisions` is read anew for each, so a decision written down is in force from then on."""
 
     def __init__(
-        self, run: RunConfig, decisions: Decisions, devices: Sequence[jax.Device] | None = None, origin: Origin | None = None
+        self, run: RunConfig, decisions: Decisions, devices: Sequence[jax.Device] | None = None, initial: Initial | None = None
     ):
-        self.run, self.decisions, self.origin = run, decisions, origin
+        self.run, self.decisions, self.initial = run, decisions, initial
+        self.origin = None if initial is None else Origin(initial.meta.schemes, initial.meta.length)
         self.devices = list(jax.devices() if devices is None else devices)
         self.meshes = [make_mesh(run.mesh_of(stage), self.devices) for stage in run.stages]
         self._base = {kind: from_config(spec, f"positions.{kind}") for kind, spec in run.positions.items()}

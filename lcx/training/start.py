@@ -12,8 +12,8 @@ from lcx.core.console import say, warn
 from lcx.core.errors import UserError
 from lcx.core.params import initialize
 from lcx.core.trees import Tree, paths
-from lcx.training.checkpoints import Meta, Store, load_meta, load_params, stage_ends
-from lcx.training.plan import Origin, Plan, Planner
+from lcx.training.checkpoints import Meta, Store, stage_ends
+from lcx.training.plan import Plan, Planner
 from lcx.training.step import TrainState
 from lcx.training.workdir import read_config
 
@@ -26,14 +26,6 @@ class Start:
     index: int
     stage_step: int
     meta: Meta | None = None
-
-
-def origin(init_from: str | None) -> Origin | None:
-    """What the given weights were trained with, read from their checkpoint's record alone."""
-    if init_from is None:
-        return None
-    meta = load_meta(init_from)
-    return Origin(meta.schemes, meta.length)
 
 
 def begin(planner: Planner, store: Store) -> Start:
@@ -50,11 +42,12 @@ def begin(planner: Planner, store: Store) -> Start:
 def first(planner: Planner, plan: Plan) -> Start:
     """The start of the first stage: given weights, or scratch."""
     run = planner.run
-    if run.init_from is None:
+    given = planner.initial
+    if given is None:
         return Start(plan.step.initialize(jax.random.key(run.seed)), 0, 0)
-    loaded = load_params(run.init_from)
-    say(f"starting from the weights of {run.init_from} (stage {loaded.meta.stage}, step {loaded.meta.step})")
-    return Start(plan.step.start(fit(loaded.params, plan, run.seed, f"weights of {run.init_from}")), 0, 0)
+    params = given.load(plan.mesh).params
+    say(f"starting from the weights of {given.name} (stage {given.meta.stage}, step {given.meta.step})")
+    return Start(plan.step.start(fit(params, plan, run.seed, f"weights of {given.name}")), 0, 0)
 
 
 def restore(planner: Planner, store: Store) -> Start | None:

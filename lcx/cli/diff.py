@@ -1,0 +1,27 @@
+"""Compare two models tensor by tensor: runs, their checkpoint folders, or Hugging Face folders, in any pairing.
+
+lcx diff runs/extend_hf models/Llama-3.2-1B
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from absl import flags
+
+from lcx.core.errors import UserError
+from lcx.research.compare import compare
+
+
+def define(values: flags.FlagValues) -> None:
+    """The command's flags."""
+    flags.DEFINE_bool("all", False, "also list what is the same", flag_values=values)
+
+
+def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
+    """Compare; ends with status 1 where the two differ."""
+    if len(rest) != 2:
+        raise UserError(f"lcx diff takes two models, not {len(rest)}; write lcx diff ONE OTHER")
+    same = compare(*rest, show_all=values.all)
+    if not same:
+        raise SystemExit(1)

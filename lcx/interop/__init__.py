@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints in and out: configs, weights, and what stands beside them."""

@@ -1,0 +1,200 @@
+"""The model families that lcx reads and writes in Hugging Face's form: one row each, used in both directions.
+
+A row says which keys of config.json the family has, what transformers takes where one is missing, which options of
+`ModelConfig` the family fixes, and how its tensors are called.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+Values = Mapping[str, Any]
+"""config.json with the family's defaults filled in."""
+
+LLAMA_NAMES = {
+    "embed": "model.embed_tokens",
+    "final_norm": "model.norm",
+    "head": "lm_head",
+    "layers/attention/query": "self_attn.q_proj",
+    "layers/attention/key": "self_attn.k_proj",
+    "layers/attention/value": "self_attn.v_proj",
+    "layers/attention/out": "self_attn.o_proj",
+    "layers/mlp/gate": "mlp.gate_proj",
+    "layers/mlp/up": "mlp.up_proj",
+    "layers/mlp/down": "mlp.down_proj",
+    "layers/pre_attention_norm": "input_layernorm",
+    "layers/pre_mlp_norm": "post_attention_layernorm",
+}
+"""Path of a parameter without its last part -> Hugging Face's module, that of a layer without `model.layers.<n>.`."""
+
+_QK_NORMS = {"layers/attention/query_norm": "self_attn.q_norm", "layers/attention/key_norm": "self_attn.k_norm"}
+_POST_NORMS = {
+    "layers/post_attention_norm": "post_attention_layernorm",
+    "layers/post_mlp_norm": "post_feedforward_layernorm",
+}
+_GEMMA_NAMES = {**LLAMA_NAMES, **_POST_NORMS, "layers/pre_mlp_norm": "pre_feedforward_layernorm"}
+_PHI3_NAMES = {
+    **LLAMA_NAMES,
+    "layers/attention/query": "self_attn.qkv_proj",
+    "layers/attention/key": "self_attn.qkv_proj",
+    "layers/attention/value": "self_attn.qkv_proj",
+    "layers/mlp/gate": "mlp.gate_up_proj",
+    "layers/mlp/up": "mlp.gate_up_proj",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A row of the table.
+
+    `optional` maps the keys of config.json that the family has beside `REQUIRED` to what transformers takes where they are
+    missing. `kinds` gives the kind of every layer. `options` are fields of `ModelConfig` that the family fixes. Of parameters
+    whose names in `names` are the same, the tensor holds one after the other, in the order of the table.
+    """
+
+    architecture: str
+    optional: Mapping[str, Any]
+    kinds: Callable[[Values], list[str]]
+    names: Mapping[str, str] = dataclasses.field(default_factory=lambda: LLAMA_NAMES)
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    theta: float = 10000.0
+    """transformers' theta where a config has none."""
+    nested: bool = False
+    """Full and sliding layers have a rotary each."""
+
+
+REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+"""Keys without which nobody means a model: sizes."""
+
+ROPE_KEYS = (
+    "rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq", "partial_rotary_factor",
+    "original_max_position_embeddings",
+)  # fmt: skip
+"""Keys about rotary positions, transformers 5's and the older ones; `positions.hf` reads them."""
+
+NO_EFFECT = frozenset((
+    "architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "use_cache", "initializer_range", "auto_map",
+    "pad_token_id", "bos_token_id", "eos_token_id", "attention_dropout", "resid_pdrop", "embd_pdrop", "pretraining_tp",
+    "name_or_path", "_name_or_path", "id2label", "label2id", "problem_type", "output_attentions", "output_hidden_states",
+    "return_dict", "cache_implementation", "attn_implementation", "_attn_implementation", "_attn_implementation_autoset",
+    "tokenizer_class", "unsloth_version", "unsloth_fixed", "neftune_noise_alpha", "output_router_logits", "router_jitter_noise",
+))  # fmt: skip
+"""Keys that do not change what a model computes when it is evaluated, or say what lcx finds out elsewhere."""
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "is_encoder_decoder": (False,),
+    "is_decoder": (False, True),
+    "add_cross_attention": (False,),
+    "chunk_size_feed_forward": (0,),
+    "use_bidirectional_attention": (None, False),
+    "mlp_only_layers": (None, []),
+    "decoder_sparse_step": (1,),
+}
+"""Keys of which lcx has nothing but these values."""
+
+
+def _all_alike(values: Values) -> list[str]:
+    kind = "global" if values["sliding_window"] is None else "local"
+    return [kind] * values["num_hidden_layers"]
+
+
+def _always_global(values: Values) -> list[str]:
+    return ["global"] * values["num_hidden_layers"]
+
+
+def _by_type(values: Values, default: Sequence[str]) -> list[str]:
+    types = values["layer_types"] or default
+    return ["local" if kind == "sliding_attention" else "global" for kind in types]
+
+
+def _qwen(values: Values) -> list[str]:
+    windowed = values["use_sliding_window"] and values["sliding_window"] is not None
+    first = values["max_window_layers"] if windowed else values["num_hidden_layers"]
+    default = ["sliding_attention" if i >= first else "full_attention" for i in range(values["num_hidden_layers"])]
+    return _by_type(values, default)
+
+
+def _gemma2(values: Values) -> list[str]:
+    return _by_type(values, [("sliding_attention", "full_attention")[i % 2] for i in range(values["num_hidden_layers"])])
+
+
+def _gemma3(values: Values) -> list[str]:
+    every = values["_sliding_window_pattern"] or values["sliding_window_pattern"] or 6
+    default = ["full_attention" if (i + 1) % every == 0 else "sliding_attention" for i in range(values["num_hidden_layers"])]
+    return _by_type(values, default)
+
+
+def _smollm3(values: Values) -> list[str]:
+    layers, every = range(values["num_hidden_layers"]), values["no_rope_layer_interval"]
+    rotary = values["no_rope_layers"] or [int((i + 1) % every != 0) for i in layers]
+    windowed = values["use_sliding_window"] and values["sliding_window"] is not None
+    default = ["sliding_attention" if windowed and not rotary[i] else "full_attention" for i in layers]
+    suffix = {"local": "local_nope", "global": "nope"}
+    return [kind if turned else suffix[kind] for kind, turned in zip(_by_type(values, default), rotary, strict=False)]
+
+
+_LLAMA = {
+    "num_key_value_heads": None, "head_dim": None, "hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+}  # fmt: skip
+_WINDOWED = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None}
+_GEMMA = {
+    "num_key_value_heads": 4, "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True, "attention_bias": False, "query_pre_attn_scalar": 256, "sliding_window": 4096,
+    "layer_types": None, "hidden_act": None,
+}  # fmt: skip
+_GEMMA_OPTIONS = {"norm_offset": 1.0, "post_norm": True, "embedding_scale": True}
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("LlamaForCausalLM", {**_LLAMA, "attention_bias": False, "mlp_bias": False}, _always_global),
+    "mistral": Family("MistralForCausalLM", {**_LLAMA, "num_key_value_heads": 8, "sliding_window": 4096}, _all_alike),
+    "qwen2": Family(
+        "Qwen2ForCausalLM", {**_LLAMA, **_WINDOWED, "num_key_value_heads": 32}, _qwen, options={"qkv_bias": True}
+    ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        {**_LLAMA, **_WINDOWED, "num_key_value_heads": 32, "head_dim": 128, "attention_bias": False},
+        _qwen,
+        names={**LLAMA_NAMES, **_QK_NORMS},
+        options={"qk_norm": "head"},
+    ),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        {**_GEMMA, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        _gemma2,
+        names=_GEMMA_NAMES,
+        options=_GEMMA_OPTIONS,
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        {
+            **_GEMMA, "attn_logit_softcapping": None, "final_logit_softcapping": None, "sliding_window_pattern": None,
+            "_sliding_window_pattern": None,
+        },
+        _gemma3,
+        names={**_GEMMA_NAMES, **_QK_NORMS},
+        options={**_GEMMA_OPTIONS, "qk_norm": "head"},
+        nested=True,
+    ),
+    "phi3": Family(
+        "Phi3ForCausalLM", {**_LLAMA, "rms_norm_eps": 1e-5, "sliding_window": None}, _all_alike, names=_PHI3_NAMES
+    ),
+    "olmo2": Family(
+        "Olmo2ForCausalLM",
+        {**_LLAMA, "rms_norm_eps": 1e-5, "attention_bias": False},
+        _always_global,
+        names={**LLAMA_NAMES, **_POST_NORMS, **_QK_NORMS},
+        options={"pre_norm": False, "post_norm": True, "qk_norm": "full"},
+    ),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM",
+        {
+            **_LLAMA, "num_key_value_heads": 4, "tie_word_embeddings": True, "use_sliding_window": False, "sliding_window": None,
+            "layer_types": None, "attention_bias": False, "mlp_bias": False, "no_rope_layers": None, "no_rope_layer_interval": 4,
+        },
+        _smollm3,
+        theta=2e6,
+    ),
+}  # fmt: skip
+"""Hugging Face's `model_type` -> family."""

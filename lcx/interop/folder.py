@@ -1,0 +1,111 @@
+"""A Hugging Face model folder read whole and written whole: config.json, weights, and what stands beside them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from lcx.core.errors import UserError
+from lcx.core.trees import Tree
+from lcx.interop import config as configs
+from lcx.interop import weights
+from lcx.interop.config import Described
+from lcx.interop.shards import Shards, write
+from lcx.model.config import ModelConfig
+from lcx.model.params import specs
+from lcx.positions.form import Scheme
+
+MAX_SHARD_BYTES = 2 << 30
+"""Size of an exported file: so much of the weights is held beside the model while it is written."""
+
+_BESIDE = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template", "generation_config")
+_BESIDE_ENDS = (".json", ".model", ".txt", ".jinja", ".tiktoken")
+
+
+class HfFolder:
+    """A folder with a config.json and safetensors files, its tensors compared with what the config asks for.
+
+    Raises `UserError` for anything that lcx would not compute exactly, and for files that do not fit together.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.described: Described = configs.read_file(self.folder)
+        self.shards = Shards(self.folder)
+        model = self.described.model
+        self._specs = specs(model, self.described.schemes, self.described.length)
+        self.slots = weights.slots(self._specs, self.described.family, model.num_layers)
+        weights.check(self.shards, self.slots, model.tied_embeddings)
+
+    @property
+    def dtype(self) -> str:
+        """numpy's name of the type in which the weights are stored (the embedding's)."""
+        return self.shards.dtype(f"{self.described.family.names['embed']}.weight")
+
+    def params(self, dtype: str | None = None, mesh: Mesh | None = None) -> Tree:
+        """The parameters in numpy's `dtype` (None: as stored) on `mesh` (None: the first device)."""
+        return weights.load(self.shards, self._specs, self.slots, dtype or self.dtype, mesh)
+
+
+def is_folder(path: str | Path) -> bool:
+    """Does a folder look like a Hugging Face model's?"""
+    try:
+        return "model_type" in json.loads((Path(path) / "config.json").read_text())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def beside(folder: Path) -> list[Path]:
+    """What stands beside the weights and is needed with them: tokenizer, chat template, generation settings."""
+    return sorted(path for path in folder.iterdir() if path.name.startswith(_BESIDE) and path.suffix in _BESIDE_ENDS)
+
+
+def keep(folder: Path, into: Path) -> None:
+    """Copy what an export from `into` needs of a model's folder: all but the weights."""
+    into.mkdir(parents=True, exist_ok=True)
+    for path in (folder / configs.FILE, *beside(folder)):
+        if path.is_file():
+            shutil.copyfile(path, into / path.name)
+
+
+def save(
+    out: Path,
+    params: Tree,
+    model: ModelConfig,
+    schemes: Mapping[str, Scheme],
+    length: int,
+    dtype: str,
+    base: Path | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> dict[str, Any]:
+    """Write a model as a Hugging Face folder, for rows of up to `length` tokens; returns its config.json.
+
+    `schemes` holds the scheme of each layer kind. `base` is the folder that the model came from, or a copy by `keep`: its
+    config.json's other keys, tokenizer, chat template and generation settings are kept. Raises `UserError` when `out` is there
+    already, and for what Hugging Face has no place for.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is there already; name a new folder, or delete it first")
+    values = configs.write(model, schemes, length, dtype, configs.values_of(base) if base else None)
+    family = configs.read(values).family
+    slots = weights.slots(specs(model, schemes, length), family, model.num_layers)
+    leaves = weights.leaves_by_path(params)
+    size = jnp.dtype(dtype).itemsize
+    sizes = {name: size * sum(weights.count(part) for part in parts) for name, parts in slots.items()}
+    free = shutil.disk_usage(next(path for path in (out, *out.resolve().parents) if path.exists())).free
+    if sum(sizes.values()) > free:
+        raise UserError(f"{out} needs {sum(sizes.values()) / 1e9:,.1f} GB and the disk has {free / 1e9:,.1f} GB left")
+    out.mkdir(parents=True, exist_ok=True)
+    write(out, sizes, lambda name: weights.tensor(leaves, slots[name], dtype), max_shard_bytes)
+    if base:
+        for path in beside(base):
+            shutil.copyfile(path, out / path.name)
+    # Last, so that a folder which was not finished is no model to anyone.
+    (out / configs.FILE).write_text(json.dumps(values, indent=2) + "\n")
+    return values

@@ -1,0 +1,185 @@
+"""Folders of safetensors files: what is in them, pieces of their tensors, and new ones.
+
+Nothing but safetensors is read: a pickled checkpoint runs code when it is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lcx.core.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""Safetensors' names of the floating types -> numpy's."""
+
+
+class Shards:
+    """The tensors of a model's folder, single file or indexed shards, opened when they are asked for.
+
+    Raises `UserError` for a folder without safetensors, a broken file, and an index that does not tell what the files hold.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self._where: dict[str, Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, str] = {}
+        index = self.folder / INDEX
+        if index.exists():
+            self._read_index(index)
+        elif (self.folder / SINGLE).exists():
+            self._read_headers([self.folder / SINGLE])
+        else:
+            self._none_found()
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Tensor name -> shape."""
+        return self._shapes
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the files."""
+        return sum(path.stat().st_size for path in set(self._where.values()))
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that hold tensors."""
+        return sorted(set(self._where.values()))
+
+    def dtype(self, name: str) -> str:
+        """numpy's name of a tensor's type; raises `UserError` for one that holds no floating numbers."""
+        stored = self._dtypes[name]
+        if stored not in DTYPES:
+            raise UserError(
+                f"{self._where[name]}: {name} is stored as {stored}, and lcx reads {', '.join(DTYPES)}; "
+                "quantised checkpoints have to be dequantised first"
+            )
+        return DTYPES[stored]
+
+    def read(self, name: str, box: tuple[slice, ...] = ()) -> np.ndarray:
+        """A piece of a tensor, as stored; raises `UserError` when it holds a number that is not finite."""
+        self.dtype(name)
+        # Opened anew for each piece: the library maps the file, and pages of it that were read count as ours while it is open.
+        with _open(self._where[name]) as file:
+            piece = file.get_slice(name)[box] if box else file.get_tensor(name)
+        if not _finite(piece):
+            raise UserError(f"{self._where[name]}: {name} holds NaN or infinity; the checkpoint is broken, fetch it anew")
+        return piece
+
+    def _read_index(self, index: Path) -> None:
+        try:
+            where = json.loads(index.read_text())["weight_map"]
+            wanted = {name: self.folder / file for name, file in where.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{index} is no index of safetensors files: it needs a 'weight_map' of tensor names to files"
+            ) from error
+        files = sorted(set(wanted.values()))
+        for file in files:
+            if file.suffix in PICKLES:
+                raise _pickled(file)
+            if file.parent != self.folder:
+                raise UserError(f"{index} names a file outside of its folder, {str(file.relative_to(self.folder))!r}")
+            if not file.exists():
+                raise UserError(f"{index} names {file.name}, which is not there; fetch the missing shard")
+        self._read_headers(files)
+        for name, file in wanted.items():
+            if name not in self._where:
+                raise UserError(
+                    f"{index} puts {name} into {file.name}, which does not hold it; the index is wrong or a shard is old"
+                )
+            if self._where[name] != file:
+                raise UserError(
+                    f"{index} puts {name} into {file.name}, and it stands in {self._where[name].name}; the index is wrong"
+                )
+        if unlisted := sorted(set(self._where) - set(wanted)):
+            raise UserError(f"{index} leaves out {_some(unlisted)}, which the shards hold; the index is wrong")
+
+    def _read_headers(self, files: Iterable[Path]) -> None:
+        twice = []
+        for path in files:
+            with _open(path) as file:
+                for name in file.keys():  # noqa: SIM118, a handle of the library, not a dict
+                    found = file.get_slice(name)
+                    if name in self._where:
+                        twice.append(f"{name} ({self._where[name].name}, {path.name})")
+                    self._where[name] = path
+                    self._shapes[name] = tuple(found.get_shape())
+                    self._dtypes[name] = found.get_dtype()
+        if twice:
+            raise UserError(f"{self.folder} holds tensors twice: {_some(twice)}; delete the shards that do not belong to the model")
+
+    def _none_found(self) -> None:
+        pickled = sorted(path for path in self.folder.iterdir() if path.suffix in PICKLES)
+        if pickled:
+            raise _pickled(pickled[0])
+        others = sorted(path.name for path in self.folder.glob("*.safetensors"))
+        hint = f"; it holds {_some(others)} without {INDEX}" if others else ""
+        raise UserError(f"{self.folder} has no {SINGLE} and no {INDEX}{hint}")
+
+
+def write(folder: Path, sizes: Mapping[str, int], tensor: Callable[[str], np.ndarray], max_bytes: int) -> dict[str, Any]:
+    """Write tensors into shards of at most `max_bytes` (one tensor at least), and their index where there are several.
+
+    `sizes` maps names to bytes, in the order of the files; `tensor` gives each when its shard's turn comes, so that no more than a
+    shard is held. Returns the index.
+    """
+    from safetensors.numpy import save_file
+
+    shards: list[list[str]] = [[]]
+    for name, size in sizes.items():
+        if shards[-1] and sum(sizes[known] for known in shards[-1]) + size > max_bytes:
+            shards.append([])
+        shards[-1].append(name)
+    files = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for file, names in zip(files, shards, strict=True):
+        # "pt" is what transformers asks for; it says how the names are to be read, not who wrote them.
+        save_file({name: np.ascontiguousarray(tensor(name)) for name in names}, folder / file, metadata={"format": "pt"})
+    index = {
+        "metadata": {"total_size": sum(sizes.values())},
+        "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names},
+    }
+    if len(files) > 1:
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return index
+
+
+def _open(path: Path) -> Any:
+    try:
+        import safetensors
+    except ImportError as error:
+        raise UserError(f"{path} needs the safetensors library; install the extra: pip install -e '.[hf]'") from error
+    try:
+        return safetensors.safe_open(path, framework="np")
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is no whole safetensors file ({error}); fetch it anew") from error
+
+
+def _pickled(path: Path) -> UserError:
+    return UserError(
+        f"{path} is a pickle, which can run any code when it is loaded, so lcx does not read it; "
+        "save the model with safetensors (transformers: model.save_pretrained)"
+    )
+
+
+def _finite(x: np.ndarray) -> bool:
+    if x.dtype.itemsize == 2:
+        # Exponents of all ones are what infinities and NaNs have; numpy has no fast test for these types.
+        ones = 0x7C00 if x.dtype == np.float16 else 0x7F80
+        return not np.any((x.view(np.uint16) & ones) == ones)
+    return bool(np.isfinite(x).all())
+
+
+def _some(names: list[str]) -> str:
+    """The first few of many."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,160 @@
+"""Models wherever they come from: lcx's own checkpoints and Hugging Face folders, read alike and turned into one another."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from lcx.core.config import choice
+from lcx.core.console import say, warn
+from lcx.core.errors import UserError
+from lcx.core.trees import cast, num_bytes, num_elements
+from lcx.data.config import DataConfig
+from lcx.interop import byte_tokenizer
+from lcx.interop import folder as hf
+from lcx.interop.folder import HfFolder
+from lcx.model.config import ModelConfig, schemes_of
+from lcx.training import checkpoints
+from lcx.training.checkpoints import Initial, Loaded, Meta, Store, scheme_configs, stage_ends
+from lcx.training.stages import CheckpointConfig, RunConfig, StageConfig
+from lcx.training.workdir import CONFIG, fingerprint, open_workdir
+
+DTYPES = ("float32", "bfloat16", "float16")
+STAGE = "imported"
+"""Name of the stage of a run that holds nothing but imported weights."""
+
+KEPT = "hf"
+"""Folder of a workdir with what stood beside the weights that the run began with: what an export needs."""
+
+
+def load(
+    path: str | Path, step: int | None = None, stage: str | None = None, mesh: Mesh | None = None, dtype: str = "float32"
+) -> Loaded:
+    """The weights of a run (see `training.checkpoints.load_params`) or of a Hugging Face folder, in `dtype`, on `mesh`.
+
+    A Hugging Face folder counts as a run with one stage, `imported`, at step 0.
+    """
+    choice("dtype", dtype, DTYPES)
+    if not hf.is_folder(path):
+        loaded = checkpoints.load_params(path, step=step, stage=stage, mesh=mesh)
+        return dataclasses.replace(loaded, params=cast(loaded.params, jnp.dtype(dtype)))
+    for name, value, only in (("step", step, 0), ("stage", stage, STAGE)):
+        if value is not None and value != only:
+            raise UserError(f"{path} is a Hugging Face folder, which has no {name} {value!r}; leave it out")
+    source = HfFolder(path)
+    run = _run_of(source, Path(path), dtype)
+    return Loaded(source.params(dtype, mesh), run, _meta_of(run, source))
+
+
+def initial(init_from: str | None) -> Initial | None:
+    """The weights that a run begins with, of either kind; None without any."""
+    if init_from is None or not hf.is_folder(init_from):
+        return checkpoints.initial(init_from)
+    source = HfFolder(init_from)
+    meta = _meta_of(_run_of(source, Path(init_from), "float32"), source)
+    return Initial(init_from, meta, lambda mesh: load(init_from, mesh=mesh))
+
+
+def keep_beside(init_from: str | None, workdir: Path) -> None:
+    """Keep in a workdir what an export will need of the Hugging Face folder that its run goes back to, if there is one."""
+    if init_from is None or (workdir / KEPT).exists():
+        return
+    found = _kept(Path(init_from))
+    if found is not None and jax.process_index() == 0:
+        hf.keep(found, workdir / KEPT)
+
+
+def import_model(source: str | Path, workdir: Path, mesh: Mesh | None = None, dtype: str | None = None) -> None:
+    """Write the weights of a Hugging Face folder as a run's checkpoint at step 0, in `dtype` (None: as they are stored)."""
+    if not hf.is_folder(source):
+        _explain_no_folder(Path(source))
+    given = HfFolder(source)
+    dtype = choice("dtype", dtype or given.dtype, DTYPES)
+    if (workdir / CONFIG).exists():
+        raise UserError(f"{workdir} holds a run already; name another --workdir")
+    run = _run_of(given, Path(source), dtype)
+    if hf.beside(Path(source)):
+        run = dataclasses.replace(run, data=DataConfig(tokenizer=_tokenizer(Path(source), run.model, workdir / KEPT)))
+    params = given.params(dtype, mesh)
+    open_workdir(workdir, run)
+    keep_beside(str(source), workdir)
+    with Store(workdir, CheckpointConfig(), stage_ends(run)) as store:
+        store.save_params(params, _meta_of(run, given))
+    say(f"imported {num_elements(params):,} parameters as {dtype} ({num_bytes(params) / 1e9:,.2f} GB) into {workdir}")
+
+
+def export_model(
+    checkpoint: str | Path, out: Path, step: int | None = None, stage: str | None = None, mesh: Mesh | None = None,
+    dtype: str | None = None, max_shard_bytes: int = hf.MAX_SHARD_BYTES,
+) -> None:  # fmt: skip
+    """Write the weights of a run as a Hugging Face folder, in `dtype` (None: that of the model it began with, else float32)."""
+    base = _kept(Path(checkpoint))
+    stored = (json.loads((base / "config.json").read_text()) if base else {}) or {}
+    dtype = choice("dtype", dtype or stored.get("dtype") or stored.get("torch_dtype") or "float32", DTYPES)
+    if out.exists():
+        raise UserError(f"{out} is there already; name a new folder, or delete it first")
+    loaded = load(checkpoint, step=step, stage=stage, mesh=mesh)
+    model = loaded.run.model
+    values = hf.save(out, loaded.params, model, schemes_of(model, loaded.schemes), loaded.meta.length, dtype, base, max_shard_bytes)
+    tokenizer = loaded.run.data.tokenizer
+    if not hf.beside(out) and not _write_tokenizer(tokenizer, out):
+        warn(f"the tokenizer {tokenizer!r} was not exported; put its files into {out}")
+    say(f"exported {num_elements(loaded.params):,} parameters as {dtype}, {values['architectures'][0]}, into {out}")
+
+
+def _run_of(source: HfFolder, folder: Path, dtype: str) -> RunConfig:
+    compute = "bfloat16" if dtype in ("bfloat16", "float16") else "float32"
+    model = dataclasses.replace(source.described.model, compute_dtype=compute)
+    stage = StageConfig(name=STAGE, seq_len=source.described.length, steps=1, batch_size=1, monitor=False)
+    data = DataConfig(tokenizer=_tokenizer(folder, model, folder))
+    positions = scheme_configs(source.described.schemes)
+    return RunConfig(model=model, stages=(stage,), positions=positions, data=data, init_from=str(folder))
+
+
+def _meta_of(run: RunConfig, source: HfFolder) -> Meta:
+    return Meta(
+        stage=STAGE, stage_index=0, attempt=0, stage_step=0, step=0, length=source.described.length, seed=run.seed,
+        config=fingerprint(run), positions=scheme_configs(source.described.schemes),
+    )  # fmt: skip
+
+
+def _tokenizer(folder: Path, model: ModelConfig, where: Path) -> str:
+    """The tokenizer of a folder, whose files are (or will be) in `where`."""
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if (folder / name).is_file():
+            return str(where / name)
+    return {257: "bytes+eos", 258: "bytes+bos+eos"}.get(model.vocab_size, "bytes")
+
+
+def _kept(path: Path) -> Path | None:
+    """The folder with the Hugging Face files of a model: its own, or what its run kept."""
+    if hf.is_folder(path):
+        return path
+    return next((folder / KEPT for folder in (path, *path.parents[:2]) if (folder / KEPT).is_dir()), None)
+
+
+def _explain_no_folder(path: Path) -> None:
+    if not path.is_dir():
+        hint = "; fetch a model first, for example with huggingface_hub's `hf download`" if not path.exists() else ""
+        raise UserError(f"{path} is no folder{hint}")
+    HfFolder(path)
+    raise UserError(f"{path}/config.json names no model_type, so it is no Hugging Face model")
+
+
+def _write_tokenizer(name: str, out: Path) -> bool:
+    """Put a run's tokenizer beside an exported model; False where that is not known how."""
+    if name.startswith("bytes"):
+        byte_tokenizer.write(out, "+bos" in name, "+eos" in name)
+        return True
+    path = Path(name)
+    if path.is_file():
+        for file in hf.beside(path.parent):
+            shutil.copyfile(file, out / file.name)
+        return True
+    return False
