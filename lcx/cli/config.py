@@ -38,7 +38,8 @@ def chosen(values: flags.FlagValues, rest: Sequence[str]) -> ml_collections.Conf
     if values.config is None:
         raise UserError("--config is missing; name a file such as configs/quickstart.py")
     _remark(values.config)
-    return values.config
+    complete = getattr(module(values), "complete", None)
+    return values.config if complete is None else complete(values.config)
 
 
 def read(values: flags.FlagValues, rest: Sequence[str]) -> tuple[ml_collections.ConfigDict, Path]:

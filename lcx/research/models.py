@@ -80,7 +80,7 @@ def import_model(source: str | Path, workdir: Path, mesh: Mesh | None = None, dt
         raise UserError(f"{workdir} holds a run already; name another --workdir")
     run = _run_of(given, Path(source), dtype)
     if hf.beside(Path(source)):
-        run = dataclasses.replace(run, data=DataConfig(tokenizer=_tokenizer(Path(source), run.model, workdir / KEPT)))
+        run = dataclasses.replace(run, data=DataConfig(tokenizer=tokenizer_of(Path(source), run.model, workdir / KEPT)))
     params = given.params(dtype, mesh)
     open_workdir(workdir, run)
     keep_beside(str(source), workdir)
@@ -112,7 +112,7 @@ def _run_of(source: HfFolder, folder: Path, dtype: str) -> RunConfig:
     compute = "bfloat16" if dtype in ("bfloat16", "float16") else "float32"
     model = dataclasses.replace(source.described.model, compute_dtype=compute)
     stage = StageConfig(name=STAGE, seq_len=source.described.length, steps=1, batch_size=1, monitor=False)
-    data = DataConfig(tokenizer=_tokenizer(folder, model, folder))
+    data = DataConfig(tokenizer=tokenizer_of(folder, model, folder))
     positions = scheme_configs(source.described.schemes)
     return RunConfig(model=model, stages=(stage,), positions=positions, data=data, init_from=str(folder))
 
@@ -124,7 +124,7 @@ def _meta_of(run: RunConfig, source: HfFolder) -> Meta:
     )  # fmt: skip
 
 
-def _tokenizer(folder: Path, model: ModelConfig, where: Path) -> str:
+def tokenizer_of(folder: Path, model: ModelConfig, where: Path) -> str:
     """The tokenizer of a folder, whose files are (or will be) in `where`."""
     for name in ("tokenizer.json", "tokenizer.model"):
         if (folder / name).is_file():

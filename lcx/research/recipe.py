@@ -31,7 +31,8 @@ class Recipe:
     """A run, and how to judge it.
 
     `base_stage` names the stage after which the model counts as trained; what follows extends it. The model is evaluated there
-    (`before`, with the zero-shot schemes) and at the end (`after`). Without it there is no before.
+    (`before`, with the zero-shot schemes) and at the end (`after`). Without it `before` are the weights that the run began with,
+    if it began with any.
     """
 
     run: RunConfig
@@ -83,6 +84,8 @@ def run_recipe(chosen: Recipe, workdir: Path, command: Sequence[str]) -> None:
     record_environment(workdir, command)
     if chosen.base_stage is not None:
         evaluate_stage(chosen, workdir, "before", chosen.base_stage)
+    elif chosen.run.init_from is not None:
+        evaluate_source(chosen, workdir)
     after = dataclasses.replace(chosen, evals=dataclasses.replace(chosen.evals, zero_shot=()))
     evaluate_stage(after, workdir, "after", chosen.run.stages[-1].name)
     say(f"report: {write_report(workdir)}")
@@ -97,14 +100,23 @@ def train_recipe(chosen: Recipe, workdir: Path) -> None:
 
 def evaluate_stage(chosen: Recipe, workdir: Path, label: str, stage: str) -> EvalResult:
     """The evaluation of the model at the end of a stage, kept as `eval/<label>.json`."""
-    path = workdir / "eval" / f"{label}.json"
     loaded = load_params(workdir, stage=stage, mesh=make_mesh(chosen.run.mesh))
-    if path.exists():
-        found = results.read(path)
-        same = found.settings.get("evals") == configs.plain(chosen.evals)
-        if same and found.step == loaded.meta.step:
-            return found
-    return evaluate_loaded(loaded, chosen.evals, label, workdir)
+    return _known(chosen, workdir, label, loaded.meta.step) or evaluate_loaded(loaded, chosen.evals, label, workdir)
+
+
+def evaluate_source(chosen: Recipe, workdir: Path) -> EvalResult:
+    """The evaluation, kept as `before`, of the weights that the run began with, on the run's data."""
+    loaded = models.load(str(chosen.run.init_from), mesh=make_mesh(chosen.run.mesh))
+    loaded = dataclasses.replace(loaded, run=dataclasses.replace(loaded.run, data=chosen.run.data))
+    return _known(chosen, workdir, "before", loaded.meta.step) or evaluate_loaded(loaded, chosen.evals, "before", workdir)
+
+
+def _known(chosen: Recipe, workdir: Path, label: str, step: int) -> EvalResult | None:
+    """The result that is there already, if it is of this step and these settings."""
+    path = workdir / "eval" / f"{label}.json"
+    found = results.read(path) if path.exists() else None
+    same = found is not None and found.settings.get("evals") == configs.plain(chosen.evals) and found.step == step
+    return found if same else None
 
 
 def evaluate_loaded(loaded: Loaded, evals: EvalConfig, label: str, workdir: Path | None) -> EvalResult:

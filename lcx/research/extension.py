@@ -1,0 +1,135 @@
+"""Somebody's checkpoint extended to a target length: model, positions and stages of a run worked out from a Hugging Face folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+from ml_collections.config_dict import placeholder
+
+from lcx.core import config as configs
+from lcx.core.config import positive
+from lcx.core.errors import UserError
+from lcx.evals.suite import EvalConfig
+from lcx.interop import folder as hf
+from lcx.interop.config import COMPUTATION, Described, read_file
+from lcx.model.config import ModelConfig, is_local
+from lcx.positions.rotary import Rope
+from lcx.positions.theta import critical_base
+from lcx.research.models import tokenizer_of
+from lcx.training.checkpoints import scheme_configs
+from lcx.training.stages import RunConfig, StageConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ExtensionConfig:
+    """How a model is extended.
+
+    `source`: a Hugging Face folder. `target`: length in tokens to reach, in stages each at most `growth` times longer than the
+    one before; the first starts from `trained`, the length that the source was trained for (None: what its config.json says).
+    `theta`: that of the last stage (None: the critical base of each stage's length). `steps` of `tokens_per_step` tokens a stage,
+    at least one row; `accumulate` microbatches a step.
+    """
+
+    source: str | None = None
+    target: int | None = None
+    trained: int | None = None
+    growth: float = 4.0
+    theta: float | None = None
+    steps: int = 100
+    tokens_per_step: int = 1 << 18
+    accumulate: int = 1
+
+    def __post_init__(self) -> None:
+        if self.source is None:
+            raise UserError("config.source is missing; name a Hugging Face folder with --config.source=PATH")
+        if self.target is None:
+            raise UserError("config.target is missing; give the length to reach, as in --config.target=65536")
+        sizes = ("target", "trained", "theta", "steps", "tokens_per_step", "accumulate")
+        positive("config", **{name: getattr(self, name) for name in sizes})
+        if not self.growth > 1:
+            raise UserError(f"config.growth={self.growth} must be above 1: every stage is longer than the one before")
+
+
+def defaults() -> ml_collections.ConfigDict:
+    """The fields of an extension and of everything else in a run but what `complete` finds out, for flags to change."""
+    run = configs.to_config_dict(RunConfig(model=ModelConfig(), stages=(StageConfig("any", 1, 1, 1, monitor=False),)))
+    for name in ("stages", "positions", "init_from", "resume_from"):
+        del run[name]
+    computation = configs.to_config_dict(ModelConfig())
+    run.model = ml_collections.ConfigDict({name: computation[name] for name in COMPUTATION})
+    # Rows are few and long, so devices share a row before they share a batch.
+    run.mesh.fsdp, run.mesh.context = 1, -1
+    run.evals = configs.to_config_dict(EvalConfig())
+    # Follow from the model and the target unless they are given.
+    run.evals.lengths = placeholder(tuple)
+    run.data.tokenizer = placeholder(str)
+    scalars = {"source": str, "target": int, "trained": int, "theta": float}
+    for field in dataclasses.fields(ExtensionConfig):
+        run[field.name] = placeholder(scalars[field.name]) if field.name in scalars else field.default
+    return run
+
+
+def complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The recipe of a config made by `defaults`: with model, positions, tokenizer, stages and evaluated lengths.
+
+    Raises `UserError` for a source that can't be read and a target that is no extension.
+    """
+    values = config.to_dict()
+    names = [field.name for field in dataclasses.fields(ExtensionConfig)]
+    wanted = configs.build(ExtensionConfig, {name: values.pop(name) for name in names}, "config")
+    source = Path(str(wanted.source)).expanduser()
+    if not hf.is_folder(source):
+        raise UserError(f"config.source={wanted.source!r} is no Hugging Face folder; it needs a config.json with a model_type")
+    described = read_file(source)
+    trained = wanted.trained or described.length
+    if wanted.target <= trained:
+        raise UserError(f"config.target={wanted.target} is no longer than the {trained} tokens that {source} was trained for")
+    values["model"] = {**configs.plain(described.model), **values["model"]}
+    values["positions"] = scheme_configs(described.schemes)
+    values["init_from"] = str(source)
+    values["stages"] = _stages(wanted, described, trained)
+    values["data"]["tokenizer"] = values["data"]["tokenizer"] or tokenizer_of(source, described.model, source)
+    values["evals"]["lengths"] = values["evals"]["lengths"] or (trained, *(stage["seq_len"] for stage in values["stages"]))
+    return ml_collections.ConfigDict(values)
+
+
+def lengths(trained: int, target: int, growth: float) -> list[int]:
+    """Lengths of the stages: as few as possible, each at most `growth` times the one before, in equal ratios."""
+    count = 1
+    while trained * growth**count < target * (1 - 1e-9):
+        count += 1
+    unit = 128 if target % 128 == 0 else 1
+    steps = (trained * (target / trained) ** (i / count) for i in range(1, count))
+    return [max(unit, round(step / unit) * unit) for step in steps] + [target]
+
+
+def _stages(wanted: ExtensionConfig, described: Described, trained: int) -> list[dict[str, Any]]:
+    stages = []
+    for length in lengths(trained, int(wanted.target or 0), wanted.growth):
+        batch = max(1, wanted.tokens_per_step // length)
+        stages.append(
+            {
+                "name": f"extend_{length}",
+                "seq_len": length,
+                "steps": wanted.steps,
+                "batch_size": -(-batch // wanted.accumulate) * wanted.accumulate,
+                "accumulate": wanted.accumulate,
+                "positions": _thetas(described, wanted, trained, length),
+            }
+        )
+    return stages
+
+
+def _thetas(described: Described, wanted: ExtensionConfig, trained: int, length: int) -> dict[str, float]:
+    """A new theta for every kind of layer that sees the whole context and has one."""
+    rotary = {kind: scheme for kind, scheme in described.schemes.items() if not is_local(kind) and isinstance(scheme, Rope)}
+    if not rotary:
+        raise UserError(
+            f"{wanted.source} has no layer with rotary positions that sees more than its window of {described.model.window} "
+            "tokens, so there is nothing to extend"
+        )
+    last = wanted.theta if length == wanted.target else None
+    return {kind: last or critical_base(scheme.theta, trained, length) for kind, scheme in rotary.items()}

@@ -1,0 +1,152 @@
+"""Models of either kind, and a Hugging Face model extended and given back."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import transformers
+
+from lcx.core.errors import UserError
+from lcx.interop import byte_tokenizer
+from lcx.interop.shards import Shards
+from lcx.research import extension, models
+from lcx.research.compare import compare
+from lcx.research.recipe import recipe, run_recipe
+from tests.interop import hf_models
+from tests.interop.hf_models import TRAINED
+
+TARGET = 16 * TRAINED
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A random Llama over bytes, with a tokenizer and a setting of its own beside it."""
+    folder = tmp_path_factory.mktemp("source")
+    hf_models.make("llama", folder, vocab_size=258, num_hidden_layers=2)
+    byte_tokenizer.write(folder, bos=True, eos=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def extended(source, tmp_path_factory):
+    """The workdir of a run of the extension's config with a few steps."""
+    workdir = tmp_path_factory.mktemp("runs") / "extended"
+    config = extension.defaults()
+    config.source, config.target = str(source), TARGET
+    config.update(dict(steps=2, tokens_per_step=TARGET))
+    config.optim.lr = 1e-3
+    config.evals.needle_items = 1
+    config.evals.perplexity_tokens = TARGET
+    config.metrics.tensorboard = False
+    run_recipe(recipe(extension.complete(config)), workdir, ["lcx", "run"])
+    return workdir
+
+
+def test_import_export_diff(source, tmp_path, capsys):
+    models.import_model(source, tmp_path / "run")
+    assert models.load(tmp_path / "run").meta.stage == models.STAGE
+    models.export_model(tmp_path / "run", tmp_path / "out")
+    one, other = Shards(source), Shards(tmp_path / "out")
+    assert {name: one.read(name).tobytes() for name in one.shapes} == {name: other.read(name).tobytes() for name in other.shapes}
+    kept = {path.name for path in (tmp_path / "out").iterdir()}
+    assert kept == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert compare(str(source), str(tmp_path / "run"))
+    assert "12 of 12 tensors are equal, 0 options differ" in capsys.readouterr().out
+
+
+def test_extension_is_evaluated_and_exported(source, extended, tmp_path, capsys):
+    results = {name: json.loads((extended / "eval" / f"{name}.json").read_text()) for name in ("before", "after")}
+    lengths = [TRAINED, TRAINED * 4, TARGET]
+    for result in results.values():
+        assert result["needles"][0]["lengths"] == lengths
+    assert (extended / "report.html").exists()
+
+    out = tmp_path / "out"
+    models.export_model(extended, out)
+    values = json.loads((out / "config.json").read_text())
+    theta = values["rope_parameters"]["rope_theta"]
+    assert values["max_position_embeddings"] == TARGET
+    assert theta == values["rope_theta"] > 10000
+    assert not compare(str(source), str(out))
+    said = capsys.readouterr().out
+    assert "length" in said
+    assert "layers/mlp/up/kernel" in said
+
+    with hf_models.float64_rotary():
+        again = transformers.AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager").eval()
+    ids = hf_models.tokens(TARGET, rows=1, vocab=258)
+    reference = hf_models.torch_logits(again, ids)
+    assert np.abs(hf_models.lcx_logits(out, ids) - reference).max() <= 2e-5 * max(1, np.abs(reference).max())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    assert tokenizer("né\n", add_special_tokens=False).input_ids == list("né\n".encode())
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (256, 257)
+
+
+def test_a_run_goes_on_from_a_checkpoint_whose_files_are_kept(extended, tmp_path):
+    """What stood beside the weights follows from run to run, so the last one can be exported too."""
+    models.keep_beside(str(extended), tmp_path)
+    assert (tmp_path / models.KEPT / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(source=None), "config.source is missing"),
+        (dict(target=None), "config.target is missing"),
+        (dict(target=TRAINED), "is no longer than the 64 tokens"),
+        (dict(growth=1.0), "config.growth=1.0 must be above 1"),
+        (dict(source="nowhere"), "config.source='nowhere' is no Hugging Face folder"),
+        (dict(steps=0), "steps=0 must be"),
+    ],
+)
+def test_wrong_extensions(changes, message, source):
+    config = extension.defaults()
+    config.update({"source": str(source), "target": TARGET})
+    with config.ignore_type():
+        config.update(changes)
+    with pytest.raises(UserError, match=message):
+        extension.complete(config)
+
+
+def test_a_model_with_windows_alone_is_not_extended(tmp_path):
+    hf_models.make("mistral", tmp_path, num_hidden_layers=1)
+    config = extension.defaults()
+    config.source, config.target = str(tmp_path), TARGET
+    with pytest.raises(UserError, match="sees more than its window of 24 tokens"):
+        extension.complete(config)
+
+
+@pytest.mark.parametrize(
+    ("trained", "target", "growth", "wanted"),
+    [
+        (8192, 65536, 4.0, [23168, 65536]),
+        (8192, 32768, 4.0, [32768]),
+        (64, 1024, 4.0, [256, 1024]),
+        (100, 1000, 2.0, [178, 316, 562, 1000]),
+    ],
+)
+def test_lengths_of_stages(trained, target, growth, wanted):
+    assert extension.lengths(trained, target, growth) == wanted
+
+
+def test_wrong_names_of_weights(source, tmp_path):
+    with pytest.raises(UserError, match="which has no stage 'base'"):
+        models.load(source, stage="base")
+    with pytest.raises(UserError, match="dtype='float8' is not"):
+        models.load(source, dtype="float8")
+    with pytest.raises(UserError, match="is there already"):
+        models.export_model(source, source)
+    with pytest.raises(UserError, match="is no folder"):
+        models.import_model(tmp_path / "nothing", tmp_path / "run")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="has no config.json"):
+        models.import_model(tmp_path / "empty", tmp_path / "run")
+
+
+def test_read_onto_a_mesh_for_evaluation(source):
+    from lcx.core.mesh import MeshConfig, make_mesh
+
+    mesh = make_mesh(MeshConfig())
+    params = models.load(source, mesh=mesh).params
+    assert all(leaf.sharding.mesh.shape == mesh.shape for leaf in jax.tree.leaves(params))
