@@ -52,6 +52,18 @@ def context_parallel(found: dict[str, Any]) -> str:
     return readme.table(WAYS_HEADER, ways(found["rows"]))
 
 
+def import_hf(found: dict[str, Any]) -> str:
+    """A row a way of reading."""
+    header = ("reading", "layers", "GB", "seconds", "ratio", "GiB beside the weights")
+    files = found["best"]["files"]["seconds"]
+    rows = []
+    for side, row in found["best"].items():
+        beside = f"{row['beside'] / 2**30:.2f}" if "beside" in row else ""
+        size, seconds = f"{row['bytes'] / 1e9:.2f}", row["seconds"]
+        rows.append((side, found["layers"], size, f"{seconds:.1f}", f"{seconds / files:.2f}", beside))
+    return readme.table(header, rows)
+
+
 def ways(rows: list[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
     """The columns of `WAYS_HEADER`, with ratios to the fastest run of the peer at the same length where there is one."""
     for row in rows:
@@ -69,7 +81,7 @@ def ways(rows: list[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
 
 def main() -> None:
     """Fill in what has been measured."""
-    for make in (train_step, attention, context_parallel):
+    for make in (train_step, attention, context_parallel, import_hf):
         path = HERE / "results" / f"{make.__name__}.json"
         if path.exists():
             readme.fill(HERE / "README.md", make.__name__, make(json.loads(path.read_text())))

@@ -5,11 +5,13 @@ Nothing but safetensors is read: a pickled checkpoint runs code when it is loade
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from lcx.core.errors import UserError
@@ -66,15 +68,28 @@ class Shards:
             )
         return DTYPES[stored]
 
-    def read(self, name: str, box: tuple[slice, ...] = ()) -> np.ndarray:
-        """A piece of a tensor, as stored; raises `UserError` when it holds a number that is not finite."""
+    def read(self, name: str) -> np.ndarray:
+        """A whole tensor, as stored; raises `UserError` when it holds a number that is not finite."""
+        with self.open(name) as piece:
+            return piece((slice(None),) * len(self._shapes[name]))
+
+    @contextlib.contextmanager
+    def open(self, name: str) -> Iterator[Callable[[tuple[slice, ...]], np.ndarray]]:
+        """For a `with`: gives pieces of a tensor, as stored; raises `UserError` for numbers that are not finite.
+
+        The library maps the whole file, and every page of it that was read counts as ours until the end of the `with`.
+        """
         self.dtype(name)
-        # Opened anew for each piece: the library maps the file, and pages of it that were read count as ours while it is open.
         with _open(self._where[name]) as file:
-            piece = file.get_slice(name)[box] if box else file.get_tensor(name)
-        if not _finite(piece):
-            raise UserError(f"{self._where[name]}: {name} holds NaN or infinity; the checkpoint is broken, fetch it anew")
-        return piece
+            stored = file.get_slice(name)
+
+            def piece(box: tuple[slice, ...]) -> np.ndarray:
+                found = stored[box]
+                if not _finite(found):
+                    raise UserError(f"{self._where[name]}: {name} holds NaN or infinity; the checkpoint is broken, fetch it anew")
+                return found
+
+            yield piece
 
     def _read_index(self, index: Path) -> None:
         try:
@@ -175,8 +190,8 @@ def _pickled(path: Path) -> UserError:
 def _finite(x: np.ndarray) -> bool:
     if x.dtype.itemsize == 2:
         # Exponents of all ones are what infinities and NaNs have; numpy has no fast test for these types.
-        ones = 0x7C00 if x.dtype == np.float16 else 0x7F80
-        return not np.any((x.view(np.uint16) & ones) == ones)
+        ones = 0x7F80 if x.dtype == ml_dtypes.bfloat16 else 0x7C00
+        return not x.size or int(np.max(x.view(np.uint16) & 0x7FFF)) < ones
     return bool(np.isfinite(x).all())
 
 
