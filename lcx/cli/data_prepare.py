@@ -24,7 +24,9 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("out", None, "folder of the dataset", flag_values=values)
     flags.DEFINE_string("kind", "stdlib", "stdlib, text, jsonl, parquet or tfds", flag_values=values)
     flags.DEFINE_multi_string("path", [], "files, as a glob pattern; the name of a tfds dataset", flag_values=values)
-    flags.DEFINE_string("tokenizer", "bytes", "bytes, bytes+bos, bytes+eos, bytes+bos+eos, or a tokenizer.json", flag_values=values)
+    flags.DEFINE_string(
+        "tokenizer", "bytes", "bytes, bytes+bos, bytes+eos, bytes+bos+eos, or a tokenizer's file or folder", flag_values=values
+    )
     flags.DEFINE_string("field", "text", "key, column or feature that holds the text", flag_values=values)
     flags.DEFINE_string("split", "train", "split of a tfds dataset", flag_values=values)
     flags.DEFINE_string("data_dir", None, "where tfds keeps its datasets", flag_values=values)

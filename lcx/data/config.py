@@ -25,14 +25,17 @@ class SourceConfig:
     """Where documents come from.
 
     `kind`: `stdlib` (the running Python's standard library), `text` (one document per file), `jsonl`, `parquet` (one per
-    line or row), `tfds` (through `tfds.data_source`), `array_record` (a folder that `lcx data prepare` wrote).
+    line or row), `tfds` (through `tfds.data_source`), `array_record` (a folder that `lcx data prepare` wrote), `chat` (JSONL
+    files with a conversation in each line, `{"messages": [{"role": ..., "content": ...}, ...]}`, and perhaps its `tools`: a
+    chat template makes the text, and only what the role `assistant` writes has a loss weight).
     `path`: one or several glob patterns; for `tfds` the dataset's name, for `array_record` the folder.
-    `field`: the key, column or feature that holds the text. `split`: of a `tfds` dataset. `data_dir`: where `tfds` looks.
-    `include_tests`: also the test packages of the standard library. `append_eos`: close each document with the tokenizer's
-    end-of-sequence token. `limit_bytes`: stop taking documents once this much text has been read (None: read all).
+    `field`: the key, column or feature that holds the text (of `chat` the messages: `messages`, unless it is set).
+    `split`: of a `tfds` dataset. `data_dir`: where `tfds` looks. `include_tests`: also the test packages of the standard
+    library. `append_eos`: close each document with the tokenizer's end-of-sequence token. `limit_bytes`: stop taking documents
+    once this much text has been read (None: read all).
     """
 
-    kind: Literal["stdlib", "text", "jsonl", "parquet", "tfds", "array_record"] = "stdlib"
+    kind: Literal["stdlib", "text", "jsonl", "parquet", "tfds", "array_record", "chat"] = "stdlib"
     path: str | tuple[str, ...] = ""
     field: str = "text"
     split: str = "train"
@@ -45,6 +48,10 @@ class SourceConfig:
         positive("source", limit_bytes=self.limit_bytes)
         if self.kind != "stdlib" and not self.paths:
             raise UserError(f"source.path is empty, and source.kind={self.kind!r} needs one; give a path, or take kind='stdlib'")
+        if self.kind == "chat" and self.append_eos:
+            raise UserError(
+                "source.append_eos=True is not for source.kind='chat', whose template writes the end tokens; leave it out"
+            )
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -104,7 +111,7 @@ class TaskConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PartConfig:
-    """One part of a mixture: packed text, or rows of a retrieval task over the source as haystack.
+    """One part of a mixture: packed text (or chats, by its source), or rows of a retrieval task over the source as haystack.
 
     `weight`: share of the rows, against the other parts' weights. `loss_weight` multiplies the part's loss weights.
     Length upsampling per source, as in arXiv:2402.10171: documents below `short_tokens` stay with probability `short_keep`,
@@ -152,11 +159,14 @@ def _default_parts() -> dict[str, PartConfig]:
 class DataConfig:
     """The whole mixture, by part name.
 
-    `tokenizer`: `bytes`, `bytes+bos`, `bytes+eos`, `bytes+bos+eos`, or the path of a Hugging Face `tokenizer.json`.
+    `tokenizer`: `bytes`, `bytes+bos`, `bytes+eos`, `bytes+bos+eos`, or the path of a Hugging Face `tokenizer.json`, a
+    SentencePiece model, a file of tiktoken ranks, or the folder of one. `chat_template`: the file of a jinja2 template for
+    sources of kind `chat` (None: the tokenizer's own).
     `heldout_fraction`: documents whose content hash falls below it are kept out of training.
     """
 
     tokenizer: str = "bytes"
+    chat_template: str | None = None
     parts: dict[str, PartConfig] = dataclasses.field(default_factory=_default_parts)
     heldout_fraction: float = 0.05
 

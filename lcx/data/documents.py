@@ -1,7 +1,7 @@
 """Raw documents, one at a time: the readers behind every kind of source.
 
 A reader yields `(name, text)` in an order that depends on the corpus alone; `text` is bytes (UTF-8 unless the file says
-otherwise).
+otherwise). A conversation's text is the JSON of its messages and tools, keys sorted.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def read(config: SourceConfig) -> Iterator[tuple[str, bytes]]:
 
     Raises `UserError` when nothing is found, when a file cannot be read, or when a field is missing.
     """
-    readers = {"stdlib": _stdlib, "text": _text, "jsonl": _jsonl, "parquet": _parquet, "tfds": _tfds}
+    readers = {"stdlib": _stdlib, "text": _text, "jsonl": _jsonl, "parquet": _parquet, "tfds": _tfds, "chat": _chat}
     if config.kind not in readers:
         raise UserError(f"source.kind={config.kind!r} holds tokens, not text; a text source is one of {', '.join(readers)}")
     taken = 0
@@ -92,6 +92,22 @@ def _text(config: SourceConfig) -> Iterator[tuple[str, bytes]]:
 
 
 def _jsonl(config: SourceConfig) -> Iterator[tuple[str, bytes]]:
+    for name, row in _rows(config, config.field, "text"):
+        if not isinstance(row[config.field], str):
+            raise UserError(f"{name} has {row[config.field]!r:.60} under source.field={config.field!r}; it must be text")
+        yield name, row[config.field].encode("utf-8", "surrogatepass")
+
+
+def _chat(config: SourceConfig) -> Iterator[tuple[str, bytes]]:
+    # The default is the key of text, under which no conversation stands.
+    field = "messages" if config.field == "text" else config.field
+    for name, row in _rows(config, field, "messages"):
+        chat = {"messages": row[field], "tools": row.get("tools")}
+        yield name, json.dumps(chat, sort_keys=True, ensure_ascii=False).encode("utf-8", "replace")
+
+
+def _rows(config: SourceConfig, field: str, what: str) -> Iterator[tuple[str, dict]]:
+    """The objects of JSONL files by `file:line`, each with something under `field`."""
     for path in files(config):
         for number, line in enumerate(_bytes(path).splitlines(), 1):
             if not line.strip():
@@ -101,14 +117,10 @@ def _jsonl(config: SourceConfig) -> Iterator[tuple[str, bytes]]:
             except ValueError as error:
                 raise UserError(f"{path}:{number} is not a line of JSON: {error}") from error
             if not isinstance(row, dict):
-                raise UserError(f"{path}:{number} is not an object; write lines such as {{{config.field!r}: ...}}")
-            if config.field not in row:
-                raise UserError(f"{path}:{number} has no text under source.field={config.field!r}{nearest(config.field, row)}")
-            if not isinstance(row[config.field], str):
-                raise UserError(
-                    f"{path}:{number} has {row[config.field]!r:.60} under source.field={config.field!r}; it must be text"
-                )
-            yield f"{path}:{number}", row[config.field].encode("utf-8", "surrogatepass")
+                raise UserError(f"{path}:{number} is not an object; write lines such as {{{field!r}: ...}}")
+            if field not in row:
+                raise UserError(f"{path}:{number} has no {what} under source.field={field!r}{nearest(field, row)}")
+            yield f"{path}:{number}", row
 
 
 def _parquet(config: SourceConfig) -> Iterator[tuple[str, bytes]]:

@@ -32,7 +32,7 @@ class Corpus:
         self.config = config
         self.tokenizer = tokenizers.load(config.tokenizer)
         wanted = {part.source: None for part in config.parts.values() if part.weight > 0}
-        self._sources = {source: sources.load(source, self.tokenizer) for source in wanted}
+        self._sources = {source: sources.load(source, self.tokenizer, config.chat_template) for source in wanted}
 
     def select(self, source: SourceConfig, split: sources.Split) -> sources.Selection:
         """The training or held-out documents of one of the mixture's sources."""

@@ -7,9 +7,9 @@ Rules that hold for every combination of options:
   the rows of the fitting methods may end in padding (segment `PADDING`, weight 0).
 - A document longer than the row is cut into pieces of the row's length and a rest. A piece is a document to the mask and to
   reset positions: it sees nothing of the piece before, and its positions start again.
-- A token's target is the next token of its own document, also where that stands in the next row. A document's last token has
-  weight 0 under a document mask. Without one its target is the next document's first token if that stands in the same row,
-  else it has weight 0.
+- A token's target is the next token of its own document, also where that stands in the next row, and its weight is the
+  target's: 1, but in chats, where only what the model writes has weight. A document's last token has weight 0 under a document
+  mask. Without one its target is the next document's first token if that stands in the same row, else it has weight 0.
 - `shared_bos` takes the row's first place: segment `SHARED`, position 0, weight 0. Documents share the T-1 places behind it;
   with reset positions each starts at 1, as though it alone followed the anchor.
 - Positions that are not reset count along the row, whatever the mask.
@@ -145,7 +145,7 @@ def assemble(plan: Plan, rows: np.ndarray, source: Selection, seq_len: int, conf
     place = ranges(row * seq_len + anchor + before - np.repeat(before[first], counts), lengths)
 
     tokens = source.gather(document, start, end)
-    targets, weights = _targets(tokens, source, document, end, np.cumsum(lengths) - 1, row, config.mask_documents)
+    targets, weights = _targets(tokens, source, document, start, end, np.cumsum(lengths) - 1, row, config.mask_documents)
     number = ranges(np.ones_like(counts), counts) if config.mask_documents else np.ones_like(lengths)
     columns = np.broadcast_to(np.arange(seq_len, dtype=np.int32), shape)
     out = {
@@ -163,12 +163,13 @@ def assemble(plan: Plan, rows: np.ndarray, source: Selection, seq_len: int, conf
     return out
 
 
-def _targets(tokens, source, document, end, last, row, masked) -> tuple[np.ndarray, np.ndarray]:
+def _targets(tokens, source, document, start, end, last, row, masked) -> tuple[np.ndarray, np.ndarray]:
     """Next token and weight of each token; `last` int64 `[S]` is where each span's last token stands in `tokens`."""
     targets = np.append(tokens[1:], np.int32(0))
-    weights = np.ones(len(tokens), np.float32)
+    weights = np.append(source.weights(document, start, end)[1:], np.float32(0))
     goes_on = end < source.lengths[document]
-    targets[last[goes_on]] = source.gather(document[goes_on], end[goes_on], end[goes_on] + 1)
+    following = document[goes_on], end[goes_on], end[goes_on] + 1
+    targets[last[goes_on]], weights[last[goes_on]] = source.gather(*following), source.weights(*following)
     neighbour = np.append(row[1:] == row[:-1], False) & (not masked)
     weights[last[~goes_on & ~neighbour]] = 0
     targets[last[~goes_on & ~neighbour]] = 0

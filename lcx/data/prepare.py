@@ -49,6 +49,8 @@ def prepare(
     Raises `UserError` for an empty corpus, a folder that holds another dataset, a corpus that changed in between, and a disk
     that cannot be written.
     """
+    if source.kind == "chat":
+        raise UserError("source.kind='chat' is read as it is, with its loss weights; name the files in the config, unprepared")
     folder, encoder = pathlib.Path(out_dir).expanduser(), tokenizers.load(tokenizer)
     if shard_tokens < 1:
         raise UserError(f"shard_tokens={shard_tokens} must be above 0")

@@ -19,6 +19,8 @@ _KEEP_DOCUMENTS = 64
 class Prepared:
     """A source over ArrayRecord shards; the last few documents read are kept, since long ones are read in pieces."""
 
+    weighted = False
+
     def __init__(self, folder: pathlib.Path, meta: dict) -> None:
         from array_record.python import array_record_data_source
 

@@ -6,13 +6,14 @@ Legend: D documents, S spans (document, start, end), R rows, T tokens in a row.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import numpy as np
 
 from lcx.core.errors import UserError
-from lcx.data import documents
+from lcx.data import chat, documents
 from lcx.data.config import SourceConfig
 from lcx.data.prepared import open_prepared
 from lcx.data.tokenizers import Tokenizer
@@ -21,29 +22,52 @@ Split = Literal["train", "heldout"]
 
 
 class Source(Protocol):
-    """Documents of tokens: `names` (D strings), `lengths` int64 `[D]` (all above 0), `hashes` uint64 `[D]` of the text."""
+    """Documents of tokens: `names` (D strings), `lengths` int64 `[D]` (all above 0), `hashes` uint64 `[D]` of the text.
+
+    `weighted` says that some tokens have a loss weight other than 1.
+    """
 
     names: Sequence[str]
     lengths: np.ndarray
     hashes: np.ndarray
+    weighted: bool
 
     def gather(self, documents: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
         """Tokens int32 of the spans `[S]`, one after the other."""
 
+    def weights(self, documents: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """Loss weights float32 of the spans' tokens, each at its own token's place; asked of weighted sources only."""
+
 
 class Memory:
-    """A source that keeps all tokens in one array, in the smallest type that holds the vocabulary."""
+    """A source that keeps all tokens in one array, in the smallest type that holds the vocabulary.
 
-    def __init__(self, names: Sequence[str], tokens: Sequence[np.ndarray], hashes: Sequence[int], vocab_size: int) -> None:
+    `weights` are each document's loss weights, float32; None is 1 throughout.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        tokens: Sequence[np.ndarray],
+        hashes: Sequence[int],
+        vocab_size: int,
+        weights: Sequence[np.ndarray] | None = None,
+    ) -> None:
         self.names = list(names)
         self.lengths = np.asarray([len(x) for x in tokens], np.int64)
         self.hashes = np.asarray(hashes, np.uint64)
         self._flat = np.concatenate(tokens).astype(np.min_scalar_type(vocab_size - 1))
         self._offsets = np.cumsum(self.lengths) - self.lengths
+        self._weights = None if weights is None else np.concatenate(weights)
+        self.weighted = weights is not None
 
     def gather(self, documents: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
         """Tokens int32 of the spans, one after the other."""
         return self._flat[ranges(self._offsets[documents] + starts, ends - starts)].astype(np.int32)
+
+    def weights(self, documents: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """Loss weights float32 of the spans' tokens."""
+        return self._weights[ranges(self._offsets[documents] + starts, ends - starts)]
 
 
 class Selection:
@@ -66,6 +90,17 @@ class Selection:
     def gather(self, documents: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
         """Tokens int32 of the spans, one after the other."""
         return self.source.gather(self.ids[documents], starts, ends)
+
+    @property
+    def weighted(self) -> bool:
+        """Whether some tokens have a loss weight other than 1."""
+        return self.source.weighted
+
+    def weights(self, documents: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """Loss weights float32 of the spans' tokens."""
+        if not self.weighted:
+            return np.ones(int((ends - starts).sum()), np.float32)
+        return self.source.weights(self.ids[documents], starts, ends)
 
     @property
     def num_tokens(self) -> int:
@@ -113,14 +148,17 @@ def eos_tail(append_eos: bool, tokenizer: Tokenizer) -> np.ndarray:
     return np.asarray([tokenizer.eos_id] if append_eos else [], np.int32)
 
 
-def load(config: SourceConfig, tokenizer: Tokenizer) -> Source:
+def load(config: SourceConfig, tokenizer: Tokenizer, chat_template: str | None = None) -> Source:
     """The source that `config` names, tokenised; a prepared one (`array_record`) is opened and read lazily.
 
-    Documents of no tokens are left out. Raises `UserError` for a missing or empty corpus and for a prepared one of another
-    tokenizer.
+    Documents of no tokens are left out. `chat_template` is the file of the template for chats, None the tokenizer's own. Raises
+    `UserError` for a missing or empty corpus, for a prepared one of another tokenizer, and for a conversation in which the model
+    writes nothing or that the template does not take.
     """
     if config.kind == "array_record":
         return open_prepared(config, tokenizer)
+    if config.kind == "chat":
+        return _load_chats(config, chat.load(tokenizer, chat_template))
     tail = eos_tail(config.append_eos, tokenizer)
     names, tokens, hashes = [], [], []
     for name, text in documents.read(config):
@@ -132,6 +170,24 @@ def load(config: SourceConfig, tokenizer: Tokenizer) -> Source:
     if not names:
         raise UserError(f"source {documents.describe(config)} holds no tokens; name files that are not empty")
     return Memory(names, tokens, hashes, tokenizer.vocab_size)
+
+
+def _load_chats(config: SourceConfig, template: chat.Chat) -> Memory:
+    names, tokens, hashes, weights = [], [], [], []
+    for name, text in documents.read(config):
+        try:
+            ids, own = template.encode(**json.loads(text))
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+        if not own.any():
+            raise UserError(
+                f"{name} holds nothing that the model writes; give it a message of the role 'assistant', or leave it out"
+            )
+        names.append(name)
+        tokens.append(ids)
+        hashes.append(text_hash(text))
+        weights.append(own)
+    return Memory(names, tokens, hashes, template.tokenizer.vocab_size, weights)
 
 
 def split(source: Source, fraction: float, which: Split) -> Selection:

@@ -1,29 +1,62 @@
-"""Text to token ids and back: bytes (embedded) or a Hugging Face `tokenizer.json` (extra `hf`)."""
+"""Text to token ids and back: bytes (embedded), `tokenizer.json`, SentencePiece models, tiktoken ranks (extra `hf`).
+
+Where tokens of begin (BOS) and end of a sequence (EOS) come from, all of it:
+
+- `encode` adds none. `add_bos_token`, `add_eos_token` and a `tokenizer.json`'s post-processor change nothing in it.
+- Training rows: `source.append_eos` closes each document with EOS, `packing.shared_bos` opens each row with BOS. Both are off
+  unless a config sets them; rows of retrieval tasks hold neither.
+- Chats: the chat template writes all of them (`lcx.data.chat`), and nothing is added to what it wrote.
+- Prompts: `prompt` puts BOS in front where `begins_with_bos` says that the model was made that way. That is: of a
+  `tokenizer.json`, what its post-processor does, as in transformers 5, which then ignores tokenizer_config.json; of a
+  SentencePiece model, `add_bos_token` of tokenizer_config.json, else yes where it has a BOS (as the code published with Llama,
+  Mistral and Gemma has it); of tiktoken ranks, `begins_with_bos` of the JSON beside them, and yes for Llama 3's; of bytes, when
+  `+bos` was asked for. Such a model should also train on rows with `packing.shared_bos`.
+- Nothing puts EOS behind a prompt, so `add_eos_token` has no meaning here.
+
+In ordinary text a `tokenizer.json` turns special tokens that are spelled out (`</s>` in a web page) into their ids, as
+transformers does; with the other kinds they stay text. In a chat they become ids with every kind.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import pathlib
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Protocol
 
 import numpy as np
 
 from lcx.core.config import nearest
 from lcx.core.errors import UserError
+from lcx.data import special_tokens
+from lcx.data.hugging_face import HuggingFace
+from lcx.data.sentence_piece import SentencePiece
+from lcx.data.tiktoken_ranks import Ranks, looks_like_ranks
 
 
 class Tokenizer(Protocol):
-    """What the rest of lcx asks of a tokenizer; `fingerprint` changes when any id would."""
+    """What the rest of lcx asks of a tokenizer; `fingerprint` changes when any id would.
+
+    `begins_with_bos`: the model was made to see BOS in front of a prompt. `specials`: tokens by their role in a chat template
+    (`bos_token`, `eos_token`, ...). `folder`: where its files are, None for bytes.
+    """
 
     vocab_size: int
     bos_id: int | None
     eos_id: int | None
+    begins_with_bos: bool
+    specials: Mapping[str, str]
+    folder: pathlib.Path | None
     fingerprint: str
 
     def encode(self, text: str | bytes) -> np.ndarray:
         """Token ids int32 `[n]` of `text`, no special tokens added."""
+
+    def encode_chat(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Ids int32 `[n]` of a text in which special tokens are spelled out, and the characters of each, int32 `[n, 2]`.
+
+        Characters are given as the first one and the end; tokens that share a character both name it.
+        """
 
     def decode(self, tokens: np.ndarray) -> str:
         """Text of token ids; special tokens give nothing."""
@@ -34,10 +67,11 @@ class Tokenizer(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Bytes:
-    """One id per UTF-8 byte, then the special tokens that were asked for."""
+    """One id per UTF-8 byte, then the special tokens that were asked for; a chat spells them `<s>` and `</s>`."""
 
     bos: bool = False
     eos: bool = False
+    folder = None
 
     @property
     def vocab_size(self) -> int:
@@ -55,6 +89,17 @@ class Bytes:
         return 256 + self.bos if self.eos else None
 
     @property
+    def begins_with_bos(self) -> bool:
+        """True when a begin-of-sequence token was asked for."""
+        return self.bos
+
+    @property
+    def specials(self) -> dict[str, str]:
+        """The special tokens as a chat template writes them."""
+        names = (("bos_token", "<s>", self.bos), ("eos_token", "</s>", self.eos))
+        return {role: token for role, token, there in names if there}
+
+    @property
     def fingerprint(self) -> str:
         """The name itself: it says everything."""
         return "bytes" + "+bos" * self.bos + "+eos" * self.eos
@@ -63,6 +108,16 @@ class Bytes:
         """The bytes as int32."""
         raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
         return np.frombuffer(raw, np.uint8).astype(np.int32)
+
+    def encode_chat(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Bytes and special tokens, int32 `[n]`, and the characters that each covers, int32 `[n, 2]`."""
+        number = {token: self.bos_id if role == "bos_token" else self.eos_id for role, token in self.specials.items()}
+        ids, covered = [np.zeros(0, np.int32)], [np.zeros((0, 2), np.int32)]
+        for at, piece, special in special_tokens.split(text, number):
+            ids.append(np.asarray([number[piece]], np.int32) if special else self.encode(piece))
+            lengths = [len(piece)] if special else [1] * len(ids[-1])
+            covered.append(special_tokens.places(piece, lengths) + np.int32(at))
+        return np.concatenate(ids), np.concatenate(covered)
 
     def decode(self, tokens: np.ndarray) -> str:
         """UTF-8 text; malformed bytes become replacement characters."""
@@ -77,79 +132,49 @@ class Bytes:
         return ids
 
 
-class HuggingFace:
-    """A `tokenizer.json` read by the `tokenizers` library."""
-
-    def __init__(self, path: str | pathlib.Path) -> None:
-        try:
-            import tokenizers as library
-        except ImportError as error:
-            raise UserError(
-                f"tokenizer {str(path)!r} needs the tokenizers library; install the extra: pip install -e '.[hf]'"
-            ) from error
-        self.path = pathlib.Path(path)
-        raw = self.path.read_bytes()
-        try:
-            self._tokenizer = library.Tokenizer.from_buffer(raw)
-        except Exception as error:
-            raise UserError(f"tokenizer {str(path)!r} is not a tokenizer.json that can be read: {error}") from error
-        # Truncation or padding stored in the file would cut documents silently.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        self.bos_id = self._special("bos_token", ("<s>", "<bos>", "<|begin_of_text|>"))
-        self.eos_id = self._special("eos_token", ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>"))
-        self.fingerprint = hashlib.sha256(raw).hexdigest()[:16]
-
-    def _special(self, role: str, usual: tuple[str, ...]) -> int | None:
-        for name in ("tokenizer_config.json", "special_tokens_map.json"):
-            beside = self.path.parent / name
-            if beside.exists():
-                entry: Any = json.loads(beside.read_text()).get(role)
-                token = entry.get("content") if isinstance(entry, dict) else entry
-                if token is not None and (found := self._tokenizer.token_to_id(token)) is not None:
-                    return found
-        return next((found for token in usual if (found := self._tokenizer.token_to_id(token)) is not None), None)
-
-    def encode(self, text: str | bytes) -> np.ndarray:
-        """Ids int32 `[n]`, no special tokens added."""
-        text = text if isinstance(text, str) else text.decode("utf-8", "replace")
-        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
-
-    def decode(self, tokens: np.ndarray) -> str:
-        """Text, special tokens left out."""
-        return self._tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True)
-
-    def characters(self, alphabet: str) -> np.ndarray:
-        """Id of each character: its own encoding where that is one token, else its entry in the vocabulary."""
-        return np.asarray([self._character(character) for character in alphabet], np.int32)
-
-    def _character(self, character: str) -> int:
-        ids = self._tokenizer.encode(character, add_special_tokens=False).ids
-        spelled = (character, f"<0x{ord(character):02X}>", {"\n": "Ċ", " ": "Ġ"}.get(character, character))
-        found = next((one for form in spelled if (one := self._tokenizer.token_to_id(form)) is not None), None)
-        if found is None and len(ids) == 1:
-            found = ids[0]
-        if found is None:
-            raise UserError(f"tokenizer {str(self.path)!r} has no single token for {character!r}, which the retrieval tasks write")
-        return int(found)
-
-
 _BYTES = {tokenizer.fingerprint: tokenizer for tokenizer in (Bytes(), Bytes(True), Bytes(False, True), Bytes(True, True))}
 
 
 def load(name: str) -> Tokenizer:
-    """The tokenizer that `name` says: `bytes` with `+bos` and `+eos` as wanted, or the path of a `tokenizer.json` or its folder.
+    """The tokenizer that `name` says: `bytes` with `+bos` and `+eos` as wanted, or the path of a file or of its folder.
 
-    Raises `UserError` for an unknown name, a missing or unreadable file, and a missing `tokenizers` library.
+    A file is a `tokenizer.json`, a SentencePiece model or tiktoken ranks; what it is, is read from its content, since Llama 3's
+    `tokenizer.model` holds ranks. Of a folder, `tokenizer.json` is taken, else `tokenizer.model`, else the only `*.model` or
+    `*.tiktoken` in it. Raises `UserError` for an unknown name, a missing or unreadable file, and a missing library.
     """
     if name in _BYTES:
         return _BYTES[name]
     path = pathlib.Path(name).expanduser()
     if path.is_dir():
-        path = path / "tokenizer.json"
+        path = _in_folder(path)
     if path.is_file():
-        return HuggingFace(path)
-    if path.suffix == ".json" or "/" in name:
-        raise UserError(f"tokenizer {name!r} is not there; give the path of a tokenizer.json, or 'bytes'")
+        try:
+            with open(path, "rb") as file:
+                raw = file.read(4096)
+        except OSError as error:
+            raise UserError(f"tokenizer {name!r} cannot be read: {error}") from error
+        if path.suffix == ".json" or raw.lstrip()[:1] == b"{":
+            return HuggingFace(path)
+        return Ranks(path) if looks_like_ranks(raw) else SentencePiece(path)
+    if path.suffix in (".json", ".model", ".tiktoken") or "/" in name:
+        raise UserError(
+            f"tokenizer {name!r} is not there; give the path of a tokenizer.json, a SentencePiece or tiktoken file, or 'bytes'"
+        )
     raise UserError(f"tokenizer {name!r} is not known{nearest(name, [*_BYTES, 'path/to/tokenizer.json'])}")
+
+
+def _in_folder(folder: pathlib.Path) -> pathlib.Path:
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if (folder / name).is_file():
+            return folder / name
+    found = sorted([*folder.glob("*.model"), *folder.glob("*.tiktoken")])
+    if len(found) != 1:
+        names = f"several: {', '.join(path.name for path in found)}" if found else "no tokenizer.json, *.model or *.tiktoken"
+        raise UserError(f"tokenizer {str(folder)!r} is a folder that holds {names}; give the path of the file")
+    return found[0]
+
+
+def prompt(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """Ids int32 `[n]` of a text to be continued, behind BOS where the model was made to see it there."""
+    ids = tokenizer.encode(text)
+    return np.concatenate([[tokenizer.bos_id], ids]).astype(np.int32) if tokenizer.begins_with_bos else ids

@@ -98,7 +98,9 @@ class Materials:
 def gather(data: DataConfig, config: EvalConfig) -> Materials:
     """Held-out text and fresh needle items; raises `UserError` when the held-out documents cannot fill the longest length."""
     tokenizer = tokenizers.load(data.tokenizer)
-    heldout = functools.cache(lambda source: sources.split(sources.load(source, tokenizer), data.heldout_fraction, "heldout"))
+    heldout = functools.cache(
+        lambda source: sources.split(sources.load(source, tokenizer, data.chat_template), data.heldout_fraction, "heldout")
+    )
     text, joined, size = None, False, 1.0
     if config.perplexity_tokens:
         longest = max(config.lengths)

@@ -1,5 +1,6 @@
 """Every wrong input is answered with one clear sentence, an exit code, and nothing lost; through the real command line."""
 
+import base64
 import contextlib
 import hashlib
 import os
@@ -34,9 +35,19 @@ FILES = {
     "list.jsonl": "[1, 2]\n",
     "page.jsonl": '{"txt": "one"}\n',
     "tokenizer.json": "{}",
+    "damaged.model": "garbage",
+    "few.tiktoken": "".join(f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256)),
+    "chats.jsonl": '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n' * 2,
+    "roles.jsonl": '{"messages": [{"role": "assistant", "content": "b"}]}\n{"messages": [{"rol": "user"}]}\n',
+    "own.jinja": "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
+    "escape.jinja": "{{ ''.__class__.__mro__ }}",
+    "endless.jinja": "{% for i in range(10**9) %}x{% endfor %}",
+    "enormous.jinja": "{{ 'x' * 10**10 }}",
 }
 
 TRAIN = "train --config={config} --workdir={new} "
+CHAT = TRAIN + "--config.data.parts.text.source.kind=chat --config.data.parts.text.source.path={tmp}/chats.jsonl "
+TEMPLATE = CHAT + "--config.data.chat_template={tmp}/"
 
 # What is typed -> what the answer has to name.
 WRONG = {
@@ -94,8 +105,22 @@ WRONG = {
     + "--config.data.parts.text.source.kind=text --config.data.parts.text.source.path={tmp}/*.txt": "holds no text; name files",
     TRAIN
     + "--config.data.parts.text.source.kind=array_record --config.data.parts.text.source.path={tmp}": "holds no prepared dataset",
-    TRAIN + "--config.data.tokenizer={tmp}/no/tokenizer.json": "is not there; give the path of a tokenizer.json, or 'bytes'",
+    TRAIN + "--config.data.tokenizer={tmp}/no/tokenizer.json": "is not there; give the path of a tokenizer.json, a SentencePiece",
     TRAIN + "--config.data.tokenizer={tmp}/tokenizer.json": "is not a tokenizer.json that can be read",
+    TRAIN + "--config.data.tokenizer={tmp}/damaged.model": "is neither a SentencePiece model nor a file of tiktoken ranks",
+    TRAIN + "--config.data.tokenizer={tmp}/few.tiktoken": "write them to few.tiktoken.json beside it, as in",
+    TRAIN + "--config.data.tokenizer={tmp}": "damaged.model, few.tiktoken",
+    CHAT: "tokenizer 'bytes' has no chat template; name the file of one with data.chat_template",
+    TEMPLATE + "nowhere.jinja": "nowhere.jinja cannot be read",
+    TEMPLATE + "escape.jinja": "escape.jinja is refused: it reaches for '__class__' of a str, which templates may not use; mend it",
+    TEMPLATE + "endless.jinja": "endless.jinja is refused: range(1,000,000,000) makes more than",
+    TEMPLATE + "enormous.jinja": "enormous.jinja is refused: it makes a value of more than",
+    TEMPLATE
+    + "own.jinja --config.data.parts.text.source.path={tmp}/roles.jsonl": "roles.jsonl:2: messages[0] has role=None; it takes",
+    TEMPLATE
+    + "own.jinja --config.data.parts.text.source.path={tmp}/page.jsonl": "page.jsonl:1 has no messages under source.field=",
+    TEMPLATE + "own.jinja --config.data.parts.text.source.append_eos=true": "append_eos=True is not for source.kind='chat'",
+    "data prepare --kind=chat --path={tmp}/chats.jsonl --out={new}": "source.kind='chat' is read as it is, with its loss weights",
     "data prepare --kind=text": "--out is missing; name the folder to write",
     "data prepare --kind=texty --out={new}": "source.kind='texty' is not known; did you mean 'text'",
     "data prepare --kind=array_record --out={new}": "array_record is what this command writes; allowed: jsonl",

@@ -1,0 +1,346 @@
+"""Chat templates are programs by strangers: what they may call, how long they run and how much they make is bounded here.
+
+The language is the one that transformers gives to templates (`ImmutableSandboxedEnvironment` of jinja2, `raise_exception`,
+`strftime_now`, `tojson` without HTML escapes, trimmed blocks, loop controls, `{% generation %}`), less what a conversation does not
+need: filters and methods that pad or format to a width, and `lipsum`. Three bounds make an endless or enormous template an error:
+turns of all loops and calls together, the size of every value and of the text, and seconds of the processor. The first two grow
+with the conversation. jinja2 documents
+which of them a sandbox leaves to its user: https://jinja.palletsprojects.com/sandbox.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jinja2
+from jinja2 import ext, nodes, sandbox, visitor
+from jinja2.exceptions import SecurityError, TemplateError
+from jinja2.utils import Namespace
+
+SECONDS = 10.0
+_TURNS, _TURNS_PER_MESSAGE = 20_000, 1_000
+_SIZE, _SIZE_PER_INPUT = 1_000_000, 8
+_ITEM = 8
+_LONGEST_TEMPLATE = 500_000
+_BITS = 256
+_GENERATION = "generation"
+
+_STR_METHODS = frozenset((
+    "capitalize", "casefold", "count", "endswith", "find", "index", "isalnum", "isalpha", "isascii", "isdecimal", "isdigit",
+    "isidentifier", "islower", "isnumeric", "isprintable", "isspace", "istitle", "isupper", "join", "lower", "lstrip",
+    "partition", "removeprefix", "removesuffix", "replace", "rfind", "rindex", "rpartition", "rsplit", "rstrip", "split",
+    "splitlines", "startswith", "strip", "swapcase", "title", "upper",
+))  # fmt: skip
+_FILTERS = frozenset((
+    "abs", "attr", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "groupby", "indent", "int",
+    "items", "join", "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "replace", "reverse",
+    "round", "safe", "select", "selectattr", "sort", "string", "title", "tojson", "trim", "truncate", "unique", "upper",
+    "wordcount",
+))  # fmt: skip
+
+
+class Refused(TemplateError):
+    """Something that a template may not do, in the words of the sentence that names it."""
+
+
+class Stopped(TemplateError):
+    """What a template itself raised with `raise_exception`."""
+
+
+class Meter:
+    """What one rendering has used of its bounds; a rendering over `messages` messages that are `size` large together."""
+
+    def __init__(self, messages: int, size: int) -> None:
+        self.turns = _TURNS + _TURNS_PER_MESSAGE * messages
+        self.size = _SIZE + _SIZE_PER_INPUT * size
+        self._left, self._ends = self.turns, time.thread_time() + SECONDS
+
+    def tick(self) -> bool:
+        """Counts one turn of a loop or one call."""
+        self._left -= 1
+        if self._left < 0:
+            raise Refused(f"its loops and calls take more than {self.turns:,} turns")
+        if self._left % 64 == 0:
+            self.clock()
+        return True
+
+    def clock(self) -> None:
+        """Refuses to go on after `SECONDS`."""
+        if time.thread_time() > self._ends:
+            raise Refused(f"it runs for more than {SECONDS:g} seconds")
+
+    def check(self, size: int) -> None:
+        """Refuses a value of that size."""
+        if size > self.size:
+            raise Refused(f"it makes a value of more than {self.size:,} characters")
+
+    def measured(self, value: Any) -> Any:
+        """`value`, when all that it holds is within bounds; what it holds twice counts twice."""
+        self.check(measure(value, self.size))
+        self.clock()
+        return value
+
+
+def measure(value: Any, limit: int) -> int:
+    """Characters in a value and what it holds, an item counting as eight; stops counting above `limit`."""
+    total, waiting = 0, [value]
+    while waiting and total <= limit:
+        one = waiting.pop()
+        total += _ITEM
+        if isinstance(one, str | range):
+            total += len(one)
+        elif isinstance(one, Mapping):
+            waiting.extend(one.keys())
+            waiting.extend(one.values())
+        elif isinstance(one, list | tuple | set | frozenset):
+            waiting.extend(one)
+        elif isinstance(one, int) and one.bit_length() > _BITS:
+            raise Refused(f"it makes a number of more than {_BITS} bits")
+    return total
+
+
+class _Namespace(Namespace):
+    """`namespace(...)`: attributes that templates may set, none that Python uses."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        given = dict(*args[1:], **kwargs)
+        for name in given:
+            _plain_name(name)
+        Namespace.__init__(args[0], given)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _plain_name(name)
+        Namespace.__setitem__(self, name, value)
+
+    def __repr__(self) -> str:
+        return "<Namespace>"
+
+
+def _plain_name(name: str) -> None:
+    if str(name).startswith("_"):
+        raise Refused(f"it sets the attribute {name!r} of a namespace")
+
+
+class _Dict:
+    """`dict(...)`, without the type and its methods."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict:
+        return dict(*args, **kwargs)
+
+
+class _Metered(visitor.NodeTransformer):
+    """Puts the meter into the parsed template: loops count their turns, built values are measured."""
+
+    def visit_For(self, node: nodes.For) -> nodes.For:
+        self.generic_visit(node)
+        node.body.insert(0, nodes.ExprStmt(_call("tick"), lineno=node.lineno))
+        if node.test is not None:
+            # Items that the test leaves out never reach the body.
+            node.test = nodes.And(_call("tick"), node.test, lineno=node.lineno)
+        return node
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Call:
+        self.generic_visit(node)
+        return _call("concatenated", *node.nodes)
+
+    def _literal(self, node: nodes.Node) -> nodes.Call:
+        self.generic_visit(node)
+        return _call("measured", node)
+
+    visit_List = visit_Dict = _literal
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
+        # A tuple may also be the target of an assignment.
+        return self._literal(node) if node.ctx == "load" else node
+
+
+def _call(name: str, *args: nodes.Expr) -> nodes.Call:
+    return nodes.Call(nodes.EnvironmentAttribute(name), list(args), [], None, None)
+
+
+class _Generation(ext.Extension):
+    """The block `{% generation %}`, which holds what the model writes."""
+
+    tags = {_GENERATION}
+
+    def parse(self, parser: Any) -> nodes.Node:
+        """The block as a call that sees its text."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements((f"name:end{_GENERATION}",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("mark"), [], [], body).set_lineno(line)
+
+    def mark(self, caller: Callable[[], str]) -> str:
+        """Notes where the block's text comes to stand."""
+        text = caller()
+        at = self.environment.written
+        self.environment.blocks.append((at, at + len(text), text))
+        return text
+
+
+class Environment(sandbox.ImmutableSandboxedEnvironment):
+    """The sandbox for one template; `render` is not re-entrant."""
+
+    intercepted_binops = frozenset(["+", "*", "**", "%", "//", "/", "-"])
+
+    def __init__(self) -> None:
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols], optimized=False)
+        given = {"raise_exception": _raise, "strftime_now": _now, "dict": _Dict(), "namespace": _Namespace, "range": self._range}
+        self.globals = {name: self.globals[name] for name in ("cycler", "joiner")} | given
+        own = {"tojson": self._tojson, "join": self._join, "replace": self._replace, "indent": self._indent}
+        self.filters = {name: self._watched(name, own.get(name, self.filters.get(name))) for name in _FILTERS}
+        self.meter = Meter(0, 0)
+        self.written = 0
+        self.blocks: list[tuple[int, int, str]] = []
+
+    def program(self, text: str) -> jinja2.Template:
+        """The compiled template; raises jinja2's `TemplateError`."""
+        if len(text) > _LONGEST_TEMPLATE:
+            raise Refused(f"it is {len(text):,} characters long; {_LONGEST_TEMPLATE:,} are allowed")
+        tree = _Metered().visit(self.parse(text))
+        return jinja2.Template.from_code(self, self.compile(tree), self.make_globals(None))
+
+    def render(self, program: jinja2.Template, meter: Meter, values: Mapping[str, Any]) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and (first character, end) of each generation block; raises whatever the template runs into."""
+        self.meter, self.written, self.blocks = meter, 0, []
+        pieces = []
+        for piece in program.generate(**values):
+            pieces.append(piece)
+            self.written += len(piece)
+            meter.check(self.written)
+            meter.clock()
+        text = "".join(pieces)
+        if any(text[start:end] != block for start, end, block in self.blocks):
+            raise Refused("it has a generation block inside of a macro or a captured block, where its place is not known")
+        return text, [(start, end) for start, end, _ in self.blocks]
+
+    # What templates do, watched.
+
+    def tick(self) -> None:
+        """One turn of a loop; `call` counts it."""
+
+    def measured(self, value: Any) -> Any:
+        """A value that a template wrote out."""
+        return self.meter.measured(value)
+
+    def concat(self, pieces: Iterable[str]) -> str:
+        """The text of a macro or a captured block."""
+        pieces = list(pieces)
+        self.meter.check(sum(map(len, pieces)))
+        return "".join(pieces)
+
+    def concatenated(self, *values: Any) -> str:
+        """`a ~ b`."""
+        return self.concat(map(str, values))
+
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        """A call, counted, its result measured."""
+        __self.meter.tick()
+        if __obj == __self.tick:
+            return True
+        owner, name = getattr(__obj, "__self__", None), getattr(__obj, "__name__", "")
+        if isinstance(owner, str) and name == "join":
+            return __self._join(args[0], owner)
+        if isinstance(owner, str) and name == "replace":
+            return __self._replace(owner, *args, **kwargs)
+        result = super().call(__context, __obj, *args, **kwargs)
+        return result if __obj == __self.measured else __self.meter.measured(result)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """`left operator right`, refused beforehand where the result would be enormous."""
+        texts = [len(x) for x in (left, right) if isinstance(x, str | list | tuple)]
+        numbers = [x for x in (left, right) if isinstance(x, int)]
+        if operator == "*" and texts and numbers:
+            self.meter.check(texts[0] * max(numbers[0], 0))
+        elif operator == "+":
+            self.meter.check(sum(texts))
+        elif operator == "**" and (not all(isinstance(x, int | float) for x in (left, right)) or abs(right) > _BITS):
+            raise Refused(f"it raises {left!r:.20} to the power {right!r:.20}")
+        elif operator == "%" and isinstance(left, str):
+            _no_width(left)
+        return self.meter.measured(super().call_binop(context, operator, left, right))
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        """As jinja2 has it, and of texts the methods that do not pad or format."""
+        if isinstance(obj, str) and attr not in _STR_METHODS:
+            return False
+        return super().is_safe_attribute(obj, attr, value)
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
+        """An attribute that must not be seen ends the template, also where it would only be printed."""
+        raise SecurityError(f"it reaches for {attribute!r} of a {type(obj).__name__}, which templates may not use")
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """`text.format(...)` as jinja2 makes it safe, refused where the text asks for a width."""
+        found = super().wrap_str_format(value)
+        if found is not None:
+            _no_width(value.__self__)
+        return found
+
+    def _watched(self, name: str, function: Callable) -> Callable:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            self.meter.tick()
+            found = function(*args, **kwargs)
+            return self.meter.measured(found) if isinstance(found, str | list | tuple | dict) else found
+
+        for mark in ("jinja_pass_arg", "jinja_async_variant"):
+            if hasattr(function, mark):
+                setattr(watched, mark, getattr(function, mark))
+        watched.__name__ = name
+        return watched
+
+    def _range(self, *bounds: int) -> range:
+        found = range(*bounds)
+        turns = self.meter.turns
+        if found[turns:]:
+            raise Refused(f"range({', '.join(f'{bound:,}' for bound in bounds)}) makes more than the {turns:,} turns allowed")
+        return found
+
+    def _join(self, values: Iterable, separator: str = "", attribute: str | None = None) -> str:
+        if attribute is not None:
+            values = map(jinja2.filters.make_attrgetter(self, attribute), values)
+        pieces = [str(value) for value in values]
+        self.meter.check(sum(map(len, pieces)) + len(separator) * max(len(pieces) - 1, 0))
+        return str(separator).join(pieces)
+
+    def _replace(self, text: str, old: str, new: str, count: int | None = -1) -> str:
+        text, old, new, count = str(text), str(old), str(new), -1 if count is None else count
+        found = text.count(old)
+        self.meter.check(len(text) + len(new) * (min(found, count) if count >= 0 else found))
+        return text.replace(old, new, count)
+
+    def _indent(self, text: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
+        step = width if isinstance(width, str) else " " * min(width, self.meter.size)
+        self.meter.check(len(text) + len(step) * (text.count("\n") + 1))
+        return jinja2.filters.do_indent(text, step, first, blank)
+
+    def _tojson(self, value: Any, ensure_ascii: bool = False, indent=None, separators=None, sort_keys: bool = False) -> str:
+        if isinstance(indent, int):
+            indent = " " * min(indent, self.meter.size)
+        encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        pieces, size = [], 0
+        for piece in encoder.iterencode(value):
+            pieces.append(piece)
+            size += len(piece)
+            self.meter.check(size)
+        return "".join(pieces)
+
+
+def _no_width(form: str) -> None:
+    """Refuses a format that may pad a short value to a long one."""
+    if re.search(r"\d{4}|\*|\{[^}]*\{", form):
+        raise Refused(f"it formats to a width, {form!r:.40}")
+
+
+def _raise(message: str) -> None:
+    raise Stopped(str(message))
+
+
+def _now(form: str) -> str:
+    if len(form) > 100 or re.search(r"%\W?\d", form):
+        raise Refused(f"it asks for the time as {form!r:.40}")
+    return datetime.datetime.now().strftime(form)
