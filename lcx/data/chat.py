@@ -4,7 +4,8 @@ A conversation is a list of messages `{"role": ..., "content": ...}`; those of t
 template (jinja2, in the sandbox of `lcx.data.sandbox`) makes the text of it, special tokens included, and the tokenizer adds none.
 What the model writes is what stands in the template's `{% generation %}` blocks. Of a template without them it is found by
 rendering the conversation up to each of the model's turns, with the prompt that asks for it, and up to its end: the difference,
-which is the message and the mark that ends the turn, without the line break that the template puts between turns.
+which is the message and the mark that ends the turn, without the line break that the template puts between turns. A template that
+writes a header for the turn and no prompt for it (`add_generation_prompt`) leaves the header to the model.
 
 A token counts as the model's when any of its characters does. transformers says the same of `return_assistant_tokens_mask`, but
 for a turn that ends in the middle of a character's bytes, of which it takes the first token only.
@@ -59,9 +60,8 @@ class Template:
         _check(messages)
         plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
         values = {**self._specials, "messages": plain, "tools": tools, "documents": None}
-        size = self._sandbox.measure([plain, tools], limit=1 << 40)
-        meter = self._sandbox.Meter(len(plain), size)
         try:
+            meter = self._sandbox.Meter(len(plain), self._sandbox.measure([plain, tools], limit=1 << 40))
             return self._environment.render(self._program, meter, {**values, "add_generation_prompt": add_generation_prompt})
         except self._sandbox.Stopped as error:
             raise UserError(f"chat template {self.origin} does not take these messages: {_said(error)}") from error
@@ -146,7 +146,12 @@ def _turns(template: Template, messages: Sequence[Message], tools: Any, text: st
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        asked, _ = template.render(messages[:i], tools, add_generation_prompt=True) if i else ("", [])
+        if i == 0:
+            raise UserError(
+                f"messages[0] is the model's, and chat template {template.origin} does not say where its own words begin in it; "
+                "begin with another role, or mark them in the template with {% generation %} and {% endgeneration %}"
+            )
+        asked, _ = template.render(messages[:i], tools, add_generation_prompt=True)
         answered, _ = template.render(messages[: i + 1], tools)
         if not answered.startswith(asked) or not text.startswith(answered):
             late = answered.startswith(asked)

@@ -46,7 +46,7 @@ class SentencePiece:
         control = (number for number in range(size) if self._model.is_control(number))
         self._special = {**{self._model.id_to_piece(number): number for number in control}, **self._added}
         self.vocab_size = max([size - 1, *self._added.values()]) + 1
-        roles = {role: token for role, token in near.roles.items() if role in ("bos_token", "eos_token") or self._id(token)}
+        roles = dict(near.roles)
         for role, number in (("bos_token", self._model.bos_id()), ("eos_token", self._model.eos_id())):
             if role not in roles and number >= 0:
                 roles[role] = self._model.id_to_piece(number)

@@ -25,10 +25,13 @@ USUAL = {
 
 @dataclasses.dataclass(frozen=True)
 class Beside:
-    """What stands beside a tokenizer: `values` of tokenizer_config.json, and `roles` (`bos_token`, ...) with their tokens."""
+    """What stands beside a tokenizer: `values` of tokenizer_config.json, and `roles` (`bos_token`, ...) with their tokens.
+
+    A role of None is one that the files say there is none of.
+    """
 
     values: dict[str, Any]
-    roles: dict[str, str]
+    roles: dict[str, str | None]
 
     def flag(self, name: str, default: bool) -> bool:
         """A switch of tokenizer_config.json; null counts as missing."""
@@ -47,7 +50,7 @@ def beside(folder: pathlib.Path) -> Beside:
     roles = {}
     for role, entry in {**mapped, **values}.items():
         token = entry.get("content") if isinstance(entry, dict) else entry
-        if role.endswith("_token") and isinstance(token, str):
+        if role.endswith("_token") and isinstance(token, str | None):
             roles[role] = token
     return Beside(values, roles)
 
@@ -65,12 +68,12 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     return content
 
 
-def with_usual(roles: dict[str, str], number: Callable[[str], int | None]) -> dict[str, str]:
+def with_usual(roles: dict[str, str | None], number: Callable[[str], int | None]) -> dict[str, str]:
     """`roles` whose tokens `number` knows, and the usual names of begin and end of a sequence where it knows one."""
-    known = {role: token for role, token in roles.items() if number(token) is not None}
+    known = {role: token for role, token in roles.items() if token is not None and number(token) is not None}
     for role, names in USUAL.items():
         found = next((name for name in names if number(name) is not None), None)
-        if role not in known and found is not None:
+        if role not in known and found is not None and roles.get(role, found) is not None:
             known[role] = found
     return known
 

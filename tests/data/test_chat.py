@@ -447,6 +447,8 @@ LINES = [
     ('{"messages": "hello"}', "two.jsonl:2: messages='hello' is no conversation"),
     ('{"messages": []}', r"two.jsonl:2: messages=\[\] is no conversation"),
     ('{"messages": [{"role": "user"}]}', "two.jsonl:2: .*'dict object' has no attribute 'content'|two.jsonl:2 holds nothing"),
+    ('{"messages": [{"role": "assistant", "content": "x"}]}', r"two.jsonl:2: messages\[0\] is the model's, .* begin with another"),
+    ('{"messages": [{"role": "user", "content": 1%s}]}' % ("0" * 100), "two.jsonl:2: .*a number of more than 256 bits"),
     ('{"messages": [{"content": "x"}]}', r"two.jsonl:2: messages\[0\] has role=None"),
     ('{"messages": [{"role": "user", "content": "x"}]}', "two.jsonl:2 holds nothing that the model writes"),
 ]
@@ -455,7 +457,7 @@ LINES = [
 @pytest.mark.parametrize(("line", "message"), LINES)
 def test_wrong_lines_are_named(line, message, chats):
     with open(chats / "two.jsonl", "w") as file:
-        file.write('{"messages": [{"role": "assistant", "content": "x"}]}\n' + line + "\n")
+        file.write('{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}\n' + line + "\n")
     with pytest.raises(UserError, match=message):
         loader(chats, 64)
 

@@ -86,6 +86,13 @@ def test_special_tokens_named_beside_the_tokenizer(tmp_path):
     assert (tokenizer.bos_id, tokenizer.eos_id) == (0, 1)
 
 
+def test_a_token_that_the_files_say_is_not_there(tmp_path):
+    word_level(tmp_path / "tokenizer.json", ["a", "b"], specials=["<s>", "</s>"])
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": None}))
+    tokenizer = tokenizers.load(str(tmp_path))
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.specials) == (None, 1, {"eos_token": "</s>"})
+
+
 def test_fingerprints_differ_with_the_vocabulary(tmp_path):
     word_level(tmp_path / "one.json", ["a", "b"])
     word_level(tmp_path / "two.json", ["b", "a"])
