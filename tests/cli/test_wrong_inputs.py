@@ -19,6 +19,8 @@ CONFIG = Path(__file__).parent / "tiny.py"
 TINY = "from tests.cli import tiny\n\ndef get_config():\n    c = tiny.get_config()\n    {}\n    return c\n"
 """A config file that changes the tiny one."""
 
+TALK = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+
 FILES = {
     "syntax.py": "def get_config(:\n",
     "empty.py": "x = 1\n",
@@ -37,8 +39,8 @@ FILES = {
     "tokenizer.json": "{}",
     "damaged.model": "garbage",
     "few.tiktoken": "".join(f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256)),
-    "chats.jsonl": '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n' * 2,
-    "roles.jsonl": '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n{"messages": [{"rol": 1}]}\n',
+    "chats.jsonl": TALK * 2,
+    "roles.jsonl": TALK + '{"messages": [{"rol": 1}]}\n',
     "own.jinja": "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
     "escape.jinja": "{{ ''.__class__.__mro__ }}",
     "endless.jinja": "{% for i in range(10**9) %}x{% endfor %}",
