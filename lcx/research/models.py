@@ -15,6 +15,7 @@ from lcx.core.config import choice
 from lcx.core.console import say, warn
 from lcx.core.errors import UserError
 from lcx.core.trees import cast, num_bytes, num_elements
+from lcx.data import tokenizers
 from lcx.data.config import DataConfig
 from lcx.interop import byte_tokenizer
 from lcx.interop import folder as hf
@@ -126,9 +127,8 @@ def _meta_of(run: RunConfig, source: HfFolder) -> Meta:
 
 def tokenizer_of(folder: Path, model: ModelConfig, where: Path) -> str:
     """The tokenizer of a folder, whose files are (or will be) in `where`."""
-    for name in ("tokenizer.json", "tokenizer.model"):
-        if (folder / name).is_file():
-            return str(where / name)
+    if any(path.name.startswith("tokenizer.") for path in hf.beside(folder)):
+        return str(where)
     return {257: "bytes+eos", 258: "bytes+bos+eos"}.get(model.vocab_size, "bytes")
 
 
@@ -152,9 +152,7 @@ def _write_tokenizer(name: str, out: Path) -> bool:
     if name.startswith("bytes"):
         byte_tokenizer.write(out, "+bos" in name, "+eos" in name)
         return True
-    path = Path(name)
-    if path.is_file():
-        for file in hf.beside(path.parent):
-            shutil.copyfile(file, out / file.name)
-        return True
-    return False
+    folder = tokenizers.load(name).folder
+    for file in hf.beside(folder) if folder else ():
+        shutil.copyfile(file, out / file.name)
+    return bool(hf.beside(out))

@@ -41,7 +41,8 @@ def open_workdir(workdir: Path, run: RunConfig) -> None:
         raise UserError(f"workdir {workdir} cannot be written to; name another --workdir")
     path = workdir / CONFIG
     if path.exists():
-        _compare(workdir, _read(path), configs.plain(run))
+        # Read as a config, so that fields which are younger than the run have their defaults.
+        _compare(workdir, configs.plain(read_config(workdir)), configs.plain(run))
     if jax.process_index() == 0:
         fresh = path.with_suffix(".tmp")
         fresh.write_text(json.dumps(configs.plain(run), indent=1) + "\n")

@@ -21,6 +21,11 @@ TINY = "from tests.cli import tiny\n\ndef get_config():\n    c = tiny.get_config
 
 TALK = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
 
+LLAMA = (
+    '{"model_type": "llama", "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, '
+    '"num_attention_heads": 4, "max_position_embeddings": 64}'
+)
+
 FILES = {
     "syntax.py": "def get_config(:\n",
     "empty.py": "x = 1\n",
@@ -45,6 +50,11 @@ FILES = {
     "escape.jinja": "{{ ''.__class__.__mro__ }}",
     "endless.jinja": "{% for i in range(10**9) %}x{% endfor %}",
     "enormous.jinja": "{{ 'x' * 10**10 }}",
+    "lama/config.json": '{"model_type": "lama"}',
+    "empty_llama/config.json": LLAMA,
+    "pickled/config.json": LLAMA,
+    "pickled/pytorch_model.bin": "",
+    "quantised/config.json": LLAMA[:-1] + ', "quantization_config": {"bits": 4}}',
 }
 
 TRAIN = "train --config={config} --workdir={new} "
@@ -158,6 +168,26 @@ WRONG = {
     "sweep --config={config} --workdir={new}": "tiny.py has no get_sweep(); take a file of configs/sweeps, or add it",
     "sweep --config={tmp}/numbers.py --workdir={new}": "gives [1, 2]; make a list of points with lcx.research.sweeps",
     "sweep --config={tmp}/sweep.py --workdir={new}": "the sweep sets 'optim.lrr', which the config does not have; did you mean",
+    # Hugging Face folders
+    "import": "--source is missing; name a folder with config.json",
+    "import --source={tmp}/none": "none is no folder; fetch a model first",
+    "import --source={tmp}": "has no config.json, so it holds no Hugging Face model",
+    "import --source={tmp}/lama --workdir={new}": "model_type='lama' is not an architecture that lcx has; did you mean 'llama'",
+    "import --source={tmp}/empty_llama --workdir={new}": "has no model.safetensors and no model.safetensors.index.json",
+    "import --source={tmp}/pickled --workdir={new}": "pytorch_model.bin is a pickle, which can run any code when it is loaded",
+    "import --source={tmp}/quantised --workdir={new}": "quantization_config={'bits': 4} is not supported for llama",
+    "import --source={tmp}/empty_llama --dtype=int8 --workdir={new}": "has no model.safetensors",
+    "import {tmp}/lama": "there is an argument too many",
+    "eval --checkpoint={tmp}/pickled": "pytorch_model.bin is a pickle",
+    "export": "--checkpoint is missing; name a run's workdir",
+    "export --checkpoint={run}": "--out is missing; name a new folder",
+    "export --checkpoint={run} --out={tmp}": "is there already; name a new folder, or delete it first",
+    "export --checkpoint={run} --out={new} --dtype=int8": "dtype='int8' is not",
+    "export --checkpoint={run} --out={new} --stage=base --step=2": "both name weights; leave one of them out",
+    "export --checkpoint={tmp} --out={new}": "holds no run (config.json is missing)",
+    "diff {run}": "lcx diff takes two models, not 1",
+    "diff {run} {tmp}/lama": "model_type='lama' is not an architecture",
+    "train --config={config} --workdir={new} --config.init_from={tmp}/pickled": "pytorch_model.bin is a pickle",
     # theta
     "theta --from=-1": "length=-1 must be at least",
     "theta --theta=-500": "theta=-500.0 must be a number above 1",
@@ -188,6 +218,7 @@ def run(tmp_path_factory):
 @pytest.fixture
 def places(tmp_path, run):
     for name, text in FILES.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     return {"config": CONFIG, "tmp": tmp_path, "run": run, "new": tmp_path / "new"}
 
