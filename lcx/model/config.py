@@ -38,6 +38,17 @@ class ModelConfig:
     activation: Literal["silu", "gelu", "gelu_tanh", "relu", "relu_squared"] = "silu"
     gated: bool = True
     mlp_bias: bool = False
+    # mixture of experts
+    num_experts: int | None = None
+    """Feed-forward layers of `mlp_dim` in each layer, of which a router picks some for each token. None: one, and no router."""
+    experts_per_token: int = 2
+    normalize_expert_weights: bool = True
+    """Divide a token's expert weights, which the router's softmax gives, by their sum (Mixtral; `norm_topk_prob` of Qwen 3)."""
+    router_aux_weight: float = 0.0
+    """Scales the load-balancing loss (`experts.balance_loss`) in training; 0: it is not computed."""
+    expert_matmul: Literal["auto", "ragged", "dense"] = "auto"
+    """How tokens meet their experts; none is ever dropped. `ragged`: sorted by expert, in one grouped product. `dense`: every
+    expert runs over every token. `auto`: dense on a CPU, which has no grouped product, else ragged."""
     # norms
     norm_eps: float = 1e-6
     norm_offset: float = 0.0
@@ -92,10 +103,26 @@ class ModelConfig:
             raise UserError(
                 f"model.num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}; these do: {divisors}"
             )
+        self._check_experts()
         if not self.pattern:
             raise UserError("model.pattern=() needs at least one layer kind, for example ('global',)")
         if any(is_local(kind) for kind in self.pattern) and self.window is None:
             raise UserError(f"model.pattern={self.pattern} has local layers, so model.window needs a size in tokens")
+
+    def _check_experts(self) -> None:
+        positive("model", num_experts=self.num_experts, experts_per_token=self.experts_per_token)
+        if not self.router_aux_weight >= 0:
+            raise UserError(f"model.router_aux_weight={self.router_aux_weight!r} must not be negative")
+        if self.num_experts is None:
+            if self.router_aux_weight:
+                raise UserError(f"model.router_aux_weight={self.router_aux_weight} balances experts; set model.num_experts too")
+            return
+        if self.experts_per_token > self.num_experts:
+            raise UserError(
+                f"model.experts_per_token={self.experts_per_token} is more than model.num_experts={self.num_experts}; lower it"
+            )
+        if self.mlp_bias:
+            raise UserError("model.mlp_bias=True is not supported with model.num_experts: experts have no biases; set it to False")
 
     @property
     def heads(self) -> Heads:

@@ -82,7 +82,7 @@ def _extend(
         return out, state
 
     x = embed(params, arrays, arch, tokens, index.positions)
-    x, (keys, values) = layers(params["layers"], x, arch.config, cached, (cache.keys, cache.values))
+    x, (keys, values), _ = layers(params["layers"], x, arch.config, cached, (cache.keys, cache.values))
     hidden = collect(rms_norm(params["final_norm"], x, arch.config), turn)
     return hidden, keep_placed(cache.replace(keys=keys, values=values, index=slots))
 

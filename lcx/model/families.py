@@ -56,6 +56,17 @@ def _smollm3() -> ModelConfig:
     return _llama(**sizes, norm_eps=1e-6, tied_embeddings=True, pattern=("global",) * 3 + ("nope",))
 
 
+def _mixtral() -> ModelConfig:
+    return _llama(vocab_size=32000, num_experts=8, experts_per_token=2, router_aux_weight=0.02)
+
+
+def _qwen3_moe() -> ModelConfig:
+    sizes = dict(
+        vocab_size=151936, model_dim=2048, num_layers=48, num_kv_heads=4, mlp_dim=768, num_experts=128, experts_per_token=8
+    )
+    return _llama(**sizes, norm_eps=1e-6, qk_norm="head", router_aux_weight=1e-3)
+
+
 _LLAMA31 = {"name": "llama3", "theta": 5e5, "factor": 8.0, "original_length": 8192}
 
 FAMILIES: dict[str, Family] = {
@@ -63,6 +74,7 @@ FAMILIES: dict[str, Family] = {
     "llama3_8b": Family(_llama(), {"default": "rope:theta=500000"}, 8192),
     "llama31_8b": Family(_llama(), {"default": _LLAMA31}, 131072),
     "mistral_7b": Family(_llama(vocab_size=32000, pattern=("local",), window=4096), {"default": "rope:theta=10000"}, 8192),
+    "mixtral_8x7b": Family(_mixtral(), {"default": "rope:theta=1000000"}, 32768),
     "qwen2_7b": Family(_qwen2(), {"default": "rope:theta=1000000"}, 32768),
     "qwen25_7b": Family(_qwen2(), {"default": "rope:theta=1000000"}, 32768),
     "qwen3_8b": Family(
@@ -70,6 +82,7 @@ FAMILIES: dict[str, Family] = {
         {"default": "rope:theta=1000000"},
         40960,
     ),
+    "qwen3_30b_a3b": Family(_qwen3_moe(), {"default": "rope:theta=1000000"}, 40960),
     "gemma2_9b": Family(_gemma2(), {"default": "rope:theta=10000"}, 8192),
     "gemma3_4b": Family(_gemma3(), {"local": "rope:theta=10000", "global": "linear:theta=1000000,factor=8"}, 131072),
     "phi3_mini_4k": Family(
@@ -88,10 +101,13 @@ def family(name: str) -> Family:
 
 
 def shrink(config: ModelConfig, **sizes: Any) -> ModelConfig:
-    """The same options at laptop sizes: float32, nothing recomputed, two key-value groups where the family groups its heads."""
+    """The same options at laptop sizes: float32, nothing recomputed, two key-value groups where the family groups its heads, two of
+    four experts where it has some."""
     kv_heads = 4 if config.num_kv_heads == config.num_heads else 2
     small = dict(vocab_size=256, model_dim=64, num_layers=len(config.pattern) + 1, num_heads=4, num_kv_heads=kv_heads, head_dim=16)
     small |= dict(mlp_dim=128, window=None if config.window is None else 8, compute_dtype="float32", remat="none")
+    if config.num_experts is not None:
+        small |= dict(num_experts=4, experts_per_token=2)
     if config.query_scale is not None:
         small["query_scale"] = 16**-0.5
     return dataclasses.replace(config, **{**small, **sizes})

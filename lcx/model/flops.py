@@ -34,6 +34,8 @@ def _equation(equation: jex.JaxprEqn, while_trips: int) -> int:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         return _dot(equation)
+    if name == "ragged_dot_general":
+        return _ragged_dot(equation)
     if name == "scan":
         return params["length"] * _jaxpr(params["jaxpr"].jaxpr, while_trips)
     if name == "while":
@@ -59,14 +61,27 @@ def _dot(equation: jex.JaxprEqn) -> int:
     return 2 * int(np.prod(out, dtype=np.int64)) * math.prod(left[i] for i in contract)
 
 
+def _ragged_dot(equation: jex.JaxprEqn) -> int:
+    """Every row meets one group, whether groups are told apart in the result's rows or summed over within each."""
+    numbers = equation.params["ragged_dot_dimension_numbers"]
+    (contract, _), _ = numbers.dot_dimension_numbers
+    left, groups = equation.invars[0].aval.shape, equation.invars[2].aval.shape[-1]
+    out = int(np.prod(equation.outvars[0].aval.shape, dtype=np.int64))
+    if set(numbers.lhs_ragged_dimensions) & set(contract):
+        out //= groups
+    return 2 * out * math.prod(left[i] for i in contract)
+
+
 def forward_flops(config: ModelConfig, rows: int, length: int) -> int:
-    """Operations of one forward pass over `rows` × `length` tokens, matrix products only.
+    """Operations of one forward pass over `rows` × `length` tokens, matrix products only; of experts, those that are chosen.
 
     Attention is charged for the pairs that a causal mask (and a local layer's window) leaves visible, exactly.
     """
     N, K, H, D, F = config.num_heads, config.num_kv_heads, config.head_dim, config.model_dim, config.mlp_dim
     projections = D * H * (2 * N + 2 * K)
     feed_forward = D * F * (3 if config.gated else 2)
+    if config.num_experts is not None:
+        feed_forward = config.experts_per_token * feed_forward + D * config.num_experts
     per_token = config.num_layers * (projections + feed_forward) + D * config.vocab_size
     pairs = sum(visible_pairs(length, config.window if is_local(kind) else None) for kind in config.layer_kinds)
     return 2 * rows * (length * per_token + pairs * 2 * N * H)

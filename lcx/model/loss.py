@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcx.core.batch import Batch
+from lcx.core.batch import PADDING, Batch
 from lcx.core.trees import Tree
 from lcx.model.config import Architecture, ModelConfig
 
@@ -22,13 +22,16 @@ class LossSums:
     """Sums over the tokens of a batch, float32 scalars; divide by `weight` once, after every device and microbatch is in.
 
     `nll` is Σ w·ℓ in nats, `weight` Σ w, `z` Σ w·lse² (the z-loss, which has the same denominator), `correct` Σ w·[the target is
-    the most likely token].
+    the most likely token]. With a weight for the experts' balance, `router_aux` is Σ n·(load-balancing loss) over the microbatches,
+    `tokens` Σ n, its own denominator, where n counts a microbatch's tokens that are no padding.
     """
 
     nll: jax.Array
     weight: jax.Array
     z: jax.Array
     correct: jax.Array
+    router_aux: jax.Array | None = None
+    tokens: jax.Array | None = None
 
 
 @flax.struct.dataclass
@@ -40,8 +43,9 @@ class TokenLosses:
     correct: jax.Array
 
 
-def loss_sums(params: Tree, hidden: jax.Array, batch: Batch, arch: Architecture) -> LossSums:
-    """Weighted sums of the next-token loss; `hidden` is `[B, T, D]` from `transformer.hidden`."""
+def loss_sums(params: Tree, hidden: jax.Array, batch: Batch, arch: Architecture, router_aux: jax.Array | None = None) -> LossSums:
+    """Weighted sums of the next-token loss; `hidden` is `[B, T, D]`, `router_aux` a scalar or None, from `transformer.forward`."""
+    tokens = None if router_aux is None else real_tokens(batch)
     losses = token_losses(params, hidden, batch.targets, arch)
     weights = batch.weights.astype(jnp.float32)
     return LossSums(
@@ -49,7 +53,14 @@ def loss_sums(params: Tree, hidden: jax.Array, batch: Batch, arch: Architecture)
         weight=jnp.sum(weights),
         z=jnp.sum(jnp.square(losses.lse) * weights),
         correct=jnp.sum(losses.correct * weights),
+        router_aux=None if router_aux is None else router_aux * tokens,
+        tokens=tokens,
     )
+
+
+def real_tokens(batch: Batch) -> jax.Array:
+    """How many tokens are no padding, a float32 scalar."""
+    return jnp.sum(batch.segments != PADDING, dtype=jnp.float32)
 
 
 def token_losses(params: Tree, hidden: jax.Array, targets: jax.Array, arch: Architecture) -> TokenLosses:

@@ -1,7 +1,7 @@
 """The parameter table of a model: one spec per weight, layers stacked along L in layer order.
 
 The layout depends on sizes alone, never on layer pattern, kernel or mesh. Legend: L layers, D model, N heads, K key-value
-heads, H head dim, F feed-forward, V vocabulary.
+heads, H head dim, F feed-forward, V vocabulary, E experts.
 """
 
 from __future__ import annotations
@@ -44,9 +44,17 @@ def _layers(config: ModelConfig) -> Tree:
     # Residual branches start smaller with depth, so that the stream's variance does not grow with it (GPT-2).
     shrink = (2 * L) ** -0.5
 
-    def linear(ins: tuple[int, ...], outs: tuple[int, ...], axes: tuple[str | None, ...], bias: bool, scale: float = 1.0) -> Tree:
+    def linear(
+        ins: tuple[int, ...],
+        outs: tuple[int, ...],
+        axes: tuple[str | None, ...],
+        bias: bool,
+        scale: float = 1.0,
+        experts: bool = False,
+    ) -> Tree:
         init = Init("truncated", fan_in(*ins).value * scale)
-        tree = {"kernel": ParamSpec((L, *ins, *outs), (None, *axes), init)}
+        stack, names = ((L, config.num_experts), (None, "experts")) if experts else ((L,), (None,))
+        tree = {"kernel": ParamSpec((*stack, *ins, *outs), (*names, *axes), init)}
         if bias:
             tree["bias"] = ParamSpec((L, *outs), (None, *axes[len(ins) :]), ZEROS)
         return tree
@@ -63,12 +71,15 @@ def _layers(config: ModelConfig) -> Tree:
         attention["key_norm"] = _norm(config, K * H if full else H, stacked=True)
     if config.sinks:
         attention["sinks"] = ParamSpec((L, N), (None, "heads"), ZEROS)
+    many = config.num_experts is not None
     mlp = {
-        "up": linear((D,), (F,), ("embed", "mlp"), config.mlp_bias),
-        "down": linear((F,), (D,), ("mlp", "embed"), config.mlp_bias, shrink),
+        "up": linear((D,), (F,), ("embed", "mlp"), config.mlp_bias, experts=many),
+        "down": linear((F,), (D,), ("mlp", "embed"), config.mlp_bias, shrink, experts=many),
     }
     if config.gated:
-        mlp["gate"] = linear((D,), (F,), ("embed", "mlp"), config.mlp_bias)
+        mlp["gate"] = linear((D,), (F,), ("embed", "mlp"), config.mlp_bias, experts=many)
+    if many:
+        mlp["router"] = linear((D,), (config.num_experts,), ("embed", None), False)
     tree = {"attention": attention, "mlp": mlp}
     for name, wanted in (("pre", config.pre_norm), ("post", config.post_norm)):
         if wanted:

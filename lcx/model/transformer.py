@@ -16,9 +16,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lcx.attention.blockwise import SAVED
 from lcx.attention.dispatch import attend
-from lcx.core.batch import Batch, Index
+from lcx.core.batch import PADDING, Batch, Index
 from lcx.core.mesh import context_size, fitting_spec, target_platform
 from lcx.core.trees import Tree, cast
+from lcx.model import experts
 from lcx.model.config import Architecture, ModelConfig
 from lcx.positions.rotary import tables
 
@@ -60,6 +61,20 @@ def hidden(params: Tree, arrays: Tree, arch: Architecture, batch: Batch) -> jax.
     `params` follows `model.params.specs`; `arrays` comes from `model.config.lay_out`. Activations are constrained to the mesh
     that is set (`jax.set_mesh`), if any.
     """
+    return _forward(params, arrays, arch, batch, None)[0]
+
+
+def forward(params: Tree, arrays: Tree, arch: Architecture, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
+    """As `hidden`, and the mean over layers of the experts' load-balancing loss over tokens that are no padding, a float32 scalar;
+    None where its weight is 0."""
+    real = batch.segments != PADDING if arch.config.router_aux_weight else None
+    x, total = _forward(params, arrays, arch, batch, real)
+    return x, None if total is None else total / arch.config.num_layers
+
+
+def _forward(
+    params: Tree, arrays: Tree, arch: Architecture, batch: Batch, real: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
     params = cast_params(params, arch.config)
     index = batch.index
     context = {kind: KindContext.build(arch, kind, params, arrays, index) for kind in arch.config.kinds}
@@ -76,15 +91,20 @@ def hidden(params: Tree, arrays: Tree, arch: Architecture, batch: Batch) -> jax.
         return out, state
 
     x = embed(params, arrays, arch, batch.tokens, index.positions)
-    x, _ = layers(params["layers"], x, arch.config, local)
-    return rms_norm(params["final_norm"], x, arch.config)
+    x, _, total = layers(params["layers"], x, arch.config, local, real=real)
+    return rms_norm(params["final_norm"], x, arch.config), total
 
 
 def cast_params(params: Tree, config: ModelConfig) -> Tree:
     """Weights in the compute dtype; cast while still sharded, so that gathering moves the smaller numbers."""
+    low = cast(params, jnp.dtype(config.compute_dtype))
     # Parameters of positional biases stay float32: they are added to float32 scores.
-    learned = {"positions": params["positions"]} if "positions" in params else {}
-    return {**cast(params, jnp.dtype(config.compute_dtype)), **learned}
+    if "positions" in params:
+        low["positions"] = params["positions"]
+    # So does the router, whose rounding would send tokens to other experts (2101.03961, section 2.4).
+    if config.num_experts is not None:
+        low["layers"]["mlp"]["router"] = params["layers"]["mlp"]["router"]
+    return low
 
 
 class KindContext:
@@ -118,16 +138,19 @@ def embed(params: Tree, arrays: Tree, arch: Architecture, tokens: jax.Array, pos
     return constrain(x)
 
 
-def layers(stacked: Tree, x: jax.Array, config: ModelConfig, attend_: Attend, state: Tree = None) -> tuple[jax.Array, Tree]:
+def layers(
+    stacked: Tree, x: jax.Array, config: ModelConfig, attend_: Attend, state: Tree = None, real: jax.Array | None = None
+) -> tuple[jax.Array, Tree, jax.Array | None]:
     """Run all layers over `x` `[B, T, D]`: a scan over whole periods of the pattern, the rest unrolled.
 
-    `state` goes through `attend_` from layer to layer, as a carry of the scan: what changes in it is written in place.
+    `state` goes through `attend_` from layer to layer, as a carry of the scan: what changes in it is written in place. Also
+    gives the sum over layers of the load-balancing loss over the tokens marked in `real` `[B, T]`; None without them.
     """
     period = len(config.pattern)
     whole = config.num_layers // period
     policy = config.remat if config.remat != "auto" else "attention" if x.shape[1] >= LONG else "none"
-    step = remat(functools.partial(_period, config=config, attend_=attend_), policy)
-    carry, done = (x, state), 0
+    step = remat(functools.partial(_period, config=config, attend_=attend_, real=real), policy)
+    carry, done = (x, state, None if real is None else jnp.zeros((), jnp.float32)), 0
     if whole > 1:
         done = whole * period
         grouped = jax.tree.map(lambda w: w[:done].reshape(whole, period, *w.shape[1:]), stacked)
@@ -166,28 +189,36 @@ def remat(step: Callable[..., Any], policy: str) -> Callable[..., Any]:
     return lambda carry, group, kinds: jax.checkpoint(functools.partial(step, kinds=kinds), policy=policies[policy])(carry, group)
 
 
-def _period(carry: tuple, group: tuple, *, kinds: tuple[str, ...], config: ModelConfig, attend_: Attend) -> tuple:
-    (x, state), (weights, turn) = carry, group
+def _period(
+    carry: tuple, group: tuple, *, kinds: tuple[str, ...], config: ModelConfig, attend_: Attend, real: jax.Array | None
+) -> tuple:
+    (x, state, total), (weights, turn) = carry, group
     x = checkpoint_name(x, INPUT)
     for i, kind in enumerate(kinds):
         layer = jax.tree.map(lambda w, i=i: w[i], weights)
         nth = turn * config.pattern.count(kind) + kinds[:i].count(kind)
-        x, state = block(layer, x, config, functools.partial(attend_, kind, nth, layer, state))
-    return x, state
+        x, state, balance = block(layer, x, config, functools.partial(attend_, kind, nth, layer, state), real)
+        total = None if total is None else total + balance
+    return x, state, total
 
 
-def block(layer: Tree, x: jax.Array, config: ModelConfig, attend_: Callable[..., tuple]) -> tuple[jax.Array, Tree]:
-    """One transformer layer: attention and feed-forward, each a residual branch with the norms that the config asks for."""
-    state = None
+def block(
+    layer: Tree, x: jax.Array, config: ModelConfig, attend_: Callable[..., tuple], real: jax.Array | None = None
+) -> tuple[jax.Array, Tree, jax.Array | None]:
+    """One transformer layer: attention and feed-forward, each a residual branch with the norms that the config asks for.
+
+    Also gives the layer's state and load-balancing loss, as `layers` does.
+    """
+    state = balance = None
     for name in ("attention", "mlp"):
         norm = functools.partial(rms_norm, layer[f"pre_{name}_norm"], config=config) if config.pre_norm else None
         if name == "attention":
             y, state = attention(layer["attention"], x, config, attend_, norm)
         else:
-            y = mlp(layer["mlp"], x, config, norm)
+            y, balance = mlp(layer["mlp"], x, config, norm, real)
         y = rms_norm(layer[f"post_{name}_norm"], y, config) if config.post_norm else y
         x = constrain(x + y)
-    return x, state
+    return x, state, balance
 
 
 def attention(
@@ -206,15 +237,27 @@ def attention(
     return linear(params["out"], out, contract=2), state
 
 
-def mlp(params: Tree, x: jax.Array, config: ModelConfig, norm: Norm | None = None) -> jax.Array:
-    """Feed-forward branch `[B, T, D] -> [B, T, D]` over `norm(x)`, gated or plain; long rows tile by tile (`config.mlp_tile`)."""
-    B, T, D = x.shape
+def mlp(
+    params: Tree, x: jax.Array, config: ModelConfig, norm: Norm | None = None, real: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array | None]:
+    """Feed-forward branch `[B, T, D] -> [B, T, D]` over `norm(x)`, gated or plain, one or a mixture of experts; long rows tile by
+    tile (`config.mlp_tile`). Also gives the experts' load-balancing loss over the tokens marked in `real`; None without them."""
+    B, T, _ = x.shape
     count = _mlp_tiles(T, config)
+
+    def branch(part: tuple[jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array | None]:
+        tokens, marks = part
+        if config.num_experts is None:
+            return _mlp(params, tokens, config, norm), None
+        return _experts(params, tokens, config, norm, marks)
+
     if count == 1:
-        return _mlp(params, x, config, norm)
-    tiles = x.reshape(B, count, T // count, D).swapaxes(0, 1)
-    out = jax.lax.map(jax.checkpoint(lambda tile: _mlp(params, tile, config, norm), prevent_cse=False), tiles)
-    return out.swapaxes(0, 1).reshape(x.shape)
+        y, load = branch((x, real))
+    else:
+        tiles = jax.tree.map(lambda a: a.reshape(B, count, T // count, *a.shape[2:]).swapaxes(0, 1), (x, real))
+        y, load = jax.lax.map(jax.checkpoint(branch, prevent_cse=False), tiles)
+        y, load = y.swapaxes(0, 1).reshape(x.shape), None if load is None else jnp.sum(load, axis=0)
+    return y, None if load is None else experts.balance_loss(load, jnp.sum(real, dtype=jnp.float32))
 
 
 def _mlp_tiles(length: int, config: ModelConfig) -> int:
@@ -237,6 +280,22 @@ def _mlp(params: Tree, x: jax.Array, config: ModelConfig, norm: Norm | None) -> 
         return linear(params["down"], activation(up) if gate is None else activation(gate) * up)
 
     return down(*inner)
+
+
+def _experts(
+    params: Tree, x: jax.Array, config: ModelConfig, norm: Norm | None, real: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """The mixture, and how the router loads its experts with the tokens marked in `real`."""
+    y = x if norm is None else norm(x)
+
+    @jax.checkpoint
+    def router(y: jax.Array) -> experts.Routing:
+        with jax.default_matmul_precision("highest"):
+            return experts.route(linear(params["router"], y.astype(jnp.float32)), config)
+
+    routing = router(y)
+    out = experts.mix(params, y, routing, config, ACTIVATIONS[config.activation], lambda params, y: _mlp(params, y, config, None))
+    return out, None if real is None else experts.load(routing, real)
 
 
 def _project(weights: list[Tree], x: jax.Array, norm: Norm | None) -> list[jax.Array]:
@@ -341,5 +400,6 @@ def describe(config: ModelConfig, num_parameters: int) -> dict[str, Any]:
         "model_dim": config.model_dim,
         "heads": f"{config.num_heads}/{config.num_kv_heads} x {config.head_dim}",
         "pattern": "-".join(config.pattern),
+        **({} if config.num_experts is None else {"experts": f"{config.experts_per_token}/{config.num_experts}"}),
         "parameters": num_parameters,
     }

@@ -51,6 +51,8 @@ def check_model(model: ModelConfig, mesh: Mesh) -> None:
         ("model_dim", "embed"),
     ):
         check_divides(f"model.{field}", getattr(model, field), mesh, logical)
+    if model.num_experts is not None:
+        check_divides("model.num_experts", model.num_experts, mesh, "experts")
 
 
 def check_vocabulary(model: ModelConfig, vocab_size: int, tokenizer: str) -> None:

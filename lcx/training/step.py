@@ -26,8 +26,8 @@ from lcx.core.mesh import named_sharding, partition_spec
 from lcx.core.params import ParamSpec, abstract, initialize, paths_of, shardings
 from lcx.core.trees import Tree
 from lcx.model.config import Architecture, layout_on
-from lcx.model.loss import LossSums, loss_sums
-from lcx.model.transformer import hidden
+from lcx.model.loss import LossSums, loss_sums, real_tokens
+from lcx.model.transformer import forward
 from lcx.training.optimizer import OptimConfig, learning_rate, optimizer
 
 Table = tuple[tuple[str, ParamSpec], ...]
@@ -84,7 +84,8 @@ class TrainStep:
             return self._step(state, batch, arrays)
 
     def with_gradients(self, state: TrainState, batch: Batch, arrays: Mapping[str, Any]) -> tuple[TrainState, dict, Tree]:
-        """As a call, and the float32 gradient of (Σ w·ℓ + z-loss) / Σ w before clipping; for tests and diagnosis."""
+        """As a call, and the float32 gradient of (Σ w·ℓ + z-loss) / Σ w (+ the experts' balance) before clipping; for tests and
+        diagnosis."""
         with jax.set_mesh(self.mesh):
             return self._open_step(state, batch, arrays)
 
@@ -181,29 +182,36 @@ class TrainStep:
             "skipped": after.skipped,
             "in_a_row": after.in_a_row,
         }
+        if sums.router_aux is not None:
+            figures["router_aux_loss"] = sums.router_aux / jnp.maximum(sums.tokens, 1.0)
         return (after, figures, grads) if gradients else (after, figures)
 
     def _sums_and_gradients(self, params: Tree, batch: Batch, arrays: Mapping[str, Any]) -> tuple[LossSums, Tree]:
         gradient = jax.value_and_grad(self._loss, has_aux=True)
+        balanced = self.arch.config.router_aux_weight > 0
+        # What Σ w·ℓ has to be divided by, over what the load-balancing loss has to be.
+        rate = jnp.sum(batch.weights, dtype=jnp.float32) / jnp.maximum(real_tokens(batch), 1.0) if balanced else None
         if self.accumulate == 1:
-            (_, sums), grads = gradient(params, batch, arrays)
+            (_, sums), grads = gradient(params, batch, arrays, rate)
         else:
             parts = microbatches(batch, self.accumulate)
 
             def add(carry: tuple, part: Batch) -> tuple:
-                (_, sums), grads = gradient(params, part, arrays)
+                (_, sums), grads = gradient(params, part, arrays, rate)
                 return jax.tree.map(jnp.add, carry, (sums, self._shard(grads))), None
 
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
-            nothing = LossSums(*(jnp.zeros((), jnp.float32) for _ in range(4)))
+            nothing = LossSums(*(jnp.zeros((), jnp.float32) for _ in range(6 if balanced else 4)))
             (sums, grads), _ = jax.lax.scan(add, (nothing, self._shard(zeros)), parts)
         weight = jnp.maximum(sums.weight, jnp.finfo(jnp.float32).tiny)
         return sums, jax.tree.map(lambda g: g.astype(jnp.float32) / weight, self._shard(grads))
 
-    def _loss(self, params: Tree, batch: Batch, arrays: Mapping[str, Any]) -> tuple[jax.Array, LossSums]:
-        sums = loss_sums(params, hidden(params, arrays, self.arch, batch), batch, self.arch)
-        # Both sums have Σ w as denominator, which is divided out once, after the last microbatch.
-        return sums.nll + self.optim.z_loss * sums.z, sums
+    def _loss(self, params: Tree, batch: Batch, arrays: Mapping[str, Any], rate: jax.Array | None) -> tuple[jax.Array, LossSums]:
+        states, router_aux = forward(params, arrays, self.arch, batch)
+        sums = loss_sums(params, states, batch, self.arch, router_aux)
+        # Both sums have Σ w as denominator, which is divided out once, after the last microbatch; `rate` gives a third one its own.
+        total = sums.nll + self.optim.z_loss * sums.z
+        return (total if rate is None else total + self.arch.config.router_aux_weight * rate * sums.router_aux), sums
 
     def _shard(self, grads: Tree) -> Tree:
         return jax.tree.map(jax.lax.with_sharding_constraint, grads, self._param_shardings)

@@ -37,7 +37,7 @@ def build(config: ModelConfig, positions: dict[str, Any], length: int) -> tuple[
 
 def place(params: Tree, table: Tree, mesh: MeshConfig) -> tuple[Tree, jax.sharding.Mesh]:
     """The weights on a mesh of host devices as training places them, and the mesh."""
-    made = make_mesh(mesh, jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor * mesh.context])
+    made = make_mesh(mesh, jax.devices()[: mesh.data * mesh.fsdp * mesh.expert * mesh.tensor * mesh.context])
     return jax.device_put(params, shardings(table, made)), made
 
 

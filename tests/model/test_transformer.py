@@ -72,13 +72,13 @@ def test_scan_over_periods_equals_single_layers():
         met, i = state
         return q * (2.0 if kind == "local" else 0.5) + seen[kind] + nth + i, (met.at[i].set(seen[kind] + nth), i + 1)
 
-    together, after = layers(params["layers"], x, arch.config, attend, (jnp.zeros(5), 0))
+    together, after, _ = layers(params["layers"], x, arch.config, attend, (jnp.zeros(5), 0))
     np.testing.assert_array_equal(after[0], [10, 20, 11, 21, 12])
     apart = x
     for i, kind in enumerate(arch.config.layer_kinds):
         one = dataclasses.replace(arch.config, num_layers=1, pattern=(kind,))
         weights = jax.tree.map(lambda w, i=i: w[i : i + 1], params["layers"])
-        apart, _ = layers(weights, apart, one, lambda *args, i=i: attend(args[0], i // 2, args[2], (jnp.zeros(5), i), *args[4:]))
+        apart, *_ = layers(weights, apart, one, lambda *args, i=i: attend(args[0], i // 2, args[2], (jnp.zeros(5), i), *args[4:]))
     np.testing.assert_allclose(together, apart, rtol=1e-5, atol=1e-5)
 
 

@@ -1,0 +1,258 @@
+"""Mixture of experts: a router sends each token through a few of a layer's feed-forward layers; no token is ever dropped.
+
+On a mesh the experts are dealt to the devices of the `expert` axis, which also splits the rows. A device gathers the tokens of its
+peers on that axis, computes what its own experts give to them, and the parts are summed where the tokens came from: of n devices
+with N tokens of D numbers each, every one receives (n - 1)·N·D numbers forth and as many back, in the forward pass and again in the
+backward pass, and holds up to n·N·min(K, E/n) rows, which is what it takes when all tokens choose the same experts.
+
+Legend: B batch, T tokens, N tokens in one list, D model, F feed-forward, E experts, K experts of a token, R rows, each a token for
+one of its experts.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from lcx.core.mesh import fitting_spec, target_platform
+from lcx.core.trees import Tree
+from lcx.model.config import ModelConfig
+
+Activation = Callable[[jax.Array], jax.Array]
+
+
+class Routing(NamedTuple):
+    """Where tokens go: `weights` float32 and `experts` int32 `[B, T, K]`, and the router's `probabilities` float32 `[B, T, E]`."""
+
+    weights: jax.Array
+    experts: jax.Array
+    probabilities: jax.Array
+
+
+def route(logits: jax.Array, config: ModelConfig) -> Routing:
+    """The K most likely experts of each token, weighted by their probability; `logits` float32 `[B, T, E]`.
+
+    Dividing by the sum of the chosen is the softmax over the chosen alone (Jiang et al., 2401.04088).
+    """
+
+    def choose(logits: jax.Array) -> Routing:
+        probabilities = jax.nn.softmax(logits, axis=-1)
+        weights, experts = jax.lax.top_k(probabilities, config.experts_per_token)
+        if config.normalize_expert_weights:
+            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        return Routing(weights, experts, probabilities)
+
+    if (mesh := _mesh()) is None:
+        return choose(logits)
+    # Left to itself the compiler gathers the tokens of all devices for `top_k`.
+    tokens = fitting_spec(_TOKENS, logits.shape, mesh)
+    return jax.shard_map(choose, mesh=mesh, in_specs=tokens, out_specs=Routing(tokens, tokens, tokens))(logits)
+
+
+_TOKENS = ("batch", "sequence", None)
+
+
+def _mesh() -> AbstractMesh | None:
+    """The mesh that is set, if it has several devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def load(routing: Routing, real: jax.Array) -> jax.Array:
+    """How many of the tokens marked in `real` `[B, T]` chose each expert, and the sum of its probabilities: float32 `[2, E]`."""
+    count = routing.probabilities.shape[-1]
+    chosen = jnp.sum(routing.experts[..., None] == jnp.arange(count)[None, None, None], axis=-2, dtype=jnp.float32)
+    both = jnp.stack([chosen, routing.probabilities])
+    return jnp.sum(both * real.astype(jnp.float32)[None, :, :, None], axis=(1, 2))
+
+
+def balance_loss(load_: jax.Array, tokens: jax.Array) -> jax.Array:
+    """E · Σ_e (share of `tokens` that chose e) · (mean probability of e), of one layer; K when all are alike (2101.03961, eq. 4).
+
+    The shares carry no gradient.
+    """
+    chosen, probability = load_ / jnp.maximum(tokens, 1.0)
+    return load_.shape[-1] * jnp.sum(chosen * probability)
+
+
+def mix(
+    params: Tree,
+    x: jax.Array,
+    routing: Routing,
+    config: ModelConfig,
+    activation: Activation,
+    feed_forward: Callable[..., jax.Array],
+) -> jax.Array:
+    """The weighted sum of what its experts make of each token, `[B, T, D] -> [B, T, D]`, on the mesh that is set.
+
+    `params` holds `up`, `down` and perhaps `gate` with kernels `[E, ins, outs]`. `feed_forward(params, x)` is one expert.
+    """
+    params = {name: params[name]["kernel"] for name in ("up", "gate", "down") if name in params}
+    dense = config.expert_matmul == "dense" or (config.expert_matmul == "auto" and target_platform() == "cpu")
+
+    def run(params: Tree, x: jax.Array, weights: jax.Array, experts: jax.Array) -> jax.Array:
+        flat = (x.reshape(-1, x.shape[-1]), *(y.reshape(-1, y.shape[-1]) for y in (weights, experts)))
+        return (_dense(params, *flat, feed_forward) if dense else _ragged(params, *flat, activation)).reshape(x.shape)
+
+    if (mesh := _mesh()) is None:
+        return run(params, x, routing.weights, routing.experts)
+    return _over_mesh(mesh, run, params, x, routing)
+
+
+def _over_mesh(mesh: AbstractMesh, run: Callable[..., jax.Array], params: Tree, x: jax.Array, routing: Routing) -> jax.Array:
+    """`run` on the tokens and experts of each device. Rows or tokens that the mesh can't split are computed by all devices."""
+    tokens = fitting_spec(_TOKENS, x.shape, mesh)
+    axes = {name: ("experts", "mlp", None) if name == "down" else ("experts", None, "mlp") for name in params}
+    kernels = {name: fitting_spec(axes[name], kernel.shape, mesh) for name, kernel in params.items()}
+    experts_split, features_split, _ = (entry is not None for entry in kernels["down"])
+    gathered = experts_split and tokens[0] is not None
+    # Parts of a sum leave on an axis of their own: a sum inside would cost the backward pass one more.
+    parts = (("tensor",) if features_split else ()) + (("expert",) if experts_split and not gathered else ())
+
+    def here(params: Tree, x: jax.Array, weights: jax.Array, experts: jax.Array) -> jax.Array:
+        if gathered:
+            x, weights, experts = (jax.lax.all_gather(y, "expert", tiled=True) for y in (x, weights, experts))
+        if experts_split:
+            experts = experts - jax.lax.axis_index("expert") * params["down"].shape[0]
+        y = run(params, x, weights, experts)
+        return (jax.lax.psum_scatter(y, "expert", tiled=True) if gathered else y)[None]
+
+    return jnp.sum(
+        jax.shard_map(
+            here,
+            mesh=mesh,
+            in_specs=(kernels, tokens, tokens, tokens),
+            out_specs=PartitionSpec(parts or None, *tokens),
+            check_vma=False,
+        )(params, x, routing.weights, routing.experts),
+        axis=0,
+    )
+
+
+def _dense(params: Tree, x: jax.Array, weights: jax.Array, experts: jax.Array, feed_forward: Callable[..., jax.Array]) -> jax.Array:
+    """Every expert on every token `[N, D]`, one expert after the other; also the oracle of `_ragged`."""
+    count = params["down"].shape[0]
+    chosen = experts[:, None, :] == jnp.arange(count)[None, :, None]
+    shares = jnp.sum(jnp.where(chosen, weights[:, None, :], 0.0), axis=-1)
+
+    @jax.checkpoint
+    def add(total: jax.Array, expert: tuple) -> tuple:
+        kernels, share = expert
+        y = feed_forward({name: {"kernel": kernel} for name, kernel in kernels.items()}, x)
+        return total + share[:, None] * y.astype(jnp.float32), None
+
+    total, _ = jax.lax.scan(add, jnp.zeros_like(x, jnp.float32), (params, shares.T))
+    return total.astype(x.dtype)
+
+
+class _Rows(NamedTuple):
+    """Tokens dealt to experts: `sizes` `[E]` rows for each, in order. `token` `[R]` is each row's, `choice` `[R]` which of its K.
+    `row` `[N, K]` is where each pair stands; `here` `[N, K]` and `used` `[R]` mark pairs and rows of the experts that are here."""
+
+    sizes: jax.Array
+    token: jax.Array
+    choice: jax.Array
+    row: jax.Array
+    here: jax.Array
+    used: jax.Array
+
+
+def _deal(experts: jax.Array, count: int) -> _Rows:
+    """Rows in the order of their experts 0 … count - 1; any other number in `experts` `[N, K]` is an expert of another device."""
+    N, K = experts.shape
+    here = (experts >= 0) & (experts < count)
+    sizes = jnp.sum(experts.reshape(1, -1) == jnp.arange(count)[:, None], axis=1, dtype=jnp.int32)
+    order = jnp.argsort(jnp.where(here, experts, count).reshape(-1), stable=True)
+    row = jnp.argsort(order).reshape(N, K)
+    order = order[: N * min(K, count)]
+    return _Rows(sizes, order // K, order % K, row, here, jnp.arange(order.shape[0]) < jnp.sum(sizes))
+
+
+@jax.custom_vjp
+def _send(x: jax.Array, rows: _Rows) -> jax.Array:
+    """Tokens `[N, D]` to their rows `[R, D]`; rows that are not used hold zeros."""
+    return jnp.where(rows.used[:, None], x[rows.token], 0)
+
+
+@jax.custom_vjp
+def _fetch(y: jax.Array, rows: _Rows) -> jax.Array:
+    """The sum of each token's rows, `[R, D]` to `[N, D]`, in float32 and back; what stands in rows not used does not matter."""
+    # A gather for each of the K: the transpose of `_send`'s gather would be a scatter, which adds up row by row.
+    parts = (
+        jnp.where(rows.here[:, k, None], y.at[rows.row[:, k]].get(mode="clip"), 0).astype(jnp.float32)
+        for k in range(rows.row.shape[1])
+    )
+    return functools.reduce(jnp.add, parts).astype(y.dtype)
+
+
+@jax.custom_vjp
+def _share(weights: jax.Array, rows: _Rows) -> jax.Array:
+    """The weights `[N, K]` of the pairs in their rows `[R]`."""
+    return weights[rows.token, rows.choice]
+
+
+_send.defvjp(lambda x, rows: (_send(x, rows), rows), lambda rows, dy: (_fetch(dy, rows), None))
+_fetch.defvjp(lambda y, rows: (_fetch(y, rows), rows), lambda rows, dx: (_send(dx, rows), None))
+_share.defvjp(
+    lambda weights, rows: (_share(weights, rows), rows),
+    lambda rows, d: (jnp.where(rows.here, d.at[rows.row].get(mode="clip"), 0.0), None),
+)
+
+
+def _ragged(params: Tree, x: jax.Array, weights: jax.Array, experts: jax.Array, activation: Activation) -> jax.Array:
+    """Each token `[N, D]` through its own experts, sorted by expert; rows are weighted before `down`, where F is often below D."""
+    rows = _deal(experts, params["down"].shape[0])
+    names = [name for name in ("up", "gate") if name in params]
+    # Whatever the grouped product leaves in rows that it has no group for, forward and backward, ends here.
+    used = rows.used[:, None]
+
+    # Checkpointed as in `transformer._project`: what is computed again is the gather and the elementwise work, no product.
+    @jax.checkpoint
+    def project(x: jax.Array) -> list[jax.Array]:
+        sent = _send(x, rows)
+        return [jnp.where(used, _grouped(sent, params[name], rows.sizes), 0) for name in names]
+
+    @jax.checkpoint
+    def down(weights: jax.Array, up: jax.Array, gate: jax.Array | None = None) -> jax.Array:
+        inner = activation(up) if gate is None else activation(gate) * up
+        inner = jnp.where(used, inner.astype(jnp.float32) * _share(weights, rows)[:, None], 0.0)
+        return _grouped(inner.astype(x.dtype), params["down"], rows.sizes)
+
+    return _fetch(down(weights, *project(x)), rows)
+
+
+@jax.custom_vjp
+def _grouped(rows: jax.Array, kernels: jax.Array, sizes: jax.Array) -> jax.Array:
+    """Rows `[R, ins]` times the kernel `[E, ins, outs]` of their group. Rows behind the last group may hold anything."""
+    return jax.lax.ragged_dot(rows, kernels, sizes)
+
+
+def _grouped_backward(saved: tuple, dy: jax.Array) -> tuple:
+    rows, kernels, sizes = saved
+    (d_rows,) = jax.linear_transpose(lambda rows: jax.lax.ragged_dot(rows, kernels, sizes), rows)(dy)
+    if target_platform() == "tpu":
+        return d_rows, outer_by_group(rows, dy, sizes).astype(kernels.dtype), None
+    (d_kernels,) = jax.linear_transpose(lambda kernels: jax.lax.ragged_dot(rows, kernels, sizes), kernels)(dy)
+    return d_rows, d_kernels, None
+
+
+_grouped.defvjp(lambda rows, kernels, sizes: (_grouped(rows, kernels, sizes), (rows, kernels, sizes)), _grouped_backward)
+
+
+def outer_by_group(x: jax.Array, dy: jax.Array, sizes: jax.Array, *, interpret: bool = False) -> jax.Array:
+    """`[R, ins]` and `[R, outs]` to `[E, ins, outs]`, summed over the rows of each group, by megablox's kernel for TPUs.
+
+    XLA has a kernel for the product with the groups' kernels, but not for this one: it computes all rows for each group.
+    """
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
+    R, wide = x.shape[0], 1024 if x.dtype.itemsize == 2 else 512
+    tile = min(512, -(-R // 128) * 128)
+    x, dy = (jnp.pad(y, ((0, -R % tile), (0, 0))) for y in (x, dy))
+    tiling = (tile, min(wide, x.shape[1]), min(wide, dy.shape[1]))
+    return tgmm(x.T, dy, sizes, x.dtype, tiling, interpret=interpret)
