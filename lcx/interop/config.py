@@ -52,13 +52,17 @@ FIELDS = {
     "mlp_bias": "mlp_bias",
     "attention_softcap": "attn_logit_softcapping",
     "logit_softcap": "final_logit_softcapping",
+    "num_experts": "num_local_experts",
+    "experts_per_token": "num_experts_per_tok",
+    "normalize_expert_weights": "norm_topk_prob",
 }
 """Fields of `ModelConfig` whose value stands under one key of config.json as it is."""
 
 COMPUTATION = (
     "compute_dtype", "remat", "layer_unroll", "mlp_tile", "loss_tile", "attention", "context_strategy", "context_layout",
+    "router_aux_weight",
 )  # fmt: skip
-"""Fields of `ModelConfig` that say how it is computed, which a checkpoint does not."""
+"""Fields of `ModelConfig` that say how it is computed or trained, which a checkpoint does not."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +110,7 @@ def read(values: Mapping[str, Any], where: str = FILE) -> Described:
     if list(architectures) != [family.architecture]:
         raise UserError(f"{where}: architectures={architectures!r} is not the language model {family.architecture}")
     _check_keys(values, family, where)
-    full = {**family.optional, **values}
+    full = {**family.optional, **{ours: values[theirs] for theirs, ours in family.aliases.items() if theirs in values}, **values}
     for key in (*REQUIRED, *family.optional):
         _check_type(key, full.get(key), family, where)
     try:
@@ -150,7 +154,7 @@ def write(
 
 
 def _check_keys(values: Mapping[str, Any], family: Family, where: str) -> None:
-    known = {*REQUIRED, *ROPE_KEYS, *family.optional, *NO_EFFECT, *NEUTRAL}
+    known = {*REQUIRED, *ROPE_KEYS, *family.optional, *family.aliases, *NO_EFFECT, *NEUTRAL}
     for key, value in values.items():
         if key in NEUTRAL and key not in family.optional and value not in NEUTRAL[key]:
             raise UserError(f"{where}: {key}={value!r} is not supported; only {' or '.join(map(repr, NEUTRAL[key]))} is")
@@ -168,7 +172,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "rms_norm_eps": (float, int), "hidden_act": (str,), "hidden_activation": (str,), "layer_types": (list,),
     "no_rope_layers": (list,), "query_pre_attn_scalar": (int, float), "attn_logit_softcapping": (float, int),
     "final_logit_softcapping": (float, int), "tie_word_embeddings": (bool,), "attention_bias": (bool,), "mlp_bias": (bool,),
-    "use_sliding_window": (bool,),
+    "use_sliding_window": (bool,), "norm_topk_prob": (bool,),
 }  # fmt: skip
 """Types of the keys that are not whole numbers."""
 
@@ -186,7 +190,7 @@ def _check_type(key: str, value: Any, family: Family, where: str) -> None:
 
 
 def _model(full: Mapping[str, Any], family: Family, where: str) -> tuple[ModelConfig, list[str]]:
-    fields = {name: full[key] for name, key in FIELDS.items() if full.get(key) is not None}
+    fields = {name: full[key] for name, key in {**FIELDS, **family.fields}.items() if full.get(key) is not None}
     N, D = full["num_attention_heads"], full["hidden_size"]
     fields.setdefault("num_kv_heads", N)
     fields.setdefault("head_dim", D // N)
@@ -242,7 +246,9 @@ def _resolved(scheme: Scheme, model: ModelConfig, length: int) -> Scheme:
 def _values(model_type: str, wanted: Described, dtype: str, base: Mapping[str, Any]) -> dict[str, Any]:
     """config.json as a family has it; what the family can't say is left out, and found by reading it back."""
     model, family = wanted.model, FAMILIES[model_type]
-    said = {key: getattr(model, name) for name, key in FIELDS.items()}
+    said = {key: getattr(model, name) for name, key in {**FIELDS, **family.fields}.items()}
+    # A size that no layer has: of dense layers, where all have experts.
+    said.setdefault("intermediate_size", base.get("intermediate_size", model.mlp_dim))
     names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
     local = [is_local(kind) for kind in model.layer_kinds]
     first = local.index(True) if any(local) else model.num_layers
@@ -266,6 +272,7 @@ def _values(model_type: str, wanted: Described, dtype: str, base: Mapping[str, A
         "model_type": model_type,
         **kept,
         **known,
+        **{theirs: known[ours] for theirs, ours in family.aliases.items()},
         **rope,
         "dtype": dtype,
         "torch_dtype": dtype,

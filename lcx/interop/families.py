@@ -35,6 +35,21 @@ _POST_NORMS = {
     "layers/post_mlp_norm": "post_feedforward_layernorm",
 }
 _GEMMA_NAMES = {**LLAMA_NAMES, **_POST_NORMS, "layers/pre_mlp_norm": "pre_feedforward_layernorm"}
+_MIXTRAL_NAMES = {
+    **LLAMA_NAMES,
+    "layers/mlp/router": "block_sparse_moe.gate",
+    "layers/mlp/gate": "block_sparse_moe.experts.{expert}.w1",
+    "layers/mlp/up": "block_sparse_moe.experts.{expert}.w3",
+    "layers/mlp/down": "block_sparse_moe.experts.{expert}.w2",
+}
+_QWEN3_MOE_NAMES = {
+    **LLAMA_NAMES,
+    **_QK_NORMS,
+    "layers/mlp/router": "mlp.gate",
+    "layers/mlp/gate": "mlp.experts.{expert}.gate_proj",
+    "layers/mlp/up": "mlp.experts.{expert}.up_proj",
+    "layers/mlp/down": "mlp.experts.{expert}.down_proj",
+}
 _PHI3_NAMES = {
     **LLAMA_NAMES,
     "layers/attention/query": "self_attn.qkv_proj",
@@ -51,7 +66,8 @@ class Family:
 
     `optional` maps the keys of config.json that the family has beside `REQUIRED` to what transformers takes where they are
     missing. `kinds` gives the kind of every layer. `options` are fields of `ModelConfig` that the family fixes. Of parameters
-    whose names in `names` are the same, the tensor holds one after the other, in the order of the table.
+    whose names in `names` are the same, the tensor holds one after the other, in the order of the table; `{expert}` in a name
+    stands for the expert's number.
     """
 
     architecture: str
@@ -59,6 +75,10 @@ class Family:
     kinds: Callable[[Values], list[str]]
     names: Mapping[str, str] = dataclasses.field(default_factory=lambda: LLAMA_NAMES)
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Fields of `ModelConfig` whose key is another than in other families."""
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Other names of keys, which are written too."""
     theta: float = 10000.0
     """transformers' theta where a config has none."""
     nested: bool = False
@@ -79,7 +99,8 @@ NO_EFFECT = frozenset((
     "pad_token_id", "bos_token_id", "eos_token_id", "attention_dropout", "resid_pdrop", "embd_pdrop", "pretraining_tp",
     "name_or_path", "_name_or_path", "id2label", "label2id", "problem_type", "output_attentions", "output_hidden_states",
     "return_dict", "cache_implementation", "attn_implementation", "_attn_implementation", "_attn_implementation_autoset",
-    "tokenizer_class", "unsloth_version", "unsloth_fixed", "neftune_noise_alpha", "output_router_logits", "router_jitter_noise",
+    "router_aux_loss_coef", "tokenizer_class", "unsloth_version", "unsloth_fixed", "neftune_noise_alpha", "output_router_logits",
+    "router_jitter_noise",
 ))  # fmt: skip
 """Keys that do not change what a model computes when it is evaluated, or say what lcx finds out elsewhere."""
 
@@ -107,6 +128,10 @@ def _always_global(values: Values) -> list[str]:
 def _by_type(values: Values, default: Sequence[str]) -> list[str]:
     types = values["layer_types"] or default
     return ["local" if kind == "sliding_attention" else "global" for kind in types]
+
+
+def _all_alike_if_used(values: Values) -> list[str]:
+    return _all_alike(values if values["use_sliding_window"] else {**values, "sliding_window": None})
 
 
 def _qwen(values: Values) -> list[str]:
@@ -195,6 +220,28 @@ FAMILIES: dict[str, Family] = {
         },
         _smollm3,
         theta=2e6,
+    ),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        {
+            **_LLAMA, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "sliding_window": None, "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+        _all_alike,
+        names=_MIXTRAL_NAMES,
+        theta=1e6,
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        {
+            **_LLAMA, **_WINDOWED, "num_key_value_heads": 4, "attention_bias": False, "num_local_experts": 128,
+            "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": False,
+        },
+        _all_alike_if_used,
+        names=_QWEN3_MOE_NAMES,
+        options={"qk_norm": "head"},
+        fields={"mlp_dim": "moe_intermediate_size"},
+        aliases={"num_experts": "num_local_experts"},
     ),
 }  # fmt: skip
 """Hugging Face's `model_type` -> family."""

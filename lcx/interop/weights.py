@@ -14,7 +14,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -46,12 +46,13 @@ _UNUSED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 class Slot:
     """The numbers of one layer of one parameter, `shape` there, and their place in the tensor `name`.
 
-    `layer` is None for what is not stacked. `inputs` counts the leading axes of `shape` that are a linear map's inputs, 0 where
-    the tensor is stored as it is (with its axes flattened, if it is a bias). The rows are those from `first` on, of `rows`.
+    `index` is the layer's number, and the expert's behind it; empty for what is not stacked. `inputs` counts the leading axes of
+    `shape` that are a linear map's inputs, 0 where the tensor is stored as it is (with its axes flattened, if it is a bias). The
+    rows are those from `first` on, of `rows`.
     """
 
     path: str
-    layer: int | None
+    index: tuple[int, ...]
     name: str
     shape: tuple[int, ...]
     inputs: int
@@ -132,8 +133,8 @@ def slots(table: Tree, family: Family, num_layers: int) -> dict[str, list[Slot]]
     for layer in (None, *range(num_layers)):
         for path, spec in flat:
             if path.startswith("layers/") == (layer is not None):
-                slot = _slot(path, spec, layer, family)
-                found.setdefault(slot.name, []).append(slot)
+                for slot in _slots(path, spec, layer, family):
+                    found.setdefault(slot.name, []).append(slot)
     return {name: _filled(parts) for name, parts in found.items()}
 
 
@@ -177,8 +178,7 @@ def tensor(params: Mapping[str, jax.Array], parts: list[Slot], dtype: str) -> np
     """A whole tensor in numpy's `dtype`, from the leaves of a parameter tree by path."""
     pieces = []
     for slot in parts:
-        leaf = params[slot.path]
-        x = leaf if slot.layer is None else leaf[slot.layer]
+        x = params[slot.path][slot.index] if slot.index else params[slot.path]
         pieces.append(slot.stored(_on_host(x)).astype(jnp.dtype(dtype)))
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
@@ -193,15 +193,19 @@ def count(slot: Slot) -> int:
     return math.prod(slot.shape)
 
 
-def _slot(path: str, spec: ParamSpec, layer: int | None, family: Family) -> Slot:
+def _slots(path: str, spec: ParamSpec, layer: int | None, family: Family) -> Iterator[Slot]:
     module, _, last = path.rpartition("/")
     if module not in family.names:
         raise UserError(f"the parameter {path} has no place in {family.architecture}")
+    name, ending = family.names[module], "bias" if last == "bias" else "weight"
     prefix = "" if layer is None else f"model.layers.{layer}."
-    ending = "bias" if last == "bias" else "weight"
-    shape = spec.shape if layer is None else spec.shape[1:]
     inputs = 0 if last != "kernel" else 2 if module.endswith("attention/out") else 1
-    return Slot(path, layer, f"{prefix}{family.names[module]}.{ending}", shape, inputs, table=last == "embedding")
+    layers = () if layer is None else (layer,)
+    experts = [(i,) for i in range(spec.shape[1])] if "{expert}" in name else [()]
+    for expert in experts:
+        index = layers + expert
+        place = f"{prefix}{name.format(expert=expert[0])}" if expert else f"{prefix}{name}"
+        yield Slot(path, index, f"{place}.{ending}", spec.shape[len(index) :], inputs, table=last == "embedding")
 
 
 def _filled(parts: list[Slot]) -> list[Slot]:
@@ -219,13 +223,13 @@ def _leaf(shards: Shards, spec: ParamSpec, parts: list[Slot], dtype: Any, shardi
     buffers = {box: _aligned(tuple(b - a for a, b in box), dtype) for box in places.values()}
 
     def read(slot: Slot) -> None:
-        if slot.layer is None:
-            slot.fill(shards, buffers)
-            return
-        here = {box: buffers[box] for box in buffers if box[0][0] <= slot.layer < box[0][1]}
-        by_part: dict[Box, np.ndarray] = {box[1:]: buffer[slot.layer - box[0][0]] for box, buffer in here.items()}
-        if by_part:
-            slot.fill(shards, by_part)
+        here: dict[Box, np.ndarray] = {}
+        for box, buffer in buffers.items():
+            stacked, own = box[: len(slot.index)], box[len(slot.index) :]
+            if all(first <= i < last for i, (first, last) in zip(slot.index, stacked, strict=True)):
+                here[own] = buffer[tuple(i - first for i, (first, _) in zip(slot.index, stacked, strict=True))]
+        if here:
+            slot.fill(shards, here)
 
     with concurrent.futures.ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1))) as pool:
         for _ in pool.map(read, parts):

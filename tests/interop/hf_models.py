@@ -36,6 +36,8 @@ OWN: dict[str, dict[str, Any]] = {
     "qwen3": dict(head_dim=24),
     "gemma2": dict(head_dim=24, sliding_window=24, query_pre_attn_scalar=20),
     "gemma3_text": dict(head_dim=24, sliding_window=24, query_pre_attn_scalar=20, num_hidden_layers=7),
+    "mixtral": dict(num_local_experts=5, num_experts_per_tok=2, head_dim=24),
+    "qwen3_moe": dict(num_experts=5, moe_intermediate_size=40, num_experts_per_tok=3, norm_topk_prob=True),
     "phi3": dict(original_max_position_embeddings=TRAINED),
 }
 """What a family has beside `SMALL`, chosen so that no default can hide a key that is not read."""

@@ -80,6 +80,13 @@ CASES = {
             tie_word_embeddings=False,
         ),
     ),
+    "mixtral": ("mixtral", dict(rope_parameters=PLAIN)),
+    "mixtral-window-yarn": ("mixtral", dict(sliding_window=24, rope_parameters=YARN, max_position_embeddings=FAR, shard="200KB")),
+    "qwen3-moe": ("qwen3_moe", dict(rope_parameters=PLAIN)),
+    "qwen3-moe-window-sums": (
+        "qwen3_moe",
+        dict(use_sliding_window=True, sliding_window=24, norm_topk_prob=False, attention_bias=True, tie_word_embeddings=True),
+    ),
 }  # fmt: skip
 
 
