@@ -43,6 +43,22 @@ def dense(
     wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
     q = q_BTNH.reshape(B, T, K, N // K, H)
     logits = jnp.einsum("btkgh,bskh->bkgts", q, k_BSKH, preferred_element_type=wide).reshape(B, N, T, S) * scale
+    weights, lse = weigh(logits, q_index, k_index, mask, bias, bias_params, softcap)
+    probabilities = weights.reshape(B, K, N // K, T, S)
+    o = jnp.einsum("bkgts,bskh->btkgh", probabilities, v_BSKH.astype(wide)).reshape(B, T, N, H)
+    return o.astype(out_dtype or q_BTNH.dtype), lse
+
+
+def weigh(
+    logits: jax.Array,
+    q_index: Index,
+    k_index: Index,
+    mask: Mask,
+    bias: Callable[[Any, jax.Array, jax.Array], jax.Array] | None,
+    bias_params: Any,
+    softcap: float | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Softmax weights `[B, N, T, S]` and `lse_BTN` of scaled logits `[B, N, T, S]`; softcap, bias and mask are done here."""
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
     if bias is not None:
@@ -54,7 +70,5 @@ def dense(
     total = jnp.sum(weights, axis=-1, keepdims=True)
     empty = total == 0.0
     total = jnp.where(empty, 1.0, total)
-    probabilities = (weights / total).reshape(B, K, N // K, T, S)
-    o = jnp.einsum("bkgts,bskh->btkgh", probabilities, v_BSKH.astype(wide)).reshape(B, T, N, H)
     lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))[..., 0]
-    return o.astype(out_dtype or q_BTNH.dtype), jnp.swapaxes(lse, 1, 2)
+    return weights / total, jnp.swapaxes(lse, 1, 2)

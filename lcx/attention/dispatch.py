@@ -57,7 +57,7 @@ class AttentionSpec:
     interpret: bool = False
 
     def __post_init__(self) -> None:
-        if self.kernel not in ("dense", "blockwise", "flash", "auto"):
+        if self.kernel not in ("dense", "flat", "blockwise", "flash", "auto"):
             raise UserError(f"attention kernel {self.kernel!r} is unknown; choose dense, blockwise, flash or auto")
         choice("context strategy", self.strategy, ("auto", *get_args(Strategy)))
         for name in ("block_q", "block_k"):
@@ -67,7 +67,7 @@ class AttentionSpec:
 
 
 class Plan(NamedTuple):
-    """What `resolve` decided: `blocks` is None for the dense kernel."""
+    """What `resolve` decided: `blocks` is None for the dense and the flat kernel."""
 
     kernel: Kernel
     blocks: Blocks | None
@@ -85,20 +85,23 @@ def resolve(
     kv_heads: int = 1,
     chunk: int | None = None,
     devices: int = 1,
+    tensor: int = 1,
 ) -> Plan:
     """Kernel and tile sizes for `T` queries and `S` keys on a platform ("cpu", "gpu", "tpu"), and a sentence that says why.
 
     Where only `chunk` tokens at a time follow one another (a zigzag layout), no tile lies across the seam: it would span the row.
-    `devices` that work side by side share a CPU's caches, and get smaller tiles.
+    `devices` that work side by side share a CPU's caches, and get smaller tiles. `tensor` of them share the heads.
     """
     logits = batch * heads * T * S
     kernel, why = spec.kernel, "asked for"
+    if kernel == "auto" and T == 1 and platform == "cpu" and tensor == 1:
+        return Plan("flat", None, "flat: one query a row reads all keys as they lie")
     if kernel == "auto":
         small = logits <= DENSE_LIMIT
         kernel = "dense" if small else "flash" if platform == "tpu" else "blockwise"
         why = f"{logits:,} logits are {'at most' if small else 'more than'} {DENSE_LIMIT:,}"
-    if kernel == "dense":
-        return Plan("dense", None, f"dense: {why}")
+    if kernel in ("dense", "flat"):
+        return Plan(kernel, None, f"{kernel}: {why}")
     if kernel == "flash" and not (platform == "tpu" or spec.interpret):
         raise UserError(f"attention kernel 'flash' is for TPUs, and this is a {platform}; choose blockwise, dense or auto")
     if kernel == "flash" and not (spec.form.bias is None or spec.form.bias.linear):
@@ -163,7 +166,9 @@ def _local(
     spec: AttentionSpec, B: int, T: int, S: int, N: int, K: int, dtype: Any, chunk: int | None = None, devices: int = 1
 ) -> Local:
     """The kernel for what a device works on; `chunk`: tokens that follow one another in its rows."""
-    plan = resolve(spec, T, S, target_platform(), batch=B, heads=N, kv_heads=K, chunk=chunk, devices=devices)
+    mesh = jax.sharding.get_abstract_mesh()
+    tensor = 1 if mesh.empty else axis_size(mesh, "heads")
+    plan = resolve(spec, T, S, target_platform(), batch=B, heads=N, kv_heads=K, chunk=chunk, devices=devices, tensor=tensor)
     return Local(spec.mask, spec.form, spec.scale, spec.softcap, plan.blocks, _tile_dtype(dtype), plan.kernel, spec.interpret)
 
 

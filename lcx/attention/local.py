@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from lcx.attention.blockwise import blockwise, blockwise_backward
 from lcx.attention.dense import dense
+from lcx.attention.flat import flat
 from lcx.attention.kernels.flash import flash, flash_backward
 from lcx.attention.merge import Partial, PullBack, merge, together
 from lcx.attention.tiles import Blocks
@@ -27,7 +28,7 @@ from lcx.core.mask import Mask
 from lcx.positions.form import Form, Piece
 from lcx.positions.rotary import Tables, rotate
 
-Kernel = Literal["dense", "blockwise", "flash"]
+Kernel = Literal["dense", "flat", "blockwise", "flash"]
 
 
 @flax.struct.dataclass
@@ -51,7 +52,7 @@ class Keys:
 
 @dataclasses.dataclass(frozen=True)
 class Local:
-    """All that is static about attention on one device: `blocks` is None for the dense kernel.
+    """All that is static about attention on one device: `blocks` is None for the dense and the flat kernel.
 
     `interpret` runs the flash kernel where there is no TPU, for tests.
     """
@@ -180,8 +181,8 @@ def over_heads(part: Callable, groups: int, out: tuple[jax.Array, ...], arrays: 
 
 
 def _kernel(local: Local, out_dtype: Any) -> Callable[..., Partial]:
-    if local.kernel == "dense":
-        return functools.partial(dense, out_dtype=out_dtype, **local.options)
+    if local.kernel in ("dense", "flat"):
+        return functools.partial(dense if local.kernel == "dense" else flat, out_dtype=out_dtype, **local.options)
     if local.kernel == "flash":
         return functools.partial(_flash, local, out_dtype=out_dtype)
     return functools.partial(blockwise, blocks=local.blocks, tile_dtype=local.tile_dtype, out_dtype=out_dtype, **local.options)

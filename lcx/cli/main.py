@@ -21,6 +21,7 @@ COMMANDS = {
     "run": "train the stages of a config, evaluate before and after, write the report",
     "train": "train the stages of a config; resumes from its workdir",
     "eval": "evaluate a checkpoint, under its own or any other positional scheme",
+    "generate": "continue prompts with a checkpoint, under its own or any other positional scheme",
     "report": "write report.html of a run again from its files",
     "sweep": "run every point of a sweep that is not finished, then a table and a plot",
     "theta": "choose theta for a target length",

@@ -31,18 +31,22 @@ from lcx.core.mesh import SEQUENCE, context_size, fitting_spec, multiples
 from lcx.core.trees import Tree
 from lcx.model.config import Architecture
 
+Layers = jax.Array | tuple[jax.Array, ...]
+"""Something that every layer of a kind has, stacked or each for itself."""
+
 
 @flax.struct.dataclass
 class Cache:
     """By layer kind: keys and values `[L, B, S, K, H]` in the compute dtype, with the index `[B, S]` of every slot.
 
-    Empty slots are padding. `slots` is how many tokens of a row there is room for, `context` how many devices share them. `rotated`
-    names the kinds whose keys are stored rotated (schemes of one piece); the others' are raw, and rotated anew for each piece.
-    `scheme` is the fingerprint of forms and frequencies that the keys were made under.
+    Beside parameters whose layers come one tree each (`transformer.unstack`), a tuple of L arrays `[B, S, K·H]`. Empty slots are
+    padding. `slots` is how many tokens of a row there is room for, `context` how many devices share them. `rotated` names the kinds
+    whose keys are stored rotated (schemes of one piece); the others' are raw, and rotated anew for each piece. `scheme` is the
+    fingerprint of forms and frequencies that the keys were made under.
     """
 
-    keys: dict[str, jax.Array]
-    values: dict[str, jax.Array]
+    keys: dict[str, Layers]
+    values: dict[str, Layers]
     index: dict[str, Index]
     slots: int = flax.struct.field(pytree_node=False)
     context: int = flax.struct.field(pytree_node=False)
@@ -58,10 +62,11 @@ def slots_of(arch: Architecture, kind: str, slots: int, chunk: int) -> int:
     return -(-needed // size) * size
 
 
-def empty_cache(arch: Architecture, arrays: Tree, rows: int, slots: int, chunk: int | None = None) -> Cache:
+def empty_cache(arch: Architecture, arrays: Tree, rows: int, slots: int, chunk: int | None = None, stacked: bool = True) -> Cache:
     """A cache for `rows` sequences of up to `slots` tokens, made in place on the mesh that is set.
 
     `chunk` is the most tokens that will be added at a time (None: any number); the smaller, the fewer slots a window takes.
+    `stacked` says whether the layers of the parameters are; those of the cache have to be likewise.
     """
     config, counted = arch.config, arch.config.layer_kinds.count
 
@@ -69,8 +74,12 @@ def empty_cache(arch: Architecture, arrays: Tree, rows: int, slots: int, chunk: 
         return counted(kind), rows, slots_of(arch, kind, slots, chunk or slots), config.num_kv_heads, config.head_dim
 
     # A cache is donated, so every array is a buffer of its own.
-    def heads() -> dict[str, jax.Array]:
-        return {kind: _full(_HEADS, shape(kind), 0, jnp.dtype(config.compute_dtype)) for kind in config.kinds}
+    def heads() -> dict[str, Layers]:
+        dtype = jnp.dtype(config.compute_dtype)
+        if stacked:
+            return {kind: _full(_HEADS, shape(kind), 0, dtype) for kind in config.kinds}
+        flat = {kind: (*shape(kind)[1:3], config.num_kv_heads * config.head_dim) for kind in config.kinds}
+        return {kind: tuple(_full(_FLAT, flat[kind], 0, dtype) for _ in range(counted(kind))) for kind in config.kinds}
 
     def index(kind: str) -> Index:
         count = 4 if arch.attention(kind).mask.prefix else 3
@@ -82,6 +91,7 @@ def empty_cache(arch: Architecture, arrays: Tree, rows: int, slots: int, chunk: 
 
 
 _HEADS = (None, "batch", "sequence", "kv_heads", None)
+_FLAT = ("batch", "sequence", "kv_heads")
 _SLOTS = ("batch", "sequence")
 
 
@@ -99,7 +109,7 @@ def keep_placed(cache: Cache) -> Cache:
         return cache
 
     def pin(x: jax.Array) -> jax.Array:
-        axes = _HEADS if x.ndim == len(_HEADS) else _SLOTS
+        axes = next(axes for axes in (_HEADS, _FLAT, _SLOTS) if len(axes) == x.ndim)
         return jax.lax.with_sharding_constraint(x, fitting_spec(axes, x.shape, mesh))
 
     return jax.tree.map(pin, cache)
@@ -118,12 +128,12 @@ def check_room(arch: Architecture, cache: Cache, tokens: int, start: int) -> Non
     check_chunk("a chunk", tokens)
     if start + tokens > cache.slots:
         raise UserError(f"tokens {start} to {start + tokens} do not fit a cache of {cache.slots} slots; make it longer")
-    for kind, keys in cache.keys.items():
-        needed = slots_of(arch, kind, cache.slots, tokens)
-        if keys.shape[2] < needed:
+    for kind, index in cache.index.items():
+        needed, held = slots_of(arch, kind, cache.slots, tokens), index.order.shape[1]
+        if held < needed:
             raise UserError(
                 f"a chunk of {tokens} tokens needs {needed} slots in {kind!r} layers, whose window of {arch.config.window} has "
-                f"{keys.shape[2]} in this cache; make it with chunk={tokens}"
+                f"{held} in this cache; make it with chunk={tokens}"
             )
 
 
@@ -159,6 +169,24 @@ def collect(x: jax.Array, start: int) -> jax.Array:
 
 def _few(tree: Any, size: int) -> bool:
     return jax.tree.leaves(tree)[0].shape[1] % size != 0
+
+
+def layer_of(layers: Layers, nth: jax.Array | int, heads: int) -> jax.Array:
+    """What the `nth` layer of a kind with `heads` KV heads holds, `[B, S, K, H]`."""
+    if isinstance(layers, tuple):
+        return layers[nth].reshape(*layers[nth].shape[:2], heads, -1)
+    return jax.lax.dynamic_index_in_dim(layers, nth, keepdims=False)
+
+
+def write_layer(old: Layers, new: jax.Array, nth: jax.Array | int, start: jax.Array) -> Layers:
+    """As `write`, for layers that are stacked or each for itself."""
+    if not isinstance(old, tuple):
+        return write(old, new, nth, start)
+    flat = new.reshape(*new.shape[:2], -1)
+    # A loop of one turn: XLA's CPU backend would fuse the update into each of its readers, and copy all slots for each.
+    once = jnp.minimum(start, 0) + 1
+    written = jax.lax.fori_loop(0, once, lambda _, x: write(x[None], flat, 0, start)[0], old[nth])
+    return (*old[:nth], written, *old[nth + 1 :])
 
 
 def write(old: jax.Array, new: jax.Array, layer: jax.Array | int, start: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Greedy generation with a key-value cache: chunked prefill, then one token at a time, on one device or a mesh that is set.
+"""Generation with a key-value cache: chunked prefill, then blocks of single tokens, on one device or a mesh that is set.
 
 Legend: B batch, T tokens of a chunk, S cache slots, K key-value heads, H head dim, D model, V vocabulary.
 """
@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ from jax.sharding import PartitionSpec
 from lcx.attention.dispatch import attend
 from lcx.core.batch import Index
 from lcx.core.errors import UserError
-from lcx.core.mesh import context_size
+from lcx.core.mesh import context_size, target_platform
 from lcx.core.trees import Tree
 from lcx.model.cache import (
     Cache,
@@ -26,18 +28,52 @@ from lcx.model.cache import (
     deal,
     empty_cache,
     keep_placed,
+    layer_of,
     scheme_fingerprint,
-    write,
     write_index,
+    write_layer,
 )
 from lcx.model.config import Architecture
 from lcx.model.loss import logits
-from lcx.model.transformer import KindContext, cast_params, embed, layers, rms_norm
+from lcx.model.sampling import GREEDY, Sampling, SamplingForm, draw
+from lcx.model.transformer import KindContext, cast_params, embed, layers, rms_norm, unstack
 from lcx.positions.form import Form, Piece
 from lcx.positions.rotary import rotate, tables
 
 CHUNK = 512
 """Tokens that are prefilled at a time unless said otherwise."""
+
+BLOCK = 8
+"""Tokens of a row that are decoded between two looks of the host."""
+
+OnToken = Callable[[int, Mapping[int, int]], Iterable[int] | None]
+"""`(step, {row: token})`: the new token of every row that has not ended. Rows that it returns end with that token."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Timings:
+    """Tokens of all rows, and seconds on the clock; the first new token of a row belongs to the prefill.
+
+    What it took to compile, and to lay out weights and cache, is apart.
+    """
+
+    rows: int
+    prompt_tokens: int
+    new_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    setup_seconds: float
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens per second."""
+        return self.prompt_tokens / self.prefill_seconds
+
+    @property
+    def decode_rate(self) -> float | None:
+        """New tokens per second after each row's first; None where there were none."""
+        later = self.new_tokens - self.rows
+        return later / self.decode_seconds if later else None
 
 
 def extend(params: Tree, arrays: Tree, arch: Architecture, cache: Cache, tokens: jax.Array, index: Index, start: int) -> tuple:
@@ -72,8 +108,8 @@ def _extend(
         if kind in cache.rotated:
             k, form = rotate_keys(spec.form, k, here.tables)
             spec = dataclasses.replace(spec, form=form)
-        state = tuple({**old, kind: write(old[kind], new, nth, start)} for old, new in zip(state, (k, v), strict=True))
-        keys, values = (jax.lax.dynamic_index_in_dim(x[kind], nth, keepdims=False) for x in state)
+        state = tuple({**old, kind: write_layer(old[kind], new, nth, start)} for old, new in zip(state, (k, v), strict=True))
+        keys, values = (layer_of(x[kind], nth, arch.config.num_kv_heads) for x in state)
         out = attend(
             spec, q, keys, values, index, slots[kind],
             q_tables=here.tables, k_tables=raw.get(kind, {}), bias_params=here.bias, temperature=here.temperature,
@@ -97,14 +133,39 @@ def rotate_keys(form: Form, k: jax.Array, tables_: Tree) -> tuple[jax.Array, For
     )
 
 
-def generate(
-    params: Tree, arrays: Tree, arch: Architecture, prompts: list[np.ndarray], max_new_tokens: int, *, chunk: int | None = None,
-) -> np.ndarray:  # fmt: skip
-    """The most likely continuation of each prompt, int32 `[B, max_new_tokens]`.
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """Prompts side by side, padded on the left to whole chunks: tokens `[B, W]`, their index, and the padding `[B, 1]` of each."""
 
-    `prompts` are int arrays of any lengths ≥ 1; shorter ones are padded on the left, out of sight. `arrays` must be laid out for
-    the longest prompt plus `max_new_tokens`. `chunk` tokens are prefilled at a time (None: 512, rounded up to the context), at
-    most the longest prompt's.
+    tokens: np.ndarray
+    index: Index
+    offset: np.ndarray
+    chunk: int
+
+    @property
+    def width(self) -> int:
+        return self.tokens.shape[1]
+
+
+def generate(
+    params: Tree,
+    arrays: Tree,
+    arch: Architecture,
+    prompts: Sequence[np.ndarray],
+    max_new_tokens: int,
+    *,
+    sampling: Sampling = GREEDY,
+    stop_ids: Sequence[int] = (),
+    chunk: int | None = None,
+    on_token: OnToken | None = None,
+    report: Callable[[Timings], None] | None = None,
+) -> list[np.ndarray]:
+    """A continuation of each prompt, int32 `[at most max_new_tokens]`; a row ends behind the first of `stop_ids`.
+
+    `prompts` are int arrays of any lengths >= 1; shorter ones are padded on the left, out of sight. `arrays` must be laid out for
+    the longest prompt plus `max_new_tokens`. At most `chunk` tokens are prefilled at a time (None: 512, rounded up to the context).
+    `on_token` hears of every new token, `BLOCK` steps at a time, and may end rows; neither that nor the rest of the batch changes
+    what a row draws. `report` is called once, at the end.
 
     Under a mesh that is set (`jax.set_mesh`, weights placed on it as in training) rows are split over its batch axes where their
     number divides, and tokens and cache over its context (`model.cache`), whose size must divide `chunk`. Raises `UserError` where
@@ -112,6 +173,36 @@ def generate(
     """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    rows, clock = _side_by_side(prompts, chunk), _Clock(report is not None)
+    stacked = target_platform() != "cpu"
+    ready = _prepare(params, arch, stacked)
+    cache = empty_cache(arch, arrays, len(prompts), rows.width + max_new_tokens, rows.chunk, stacked)
+    clock.begin(ready, cache)
+    chosen = (sampling.numbers, sampling.form)
+    for start in range(0, rows.width, rows.chunk):
+        part = jnp.asarray(rows.tokens[:, start : start + rows.chunk])
+        at = rows.index.slice(start, rows.chunk)
+        hidden, cache = clock.run(_extend, ready, arrays, arch, cache, part, at, jnp.int32(start), 0)
+    token = clock.run(_first, ready, hidden, arch, *chosen)
+    collected = _Collected(len(prompts), stop_ids, on_token)
+    collected.add(np.asarray(token)[:, None])
+    clock.lap()
+    stops = np.asarray(stop_ids or (-1,), np.int32)
+    while (left := max_new_tokens - collected.steps) > 0 and collected.live:
+        step = collected.steps
+        out, count, token, cache = clock.run(
+            _decode, ready, arrays, arch, cache, token, collected.ended, stops, rows.offset, np.int32(rows.width + step - 1),
+            np.int32(step), np.int32(min(left, BLOCK)), *chosen,
+        )  # fmt: skip
+        collected.add(np.asarray(out)[:, : int(count)])
+    clock.lap()
+    if report is not None:
+        new = sum(map(len, collected.tokens))
+        report(Timings(len(prompts), sum(map(len, prompts)), new, *clock.laps, clock.setup))
+    return [np.asarray(row, np.int32) for row in collected.tokens]
+
+
+def _side_by_side(prompts: Sequence[np.ndarray], chunk: int | None) -> _Rows:
     lengths = np.array([len(prompt) for prompt in prompts])
     if not len(lengths) or lengths.min() < 1:
         raise UserError("every prompt needs at least one token")
@@ -121,36 +212,132 @@ def generate(
     if chunk < 1:
         raise UserError(f"chunk={chunk} must be at least 1")
     check_chunk("a chunk", chunk)
-    chunk = min(chunk, longest if longest <= size else _round_up(longest, size))
+    # As many chunks as it takes, but of equal size: what they hold beyond the longest prompt is computed for nothing.
+    chunk = -(-longest // -(-longest // chunk))
+    chunk = chunk if chunk <= size else _round_up(chunk, size)
     width = _round_up(longest, chunk)
     order = np.broadcast_to(np.arange(width, dtype=np.int32), (len(prompts), width))
     offset = (width - lengths)[:, None].astype(np.int32)
     tokens = np.stack([np.pad(np.asarray(p, np.int32), (width - len(p), 0)) for p in prompts])
     real = order >= offset
     index = Index(jnp.asarray(order), jnp.asarray(np.maximum(order - offset, 0)), jnp.asarray(real.astype(np.int32)))
-    cache = empty_cache(arch, arrays, len(prompts), width + max_new_tokens, chunk)
-    for start in range(0, width, chunk):
-        part = jnp.asarray(tokens[:, start : start + chunk])
-        hidden, cache = extend(params, arrays, arch, cache, part, index.slice(start, chunk), start)
-    token = _best(params, hidden[:, -1], arch)
-    out = [token]
-    for step in range(max_new_tokens - 1):
-        row = jnp.full((len(prompts), 1), width + step, jnp.int32)
-        here = Index(row, row - jnp.asarray(offset), jnp.ones_like(row))
-        hidden, cache = extend(params, arrays, arch, cache, token[:, None], here, width + step)
-        token = _best(params, hidden[:, -1], arch)
-        out.append(token)
-    return np.stack([np.asarray(token) for token in out], axis=1)
+    return _Rows(tokens, index, offset, chunk)
 
 
 def _round_up(x: int, multiple: int) -> int:
     return -(-x // multiple) * multiple
 
 
-@functools.partial(jax.jit, static_argnames=("arch",))
-def _best(params: Tree, hidden: jax.Array, arch: Architecture) -> jax.Array:
-    best = jnp.argmax(logits(params, hidden, arch.config), axis=-1).astype(jnp.int32)
+class _Collected:
+    """The tokens of each row until it has ended, as they come."""
+
+    def __init__(self, rows: int, stop_ids: Sequence[int], on_token: OnToken | None):
+        self.tokens: list[list[int]] = [[] for _ in range(rows)]
+        self.ended, self.steps = np.zeros(rows, bool), 0
+        self._stop_ids, self._on_token = stop_ids, on_token
+
+    @property
+    def live(self) -> bool:
+        return not self.ended.all()
+
+    def add(self, block: np.ndarray) -> None:
+        """Tokens `[B, steps]`; those behind the end of a row are dropped."""
+        for column in block.T:
+            if not self.live:
+                return
+            new = {row: int(token) for row, token in enumerate(column) if not self.ended[row]}
+            for row, token in new.items():
+                self.tokens[row].append(token)
+                self.ended[row] = token in self._stop_ids
+            if self._on_token is not None:
+                for row in self._on_token(self.steps, new) or ():
+                    self.ended[row] = True
+            self.steps += 1
+
+
+class _Clock:
+    """Seconds of what follows one another, those of setting up apart where anybody wants to know."""
+
+    def __init__(self, wanted: bool):
+        self._wanted, self._since = wanted, time.perf_counter()
+        self._compiled: set[Callable] = set()
+        self.setup, self.laps = 0.0, []
+
+    def begin(self, *awaited: Tree) -> None:
+        """All before this was setting up."""
+        if self._wanted:
+            jax.block_until_ready(awaited)
+            self.lap()
+            self.setup = self.laps.pop()
+
+    def run(self, step: Callable, *args) -> tuple | jax.Array:
+        """`step(*args)`; the shapes of a function's arguments are the same at each call."""
+        if self._wanted and step not in self._compiled:
+            jax.block_until_ready(args)
+            start = time.perf_counter()
+            # The call finds what is compiled here.
+            step.lower(*args).compile()
+            self._compiled.add(step)
+            seconds = time.perf_counter() - start
+            self.setup += seconds
+            self._since += seconds
+        return step(*args)
+
+    def lap(self) -> None:
+        """The seconds since the last lap."""
+        now = time.perf_counter()
+        self.laps.append(now - self._since)
+        self._since = now
+
+
+@functools.partial(jax.jit, static_argnames=("arch", "stacked"))
+def _prepare(params: Tree, arch: Architecture, stacked: bool) -> Tree:
+    """Weights as every step wants them: in the compute dtype, on a CPU one array a layer."""
+    params = cast_params(params, arch.config)
+    return params if stacked else unstack(params)
+
+
+@functools.partial(jax.jit, static_argnames=("arch", "form"))
+def _first(params: Tree, hidden: jax.Array, arch: Architecture, numbers: Tree, form: SamplingForm) -> jax.Array:
+    return _next(params, hidden, arch, numbers, form, 0)
+
+
+def _next(
+    params: Tree, hidden: jax.Array, arch: Architecture, numbers: Tree, form: SamplingForm, step: jax.Array | int
+) -> jax.Array:
+    """On every device of every host: all of them go on from it."""
+    return _everywhere(draw(logits(params, hidden[:, -1], arch.config), form, numbers, step))
+
+
+def _everywhere(x: jax.Array) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
-        return best
-    # On every device of every host: all of them go on from it.
-    return jax.lax.with_sharding_constraint(best, PartitionSpec())
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec())
+
+
+@functools.partial(jax.jit, static_argnames=("arch", "form"), donate_argnames=("cache",))
+def _decode(
+    params: Tree, arrays: Tree, arch: Architecture, cache: Cache, token: jax.Array, ended: jax.Array, stop_ids: jax.Array,
+    offset: jax.Array, number: jax.Array, step: jax.Array, limit: jax.Array, numbers: Tree, form: SamplingForm,
+) -> tuple:  # fmt: skip
+    """Up to `limit` tokens behind `token` `[B]`, which is number `number` of its row; fewer when all rows have ended.
+
+    `step` tokens of each row were drawn before. Gives (tokens `[B, BLOCK]`, how many of them, the last, cache).
+    """
+
+    def turn(carry: tuple) -> tuple:
+        i, token, ended, out, cache = carry
+        row = jnp.full(offset.shape, number + i, jnp.int32)
+        here = Index(row, row - offset, jnp.ones_like(row))
+        hidden, cache = _extend(params, arrays, arch, cache, token[:, None], here, number + i, 0)
+        token = _next(params, hidden, arch, numbers, form, step + i)
+        ended = ended | jnp.any(token[:, None] == stop_ids[None], axis=1)
+        return i + 1, token, ended, jax.lax.dynamic_update_slice_in_dim(out, token[:, None], i, axis=1), cache
+
+    def more(carry: tuple) -> jax.Array:
+        i, _, ended, _, _ = carry
+        return (i < limit) & ~jnp.all(ended)
+
+    out = jnp.zeros((len(token), BLOCK), jnp.int32)
+    i, token, _, out, cache = jax.lax.while_loop(more, turn, (jnp.int32(0), token, ended, out, cache))
+    return _everywhere(out), i, token, cache

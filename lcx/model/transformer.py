@@ -103,7 +103,9 @@ def cast_params(params: Tree, config: ModelConfig) -> Tree:
         low["positions"] = params["positions"]
     # So does the router, whose rounding would send tokens to other experts (2101.03961, section 2.4).
     if config.num_experts is not None:
-        low["layers"]["mlp"]["router"] = params["layers"]["mlp"]["router"]
+        trees = (low["layers"], params["layers"])
+        for ours, given in zip(*trees, strict=True) if isinstance(params["layers"], tuple) else [trees]:
+            ours["mlp"]["router"] = given["mlp"]["router"]
     return low
 
 
@@ -143,9 +145,15 @@ def layers(
 ) -> tuple[jax.Array, Tree, jax.Array | None]:
     """Run all layers over `x` `[B, T, D]`: a scan over whole periods of the pattern, the rest unrolled.
 
-    `state` goes through `attend_` from layer to layer, as a carry of the scan: what changes in it is written in place. Also
-    gives the sum over layers of the load-balancing loss over the tokens marked in `real` `[B, T]`; None without them.
+    `state` goes through `attend_` from layer to layer, as a carry of the scan: what changes in it is written in place. Layers that
+    come one tree each (`unstack`), for decoding, are unrolled. Also gives the sum over layers of the load-balancing loss over the
+    tokens marked in `real` `[B, T]`; None without them.
     """
+    if isinstance(stacked, tuple):
+        kinds = config.layer_kinds
+        for i, (kind, layer) in enumerate(zip(kinds, stacked, strict=True)):
+            x, state, _ = block(layer, x, config, functools.partial(attend_, kind, kinds[:i].count(kind), layer, state))
+        return x, state, None
     period = len(config.pattern)
     whole = config.num_layers // period
     policy = config.remat if config.remat != "auto" else "attention" if x.shape[1] >= LONG else "none"
@@ -165,6 +173,16 @@ def layers(
         rest = jax.tree.map(functools.partial(_slice, start=start, size=len(kinds)), stacked)
         carry = step(carry, (rest, start // period), kinds=kinds)
     return carry
+
+
+def unstack(params: Tree) -> Tree:
+    """Parameters whose layers are a tuple of one tree each: arrays of their own instead of slices of `[L, ...]`.
+
+    For programs that read every weight for a few tokens. XLA's CPU backend copies a slice before it multiplies by it, which takes
+    several times longer than the product.
+    """
+    count = jax.tree.leaves(params["layers"])[0].shape[0]
+    return {**params, "layers": tuple(jax.tree.map(lambda w, i=i: w[i], params["layers"]) for i in range(count))}
 
 
 def _slice(w: jax.Array, *, start: int, size: int) -> jax.Array:

@@ -30,6 +30,13 @@ def test_choice_depends_on_size_and_says_so():
     assert resolve(spec(kernel="blockwise"), 64, 64, "cpu").kernel == "blockwise"
 
 
+def test_single_queries_read_a_cache_as_it_lies_on_a_cpu():
+    assert resolve(spec(), 1, 4096, "cpu", heads=8, kv_heads=2).kernel == "flat"
+    assert resolve(spec(), 1, 4096, "cpu", heads=8, kv_heads=2, tensor=2).kernel == "dense"
+    assert resolve(spec(), 2, 4096, "cpu", heads=8, kv_heads=2).kernel == "dense"
+    assert resolve(spec(), 1, 4096, "gpu", heads=8, kv_heads=2).kernel == "dense"
+
+
 def test_flash_serves_tpus_and_no_bias_but_alibi():
     sizes = {"heads": 32, "kv_heads": 8}
     plain = resolve(spec(), 16384, 16384, "tpu", **sizes)

@@ -1,4 +1,4 @@
-"""The pairwise covering array of blockwise against dense; `full_product.py` runs all of it."""
+"""The pairwise covering array of blockwise and flat against dense; `full_product.py` runs all of it."""
 
 import itertools
 
@@ -21,4 +21,10 @@ def test_covering_array_holds_every_pair():
 @pytest.mark.parametrize("case", ROWS, ids=lambda case: "-".join(str(value) for value in case.values()))
 def test_blockwise_equals_dense(case):
     found = errors(case, optimize=False)
+    assert within(found), found
+
+
+@pytest.mark.parametrize("case", ROWS, ids=lambda case: "-".join(str(value) for value in case.values()))
+def test_flat_equals_dense(case):
+    found = errors(case, optimize=False, kernel="flat")
     assert within(found), found

@@ -28,6 +28,8 @@ CASES = [
     (8, 4, 8, "t5", "prefix", "dense", 2, "padding"),
     (8, 1, 16, "alibi", "window", "flash", 2, "packed"),
     (8, 8, 1, "nope", "causal", "blockwise", 2, "shared"),
+    (2, 1, 1, "self_extend", "window", "flat", 2, "packed"),
+    (8, 2, 1, "t5", "causal", "flat", 1, "padding"),
 ]
 
 

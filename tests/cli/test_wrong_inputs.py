@@ -50,6 +50,9 @@ FILES = {
     "escape.jinja": "{{ ''.__class__.__mro__ }}",
     "endless.jinja": "{% for i in range(10**9) %}x{% endfor %}",
     "enormous.jinja": "{{ 'x' * 10**10 }}",
+    "prompts.jsonl": '{"prompt": "one"}\n{"promt": "two"}\n',
+    "broken.jsonl": '{"prompt": \n',
+    "none.jsonl": "\n",
     "lama/config.json": '{"model_type": "lama"}',
     "empty_llama/config.json": LLAMA,
     "pickled/config.json": LLAMA,
@@ -59,6 +62,7 @@ FILES = {
 
 TRAIN = "train --config={config} --workdir={new} "
 CHAT = TRAIN + "--config.data.parts.text.source.kind=chat --config.data.parts.text.source.path={tmp}/chats.jsonl "
+GENERATE = "generate --checkpoint={run} "
 TEMPLATE = CHAT + "--config.data.chat_template={tmp}/"
 
 # What is typed -> what the answer has to name.
@@ -163,6 +167,31 @@ WRONG = {
     "eval --checkpoint={run} --lengths=64 --positions=t5": "positions='t5' learns table, which the checkpoint does not hold",
     "eval --checkpoint={run} --lengths=64 --positions=yarm": "'yarm' is not known; did you mean 'yarn'",
     "eval --checkpoint={run} --lengths=64 --positions=yarn:factor=big": "factor='big'",
+    # generation
+    "generate --prompt=a": "--checkpoint is missing; name a run's workdir",
+    "generate --checkpoint={run}": "there is no prompt; give --prompt=TEXT or --prompt_file=FILE",
+    "generate --checkpoint={run} a": "an argument too many, 'a'; prompts are given as --prompt=TEXT",
+    "generate --checkpoint={tmp}/nowhere --prompt=a": "nowhere is no folder; name a run's workdir",
+    "generate --checkpoint={run} --prompt=a --stage=lnger": "has no stage 'lnger'; it has base, longer",
+    GENERATE + "--prompt=": "prompt 1 is empty; write at least one character",
+    GENERATE + "--prompt_file={tmp}/empty.txt": "prompt 1 is empty; write at least one character",
+    GENERATE + "--prompt_file={tmp}/missing.txt": "missing.txt is no file; name a text file",
+    GENERATE + "--prompt_file={tmp}/latin.txt": "latin.txt is not UTF-8 text (byte 1 is 0xe9); convert it",
+    GENERATE + "--prompt_file={tmp}/prompts.jsonl": "prompts.jsonl, line 2 has no text under 'prompt'; write lines such as",
+    GENERATE + "--prompt_file={tmp}/broken.jsonl": "broken.jsonl, line 1 is not JSON (",
+    GENERATE + "--prompt_file={tmp}/none.jsonl": "there is no prompt; give",
+    GENERATE + "--prompt=a --temperature=-1": "temperature=-1.0 must be a number of at least 0",
+    GENERATE + "--prompt=a --temperature=hot": "--temperature=hot is not taken; it takes a number",
+    GENERATE + "--prompt=a --top_p=0": "top_p=0.0 must be above 0 and at most 1",
+    GENERATE + "--prompt=a --top_p=1.5": "top_p=1.5 must be above 0 and at most 1",
+    GENERATE + "--prompt=a --top_k=0": "top_k=0 must be above 0",
+    GENERATE + "--prompt=a --seed=-1": "seed=-1 must be from 0 to",
+    GENERATE + "--prompt=a --max_new_tokens=0": "max_new_tokens=0 must be at least 1",
+    GENERATE + "--prompt=a --chunk=0": "chunk=0 must be at least 1",
+    GENERATE + "--prompt=a --stop=": "a stop string is empty; leave it out",
+    GENERATE + "--prompt=a --positions=yarm": "'yarm' is not known; did you mean 'yarn'",
+    GENERATE + "--prompt=a --context=3": "fix 3 devices, which do not divide the 8 that are present",
+    GENERATE + "--prompt=a --context=0": "mesh.context=0 must be a positive size",
     "report": "--workdir is missing; name the folder of a run",
     "report --workdir={tmp}": "holds no metrics.jsonl and no eval/*.json; train or evaluate there first",
     "sweep --config={config} --workdir={new}": "tiny.py has no get_sweep(); take a file of configs/sweeps, or add it",
@@ -220,6 +249,7 @@ def places(tmp_path, run):
     for name, text in FILES.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
+    (tmp_path / "latin.txt").write_bytes("café"[2:].encode("latin-1"))
     return {"config": CONFIG, "tmp": tmp_path, "run": run, "new": tmp_path / "new"}
 
 

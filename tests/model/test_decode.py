@@ -1,4 +1,4 @@
-"""Generation with a cache equals taking the argmax of the whole forward pass again and again."""
+"""Generation with a cache equals taking the argmax of the whole forward pass again and again; draws, ends and what it is told."""
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +7,12 @@ import pytest
 
 from lcx.core.batch import Batch, Index
 from lcx.core.errors import UserError
+from lcx.model.cache import empty_cache
 from lcx.model.config import ModelConfig, lay_out
-from lcx.model.decode import empty_cache, extend, generate
+from lcx.model.decode import _decode, extend, generate
 from lcx.model.loss import logits
-from lcx.model.transformer import hidden
+from lcx.model.sampling import Sampling
+from lcx.model.transformer import hidden, unstack
 from lcx.positions.schemes import parse
 from tests.model.test_transformer import build
 
@@ -45,6 +47,77 @@ def test_generation_equals_the_whole_forward_pass(scheme, chunk):
     got = generate(params, arrays, arch, PROMPTS, NEW, chunk=chunk)
     want = [by_hand(params, arrays, arch, prompt) for prompt in PROMPTS]
     np.testing.assert_array_equal(got, want)
+
+
+@pytest.fixture(scope="module")
+def model():
+    params, arrays, arch = build(CONFIG, {"default": "rope:theta=500"}, length=64)
+    params["embed"]["embedding"] = params["embed"]["embedding"] * 4
+    return params, arrays, arch
+
+
+DRAWN = Sampling(1.2, top_k=50, seed=1)
+LONG = 21
+"""More than two blocks."""
+
+
+def test_a_row_draws_the_same_in_any_company_and_chunks(model):
+    together = generate(*model, PROMPTS, LONG, sampling=DRAWN)
+    np.testing.assert_array_equal(generate(*model, PROMPTS[:1], LONG, sampling=DRAWN)[0], together[0])
+    np.testing.assert_array_equal(generate(*model, PROMPTS, LONG, sampling=DRAWN, chunk=5), together)
+    other = generate(*model, PROMPTS, LONG, sampling=Sampling(1.2, top_k=50, seed=2))
+    assert not np.array_equal(together, other)
+
+
+def test_rows_end_behind_stop_ids_and_where_they_are_told_to(model):
+    whole = generate(*model, PROMPTS, LONG, sampling=DRAWN)
+    stop = int(whole[0][10])
+    wanted = [row[: list(row).index(stop) + 1] if stop in row else row for row in whole]
+    assert len(wanted[0]) <= 11
+    heard, steps = {0: [], 1: []}, []
+
+    def on_token(step, new):
+        steps.append(step)
+        for row, token in new.items():
+            heard[row].append(token)
+
+    found = generate(*model, PROMPTS, LONG, sampling=DRAWN, stop_ids=[stop, 300], on_token=on_token)
+    for row in range(2):
+        np.testing.assert_array_equal(found[row], wanted[row])
+        np.testing.assert_array_equal(heard[row], wanted[row])
+    assert steps == list(range(max(map(len, wanted))))
+    # Both rows are ended by the caller, in the middle of a block.
+    told = generate(
+        *model, PROMPTS, LONG, sampling=DRAWN, on_token=lambda step, new: [row for at, row in ((3, 1), (9, 0)) if at == step]
+    )
+    for row, length in ((0, 10), (1, 4)):
+        np.testing.assert_array_equal(told[row], whole[row][:length])
+
+
+def test_timings_count_every_token(model):
+    found = []
+    generate(*model, PROMPTS, 4, report=found.append)
+    (timings,) = found
+    assert (timings.rows, timings.prompt_tokens, timings.new_tokens) == (2, 20, 8)
+    assert min(timings.prefill_seconds, timings.decode_seconds, timings.setup_seconds) > 0
+    assert timings.decode_rate == pytest.approx(6 / timings.decode_seconds)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_decoding_copies_no_cache(rows):
+    """Neither weights nor cache: a step's memory is small beside both."""
+    params, arrays, arch = build(CONFIG, {"default": "rope:theta=500"}, length=4096)
+    params = jax.jit(unstack)(params)
+    cache = empty_cache(arch, arrays, rows, 4096, 512, stacked=False)
+    token, one = jnp.zeros(rows, jnp.int32), jnp.int32(1)
+    chosen = Sampling()
+    step = _decode.lower(
+        params, arrays, arch, cache, token, token > 0, token[:1], token[:, None], one, one, one, chosen.numbers, chosen.form
+    )
+    memory = step.compile(compiler_options={"xla_backend_optimization_level": 3}).memory_analysis()
+    assert memory.alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves(cache)), "the cache is not written in place"
+    # The float32 logits of all heads, a few times; keys and values of a layer are eight times as much.
+    assert memory.temp_size_in_bytes < 6 * rows * 4096 * CONFIG.num_heads * 4
 
 
 def test_a_cache_of_other_frequencies_is_refused():

@@ -1,0 +1,55 @@
+"""The lcx side of the benchmark of generation."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from decode_side import MODEL, NORM_EPS, THETA, Generate, prompts, serve, weights
+
+from lcx.core.trees import Tree
+from lcx.model.config import ModelConfig, lay_out
+from lcx.model.decode import generate
+from lcx.positions.rotary import Rope
+
+
+def params() -> Tree:
+    """The weights as lcx stores them."""
+    w = {name: jnp.asarray(x) for name, x in weights().items()}
+    L, D, N, K, H = (MODEL[name] for name in ("num_layers", "model_dim", "num_heads", "num_kv_heads", "head_dim"))
+    heads = {"query": (L, D, N, H), "key": (L, D, K, H), "value": (L, D, K, H), "out": (L, N, H, D)}
+    norm = {"scale": jnp.ones((L, D))}
+    return {
+        "embed": {"embedding": w["embedding"]},
+        "layers": {
+            "attention": {name: {"kernel": w[name].reshape(shape)} for name, shape in heads.items()},
+            "mlp": {name: {"kernel": w[name]} for name in ("up", "gate", "down")},
+            "pre_attention_norm": norm,
+            "pre_mlp_norm": norm,
+        },
+        "final_norm": {"scale": jnp.ones(D)},
+        "head": {"kernel": w["head"]},
+    }
+
+
+def build(rows: int, length: int, new: int) -> tuple[Generate, dict[str, Any]]:
+    """`lcx.model.decode.generate`, as `lcx generate` calls it."""
+    arch, arrays = lay_out(ModelConfig(**MODEL, norm_eps=NORM_EPS), {"global": Rope(theta=THETA)}, length + new)
+    made, asked = params(), list(prompts(rows, length))
+
+    def run(count: int) -> list[list[int]]:
+        # The same room whatever the count: one program serves the warm-up and both parts of a round.
+        def stop(step: int, found: dict[int, int]) -> list[int]:
+            return list(found) if step + 1 >= count else []
+
+        return [row.tolist() for row in generate(made, arrays, arch, asked, new, on_token=stop)]
+
+    size = sum(np.size(x) for x in jax.tree.leaves(made))
+    return run, {"parameters": size, "versions": {name: version(name) for name in ("jax", "jaxlib")}}
+
+
+if __name__ == "__main__":
+    serve(build)

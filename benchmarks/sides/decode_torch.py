@@ -1,0 +1,61 @@
+"""The peer in the benchmark of generation: transformers' `generate` with its default cache and attention. Needs no lcx or jax."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from decode_side import MODEL, NORM_EPS, THETA, Generate, prompts, serve, weights
+from side import cores
+
+NAMES = {
+    "query": "self_attn.q_proj", "key": "self_attn.k_proj", "value": "self_attn.v_proj", "out": "self_attn.o_proj",
+    "up": "mlp.up_proj", "gate": "mlp.gate_proj", "down": "mlp.down_proj",
+}  # fmt: skip
+
+
+def model(length: int) -> torch.nn.Module:
+    """Llama with the shared weights."""
+    config = transformers.LlamaConfig(
+        vocab_size=MODEL["vocab_size"],
+        hidden_size=MODEL["model_dim"],
+        intermediate_size=MODEL["mlp_dim"],
+        num_hidden_layers=MODEL["num_layers"],
+        num_attention_heads=MODEL["num_heads"],
+        num_key_value_heads=MODEL["num_kv_heads"],
+        head_dim=MODEL["head_dim"],
+        max_position_embeddings=length,
+        rms_norm_eps=NORM_EPS,
+        rope_parameters={"rope_type": "default", "rope_theta": THETA},
+        tie_word_embeddings=False,
+        attn_implementation="sdpa",
+        dtype="float32",
+    )
+    made, w = transformers.LlamaForCausalLM(config).eval(), {name: torch.from_numpy(x) for name, x in weights().items()}
+    one = torch.ones(MODEL["model_dim"])
+    state = {"model.embed_tokens.weight": w["embedding"], "lm_head.weight": w["head"].T, "model.norm.weight": one}
+    for i in range(MODEL["num_layers"]):
+        state |= {f"model.layers.{i}.{path}.weight": w[name][i].T for name, path in NAMES.items()}
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            state[f"model.layers.{i}.{norm}.weight"] = one
+    made.load_state_dict(state)
+    return made
+
+
+def build(rows: int, length: int, new: int) -> tuple[Generate, dict[str, Any]]:
+    """Greedy, on all cores."""
+    torch.set_num_threads(cores())
+    made, asked = model(length + new), torch.from_numpy(prompts(rows, length)).long()
+    made.generation_config.eos_token_id, made.generation_config.pad_token_id = None, 0
+
+    @torch.inference_mode()
+    def run(count: int) -> list[list[int]]:
+        return made.generate(asked, do_sample=False, max_new_tokens=count, min_new_tokens=count)[:, length:].tolist()
+
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return run, {"parameters": sum(p.numel() for p in made.parameters()), "versions": versions}
+
+
+if __name__ == "__main__":
+    serve(build)

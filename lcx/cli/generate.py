@@ -1,0 +1,95 @@
+"""Continue prompts with a checkpoint, under its own or any other scheme. The text of a single prompt is written as it comes.
+
+lcx generate --checkpoint=runs/quickstart --prompt='def main(' --max_new_tokens=64 --temperature=0.8 --top_p=0.95
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from absl import flags
+
+from lcx.core.console import say
+from lcx.core.errors import UserError
+from lcx.core.mesh import MeshConfig, make_mesh
+from lcx.data import tokenizers
+from lcx.model.config import schemes_of
+from lcx.model.decode import Timings
+from lcx.model.sampling import Sampling
+from lcx.research.generation import Completion, generate_text, read_prompts
+from lcx.training.checkpoints import load_params
+
+
+def define(values: flags.FlagValues) -> None:
+    """The command's flags."""
+    flags.DEFINE_string("checkpoint", None, "a run's workdir, or one of its checkpoint folders", flag_values=values)
+    flags.DEFINE_string("stage", None, "take the weights at the end of this stage (default: the newest)", flag_values=values)
+    flags.DEFINE_multi_string("prompt", [], "text to continue; may be repeated", flag_values=values)
+    flags.DEFINE_multi_string(
+        "prompt_file", [], "a text file, one prompt as it stands; or .jsonl with a 'prompt' in each line", flag_values=values
+    )
+    flags.DEFINE_integer("max_new_tokens", 128, "most tokens after each prompt", flag_values=values)
+    flags.DEFINE_float("temperature", 0.0, "0 takes the most likely token", flag_values=values)
+    flags.DEFINE_integer("top_k", None, "draw among the k most likely tokens (default: all)", flag_values=values)
+    flags.DEFINE_float("top_p", 1.0, "draw among the most likely tokens of this share together", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "of the draws", flag_values=values)
+    flags.DEFINE_multi_string("stop", [], "text to stop before, as in --stop=$'\\n'; may be repeated", flag_values=values)
+    flags.DEFINE_integer("chunk", None, "prompt tokens that are read at a time (default: 512)", flag_values=values)
+    flags.DEFINE_string("positions", "none", "a scheme to try zero-shot, such as yarn:factor=16", flag_values=values)
+    flags.DEFINE_integer("context", 1, "devices that share the tokens of a row", flag_values=values)
+    flags.DEFINE_integer("tensor", 1, "devices that share the heads", flag_values=values)
+
+
+def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
+    """Generate."""
+    if rest:
+        raise UserError(f"there is an argument too many, {rest[0]!r}; prompts are given as --prompt=TEXT")
+    if values.checkpoint is None:
+        raise UserError("--checkpoint is missing; name a run's workdir")
+    prompts = [*values.prompt, *(prompt for path in values.prompt_file for prompt in read_prompts(path))]
+    if not prompts:
+        raise UserError("there is no prompt; give --prompt=TEXT or --prompt_file=FILE")
+    sampling = Sampling(values.temperature, values.top_k, values.top_p, values.seed)
+    # One device, unless a mesh is asked for: then all of them.
+    alone = values.context == values.tensor == 1
+    mesh = None if alone else make_mesh(MeshConfig(context=values.context, tensor=values.tensor))
+    loaded = load_params(values.checkpoint, stage=values.stage, mesh=mesh)
+    single = len(prompts) == 1
+    figures: list[Timings] = []
+    generate_text(
+        loaded.params,
+        loaded.run.model,
+        schemes_of(loaded.run.model, loaded.schemes),
+        tokenizers.load(loaded.run.data.tokenizer),
+        prompts,
+        values.max_new_tokens,
+        trained=loaded.meta.length,
+        positions=values.positions,
+        sampling=sampling,
+        stop=values.stop,
+        chunk=values.chunk,
+        on_text=_write if single else None,
+        on_end=None if single else _show,
+        report=figures.append,
+    )
+    if single:
+        _write(0, "\n")
+    say(_line(figures[0]))
+
+
+def _write(row: int, piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+def _show(row: int, completion: Completion) -> None:
+    say(f"prompt {row + 1}, {len(completion.tokens):,} new tokens, ended by {completion.ended}:\n{completion.text}\n")
+
+
+def _line(figures: Timings) -> str:
+    decode = "" if figures.decode_rate is None else f", decode {figures.decode_rate:,.1f} tokens/s"
+    return (
+        f"{figures.prompt_tokens:,} prompt tokens, {figures.new_tokens:,} new; prefill {figures.prefill_rate:,.0f} tokens/s"
+        f"{decode} (without {figures.setup_seconds:.1f} s of compiling and laying out)"
+    )

@@ -1,0 +1,134 @@
+"""From logits to the next token: greedy, temperature, top-k, top-p.
+
+Legend: B batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lcx.core.config import positive
+from lcx.core.errors import UserError
+from lcx.core.trees import Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingForm:
+    """The static side of a `Sampling`: all that a compiled program depends on."""
+
+    greedy: bool
+    top_k: int | None
+    nucleus: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; the default is the most likely one.
+
+    Logits are divided by `temperature` (0: the most likely token, whatever else is set), then all below the `top_k` largest are
+    left out (None: none), then the least likely whose probabilities add up to at most 1 - `top_p`. Equal to the processors of
+    transformers in that order; of equally likely tokens at the border of `top_p` as many stay, those of higher ids. Raises
+    `UserError` for values out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature={self.temperature!r} must be a number of at least 0; 0 takes the most likely token")
+        positive("sampling", top_k=self.top_k)
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p={self.top_p!r} must be above 0 and at most 1; 1 leaves nothing out")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed={self.seed} must be from 0 to {2**32 - 1}")
+
+    @property
+    def form(self) -> SamplingForm:
+        """What a program is compiled for; other temperatures, shares and seeds compile nothing again."""
+        greedy = self.temperature == 0
+        return SamplingForm(greedy, None if greedy else self.top_k, not greedy and self.top_p < 1)
+
+    @property
+    def numbers(self) -> Tree:
+        """The rest of it, scalars."""
+        return {
+            "temperature": np.float32(self.temperature or 1.0),
+            "top_p": np.float32(self.top_p),
+            "seed": np.uint32(self.seed),
+        }
+
+
+GREEDY = Sampling()
+
+
+def draw(logits_BV: jax.Array, form: SamplingForm, numbers: Tree, step: jax.Array | int) -> jax.Array:
+    """The next token of each row, int32 `[B]`, from float32 logits; for use inside `jax.jit`.
+
+    The noise depends on seed, number of the row and `step` (tokens drawn before) alone: neither on the other rows nor on the mesh.
+    """
+    if form.greedy:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    # Another default generator may draw otherwise under vmap.
+    key = jax.random.key(numbers["seed"], impl="threefry2x32")
+
+    def noise(row: jax.Array) -> jax.Array:
+        return jax.random.gumbel(jax.random.fold_in(jax.random.fold_in(key, row), step), logits_BV.shape[1:], jnp.float32)
+
+    rows = jax.vmap(noise)(jnp.arange(logits_BV.shape[0], dtype=jnp.uint32))
+    return jnp.argmax(warp(logits_BV, form, numbers) + rows, axis=-1).astype(jnp.int32)
+
+
+def warp(logits_BV: jax.Array, form: SamplingForm, numbers: Tree) -> jax.Array:
+    """The logits `[B, V]` that are drawn from, float32: divided by the temperature, minus infinity where a token is left out."""
+    x = logits_BV.astype(jnp.float32) / numbers["temperature"]
+    if form.top_k is not None and form.top_k < x.shape[-1]:
+        ranks = _ranks(x)
+        least = _largest(lambda rank: _count(ranks >= rank) >= form.top_k, len(x))
+        x = jnp.where(ranks < least, -jnp.inf, x)
+    return _nucleus(x, numbers["top_p"]) if form.nucleus else x
+
+
+def _nucleus(x: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Of equal tokens at the border those of lower ids go first, as from a stable sort."""
+    ranks, p, most = _ranks(x), jax.nn.softmax(x, axis=-1), 1 - top_p
+
+    def below(rank: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(ranks < rank, p, 0.0), axis=-1, keepdims=True)
+
+    border = _largest(lambda rank: below(rank) <= most, len(x))
+    equal = ranks == border
+    nth = jnp.cumsum(equal, axis=-1)
+    goes = equal & (below(border) + nth * p <= most) & (nth < _count(equal))
+    return jnp.where((ranks < border) | goes, -jnp.inf, x)
+
+
+def _ranks(x: jax.Array) -> jax.Array:
+    """uint32 in the order of the float32 `x`."""
+    bits = jax.lax.bitcast_convert_type(x + 0.0, jnp.uint32)  # without minus zero, which is no less than zero
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _largest(holds: Callable[[jax.Array], jax.Array], rows: int) -> jax.Array:
+    """The largest rank, uint32 `[B, 1]`, for which `holds` is true, as it is for all below; bit by bit.
+
+    Thirty-two passes over the vocabulary: a sort takes fifty times longer on a CPU.
+    """
+
+    def bit(i: jax.Array, found: jax.Array) -> jax.Array:
+        tried = found | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+        return jnp.where(holds(tried), tried, found)
+
+    return jax.lax.fori_loop(0, 32, bit, jnp.zeros((rows, 1), jnp.uint32))
+
+
+def _count(x: jax.Array) -> jax.Array:
+    return jnp.sum(x, axis=-1, keepdims=True, dtype=jnp.int32)

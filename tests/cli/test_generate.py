@@ -1,0 +1,54 @@
+"""`lcx generate` through the real command line: text, labels, figures, and the same tokens on a mesh."""
+
+import json
+import re
+
+import pytest
+
+from lcx.cli.main import main
+from tests.cli.test_wrong_inputs import CONFIG
+
+SPEEDS = r"prefill [\d,]+ tokens/s, decode [\d,.]+ tokens/s \(without [\d.]+ s of compiling and laying out\)"
+FIGURES = rf"\d+ prompt tokens, \d+ new; {SPEEDS}"
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("generate") / "run"
+    main(["train", f"--config={CONFIG}", f"--workdir={folder}"])
+    return folder
+
+
+@pytest.fixture
+def lcx(workdir, capsys):
+    def run(*words):
+        main(["generate", f"--checkpoint={workdir}", *words])
+        return capsys.readouterr()
+
+    return run
+
+
+def test_one_prompt_is_written_as_it_comes(lcx):
+    *text, figures = lcx("--prompt=def f(x):", "--max_new_tokens=20").out.splitlines()
+    assert re.fullmatch(FIGURES, figures) and "9 prompt tokens, 20 new" in figures
+    assert "\n".join(text)
+
+
+def test_several_prompts_are_labelled_and_seeds_repeat(lcx, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in ("import os", "class A")))
+    words = (f"--prompt_file={file}", "--prompt=x = 1", "--max_new_tokens=12", "--temperature=1", "--top_k=40", "--seed=5")
+    once, again = (lcx(*words).out for _ in range(2))
+    assert all(f"prompt {i}, 12 new tokens, ended by length:" in once for i in (1, 2, 3))
+    assert once.rpartition("\n\n")[0] == again.rpartition("\n\n")[0]
+    assert "21 prompt tokens, 36 new" in once
+
+
+def test_a_mesh_gives_the_same_text(lcx):
+    words = ("--prompt=import collections as c", "--max_new_tokens=10", "--temperature=1")
+    alone, split = (lcx(*words, *more).out.splitlines()[:-1] for more in ((), ("--context=2", "--tensor=2", "--chunk=8")))
+    assert alone == split
+
+
+def test_more_than_was_trained_is_remarked(lcx):
+    assert "are 133, and the weights were trained up to 128" in lcx("--prompt=" + "y" * 130, "--max_new_tokens=3").err
