@@ -11,8 +11,10 @@ one of its experts.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import jax
@@ -229,15 +231,22 @@ def _ragged(params: Tree, x: jax.Array, weights: jax.Array, experts: jax.Array, 
 @jax.custom_vjp
 def _grouped(rows: jax.Array, kernels: jax.Array, sizes: jax.Array) -> jax.Array:
     """Rows `[R, ins]` times the kernel `[E, ins, outs]` of their group. Rows behind the last group may hold anything."""
-    return jax.lax.ragged_dot(rows, kernels, sizes)
+    with _precision(rows):
+        return jax.lax.ragged_dot(rows, kernels, sizes)
+
+
+def _precision(x: jax.Array) -> AbstractContextManager:
+    """Products of bfloat16 are exact in float32; asked for more, the kernels for TPUs do not compile."""
+    return jax.default_matmul_precision("default") if x.dtype == jnp.bfloat16 else contextlib.nullcontext()
 
 
 def _grouped_backward(saved: tuple, dy: jax.Array) -> tuple:
     rows, kernels, sizes = saved
-    (d_rows,) = jax.linear_transpose(lambda rows: jax.lax.ragged_dot(rows, kernels, sizes), rows)(dy)
-    if target_platform() == "tpu":
-        return d_rows, outer_by_group(rows, dy, sizes).astype(kernels.dtype), None
-    (d_kernels,) = jax.linear_transpose(lambda kernels: jax.lax.ragged_dot(rows, kernels, sizes), kernels)(dy)
+    with _precision(rows):
+        (d_rows,) = jax.linear_transpose(lambda rows: jax.lax.ragged_dot(rows, kernels, sizes), rows)(dy)
+        if target_platform() == "tpu":
+            return d_rows, outer_by_group(rows, dy, sizes).astype(kernels.dtype), None
+        (d_kernels,) = jax.linear_transpose(lambda kernels: jax.lax.ragged_dot(rows, kernels, sizes), kernels)(dy)
     return d_rows, d_kernels, None
 
 
