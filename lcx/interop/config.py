@@ -60,7 +60,7 @@ FIELDS = {
 
 COMPUTATION = (
     "compute_dtype", "remat", "layer_unroll", "mlp_tile", "loss_tile", "attention", "context_strategy", "context_layout",
-    "router_aux_weight",
+    "router_aux_weight", "expert_matmul",
 )  # fmt: skip
 """Fields of `ModelConfig` that say how it is computed or trained, which a checkpoint does not."""
 
