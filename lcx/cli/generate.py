@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
+from lcx.cli import parse
 from lcx.core.console import say
 from lcx.core.errors import UserError
 from lcx.core.mesh import MeshConfig, make_mesh
@@ -17,13 +18,13 @@ from lcx.data import tokenizers
 from lcx.model.config import schemes_of
 from lcx.model.decode import Timings
 from lcx.model.sampling import Sampling
+from lcx.research import models
 from lcx.research.generation import Completion, generate_text, read_prompts
-from lcx.training.checkpoints import load_params
 
 
 def define(values: flags.FlagValues) -> None:
     """The command's flags."""
-    flags.DEFINE_string("checkpoint", None, "a run's workdir, or one of its checkpoint folders", flag_values=values)
+    flags.DEFINE_string("checkpoint", None, "a run's workdir or checkpoint folder, or a Hugging Face folder", flag_values=values)
     flags.DEFINE_string("stage", None, "take the weights at the end of this stage (default: the newest)", flag_values=values)
     flags.DEFINE_multi_string("prompt", [], "text to continue; may be repeated", flag_values=values)
     flags.DEFINE_multi_string(
@@ -37,6 +38,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_multi_string("stop", [], "text to stop before, as in --stop=$'\\n'; may be repeated", flag_values=values)
     flags.DEFINE_integer("chunk", None, "prompt tokens that are read at a time (default: 512)", flag_values=values)
     flags.DEFINE_string("positions", "none", "a scheme to try zero-shot, such as yarn:factor=16", flag_values=values)
+    flags.DEFINE_string("dtype", "float32", f"of the weights: {', '.join(models.DTYPES)}", flag_values=values)
     flags.DEFINE_integer("context", 1, "devices that share the tokens of a row", flag_values=values)
     flags.DEFINE_integer("tensor", 1, "devices that share the heads", flag_values=values)
 
@@ -45,8 +47,7 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     """Generate."""
     if rest:
         raise UserError(f"there is an argument too many, {rest[0]!r}; prompts are given as --prompt=TEXT")
-    if values.checkpoint is None:
-        raise UserError("--checkpoint is missing; name a run's workdir")
+    checkpoint = parse.needed(values, "checkpoint", "name a run's workdir, or a Hugging Face folder")
     prompts = [*values.prompt, *(prompt for path in values.prompt_file for prompt in read_prompts(path))]
     if not prompts:
         raise UserError("there is no prompt; give --prompt=TEXT or --prompt_file=FILE")
@@ -54,7 +55,7 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     # One device, unless a mesh is asked for: then all of them.
     alone = values.context == values.tensor == 1
     mesh = None if alone else make_mesh(MeshConfig(context=values.context, tensor=values.tensor))
-    loaded = load_params(values.checkpoint, stage=values.stage, mesh=mesh)
+    loaded = models.load(checkpoint, stage=values.stage, mesh=mesh, dtype=values.dtype)
     single = len(prompts) == 1
     figures: list[Timings] = []
     generate_text(

@@ -16,6 +16,7 @@ from lcx.core.console import warn
 from lcx.core.errors import UserError
 from lcx.core.mesh import mesh_of
 from lcx.core.trees import Tree
+from lcx.data import tokenizers
 from lcx.data.tokenizers import Tokenizer
 from lcx.evals.zero_shot import at_length, check, refuse_learned
 from lcx.model.config import ModelConfig, lay_out
@@ -116,7 +117,7 @@ def generate_text(
 
 
 def _encode(tokenizer: Tokenizer, prompt: str, number: int) -> np.ndarray:
-    tokens = tokenizer.encode(prompt)
+    tokens = tokenizers.prompt(tokenizer, prompt)
     if not len(tokens):
         raise UserError(f"prompt {number + 1} is empty; write at least one character")
     return tokens if tokenizer.bos_id is None else np.concatenate([[tokenizer.bos_id], tokens]).astype(np.int32)
