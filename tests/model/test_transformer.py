@@ -13,9 +13,10 @@ from lcx.core.trees import worst_error
 from lcx.model import flops
 from lcx.model.config import Architecture, ModelConfig, lay_out, schemes_of
 from lcx.model.families import FAMILIES, shrink
+from lcx.model.linear import linear
 from lcx.model.loss import loss_sums
 from lcx.model.params import specs
-from lcx.model.transformer import hidden, layers, linear
+from lcx.model.transformer import hidden, layers
 from lcx.positions.schemes import with_theta
 
 T = 32
