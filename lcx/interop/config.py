@@ -130,19 +130,28 @@ def read(values: Mapping[str, Any], where: str = FILE) -> Described:
 
 
 def write(
-    model: ModelConfig, schemes: Mapping[str, Scheme], length: int, dtype: str, base: Mapping[str, Any] | None = None
+    model: ModelConfig,
+    schemes: Mapping[str, Scheme],
+    length: int,
+    dtype: str,
+    base: Mapping[str, Any] | None = None,
+    bos_id: int | None = None,
+    eos_id: int | None = None,
 ) -> dict[str, Any]:
     """config.json of a model with the scheme of each of its layer kinds, for rows of up to `length` tokens.
 
-    `base` is the config.json that the model came with: keys which lcx has no opinion on are kept. Rotary settings are written
-    both as `rope_parameters` and under the older keys. `dtype` is numpy's name of the weights' type. Raises `UserError` when no
-    family has all of the model's options, or Hugging Face has no such positions.
+    `base` is the config.json that the model came with: keys which lcx has no opinion on are kept. Without it, `bos_id` and
+    `eos_id` are the tokenizer's. Rotary settings are written both as `rope_parameters` and under the older keys. `dtype` is numpy's
+    name of the weights' type. Raises `UserError` when no family has all of the model's options, or Hugging Face has no such
+    positions.
     """
     schemes = {kind: _resolved(schemes[kind], model, length) for kind in model.kinds}
     wanted = Described("", model, dict(schemes), length)
+    # Where these are missing, transformers takes the ids of the family's own tokenizer, and ends texts at one of them.
+    base = base or {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": None}
     reasons = []
-    for model_type in [base["model_type"]] if base else FAMILIES:
-        values = _values(model_type, wanted, dtype, base or {})
+    for model_type in [base["model_type"]] if "model_type" in base else FAMILIES:
+        values = _values(model_type, wanted, dtype, base)
         try:
             reason = _difference(wanted, read(values))
         except UserError as error:

@@ -66,6 +66,12 @@ def beside(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.name.startswith(_BESIDE) and path.suffix in _BESIDE_ENDS)
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files beside the weights that hold a tokenizer itself."""
+    own = ("tokenizer.json", "tokenizer.model")
+    return [path for path in beside(folder) if path.name in own or path.suffix in (".model", ".tiktoken")]
+
+
 def keep(folder: Path, into: Path) -> None:
     """Copy what an export from `into` needs of a model's folder: all but the weights."""
     into.mkdir(parents=True, exist_ok=True)
@@ -83,16 +89,18 @@ def save(
     dtype: str,
     base: Path | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    bos_id: int | None = None,
+    eos_id: int | None = None,
 ) -> dict[str, Any]:
     """Write a model as a Hugging Face folder, for rows of up to `length` tokens; returns its config.json.
 
     `schemes` holds the scheme of each layer kind. `base` is the folder that the model came from, or a copy by `keep`: its
-    config.json's other keys, tokenizer, chat template and generation settings are kept. Raises `UserError` when `out` is there
-    already, and for what Hugging Face has no place for.
+    config.json's other keys, tokenizer, chat template and generation settings are kept; without it `bos_id` and `eos_id` are the
+    tokenizer's. Raises `UserError` when `out` is there already, and for what Hugging Face has no place for.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already; name a new folder, or delete it first")
-    values = configs.write(model, schemes, length, dtype, configs.values_of(base) if base else None)
+    values = configs.write(model, schemes, length, dtype, configs.values_of(base) if base else None, bos_id, eos_id)
     family = configs.read(values).family
     slots = weights.slots(specs(model, schemes, length), family, model.num_layers)
     leaves = weights.leaves_by_path(params)

@@ -102,10 +102,16 @@ def export_model(
         raise UserError(f"{out} is there already; name a new folder, or delete it first")
     loaded = load(checkpoint, step=step, stage=stage, mesh=mesh)
     model = loaded.run.model
-    values = hf.save(out, loaded.params, model, schemes_of(model, loaded.schemes), loaded.meta.length, dtype, base, max_shard_bytes)
-    tokenizer = loaded.run.data.tokenizer
-    if not hf.beside(out) and not _write_tokenizer(tokenizer, out):
-        warn(f"the tokenizer {tokenizer!r} was not exported; put its files into {out}")
+    name = loaded.run.data.tokenizer
+    tokenizer = None if base else tokenizers.load(name)
+    values = hf.save(
+        out, loaded.params, model, schemes_of(model, loaded.schemes), loaded.meta.length, dtype, base, max_shard_bytes,
+        tokenizer and tokenizer.bos_id, tokenizer and tokenizer.eos_id,
+    )  # fmt: skip
+    if tokenizer is not None:
+        _write_tokenizer(name, tokenizer, out)
+    if not hf.tokenizer_files(out):
+        warn(f"the tokenizer {name!r} was not exported; put its files into {out}")
     say(f"exported {num_elements(loaded.params):,} parameters as {dtype}, {values['architectures'][0]}, into {out}")
 
 
@@ -127,7 +133,7 @@ def _meta_of(run: RunConfig, source: HfFolder) -> Meta:
 
 def tokenizer_of(folder: Path, model: ModelConfig, where: Path) -> str:
     """The tokenizer of a folder, whose files are (or will be) in `where`."""
-    if any(path.name.startswith("tokenizer.") for path in hf.beside(folder)):
+    if hf.tokenizer_files(folder):
         return str(where)
     return {257: "bytes+eos", 258: "bytes+bos+eos"}.get(model.vocab_size, "bytes")
 
@@ -147,12 +153,10 @@ def _explain_no_folder(path: Path) -> None:
     raise UserError(f"{path}/config.json names no model_type, so it is no Hugging Face model")
 
 
-def _write_tokenizer(name: str, out: Path) -> bool:
-    """Put a run's tokenizer beside an exported model; False where that is not known how."""
-    if name.startswith("bytes"):
+def _write_tokenizer(name: str, tokenizer: tokenizers.Tokenizer, out: Path) -> None:
+    """Put a run's tokenizer beside an exported model."""
+    if tokenizer.folder is None:
         byte_tokenizer.write(out, "+bos" in name, "+eos" in name)
-        return True
-    folder = tokenizers.load(name).folder
-    for file in hf.beside(folder) if folder else ():
+        return
+    for file in hf.beside(tokenizer.folder):
         shutil.copyfile(file, out / file.name)
-    return bool(hf.beside(out))
