@@ -94,7 +94,14 @@ def test_every_family_has_a_case():
     assert {model_type for model_type, _ in CASES.values()} == set(FAMILIES)
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = (
+    "llama-linear", "llama-dynamic", "llama-longrope", "mistral-full", "qwen2-yarn-tied", "gemma2-mha", "gemma3-linear",
+    "phi3-partial", "olmo2-yarn-mha", "mixtral-window-yarn", "qwen3-moe-window-sums",
+)  # fmt: skip
+"""Second forms of families, for `make test-all`."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES])
 def test_import_and_export(name, tmp_path):
     model_type, changes = CASES[name]
     source, back = tmp_path / "source", tmp_path / "back"

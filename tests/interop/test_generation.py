@@ -25,7 +25,11 @@ def test_every_family_is_here():
     assert {CASES[name][0] for name in PLAIN} == set(FAMILIES)
 
 
-@pytest.mark.parametrize("name", PLAIN)
+QUICK = ("llama", "gemma3", "qwen3-moe")
+"""What `make test` runs; transformers takes its time over 256 tokens."""
+
+
+@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in PLAIN])
 def test_greedy_generation(name, tmp_path):
     model_type, changes = CASES[name]
     model = hf_models.make(model_type, tmp_path, **changes)
