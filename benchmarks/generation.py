@@ -4,9 +4,10 @@
     python benchmarks/generation.py --nolong         ... without the long prompt, which takes minutes
 
 One Llama of 58 million random float32 weights on both sides, greedy, on all cores; each side is a process of its own, and they take
-turns (A B A B ...). A round generates one token and then all of them: the first is the prefill, the difference is decoding. Ratios
-are medians over the pairs of turns, of seconds on the clock and of processor seconds of all threads; where other work runs beside,
-the latter are the steadier ones. Both sides have to give the same tokens. The long prompt is lcx alone, a model of two layers.
+turns (A B A B ...). A turn is one generation: up to the first token it is prefill, then decoding. Ratios are medians over the pairs
+of turns, of seconds on the clock and of processor seconds of all threads. Both sides have to give the same tokens. Beside other
+work torch's threads wait for each other by spinning, which no figure makes up for: measure on a quiet machine, or, roughly, with
+OMP_WAIT_POLICY=PASSIVE. The long prompt is lcx alone, a model of two layers.
 """
 
 from __future__ import annotations
@@ -87,17 +88,13 @@ def measure(rows: int) -> dict[str, Any]:
     result = {**case, "load_before": load, "same_tokens": same, "turns": turns, "peak_bytes": memory}
     for what, tokens in (("prefill", rows * FLAGS.length), ("decode", rows * (FLAGS.new - 1))):
         for clock, suffix in (("wall", ""), ("cpu", "_cpu")):
-            seconds = {name: [_seconds(turn, what, suffix) for turn in found] for name, found in turns.items()}
+            seconds = {name: [turn[f"{what}{suffix}"] for turn in found] for name, found in turns.items()}
             result[f"{what}_{clock}"] = {
                 **{name: tokens / statistics.median(values) for name, values in seconds.items()},
                 "ratio": statistics.median(b / a for a, b in zip(seconds["lcx"], seconds["torch"], strict=True)),
             }
     versions = {key: value for fact in facts.values() for key, value in fact["versions"].items()}
     return {**result, "versions": versions}
-
-
-def _seconds(turn: dict[str, float], what: str, suffix: str) -> float:
-    return turn[f"prefill{suffix}"] if what == "prefill" else turn[f"all{suffix}"] - turn[f"prefill{suffix}"]
 
 
 def long_prompt() -> dict[str, Any]:

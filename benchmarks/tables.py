@@ -79,12 +79,39 @@ def ways(rows: list[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
         )  # fmt: skip
 
 
+def generation(found: dict[str, Any]) -> str:
+    """A row a batch size and phase, each on both clocks."""
+    header = ("prompts x tokens + new", "phase", "clock", "lcx tok/s", "torch tok/s", "ratio")
+    rows = []
+    for result in found["results"]:
+        case = f"{result['rows']} x {result['length']:,} + {result['new']:,}"
+        for phase in ("decode", "prefill"):
+            for clock, name in (("wall", "wall"), ("cpu", "processor")):
+                speed = result[f"{phase}_{clock}"]
+                rows.append((case, phase, name, f"{speed['lcx']:,.1f}", f"{speed['torch']:,.1f}", f"{speed['ratio']:.2f}"))
+    return readme.table(header, rows)
+
+
+def long_prompt(found: dict[str, Any]) -> str:
+    """One row."""
+    long, mib = found["long"], 2**20
+    header = ("tokens", "chunk", "temporary MiB", "cache MiB", "chunk x keys MiB", "T x S MiB", "prefill tok/s", "decode tok/s")
+    sizes = (long[f"{name}_bytes"] / mib for name in ("temporary", "cache", "chunk_by_keys", "all_by_all"))
+    speeds = (long[f"{name}_tokens_per_second"] for name in ("prefill", "decode"))
+    return readme.table(
+        header, [(f"{long['length']:,}", f"{long['chunk']:,}", *(f"{x:,.0f}" for x in sizes), *(f"{x:,.0f}" for x in speeds))]
+    )
+
+
 def main() -> None:
     """Fill in what has been measured."""
-    for make in (train_step, attention, context_parallel, import_hf):
+    for make in (train_step, attention, context_parallel, import_hf, generation):
         path = HERE / "results" / f"{make.__name__}.json"
         if path.exists():
             readme.fill(HERE / "README.md", make.__name__, make(json.loads(path.read_text())))
+    path = HERE / "results" / "generation.json"
+    if path.exists() and "long" in (found := json.loads(path.read_text())):
+        readme.fill(HERE / "README.md", "long_prompt", long_prompt(found))
 
 
 if __name__ == "__main__":

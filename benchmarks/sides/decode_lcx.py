@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -40,12 +41,12 @@ def build(rows: int, length: int, new: int) -> tuple[Generate, dict[str, Any]]:
     arch, arrays = lay_out(ModelConfig(**MODEL, norm_eps=NORM_EPS), {"global": Rope(theta=THETA)}, length + new)
     made, asked = params(), list(prompts(rows, length))
 
-    def run(count: int) -> list[list[int]]:
-        # The same room whatever the count: one program serves the warm-up and both parts of a round.
-        def stop(step: int, found: dict[int, int]) -> list[int]:
-            return list(found) if step + 1 >= count else []
+    def run(begun: Callable[[], None]) -> list[list[int]]:
+        def heard(step: int, found: Mapping[int, int]) -> None:
+            if step == 0:
+                begun()
 
-        return [row.tolist() for row in generate(made, arrays, arch, asked, new, on_token=stop)]
+        return [row.tolist() for row in generate(made, arrays, arch, asked, new, on_token=heard)]
 
     size = sum(np.size(x) for x in jax.tree.leaves(made))
     return run, {"parameters": size, "versions": {name: version(name) for name in ("jax", "jaxlib")}}

@@ -17,8 +17,8 @@ from side import answer, peak_memory
 MODEL = dict(vocab_size=32000, model_dim=512, num_layers=8, num_heads=8, num_kv_heads=4, head_dim=64, mlp_dim=1536)
 NORM_EPS, THETA = 1e-5, 10000.0
 
-Generate = Callable[[int], list[list[int]]]
-"""Greedy tokens of every prompt, as many as asked for."""
+Generate = Callable[[Callable[[], None]], list[list[int]]]
+"""Greedy tokens of every prompt; calls back once, when the first token of each is there."""
 
 
 def weights() -> dict[str, np.ndarray]:
@@ -42,19 +42,26 @@ def prompts(rows: int, length: int) -> np.ndarray:
 def serve(build: Callable[[int, int, int], tuple[Generate, dict[str, Any]]]) -> None:
     """Build `generate` for the case in `argv[1]`, warm it up, and time a round for each line of standard input.
 
-    `build(rows, length, new)` gets the case. A round is one generation of a single token, which is the prefill, and one of all;
-    the difference is what decoding took. Answers are JSON lines: facts and tokens, then both seconds of each round.
+    `build(rows, length, new)` gets the case. A round is one generation: up to the first tokens it is prefill, then decoding.
+    Answers are JSON lines: facts and tokens, then the seconds of each round on the clock and of the processor.
     """
     case = json.loads(sys.argv[1])
     baseline = peak_memory()
     generate, facts = build(case["rows"], case["length"], case["new"])
-    generate(1)
-    answer({**facts, "tokens": generate(case["new"])})
+    answer({**facts, "tokens": generate(lambda: None)})
     for _ in sys.stdin:
-        found = {}
-        for name, count in (("prefill", 1), ("all", case["new"])):
-            wall, cpu = time.perf_counter(), time.process_time()
-            generate(count)
-            found |= {name: time.perf_counter() - wall, f"{name}_cpu": time.process_time() - cpu}
-        answer(found)
+        marks = [_now()]
+        generate(lambda marks=marks: marks.append(_now()))
+        marks.append(_now())
+        (wall, cpu), (first_wall, first_cpu), (last_wall, last_cpu) = marks
+        answer(
+            {
+                "prefill": first_wall - wall, "prefill_cpu": first_cpu - cpu,
+                "decode": last_wall - first_wall, "decode_cpu": last_cpu - first_cpu,
+            }
+        )  # fmt: skip
     answer({"peak_bytes": peak_memory() - baseline})
+
+
+def _now() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()

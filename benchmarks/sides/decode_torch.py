@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,8 +51,14 @@ def build(rows: int, length: int, new: int) -> tuple[Generate, dict[str, Any]]:
     made.generation_config.eos_token_id, made.generation_config.pad_token_id = None, 0
 
     @torch.inference_mode()
-    def run(count: int) -> list[list[int]]:
-        return made.generate(asked, do_sample=False, max_new_tokens=count, min_new_tokens=count)[:, length:].tolist()
+    def run(begun: Callable[[], None]) -> list[list[int]]:
+        def heard(tokens: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            if tokens.shape[1] == length + 1:
+                begun()
+            return torch.zeros(rows, dtype=torch.bool)
+
+        options = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new, "stopping_criteria": [heard]}
+        return made.generate(asked, **options)[:, length:].tolist()
 
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     return run, {"parameters": sum(p.numel() for p in made.parameters()), "versions": versions}

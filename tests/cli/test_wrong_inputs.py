@@ -187,7 +187,7 @@ WRONG = {
     GENERATE + "--prompt=a --top_k=0": "top_k=0 must be above 0",
     GENERATE + "--prompt=a --seed=-1": "seed=-1 must be from 0 to",
     GENERATE + "--prompt=a --max_new_tokens=0": "max_new_tokens=0 must be at least 1",
-    GENERATE + "--prompt=a --chunk=0": "chunk=0 must be at least 1",
+    GENERATE + "--prompt=a --max_new_tokens=8 --chunk=0": "chunk=0 must be at least 1",
     GENERATE + "--prompt=a --stop=": "a stop string is empty; leave it out",
     GENERATE + "--prompt=a --positions=yarm": "'yarm' is not known; did you mean 'yarn'",
     GENERATE + "--prompt=a --context=3": "fix 3 devices, which do not divide the 8 that are present",

@@ -16,7 +16,7 @@ from lcx.model.cache import collect, deal, empty_cache
 from lcx.model.config import ModelConfig
 from lcx.model.decode import _extend, extend, generate
 from lcx.model.loss import logits
-from lcx.model.transformer import hidden
+from lcx.model.transformer import hidden, unstack
 from tests.model.decode_cases import build, by_chunks, forward, furthest, place
 
 CONFIG = ModelConfig(
@@ -151,7 +151,8 @@ def test_prefill_of_65536_tokens_holds_no_array_of_queries_by_keys():
     params, arrays, arch, table = build(TINY, {"default": "rope:theta=500"}, LONG)
     params, made = place(params, table, MeshConfig(fsdp=1, context=8))
     with jax.set_mesh(made):
-        cache = empty_cache(arch, arrays, 1, LONG, chunk)
+        params = jax.jit(unstack)(params)
+        cache = empty_cache(arch, arrays, 1, LONG, chunk, stacked=False)
         order = jnp.arange(chunk, dtype=jnp.int32)[None]
         step = _extend.lower(params, arrays, arch, cache, order, Index(order, order, order + 1), jnp.int32(0), 0)
     compiled = step.compile()
