@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import flags
 
@@ -54,13 +53,9 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     if values.label in ("before", "after"):
         raise UserError(f"--label={values.label} is where lcx run keeps its own evaluation; choose another")
     label = re.sub(r"[^\w.=-]+", "_", named).lstrip(".") or "eval"
-    evaluate_loaded(loaded, evals, label, _workdir(Path(checkpoint)))
-    say(f"result: {_workdir(Path(checkpoint)) / 'eval' / (label + '.json')}")
-
-
-def _workdir(path: Path) -> Path:
-    """The run that a checkpoint folder belongs to."""
-    return next((folder for folder in (path, *path.resolve().parents[:2]) if (folder / "config.json").exists()), path)
+    workdir = models.workdir_of(checkpoint)
+    evaluate_loaded(loaded, evals, label, workdir)
+    say(f"result: {workdir / 'eval' / (label + '.json')}")
 
 
 def _length(text: str) -> int:

@@ -69,6 +69,7 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
         positions=values.positions,
         sampling=sampling,
         stop=values.stop,
+        stop_ids=models.stop_ids(checkpoint),
         chunk=values.chunk,
         on_text=_write if single else None,
         on_end=None if single else _show,

@@ -89,10 +89,10 @@ def values_of(folder: Path) -> dict[str, Any]:
     """The config.json of a folder."""
     path = folder / FILE
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{folder} has no {FILE}, so it holds no Hugging Face model")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON that can be read ({error})") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no JSON object")
@@ -102,22 +102,22 @@ def values_of(folder: Path) -> dict[str, Any]:
 def read(values: Mapping[str, Any], where: str = FILE) -> Described:
     """What a config.json describes, given as a mapping; `where` begins its errors."""
     model_type = values.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         hint = nearest(str(model_type), FAMILIES)
         raise UserError(f"{where}: model_type={model_type!r} is not an architecture that lcx has{hint}")
     family = FAMILIES[model_type]
     architectures = values.get("architectures") or [family.architecture]
-    if list(architectures) != [family.architecture]:
-        raise UserError(f"{where}: architectures={architectures!r} is not the language model {family.architecture}")
+    if architectures != [family.architecture]:
+        raise UserError(f"{where}: architectures={architectures!r} is not the language model {[family.architecture]!r}")
     _check_keys(values, family, where)
     full = {**family.optional, **{ours: values[theirs] for theirs, ours in family.aliases.items() if theirs in values}, **values}
     for key in (*REQUIRED, *family.optional):
         _check_type(key, full.get(key), family, where)
     try:
-        model, kinds = _model(full, family, where)
+        model = _model(full, family, where)
+        by_type = hf.from_hf({"default_theta": family.theta, **_rope_keys(full, family)})
     except UserError as error:
         raise error if where in str(error) else UserError(f"{where}: {error}") from error
-    by_type = hf.from_hf({"default_theta": family.theta, **_rope_keys(full, family)})
     schemes: dict[str, Scheme] = {}
     for kind in model.kinds:
         if kind.endswith("nope"):
@@ -194,11 +194,15 @@ def _check_type(key: str, value: Any, family: Family, where: str) -> None:
         raise UserError(f"{where}: {key}={value!r} must be of type {allowed[0].__name__}")
     if allowed == (int,) and value < 1 and key not in ("max_window_layers",):
         raise UserError(f"{where}: {key}={value} must be at least 1")
+    if float in allowed and not 0 < value < math.inf:
+        raise UserError(f"{where}: {key}={value} must be a number above 0")
+    if allowed == (int,) and value > 2**31 - 1:
+        raise UserError(f"{where}: {key}={value:,} is more than an int32 counts; at most {2**31 - 1:,}")
     if isinstance(value, list) and family.optional.get(key) is None and not value:
         raise UserError(f"{where}: {key} is an empty list")
 
 
-def _model(full: Mapping[str, Any], family: Family, where: str) -> tuple[ModelConfig, list[str]]:
+def _model(full: Mapping[str, Any], family: Family, where: str) -> ModelConfig:
     fields = {name: full[key] for name, key in {**FIELDS, **family.fields}.items() if full.get(key) is not None}
     N, D = full["num_attention_heads"], full["hidden_size"]
     fields.setdefault("num_kv_heads", N)
@@ -218,7 +222,7 @@ def _model(full: Mapping[str, Any], family: Family, where: str) -> tuple[ModelCo
         raise UserError(f"{where}: layer_types has {sorted(other)[0]!r}; lcx has full_attention and sliding_attention")
     if any(is_local(kind) for kind in kinds):
         fields["window"] = full["sliding_window"]
-    return ModelConfig(**fields, **family.options, pattern=_period(kinds)), kinds
+    return ModelConfig(**fields, **family.options, pattern=_period(kinds))
 
 
 def _period(kinds: Sequence[str]) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,15 +56,21 @@ class HfFolder:
 
 def is_folder(path: str | Path) -> bool:
     """Does a folder look like a Hugging Face model's?"""
-    try:
-        return "model_type" in json.loads((Path(path) / "config.json").read_text())
-    except (OSError, ValueError, TypeError):
+    folder = Path(path)
+    if not (folder / configs.FILE).is_file() or (folder / "checkpoints").exists():
         return False
+    try:
+        values = json.loads((folder / configs.FILE).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError):
+        return True
+    # A run's has stages.
+    return not isinstance(values, dict) or "stages" not in values
 
 
 def beside(folder: Path) -> list[Path]:
     """What stands beside the weights and is needed with them: tokenizer, chat template, generation settings."""
-    return sorted(path for path in folder.iterdir() if path.name.startswith(_BESIDE) and path.suffix in _BESIDE_ENDS)
+    found = (path for path in folder.iterdir() if path.name.startswith(_BESIDE) and path.suffix in _BESIDE_ENDS)
+    return sorted(path for path in found if path.is_file())
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
@@ -74,10 +81,10 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 def keep(folder: Path, into: Path) -> None:
     """Copy what an export from `into` needs of a model's folder: all but the weights."""
-    into.mkdir(parents=True, exist_ok=True)
+    part = _part(into)
     for path in (folder / configs.FILE, *beside(folder)):
-        if path.is_file():
-            shutil.copyfile(path, into / path.name)
+        shutil.copyfile(path, part / path.name)
+    os.replace(part, into)
 
 
 def save(
@@ -98,8 +105,7 @@ def save(
     config.json's other keys, tokenizer, chat template and generation settings are kept; without it `bos_id` and `eos_id` are the
     tokenizer's. Raises `UserError` when `out` is there already, and for what Hugging Face has no place for.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is there already; name a new folder, or delete it first")
+    check_new(out)
     values = configs.write(model, schemes, length, dtype, configs.values_of(base) if base else None, bos_id, eos_id)
     family = configs.read(values).family
     slots = weights.slots(specs(model, schemes, length), family, model.num_layers)
@@ -109,11 +115,30 @@ def save(
     free = shutil.disk_usage(next(path for path in (out, *out.resolve().parents) if path.exists())).free
     if sum(sizes.values()) > free:
         raise UserError(f"{out} needs {sum(sizes.values()) / 1e9:,.1f} GB and the disk has {free / 1e9:,.1f} GB left")
-    out.mkdir(parents=True, exist_ok=True)
-    write(out, sizes, lambda name: weights.tensor(leaves, slots[name], dtype), max_shard_bytes)
-    if base:
-        for path in beside(base):
-            shutil.copyfile(path, out / path.name)
-    # Last, so that a folder which was not finished is no model to anyone.
-    (out / configs.FILE).write_text(json.dumps(values, indent=2) + "\n")
+    part = _part(out)
+    try:
+        write(part, sizes, lambda name: weights.tensor(leaves, slots[name], dtype), max_shard_bytes)
+        for path in beside(base) if base else ():
+            shutil.copyfile(path, part / path.name)
+        (part / configs.FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        os.replace(part, out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     return values
+
+
+def check_new(out: Path) -> None:
+    """Raises `UserError` where a folder can't be made, or would cover something."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is there already; name a new folder, or delete it first")
+    above = next(path for path in out.absolute().parents if path.exists())
+    if not above.is_dir():
+        raise UserError(f"{out} cannot be made: {above} is a file; name another folder")
+
+
+def _part(out: Path) -> Path:
+    """An empty folder beside `out` that takes its place when it is whole: one that was not finished is no model to anyone."""
+    part = out.absolute().with_name(f".{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    return part

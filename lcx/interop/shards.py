@@ -38,7 +38,7 @@ class Shards:
         index = self.folder / INDEX
         if index.exists():
             self._read_index(index)
-        elif (self.folder / SINGLE).exists():
+        elif (self.folder / SINGLE).is_file():
             self._read_headers([self.folder / SINGLE])
         else:
             self._none_found()
@@ -85,7 +85,7 @@ class Shards:
 
             def piece(box: tuple[slice, ...]) -> np.ndarray:
                 found = stored[box]
-                if not _finite(found):
+                if not finite(found):
                     raise UserError(f"{self._where[name]}: {name} holds NaN or infinity; the checkpoint is broken, fetch it anew")
                 return found
 
@@ -93,7 +93,7 @@ class Shards:
 
     def _read_index(self, index: Path) -> None:
         try:
-            where = json.loads(index.read_text())["weight_map"]
+            where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             wanted = {name: self.folder / file for name, file in where.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
@@ -104,7 +104,7 @@ class Shards:
             if file.suffix in PICKLES:
                 raise _pickled(file)
             if file.parent != self.folder:
-                raise UserError(f"{index} names a file outside of its folder, {str(file.relative_to(self.folder))!r}")
+                raise UserError(f"{index} names a file outside of its folder, {str(file)!r}")
             if not file.exists():
                 raise UserError(f"{index} names {file.name}, which is not there; fetch the missing shard")
         self._read_headers(files)
@@ -152,10 +152,13 @@ def write(folder: Path, sizes: Mapping[str, int], tensor: Callable[[str], np.nda
     from safetensors.numpy import save_file
 
     shards: list[list[str]] = [[]]
+    filled = 0
     for name, size in sizes.items():
-        if shards[-1] and sum(sizes[known] for known in shards[-1]) + size > max_bytes:
+        if shards[-1] and filled + size > max_bytes:
             shards.append([])
+            filled = 0
         shards[-1].append(name)
+        filled += size
     files = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for file, names in zip(files, shards, strict=True):
         # "pt" is what transformers asks for; it says how the names are to be read, not who wrote them.
@@ -165,7 +168,7 @@ def write(folder: Path, sizes: Mapping[str, int], tensor: Callable[[str], np.nda
         "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names},
     }
     if len(files) > 1:
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return index
 
 
@@ -187,7 +190,8 @@ def _pickled(path: Path) -> UserError:
     )
 
 
-def _finite(x: np.ndarray) -> bool:
+def finite(x: np.ndarray) -> bool:
+    """Are all numbers of an array finite?"""
     if x.dtype.itemsize == 2:
         # Exponents of all ones are what infinities and NaNs have; numpy has no fast test for these types.
         ones = 0x7F80 if x.dtype == ml_dtypes.bfloat16 else 0x7C00

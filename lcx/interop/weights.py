@@ -27,7 +27,7 @@ from lcx.core.mesh import fitting_spec
 from lcx.core.params import ParamSpec, paths_of
 from lcx.core.trees import Tree, paths
 from lcx.interop.families import Family
-from lcx.interop.shards import Shards
+from lcx.interop.shards import Shards, finite
 
 Box = tuple[tuple[int, int], ...]
 """First and last of a piece along every axis."""
@@ -92,6 +92,7 @@ class Slot:
                     if lo < hi:
                         x = stored[lo - rows.start : hi - rows.start]
                         x = x[:, cut.start - columns[0] : cut.stop - columns[0]] if self.flat else x
+                        x = x if x.dtype == pieces[box].dtype else _cast(x, pieces[box].dtype, self.name)
                         _assign(self._flat(pieces[box]), slice(lo - own.start, hi - own.start), x, bool(self.inputs))
 
     @property
@@ -143,6 +144,11 @@ def check(shards: Shards, wanted: Mapping[str, list[Slot]], tied: bool) -> None:
     extra = {name for name in shards.shapes if name not in wanted and not _UNUSED.fullmatch(name)}
     if tied and "lm_head.weight" in extra and _is_copy(shards):
         extra.discard("lm_head.weight")
+    if tied and "lm_head.weight" in extra:
+        raise UserError(
+            f"{shards.folder}: config.json says tie_word_embeddings=true, and the files hold an lm_head.weight that is not the "
+            "embedding; set it to false, or take the tensor out"
+        )
     lists = {
         "missing": [name for name in wanted if name not in shards.shapes],
         "not of this architecture": sorted(extra),
@@ -179,7 +185,7 @@ def tensor(params: Mapping[str, jax.Array], parts: list[Slot], dtype: str) -> np
     pieces = []
     for slot in parts:
         x = params[slot.path][slot.index] if slot.index else params[slot.path]
-        pieces.append(slot.stored(_on_host(x)).astype(jnp.dtype(dtype)))
+        pieces.append(slot.stored(_cast(_on_host(x), dtype, slot.name)))
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
@@ -237,6 +243,16 @@ def _leaf(shards: Shards, spec: ParamSpec, parts: list[Slot], dtype: Any, shardi
     arrays = [jax.device_put(buffers[box], device) for device, box in places.items()]
     leaf = jax.block_until_ready(jax.make_array_from_single_device_arrays(spec.shape, sharding, arrays))
     return leaf
+
+
+def _cast(x: np.ndarray, dtype: Any, name: str) -> np.ndarray:
+    """Numbers in another type; raises `UserError` where they are not finite in it."""
+    with np.errstate(over="ignore"):
+        found = x.astype(jnp.dtype(dtype))
+    if not finite(found):
+        reach = f"has numbers that {jnp.dtype(dtype).name} does not reach; choose another dtype"
+        raise UserError(f"{name} {reach if finite(x) else 'holds NaN or infinity'}")
+    return found
 
 
 def _assign(out: np.ndarray, rows: slice, x: np.ndarray, turned: bool) -> None:

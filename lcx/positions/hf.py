@@ -37,7 +37,18 @@ def from_hf(config: Mapping[str, Any], layout: Layout = "half") -> Scheme | dict
     `layout` is the family's: Hugging Face's configs do not say it. A layer type whose entry is null has no rotary. Raises
     `UserError` for rope types that lcx does not have and for missing keys.
     """
-    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    newer, older = config.get("rope_parameters"), config.get("rope_scaling")
+    for key, found in (("rope_parameters", newer), ("rope_scaling", older)):
+        if found is not None and not isinstance(found, Mapping):
+            raise UserError(f"{key}={found!r} of the Hugging Face config is no mapping")
+    if newer and older:
+        # Readers of other versions see one or the other.
+        one, other = (from_hf({**config, "rope_parameters": found, "rope_scaling": None}, layout) for found in (newer, older))
+        if one != other:
+            raise UserError(
+                f"rope_parameters={newer!r} and rope_scaling={older!r} of the Hugging Face config do not say the same; leave one"
+            )
+    parameters = newer or older or {}
     nested = {key: value for key, value in parameters.items() if isinstance(value, Mapping)}
     if nested:
         entries = {key: value for key, value in parameters.items() if value is None or isinstance(value, Mapping)}
@@ -61,7 +72,7 @@ def from_parameters(parameters: Mapping[str, Any], config: Mapping[str, Any], la
     if kind in ("yarn", "longrope", "su") and values.get("factor") is None and trained and config.get("max_position_embeddings"):
         values["factor"] = max(1.0, config["max_position_embeddings"] / trained)
     common: dict[str, Any] = {
-        "theta": float(parameters.get("rope_theta") or config.get("rope_theta") or config.get("default_theta") or _DEFAULT_THETA),
+        "theta": _number("rope_theta", _theta(parameters, config)),
         "partial": float(_first(parameters.get("partial_rotary_factor"), config.get("partial_rotary_factor"), 1.0)),
         "original_length": trained,
         "layout": layout,
@@ -92,6 +103,17 @@ def _trained_length(kind: str, parameters: Mapping[str, Any], config: Mapping[st
         case _:
             length = own
     return None if length is None else int(length)
+
+
+def _theta(parameters: Mapping[str, Any], config: Mapping[str, Any]) -> Any:
+    inside, outside = parameters.get("rope_theta"), config.get("rope_theta")
+    return _first(inside, outside, config.get("default_theta"), _DEFAULT_THETA)
+
+
+def _number(key: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"{key}={value!r} of the Hugging Face config is no number")
+    return float(value)
 
 
 def _first(*values: Any) -> Any:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from lcx.core.console import say, table
 from lcx.core.trees import paths
+from lcx.interop.config import COMPUTATION
 from lcx.model.config import ModelConfig
 from lcx.research import models
 from lcx.training.checkpoints import Loaded
@@ -46,7 +47,8 @@ def compare(first: str, second: str, show_all: bool = False) -> bool:
             [_row(row) for row in shown],
         )
     different = sum(not row.same for row in rows)
-    say(f"{len(rows) - different} of {len(rows)} tensors are equal, {len(options)} options differ")
+    noun = "option differs" if len(options) == 1 else "options differ"
+    say(f"{len(rows) - different} of {len(rows)} tensors are equal, {len(options)} {noun}")
     return not different and not options
 
 
@@ -67,6 +69,8 @@ def differences(one: Loaded, other: Loaded) -> Iterator[TensorDifference]:
 def config_differences(one: Loaded, other: Loaded) -> Iterator[tuple[str, object, object]]:
     """Fields of the two models, and their positions, that are not the same."""
     for field in dataclasses.fields(ModelConfig):
+        if field.name in COMPUTATION:
+            continue
         a, b = (getattr(loaded.run.model, field.name) for loaded in (one, other))
         if a != b:
             yield f"model.{field.name}", a, b

@@ -49,6 +49,8 @@ class ExtensionConfig:
             raise UserError("config.target is missing; give the length to reach, as in --config.target=65536")
         sizes = ("target", "trained", "theta", "steps", "tokens_per_step", "accumulate")
         positive("config", **{name: getattr(self, name) for name in sizes})
+        if self.target > 2**31 - 1:
+            raise UserError(f"config.target={self.target:,} is more positions than an int32 counts; at most {2**31 - 1:,}")
         if not self.growth > 1:
             raise UserError(f"config.growth={self.growth} must be above 1: every stage is longer than the one before")
 
@@ -97,13 +99,14 @@ def complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 
 def lengths(trained: int, target: int, growth: float) -> list[int]:
-    """Lengths of the stages: as few as possible, each at most `growth` times the one before, in equal ratios."""
+    """Lengths of the stages: as few as possible, each about `growth` times the one before at most, in equal ratios."""
     count = 1
     while trained * growth**count < target * (1 - 1e-9):
         count += 1
-    unit = 128 if target % 128 == 0 else 1
-    steps = (trained * (target / trained) ** (i / count) for i in range(1, count))
-    return [max(unit, round(step / unit) * unit) for step in steps] + [target]
+    # Round lengths divide over devices; of short ones rounding would be felt.
+    unit = next(unit for unit in (128, 16, 1) if target % unit == 0 and (unit == 1 or 8 * unit <= trained))
+    steps = (round(trained * (target / trained) ** (i / count) / unit) * unit for i in range(1, count))
+    return sorted({step for step in steps if trained < step < target} | {target})
 
 
 def _stages(wanted: ExtensionConfig, described: Described, trained: int) -> list[dict[str, Any]]:

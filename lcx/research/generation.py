@@ -61,6 +61,7 @@ def generate_text(
     positions: str = "none",
     sampling: Sampling = GREEDY,
     stop: Sequence[str] = (),
+    stop_ids: Sequence[int] = (),
     chunk: int | None = None,
     on_text: OnText | None = None,
     on_end: OnEnd | None = None,
@@ -68,15 +69,15 @@ def generate_text(
 ) -> list[Completion]:
     """Continue texts. `schemes` maps layer kinds to the scheme that the weights were trained under, up to `trained` tokens.
 
-    A row ends before the first of the `stop` strings, at the tokenizer's end-of-sequence token or after `max_new_tokens`. A prompt
-    begins with the tokenizer's begin-of-sequence token if it has one. `on_text` hears of new text of a prompt as soon as no later
+    A row ends before the first of the `stop` strings, at the tokenizer's end-of-sequence token or another of `stop_ids`, or after
+    `max_new_tokens`. A prompt begins as `data.tokenizers.prompt` says. `on_text` hears of new text of a prompt as soon as no later
     token can change it: never half a character, nor what may become a stop string; `on_end` of each prompt's end.
 
     `positions` is a scheme to try zero-shot (`evals.zero_shot.at_length`). Frequencies are those for the longest prompt plus
     `max_new_tokens`; beyond `trained` a warning is given. Rows and caches are split over the mesh that the weights are placed on.
     Raises `UserError` for prompts and stop strings that are empty, and for numbers that do not fit.
     """
-    rows = [_encode(tokenizer, prompt, i) for i, prompt in enumerate(prompts)]
+    rows = [_encode(tokenizer, prompt, i, model.vocab_size) for i, prompt in enumerate(prompts)]
     if not rows:
         raise UserError("there is no prompt; give one at least")
     if "" in stop:
@@ -84,7 +85,8 @@ def generate_text(
     length = max(map(len, rows)) + max_new_tokens
     chosen = _schemes(model, schemes, check(positions), trained, length)
     arch, arrays = lay_out(model, chosen, length)
-    eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    own = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    eos = tuple(dict.fromkeys((*own, *stop_ids)))
     streams = [Stream(tokenizer, stop, row[-NEIGHBOURS:]) for row in rows]
     ended: dict[int, Completion] = {}
 
@@ -116,11 +118,16 @@ def generate_text(
     return [ended[row] for row in range(len(rows))]
 
 
-def _encode(tokenizer: Tokenizer, prompt: str, number: int) -> np.ndarray:
-    tokens = tokenizers.prompt(tokenizer, prompt)
-    if not len(tokens):
+def _encode(tokenizer: Tokenizer, prompt: str, number: int, vocab_size: int) -> np.ndarray:
+    if not len(tokenizer.encode(prompt)):
         raise UserError(f"prompt {number + 1} is empty; write at least one character")
-    return tokens if tokenizer.bos_id is None else np.concatenate([[tokenizer.bos_id], tokens]).astype(np.int32)
+    tokens = tokenizers.prompt(tokenizer, prompt)
+    if tokens.max() >= vocab_size:
+        raise UserError(
+            f"prompt {number + 1} has token {tokens.max()}, and the model's vocabulary ends at {vocab_size - 1}; "
+            "the tokenizer is another model's"
+        )
+    return tokens
 
 
 def _schemes(
@@ -207,7 +214,7 @@ def read_prompts(path: str) -> list[str]:
         raise UserError(f"prompt file {path} is not UTF-8 text (byte {error.start} is {byte:#04x}); convert it")
     if file.suffix != ".jsonl":
         return [text]
-    return [_prompt_of(line, f"{path}, line {i}") for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+    return [_prompt_of(line, f"{path}, line {i}") for i, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
 def _prompt_of(line: str, where: str) -> str:

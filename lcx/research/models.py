@@ -19,10 +19,12 @@ from lcx.data import tokenizers
 from lcx.data.config import DataConfig
 from lcx.interop import byte_tokenizer
 from lcx.interop import folder as hf
+from lcx.interop.config import values_of
 from lcx.interop.folder import HfFolder
 from lcx.model.config import ModelConfig, schemes_of
 from lcx.training import checkpoints
 from lcx.training.checkpoints import Initial, Loaded, Meta, Store, scheme_configs, stage_ends
+from lcx.training.checks import check_vocabulary
 from lcx.training.stages import CheckpointConfig, RunConfig, StageConfig
 from lcx.training.workdir import CONFIG, fingerprint, open_workdir
 
@@ -62,6 +64,26 @@ def initial(init_from: str | None) -> Initial | None:
     return Initial(init_from, meta, lambda mesh: load(init_from, mesh=mesh))
 
 
+def stop_ids(path: str | Path) -> tuple[int, ...]:
+    """Tokens at which a model's texts end, as its Hugging Face files say; none for a model of lcx's own."""
+    folder = _kept(Path(path))
+    for name in ("generation_config.json", "config.json"):
+        file = folder / name if folder else None
+        if file is not None and file.is_file():
+            found = json.loads(file.read_text(encoding="utf-8-sig")).get("eos_token_id")
+            if found is not None:
+                return tuple(int(token) for token in (found if isinstance(found, list) else [found]))
+    return ()
+
+
+def workdir_of(path: str | Path) -> Path:
+    """Where what is found out about a model is kept: in its run, and for a Hugging Face folder under runs/."""
+    path = Path(path)
+    if hf.is_folder(path):
+        return Path("runs") / path.resolve().name
+    return next((folder for folder in (path, *path.resolve().parents[:2]) if (folder / CONFIG).exists()), path)
+
+
 def keep_beside(init_from: str | None, workdir: Path) -> None:
     """Keep in a workdir what an export will need of the Hugging Face folder that its run goes back to, if there is one."""
     if init_from is None or (workdir / KEPT).exists():
@@ -79,14 +101,23 @@ def import_model(source: str | Path, workdir: Path, mesh: Mesh | None = None, dt
     dtype = choice("dtype", dtype or given.dtype, DTYPES)
     if (workdir / CONFIG).exists():
         raise UserError(f"{workdir} holds a run already; name another --workdir")
+    if (workdir / checkpoints.FOLDER).exists():
+        raise UserError(f"{workdir} holds checkpoints that no config tells of; name another --workdir, or delete it")
     run = _run_of(given, Path(source), dtype)
-    if hf.beside(Path(source)):
+    check_vocabulary(run.model, tokenizers.load(run.data.tokenizer).vocab_size, run.data.tokenizer)
+    if hf.tokenizer_files(Path(source)):
         run = dataclasses.replace(run, data=DataConfig(tokenizer=tokenizer_of(Path(source), run.model, workdir / KEPT)))
     params = given.params(dtype, mesh)
     open_workdir(workdir, run)
-    keep_beside(str(source), workdir)
-    with Store(workdir, CheckpointConfig(), stage_ends(run)) as store:
-        store.save_params(params, _meta_of(run, given))
+    try:
+        keep_beside(str(source), workdir)
+        with Store(workdir, CheckpointConfig(), stage_ends(run)) as store:
+            store.save_params(params, _meta_of(run, given))
+    except BaseException:
+        # A config without weights would be a run that there is not.
+        (workdir / CONFIG).unlink(missing_ok=True)
+        shutil.rmtree(workdir / checkpoints.FOLDER, ignore_errors=True)
+        raise
     say(f"imported {num_elements(params):,} parameters as {dtype} ({num_bytes(params) / 1e9:,.2f} GB) into {workdir}")
 
 
@@ -96,10 +127,10 @@ def export_model(
 ) -> None:  # fmt: skip
     """Write the weights of a run as a Hugging Face folder, in `dtype` (None: that of the model it began with, else float32)."""
     base = _kept(Path(checkpoint))
-    stored = (json.loads((base / "config.json").read_text()) if base else {}) or {}
-    dtype = choice("dtype", dtype or stored.get("dtype") or stored.get("torch_dtype") or "float32", DTYPES)
-    if out.exists():
-        raise UserError(f"{out} is there already; name a new folder, or delete it first")
+    stored = values_of(base) if base else {}
+    usual = stored.get("dtype") or stored.get("torch_dtype")
+    dtype = choice("dtype", dtype or (usual if usual in DTYPES else "float32"), DTYPES)
+    hf.check_new(out)
     loaded = load(checkpoint, step=step, stage=stage, mesh=mesh)
     model = loaded.run.model
     name = loaded.run.data.tokenizer
@@ -135,6 +166,8 @@ def tokenizer_of(folder: Path, model: ModelConfig, where: Path) -> str:
     """The tokenizer of a folder, whose files are (or will be) in `where`."""
     if hf.tokenizer_files(folder):
         return str(where)
+    if model.vocab_size not in (256, 257, 258):
+        warn(f"{folder} has no tokenizer; text is read as bytes")
     return {257: "bytes+eos", 258: "bytes+bos+eos"}.get(model.vocab_size, "bytes")
 
 

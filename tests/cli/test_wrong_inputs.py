@@ -176,7 +176,7 @@ WRONG = {
     GENERATE + "--prompt=": "prompt 1 is empty; write at least one character",
     GENERATE + "--prompt_file={tmp}/empty.txt": "prompt 1 is empty; write at least one character",
     GENERATE + "--prompt_file={tmp}/missing.txt": "missing.txt is no file; name a text file",
-    GENERATE + "--prompt_file={tmp}/latin.txt": "latin.txt is not UTF-8 text (byte 1 is 0xe9); convert it",
+    GENERATE + "--prompt_file={tmp}/latin.prompt": "latin.prompt is not UTF-8 text (byte 1 is 0xe9); convert it",
     GENERATE + "--prompt_file={tmp}/prompts.jsonl": "prompts.jsonl, line 2 has no text under 'prompt'; write lines such as",
     GENERATE + "--prompt_file={tmp}/broken.jsonl": "broken.jsonl, line 1 is not JSON (",
     GENERATE + "--prompt_file={tmp}/none.jsonl": "there is no prompt; give",
@@ -249,7 +249,7 @@ def places(tmp_path, run):
     for name, text in FILES.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    (tmp_path / "latin.txt").write_bytes("café"[2:].encode("latin-1"))
+    (tmp_path / "latin.prompt").write_bytes("café"[2:].encode("latin-1"))
     return {"config": CONFIG, "tmp": tmp_path, "run": run, "new": tmp_path / "new"}
 
 

@@ -138,7 +138,7 @@ def test_tied_output_that_is_a_copy(tmp_path):
     _change(tmp_path, lambda tensors: tensors.update({"lm_head.weight": embedding.copy()}))
     HfFolder(tmp_path)
     _change(tmp_path, lambda tensors: tensors.update({"lm_head.weight": embedding + 1}))
-    with pytest.raises(UserError, match=r"not of this architecture: lm_head\.weight"):
+    with pytest.raises(UserError, match="says tie_word_embeddings=true, and the files hold an lm_head.weight"):
         HfFolder(tmp_path)
 
 
@@ -151,6 +151,17 @@ WRONG_CONFIGS = {
     "model_type='lama' is not an architecture that lcx has; did you mean 'llama'": {"model_type": "lama"},
     "model_type=None is not an architecture": {"model_type": None},
     r"architectures=\['LlamaForSequenceClassification'\] is not": {"architectures": ["LlamaForSequenceClassification"]},
+    r"architectures=5 is not the language model \['LlamaForCausalLM'\]": {"architectures": 5},
+    r"model_type=\['llama'\] is not an architecture": {"model_type": ["llama"]},
+    "rope_parameters='x' .* is no mapping": {"rope_parameters": "x"},
+    "do not say the same; leave one": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        "rope_scaling": {"type": "linear", "factor": 4.0},
+    },
+    "rope_theta='1e4' .* is no number": {"rope_theta": "1e4"},
+    "theta=0.0": {"rope_parameters": {"rope_type": "default", "rope_theta": 0}},
+    "rms_norm_eps=-1.0 must be a number above 0": {"rms_norm_eps": -1.0},
+    "max_position_embeddings=1,000,000,000,000 is more than an int32 counts": {"max_position_embeddings": 10**12},
     "quantization_config=.* is not supported for llama": {"quantization_config": {"bits": 4}},
     "dual_chunk_attention_config=.* is not supported": {"dual_chunk_attention_config": {"chunk_size": 1}},
     "sliding_window=32 is not supported for llama": {"sliding_window": 32},

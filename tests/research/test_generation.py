@@ -154,3 +154,14 @@ def test_prompt_files(tmp_path):
     (tmp_path / "many.jsonl").write_text('{"prompt": "a\\nb"}\n\n{"prompt": "c", "id": 3}\n')
     assert read_prompts(str(tmp_path / "one.txt")) == ["line\nline\n"]
     assert read_prompts(str(tmp_path / "many.jsonl")) == ["a\nb", "c"]
+
+
+def test_a_prompt_begins_with_bos_once_and_only_where_the_model_was_made_so():
+    from lcx.research.generation import _encode
+
+    assert _encode(Bytes(bos=True), "ab", 0, 300).tolist() == [256, 97, 98]
+    assert _encode(Bytes(), "ab", 0, 300).tolist() == [97, 98]
+    with pytest.raises(UserError, match="prompt 1 is empty"):
+        _encode(Bytes(bos=True), "", 0, 300)
+    with pytest.raises(UserError, match="prompt 1 has token 256, and the model's vocabulary ends at 99"):
+        _encode(Bytes(bos=True), "ab", 0, 100)

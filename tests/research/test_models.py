@@ -124,10 +124,35 @@ def test_a_model_with_windows_alone_is_not_extended(tmp_path):
         (8192, 32768, 4.0, [32768]),
         (64, 1024, 4.0, [256, 1024]),
         (100, 1000, 2.0, [178, 316, 562, 1000]),
+        (256, 384, 1.1, [272, 304, 320, 352, 384]),
     ],
 )
 def test_lengths_of_stages(trained, target, growth, wanted):
     assert extension.lengths(trained, target, growth) == wanted
+
+
+def test_numbers_beyond_a_dtype_are_not_exported(tmp_path):
+    model = hf_models.make("llama", tmp_path / "source", num_hidden_layers=1)
+    model.model.norm.weight.data[3] = 1e6
+    model.save_pretrained(tmp_path / "source")
+    with pytest.raises(UserError, match=r"model\.norm\.weight has numbers that float16 does not reach"):
+        models.export_model(tmp_path / "source", tmp_path / "out", dtype="float16")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_ends_of_texts_that_a_folder_names(tmp_path):
+    hf_models.make("llama", tmp_path, num_hidden_layers=1)
+    assert models.stop_ids(tmp_path) == (2,)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    assert models.stop_ids(tmp_path) == (2, 7)
+
+
+def test_a_tokenizer_of_another_model(source, tmp_path):
+    hf_models.make("llama", tmp_path / "small", num_hidden_layers=1, vocab_size=100)
+    byte_tokenizer.write(tmp_path / "small", bos=True, eos=True)
+    with pytest.raises(UserError, match="vocab_size=100 is below the 258 tokens"):
+        models.import_model(tmp_path / "small", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_wrong_names_of_weights(source, tmp_path):
