@@ -148,7 +148,7 @@ def one_device(**changes):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"remat": "block", "expert_matmul": "ragged"},
+        pytest.param({"remat": "block", "expert_matmul": "ragged"}, marks=pytest.mark.slow),
         {"layer_unroll": 2, "mlp_tile": T // 4},
         pytest.param({"remat": "attention", "attention": "blockwise"}, marks=pytest.mark.slow),
         pytest.param({"mlp_tile": T // 4, "expert_matmul": "ragged"}, marks=pytest.mark.slow),

@@ -1,6 +1,10 @@
 """Models of either kind, and a Hugging Face model extended and given back."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,10 +16,10 @@ from lcx.interop import byte_tokenizer
 from lcx.interop.shards import Shards
 from lcx.research import extension, models
 from lcx.research.compare import compare
-from lcx.research.recipe import recipe, run_recipe
 from tests.interop import hf_models
 from tests.interop.hf_models import TRAINED
 
+ROOT = Path(__file__).parents[2]
 TARGET = 16 * TRAINED
 
 
@@ -26,21 +30,6 @@ def source(tmp_path_factory):
     hf_models.make("llama", folder, vocab_size=258, num_hidden_layers=2)
     byte_tokenizer.write(folder, bos=True, eos=True)
     return folder
-
-
-@pytest.fixture(scope="module")
-def extended(source, tmp_path_factory):
-    """The workdir of a run of the extension's config with a few steps."""
-    workdir = tmp_path_factory.mktemp("runs") / "extended"
-    config = extension.defaults()
-    config.source, config.target = str(source), TARGET
-    config.update(dict(steps=2, tokens_per_step=TARGET))
-    config.optim.lr = 1e-3
-    config.evals.needle_items = 1
-    config.evals.perplexity_tokens = TARGET
-    config.metrics.tensorboard = False
-    run_recipe(recipe(extension.complete(config)), workdir, ["lcx", "run"])
-    return workdir
 
 
 def test_import_export_diff(source, tmp_path, capsys):
@@ -55,7 +44,14 @@ def test_import_export_diff(source, tmp_path, capsys):
     assert "12 of 12 tensors are equal, 0 options differ" in capsys.readouterr().out
 
 
-def test_extension_is_evaluated_and_exported(source, extended, tmp_path, capsys):
+def test_extension_is_evaluated_and_exported(source, tmp_path, capsys):
+    extended = tmp_path / "extended"
+    changes = dict(source=source, target=TARGET, steps=2, tokens_per_step=TARGET)
+    changes |= {"optim.lr": 1e-3, "evals.needle_items": 1, "evals.perplexity_tokens": TARGET, "metrics.tensorboard": False}
+    words = ["run", f"--config={ROOT / 'configs' / 'extend_hf.py'}", f"--workdir={extended}"]
+    words += [f"--config.{key}={value}" for key, value in changes.items()]
+    env = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-m", "lcx.cli", *words], env=env, check=True, capture_output=True)
     results = {name: json.loads((extended / "eval" / f"{name}.json").read_text()) for name in ("before", "after")}
     lengths = [TRAINED, TRAINED * 4, TARGET]
     for result in results.values():
@@ -82,9 +78,7 @@ def test_extension_is_evaluated_and_exported(source, extended, tmp_path, capsys)
     assert tokenizer("né\n", add_special_tokens=False).input_ids == list("né\n".encode())
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (256, 257)
 
-
-def test_a_run_goes_on_from_a_checkpoint_whose_files_are_kept(extended, tmp_path):
-    """What stood beside the weights follows from run to run, so the last one can be exported too."""
+    # What stood beside the weights follows from run to run, so that the last one can be exported too.
     models.keep_beside(str(extended), tmp_path)
     assert (tmp_path / models.KEPT / "tokenizer.json").exists()
 
