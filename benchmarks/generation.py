@@ -16,15 +16,13 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from absl import app, flags
-
-from lcx.core.host import HUGE_PAGES, huge_pages_help
+from process import Process
 
 HERE = Path(__file__).resolve().parent
 SIDES = {"lcx": "decode_lcx", "torch": "decode_torch"}
@@ -40,42 +38,10 @@ flags.DEFINE_integer("long_length", 65536, "Tokens of the long prompt.", lower_b
 flags.DEFINE_integer("long_chunk", 2048, "Tokens of it that are prefilled at a time.", lower_bound=1)
 
 
-class Side:
-    """One side's process for one case."""
-
-    def __init__(self, name: str, case: dict[str, int]):
-        paths = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-        if huge_pages_help():
-            environment["GLIBC_TUNABLES"] = HUGE_PAGES
-        command = [sys.executable, str(HERE / "sides" / f"{SIDES[name]}.py"), json.dumps(case)]
-        self._process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.facts = self._read()
-
-    def turn(self) -> dict[str, float]:
-        """Seconds of a round."""
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        return self._read()
-
-    def finish(self) -> dict[str, int]:
-        """End the process; its memory."""
-        self._process.stdin.close()
-        memory = self._read()
-        self._process.wait()
-        return memory
-
-    def _read(self) -> dict[str, Any]:
-        line = self._process.stdout.readline()
-        if not line:
-            sys.exit(f"a side ended with exit code {self._process.wait()}; what it said is above")
-        return json.loads(line)
-
-
 def measure(rows: int) -> dict[str, Any]:
     """Figures of both sides for a batch."""
     case = {"rows": rows, "length": FLAGS.length, "new": FLAGS.new}
-    sides = {name: Side(name, case) for name in SIDES}
+    sides = {name: Process(name, script, case) for name, script in SIDES.items()}
     facts = {name: side.facts for name, side in sides.items()}
     same = facts["lcx"]["tokens"] == facts["torch"]["tokens"]
     if facts["lcx"]["parameters"] != facts["torch"]["parameters"] or not same:
@@ -83,7 +49,7 @@ def measure(rows: int) -> dict[str, Any]:
     load, turns = os.getloadavg()[0], {name: [] for name in SIDES}
     for _ in range(FLAGS.pairs):
         for name, side in sides.items():
-            turns[name].append(side.turn())
+            turns[name].append(side.ask())
     memory = {name: side.finish()["peak_bytes"] for name, side in sides.items()}
     result = {**case, "load_before": load, "same_tokens": same, "turns": turns, "peak_bytes": memory}
     for what, tokens in (("prefill", rows * FLAGS.length), ("decode", rows * (FLAGS.new - 1))):

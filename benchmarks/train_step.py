@@ -15,18 +15,16 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from absl import app, flags
+from process import Process
 from rich.console import Console
 from rich.table import Table
 from sides.side import MODEL, cores
-
-from lcx.core.host import HUGE_PAGES, huge_pages_help
 
 HERE = Path(__file__).resolve().parent
 CASES = {512: 8, 4096: 1, 16384: 1}
@@ -45,42 +43,17 @@ flags.DEFINE_float("max_load", 1.0, "Wait until the machine's load is below this
 flags.DEFINE_float("wait", 120.0, "Seconds to wait for that at most; what was found is written down.")
 
 
-class Side:
+class Side(Process):
     """One side's process for one case."""
 
     def __init__(self, name: str, python: str, case: dict[str, int]):
-        script = HERE / "sides" / f"{name}_side.py"
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(p for p in (str(HERE.parent), os.environ.get("PYTHONPATH")) if p),
-        }
-        if name == "torch":
-            environment.pop("PYTHONPATH")  # the peer's interpreter must not see packages of this one
-        if huge_pages_help():
-            environment["GLIBC_TUNABLES"] = HUGE_PAGES  # as `lcx` starts itself; the peer has them as well
-        self.name, self.tokens = name, case["rows"] * case["length"]
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._process = subprocess.Popen([python, str(script), json.dumps(case)], env=environment, **pipes)
-        self.facts = self._read()
+        self.tokens = case["rows"] * case["length"]
+        # The peer's interpreter must not see packages of this one.
+        super().__init__(name, f"{name}_side", case, python, own_packages=name != "torch")
 
     def turn(self, steps: int) -> float:
         """Tokens per second over some steps."""
-        self._process.stdin.write(f"{steps}\n")
-        self._process.stdin.flush()
-        return steps * self.tokens / self._read()["seconds"]
-
-    def finish(self) -> dict[str, int]:
-        """End the process; its memory."""
-        self._process.stdin.close()
-        memory = self._read()
-        self._process.wait()
-        return memory
-
-    def _read(self) -> dict[str, Any]:
-        line = self._process.stdout.readline()
-        if not line:
-            sys.exit(f"the {self.name} side ended with exit code {self._process.wait()}; what it said is above")
-        return json.loads(line)
+        return steps * self.tokens / self.ask(str(steps))["seconds"]
 
 
 def measure(length: int) -> dict[str, Any]:

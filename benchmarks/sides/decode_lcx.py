@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from decode_side import MODEL, NORM_EPS, THETA, Generate, prompts, serve, weights
+from decode_side import MODEL, THETA, Generate, prompts, serve, weights
+from side import NORM_EPS
 
 from lcx.core.trees import Tree
 from lcx.model.config import ModelConfig, lay_out

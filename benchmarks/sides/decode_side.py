@@ -15,7 +15,7 @@ import numpy as np
 from side import answer, peak_memory
 
 MODEL = dict(vocab_size=32000, model_dim=512, num_layers=8, num_heads=8, num_kv_heads=4, head_dim=64, mlp_dim=1536)
-NORM_EPS, THETA = 1e-5, 10000.0
+THETA = 10000.0
 
 Generate = Callable[[Callable[[], None]], list[list[int]]]
 """Greedy tokens of every prompt; calls back once, when the first token of each is there."""

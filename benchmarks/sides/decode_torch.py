@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 import transformers
-from decode_side import MODEL, NORM_EPS, THETA, Generate, prompts, serve, weights
+from decode_side import MODEL, THETA, Generate, prompts, serve, weights
 from side import cores
+from torch_side import llama_config
 
 NAMES = {
     "query": "self_attn.q_proj", "key": "self_attn.k_proj", "value": "self_attn.v_proj", "out": "self_attn.o_proj",
@@ -18,22 +19,8 @@ NAMES = {
 
 def model(length: int) -> torch.nn.Module:
     """Llama with the shared weights."""
-    config = transformers.LlamaConfig(
-        vocab_size=MODEL["vocab_size"],
-        hidden_size=MODEL["model_dim"],
-        intermediate_size=MODEL["mlp_dim"],
-        num_hidden_layers=MODEL["num_layers"],
-        num_attention_heads=MODEL["num_heads"],
-        num_key_value_heads=MODEL["num_kv_heads"],
-        head_dim=MODEL["head_dim"],
-        max_position_embeddings=length,
-        rms_norm_eps=NORM_EPS,
-        rope_parameters={"rope_type": "default", "rope_theta": THETA},
-        tie_word_embeddings=False,
-        attn_implementation="sdpa",
-        dtype="float32",
-    )
-    made, w = transformers.LlamaForCausalLM(config).eval(), {name: torch.from_numpy(x) for name, x in weights().items()}
+    made = transformers.LlamaForCausalLM(llama_config(MODEL, length, THETA)).eval()
+    w = {name: torch.from_numpy(x) for name, x in weights().items()}
     one = torch.ones(MODEL["model_dim"])
     state = {"model.embed_tokens.weight": w["embedding"], "lm_head.weight": w["head"].T, "model.norm.weight": one}
     for i in range(MODEL["num_layers"]):

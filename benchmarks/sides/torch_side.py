@@ -14,7 +14,7 @@ def build(rows: int, length: int) -> tuple[Callable[[], float], dict[str, Any]]:
     """An eager float32 step on all cores: forward, backward, clipping, AdamW."""
     torch.set_num_threads(cores())
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(llama_config(length)).train()
+    model = transformers.LlamaForCausalLM(llama_config(MODEL, length, THETA)).train()
     optimizer = adamw(model)
     host = batches(rows, length)
 
@@ -33,19 +33,19 @@ def build(rows: int, length: int) -> tuple[Callable[[], float], dict[str, Any]]:
     return run, {"parameters": parameters, "versions": versions, "threads": torch.get_num_threads()}
 
 
-def llama_config(length: int) -> transformers.LlamaConfig:
-    """The shared sizes in transformers' words."""
+def llama_config(sizes: dict[str, int], length: int, theta: float) -> transformers.LlamaConfig:
+    """Shared sizes in transformers' words."""
     return transformers.LlamaConfig(
-        vocab_size=MODEL["vocab_size"],
-        hidden_size=MODEL["model_dim"],
-        intermediate_size=MODEL["mlp_dim"],
-        num_hidden_layers=MODEL["num_layers"],
-        num_attention_heads=MODEL["num_heads"],
-        num_key_value_heads=MODEL["num_kv_heads"],
-        head_dim=MODEL["head_dim"],
+        vocab_size=sizes["vocab_size"],
+        hidden_size=sizes["model_dim"],
+        intermediate_size=sizes["mlp_dim"],
+        num_hidden_layers=sizes["num_layers"],
+        num_attention_heads=sizes["num_heads"],
+        num_key_value_heads=sizes["num_kv_heads"],
+        head_dim=sizes["head_dim"],
         max_position_embeddings=length,
         rms_norm_eps=NORM_EPS,
-        rope_parameters={"rope_type": "default", "rope_theta": THETA},
+        rope_parameters={"rope_type": "default", "rope_theta": theta},
         tie_word_embeddings=False,
         attn_implementation="sdpa",
         dtype="float32",

@@ -46,8 +46,6 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
         generation_items=values.generation_items,
         perplexity_tokens=values.perplexity_tokens,
     )
-    if values.step is not None and values.stage is not None:
-        raise UserError(f"--step={values.step} and --stage={values.stage} both name weights; leave one of them out")
     loaded = models.load(checkpoint, step=values.step, stage=values.stage)
     named = values.label or "-".join([values.stage or str(loaded.meta.step), *values.positions])
     if values.label in ("before", "after"):

@@ -11,7 +11,6 @@ from pathlib import Path
 from absl import flags
 
 from lcx.cli import parse
-from lcx.core.errors import UserError
 from lcx.core.mesh import MeshConfig, make_mesh
 from lcx.research.models import DTYPES, export_model
 
@@ -33,7 +32,5 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     parse.nothing_left(rest, "export")
     checkpoint = parse.needed(values, "checkpoint", "name a run's workdir")
     out = Path(parse.needed(values, "out", "name a new folder"))
-    if values.step is not None and values.stage is not None:
-        raise UserError(f"--step={values.step} and --stage={values.stage} both name weights; leave one of them out")
     size = int(values.max_shard_gb * 1e9)
     export_model(checkpoint, out, values.step, values.stage, make_mesh(MeshConfig()), values.dtype, size)

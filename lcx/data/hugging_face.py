@@ -8,27 +8,23 @@ import pathlib
 import numpy as np
 
 from lcx.core.errors import UserError
+from lcx.core.extras import library
 from lcx.data.special_tokens import beside, character, with_usual
 
 
 class HuggingFace:
     """A `tokenizer.json`; special tokens that a text spells out become their ids, as the library has it.
 
-    Raises `UserError` for a file that cannot be read and for a missing library.
+    Raises `UserError` for a file that cannot be read and for a missing tokenizers.
     """
 
     def __init__(self, path: str | pathlib.Path) -> None:
-        try:
-            import tokenizers as library
-        except ImportError as error:
-            raise UserError(
-                f"tokenizer {str(path)!r} needs the tokenizers library; install the extra: pip install -e '.[hf]'"
-            ) from error
+        tokenizers = library("tokenizers", f"tokenizer {str(path)!r}")
         self.path = pathlib.Path(path)
         self.folder = self.path.parent
         raw = self.path.read_bytes()
         try:
-            self._tokenizer = library.Tokenizer.from_buffer(raw)
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(raw)
         except Exception as error:
             raise UserError(f"tokenizer {str(path)!r} is not a tokenizer.json that can be read: {error}") from error
         # Truncation or padding stored in the file would cut documents silently.

@@ -9,6 +9,7 @@ import pathlib
 import numpy as np
 
 from lcx.core.errors import UserError
+from lcx.core.extras import library
 from lcx.data.special_tokens import beside, character, read_json, split, with_usual
 
 
@@ -17,23 +18,18 @@ class SentencePiece:
 
     In ordinary text a special token spelled out stays text; in a chat it becomes its id, and what follows it gets no dummy
     space in front (with `legacy: true` in tokenizer_config.json it does, as transformers has it). Raises `UserError` for a
-    file that cannot be read and for a missing library.
+    file that cannot be read and for a missing sentencepiece.
     """
 
     def __init__(self, path: str | pathlib.Path) -> None:
-        try:
-            import sentencepiece as library
-        except ImportError as error:
-            raise UserError(
-                f"tokenizer {str(path)!r} needs the sentencepiece library; install the extra: pip install -e '.[hf]'"
-            ) from error
+        sentencepiece = library("sentencepiece", f"tokenizer {str(path)!r}")
         self.path = pathlib.Path(path)
         self.folder = self.path.parent
         self._raw = self.path.read_bytes()
         try:
             if not self._raw:
                 raise RuntimeError("it is empty")
-            self._model = library.SentencePieceProcessor(model_proto=self._raw)
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=self._raw)
         except RuntimeError as error:
             raise UserError(
                 f"tokenizer {str(path)!r} is neither a SentencePiece model nor a file of tiktoken ranks; "

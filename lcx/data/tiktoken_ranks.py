@@ -22,6 +22,7 @@ import numpy as np
 
 from lcx.core.config import nearest
 from lcx.core.errors import UserError
+from lcx.core.extras import library
 from lcx.data.special_tokens import places, read_json, split
 
 _LINE = re.compile(rb"([A-Za-z0-9+/]+={0,2}) (\d+)\s*")
@@ -48,16 +49,11 @@ def looks_like_ranks(raw: bytes) -> bool:
 class Ranks:
     """tiktoken ranks with their pattern and special tokens; in ordinary text a special token spelled out stays text.
 
-    Raises `UserError` for a file that cannot be read, for an unknown pattern and for a missing library.
+    Raises `UserError` for a file that cannot be read, for an unknown pattern and for a missing tiktoken.
     """
 
     def __init__(self, path: str | pathlib.Path) -> None:
-        try:
-            import tiktoken as library
-        except ImportError as error:
-            raise UserError(
-                f"tokenizer {str(path)!r} needs the tiktoken library; install the extra: pip install -e '.[hf]'"
-            ) from error
+        tiktoken = library("tiktoken", f"tokenizer {str(path)!r}")
         self.path = pathlib.Path(path)
         self.folder = self.path.parent
         raw = self.path.read_bytes()
@@ -65,7 +61,7 @@ class Ranks:
         form = _form(self.path, ranks)
         self._special: dict[str, int] = form["special_tokens"]
         try:
-            self._encoding = library.Encoding(
+            self._encoding = tiktoken.Encoding(
                 self.path.name, pat_str=form["pattern"], mergeable_ranks=ranks, special_tokens=self._special
             )
         except ValueError as error:

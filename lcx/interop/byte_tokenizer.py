@@ -5,17 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from lcx.core.errors import UserError
+from lcx.core.extras import library
 
 BOS, EOS = "<s>", "</s>"
 
 
 def write(out: Path, bos: bool, eos: bool) -> None:
     """Put tokenizer.json and tokenizer_config.json into a folder: one id per byte, then the special tokens that there are."""
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise UserError(f"{out}/tokenizer.json needs the tokenizers library; install the extra: pip install -e '.[hf]'") from error
+    tokenizers = library("tokenizers", f"{out}/tokenizer.json")
     vocab = {character: byte for byte, character in enumerate(_characters())}
     special = [token for token, wanted in ((BOS, bos), (EOS, eos)) if wanted]
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))

@@ -88,10 +88,15 @@ def read_file(folder: Path) -> Described:
 def values_of(folder: Path) -> dict[str, Any]:
     """The config.json of a folder."""
     path = folder / FILE
+    if not path.exists():
+        raise UserError(f"{folder} has no {FILE}, so it holds no Hugging Face model")
+    return read_json(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises `UserError` where there is none."""
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise UserError(f"{folder} has no {FILE}, so it holds no Hugging Face model")
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON that can be read ({error})") from error
     if not isinstance(values, dict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -13,10 +14,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from lcx.core.errors import UserError
-from lcx.core.trees import Tree
+from lcx.core.trees import Tree, paths
 from lcx.interop import config as configs
 from lcx.interop import weights
 from lcx.interop.config import Described
+from lcx.interop.families import FAMILIES
 from lcx.interop.shards import Shards, write
 from lcx.model.config import ModelConfig
 from lcx.model.params import specs
@@ -60,11 +62,10 @@ def is_folder(path: str | Path) -> bool:
     if not (folder / configs.FILE).is_file() or (folder / "checkpoints").exists():
         return False
     try:
-        values = json.loads((folder / configs.FILE).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError):
+        # A run's has stages.
+        return "stages" not in configs.values_of(folder)
+    except UserError:
         return True
-    # A run's has stages.
-    return not isinstance(values, dict) or "stages" not in values
 
 
 def beside(folder: Path) -> list[Path]:
@@ -105,14 +106,13 @@ def save(
     config.json's other keys, tokenizer, chat template and generation settings are kept; without it `bos_id` and `eos_id` are the
     tokenizer's. Raises `UserError` when `out` is there already, and for what Hugging Face has no place for.
     """
-    check_new(out)
+    above = check_new(out)
     values = configs.write(model, schemes, length, dtype, configs.values_of(base) if base else None, bos_id, eos_id)
-    family = configs.read(values).family
-    slots = weights.slots(specs(model, schemes, length), family, model.num_layers)
-    leaves = weights.leaves_by_path(params)
+    slots = weights.slots(specs(model, schemes, length), FAMILIES[values["model_type"]], model.num_layers)
+    leaves = dict(paths(params))
     size = jnp.dtype(dtype).itemsize
-    sizes = {name: size * sum(weights.count(part) for part in parts) for name, parts in slots.items()}
-    free = shutil.disk_usage(next(path for path in (out, *out.resolve().parents) if path.exists())).free
+    sizes = {name: size * math.prod(parts[0].tensor_shape) for name, parts in slots.items()}
+    free = shutil.disk_usage(above).free
     if sum(sizes.values()) > free:
         raise UserError(f"{out} needs {sum(sizes.values()) / 1e9:,.1f} GB and the disk has {free / 1e9:,.1f} GB left")
     part = _part(out)
@@ -127,13 +127,14 @@ def save(
     return values
 
 
-def check_new(out: Path) -> None:
-    """Raises `UserError` where a folder can't be made, or would cover something."""
+def check_new(out: Path) -> Path:
+    """The folder that a new one will be made in; raises `UserError` where that can't be, or would cover something."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already; name a new folder, or delete it first")
     above = next(path for path in out.absolute().parents if path.exists())
     if not above.is_dir():
         raise UserError(f"{out} cannot be made: {above} is a file; name another folder")
+    return above
 
 
 def _part(out: Path) -> Path:

@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from lcx.core.errors import UserError
+from lcx.core.extras import library
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -47,11 +48,6 @@ class Shards:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Tensor name -> shape."""
         return self._shapes
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the files."""
-        return sum(path.stat().st_size for path in set(self._where.values()))
 
     @property
     def files(self) -> list[Path]:
@@ -118,7 +114,7 @@ class Shards:
                     f"{index} puts {name} into {file.name}, and it stands in {self._where[name].name}; the index is wrong"
                 )
         if unlisted := sorted(set(self._where) - set(wanted)):
-            raise UserError(f"{index} leaves out {_some(unlisted)}, which the shards hold; the index is wrong")
+            raise UserError(f"{index} leaves out {some(unlisted)}, which the shards hold; the index is wrong")
 
     def _read_headers(self, files: Iterable[Path]) -> None:
         twice = []
@@ -132,22 +128,22 @@ class Shards:
                     self._shapes[name] = tuple(found.get_shape())
                     self._dtypes[name] = found.get_dtype()
         if twice:
-            raise UserError(f"{self.folder} holds tensors twice: {_some(twice)}; delete the shards that do not belong to the model")
+            raise UserError(f"{self.folder} holds tensors twice: {some(twice)}; delete the shards that do not belong to the model")
 
     def _none_found(self) -> None:
         pickled = sorted(path for path in self.folder.iterdir() if path.suffix in PICKLES)
         if pickled:
             raise _pickled(pickled[0])
         others = sorted(path.name for path in self.folder.glob("*.safetensors"))
-        hint = f"; it holds {_some(others)} without {INDEX}" if others else ""
+        hint = f"; it holds {some(others)} without {INDEX}" if others else ""
         raise UserError(f"{self.folder} has no {SINGLE} and no {INDEX}{hint}")
 
 
-def write(folder: Path, sizes: Mapping[str, int], tensor: Callable[[str], np.ndarray], max_bytes: int) -> dict[str, Any]:
+def write(folder: Path, sizes: Mapping[str, int], tensor: Callable[[str], np.ndarray], max_bytes: int) -> None:
     """Write tensors into shards of at most `max_bytes` (one tensor at least), and their index where there are several.
 
     `sizes` maps names to bytes, in the order of the files; `tensor` gives each when its shard's turn comes, so that no more than a
-    shard is held. Returns the index.
+    shard is held.
     """
     from safetensors.numpy import save_file
 
@@ -163,20 +159,14 @@ def write(folder: Path, sizes: Mapping[str, int], tensor: Callable[[str], np.nda
     for file, names in zip(files, shards, strict=True):
         # "pt" is what transformers asks for; it says how the names are to be read, not who wrote them.
         save_file({name: np.ascontiguousarray(tensor(name)) for name in names}, folder / file, metadata={"format": "pt"})
-    index = {
-        "metadata": {"total_size": sum(sizes.values())},
-        "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names},
-    }
     if len(files) > 1:
+        where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return index
 
 
 def _open(path: Path) -> Any:
-    try:
-        import safetensors
-    except ImportError as error:
-        raise UserError(f"{path} needs the safetensors library; install the extra: pip install -e '.[hf]'") from error
+    safetensors = library("safetensors", str(path))
     try:
         return safetensors.safe_open(path, framework="np")
     except (safetensors.SafetensorError, OSError, ValueError) as error:
@@ -199,6 +189,6 @@ def finite(x: np.ndarray) -> bool:
     return bool(np.isfinite(x).all())
 
 
-def _some(names: list[str]) -> str:
-    """The first few of many."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+def some(names: list[str], most: int = 5) -> str:
+    """The first few of many, for an error."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

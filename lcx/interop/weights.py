@@ -24,10 +24,10 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from lcx.core.errors import UserError
 from lcx.core.mesh import fitting_spec
-from lcx.core.params import ParamSpec, paths_of
-from lcx.core.trees import Tree, paths
+from lcx.core.params import ParamSpec, is_spec, paths_of
+from lcx.core.trees import Tree
 from lcx.interop.families import Family
-from lcx.interop.shards import Shards, finite
+from lcx.interop.shards import Shards, finite, some
 
 Box = tuple[tuple[int, int], ...]
 """First and last of a piece along every axis."""
@@ -153,12 +153,12 @@ def check(shards: Shards, wanted: Mapping[str, list[Slot]], tied: bool) -> None:
         "missing": [name for name in wanted if name not in shards.shapes],
         "not of this architecture": sorted(extra),
         "misshapen": [
-            f"{name} {_text(shards.shapes[name])} where {_text(parts[0].tensor_shape)} is due"
+            f"{name} {shape_text(shards.shapes[name])} where {shape_text(parts[0].tensor_shape)} is due"
             for name, parts in wanted.items()
             if name in shards.shapes and shards.shapes[name] != parts[0].tensor_shape
         ],
     }
-    wrong = [f"{what}: {_list(names)}" for what, names in lists.items() if names]
+    wrong = [f"{what}: {some(names, 8)}" for what, names in lists.items() if names]
     if wrong:
         raise UserError(
             f"{shards.folder}: the tensors are not those that its config.json describes; {'; '.join(wrong)}. "
@@ -177,7 +177,7 @@ def load(shards: Shards, table: Tree, wanted: Mapping[str, list[Slot]], dtype: s
             by_path.setdefault(slot.path, []).append(slot)
 
     leaves = [_leaf(shards, spec, by_path[path], jnp.dtype(dtype), _sharding(spec, mesh)) for path, spec in paths_of(table)]
-    return jax.tree.unflatten(jax.tree.structure(table, is_leaf=lambda x: isinstance(x, ParamSpec)), leaves)
+    return jax.tree.unflatten(jax.tree.structure(table, is_leaf=is_spec), leaves)
 
 
 def tensor(params: Mapping[str, jax.Array], parts: list[Slot], dtype: str) -> np.ndarray:
@@ -187,16 +187,6 @@ def tensor(params: Mapping[str, jax.Array], parts: list[Slot], dtype: str) -> np
         x = params[slot.path][slot.index] if slot.index else params[slot.path]
         pieces.append(slot.stored(_cast(_on_host(x), dtype, slot.name)))
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-
-
-def leaves_by_path(params: Tree) -> dict[str, jax.Array]:
-    """The leaves of a parameter tree by their path."""
-    return dict(paths(params))
-
-
-def count(slot: Slot) -> int:
-    """Numbers of a slot."""
-    return math.prod(slot.shape)
 
 
 def _slots(path: str, spec: ParamSpec, layer: int | None, family: Family) -> Iterator[Slot]:
@@ -241,8 +231,7 @@ def _leaf(shards: Shards, spec: ParamSpec, parts: list[Slot], dtype: Any, shardi
         for _ in pool.map(read, parts):
             pass
     arrays = [jax.device_put(buffers[box], device) for device, box in places.items()]
-    leaf = jax.block_until_ready(jax.make_array_from_single_device_arrays(spec.shape, sharding, arrays))
-    return leaf
+    return jax.block_until_ready(jax.make_array_from_single_device_arrays(spec.shape, sharding, arrays))
 
 
 def _cast(x: np.ndarray, dtype: Any, name: str) -> np.ndarray:
@@ -311,9 +300,6 @@ def _is_copy(shards: Shards) -> bool:
         return all(np.array_equal(one(box), other(box)) for box in boxes)
 
 
-def _text(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))
-
-
-def _list(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+def shape_text(shape: tuple[int, ...]) -> str:
+    """A shape as people write it."""
+    return "x".join(map(str, shape)) or "scalar"

@@ -72,7 +72,10 @@ def from_parameters(parameters: Mapping[str, Any], config: Mapping[str, Any], la
     if kind in ("yarn", "longrope", "su") and values.get("factor") is None and trained and config.get("max_position_embeddings"):
         values["factor"] = max(1.0, config["max_position_embeddings"] / trained)
     common: dict[str, Any] = {
-        "theta": _number("rope_theta", _theta(parameters, config)),
+        "theta": _number(
+            "rope_theta",
+            _first(parameters.get("rope_theta"), config.get("rope_theta"), config.get("default_theta"), _DEFAULT_THETA),
+        ),
         "partial": float(_first(parameters.get("partial_rotary_factor"), config.get("partial_rotary_factor"), 1.0)),
         "original_length": trained,
         "layout": layout,
@@ -103,11 +106,6 @@ def _trained_length(kind: str, parameters: Mapping[str, Any], config: Mapping[st
         case _:
             length = own
     return None if length is None else int(length)
-
-
-def _theta(parameters: Mapping[str, Any], config: Mapping[str, Any]) -> Any:
-    inside, outside = parameters.get("rope_theta"), config.get("rope_theta")
-    return _first(inside, outside, config.get("default_theta"), _DEFAULT_THETA)
 
 
 def _number(key: str, value: Any) -> float:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from lcx.core.console import say, table
 from lcx.core.trees import paths
 from lcx.interop.config import COMPUTATION
+from lcx.interop.weights import shape_text
 from lcx.model.config import ModelConfig
 from lcx.research import models
 from lcx.training.checkpoints import Loaded
@@ -85,14 +86,10 @@ def config_differences(one: Loaded, other: Loaded) -> Iterator[tuple[str, object
 
 def _row(row: TensorDifference) -> tuple[str, ...]:
     if row.shapes[0] != row.shapes[1]:
-        texts = ["absent" if shape is None else _text(shape) for shape in row.shapes]
+        texts = ["absent" if shape is None else shape_text(shape) for shape in row.shapes]
         return row.path, " and ".join(texts), "", "", ""
     share = f"{row.changed:,} of {math.prod(row.shapes[0] or ()):,}"
-    return row.path, _text(row.shapes[0] or ()), share, f"{row.largest:.3g}", f"{row.reference:.3g}"
-
-
-def _text(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape)) or "scalar"
+    return row.path, shape_text(row.shapes[0] or ()), share, f"{row.largest:.3g}", f"{row.reference:.3g}"
 
 
 def _short(values: object, other: object) -> object:

@@ -12,15 +12,14 @@ from ml_collections.config_dict import placeholder
 from lcx.core import config as configs
 from lcx.core.config import positive
 from lcx.core.errors import UserError
-from lcx.evals.suite import EvalConfig
 from lcx.interop import folder as hf
 from lcx.interop.config import COMPUTATION, Described, read_file
-from lcx.model.config import ModelConfig, is_local
+from lcx.model.config import is_local
 from lcx.positions.rotary import Rope
 from lcx.positions.theta import critical_base
+from lcx.research import recipe
 from lcx.research.models import tokenizer_of
 from lcx.training.checkpoints import scheme_configs
-from lcx.training.stages import RunConfig, StageConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,14 +56,12 @@ class ExtensionConfig:
 
 def defaults() -> ml_collections.ConfigDict:
     """The fields of an extension and of everything else in a run but what `complete` finds out, for flags to change."""
-    run = configs.to_config_dict(RunConfig(model=ModelConfig(), stages=(StageConfig("any", 1, 1, 1, monitor=False),)))
-    for name in ("stages", "positions", "init_from", "resume_from"):
+    run = recipe.defaults({"any": {"seq_len": 1, "steps": 1, "batch_size": 1, "monitor": False}})
+    for name in ("stages", "stage_order", "base_stage", "positions", "init_from", "resume_from"):
         del run[name]
-    computation = configs.to_config_dict(ModelConfig())
-    run.model = ml_collections.ConfigDict({name: computation[name] for name in COMPUTATION})
+    run.model = ml_collections.ConfigDict({name: run.model[name] for name in COMPUTATION})
     # Rows are few and long, so devices share a row before they share a batch.
     run.mesh.fsdp, run.mesh.context = 1, -1
-    run.evals = configs.to_config_dict(EvalConfig())
     # Follow from the model and the target unless they are given.
     run.evals.lengths = placeholder(tuple)
     run.data.tokenizer = placeholder(str)
@@ -93,7 +90,7 @@ def complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     values["positions"] = scheme_configs(described.schemes)
     values["init_from"] = str(source)
     values["stages"] = _stages(wanted, described, trained)
-    values["data"]["tokenizer"] = values["data"]["tokenizer"] or tokenizer_of(source, described.model, source)
+    values["data"]["tokenizer"] = values["data"]["tokenizer"] or tokenizer_of(source, described.model)
     values["evals"]["lengths"] = values["evals"]["lengths"] or (trained, *(stage["seq_len"] for stage in values["stages"]))
     return ml_collections.ConfigDict(values)
 

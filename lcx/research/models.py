@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from lcx.data import tokenizers
 from lcx.data.config import DataConfig
 from lcx.interop import byte_tokenizer
 from lcx.interop import folder as hf
-from lcx.interop.config import values_of
+from lcx.interop.config import read_json, values_of
 from lcx.interop.folder import HfFolder
 from lcx.model.config import ModelConfig, schemes_of
 from lcx.training import checkpoints
@@ -44,6 +43,8 @@ def load(
     A Hugging Face folder counts as a run with one stage, `imported`, at step 0.
     """
     choice("dtype", dtype, DTYPES)
+    if step is not None and stage is not None:
+        raise UserError(f"--step={step} and --stage={stage} both name weights; leave one of them out")
     if not hf.is_folder(path):
         loaded = checkpoints.load_params(path, step=step, stage=stage, mesh=mesh)
         return dataclasses.replace(loaded, params=cast(loaded.params, jnp.dtype(dtype)))
@@ -51,7 +52,7 @@ def load(
         if value is not None and value != only:
             raise UserError(f"{path} is a Hugging Face folder, which has no {name} {value!r}; leave it out")
     source = HfFolder(path)
-    run = _run_of(source, Path(path), dtype)
+    run = _run_of(source, dtype)
     return Loaded(source.params(dtype, mesh), run, _meta_of(run, source))
 
 
@@ -60,8 +61,9 @@ def initial(init_from: str | None) -> Initial | None:
     if init_from is None or not hf.is_folder(init_from):
         return checkpoints.initial(init_from)
     source = HfFolder(init_from)
-    meta = _meta_of(_run_of(source, Path(init_from), "float32"), source)
-    return Initial(init_from, meta, lambda mesh: load(init_from, mesh=mesh))
+    run = _run_of(source, "float32")
+    meta = _meta_of(run, source)
+    return Initial(init_from, meta, lambda mesh: Loaded(source.params("float32", mesh), run, meta))
 
 
 def stop_ids(path: str | Path) -> tuple[int, ...]:
@@ -70,7 +72,7 @@ def stop_ids(path: str | Path) -> tuple[int, ...]:
     for name in ("generation_config.json", "config.json"):
         file = folder / name if folder else None
         if file is not None and file.is_file():
-            found = json.loads(file.read_text(encoding="utf-8-sig")).get("eos_token_id")
+            found = read_json(file).get("eos_token_id")
             if found is not None:
                 return tuple(int(token) for token in (found if isinstance(found, list) else [found]))
     return ()
@@ -78,10 +80,7 @@ def stop_ids(path: str | Path) -> tuple[int, ...]:
 
 def workdir_of(path: str | Path) -> Path:
     """Where what is found out about a model is kept: in its run, and for a Hugging Face folder under runs/."""
-    path = Path(path)
-    if hf.is_folder(path):
-        return Path("runs") / path.resolve().name
-    return next((folder for folder in (path, *path.resolve().parents[:2]) if (folder / CONFIG).exists()), path)
+    return Path("runs") / Path(path).resolve().name if hf.is_folder(path) else checkpoints.locate(Path(path))[0]
 
 
 def keep_beside(init_from: str | None, workdir: Path) -> None:
@@ -95,18 +94,20 @@ def keep_beside(init_from: str | None, workdir: Path) -> None:
 
 def import_model(source: str | Path, workdir: Path, mesh: Mesh | None = None, dtype: str | None = None) -> None:
     """Write the weights of a Hugging Face folder as a run's checkpoint at step 0, in `dtype` (None: as they are stored)."""
-    if not hf.is_folder(source):
-        _explain_no_folder(Path(source))
+    source = Path(source)
+    if not source.is_dir():
+        hint = "; fetch a model first, for example with huggingface_hub's `hf download`" if not source.exists() else ""
+        raise UserError(f"{source} is no folder{hint}")
     given = HfFolder(source)
     dtype = choice("dtype", dtype or given.dtype, DTYPES)
     if (workdir / CONFIG).exists():
         raise UserError(f"{workdir} holds a run already; name another --workdir")
     if (workdir / checkpoints.FOLDER).exists():
         raise UserError(f"{workdir} holds checkpoints that no config tells of; name another --workdir, or delete it")
-    run = _run_of(given, Path(source), dtype)
+    run = _run_of(given, dtype)
     check_vocabulary(run.model, tokenizers.load(run.data.tokenizer).vocab_size, run.data.tokenizer)
-    if hf.tokenizer_files(Path(source)):
-        run = dataclasses.replace(run, data=DataConfig(tokenizer=tokenizer_of(Path(source), run.model, workdir / KEPT)))
+    if hf.tokenizer_files(source):
+        run = dataclasses.replace(run, data=DataConfig(tokenizer=str(workdir / KEPT)))
     params = given.params(dtype, mesh)
     open_workdir(workdir, run)
     try:
@@ -146,13 +147,13 @@ def export_model(
     say(f"exported {num_elements(loaded.params):,} parameters as {dtype}, {values['architectures'][0]}, into {out}")
 
 
-def _run_of(source: HfFolder, folder: Path, dtype: str) -> RunConfig:
+def _run_of(source: HfFolder, dtype: str) -> RunConfig:
     compute = "bfloat16" if dtype in ("bfloat16", "float16") else "float32"
     model = dataclasses.replace(source.described.model, compute_dtype=compute)
     stage = StageConfig(name=STAGE, seq_len=source.described.length, steps=1, batch_size=1, monitor=False)
-    data = DataConfig(tokenizer=tokenizer_of(folder, model, folder))
+    data = DataConfig(tokenizer=tokenizer_of(source.folder, model))
     positions = scheme_configs(source.described.schemes)
-    return RunConfig(model=model, stages=(stage,), positions=positions, data=data, init_from=str(folder))
+    return RunConfig(model=model, stages=(stage,), positions=positions, data=data, init_from=str(source.folder))
 
 
 def _meta_of(run: RunConfig, source: HfFolder) -> Meta:
@@ -162,10 +163,10 @@ def _meta_of(run: RunConfig, source: HfFolder) -> Meta:
     )  # fmt: skip
 
 
-def tokenizer_of(folder: Path, model: ModelConfig, where: Path) -> str:
-    """The tokenizer of a folder, whose files are (or will be) in `where`."""
+def tokenizer_of(folder: Path, model: ModelConfig) -> str:
+    """What `DataConfig.tokenizer` says for the tokenizer of a folder, or for the bytes that a model without one reads."""
     if hf.tokenizer_files(folder):
-        return str(where)
+        return str(folder)
     if model.vocab_size not in (256, 257, 258):
         warn(f"{folder} has no tokenizer; text is read as bytes")
     return {257: "bytes+eos", 258: "bytes+bos+eos"}.get(model.vocab_size, "bytes")
@@ -175,15 +176,8 @@ def _kept(path: Path) -> Path | None:
     """The folder with the Hugging Face files of a model: its own, or what its run kept."""
     if hf.is_folder(path):
         return path
-    return next((folder / KEPT for folder in (path, *path.parents[:2]) if (folder / KEPT).is_dir()), None)
-
-
-def _explain_no_folder(path: Path) -> None:
-    if not path.is_dir():
-        hint = "; fetch a model first, for example with huggingface_hub's `hf download`" if not path.exists() else ""
-        raise UserError(f"{path} is no folder{hint}")
-    HfFolder(path)
-    raise UserError(f"{path}/config.json names no model_type, so it is no Hugging Face model")
+    kept = checkpoints.locate(path)[0] / KEPT
+    return kept if kept.is_dir() else None
 
 
 def _write_tokenizer(name: str, tokenizer: tokenizers.Tokenizer, out: Path) -> None:

@@ -268,7 +268,7 @@ def initial(path: str | None) -> Initial | None:
 
 def load_meta(path: str | Path) -> Meta:
     """The record of the newest checkpoint of a workdir, or of a checkpoint folder, without its arrays."""
-    workdir, step = _locate(Path(path), None)
+    workdir, step = locate(Path(path))
     run = read_config(workdir)
     with Store(workdir, CheckpointConfig(), stage_ends(run), clean=False) as store:
         if not store.steps or step is not None and step not in store.steps:
@@ -282,7 +282,7 @@ def load_params(path: str | Path, step: int | None = None, stage: str | None = N
     Placed on `mesh` (default: the first device). The newest that can be read is taken where none is named. Raises `UserError`
     when there is no such checkpoint or it cannot be read.
     """
-    asked, (workdir, step) = step, _locate(Path(path), step)
+    asked, (workdir, step) = step, locate(Path(path), step)
     run = read_config(workdir)
     for name, value in (("step", asked), ("stage", stage)):
         if value is not None and step not in (None, asked):
@@ -337,7 +337,8 @@ def _read_newest(store: Store, run: RunConfig, steps: Sequence[int], mesh: Mesh 
     raise UserError(f"no checkpoint in {store.directory} can be read ({'; '.join(failures)})")
 
 
-def _locate(path: Path, step: int | None) -> tuple[Path, int | None]:
+def locate(path: Path, step: int | None = None) -> tuple[Path, int | None]:
+    """The workdir that a path names or lies in, and the step where it names one, else `step`."""
     if not path.is_dir():
         raise UserError(f"checkpoint {path} is no folder; name a run's workdir, or a folder {FOLDER}/<step> in it")
     if path.name == FOLDER:

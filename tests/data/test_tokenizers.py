@@ -1,8 +1,8 @@
 import base64
-import builtins
 import io
 import json
 import pathlib
+import sys
 import sysconfig
 
 import numpy as np
@@ -359,14 +359,7 @@ def test_folders(tmp_path):
 
 @pytest.mark.parametrize("missing", ["tokenizers", "sentencepiece", "tiktoken"])
 def test_missing_library_names_the_extra(missing, byte_level, pieces, ranks, monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name == missing:
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, missing, None)
     path = {"tokenizers": byte_level, "sentencepiece": pieces, "tiktoken": ranks[0]}[missing]
     with pytest.raises(UserError, match=rf"needs the {missing} library; .*\.\[hf\]"):
         tokenizers.load(str(path))

@@ -1,0 +1,16 @@
+"""Libraries that lcx works without until something asks for them."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from lcx.core.errors import UserError
+
+
+def library(name: str, what: str) -> ModuleType:
+    """A library of the extra `hf`; raises `UserError`, which says that `what` needs it, where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"{what} needs the {name} library; install the extra: pip install -e '.[hf]'") from error
