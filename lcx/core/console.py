@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import os
 import sys
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 
 import rich.console
@@ -107,10 +105,4 @@ def friendly_errors() -> Iterator[None]:
 
 
 def _print_error(sentence: str) -> None:
-    atexit.register(_end_quietly)
     rich.console.Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/] {rich.markup.escape(sentence)}")
-
-
-def _end_quietly() -> None:
-    """What libraries' threads and half-closed event loops say while the interpreter ends is no news after the error."""
-    sys.unraisablehook = threading.excepthook = lambda *_: None

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import logging
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -100,6 +101,7 @@ class Store:
         absl.logging.set_verbosity(absl.logging.FATAL)
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         warnings.filterwarnings("ignore", r"coroutine '\w+\._\w+' was never awaited", RuntimeWarning)
+        sys.unraisablehook = _without_late_reads
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -350,6 +352,12 @@ def locate(path: Path, step: int | None = None) -> tuple[Path, int | None]:
 
 def _progress(state: TrainState) -> dict[str, Any]:
     return {"opt_state": state.opt_state, "step": state.step, "skipped": state.skipped, "in_a_row": state.in_a_row}
+
+
+def _without_late_reads(unraisable: sys.UnraisableHookArgs) -> None:
+    """Leave out what reads given up say once the library has closed their event loop; the rest as Python shows it."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _short(error: BaseException) -> str:
