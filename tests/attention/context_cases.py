@@ -128,7 +128,9 @@ def compiled(structure: tuple[tuple[str, Any], ...], optimize: bool) -> Any:
     """The program of a structure; the last one is kept, so that cases that differ in their segments compile once."""
     case = dict(structure)
     strategy = {"ulysses": "auto", "hybrid": "ring"}.get(case["strategy"], case["strategy"])
-    options = {} if optimize else {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    options = {"xla_cpu_parallel_codegen_split_count": 1}
+    if not optimize:
+        options |= {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
     return jax.jit(program(case, strategy, case["kernel"]), compiler_options=options)
 
 
