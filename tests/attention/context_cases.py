@@ -151,16 +151,18 @@ def errors(case: dict[str, Any], optimize: bool = True) -> dict[str, float]:
 
 
 def product() -> list[dict[str, Any]]:
-    """Every strategy, layout, mask and scheme at every size, each plain and with one further option, over each kind of rows.
+    """Every strategy, layout, mask and scheme at every size, over each kind of rows: plain, softcap with GQA, sinks with MQA.
 
-    Cases that share a compiled program follow one another. The covering array has the dense kernel, and pairs of further options.
+    Cases that share a compiled program follow one another. The covering array has the dense kernel, and further pairs of options;
+    windows over keys on both sides are plain here.
     """
     plain = {"kernel": "blockwise", "grouping": "mha", "softcap": None, "sink": False}
-    further: tuple[dict[str, Any], ...] = ({}, {"softcap": 5.0}, {"sink": True}, {"grouping": "gqa"}, {"grouping": "mqa"})
+    further: tuple[dict[str, Any], ...] = ({}, {"softcap": 5.0, "grouping": "gqa"}, {"sink": True, "grouping": "mqa"})
     names = ("size", "strategy", "layout", "mask", "scheme")
     found = []
     for values in itertools.product(*(OPTIONS[name] for name in names)):
         case = dict(zip(names, values, strict=True))
         if allowed(case):
-            found += [{**case, **plain, **more, "segments": rows} for more in further for rows in ("packed", "padding", "half")]
+            options = further[:1] if case["mask"] == "full window" else further
+            found += [{**case, **plain, **more, "segments": rows} for more in options for rows in ("packed", "padding", "half")]
     return found
