@@ -54,6 +54,8 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     sampling = Sampling(values.temperature, values.top_k, values.top_p, values.seed)
     # One device, unless a mesh is asked for: then all of them.
     alone = values.context == values.tensor == 1
+    if alone and values.host_devices > 1:
+        raise UserError(f"--host_devices={values.host_devices} has nothing to share; add --context=N or --tensor=N")
     mesh = None if alone else make_mesh(MeshConfig(context=values.context, tensor=values.tensor))
     loaded = models.load(checkpoint, stage=values.stage, mesh=mesh, dtype=values.dtype)
     single = len(prompts) == 1

@@ -172,6 +172,8 @@ def _check_keys(values: Mapping[str, Any], family: Family, where: str) -> None:
     for key, value in values.items():
         if key in NEUTRAL and key not in family.optional and value not in NEUTRAL[key]:
             raise UserError(f"{where}: {key}={value!r} is not supported; only {' or '.join(map(repr, NEUTRAL[key]))} is")
+        if key == "quantization_config" and value is not None:
+            raise UserError(f"{where}: {key}={value!r} is not supported; name the checkpoint that was quantised")
         if key not in known and value is not None:
             raise UserError(
                 f"{where}: {key}={value!r} is not supported for {values['model_type']}; "

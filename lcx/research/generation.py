@@ -212,6 +212,8 @@ def read_prompts(path: str) -> list[str]:
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise UserError(f"prompt file {path} is not UTF-8 text (byte {error.start} is {byte:#04x}); convert it")
+    if not text.strip():
+        raise UserError(f"prompt file {path} is empty; write a prompt into it")
     if file.suffix != ".jsonl":
         return [text]
     return [_prompt_of(line, f"{path}, line {i}") for i, line in enumerate(text.split("\n"), 1) if line.strip()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
 from pathlib import Path
 
@@ -58,12 +59,15 @@ def load(
 
 def initial(init_from: str | None) -> Initial | None:
     """The weights that a run begins with, of either kind; None without any."""
-    if init_from is None or not hf.is_folder(init_from):
-        return checkpoints.initial(init_from)
+    if init_from is None:
+        return None
+    keep = functools.partial(keep_beside, init_from)
+    if not hf.is_folder(init_from):
+        return dataclasses.replace(checkpoints.initial(init_from), keep=keep)
     source = HfFolder(init_from)
     run = _run_of(source, "float32")
     meta = _meta_of(run, source)
-    return Initial(init_from, meta, lambda mesh: Loaded(source.params("float32", mesh), run, meta))
+    return Initial(init_from, meta, lambda mesh: Loaded(source.params("float32", mesh), run, meta), keep)
 
 
 def stop_ids(path: str | Path) -> tuple[int, ...]:
@@ -83,9 +87,9 @@ def workdir_of(path: str | Path) -> Path:
     return Path("runs") / Path(path).resolve().name if hf.is_folder(path) else checkpoints.locate(Path(path))[0]
 
 
-def keep_beside(init_from: str | None, workdir: Path) -> None:
+def keep_beside(init_from: str, workdir: Path) -> None:
     """Keep in a workdir what an export will need of the Hugging Face folder that its run goes back to, if there is one."""
-    if init_from is None or (workdir / KEPT).exists():
+    if (workdir / KEPT).exists():
         return
     found = _kept(Path(init_from))
     if found is not None and jax.process_index() == 0:

@@ -256,11 +256,15 @@ class Loaded:
 
 @dataclasses.dataclass(frozen=True)
 class Initial:
-    """Weights that a run begins with: their `name` in messages, their record, and `load(mesh)`, which reads them."""
+    """Weights that a run begins with: their `name` in messages, their record, and `load(mesh)`, which reads them.
+
+    `keep(workdir)` keeps in the run's workdir what else of the source will be needed.
+    """
 
     name: str
     meta: Meta
     load: Callable[[Mesh | None], Loaded]
+    keep: Callable[[Path], None] = lambda _: None
 
 
 def initial(path: str | None) -> Initial | None:
@@ -342,7 +346,9 @@ def _read_newest(store: Store, run: RunConfig, steps: Sequence[int], mesh: Mesh 
 def locate(path: Path, step: int | None = None) -> tuple[Path, int | None]:
     """The workdir that a path names or lies in, and the step where it names one, else `step`."""
     if not path.is_dir():
-        raise UserError(f"checkpoint {path} is no folder; name a run's workdir, or a folder {FOLDER}/<step> in it")
+        raise UserError(
+            f"checkpoint {path} is no folder; name a run's workdir, a folder {FOLDER}/<step> in it, or a Hugging Face folder"
+        )
     if path.name == FOLDER:
         return path.parent, step
     if path.parent.name == FOLDER and path.name.isdigit():

@@ -60,8 +60,11 @@ def train(run: RunConfig, workdir: str | Path, devices: Sequence[jax.Device] | N
     """
     workdir = Path(workdir).absolute()
     decisions = metrics.read(workdir / "decisions.jsonl")
-    planner = Planner(run, decisions, devices, given or initial(run.init_from))
+    given = given or initial(run.init_from)
+    planner = Planner(run, decisions, devices, given)
     open_workdir(workdir, run)
+    if given is not None:
+        given.keep(workdir)
     remark(run)
     main = jax.process_index() == 0
     held = alone(workdir) if main else contextlib.nullcontext()
