@@ -1,15 +1,18 @@
-"""Time of attention, forward and backward: causal against full, sliding window, and torch's fused CPU kernel if installed.
+"""Time of attention, forward and backward: causal against full, sliding window, torch's fused CPU kernel and tokamax if installed.
 
-Run it as `python benchmarks/attention.py`. Kernels take turns and the best of `--repeats` counts, so that
-other load on the machine hurts all alike. Both the wall clock and the processor time of all threads are given, in seconds.
+Run it as `python benchmarks/attention.py`. Kernels take turns and the best of `--repeats` counts, so that other load on the machine
+hurts all alike. The wall clock and the processor time of all threads are given, in seconds. tokamax pins a typeguard that other
+packages can't have, so it is in no extra: `pip install --no-deps tokamax qwix einshape immutabledict` puts it beside lcx.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import pathlib
+import sys
 import time
 from collections.abc import Callable
 
@@ -25,6 +28,8 @@ from lcx.positions.form import Form
 
 SHAPES = ((8, 256, 4, 32), (8, 512, 8, 32), (1, 4096, 8, 32), (1, 8192, 8, 64), (1, 16384, 8, 32))
 """Batch, tokens, heads, head dim."""
+TOKAMAX_LIMIT = 8192
+"""Longest rows that tokamax is measured on: on a CPU it takes minutes beyond."""
 MASKS = {"causal": Mask(), "full": Mask(causal=False), "window64": Mask(window=64)}
 
 
@@ -55,6 +60,22 @@ def fused(shape: tuple[int, ...], arrays: list[np.ndarray]) -> Callable[[], None
     return step
 
 
+def tokamax(shape: tuple[int, ...], arrays: list[np.ndarray]) -> Callable[[], None]:
+    """The same with tokamax's attention in chunks, its one path on a CPU that holds no array of all pairs; causal."""
+    import tokamax as peer
+    from absl import flags
+
+    flags.FLAGS(sys.argv[:1])  # tokamax would take this script's flags for its own
+
+    def step(q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array) -> tuple[jax.Array, ...]:
+        attend = functools.partial(peer.dot_product_attention, is_causal=True, implementation="xla_chunked")
+        return jax.vjp(attend, q, k, v)[1](do)
+
+    inputs = [jnp.asarray(x) for x in arrays]
+    compiled = jax.jit(step).lower(*inputs).compile()
+    return lambda: jax.block_until_ready(compiled(*inputs)) and None
+
+
 def measure(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, dict[str, float]]:
     """Best wall and processor seconds of each step; the steps take turns."""
     best = {name: {"wall": float("inf"), "cpu": float("inf")} for name in steps}
@@ -81,6 +102,8 @@ def main() -> None:
         steps = {name: ours(mask, shape, arrays) for name, mask in MASKS.items()}
         if importlib.util.find_spec("torch"):
             steps["torch causal"] = fused(shape, arrays)
+        if importlib.util.find_spec("tokamax") and T <= TOKAMAX_LIMIT:
+            steps["tokamax causal"] = tokamax(shape, arrays)
         plan = resolve(AttentionSpec(Mask(), Form(), scale=1.0), T, T, jax.default_backend(), batch=B, heads=N, kv_heads=N)
         row = {"shape": shape, "plan": plan.reason, "seconds": measure(steps, arguments.repeats)}
         if plan.blocks is not None:
