@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -110,6 +111,11 @@ def save(
     values = configs.write(model, schemes, length, dtype, configs.values_of(base) if base else None, bos_id, eos_id)
     slots = weights.slots(specs(model, schemes, length), FAMILIES[values["model_type"]], model.num_layers)
     leaves = dict(paths(params))
+    if jax.process_index() != 0:
+        # One process writes; the others give it what they hold.
+        for parts in slots.values():
+            weights.tensor(leaves, parts, dtype)
+        return values
     size = jnp.dtype(dtype).itemsize
     sizes = {name: size * math.prod(parts[0].tensor_shape) for name, parts in slots.items()}
     free = shutil.disk_usage(above).free

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from lcx.core.config import choice
@@ -113,6 +114,9 @@ def import_model(source: str | Path, workdir: Path, mesh: Mesh | None = None, dt
     if hf.tokenizer_files(source):
         run = dataclasses.replace(run, data=DataConfig(tokenizer=str(workdir / KEPT)))
     params = given.params(dtype, mesh)
+    if jax.process_count() > 1:
+        # No process looks for a run in the workdir when another has begun to make one.
+        multihost_utils.sync_global_devices("import")
     open_workdir(workdir, run)
     try:
         keep_beside(str(source), workdir)
@@ -144,6 +148,8 @@ def export_model(
         out, loaded.params, model, schemes_of(model, loaded.schemes), loaded.meta.length, dtype, base, max_shard_bytes,
         tokenizer and tokenizer.bos_id, tokenizer and tokenizer.eos_id,
     )  # fmt: skip
+    if jax.process_index() != 0:
+        return
     if tokenizer is not None:
         _write_tokenizer(name, tokenizer, out)
     if not hf.tokenizer_files(out):

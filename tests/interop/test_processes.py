@@ -1,0 +1,88 @@
+"""A checkpoint read onto a mesh of two processes, each its own part of it, and written by one of them."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from lcx.core.trees import paths
+from lcx.interop.folder import HfFolder
+from lcx.interop.shards import Shards
+from tests.interop import hf_models
+
+ROOT = Path(__file__).parents[2]
+
+PROGRAM = """
+import sys
+import jax
+port, rank, source, out = sys.argv[1:]
+jax.config.update("jax_num_cpu_devices", 2)
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(rank))
+import numpy as np
+from pathlib import Path
+from lcx.core.mesh import MeshConfig, make_mesh
+from lcx.core.trees import paths
+from lcx.interop import folder
+from lcx.interop.shards import Shards
+
+read, opened = 0, Shards.open
+
+def counted(self, name):
+    inner = opened(self, name)
+    class Counted:
+        def __enter__(self):
+            piece = inner.__enter__()
+            def count(box):
+                global read
+                found = piece(box)
+                read += found.nbytes
+                return found
+            return count
+        def __exit__(self, *args):
+            return inner.__exit__(*args)
+    return Counted()
+
+Shards.open = counted
+given = folder.HfFolder(source)
+read = 0
+params = given.params("float32", make_mesh(MeshConfig(fsdp=2, tensor=2)))
+whole = np.load(Path(out).with_suffix(".npz"))
+for path, x in paths(params):
+    for shard in x.addressable_shards:
+        np.testing.assert_array_equal(np.asarray(shard.data), whole[path][shard.index])
+print("read", read)
+described = given.described
+folder.save(Path(out), params, described.model, described.schemes, described.length, "float32", Path(source))
+"""
+
+
+def test_two_processes(tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    hf_models.make("llama", source, shard="100KB")
+    whole = dict(paths(HfFolder(source).params("float32")))
+    np.savez(out.with_suffix(".npz"), **{path: np.asarray(x) for path, x in whole.items()})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    environment.pop("XLA_FLAGS", None)
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, port, str(rank), str(source), str(out)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    answers = [child.communicate(timeout=180) for child in children]
+    assert [child.returncode for child in children] == [0, 0], [error[-2000:] for _, error in answers]
+    # Two processes of two devices, rows over the one axis and columns over the other: half each, but for what all have.
+    stored, written = Shards(source), Shards(out)
+    total = sum(stored.read(name).nbytes for name in stored.shapes)
+    for said, _ in answers:
+        assert int(said.split()[1]) < 0.6 * total
+    assert written.shapes == stored.shapes
+    for name in stored.shapes:
+        np.testing.assert_array_equal(written.read(name), stored.read(name))
