@@ -15,7 +15,7 @@ from lcx.core.console import say
 from lcx.core.errors import UserError
 from lcx.evals.suite import EvalConfig
 from lcx.research import models
-from lcx.research.recipe import evaluate_loaded
+from lcx.research.recipe import evaluate_loaded, free_label
 
 
 def define(values: flags.FlagValues) -> None:
@@ -47,11 +47,13 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
         perplexity_tokens=values.perplexity_tokens,
     )
     loaded = models.load(checkpoint, step=values.step, stage=values.stage)
-    named = values.label or "-".join([values.stage or str(loaded.meta.step), *values.positions])
+    named = values.label or "-".join([values.stage or models.short_name(checkpoint, loaded), *values.positions])
     if values.label in ("before", "after"):
         raise UserError(f"--label={values.label} is where lcx run keeps its own evaluation; choose another")
     label = re.sub(r"[^\w.=-]+", "_", named).lstrip(".") or "eval"
     workdir = models.workdir_of(checkpoint)
+    if values.label is None:
+        label = free_label(workdir, label, evals)
     evaluate_loaded(loaded, evals, label, workdir)
     say(f"result: {workdir / 'eval' / (label + '.json')}")
 

@@ -52,6 +52,8 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     if not prompts:
         raise UserError("there is no prompt; give --prompt=TEXT or --prompt_file=FILE")
     sampling = Sampling(values.temperature, values.top_k, values.top_p, values.seed)
+    if values.temperature == 0 and (values.top_k is not None or values.top_p < 1):
+        raise UserError("--top_k and --top_p choose among tokens that are drawn; add --temperature=1, or leave them out")
     # One device, unless a mesh is asked for: then all of them.
     alone = values.context == values.tensor == 1
     if alone and values.host_devices > 1:

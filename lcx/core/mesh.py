@@ -137,8 +137,10 @@ def check_divides(what: str, size: int, mesh: Mesh, logical: str) -> None:
     pieces = axis_size(mesh, logical)
     if size % pieces:
         axes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in RULES[logical] if mesh.shape[axis] > 1)
+        smaller = ", ".join(str(n) for n in range(1, pieces) if size % n == 0)
         raise UserError(
-            f"{what}={size} does not divide into the {pieces} pieces of mesh axes {axes}; nearest: {multiples(size, pieces)}"
+            f"{what}={size} does not divide into the {pieces} pieces of mesh axes {axes}; it does into {smaller}, and "
+            f"{multiples(size, pieces)} would divide into {pieces}"
         )
 
 

@@ -127,7 +127,8 @@ def _text(path: pathlib.Path) -> str:
     try:
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"chat template {path} cannot be read: {error}; name the file of a jinja2 template") from error
+        why = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        raise UserError(f"chat template {path} cannot be read ({why}); name the file of a jinja2 template") from error
 
 
 def _check(messages: Sequence[Message]) -> None:
@@ -138,6 +139,9 @@ def _check(messages: Sequence[Message]) -> None:
             raise UserError(f"messages[{i}]={message!r:.60} is no message; it takes {{'role': ..., 'content': ...}}")
         if not isinstance(message.get("role"), str):
             raise UserError(f"messages[{i}] has role={message.get('role')!r:.60}; it takes a text such as 'user' or 'assistant'")
+        # Calls of tools stand in other keys; parts of several kinds in a list.
+        if len(message) == 1 or not isinstance(message.get("content"), str | list | None):
+            raise UserError(f"messages[{i}] has content={message.get('content')!r:.60}; it takes a text")
 
 
 def _turns(template: Template, messages: Sequence[Message], tools: Any, text: str) -> list[tuple[int, int]]:

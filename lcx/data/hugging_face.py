@@ -30,7 +30,8 @@ class HuggingFace:
         # Truncation or padding stored in the file would cut documents silently.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        # Ids may have holes; what counts is where they end.
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.specials = with_usual(beside(self.folder).roles, self._tokenizer.token_to_id)
         self.bos_id, self.eos_id = (self._role(role) for role in ("bos_token", "eos_token"))
         self.fingerprint = hashlib.sha256(raw).hexdigest()[:16]

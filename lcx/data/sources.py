@@ -179,6 +179,8 @@ def _load_chats(config: SourceConfig, template: chat.Chat) -> Memory:
             ids, own = template.encode(**json.loads(text))
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
+        if not own.any() and any(message["role"] == "assistant" for message in json.loads(text)["messages"]):
+            raise UserError(f"{name}: chat template {template.template.origin} writes nothing of what the assistant says; mend it")
         if not own.any():
             raise UserError(
                 f"{name} holds nothing that the model writes; give it a message of the role 'assistant', or leave it out"

@@ -28,7 +28,7 @@ def at_length(schemes: Mapping[str, Scheme], spec: str, trained: int, length: in
 def check(spec: str) -> str:
     """`spec`, when `at_length` can read its name; raises `UserError` with the nearest otherwise."""
     if spec.strip() != "none":
-        choice("evals.zero_shot", _name(spec), SCHEMES)
+        choice("the positions to try zero-shot", _name(spec), SCHEMES)
     return spec
 
 

@@ -24,6 +24,7 @@ from lcx.positions.absolute import Nope
 from lcx.positions.form import Scheme
 from lcx.positions.rotary import Ntk, Rope, Stretched
 from lcx.positions.scaling import Dynamic, LongRope
+from lcx.positions.schemes import to_config
 from lcx.positions.theta import ntk_base
 
 FILE = "config.json"
@@ -305,6 +306,9 @@ def _rope(wanted: Described, family: Family) -> dict[str, Any]:
     for kind in wanted.model.kinds:
         scheme = wanted.schemes[kind]
         key = "sliding_attention" if is_local(kind) else "full_attention"
+        if not isinstance(scheme, Nope | Rope):
+            name = to_config(scheme)["name"]
+            raise UserError(f"its {kind} layers have {name!r} positions, and what is exported has rotary ones or none")
         if not isinstance(scheme, Nope) and by_type.setdefault(key, scheme) != scheme:
             raise UserError(f"layers of one type have different positions ({key}), which Hugging Face has no place for")
     full = by_type.get("full_attention") or next(iter(by_type.values()), Rope())

@@ -118,11 +118,11 @@ def save(
         return values
     size = jnp.dtype(dtype).itemsize
     sizes = {name: size * math.prod(parts[0].tensor_shape) for name, parts in slots.items()}
-    free = shutil.disk_usage(above).free
-    if sum(sizes.values()) > free:
-        raise UserError(f"{out} needs {sum(sizes.values()) / 1e9:,.1f} GB and the disk has {free / 1e9:,.1f} GB left")
     part = _part(out)
     try:
+        if sum(sizes.values()) > (free := shutil.disk_usage(above).free):
+            needed = f"{sum(sizes.values()) / 1e9:,.1f} GB and the disk has {free / 1e9:,.1f} GB left"
+            raise UserError(f"{out} needs {needed}; free some space or name another disk")
         write(part, sizes, lambda name: weights.tensor(leaves, slots[name], dtype), max_shard_bytes)
         for path in beside(base) if base else ():
             shutil.copyfile(path, part / path.name)
@@ -147,5 +147,8 @@ def _part(out: Path) -> Path:
     """An empty folder beside `out` that takes its place when it is whole: one that was not finished is no model to anyone."""
     part = out.absolute().with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    try:
+        part.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{out} cannot be made ({error.strerror}); name another folder") from error
     return part

@@ -15,19 +15,21 @@ Legend: B batch, T tokens of a chunk, S slots, K key-value heads, H head dim, L 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lcx.attention.layout import arrange, restore
 from lcx.core.batch import PADDING, Index
 from lcx.core.config import fingerprint
 from lcx.core.errors import UserError
-from lcx.core.mesh import SEQUENCE, context_size, fitting_spec, multiples
+from lcx.core.mesh import SEQUENCE, context_size, fitting_spec, multiples, target_platform
 from lcx.core.trees import Tree
 from lcx.model.config import Architecture
 
@@ -66,16 +68,24 @@ def empty_cache(arch: Architecture, arrays: Tree, rows: int, slots: int, chunk: 
     """A cache for `rows` sequences of up to `slots` tokens, made in place on the mesh that is set.
 
     `chunk` is the most tokens that will be added at a time (None: any number); the smaller, the fewer slots a window takes.
-    `stacked` says whether the layers of the parameters are; those of the cache have to be likewise.
+    `stacked` says whether the layers of the parameters are; those of the cache have to be likewise. Raises `UserError` for a
+    cache larger than the memory of a host whose CPU computes.
     """
     config, counted = arch.config, arch.config.layer_kinds.count
 
     def shape(kind: str) -> tuple[int, ...]:
         return counted(kind), rows, slots_of(arch, kind, slots, chunk or slots), config.num_kv_heads, config.head_dim
 
+    dtype = jnp.dtype(config.compute_dtype)
+    size = sum(2 * math.prod(shape(kind)) * dtype.itemsize for kind in config.kinds)
+    if target_platform() == "cpu" and size > (memory := psutil.virtual_memory().total):
+        raise UserError(
+            f"a cache of {slots:,} tokens for each of {rows} prompts takes {size / 1e9:,.0f} GB, and this machine has "
+            f"{memory / 1e9:,.0f}; lower max_new_tokens, or give fewer prompts at a time"
+        )
+
     # A cache is donated, so every array is a buffer of its own.
     def heads() -> dict[str, Layers]:
-        dtype = jnp.dtype(config.compute_dtype)
         if stacked:
             return {kind: _full(_HEADS, shape(kind), 0, dtype) for kind in config.kinds}
         flat = {kind: (*shape(kind)[1:3], config.num_kv_heads * config.head_dim) for kind in config.kinds}

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcx.core.config import positive
 from lcx.core.errors import UserError
 from lcx.core.trees import Tree
 
@@ -45,7 +44,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
             raise UserError(f"temperature={self.temperature!r} must be a number of at least 0; 0 takes the most likely token")
-        positive("sampling", top_k=self.top_k)
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k={self.top_k} must be at least 1; left out, all tokens may be drawn")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p={self.top_p!r} must be above 0 and at most 1; 1 leaves nothing out")
         if not 0 <= self.seed < 2**32:

@@ -83,6 +83,8 @@ def generate_text(
     if "" in stop:
         raise UserError("a stop string is empty; leave it out, or name text to stop at")
     length = max(map(len, rows)) + max_new_tokens
+    if length > 2**31 - 1:
+        raise UserError(f"max_new_tokens={max_new_tokens:,} is more positions than an int32 counts; lower it")
     chosen = _schemes(model, schemes, check(positions), trained, length)
     arch, arrays = lay_out(model, chosen, length)
     own = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
@@ -199,6 +201,9 @@ class Stream:
         return next((n for n in range(longest, 0, -1) if any(stop.startswith(pending[-n:]) for stop in self._stop)), 0)
 
 
+LINE = '{"prompt": "..."}'
+
+
 def read_prompts(path: str) -> list[str]:
     """The prompt that a text file is, or those that the lines of a `.jsonl` file hold under `prompt`.
 
@@ -206,7 +211,7 @@ def read_prompts(path: str) -> list[str]:
     """
     file = Path(path)
     if not file.is_file():
-        raise UserError(f"prompt file {path} is no file; name a text file, or a .jsonl file of lines such as {{'prompt': ...}}")
+        raise UserError(f"prompt file {path} is no file; name a text file, or a .jsonl file of lines such as {LINE}")
     try:
         text = file.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
@@ -223,8 +228,8 @@ def _prompt_of(line: str, where: str) -> str:
     try:
         entry = json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON ({error.msg}); write lines such as {{'prompt': ...}}")
+        raise UserError(f"{where} is not JSON ({error.msg}); write lines such as {LINE}")
     prompt = entry.get("prompt") if isinstance(entry, dict) else None
     if not isinstance(prompt, str):
-        raise UserError(f"{where} has no text under 'prompt'; write lines such as {{'prompt': ...}}")
+        raise UserError(f"{where} has no text under 'prompt'; write lines such as {LINE}")
     return prompt

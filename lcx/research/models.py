@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import shutil
 from pathlib import Path
 
@@ -25,9 +26,8 @@ from lcx.interop.folder import HfFolder
 from lcx.model.config import ModelConfig, schemes_of
 from lcx.training import checkpoints
 from lcx.training.checkpoints import Initial, Loaded, Meta, Store, scheme_configs, stage_ends
-from lcx.training.checks import check_vocabulary
 from lcx.training.stages import CheckpointConfig, RunConfig, StageConfig
-from lcx.training.workdir import CONFIG, fingerprint, open_workdir
+from lcx.training.workdir import CONFIG, begun, fingerprint, open_workdir
 
 DTYPES = ("float32", "bfloat16", "float16")
 STAGE = "imported"
@@ -88,12 +88,19 @@ def workdir_of(path: str | Path) -> Path:
     return Path("runs") / Path(path).resolve().name if hf.is_folder(path) else checkpoints.locate(Path(path))[0]
 
 
+def short_name(path: str | Path, loaded: Loaded) -> str:
+    """What tells loaded weights from others with the same `workdir_of`: their step, or where a Hugging Face folder lies."""
+    if not hf.is_folder(path):
+        return str(loaded.meta.step)
+    return f"{STAGE}-{hashlib.sha256(str(Path(path).resolve()).encode()).hexdigest()[:6]}"
+
+
 def keep_beside(init_from: str, workdir: Path) -> None:
     """Keep in a workdir what an export will need of the Hugging Face folder that its run goes back to, if there is one."""
-    if (workdir / KEPT).exists():
-        return
     found = _kept(Path(init_from))
-    if found is not None and jax.process_index() == 0:
+    kept = (workdir / KEPT).exists() and begun(workdir)
+    if found is not None and not kept and jax.process_index() == 0:
+        shutil.rmtree(workdir / KEPT, ignore_errors=True)
         hf.keep(found, workdir / KEPT)
 
 
@@ -104,13 +111,13 @@ def import_model(source: str | Path, workdir: Path, mesh: Mesh | None = None, dt
         hint = "; fetch a model first, for example with huggingface_hub's `hf download`" if not source.exists() else ""
         raise UserError(f"{source} is no folder{hint}")
     given = HfFolder(source)
-    dtype = choice("dtype", dtype or given.dtype, DTYPES)
+    dtype = choice("dtype", dtype or (given.dtype if given.dtype in DTYPES else "float32"), DTYPES)
     if (workdir / CONFIG).exists():
         raise UserError(f"{workdir} holds a run already; name another --workdir")
     if (workdir / checkpoints.FOLDER).exists():
         raise UserError(f"{workdir} holds checkpoints that no config tells of; name another --workdir, or delete it")
     run = _run_of(given, dtype)
-    check_vocabulary(run.model, tokenizers.load(run.data.tokenizer).vocab_size, run.data.tokenizer)
+    _check_tokenizer(run)
     if hf.tokenizer_files(source):
         run = dataclasses.replace(run, data=DataConfig(tokenizer=str(workdir / KEPT)))
     params = given.params(dtype, mesh)
@@ -143,6 +150,11 @@ def export_model(
     loaded = load(checkpoint, step=step, stage=stage, mesh=mesh)
     model = loaded.run.model
     name = loaded.run.data.tokenizer
+    if base is not None and hf.tokenizer_files(base) and not same_tokenizer(name, str(base)):
+        raise UserError(
+            f"{checkpoint} was trained with the tokenizer {name!r}, and the model that it began with has another one, which would "
+            "stand beside the weights; train it with that model's own"
+        )
     tokenizer = None if base else tokenizers.load(name)
     values = hf.save(
         out, loaded.params, model, schemes_of(model, loaded.schemes), loaded.meta.length, dtype, base, max_shard_bytes,
@@ -154,7 +166,19 @@ def export_model(
         _write_tokenizer(name, tokenizer, out)
     if not hf.tokenizer_files(out):
         warn(f"the tokenizer {name!r} was not exported; put its files into {out}")
-    say(f"exported {num_elements(loaded.params):,} parameters as {dtype}, {values['architectures'][0]}, into {out}")
+    say(
+        f"exported {num_elements(loaded.params):,} parameters as {dtype}, {values['architectures'][0]}, into {out}: step "
+        f"{loaded.meta.step} of stage {loaded.meta.stage}, for {loaded.meta.length:,} tokens"
+    )
+
+
+def _check_tokenizer(run: RunConfig) -> None:
+    size = tokenizers.load(run.data.tokenizer).vocab_size
+    if size > run.model.vocab_size:
+        raise UserError(
+            f"the tokenizer in {run.data.tokenizer} has ids up to {size - 1}, and the model's vocabulary ends at "
+            f"{run.model.vocab_size - 1}; it is another model's, put this one's there"
+        )
 
 
 def _run_of(source: HfFolder, dtype: str) -> RunConfig:
@@ -188,6 +212,15 @@ def _kept(path: Path) -> Path | None:
         return path
     kept = checkpoints.locate(path)[0] / KEPT
     return kept if kept.is_dir() else None
+
+
+def same_tokenizer(one: str, other: str) -> bool:
+    """Do two values of `DataConfig.tokenizer` name the same tokenizer, as far as their files tell?"""
+    folders = [Path(name).expanduser() for name in (one, other)]
+    if one == other or not all(folder.is_dir() for folder in folders):
+        return one == other
+    files = [{path.name: path.read_bytes() for path in hf.tokenizer_files(folder)} for folder in folders]
+    return files[0] == files[1]
 
 
 def _write_tokenizer(name: str, tokenizer: tokenizers.Tokenizer, out: Path) -> None:

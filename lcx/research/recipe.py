@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,16 @@ def evaluate_source(chosen: Recipe, workdir: Path) -> EvalResult:
     loaded = models.load(str(chosen.run.init_from), mesh=make_mesh(chosen.run.mesh))
     loaded = dataclasses.replace(loaded, run=dataclasses.replace(loaded.run, data=chosen.run.data))
     return _known(chosen, workdir, "before", loaded.meta.step) or evaluate_loaded(loaded, chosen.evals, "before", workdir)
+
+
+def free_label(workdir: Path, label: str, evals: EvalConfig) -> str:
+    """`label`, with a number behind it where the workdir keeps a result of other settings under it."""
+
+    def free(name: str) -> bool:
+        path = workdir / "eval" / f"{name}.json"
+        return not path.exists() or results.read(path).settings.get("evals") == configs.plain(evals)
+
+    return next(filter(free, itertools.chain([label], (f"{label}-{i}" for i in itertools.count(2)))))
 
 
 def _known(chosen: Recipe, workdir: Path, label: str, step: int) -> EvalResult | None:

@@ -26,7 +26,7 @@ from lcx.training.plan import Plan, Planner
 from lcx.training.stages import RunConfig
 from lcx.training.start import Start, at_stage_start, begin, carry
 from lcx.training.step import TrainState
-from lcx.training.workdir import alone, fingerprint, open_workdir
+from lcx.training.workdir import alone, fingerprint, make_workdir, open_workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +62,16 @@ def train(run: RunConfig, workdir: str | Path, devices: Sequence[jax.Device] | N
     decisions = metrics.read(workdir / "decisions.jsonl")
     given = given or initial(run.init_from)
     planner = Planner(run, decisions, devices, given)
-    open_workdir(workdir, run)
-    if given is not None:
-        given.keep(workdir)
-    remark(run)
     main = jax.process_index() == 0
-    held = alone(workdir) if main else contextlib.nullcontext()
-    with held, Stop() as stop, Store(workdir, run.checkpoint, stage_ends(run)) as store:
+    make_workdir(workdir)
+    with contextlib.ExitStack() as held:
+        if main:
+            held.enter_context(alone(workdir))
+        open_workdir(workdir, run)
+        if given is not None:
+            given.keep(workdir)
+        remark(run)
+        stop, store = held.enter_context(Stop()), held.enter_context(Store(workdir, run.checkpoint, stage_ends(run)))
         writer = metrics.Writer(workdir, run.metrics, active=main)
         try:
             return Trainer(planner, workdir, store, writer, decisions, stop).run()

@@ -13,6 +13,7 @@ import jax
 
 from lcx.core import config as configs
 from lcx.core.errors import UserError
+from lcx.training import metrics
 from lcx.training.stages import RunConfig
 
 CONFIG = "config.json"
@@ -29,8 +30,21 @@ FREE = (
 def open_workdir(workdir: Path, run: RunConfig) -> None:
     """Make the folder and keep the config in it; raises `UserError` when it holds another run.
 
-    Changes of `FREE` fields and stages added at the end are the same run.
+    Changes of `FREE` fields and stages added at the end are the same run; one that came to no checkpoint is none.
     """
+    make_workdir(workdir)
+    path = workdir / CONFIG
+    if path.exists() and begun(workdir):
+        # Read as a config, so that fields which are younger than the run have their defaults.
+        _compare(workdir, configs.plain(read_config(workdir)), configs.plain(run))
+    if jax.process_index() == 0:
+        fresh = path.with_suffix(".tmp")
+        fresh.write_text(json.dumps(configs.plain(run), indent=1) + "\n")
+        os.replace(fresh, path)
+
+
+def make_workdir(workdir: Path) -> None:
+    """Make the folder; raises `UserError` where that can't be."""
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"workdir {workdir} is a file; name a folder")
     try:
@@ -39,14 +53,11 @@ def open_workdir(workdir: Path, run: RunConfig) -> None:
         raise UserError(f"workdir {workdir} cannot be made ({error.strerror}); name another --workdir") from error
     if not os.access(workdir, os.W_OK):
         raise UserError(f"workdir {workdir} cannot be written to; name another --workdir")
-    path = workdir / CONFIG
-    if path.exists():
-        # Read as a config, so that fields which are younger than the run have their defaults.
-        _compare(workdir, configs.plain(read_config(workdir)), configs.plain(run))
-    if jax.process_index() == 0:
-        fresh = path.with_suffix(".tmp")
-        fresh.write_text(json.dumps(configs.plain(run), indent=1) + "\n")
-        os.replace(fresh, path)
+
+
+def begun(workdir: Path) -> bool:
+    """Has the run in a workdir come to a checkpoint, or to a decision?"""
+    return metrics.read(workdir / "decisions.jsonl") != [] or any(path.name.isdigit() for path in workdir.glob("checkpoints*/*"))
 
 
 @contextlib.contextmanager

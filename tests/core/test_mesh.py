@@ -49,7 +49,10 @@ def test_partition_spec_and_collisions():
 def test_indivisible_sizes_name_the_nearest(devices):
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2), devices)
     check_divides("batch", 8, mesh, "batch")
-    with pytest.raises(UserError, match="rows=6 does not divide into the 4 pieces of mesh axes fsdp=4; nearest: 4 and 8"):
+    with pytest.raises(
+        UserError,
+        match="into the 4 pieces of mesh axes fsdp=4; it does into 1, 2, 3, and 4 and 8 would divide into 4",
+    ):
         check_divides("rows", 6, mesh, "batch")
 
 

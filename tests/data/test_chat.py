@@ -446,9 +446,12 @@ LINES = [
     ('{"text": "x"}', "two.jsonl:2 has no messages under source.field='messages'"),
     ('{"messages": "hello"}', "two.jsonl:2: messages='hello' is no conversation"),
     ('{"messages": []}', r"two.jsonl:2: messages=\[\] is no conversation"),
-    ('{"messages": [{"role": "user"}]}', "two.jsonl:2: .*'dict object' has no attribute 'content'|two.jsonl:2 holds nothing"),
+    ('{"messages": [{"role": "user"}]}', "two.jsonl:2: messages.0. has content=None; it takes a text"),
     ('{"messages": [{"role": "assistant", "content": "x"}]}', r"two.jsonl:2: messages\[0\] is the model's, .* begin with another"),
-    ('{"messages": [{"role": "user", "content": 1%s}]}' % ("0" * 100), "two.jsonl:2: .*a number of more than 256 bits"),
+    (
+        '{"messages": [{"role": "user", "content": "x", "score": 1%s}]}' % ("0" * 100),
+        "two.jsonl:2: .*a number of more than 256 bits",
+    ),
     ('{"messages": [{"content": "x"}]}', r"two.jsonl:2: messages\[0\] has role=None"),
     ('{"messages": [{"role": "user", "content": "x"}]}', "two.jsonl:2 holds nothing that the model writes"),
 ]

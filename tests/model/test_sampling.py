@@ -112,7 +112,7 @@ def test_what_is_a_number_compiles_nothing_again():
     [
         ({"temperature": -1.0}, "temperature=-1.0 must be a number of at least 0"),
         ({"temperature": float("nan")}, "temperature=nan must be a number of at least 0"),
-        ({"top_k": 0}, "sampling.top_k=0 must be above 0"),
+        ({"top_k": 0}, "top_k=0 must be at least 1"),
         ({"top_p": 0.0}, "top_p=0.0 must be above 0 and at most 1"),
         ({"top_p": 1.5}, "top_p=1.5 must be above 0 and at most 1"),
         ({"seed": -1}, "seed=-1 must be from 0 to 4294967295"),

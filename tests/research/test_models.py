@@ -103,6 +103,22 @@ def test_wrong_extensions(changes, message, source):
         extension.complete(config)
 
 
+def test_another_tokenizer_than_the_models_own(source, tmp_path):
+    config = extension.defaults()
+    config.source, config.target = str(source), TARGET
+    config.data.tokenizer = "bytes"
+    with pytest.raises(UserError, match="config.data.tokenizer='bytes' is not the tokenizer that .* was trained with"):
+        extension.complete(config)
+    run = tmp_path / "run"
+    models.import_model(source, run)
+    values = json.loads((run / "config.json").read_text())
+    values["data"]["tokenizer"] = "bytes"
+    (run / "config.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match="trained with the tokenizer 'bytes', .* another one"):
+        models.export_model(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_model_with_windows_alone_is_not_extended(tmp_path):
     hf_models.make("mistral", tmp_path, num_hidden_layers=1)
     config = extension.defaults()
@@ -144,7 +160,7 @@ def test_ends_of_texts_that_a_folder_names(tmp_path):
 def test_a_tokenizer_of_another_model(source, tmp_path):
     hf_models.make("llama", tmp_path / "small", num_hidden_layers=1, vocab_size=100)
     byte_tokenizer.write(tmp_path / "small", bos=True, eos=True)
-    with pytest.raises(UserError, match="vocab_size=100 is below the 258 tokens"):
+    with pytest.raises(UserError, match="has ids up to 257, and the model's vocabulary ends at 99; it is another model's"):
         models.import_model(tmp_path / "small", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

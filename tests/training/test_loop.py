@@ -18,7 +18,7 @@ from lcx.training.checkpoints import load_params
 from lcx.training.loop import train
 from lcx.training.metrics import TIMING, read
 from lcx.training.stages import run_config
-from lcx.training.workdir import alone
+from lcx.training.workdir import alone, open_workdir, read_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -134,6 +134,12 @@ def test_a_workdir_of_another_config(whole):
         go(whole[0], seed=1)
     with pytest.raises(UserError, match=r"stages\.longer\.steps is 10 there and 11 here"):
         go(whole[0], stages=tiny.stages(steps=11))
+
+
+def test_a_start_that_came_to_no_checkpoint_leaves_the_workdir_free(tmp_path):
+    open_workdir(tmp_path, run_config(tiny.config(seed=1)))
+    open_workdir(tmp_path, run_config(tiny.config(seed=2)))
+    assert read_config(tmp_path).seed == 2
 
 
 def test_parameters_for_evaluation(whole):
