@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from lcx.attention.context import Strategy, over_devices, over_mesh, resolve_context
+from lcx.attention.kernels.cut import Platform
+from lcx.attention.kernels.gpu_walk import width
 from lcx.attention.local import Kernel, Keys, Local, Queries, forward
 from lcx.attention.merge import Partial, apply_sinks
 from lcx.attention.split_kv import split_kv
@@ -24,7 +26,7 @@ from lcx.core.batch import Index
 from lcx.core.config import choice
 from lcx.core.errors import UserError
 from lcx.core.mask import Mask
-from lcx.core.mesh import axis_size, context_size, target_platform
+from lcx.core.mesh import axis_size, compute_capability, context_size, target_platform
 from lcx.positions.form import Form
 from lcx.positions.rotary import Tables
 
@@ -36,6 +38,14 @@ FLASH_SIDE = 1024
 """Queries of a KV head, and keys, in a tile of the flash kernel: its float32 logits take 4 MiB of a TPU's on-chip memory, and
 a tile takes longer to compute than a grid step to begin."""
 
+GPU_SIDE = 64
+"""Queries of a head, and keys, in a tile of the flash kernel on a GPU, up to `GPU_HEAD` bytes a head; half as many beyond. Compiled
+by Triton 3.9 for compute capabilities 8.0 and 9.0, a program takes at most 97 KiB of shared memory for heads of up to 128 in
+bfloat16, and spills few registers; tiles of 128 queries spill hundreds of bytes."""
+
+GPU_HEAD = 256
+"""Bytes of a head, filled up to a power of two: 128 numbers in bfloat16. Twice that is the most that flash takes on a GPU."""
+
 CPU_TILE = 2**19
 """Logits in a tile on a CPU, as far as heads and rows may be grouped to fill it: what keeps its threads busy beyond the start of
 each loop turn."""
@@ -44,7 +54,8 @@ each loop turn."""
 @dataclasses.dataclass(frozen=True)
 class AttentionSpec:
     """Static description of one kind of layer; `block_q` and `block_k` override the chosen tile sizes, `strategy`
-    what serves a sequence that is split over the mesh. `interpret` lets the flash kernel run where there is no TPU, for tests."""
+    what serves a sequence that is split over the mesh. `interpret` names the platform whose flash kernel is run without such a
+    device, for tests."""
 
     mask: Mask
     form: Form
@@ -54,7 +65,7 @@ class AttentionSpec:
     block_q: int | None = None
     block_k: int | None = None
     strategy: Strategy | Literal["auto"] = "auto"
-    interpret: bool = False
+    interpret: Platform | None = None
 
     def __post_init__(self) -> None:
         if self.kernel not in ("dense", "flat", "blockwise", "flash", "auto"):
@@ -86,32 +97,42 @@ def resolve(
     chunk: int | None = None,
     devices: int = 1,
     tensor: int = 1,
+    head_dim: int = 128,
+    dtype: Any = jnp.bfloat16,
+    capability: str | None = None,
 ) -> Plan:
     """Kernel and tile sizes for `T` queries and `S` keys on a platform ("cpu", "gpu", "tpu"), and a sentence that says why.
 
     Where only `chunk` tokens at a time follow one another (a zigzag layout), no tile lies across the seam: it would span the row.
     `devices` that work side by side share a CPU's caches, and get smaller tiles. `tensor` of them share the heads.
+    `head_dim`, the `dtype` of q and the compute `capability` (None: not known) count for a GPU's flash kernel.
     """
     logits = batch * heads * T * S
     kernel, why = spec.kernel, "asked for"
     if kernel == "auto" and T == 1 and platform == "cpu" and tensor == 1:
         return Plan("flat", None, "flat: one query a row reads all keys as they lie")
+    target, number = spec.interpret or platform, jnp.dtype(dtype)
+    unfit = _unfit(spec, target, head_dim, number, capability)
     if kernel == "auto":
         small = logits <= DENSE_LIMIT
-        kernel = "dense" if small else "flash" if platform == "tpu" else "blockwise"
+        kernel = "dense" if small else "flash" if target in get_args(Platform) else "blockwise"
         why = f"{logits:,} logits are {'at most' if small else 'more than'} {DENSE_LIMIT:,}"
+        unfit = unfit or (_slow_on_gpus(T, number) if target == "gpu" else None)
     if kernel in ("dense", "flat"):
         return Plan(kernel, None, f"{kernel}: {why}")
-    if kernel == "flash" and not (platform == "tpu" or spec.interpret):
-        raise UserError(f"attention kernel 'flash' is for TPUs, and this is a {platform}; choose blockwise, dense or auto")
-    if kernel == "flash" and not (spec.form.bias is None or spec.form.bias.linear):
-        kernel, why = "blockwise", f"{why}; flash adds no bias but ALiBi's, and this is {type(spec.form.bias).__name__}"
-    if kernel == "flash":
+    if kernel == "flash" and target not in get_args(Platform):
+        raise UserError(f"attention kernel 'flash' is for TPUs and GPUs, and this is a {platform}; choose blockwise, dense or auto")
+    if kernel == "flash" and unfit:
+        kernel, why = "blockwise", f"{why}; {unfit}"
+    if kernel == "flash" and target == "gpu":
+        blocks = _gpu_blocks(spec, chunk or T, chunk or S, head_dim, number)
+    elif kernel == "flash":
         blocks = _flash_blocks(spec, chunk or T, chunk or S, heads // kv_heads)
     else:
         blocks = _blocks(spec, chunk or T, chunk or S, platform, batch, heads, kv_heads, devices)
     if chunk is not None:
-        blocks = dataclasses.replace(blocks, q=_part(chunk, blocks.q), k=_part(chunk, blocks.k))
+        part = _power_part if kernel == "flash" and target == "gpu" else _part
+        blocks = dataclasses.replace(blocks, q=part(chunk, blocks.q), k=part(chunk, blocks.k))
     return Plan(kernel, blocks, f"{kernel}: {why}; tiles of {blocks.q} queries by {blocks.k} keys suit {platform}")
 
 
@@ -149,7 +170,7 @@ def attend(
     if context_size() > 1:
         o, lse = (_over_slots if cached else _over_mesh)(spec, mesh, queries, keys, bias_params)
     else:
-        local = _local(spec, B, T, S, N, K, q.dtype)
+        local = _local(spec, q, T, S, N, K)
         run = functools.partial(forward, out_dtype=wide if len(spec.form.pieces) > 1 or sinks is not None else q.dtype)
         if local.kernel == "flash" and mesh.size > 1:
             # The compiler can't split a Pallas call by itself.
@@ -162,14 +183,17 @@ def attend(
     return o.astype(q_BTNH.dtype)
 
 
-def _local(
-    spec: AttentionSpec, B: int, T: int, S: int, N: int, K: int, dtype: Any, chunk: int | None = None, devices: int = 1
-) -> Local:
-    """The kernel for what a device works on; `chunk`: tokens that follow one another in its rows."""
-    mesh = jax.sharding.get_abstract_mesh()
+def _local(spec: AttentionSpec, q: jax.Array, T: int, S: int, N: int, K: int, chunk: int | None = None, devices: int = 1) -> Local:
+    """The kernel for what a device works on, of queries with q's rows, head dim and dtype; `chunk`: tokens that follow one another
+    in its rows."""
+    mesh, platform = jax.sharding.get_abstract_mesh(), target_platform()
     tensor = 1 if mesh.empty else axis_size(mesh, "heads")
-    plan = resolve(spec, T, S, target_platform(), batch=B, heads=N, kv_heads=K, chunk=chunk, devices=devices, tensor=tensor)
-    return Local(spec.mask, spec.form, spec.scale, spec.softcap, plan.blocks, _tile_dtype(dtype), plan.kernel, spec.interpret)
+    sizes = {"batch": q.shape[0], "heads": N, "kv_heads": K, "head_dim": q.shape[3]}
+    plan = resolve(
+        spec, T, S, platform, **sizes, dtype=q.dtype, chunk=chunk, devices=devices, tensor=tensor, capability=compute_capability()
+    )
+    where = (spec.interpret or platform, spec.interpret is not None)
+    return Local(spec.mask, spec.form, spec.scale, spec.softcap, plan.blocks, _tile_dtype(q.dtype), plan.kernel, *where)
 
 
 def _over_mesh(spec: AttentionSpec, mesh: AbstractMesh, queries: Queries, keys: Keys, bias_params: Any) -> Partial:
@@ -183,7 +207,7 @@ def _over_mesh(spec: AttentionSpec, mesh: AbstractMesh, queries: Queries, keys: 
     chunk = T // (2 * pieces) if layout == "zigzag" else None
 
     def local(tokens: int, heads: int, kv_heads: int) -> Local:
-        return _local(spec, B, tokens, tokens, heads, kv_heads, queries.q.dtype, chunk, mesh.size)
+        return _local(spec, queries.q, tokens, tokens, heads, kv_heads, chunk, mesh.size)
 
     return over_mesh(mesh, plan, local, queries, keys, bias_params)
 
@@ -192,7 +216,7 @@ def _over_slots(spec: AttentionSpec, mesh: AbstractMesh, queries: Queries, keys:
     B, T, N, _ = queries.q.shape
     S, K = keys.k.shape[1:3]
     size = axis_size(mesh, "sequence")
-    local, spread = _local(spec, B, T, S // size, N, K, queries.q.dtype, None, mesh.size), T % size == 0
+    local, spread = _local(spec, queries.q, T, S // size, N, K, None, mesh.size), T % size == 0
     return over_devices(
         mesh, local.kernel, lambda shared, *args: split_kv(shared(local), spread, *args), queries, keys, bias_params, spread
     )
@@ -231,6 +255,46 @@ def _flash_blocks(spec: AttentionSpec, T: int, S: int, group: int) -> Blocks:
     side = FLASH_SIDE if spec.mask.window is None else min(FLASH_SIDE, max(128, _power(spec.mask.window)))
     block_q = spec.block_q or min(max(side // group // 16 * 16, 16), _round_up(T, 16))
     return Blocks(block_q, spec.block_k or min(side, _round_up(S, 16)))
+
+
+def _gpu_blocks(spec: AttentionSpec, T: int, S: int, head_dim: int, dtype: jnp.dtype) -> Blocks:
+    """Triton's tiles: sides are powers of two, and at least the 16 that a product takes."""
+    side = GPU_SIDE if width(head_dim) * dtype.itemsize <= GPU_HEAD else GPU_SIDE // 2
+    for name in ("block_q", "block_k"):
+        given = getattr(spec, name)
+        if given is not None and (given < 16 or given & (given - 1)):
+            raise UserError(
+                f"{name}={given} must be a power of two of at least 16 for attention kernel 'flash' on a gpu; "
+                f"nearest: {max(16, _power(given) // 2)} and {max(32, _power(given))}"
+            )
+    return Blocks(spec.block_q or min(side, max(16, _power(T))), spec.block_k or min(side, max(16, _power(S))))
+
+
+def _unfit(spec: AttentionSpec, target: str, head_dim: int, dtype: jnp.dtype, capability: str | None) -> str | None:
+    """Why flash can't serve a layer, if it can't."""
+    if not (spec.form.bias is None or spec.form.bias.linear):
+        return f"flash adds no bias but ALiBi's, and this is {type(spec.form.bias).__name__}"
+    most = 2 * GPU_HEAD // dtype.itemsize
+    if target == "gpu" and width(head_dim) > most:
+        return f"flash takes heads of at most {most} in {dtype.name} on a gpu, and these have {head_dim}"
+    # Older ones have no products of bfloat16. AMD's would be served by other tiles than those that were looked at.
+    if target == "gpu" and capability is not None and (not capability[0].isdigit() or float(capability) < 8.0):
+        return f"flash needs an NVIDIA gpu of compute capability 8.0 or more, and this is {capability}"
+    return None
+
+
+def _slow_on_gpus(T: int, dtype: jnp.dtype) -> str | None:
+    """Why flash would be slower on a GPU than the compiler's own products, if it would."""
+    if T == 1:
+        return "flash would fill a tile of queries with one on a gpu"
+    # Exact products of float32 take no tensor cores; blockwise multiplies with those unless `jax_default_matmul_precision` forbids.
+    return "flash would use no tensor cores for float32 on a gpu" if dtype.itemsize > 2 else None
+
+
+def _power_part(x: int, most: int) -> int:
+    """As `_part`, of powers of two from 16 on."""
+    part = min(x & -x, most)
+    return part if part >= 16 and 2 * part >= min(x, most) else most
 
 
 def _part(x: int, most: int) -> int:

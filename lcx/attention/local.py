@@ -54,7 +54,7 @@ class Keys:
 class Local:
     """All that is static about attention on one device: `blocks` is None for the dense and the flat kernel.
 
-    `interpret` runs the flash kernel where there is no TPU, for tests.
+    `platform` is whose flash kernel it is; `interpret` runs it where there is no such device, for tests.
     """
 
     mask: Mask
@@ -64,7 +64,8 @@ class Local:
     blocks: Blocks | None
     tile_dtype: Any
     kernel: Kernel
-    interpret: bool = False
+    platform: str
+    interpret: bool
 
     @property
     def options(self) -> dict[str, Any]:
@@ -74,7 +75,8 @@ class Local:
     @property
     def flash_options(self) -> dict[str, Any]:
         """What the flash kernel takes besides slopes."""
-        return {"scale": self.scale, "softcap": self.softcap, "blocks": self.blocks, "interpret": self.interpret}
+        where = {"platform": self.platform, "interpret": self.interpret}
+        return {"scale": self.scale, "softcap": self.softcap, "blocks": self.blocks, **where}
 
 
 def forward(local: Local, queries: Queries, keys: Keys, bias_params: Any, out_dtype: Any) -> Partial:

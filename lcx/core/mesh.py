@@ -159,5 +159,10 @@ def target_platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def compute_capability() -> str | None:
+    """That of this process's first device, "8.0" for an A100; AMD's are names, as "gfx942". None where devices have none."""
+    return getattr(jax.local_devices()[0], "compute_capability", None)
+
+
 def _text(sizes: dict[str, int]) -> str:
     return ", ".join(f"{name}={size}" for name, size in sizes.items())

@@ -92,6 +92,12 @@ def arrays() -> tuple[jax.Array, ...]:
     return tuple(jax.random.normal(key, (B, T, N, H)) for key in jax.random.split(jax.random.key(0), 4))
 
 
+def served(kernel: str) -> dict[str, Any]:
+    """Options of `AttentionSpec` for a kernel by its name in tests: "flash" is the TPU's, "flash gpu" the GPU's, interpreted."""
+    name, _, platform = kernel.partition(" ")
+    return {"kernel": name, "interpret": (platform or "tpu") if name == "flash" else None}
+
+
 def program(case: dict[str, Any], kernel: str, optimize: bool = True) -> Any:
     """(inputs, data) → (o, gradients) of one kernel; `inputs` is a dict of all that is differentiated.
 
@@ -99,8 +105,8 @@ def program(case: dict[str, Any], kernel: str, optimize: bool = True) -> Any:
     """
     form = form_of(case["pieces"], case["bias"])
     spec = AttentionSpec(
-        MASKS[case["mask"]], form, scale=0.5, softcap=case["softcap"], kernel=kernel, block_q=BLOCK_Q, block_k=BLOCK_K,
-        interpret=kernel == "flash",
+        MASKS[case["mask"]], form, scale=0.5, softcap=case["softcap"], block_q=BLOCK_Q,
+        block_k=BLOCK_Q if kernel == "flash gpu" else BLOCK_K, **served(kernel),
     )  # fmt: skip
     phases = SCHEMES[case["pieces"]].arrays(HEADS, T)
 

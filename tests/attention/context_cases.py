@@ -21,7 +21,7 @@ from lcx.positions.form import Heads
 from lcx.positions.pieces import SelfExtend
 from lcx.positions.rotary import Rope, tables
 from lcx.positions.schemes import from_config
-from tests.attention.cases import distances, index
+from tests.attention.cases import distances, index, served
 
 B, T, N, H = 2, 48, 24, 4
 HEADS = Heads(N, N, H, N * H)
@@ -89,9 +89,10 @@ def program(case: dict[str, Any], strategy: str, kernel: str) -> Any:
     """(inputs, index, cotangent) → (o, gradients); over the mesh that is set, or on one device."""
     scheme = SCHEMES[case["scheme"]]
     form, constants = scheme.form(T), scheme.arrays(HEADS, T)
+    block = 16 if kernel == "flash gpu" else 8
     spec = AttentionSpec(
-        MASKS[case["mask"]], form, scale=0.5, softcap=case["softcap"], kernel=kernel, block_q=8, block_k=8, strategy=strategy,
-        interpret=kernel == "flash",
+        MASKS[case["mask"]], form, scale=0.5, softcap=case["softcap"], block_q=block, block_k=block, strategy=strategy,
+        **served(kernel),
     )  # fmt: skip
 
     def run(inputs: dict[str, Any], where: Any, cotangent: jax.Array) -> Any:

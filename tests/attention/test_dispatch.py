@@ -7,6 +7,7 @@ import pytest
 
 from lcx.attention.dense import dense
 from lcx.attention.dispatch import AttentionSpec, attend, resolve
+from lcx.attention.tiles import Blocks
 from lcx.core.batch import Index
 from lcx.core.errors import UserError
 from lcx.core.mask import Mask
@@ -45,9 +46,42 @@ def test_flash_serves_tpus_and_no_bias_but_alibi():
     learned = resolve(spec(form=Form(bias=T5Form(8, 20, True)), kernel="flash"), 16384, 16384, "tpu", **sizes)
     assert learned.kernel == "blockwise" and "flash adds no bias but ALiBi's, and this is T5Form" in learned.reason
     assert resolve(spec(), 64, 64, "tpu").kernel == "dense"
-    assert resolve(spec(kernel="flash", interpret=True), 64, 64, "cpu").kernel == "flash"
-    with pytest.raises(UserError, match="'flash' is for TPUs, and this is a cpu; choose blockwise, dense or auto"):
+    assert resolve(spec(kernel="flash", interpret="tpu"), 64, 64, "cpu").kernel == "flash"
+    with pytest.raises(UserError, match="'flash' is for TPUs and GPUs, and this is a cpu; choose blockwise, dense or auto"):
         resolve(spec(kernel="flash"), 64, 64, "cpu")
+
+
+def test_flash_serves_gpus_in_tiles_that_are_powers_of_two():
+    sizes = {"heads": 32, "kv_heads": 8}
+    plain = resolve(spec(), 16384, 16384, "gpu", **sizes)
+    assert plain.kernel == "flash" and (plain.blocks.q, plain.blocks.k) == (64, 64) and "suit gpu" in plain.reason
+    assert resolve(spec(), 16384, 16384, "gpu", capability="12.0", **sizes) == plain
+    wide = resolve(spec(form=Form(bias=AlibiForm())), 16384, 16384, "gpu", head_dim=256, **sizes)
+    assert wide.kernel == "flash" and (wide.blocks.q, wide.blocks.k) == (32, 32)
+    dealt = resolve(spec(), 96 * 64, 96 * 64, "gpu", chunk=96, **sizes)
+    assert (dealt.blocks.q, dealt.blocks.k) == (32, 32)
+    assert resolve(spec(kernel="flash"), 20, 7, "gpu").blocks == Blocks(32, 16)
+    assert resolve(spec(), 64, 64, "gpu").kernel == "dense"
+    assert resolve(spec(kernel="flash", interpret="gpu"), 64, 64, "cpu").kernel == "flash"
+    with pytest.raises(UserError, match="block_q=48 must be a power of two of at least 16 .* on a gpu; nearest: 32 and 64"):
+        resolve(spec(kernel="flash", block_q=48), 64, 64, "gpu")
+
+
+@pytest.mark.parametrize(
+    ("options", "T", "why"),
+    [
+        ({"dtype": jnp.float32}, 16384, "flash would use no tensor cores for float32 on a gpu"),
+        ({"head_dim": 320}, 16384, "flash takes heads of at most 256 in bfloat16 on a gpu, and these have 320"),
+        ({"capability": "7.5"}, 16384, "flash needs an NVIDIA gpu of compute capability 8.0 or more, and this is 7.5"),
+        ({"capability": "gfx942"}, 16384, "flash needs an NVIDIA gpu of compute capability 8.0 or more, and this is gfx942"),
+        ({}, 1, "flash would fill a tile of queries with one on a gpu"),
+    ],
+)
+def test_gpus_take_blockwise_where_flash_does_not_serve_or_pay(options, T, why):
+    plan = resolve(spec(), T, 2**20, "gpu", heads=32, kv_heads=8, **options)
+    assert plan.kernel == "blockwise" and why in plan.reason
+    asked = resolve(spec(kernel="flash"), T, 2**20, "gpu", heads=32, kv_heads=8, **options)
+    assert asked.kernel == ("blockwise" if {"head_dim", "capability"} & set(options) else "flash")
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])

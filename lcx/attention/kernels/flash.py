@@ -1,4 +1,4 @@
-"""Attention on a TPU in tiles that never leave the chip: the same function as `dense`, in Pallas.
+"""Attention on a TPU or a GPU in tiles that never leave the chip: the same function as `dense`, in Pallas.
 
 Legend: B batch, T query tokens, S key tokens, N heads, K KV heads, H head dim.
 """
@@ -13,9 +13,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lcx.attention.blockwise import SAVED
-from lcx.attention.kernels.backward import backward, lay_out
-from lcx.attention.kernels.forward import forward
-from lcx.attention.kernels.grid import Rule, join_heads
+from lcx.attention.kernels import gpu_backward, gpu_forward, tpu_backward, tpu_forward
+from lcx.attention.kernels.cut import Platform, Rule, join_heads, lay_out
 from lcx.attention.merge import Partial, PullBack
 from lcx.attention.tiles import Blocks
 from lcx.core.batch import Index
@@ -35,14 +34,16 @@ def flash(
     softcap: float | None = None,
     blocks: Blocks,
     out_dtype: Any = None,
+    platform: Platform = "tpu",
     interpret: bool = False,
 ) -> Partial:
-    """`(o_BTNH, lse_BTN)` as `blockwise` gives them, for bfloat16 or float32 on a TPU; both are differentiable.
+    """`(o_BTNH, lse_BTN)` as `blockwise` gives them, for bfloat16 or float32 on a TPU or a GPU; both are differentiable.
 
     The one bias is ALiBi's: float32 `slopes` `[N]`, subtracted times |distance of positions|. Of `blocks`, `q` and `k` count.
-    Sums are float32. `interpret` runs the kernel without a TPU, for tests.
+    Sums are float32. `platform` is whose kernel it is; a GPU's takes blocks that are powers of two from 16 on. `interpret` runs the
+    kernel where there is no such device, for tests.
     """
-    rule = Rule(mask, slopes is not None, scale, softcap, blocks, jnp.dtype(out_dtype or q_BTNH.dtype), interpret)
+    rule = Rule(mask, slopes is not None, scale, softcap, blocks, jnp.dtype(out_dtype or q_BTNH.dtype), platform, interpret)
     return _attend(rule, q_BTNH, k_BSKH, v_BSKH, q_index, k_index, slopes)
 
 
@@ -56,28 +57,39 @@ def flash_backward(
     scale: float,
     softcap: float | None = None,
     blocks: Blocks,
+    platform: Platform = "tpu",
     interpret: bool = False,
     whole: Partial,
     cotangent: Partial,
 ) -> PullBack:
     """The pull-back to any keys, with `dslopes` behind dv; `whole` and `cotangent` as in `blockwise_backward`."""
-    rule = Rule(mask, slopes is not None, scale, softcap, blocks, jnp.dtype(jnp.float32), interpret)
+    rule = Rule(mask, slopes is not None, scale, softcap, blocks, jnp.dtype(jnp.float32), platform, interpret)
     return _pull_back(rule, q_BTNH, q_index, slopes, kv_heads, whole, cotangent)
 
 
+def _forward(rule: Rule, *args) -> Partial:
+    return (gpu_forward if rule.platform == "gpu" else tpu_forward).forward(rule, *args)
+
+
 def _pull_back(rule: Rule, q_BTNH, q_index, slopes, kv_heads: int, whole: Partial, cotangent: Partial) -> PullBack:
-    ready = lay_out(rule, q_BTNH, q_index, slopes, kv_heads, whole, cotangent)
-    finish = functools.partial(join_heads, block=rule.blocks.q, shape=q_BTNH.shape)
+    if rule.platform == "gpu":
+        backward, ready = gpu_backward.backward, gpu_backward.lay_out(rule, q_BTNH, q_index, slopes, whole, cotangent)
+    else:
+        backward, ready = tpu_backward.backward, lay_out(rule, q_BTNH, q_index, slopes, kv_heads, whole, cotangent)
+
+    def finish(dq: jax.Array) -> jax.Array:
+        return join_heads(dq[..., : q_BTNH.shape[3]], rule.blocks.q, q_BTNH.shape)
+
     return PullBack(jnp.zeros(ready.queries.q.shape, jnp.float32), functools.partial(backward, rule, ready), finish)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(rule, q, k, v, q_index, k_index, slopes):
-    return forward(rule, q, k, v, q_index, k_index, slopes)
+    return _forward(rule, q, k, v, q_index, k_index, slopes)
 
 
 def _attend_fwd(rule, q, k, v, q_index, k_index, slopes):
-    whole = tuple(checkpoint_name(x, SAVED) for x in forward(rule, q, k, v, q_index, k_index, slopes))
+    whole = tuple(checkpoint_name(x, SAVED) for x in _forward(rule, q, k, v, q_index, k_index, slopes))
     return whole, (q, k, v, q_index, k_index, slopes, whole)
 
 

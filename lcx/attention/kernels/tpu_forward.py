@@ -1,6 +1,6 @@
 """The forward pass of the TPU kernel: an online softmax, keys passing by a block of queries (arXiv 2307.08691).
 
-Legend: see `grid`.
+Legend: see `cut`.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from lcx.attention.dense import MASKED
-from lcx.attention.kernels import grid
-from lcx.attention.kernels.grid import Rule
+from lcx.attention.kernels import cut
+from lcx.attention.kernels import tpu_grid as grid
+from lcx.attention.kernels.cut import Rule
 from lcx.attention.merge import Partial
 
 
 def forward(rule: Rule, q_BTNH, k_BSKH, v_BSKH, q_index, k_index, slopes_N) -> Partial:
     """`(o_BTNH, lse_BTN)` of the queries over these keys."""
-    tiles = grid.cut(rule, grid.cut_queries(rule, q_BTNH, q_index, slopes_N, k_BSKH.shape[2]), k_BSKH, v_BSKH, k_index)
-    known = grid.steps(rule, q_index, k_index, keys_pass=True)
+    tiles = cut.cut(rule, cut.cut_queries(rule, q_BTNH, q_index, slopes_N, k_BSKH.shape[2]), k_BSKH, v_BSKH, k_index)
+    known = cut.steps(rule, q_index, k_index, keys_pass=True)
     rows, H = tiles.q.shape[3:]
     outputs = [
         ("q", jax.ShapeDtypeStruct(tiles.q.shape, rule.out_dtype)),
@@ -28,7 +29,7 @@ def forward(rule: Rule, q_BTNH, k_BSKH, v_BSKH, q_index, k_index, slopes_N) -> P
     ]
     kernel = functools.partial(_kernel, rule, tiles.sizes)
     o, lse = grid.call(kernel, rule, "flash_forward", tiles, known, True, (), outputs, [(1, rows), (1, rows), (H, rows)])
-    return grid.join_heads(o, rule.blocks.q, q_BTNH.shape), grid.join_numbers(lse, rule.blocks.q, q_BTNH.shape[:3])
+    return cut.join_heads(o, rule.blocks.q, q_BTNH.shape), cut.join_numbers(lse, rule.blocks.q, q_BTNH.shape[:3])
 
 
 def _kernel(
@@ -51,7 +52,7 @@ def _kernel(
         shrink = jnp.exp(top[...] - safe)
         top[...] = new_top
         total[...] = total[...] * shrink + jnp.sum(p, axis=0, keepdims=True)
-        acc[...] = acc[...] * shrink + grid.product(v[...], p, 0, 0)
+        acc[...] = acc[...] * shrink + cut.product(v[...], p, 0, 0)
 
     grid.visit(rule, sizes, q_bounds, k_bounds, b, i, j, tile)
 

@@ -1,44 +1,26 @@
 """The backward pass of the TPU kernel: one kernel for dq, past which keys pass, and one for dk and dv, past which queries pass.
 
-Tiles of probabilities are computed again from q, k and the log-sum-exp (arXiv 2307.08691). Legend: see `grid`.
+Tiles of probabilities are computed again from q, k and the log-sum-exp (arXiv 2307.08691). Legend: see `cut`.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from lcx.attention.kernels import grid
-from lcx.attention.kernels.grid import QueryTiles, Rule
-from lcx.attention.merge import Partial
-from lcx.attention.tiles import row_terms
-
-
-class Ready(NamedTuple):
-    """What the backward pass needs of the queries, in tiles: the cotangents of o, log-sum-exp, and D (see `row_terms`)."""
-
-    queries: QueryTiles
-    do: jax.Array
-    lse: jax.Array
-    delta: jax.Array
-
-
-def lay_out(rule: Rule, q_BTNH, q_index, slopes_N, kv_heads: int, whole: Partial, cotangent: Partial) -> Ready:
-    """Tiles of the queries' side, for any keys."""
-    block = rule.blocks.q
-    lse, delta = (grid.cut_numbers(x, block, kv_heads) for x in row_terms(whole, cotangent, jnp.float32))
-    do = grid.cut_heads(cotangent[0].astype(q_BTNH.dtype), block, kv_heads)
-    return Ready(grid.cut_queries(rule, q_BTNH, q_index, slopes_N, kv_heads), do, lse, delta)
+from lcx.attention.kernels import cut
+from lcx.attention.kernels import tpu_grid as grid
+from lcx.attention.kernels.cut import Ready, Rule
 
 
 def backward(rule: Rule, ready: Ready, k_BSKH, v_BSKH, k_index, beside: Any) -> tuple[tuple[jax.Array, ...], Any]:
     """float32 `(dq, dk, dv, dslopes)` that go through these keys, dq in tiles, dslopes `[N]`; and `beside`."""
     queries, *more = ready
-    tiles, q_index, block = grid.cut(rule, queries, k_BSKH, v_BSKH, k_index), queries.index, rule.blocks.q
+    tiles, q_index, block = cut.cut(rule, queries, k_BSKH, v_BSKH, k_index), queries.index, rule.blocks.q
 
     def like(x: jax.Array) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, jnp.float32)
@@ -46,12 +28,12 @@ def backward(rule: Rule, ready: Ready, k_BSKH, v_BSKH, k_index, beside: Any) -> 
     rows, H = tiles.q.shape[3:]
     dq, dslopes = grid.call(
         functools.partial(_queries, rule, tiles.sizes), rule, "flash_backward_queries", tiles,
-        grid.steps(rule, q_index, k_index, keys_pass=True), True, tuple(more),
+        cut.steps(rule, q_index, k_index, keys_pass=True), True, tuple(more),
         [("q", like(tiles.q)), ("q", like(ready.lse))], [(H, rows), (1, rows)],
     )  # fmt: skip
     dk, dv = grid.call(
         functools.partial(_keys, rule, tiles.sizes), rule, "flash_backward_keys", tiles,
-        grid.steps(rule, q_index, k_index, keys_pass=False), False, tuple(more),
+        cut.steps(rule, q_index, k_index, keys_pass=False), False, tuple(more),
         [("k", like(tiles.k)), ("k", like(tiles.v))], [tiles.k.shape[3:], tiles.k.shape[3:]],
     )  # fmt: skip
     if beside:
@@ -59,9 +41,9 @@ def backward(rule: Rule, ready: Ready, k_BSKH, v_BSKH, k_index, beside: Any) -> 
         # need not be there so soon is left to hide behind the kernel for dq, which runs later.
         (dk, dv), soon = jax.lax.optimization_barrier(((dk, dv), beside[0]))
         beside = (soon, *beside[1:])
-    dk, dv = (grid.join_heads(x, rule.blocks.k, k_BSKH.shape) for x in (dk, dv))
+    dk, dv = (cut.join_heads(x, rule.blocks.k, k_BSKH.shape) for x in (dk, dv))
     B, T = q_index.order.shape
-    dslopes = jnp.sum(grid.join_numbers(dslopes, block, (B, T, k_BSKH.shape[2] * rows // block)), axis=(0, 1))
+    dslopes = jnp.sum(cut.join_numbers(dslopes, block, (B, T, k_BSKH.shape[2] * rows // block)), axis=(0, 1))
     return (dq, dk, dv, dslopes), beside
 
 
@@ -69,7 +51,7 @@ def _slope(rule: Rule, masked: bool, q, k, v, q_tokens, k_tokens, slopes, do, ls
     """Tiles `[block_k, rows]`: probabilities, cotangents of q·k and of the logits, and |distance| where there are slopes."""
     scores, capped, away = grid.logits(rule, masked, q[...], k[...], q_tokens[...], k_tokens[...], slopes[...])
     p = jnp.exp(scores - lse[...])
-    dlogits = p * (grid.product(v[...], do[...], 1, 1) - delta[...])
+    dlogits = p * (cut.product(v[...], do[...], 1, 1) - delta[...])
     ds = dlogits
     if rule.softcap is not None:
         ds = ds * (1.0 - jnp.square(capped / rule.softcap))
@@ -88,7 +70,7 @@ def _queries(
 
     def tile(masked: bool) -> None:
         _, ds, dlogits, away = _slope(rule, masked, q, k, v, q_tokens, k_tokens, slopes, do, lse, delta)
-        acc[...] += grid.product(k[...], ds, 0, 0)
+        acc[...] += cut.product(k[...], ds, 0, 0)
         if rule.linear:
             slope_acc[...] -= jnp.sum(dlogits * away, axis=0, keepdims=True)
 
@@ -112,8 +94,8 @@ def _keys(
 
     def tile(masked: bool) -> None:
         p, ds, _, _ = _slope(rule, masked, q, k, v, q_tokens, k_tokens, slopes, do, lse, delta)
-        dv_acc[...] += grid.product(p.astype(do.dtype), do[...], 1, 0)
-        dk_acc[...] += grid.product(ds.astype(q.dtype), q[...], 1, 0)
+        dv_acc[...] += cut.product(p.astype(do.dtype), do[...], 1, 0)
+        dk_acc[...] += cut.product(ds.astype(q.dtype), q[...], 1, 0)
 
     grid.visit(rule, sizes, q_bounds, k_bounds, b, i, j, tile)
 
