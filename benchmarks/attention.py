@@ -104,7 +104,8 @@ def main() -> None:
             steps["torch causal"] = fused(shape, arrays)
         if importlib.util.find_spec("tokamax") and T <= TOKAMAX_LIMIT:
             steps["tokamax causal"] = tokamax(shape, arrays)
-        plan = resolve(AttentionSpec(Mask(), Form(), scale=1.0), T, T, jax.default_backend(), batch=B, heads=N, kv_heads=N)
+        sizes = {"batch": B, "heads": N, "kv_heads": N, "head_dim": shape[3], "dtype": arrays[0].dtype}
+        plan = resolve(AttentionSpec(Mask(), Form(), scale=1.0), T, T, jax.default_backend(), **sizes)
         row = {"shape": shape, "plan": plan.reason, "seconds": measure(steps, arguments.repeats)}
         if plan.blocks is not None:
             visited, total = visited_pairs(Mask(), Index.dense(1, T), Index.dense(1, T), plan.blocks.q, plan.blocks.k)
