@@ -308,7 +308,9 @@ def _rope(wanted: Described, family: Family) -> dict[str, Any]:
         key = "sliding_attention" if is_local(kind) else "full_attention"
         if not isinstance(scheme, Nope | Rope):
             name = to_config(scheme)["name"]
-            raise UserError(f"its {kind} layers have {name!r} positions, and what is exported has rotary ones or none")
+            raise UserError(
+                f"positional scheme {name!r} has no Hugging Face form ({kind} layers); models with rotary positions or none do"
+            )
         if not isinstance(scheme, Nope) and by_type.setdefault(key, scheme) != scheme:
             raise UserError(f"layers of one type have different positions ({key}), which Hugging Face has no place for")
     full = by_type.get("full_attention") or next(iter(by_type.values()), Rope())

@@ -156,7 +156,7 @@ def triton_calls(text):
 
 @pytest.mark.parametrize("options", [{"mask": Mask()}, ALL], ids=["plain", "all"])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("head_dim", [pytest.param(64, marks=pytest.mark.slow), 96, pytest.param(128, marks=pytest.mark.slow)])
 def test_lowers_to_triton(head_dim, dtype, options):
     q, k = (jax.ShapeDtypeStruct((2, 1000, heads, head_dim), dtype) for heads in (8, 2))
     token = jax.ShapeDtypeStruct((2, 1000), jnp.int32)

@@ -121,7 +121,7 @@ def test_import_and_export(name, tmp_path):
     assert read_file(back) == described
 
 
-@pytest.mark.parametrize("name", ["llama-llama3-sharded", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama-llama3-sharded", pytest.param("qwen2", marks=pytest.mark.slow), "qwen3"])
 def test_gradients(name, tmp_path):
     model_type, changes = CASES[name]
     # torch gives the row of a padding token no gradient.

@@ -38,8 +38,14 @@ def by_hand(params, arrays, arch, prompt):
     return row[len(prompt) :]
 
 
-@pytest.mark.parametrize("scheme", ["rope:theta=500", "nope", "alibi", "self_extend:theta=500,window=4,group=2", "sinusoidal"])
-@pytest.mark.parametrize("chunk", [4, 64])
+SCHEMES = ("rope:theta=500", "nope", "alibi", "self_extend:theta=500,window=4,group=2", "sinusoidal")
+# In one chunk for all, in several for the first here and for the others in `make test-all`.
+CHUNKED = [(name, 64) for name in SCHEMES] + [
+    pytest.param(name, 4, marks=[pytest.mark.slow] * (name != SCHEMES[0])) for name in SCHEMES
+]
+
+
+@pytest.mark.parametrize(("scheme", "chunk"), CHUNKED)
 def test_generation_equals_the_whole_forward_pass(scheme, chunk):
     params, arrays, arch = build(CONFIG, {"default": scheme}, length=32)
     # Larger embeddings make the choice of each token depend on the prompt.

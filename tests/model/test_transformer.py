@@ -88,9 +88,9 @@ def test_scan_over_periods_equals_single_layers():
     [
         {"remat": "attention", "attention": "blockwise"},
         {"remat": "dots"},
-        {"remat": "block"},
+        pytest.param({"remat": "block"}, marks=pytest.mark.slow),
         {"remat": "offload", "attention": "blockwise"},
-        {"layer_unroll": 1},
+        pytest.param({"layer_unroll": 1}, marks=pytest.mark.slow),
         {"mlp_tile": T // 4},
     ],
     ids=str,
