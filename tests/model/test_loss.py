@@ -34,7 +34,7 @@ def plain_sums(params, hidden, batch, arch):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize("tile", [1 << 25, B * T * 16, B * T * 7])
+@pytest.mark.parametrize("tile", [pytest.param(1 << 25, marks=pytest.mark.slow), B * T * 16, B * T * 7])
 def test_equals_the_plain_loss(tied, softcap, tile):
     params, hidden, batch, arch = problem(tied, softcap, tile)
 
