@@ -15,6 +15,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,9 +42,13 @@ def ours(mask: Mask, shape: tuple[int, ...], arrays: list[np.ndarray]) -> Callab
     def step(q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array, index: Index) -> tuple[jax.Array, ...]:
         return jax.vjp(lambda q, k, v: attend(spec, q, k, v, index, index, q_tables={}, k_tables={}), q, k, v)[1](do)
 
-    inputs = [jnp.asarray(x) for x in arrays]
-    compiled = jax.jit(step).lower(*inputs, index).compile()
-    return lambda: jax.block_until_ready(compiled(*inputs, index)) and None
+    return compiled(step, *map(jnp.asarray, arrays), index)
+
+
+def compiled(step: Callable[..., tuple[jax.Array, ...]], *inputs: Any) -> Callable[[], None]:
+    """A closure that runs the compiled step and waits for it."""
+    run = jax.jit(step).lower(*inputs).compile()
+    return lambda: jax.block_until_ready(run(*inputs)) and None
 
 
 def fused(shape: tuple[int, ...], arrays: list[np.ndarray]) -> Callable[[], None]:
@@ -71,9 +76,7 @@ def tokamax(shape: tuple[int, ...], arrays: list[np.ndarray]) -> Callable[[], No
         attend = functools.partial(peer.dot_product_attention, is_causal=True, implementation="xla_chunked")
         return jax.vjp(attend, q, k, v)[1](do)
 
-    inputs = [jnp.asarray(x) for x in arrays]
-    compiled = jax.jit(step).lower(*inputs).compile()
-    return lambda: jax.block_until_ready(compiled(*inputs)) and None
+    return compiled(step, *map(jnp.asarray, arrays))
 
 
 def measure(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, dict[str, float]]:

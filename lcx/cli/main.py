@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     with friendly_errors(), parse.typed(argv):
         for word in argv:
-            if not word.isprintable() and any(0xDC80 <= ord(one) <= 0xDCFF for one in word):
+            if any("\udc80" <= one <= "\udcff" for one in word):
                 raise UserError(f"{word!r} holds bytes that are no UTF-8 text; write them in a file, or as text")
         if not argv or argv[0] in ("-h", "--help", "-help", "help"):
             say(usage(COMMANDS))

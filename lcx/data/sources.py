@@ -176,10 +176,11 @@ def _load_chats(config: SourceConfig, template: chat.Chat) -> Memory:
     names, tokens, hashes, weights = [], [], [], []
     for name, text in documents.read(config):
         try:
-            ids, own = template.encode(**json.loads(text))
+            conversation = json.loads(text)
+            ids, own = template.encode(**conversation)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
-        if not own.any() and any(message["role"] == "assistant" for message in json.loads(text)["messages"]):
+        if not own.any() and any(message["role"] == "assistant" for message in conversation["messages"]):
             raise UserError(f"{name}: chat template {template.template.origin} writes nothing of what the assistant says; mend it")
         if not own.any():
             raise UserError(

@@ -24,7 +24,6 @@ from lcx.positions.absolute import Nope
 from lcx.positions.form import Scheme
 from lcx.positions.rotary import Ntk, Rope, Stretched
 from lcx.positions.scaling import Dynamic, LongRope
-from lcx.positions.schemes import to_config
 from lcx.positions.theta import ntk_base
 
 FILE = "config.json"
@@ -306,18 +305,14 @@ def _rope(wanted: Described, family: Family) -> dict[str, Any]:
     for kind in wanted.model.kinds:
         scheme = wanted.schemes[kind]
         key = "sliding_attention" if is_local(kind) else "full_attention"
-        if not isinstance(scheme, Nope | Rope):
-            name = to_config(scheme)["name"]
-            raise UserError(
-                f"positional scheme {name!r} has no Hugging Face form ({kind} layers); models with rotary positions or none do"
-            )
         if not isinstance(scheme, Nope) and by_type.setdefault(key, scheme) != scheme:
             raise UserError(f"layers of one type have different positions ({key}), which Hugging Face has no place for")
     full = by_type.get("full_attention") or next(iter(by_type.values()), Rope())
     local = by_type.get("sliding_attention", full)
+    # Before they are compared: a scheme without such a form is the better reason.
+    flat, local_flat = full.to_hf(), local.to_hf()
     if not family.nested and local != full:
         raise UserError(f"sliding and full layers have different positions, which {family.architecture} has no place for")
-    flat = full.to_hf()
     # Hugging Face's dynamic NTK stretches from this length; elsewhere it says how far the model goes.
     length = full.original_length if isinstance(full, Dynamic) else wanted.length
     values: dict[str, Any] = {"max_position_embeddings": length, "rope_theta": flat["rope_theta"]}
@@ -327,7 +322,7 @@ def _rope(wanted: Described, family: Family) -> dict[str, Any]:
         values["partial_rotary_factor"] = flat["partial_rotary_factor"]
     older = {key: value for key, value in flat.items() if key != "rope_theta"}
     if family.nested:
-        values["rope_local_base_freq"] = local.to_hf()["rope_theta"]
+        values["rope_local_base_freq"] = local_flat["rope_theta"]
         values["rope_parameters"] = {"full_attention": flat, "sliding_attention": local.to_hf()}
     else:
         values["rope_parameters"] = flat

@@ -18,7 +18,7 @@ from lcx.model.config import is_local
 from lcx.positions.rotary import Rope
 from lcx.positions.theta import critical_base
 from lcx.research import recipe
-from lcx.research.models import same_tokenizer, tokenizer_of
+from lcx.research.models import is_tokenizer_of, tokenizer_of
 from lcx.training.checkpoints import scheme_configs
 
 
@@ -91,7 +91,7 @@ def complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     values["init_from"] = str(source)
     values["stages"] = _stages(wanted, described, trained)
     given = values["data"]["tokenizer"]
-    if given is not None and hf.tokenizer_files(source) and not same_tokenizer(given, str(source)):
+    if given is not None and not is_tokenizer_of(given, source):
         raise UserError(f"config.data.tokenizer={given!r} is not the tokenizer that {source} was trained with; leave it out")
     values["data"]["tokenizer"] = given or tokenizer_of(source, described.model)
     values["evals"]["lengths"] = values["evals"]["lengths"] or (trained, *(stage["seq_len"] for stage in values["stages"]))

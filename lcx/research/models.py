@@ -111,7 +111,7 @@ def import_model(source: str | Path, workdir: Path, mesh: Mesh | None = None, dt
         hint = "; fetch a model first, for example with huggingface_hub's `hf download`" if not source.exists() else ""
         raise UserError(f"{source} is no folder{hint}")
     given = HfFolder(source)
-    dtype = choice("dtype", dtype or (given.dtype if given.dtype in DTYPES else "float32"), DTYPES)
+    dtype = _dtype(dtype, given.dtype)
     if (workdir / CONFIG).exists():
         raise UserError(f"{workdir} holds a run already; name another --workdir")
     if (workdir / checkpoints.FOLDER).exists():
@@ -144,13 +144,12 @@ def export_model(
     """Write the weights of a run as a Hugging Face folder, in `dtype` (None: that of the model it began with, else float32)."""
     base = _kept(Path(checkpoint))
     stored = values_of(base) if base else {}
-    usual = stored.get("dtype") or stored.get("torch_dtype")
-    dtype = choice("dtype", dtype or (usual if usual in DTYPES else "float32"), DTYPES)
+    dtype = _dtype(dtype, stored.get("dtype") or stored.get("torch_dtype"))
     hf.check_new(out)
     loaded = load(checkpoint, step=step, stage=stage, mesh=mesh)
     model = loaded.run.model
     name = loaded.run.data.tokenizer
-    if base is not None and hf.tokenizer_files(base) and not same_tokenizer(name, str(base)):
+    if base is not None and not is_tokenizer_of(name, base):
         raise UserError(
             f"{checkpoint} was trained with the tokenizer {name!r}, and the model that it began with has another one, which would "
             "stand beside the weights; train it with that model's own"
@@ -170,6 +169,10 @@ def export_model(
         f"exported {num_elements(loaded.params):,} parameters as {dtype}, {values['architectures'][0]}, into {out}: step "
         f"{loaded.meta.step} of stage {loaded.meta.stage}, for {loaded.meta.length:,} tokens"
     )
+
+
+def _dtype(asked: str | None, stored: str | None) -> str:
+    return choice("dtype", asked or (stored if stored in DTYPES else "float32"), DTYPES)
 
 
 def _check_tokenizer(run: RunConfig) -> None:
@@ -214,13 +217,13 @@ def _kept(path: Path) -> Path | None:
     return kept if kept.is_dir() else None
 
 
-def same_tokenizer(one: str, other: str) -> bool:
-    """Do two values of `DataConfig.tokenizer` name the same tokenizer, as far as their files tell?"""
-    folders = [Path(name).expanduser() for name in (one, other)]
-    if one == other or not all(folder.is_dir() for folder in folders):
-        return one == other
-    files = [{path.name: path.read_bytes() for path in hf.tokenizer_files(folder)} for folder in folders]
-    return files[0] == files[1]
+def is_tokenizer_of(name: str, folder: Path) -> bool:
+    """May `DataConfig.tokenizer` say `name` for the model in a folder? As far as files tell: one without any takes all."""
+    own, given = hf.tokenizer_files(folder), Path(name).expanduser()
+    if not own or name == str(folder):
+        return True
+    others = hf.tokenizer_files(given) if given.is_dir() else []
+    return [(path.name, path.read_bytes()) for path in own] == [(path.name, path.read_bytes()) for path in others]
 
 
 def _write_tokenizer(name: str, tokenizer: tokenizers.Tokenizer, out: Path) -> None:

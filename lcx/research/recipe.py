@@ -114,18 +114,25 @@ def free_label(workdir: Path, label: str, evals: EvalConfig) -> str:
     """`label`, with a number behind it where the workdir keeps a result of other settings under it."""
 
     def free(name: str) -> bool:
-        path = workdir / "eval" / f"{name}.json"
-        return not path.exists() or results.read(path).settings.get("evals") == configs.plain(evals)
+        found = _result(workdir, name)
+        return found is None or _is_of(found, evals)
 
     return next(filter(free, itertools.chain([label], (f"{label}-{i}" for i in itertools.count(2)))))
 
 
 def _known(chosen: Recipe, workdir: Path, label: str, step: int) -> EvalResult | None:
     """The result that is there already, if it is of this step and these settings."""
+    found = _result(workdir, label)
+    return found if found is not None and _is_of(found, chosen.evals) and found.step == step else None
+
+
+def _result(workdir: Path, label: str) -> EvalResult | None:
     path = workdir / "eval" / f"{label}.json"
-    found = results.read(path) if path.exists() else None
-    same = found is not None and found.settings.get("evals") == configs.plain(chosen.evals) and found.step == step
-    return found if same else None
+    return results.read(path) if path.exists() else None
+
+
+def _is_of(found: EvalResult, evals: EvalConfig) -> bool:
+    return found.settings.get("evals") == configs.plain(evals)
 
 
 def evaluate_loaded(loaded: Loaded, evals: EvalConfig, label: str, workdir: Path | None) -> EvalResult:

@@ -28,34 +28,38 @@ STRUCTURES = (
 ROWS = (("none", "continuous"), ("packed", "reset"), ("shared", "reset"), ("padding", "continuous"))
 QUICK = (PLAIN, STRUCTURES[1])
 """A structure is one program, compiled for a quarter of a minute."""
-CASES = [
-    pytest.param(
-        {**structure, "segments": segments, "positions": positions}, marks=[] if structure in QUICK else [pytest.mark.slow]
-    )
-    for structure in STRUCTURES
-    for segments, positions in ROWS
-]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(value) for value in case.values()))
+def over_rows(quick):
+    """Every structure over every kind of rows; those that are not `quick` are for `make test-all`."""
+    return [
+        pytest.param(
+            {**structure, "segments": segments, "positions": positions}, marks=[pytest.mark.slow] * (structure not in quick)
+        )
+        for structure in STRUCTURES
+        for segments, positions in ROWS
+    ]
+
+
+@pytest.mark.parametrize("case", over_rows(QUICK), ids=lambda case: "-".join(str(value) for value in case.values()))
 def test_flash_equals_dense(case):
     found = errors(case, optimize=False, kernel="flash")
     assert within(found), found
 
 
-@pytest.mark.slow
-def test_chunk_with_lse_cotangent_and_empty_rows():
+def check_chunk(served, **options):
+    """A kernel on a chunk of the keys with rows that see none, through o and lse, against dense."""
     (q, k, v, do, dlse), (q_index, k_index) = draw(), chunk_index()
     mask = Mask(window=13)
 
     def run(kernel):
         def both(q, k, v):
-            return kernel(q, k, v, q_index, k_index, mask, scale=0.3, softcap=3.0)
+            return kernel(q, k, v, q_index, k_index, mask, scale=0.3, **options)
 
         (o, lse), pull = jax.vjp(both, q, k, v)
         return o, lse, pull((do, dlse))
 
-    o, lse, got = jax.jit(lambda: run(functools.partial(flash, blocks=Blocks(8, 16), interpret=True)))()
+    o, lse, got = jax.jit(lambda: run(served), compiler_options={"xla_backend_optimization_level": 0})()
     empty = ~np.asarray(visible(mask, q_index, k_index)).any(axis=2)
     assert empty.any() and np.isneginf(lse)[empty].all() and (np.asarray(o)[empty] == 0).all()
     assert all(np.isfinite(x).all() for x in got)
@@ -66,21 +70,35 @@ def test_chunk_with_lse_cotangent_and_empty_rows():
         np.testing.assert_allclose(one, two, atol=1e-5 * max(1.0, float(jnp.abs(two).max())))
 
 
-def test_ring_of_flash_equals_dense():
+@pytest.mark.slow
+def test_chunk_with_lse_cotangent_and_empty_rows():
+    check_chunk(functools.partial(flash, blocks=Blocks(8, 16), interpret=True), softcap=3.0)
+
+
+def check_ring(kernel, size):
+    """A zigzag ring over a kernel against dense."""
     case = {
-        "size": 4, "strategy": "ring", "layout": "zigzag", "mask": "causal", "scheme": "alibi", "kernel": "flash",
+        "size": size, "strategy": "ring", "layout": "zigzag", "mask": "causal", "scheme": "alibi", "kernel": kernel,
         "grouping": "gqa", "segments": "packed", "softcap": None, "sink": True,
     }  # fmt: skip
     found = context_cases.errors(case, optimize=False)
     assert within(found), found
 
 
-def test_rows_and_heads_are_split_over_a_mesh():
+def test_ring_of_flash_equals_dense():
+    check_ring("flash", 4)
+
+
+def check_split(kernel):
     """What the compiler can't do to a Pallas call by itself: two devices share the rows, two the heads and their slopes."""
     case = {**ALIBI, "segments": "packed", "positions": "reset"}
     where, inputs, cotangent = cases.index("packed", "reset"), cases.inputs_of(case), cases.arrays()[3]
     with jax.set_mesh(make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])):
-        o, gradients = jax.device_get(cases.program(case, "flash", optimize=False)(inputs, where, cotangent))
+        o, gradients = jax.device_get(cases.program(case, kernel, optimize=False)(inputs, where, cotangent))
     reference, expected = cases.program(case, "dense")(inputs, where, cotangent)
     found = cases.distances(o, reference, gradients, expected)
     assert within(found), found
+
+
+def test_rows_and_heads_are_split_over_a_mesh():
+    check_split("flash")

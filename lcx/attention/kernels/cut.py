@@ -14,10 +14,11 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lcx.attention.dense import MASKED
 from lcx.attention.merge import Partial
 from lcx.attention.tiles import Blocks, fold, fold_index, row_terms, unfold
 from lcx.core.batch import Index
-from lcx.core.mask import Bounds, Mask, bounds, may_see
+from lcx.core.mask import Bounds, Mask, bounds, sees
 
 Platform = Literal["tpu", "gpu"]
 FIELDS = ("order", "positions", "segments", "prefix")
@@ -37,16 +38,6 @@ class Rule:
     out_dtype: Any
     platform: Platform
     interpret: bool
-
-
-class Steps(NamedTuple):
-    """What is known before a grid step, as flat int32 arrays in scalar memory: extremes of every block, and for every block that
-    stays while the others pass the first and last of those that it has work with."""
-
-    q_bounds: jax.Array
-    k_bounds: jax.Array
-    first: jax.Array
-    last: jax.Array
 
 
 class Tiles(NamedTuple):
@@ -137,18 +128,6 @@ def pairs(test: Callable[[Mask, Bounds, Bounds], jax.Array], rule: Rule, q: Boun
     return found if keys_pass else jnp.swapaxes(found, 1, 2)
 
 
-def steps(rule: Rule, q_index: Index, k_index: Index, keys_pass: bool) -> Steps:
-    """The scalars of a call in which, while a block of the one side stays, the blocks of the other (`keys_pass`: keys) pass."""
-    q, k = extremes(rule, q_index, k_index)
-    some = pairs(may_see, rule, q, k, keys_pass)
-    count = some.shape[2]
-    place = jax.lax.broadcasted_iota(jnp.int32, some.shape, 2)
-    first = jnp.min(jnp.where(some, place, count - 1), axis=2)
-    last = jnp.max(jnp.where(some, place, 0), axis=2)
-    # A block with nothing to do gets a range of one.
-    return Steps(flat(q), flat(k), jnp.minimum(first, last).reshape(-1), last.reshape(-1))
-
-
 def flat(extremes: Bounds) -> jax.Array:
     """Bounds `[B, blocks]` as one flat int32 array, for `read`."""
     return jnp.stack([getattr(extremes, name).astype(jnp.int32) for name in BOUNDS]).reshape(-1)
@@ -180,6 +159,37 @@ def lay_out(rule: Rule, q_BTNH, q_index, slopes_N, kv_heads: int, whole: Partial
 def index_of(mask: Mask, fields: list[jax.Array]) -> Index:
     """The index that a mask asks for, of arrays in the order of `FIELDS`."""
     return Index(*fields[:3], fields[3] if mask.prefix else None)
+
+
+def logits_of(
+    rule: Rule, masked: bool, raw: jax.Array, slopes: jax.Array, indices: Callable[[], tuple[Index, Index]]
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """A tile of logits of raw = q·k; the same before bias and mask; and |distance| where there are slopes.
+
+    `indices` gives the index of the queries and that of the keys, broadcast against each other; asked for only where they count.
+    """
+    capped = raw * rule.scale
+    if rule.softcap is not None:
+        capped = rule.softcap * jnp.tanh(capped / rule.softcap)
+    if not (masked or rule.linear):
+        return capped, capped, None
+    q_index, k_index = indices()
+    tile, away = capped, None
+    if rule.linear:
+        away = jnp.abs(q_index.positions - k_index.positions).astype(jnp.float32)
+        tile = tile - slopes * away
+    if masked:
+        tile = jnp.where(sees(rule.mask, q_index, k_index), tile, MASKED)
+    return tile, capped, away
+
+
+def cotangents_of(rule: Rule, p: jax.Array, capped: jax.Array, dp: jax.Array, delta: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cotangents of q·k and of the logits, from probabilities, the logits before bias and mask, do·v and D (see `row_terms`)."""
+    dlogits = p * (dp - delta)
+    ds = dlogits
+    if rule.softcap is not None:
+        ds = ds * (1.0 - jnp.square(capped / rule.softcap))
+    return ds * rule.scale, dlogits
 
 
 def product(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:

@@ -47,11 +47,8 @@ def _slope(rule: Rule, masked: bool, q_axis: int, q, k, v, q_tokens, k_tokens, s
     scores, capped, away = gpu.logits(rule, masked, q_axis, q, k, q_tokens, k_tokens, slope)
     p = jnp.exp(scores - gpu.spread(lse, q_axis))
     dp = cut.product(do, v, 1, 1) if q_axis == 0 else cut.product(v, do, 1, 1)
-    dlogits = p * (dp - gpu.spread(delta, q_axis))
-    ds = dlogits
-    if rule.softcap is not None:
-        ds = ds * (1.0 - jnp.square(capped / rule.softcap))
-    return p, ds * rule.scale, dlogits, away
+    ds, dlogits = cut.cotangents_of(rule, p, capped, dp, gpu.spread(delta, q_axis))
+    return p, ds, dlogits, away
 
 
 def _queries(rule, counts, *refs):

@@ -14,10 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from lcx.attention.dense import MASKED
-from lcx.attention.kernels.cut import FIELDS, Ready, Rule, Tiles, cut, extremes, flat, index_of, pairs, product, read
+from lcx.attention.kernels.cut import FIELDS, Ready, Rule, Tiles, cut, extremes, flat, index_of, logits_of, pairs, product, read
 from lcx.core.batch import Index
-from lcx.core.mask import may_see, sees, sees_all
+from lcx.core.mask import may_see, sees_all
 
 
 class Walk(NamedTuple):
@@ -77,20 +76,13 @@ def logits(rule: Rule, masked: bool, q_axis: int, q, k, q_tokens, k_tokens, slop
 
     `q_tokens` and `k_tokens` hold a vector for each of `FIELDS`.
     """
-    capped = (product(q, k, 1, 1) if q_axis == 0 else product(k, q, 1, 1)) * rule.scale
-    if rule.softcap is not None:
-        capped = rule.softcap * jnp.tanh(capped / rule.softcap)
-    if not (masked or rule.linear):
-        return capped, capped, None
-    q_index = index_of(rule.mask, [spread(x, q_axis) for x in q_tokens])
-    k_index = index_of(rule.mask, [spread(x, 1 - q_axis) for x in k_tokens])
-    tile, away = capped, None
-    if rule.linear:
-        away = jnp.abs(q_index.positions - k_index.positions).astype(jnp.float32)
-        tile = tile - slope * away
-    if masked:
-        tile = jnp.where(sees(rule.mask, q_index, k_index), tile, MASKED)
-    return tile, capped, away
+
+    def indices() -> tuple[Index, Index]:
+        of_q, of_k = [spread(x, q_axis) for x in q_tokens], [spread(x, 1 - q_axis) for x in k_tokens]
+        return index_of(rule.mask, of_q), index_of(rule.mask, of_k)
+
+    raw = product(q, k, 1, 1) if q_axis == 0 else product(k, q, 1, 1)
+    return logits_of(rule, masked, raw, slope, indices)
 
 
 def spread(x: jax.Array, axis: int) -> jax.Array:

@@ -28,12 +28,12 @@ def backward(rule: Rule, ready: Ready, k_BSKH, v_BSKH, k_index, beside: Any) -> 
     rows, H = tiles.q.shape[3:]
     dq, dslopes = grid.call(
         functools.partial(_queries, rule, tiles.sizes), rule, "flash_backward_queries", tiles,
-        cut.steps(rule, q_index, k_index, keys_pass=True), True, tuple(more),
+        grid.steps(rule, q_index, k_index, keys_pass=True), True, tuple(more),
         [("q", like(tiles.q)), ("q", like(ready.lse))], [(H, rows), (1, rows)],
     )  # fmt: skip
     dk, dv = grid.call(
         functools.partial(_keys, rule, tiles.sizes), rule, "flash_backward_keys", tiles,
-        cut.steps(rule, q_index, k_index, keys_pass=False), False, tuple(more),
+        grid.steps(rule, q_index, k_index, keys_pass=False), False, tuple(more),
         [("k", like(tiles.k)), ("k", like(tiles.v))], [tiles.k.shape[3:], tiles.k.shape[3:]],
     )  # fmt: skip
     if beside:
@@ -51,11 +51,8 @@ def _slope(rule: Rule, masked: bool, q, k, v, q_tokens, k_tokens, slopes, do, ls
     """Tiles `[block_k, rows]`: probabilities, cotangents of q·k and of the logits, and |distance| where there are slopes."""
     scores, capped, away = grid.logits(rule, masked, q[...], k[...], q_tokens[...], k_tokens[...], slopes[...])
     p = jnp.exp(scores - lse[...])
-    dlogits = p * (cut.product(v[...], do[...], 1, 1) - delta[...])
-    ds = dlogits
-    if rule.softcap is not None:
-        ds = ds * (1.0 - jnp.square(capped / rule.softcap))
-    return p, ds * rule.scale, dlogits, away
+    ds, dlogits = cut.cotangents_of(rule, p, capped, cut.product(v[...], do[...], 1, 1), delta[...])
+    return p, ds, dlogits, away
 
 
 def _queries(

@@ -21,7 +21,7 @@ from lcx.attention.merge import Partial
 def forward(rule: Rule, q_BTNH, k_BSKH, v_BSKH, q_index, k_index, slopes_N) -> Partial:
     """`(o_BTNH, lse_BTN)` of the queries over these keys."""
     tiles = cut.cut(rule, cut.cut_queries(rule, q_BTNH, q_index, slopes_N, k_BSKH.shape[2]), k_BSKH, v_BSKH, k_index)
-    known = cut.steps(rule, q_index, k_index, keys_pass=True)
+    known = grid.steps(rule, q_index, k_index, keys_pass=True)
     rows, H = tiles.q.shape[3:]
     outputs = [
         ("q", jax.ShapeDtypeStruct(tiles.q.shape, rule.out_dtype)),

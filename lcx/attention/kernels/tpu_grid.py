@@ -7,19 +7,41 @@ segment) is then one row of lanes, which takes no memory beyond its own, and a m
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from lcx.attention.dense import MASKED
-from lcx.attention.kernels.cut import FIELDS, Rule, Steps, Tiles, index_of, product, read
-from lcx.core.mask import may_see, sees, sees_all
+from lcx.attention.kernels.cut import FIELDS, Rule, Tiles, extremes, flat, index_of, logits_of, pairs, product, read
+from lcx.core.batch import Index
+from lcx.core.mask import may_see, sees_all
 
 VMEM = 64 * 2**20
 """Bytes of on-chip memory that a kernel may ask for: half of what v5e and v6e have, all of it on v5p."""
+
+
+class Steps(NamedTuple):
+    """What is known before a grid step, as flat int32 arrays in scalar memory: extremes of every block, and for every block that
+    stays while the others pass the first and last of those that it has work with."""
+
+    q_bounds: jax.Array
+    k_bounds: jax.Array
+    first: jax.Array
+    last: jax.Array
+
+
+def steps(rule: Rule, q_index: Index, k_index: Index, keys_pass: bool) -> Steps:
+    """The scalars of a call in which, while a block of the one side stays, the blocks of the other (`keys_pass`: keys) pass."""
+    q, k = extremes(rule, q_index, k_index)
+    some = pairs(may_see, rule, q, k, keys_pass)
+    count = some.shape[2]
+    place = jax.lax.broadcasted_iota(jnp.int32, some.shape, 2)
+    first = jnp.min(jnp.where(some, place, count - 1), axis=2)
+    last = jnp.max(jnp.where(some, place, 0), axis=2)
+    # A block with nothing to do gets a range of one.
+    return Steps(flat(q), flat(k), jnp.minimum(first, last).reshape(-1), last.reshape(-1))
 
 
 def visit(rule: Rule, sizes: tuple[int, ...], q_bounds, k_bounds, b, i, j, tile: Callable[[bool], None]) -> None:
@@ -35,23 +57,16 @@ def visit(rule: Rule, sizes: tuple[int, ...], q_bounds, k_bounds, b, i, j, tile:
 
 def logits(rule: Rule, masked: bool, q, k, q_tokens, k_tokens, slopes) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """A tile `[block_k, rows]` of logits; the same before bias and mask; and |distance| where there are slopes."""
-    capped = product(k, q, 1, 1) * rule.scale
-    if rule.softcap is not None:
-        capped = rule.softcap * jnp.tanh(capped / rule.softcap)
-    if not (masked or rule.linear):
-        return capped, capped, None
-    shape = capped.shape
-    # Spread before they are compared: a comparison's result can't be spread over lanes.
-    q_index = index_of(rule.mask, [jnp.broadcast_to(q_tokens[n : n + 1, :], shape) for n in range(len(FIELDS))])
-    columns = jnp.swapaxes(k_tokens, 0, 1)
-    k_index = index_of(rule.mask, [jnp.broadcast_to(columns[:, n : n + 1], shape) for n in range(len(FIELDS))])
-    tile, away = capped, None
-    if rule.linear:
-        away = jnp.abs(q_index.positions - k_index.positions).astype(jnp.float32)
-        tile = tile - slopes * away
-    if masked:
-        tile = jnp.where(sees(rule.mask, q_index, k_index), tile, MASKED)
-    return tile, capped, away
+
+    def indices() -> tuple[Index, Index]:
+        # Spread before they are compared: a comparison's result can't be spread over lanes.
+        shape, columns = raw.shape, jnp.swapaxes(k_tokens, 0, 1)
+        of_q = [jnp.broadcast_to(q_tokens[n : n + 1, :], shape) for n in range(len(FIELDS))]
+        of_k = [jnp.broadcast_to(columns[:, n : n + 1], shape) for n in range(len(FIELDS))]
+        return index_of(rule.mask, of_q), index_of(rule.mask, of_k)
+
+    raw = product(k, q, 1, 1)
+    return logits_of(rule, masked, raw, slopes, indices)
 
 
 def call(
@@ -83,7 +98,7 @@ def call(
     slopes = pl.BlockSpec((None, *tiles.slopes.shape[1:]), lambda b, h, *_: (h, 0, 0))
     sides = [("q", tiles.q), ("k", tiles.k), ("k", tiles.v), ("q", tiles.q_tokens), ("k", tiles.k_tokens)]
     rows, H = tiles.q.shape[3:]
-    pairs = B * K * q_count * k_count * rows * tiles.k.shape[3]
+    seen = B * K * q_count * k_count * rows * tiles.k.shape[3]
     moved = sum(x.nbytes for _, x in sides) + sum(x.size * x.dtype.itemsize for _, x in outputs)
     return pl.pallas_call(
         kernel,
@@ -98,7 +113,7 @@ def call(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM
         ),
-        cost_estimate=pl.CostEstimate(flops=4 * pairs * H, transcendentals=pairs, bytes_accessed=moved),
+        cost_estimate=pl.CostEstimate(flops=4 * seen * H, transcendentals=seen, bytes_accessed=moved),
         interpret=rule.interpret,
         name=name,
     )(*known, *tiles, *more)
