@@ -15,18 +15,14 @@ WAYS_HEADER = ("tokens", "way", "seconds", "ratio", "MiB a device", "ratio", "er
 
 
 def train_step(found: dict[str, Any]) -> str:
-    """A row a length."""
-    header = ("tokens", "rows", "lcx tok/s", "torch tok/s", "ratio", "lcx MiB", "torch MiB", "ratio")
+    """A row a side and length."""
+    header = ("tokens", "rows", "side", "tok/s", "ratio", "MiB", "ratio")
     rows = []
     for result in found["results"]:
-        speed, peak = (result[name] for name in ("tokens_per_second", "peak_bytes"))
-        rows.append(
-            (
-                f"{result['length']:,}", result["rows"], f"{speed['lcx']:,.0f}", f"{speed['torch']:,.0f}",
-                f"{result['speed_ratio']:.2f}", f"{peak['lcx'] / 2**20:,.0f}", f"{peak['torch'] / 2**20:,.0f}",
-                f"{result['memory_ratio']:.2f}",
-            )
-        )  # fmt: skip
+        for side, speed in result["tokens_per_second"].items():
+            ratios = [f"{result[name][side]:.2f}" if side in result[name] else "" for name in ("speed_ratio", "memory_ratio")]
+            size = f"{result['peak_bytes'][side] / 2**20:,.0f}"
+            rows.append((f"{result['length']:,}", result["rows"], side, f"{speed:,.0f}", ratios[0], size, ratios[1]))
     return readme.table(header, rows)
 
 

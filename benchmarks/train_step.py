@@ -3,10 +3,11 @@
     python benchmarks/train_step.py                                 torch and transformers beside lcx (`make bench`)
     python benchmarks/train_step.py --peer_python=PATH/bin/python   ... or in another environment
 
-A step is forward, backward, clipping and AdamW in float32 on all cores. At each length both sides live at once, each in its own
-process, and take turns (A B A B ...), each after a step that is not timed; a figure is the median over the turns, the ratio that
-over the pairs of turns. Peak memory is the most that a process held, less what it held after its imports: compilation, weights and
-optimizer state are in it.
+A step is forward, backward, clipping and AdamW in float32 on all cores. lcx is there twice: as it starts by itself, and on two host
+devices that share the heads (`lcx run --host_devices=2 --config.mesh.context=2 --config.mesh.ulysses=2`). At each length the sides
+live at once, each in its own process, and take turns (A B C A B C ...), each after a step that is not timed; a figure is the median
+over the turns, the ratio that over the rounds of turns. Peak memory is the most that a process held, less what it held after its
+imports: compilation, weights and optimizer state are in it.
 """
 
 from __future__ import annotations
@@ -31,13 +32,15 @@ CASES = {512: 8, 4096: 1, 16384: 1}
 """Rows of a step at each length."""
 WANTED = {512: (1.5, None), 4096: (1.5, None), 16384: (1.0, 0.5)}
 """At each length the least ratio of tokens/s and the greatest ratio of memory, lcx to torch."""
-SIDES = ("lcx", "torch")
+SIDES = {"lcx": ("lcx_side", {"devices": 1}), "lcx, 2 devices": ("lcx_side", {"devices": 2}), "torch": ("torch_side", {})}
+"""Name -> its script, and what it is told beside the case."""
+OURS = [name for name in SIDES if name != "torch"]
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("peer_python", sys.executable, "Interpreter that has torch and transformers.")
 flags.DEFINE_string("out", str(HERE / "results" / "train_step.json"), "Where the figures are written.")
 flags.DEFINE_multi_integer("length", list(CASES), "Lengths to measure.")
-flags.DEFINE_integer("pairs", 5, "Turns of each side.", lower_bound=1)
+flags.DEFINE_integer("rounds", 5, "Turns of each side.", lower_bound=1)
 flags.DEFINE_float("turn_seconds", 5.0, "How long a turn lasts, about.")
 flags.DEFINE_float("max_load", 1.0, "Wait until the machine's load is below this.")
 flags.DEFINE_float("wait", 120.0, "Seconds to wait for that at most; what was found is written down.")
@@ -46,10 +49,12 @@ flags.DEFINE_float("wait", 120.0, "Seconds to wait for that at most; what was fo
 class Side(Process):
     """One side's process for one case."""
 
-    def __init__(self, name: str, python: str, case: dict[str, int]):
+    def __init__(self, name: str, case: dict[str, int]):
         self.tokens = case["rows"] * case["length"]
+        script, more = SIDES[name]
         # The peer's interpreter must not see packages of this one.
-        super().__init__(name, f"{name}_side", case, python, own_packages=name != "torch")
+        own = name in OURS
+        super().__init__(name, script, {**case, **more}, sys.executable if own else FLAGS.peer_python, own_packages=own)
 
     def turn(self, steps: int) -> float:
         """Tokens per second over some steps."""
@@ -57,16 +62,15 @@ class Side(Process):
 
 
 def measure(length: int) -> dict[str, Any]:
-    """Figures of both sides at one length."""
+    """Figures of all sides at one length."""
     case = {"rows": CASES.get(length, 1), "length": length}
-    pythons = {"lcx": sys.executable, "torch": FLAGS.peer_python}
-    sides = {name: Side(name, pythons[name], case) for name in SIDES}
+    sides = {name: Side(name, case) for name in SIDES}
     if len({side.facts["parameters"] for side in sides.values()}) > 1:
         sys.exit(f"the models differ: {[(name, side.facts['parameters']) for name, side in sides.items()]} parameters")
     load = quiet()
     steps = {name: max(1, round(FLAGS.turn_seconds * side.turn(1) / side.tokens)) for name, side in sides.items()}
     turns: dict[str, list[float]] = {name: [] for name in SIDES}
-    for _ in range(FLAGS.pairs):
+    for _ in range(FLAGS.rounds):
         for name, side in sides.items():
             turns[name].append(side.turn(steps[name]))
     memory = {name: side.finish() for name, side in sides.items()}
@@ -77,10 +81,10 @@ def measure(length: int) -> dict[str, Any]:
         "steps_per_turn": steps,
         "turns_tokens_per_second": turns,
         "tokens_per_second": speed,
-        "speed_ratio": statistics.median(a / b for a, b in zip(turns["lcx"], turns["torch"], strict=True)),
+        "speed_ratio": {name: statistics.median(a / b for a, b in zip(turns[name], turns["torch"], strict=True)) for name in OURS},
         "peak_bytes": {name: memory[name]["peak_bytes"] for name in SIDES},
         "after_imports_bytes": {name: memory[name]["baseline_bytes"] for name in SIDES},
-        "memory_ratio": memory["lcx"]["peak_bytes"] / memory["torch"]["peak_bytes"],
+        "memory_ratio": {name: memory[name]["peak_bytes"] / memory["torch"]["peak_bytes"] for name in OURS},
         "first_losses": {name: side.facts["losses"] for name, side in sides.items()},
         "start_seconds": {name: side.facts["start_seconds"] for name, side in sides.items()},
         "versions": {key: value for side in sides.values() for key, value in side.facts["versions"].items()},
@@ -95,13 +99,13 @@ def quiet() -> float:
     return load
 
 
-def verdict(result: dict[str, Any]) -> str:
-    """Whether a case reaches what is asked of it."""
+def verdict(result: dict[str, Any], side: str) -> str:
+    """Whether a side of ours reaches what is asked of a case."""
     least, most = WANTED.get(result["length"], (None, None))
     short = []
-    if least is not None and result["speed_ratio"] < least:
+    if least is not None and result["speed_ratio"][side] < least:
         short.append(f"below {least}x the speed")
-    if most is not None and result["memory_ratio"] > most:
+    if most is not None and result["memory_ratio"][side] > most:
         short.append(f"above {most}x the memory")
     return ", ".join(short) or "reached"
 
@@ -109,18 +113,15 @@ def verdict(result: dict[str, Any]) -> str:
 def show(results: list[dict[str, Any]]) -> None:
     """The figures as a table."""
     table = Table(title="Training step, lcx against transformers + torch", title_justify="left")
-    for column in ("tokens", "rows", "lcx tok/s", "torch tok/s", "ratio", "lcx MiB", "torch MiB", "ratio", "asked for"):
+    for column in ("tokens", "rows", "side", "tok/s", "ratio", "MiB", "ratio", "asked for"):
         table.add_column(column, justify="right")
     for result in results:
-        speed, peak = result["tokens_per_second"], {name: result["peak_bytes"][name] / 2**20 for name in SIDES}
-        cells = [
-            f"{result['length']:,}",
-            result["rows"],
-            *(f"{speed[name]:,.0f}" for name in SIDES),
-            f"{result['speed_ratio']:.2f}x",
-        ]
-        cells += [*(f"{peak[name]:,.0f}" for name in SIDES), f"{result['memory_ratio']:.2f}x", verdict(result)]
-        table.add_row(*map(str, cells))
+        for name in SIDES:
+            own = name in OURS
+            speed, memory = (f"{result[key][name]:.2f}x" if own else "" for key in ("speed_ratio", "memory_ratio"))
+            cells = [f"{result['length']:,}", result["rows"], name, f"{result['tokens_per_second'][name]:,.0f}", speed]
+            cells += [f"{result['peak_bytes'][name] / 2**20:,.0f}", memory, verdict(result, name) if own else ""]
+            table.add_row(*map(str, cells))
     Console().print(table)
 
 

@@ -31,6 +31,12 @@ def test_lcx_side_takes_steps(sides):
     assert sum(losses[4:]) < sum(losses[:4])
 
 
+def test_two_devices_take_the_same_steps(sides):
+    lcx_side, _ = sides
+    one, two = (lcx_side.build(1, 16, devices)[0] for devices in (1, 2))
+    assert [one() for _ in range(3)] == pytest.approx([two() for _ in range(3)], rel=1e-6)
+
+
 def test_batches_are_the_same_each_time(sides):
     _, side = sides
     one, two = next(side.batches(2, 8)), next(side.batches(2, 8))

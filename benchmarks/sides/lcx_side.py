@@ -1,7 +1,9 @@
-"""The lcx side: the training step that `lcx run` takes, on one device."""
+"""The lcx side: the training step that `lcx run` takes, on one device or on host devices that share the heads."""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
@@ -19,12 +21,12 @@ from lcx.training.optimizer import OptimConfig
 from lcx.training.step import train_step
 
 
-def build(rows: int, length: int) -> tuple[Callable[[], float], dict[str, Any]]:
+def build(rows: int, length: int, devices: int = 1) -> tuple[Callable[[], float], dict[str, Any]]:
     """The compiled, donated step in float32; each call moves a batch from the host and waits for its loss."""
     config = ModelConfig(**MODEL, norm_eps=NORM_EPS)
     schemes = {"global": Rope(theta=THETA)}
     arch, arrays = lay_out(config, schemes, length)
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    mesh = make_mesh(MeshConfig(fsdp=1, context=devices, ulysses=devices), jax.devices()[:devices])
     step = train_step(arch, specs(config, schemes, length), OptimConfig(schedule="constant", **OPTIMIZER), 10**6, mesh)
     state = step.initialize(jax.random.key(0))
     host = map(host_batch, batches(rows, length))
@@ -46,4 +48,5 @@ def host_batch(tokens: np.ndarray) -> Batch:
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", json.loads(sys.argv[1])["devices"])
     serve(build)

@@ -42,17 +42,17 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def serve(build: Callable[[int, int], tuple[Callable[[], float], dict[str, Any]]]) -> None:
+def serve(build: Callable[..., tuple[Callable[[], float], dict[str, Any]]]) -> None:
     """Build a step for the case in `argv[1]`, warm it up, and time as many steps as each line of standard input asks for.
 
-    `build(rows, length)` is called after all imports and returns `step() -> loss`, which waits until the step is done, and
-    facts about the side. Answers are JSON lines: the facts with the first losses, then the seconds of each round, and
-    when the input ends the peak memory beyond that after the imports (compilation and warm-up included).
+    `build(**case)`, called after all imports, returns `step() -> loss`, which waits until the step is done, and facts about
+    the side. Answers are JSON lines: the facts with the first losses, then the seconds of each round, and when the input
+    ends the peak memory beyond that after the imports (compilation and warm-up included).
     """
     case = json.loads(sys.argv[1])
     baseline = peak_memory()
     start = time.perf_counter()
-    step, facts = build(case["rows"], case["length"])
+    step, facts = build(**case)
     losses = [step() for _ in range(2)]
     answer({**facts, "losses": losses, "start_seconds": time.perf_counter() - start})
     for line in sys.stdin:

@@ -233,7 +233,8 @@ def _blocks(spec: AttentionSpec, T: int, S: int, platform: str, batch: int, head
     if platform == "cpu":
         # Eight devices are many enough: smaller tiles than these cost more than they save.
         longest, budget = max(T, S), CPU_TILE // min(devices, 8)
-        side = 128 if longest <= 256 else 256 if longest <= 1024 else 512
+        # Where each device has its own part of the work, tiles need not be large enough for the threads of all of them.
+        side = 128 if longest <= 256 else 256 if longest <= 1024 or 1 < devices < 8 else 512
     else:
         side, budget = 512, 2**62
     if spec.mask.window is not None:
@@ -241,7 +242,7 @@ def _blocks(spec: AttentionSpec, T: int, S: int, platform: str, batch: int, head
         side = min(side, max(64, _power(spec.mask.window)))
     block_k = spec.block_k or min(side, _round_up(S, 16))
     # A row of 512 in one tile of queries: products large enough for two threads, which gain more than the masked half costs.
-    wide = 512 if platform == "cpu" and side == 256 and max(T, S) <= 512 else side
+    wide = 512 if platform == "cpu" and devices == 1 and side == 256 and max(T, S) <= 512 else side
     block_q = spec.block_q or min(max(wide // group, 64), _round_up(T, 16))
     if spec.form.bias is not None:
         share = kv_heads
