@@ -89,7 +89,7 @@ def test_scan_over_periods_equals_single_layers():
         {"remat": "attention", "attention": "blockwise"},
         {"remat": "dots"},
         pytest.param({"remat": "block"}, marks=pytest.mark.slow),
-        {"remat": "offload", "attention": "blockwise"},
+        pytest.param({"remat": "offload", "attention": "blockwise"}, marks=pytest.mark.slow),
         pytest.param({"layer_unroll": 1}, marks=pytest.mark.slow),
         {"mlp_tile": T // 4},
     ],

@@ -83,8 +83,8 @@ def test_meshes_equal_one_device(sizes):
     assert moments.mu["layers"]["mlp"]["up"]["kernel"].sharding == kernel.sharding
 
 
-CONTEXT_MESHES = [(1, 1, 1, 8, 1), (1, 1, 1, 8, 2), (1, 1, 1, 8, 4), (1, 2, 1, 4, 1), (2, 1, 2, 2, 1), (1, 1, 1, 6, 1)]
-MORE_MESHES = [(1, 2, 1, 4, 4), (2, 1, 2, 2, 2), (1, 1, 1, 6, 2)]
+CONTEXT_MESHES = [(1, 1, 1, 8, 1), (1, 1, 1, 8, 2), (1, 2, 1, 4, 1), (2, 1, 2, 2, 1), (1, 1, 1, 6, 1)]
+MORE_MESHES = [(1, 1, 1, 8, 4), (1, 2, 1, 4, 4), (2, 1, 2, 2, 2), (1, 1, 1, 6, 2)]
 
 
 @pytest.mark.parametrize(
@@ -109,6 +109,7 @@ def test_context_meshes_equal_one_device(sizes, strategy):
         assert kernel.addressable_shards[0].data.size * fsdp * tensor * context == kernel.size
 
 
+@pytest.mark.slow
 def test_residuals_in_host_memory_on_a_context_mesh():
     model = dataclasses.replace(MODEL, remat="offload", context_strategy="ring", attention="blockwise")
     check(*run(*make_step(MeshConfig(data=2, fsdp=1, context=4, ulysses=2), model=model))[:2])
