@@ -169,7 +169,7 @@ def end_labels(axes: Axes, ends: Sequence[tuple[float, float, str, str]], gap: f
 
 
 def spread(wanted: Sequence[float], gap: float) -> list[float]:
-    """The sorted heights moved as little as is needed (least squares) for neighbours to stand `gap` apart."""
+    """The sorted heights moved as little as is needed (least squares) for neighbours to stand `gap` apart between 0 and 1."""
     blocks: list[list[float]] = []  # each [sum of (wanted - offset), count]: pooled neighbours that touch
     for i, height in enumerate(wanted):
         blocks.append([height - i * gap, 1.0])
@@ -178,4 +178,5 @@ def spread(wanted: Sequence[float], gap: float) -> list[float]:
             blocks[-1][0] += total
             blocks[-1][1] += count
     means = [total / count for total, count in blocks for _ in range(int(count))]
-    return [mean + i * gap for i, mean in enumerate(means)]
+    most = 1.0 - (len(wanted) - 1) * gap
+    return [min(max(mean, 0.0), most) + i * gap for i, mean in enumerate(means)]

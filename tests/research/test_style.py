@@ -28,6 +28,7 @@ def test_labels_are_pushed_apart_no_more_than_needed():
     assert np.mean(placed[1:4]) == pytest.approx(np.mean(wanted[1:4]))
     assert style.spread([], 0.1) == []
     assert style.spread([0.3, 0.3], 0.1) == pytest.approx([0.25, 0.35])
+    assert style.spread([0.0, 0.01, 0.97, 0.98], 0.1) == pytest.approx([0.0, 0.1, 0.9, 1.0])
 
 
 def test_rc_settings_do_not_leak():
