@@ -65,7 +65,7 @@ class MeshConfig:
             if num_devices % fixed:
                 raise UserError(
                     f"mesh axes {_text(given)} fix {fixed} devices, which do not divide the {num_devices} that are present; "
-                    "their product has to, and an axis of -1 takes what is left"
+                    f"their product has to, and an axis of -1 takes what is left; --host_devices={fixed} splits a CPU into as many"
                 )
             given[open_axes[0]] = num_devices // fixed
         elif fixed != num_devices:
