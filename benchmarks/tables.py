@@ -11,19 +11,24 @@ from lcx.research import readme
 
 HERE = Path(__file__).resolve().parent
 
+STEPS_HEADER = ("tokens", "rows", "side", "tok/s", "ratio", "MiB", "ratio")
 WAYS_HEADER = ("tokens", "way", "seconds", "ratio", "MiB a device", "ratio", "error")
 
 
 def train_step(found: dict[str, Any]) -> str:
     """A row a side and length."""
-    header = ("tokens", "rows", "side", "tok/s", "ratio", "MiB", "ratio")
-    rows = []
-    for result in found["results"]:
-        for side, speed in result["tokens_per_second"].items():
-            ratios = [f"{result[name][side]:.2f}" if side in result[name] else "" for name in ("speed_ratio", "memory_ratio")]
-            size = f"{result['peak_bytes'][side] / 2**20:,.0f}"
-            rows.append((f"{result['length']:,}", result["rows"], side, f"{speed:,.0f}", ratios[0], size, ratios[1]))
-    return readme.table(header, rows)
+    return readme.table(STEPS_HEADER, (row for result in found["results"] for row in steps(result).values()))
+
+
+def steps(result: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+    """The columns of `STEPS_HEADER` of each side at one length."""
+    rows = {}
+    for side, speed in result["tokens_per_second"].items():
+        names = ("speed_ratio", "memory_ratio")
+        speed_ratio, memory_ratio = (f"{result[name][side]:.2f}" if side in result[name] else "" for name in names)
+        size = f"{result['peak_bytes'][side] / 2**20:,.0f}"
+        rows[side] = (f"{result['length']:,}", str(result["rows"]), side, f"{speed:,.0f}", speed_ratio, size, memory_ratio)
+    return rows
 
 
 def attention(found: list[dict[str, Any]]) -> str:

@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import tables
 from absl import app, flags
 from process import Process
 from rich.console import Console
@@ -111,17 +112,13 @@ def verdict(result: dict[str, Any], side: str) -> str:
 
 
 def show(results: list[dict[str, Any]]) -> None:
-    """The figures as a table."""
+    """The figures as the table that `tables` puts into the README, and whether they reach what is asked."""
     table = Table(title="Training step, lcx against transformers + torch", title_justify="left")
-    for column in ("tokens", "rows", "side", "tok/s", "ratio", "MiB", "ratio", "asked for"):
+    for column in (*tables.STEPS_HEADER, "asked for"):
         table.add_column(column, justify="right")
     for result in results:
-        for name in SIDES:
-            own = name in OURS
-            speed, memory = (f"{result[key][name]:.2f}x" if own else "" for key in ("speed_ratio", "memory_ratio"))
-            cells = [f"{result['length']:,}", result["rows"], name, f"{result['tokens_per_second'][name]:,.0f}", speed]
-            cells += [f"{result['peak_bytes'][name] / 2**20:,.0f}", memory, verdict(result, name) if own else ""]
-            table.add_row(*map(str, cells))
+        for side, cells in tables.steps(result).items():
+            table.add_row(*cells, verdict(result, side) if side in OURS else "")
     Console().print(table)
 
 

@@ -233,7 +233,8 @@ def _blocks(spec: AttentionSpec, T: int, S: int, platform: str, batch: int, head
     if platform == "cpu":
         # Eight devices are many enough: smaller tiles than these cost more than they save.
         longest, budget = max(T, S), CPU_TILE // min(devices, 8)
-        # Where each device has its own part of the work, tiles need not be large enough for the threads of all of them.
+        # Where each device has its own part of the work, tiles need not be large enough for the threads of all of them; for
+        # eight, larger ones are as fast.
         side = 128 if longest <= 256 else 256 if longest <= 1024 or 1 < devices < 8 else 512
     else:
         side, budget = 512, 2**62

@@ -323,7 +323,7 @@ def _rope(wanted: Described, family: Family) -> dict[str, Any]:
     older = {key: value for key, value in flat.items() if key != "rope_theta"}
     if family.nested:
         values["rope_local_base_freq"] = local_flat["rope_theta"]
-        values["rope_parameters"] = {"full_attention": flat, "sliding_attention": local.to_hf()}
+        values["rope_parameters"] = {"full_attention": flat, "sliding_attention": local_flat}
     else:
         values["rope_parameters"] = flat
     values["rope_scaling"] = None if older == {"rope_type": "default"} else {**older, "type": older["rope_type"]}

@@ -111,7 +111,8 @@ WRONG = {
     TRAIN + "--config.stages.base.accumulate=3": "batch_size=8 does not divide into accumulate=3 microbatches; these do",
     TRAIN + "--config.stages.base.batch_size=6": "batch_size=6 rows do not divide by data=1 x fsdp=8",
     TRAIN + "--config.mesh.context=8 --config.stages.base.seq_len=60": "seq_len=60 does not divide into the 8 pieces",
-    TRAIN + "--config.mesh.data=3": "an axis of -1 takes what is left; --host_devices=3 splits a CPU into as many",
+    TRAIN + "--config.mesh.data=3": "fix 3 devices, which do not divide the 8 that are present; their product has to, "
+    "and an axis of -1 takes what is left; --host_devices=3 splits a CPU into as many",
     TRAIN + "--config.mesh.data=16 --config.mesh.fsdp=1": "need 16 devices and 8 are present; set one axis to -1",
     TRAIN + "--config.model.vocab_size=100": "model.vocab_size=100 is below the 256 tokens of data.tokenizer='bytes'; set it to",
     TRAIN + "--config.init_from={tmp}/nowhere": "nowhere is no folder; name a run's workdir",

@@ -119,13 +119,13 @@ def test_nothing_readable_is_an_error_and_nothing_is_lost(whole, tmp_path):
 
 def test_a_checkpoint_moves_between_meshes(tmp_path):
     """A run whose stages each go on from the last one's checkpoint on another mesh ends as on one device."""
-    stages = [{"name": f"part{i}", "seq_len": 64, "steps": 4, "batch_size": 8, "keep_optimizer_state": True} for i in range(2)]
+    stages = [{"name": f"part{i}", "seq_len": 64, "steps": 4, "batch_size": 8, "keep_optimizer_state": True} for i in range(3)]
     go(tmp_path / "one", stages=stages)
-    meshes = [{"fsdp": 2, "context": 4}, {"data": 2, "fsdp": 1, "tensor": 2, "context": 2, "ulysses": 1}]
+    meshes = [{"fsdp": 1, "context": 8}, {"fsdp": 2, "context": 4}, {"data": 2, "fsdp": 1, "tensor": 2, "context": 2, "ulysses": 1}]
     for i, mesh in enumerate(meshes):
         train(run_config(tiny.config(stages=stages[: i + 1], mesh=mesh)), tmp_path / "many", jax.devices())
     wanted, found = rows(tmp_path / "one"), rows(tmp_path / "many")
-    assert [row["step"] for row in found] == [row["step"] for row in wanted] == list(range(1, 9))
+    assert [row["step"] for row in found] == [row["step"] for row in wanted] == list(range(1, 13))
     np.testing.assert_allclose([row["loss"] for row in found], [row["loss"] for row in wanted], rtol=1e-6)
 
 
