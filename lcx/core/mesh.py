@@ -74,7 +74,10 @@ class MeshConfig:
             )
         context = given.pop("context")
         if context % self.ulysses:
-            raise UserError(f"mesh.ulysses={self.ulysses} does not divide mesh.context={context}")
+            raise UserError(
+                f"mesh.ulysses={self.ulysses} does not divide mesh.context={context}, whose devices it groups; set mesh.context to "
+                f"a multiple of {self.ulysses}"
+            )
         return {**given, "ring": context // self.ulysses, "ulysses": self.ulysses}
 
 
