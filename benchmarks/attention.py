@@ -21,11 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcx.attention.dispatch import AttentionSpec, attend, resolve
+from lcx.attention.attend import AttentionSpec, attend, resolve
 from lcx.attention.tiles import visited_pairs
 from lcx.core.batch import Index
 from lcx.core.mask import Mask
-from lcx.positions.form import Form
+from lcx.positions.scheme import SchemeSpec
 
 SHAPES = ((8, 256, 4, 32), (8, 512, 8, 32), (1, 4096, 8, 32), (1, 8192, 8, 64), (1, 16384, 8, 32))
 """Batch, tokens, heads, head dim."""
@@ -34,15 +34,15 @@ TOKAMAX_LIMIT = 8192
 MASKS = {"causal": Mask(), "full": Mask(causal=False), "window64": Mask(window=64)}
 
 
-def ours(mask: Mask, shape: tuple[int, ...], arrays: list[np.ndarray]) -> Callable[[], None]:
+def ours(mask: Mask, shape: tuple[int, ...], buffers: list[np.ndarray]) -> Callable[[], None]:
     """A closure that runs forward and backward once."""
     index = Index.dense(*shape[:2])
-    spec = AttentionSpec(mask, Form(), scale=shape[-1] ** -0.5)
+    spec = AttentionSpec(mask, SchemeSpec(), scale=shape[-1] ** -0.5)
 
     def step(q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array, index: Index) -> tuple[jax.Array, ...]:
         return jax.vjp(lambda q, k, v: attend(spec, q, k, v, index, index, q_tables={}, k_tables={}), q, k, v)[1](do)
 
-    return compiled(step, *map(jnp.asarray, arrays), index)
+    return compiled(step, *map(jnp.asarray, buffers), index)
 
 
 def compiled(step: Callable[..., tuple[jax.Array, ...]], *inputs: Any) -> Callable[[], None]:
@@ -51,11 +51,11 @@ def compiled(step: Callable[..., tuple[jax.Array, ...]], *inputs: Any) -> Callab
     return lambda: jax.block_until_ready(run(*inputs)) and None
 
 
-def fused(shape: tuple[int, ...], arrays: list[np.ndarray]) -> Callable[[], None]:
+def fused(shape: tuple[int, ...], buffers: list[np.ndarray]) -> Callable[[], None]:
     """The same with torch's scaled_dot_product_attention, causal."""
     import torch
 
-    q, k, v, do = (torch.from_numpy(x).transpose(1, 2).contiguous() for x in arrays)
+    q, k, v, do = (torch.from_numpy(x).transpose(1, 2).contiguous() for x in buffers)
     for x in (q, k, v):
         x.requires_grad_(True)
 
@@ -65,7 +65,7 @@ def fused(shape: tuple[int, ...], arrays: list[np.ndarray]) -> Callable[[], None
     return step
 
 
-def tokamax(shape: tuple[int, ...], arrays: list[np.ndarray]) -> Callable[[], None]:
+def tokamax(shape: tuple[int, ...], buffers: list[np.ndarray]) -> Callable[[], None]:
     """The same with tokamax's attention in chunks, its one path on a CPU that holds no array of all pairs; causal."""
     import tokamax as peer
     from absl import flags
@@ -76,7 +76,7 @@ def tokamax(shape: tuple[int, ...], arrays: list[np.ndarray]) -> Callable[[], No
         attend = functools.partial(peer.dot_product_attention, is_causal=True, implementation="xla_chunked")
         return jax.vjp(attend, q, k, v)[1](do)
 
-    return compiled(step, *map(jnp.asarray, arrays))
+    return compiled(step, *map(jnp.asarray, buffers))
 
 
 def measure(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, dict[str, float]]:
@@ -101,14 +101,14 @@ def main() -> None:
     rows = []
     for shape in (shape for shape in SHAPES if shape[1] <= arguments.longest):
         B, T, N, _ = shape
-        arrays = list(np.random.default_rng(0).standard_normal((4, *shape), np.float32))
-        steps = {name: ours(mask, shape, arrays) for name, mask in MASKS.items()}
+        buffers = list(np.random.default_rng(0).standard_normal((4, *shape), np.float32))
+        steps = {name: ours(mask, shape, buffers) for name, mask in MASKS.items()}
         if importlib.util.find_spec("torch"):
-            steps["torch causal"] = fused(shape, arrays)
+            steps["torch causal"] = fused(shape, buffers)
         if importlib.util.find_spec("tokamax") and T <= TOKAMAX_LIMIT:
-            steps["tokamax causal"] = tokamax(shape, arrays)
-        sizes = {"batch": B, "heads": N, "kv_heads": N, "head_dim": shape[3], "dtype": arrays[0].dtype}
-        plan = resolve(AttentionSpec(Mask(), Form(), scale=1.0), T, T, jax.default_backend(), **sizes)
+            steps["tokamax causal"] = tokamax(shape, buffers)
+        sizes = {"batch": B, "heads": N, "kv_heads": N, "head_dim": shape[3], "dtype": buffers[0].dtype}
+        plan = resolve(AttentionSpec(Mask(), SchemeSpec(), scale=1.0), T, T, jax.default_backend(), **sizes)
         row = {"shape": shape, "plan": plan.reason, "seconds": measure(steps, arguments.repeats)}
         if plan.blocks is not None:
             visited, total = visited_pairs(Mask(), Index.dense(1, T), Index.dense(1, T), plan.blocks.q, plan.blocks.k)

@@ -29,13 +29,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.table import Table
 
-from lcx.attention.dispatch import AttentionSpec, attend
-from lcx.attention.layout import arrange, restore
+from lcx.attention.attend import AttentionSpec, attend
+from lcx.attention.parallel.sequence_layout import arrange, restore
 from lcx.core.batch import Index
 from lcx.core.host import take_huge_pages
 from lcx.core.mask import Mask
 from lcx.core.mesh import MeshConfig, make_mesh
-from lcx.positions.form import Form
+from lcx.positions.scheme import SchemeSpec
 
 DEVICES, HEADS, HEAD_DIM, QUERIES = 8, 8, 64, 64
 WAYS = {
@@ -54,12 +54,12 @@ Program = tuple[Callable[[], Any], int, Callable[[Any], tuple[np.ndarray, np.nda
 """A run of forward and backward, its temporary bytes, and (o, dq) in row order of what it gave."""
 
 
-def ours(way: tuple[str, str, int], arrays: list[np.ndarray]) -> Program:
+def ours(way: tuple[str, str, int], buffers: list[np.ndarray]) -> Program:
     """lcx over the mesh."""
     strategy, layout, ulysses = way
-    ring, length = DEVICES // ulysses, arrays[0].shape[1]
+    ring, length = DEVICES // ulysses, buffers[0].shape[1]
     mesh = make_mesh(MeshConfig(fsdp=1, context=DEVICES, ulysses=ulysses))
-    spec = AttentionSpec(Mask(), Form(), scale=HEAD_DIM**-0.5, strategy=strategy)
+    spec = AttentionSpec(Mask(), SchemeSpec(), scale=HEAD_DIM**-0.5, strategy=strategy)
     index = arrange(Index.dense(1, length), layout, ring).replace(layout=layout)
 
     def step(q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array, index: Index) -> tuple[jax.Array, ...]:
@@ -67,7 +67,7 @@ def ours(way: tuple[str, str, int], arrays: list[np.ndarray]) -> Program:
         return (o, *pull(do))
 
     split = NamedSharding(mesh, PartitionSpec(None, ("ring", "ulysses")))
-    inputs = [jax.device_put(arrange(x, layout, ring), split) for x in arrays]
+    inputs = [jax.device_put(arrange(x, layout, ring), split) for x in buffers]
     index = jax.device_put(index, split)
     with jax.set_mesh(mesh):
         compiled = jax.jit(step).lower(*inputs, index).compile()
@@ -79,7 +79,7 @@ def ours(way: tuple[str, str, int], arrays: list[np.ndarray]) -> Program:
     return lambda: jax.block_until_ready(compiled(*inputs, index)), compiled.memory_analysis().temp_size_in_bytes, results
 
 
-def peer(chunk: int, arrays: list[np.ndarray]) -> Program:
+def peer(chunk: int, buffers: list[np.ndarray]) -> Program:
     """`ringattention` over a ring of all devices."""
     ring_attention = peer_function()
     mesh = Mesh(np.array(jax.devices()), ("sp",))
@@ -87,7 +87,7 @@ def peer(chunk: int, arrays: list[np.ndarray]) -> Program:
         causal_block_size=1, deterministic=True, dropout_rng=None, attn_pdrop=0.0, query_chunk_size=chunk, key_chunk_size=chunk,
         dtype=jnp.float32, policy=jax.checkpoint_policies.nothing_saveable, precision=None, prevent_cse=True,
     )  # fmt: skip
-    length = arrays[0].shape[1]
+    length = buffers[0].shape[1]
     split = PartitionSpec(None, "sp")
     bias, segments = jnp.zeros((1, 1, 1, length)), jnp.zeros((1, length), jnp.int32)
 
@@ -101,7 +101,7 @@ def peer(chunk: int, arrays: list[np.ndarray]) -> Program:
         o, pull = jax.vjp(attention, q, k, v)
         return (o, *pull(do))
 
-    inputs = [jax.device_put(x, NamedSharding(mesh, split)) for x in arrays]
+    inputs = [jax.device_put(x, NamedSharding(mesh, split)) for x in buffers]
     compiled = jax.jit(step).lower(*inputs).compile()
     run = lambda: jax.block_until_ready(compiled(*inputs))  # noqa: E731
     return run, compiled.memory_analysis().temp_size_in_bytes, lambda out: (np.asarray(out[0]), np.asarray(out[1]))
@@ -119,9 +119,9 @@ def peer_function() -> Callable[..., jax.Array]:
     return ring_attention
 
 
-def exact(arrays: list[np.ndarray], rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def exact(buffers: list[np.ndarray], rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """o and dq of some rows in float64, `[N, rows, H]` each."""
-    q, k, v, do = (x[0].astype(np.float64).swapaxes(0, 1) for x in arrays)
+    q, k, v, do = (x[0].astype(np.float64).swapaxes(0, 1) for x in buffers)
     q, do, scale = q[:, rows], do[:, rows], HEAD_DIM**-0.5
     logits = np.where(np.arange(k.shape[1]) <= rows[:, None], q @ k.swapaxes(1, 2) * scale, -np.inf)
     p = np.exp(logits - logits.max(-1, keepdims=True))
@@ -140,13 +140,13 @@ def error(found: tuple[np.ndarray, np.ndarray], reference: tuple[np.ndarray, np.
 
 def measure(length: int, repeats: int, chosen: list[str]) -> list[dict[str, Any]]:
     """The ways whose names begin like one of `chosen`, at one length."""
-    arrays = list(np.random.default_rng(0).standard_normal((4, 1, length, HEADS, HEAD_DIM), np.float32))
+    buffers = list(np.random.default_rng(0).standard_normal((4, 1, length, HEADS, HEAD_DIM), np.float32))
     rows = np.random.default_rng(1).choice(length, QUERIES, replace=False)
-    reference = exact(arrays, rows)
+    reference = exact(buffers, rows)
     makers = {name: functools.partial(ours, way) for name, way in WAYS.items()}
     if importlib.util.find_spec("ringattention"):
         makers |= {f"ringattention, chunks of {chunk:,}": functools.partial(peer, chunk) for chunk in PEER_CHUNKS}
-    programs = {name: make(arrays) for name, make in makers.items() if name.startswith(tuple(chosen))}
+    programs = {name: make(buffers) for name, make in makers.items() if name.startswith(tuple(chosen))}
     found = {
         name: {
             "length": length,

@@ -70,9 +70,9 @@ def long_prompt() -> dict[str, Any]:
     import numpy as np
 
     from lcx.core.batch import Index
-    from lcx.core.params import initialize
+    from lcx.core.param_spec import initialize
     from lcx.model.cache import empty_cache
-    from lcx.model.config import ModelConfig, lay_out
+    from lcx.model.config import ModelConfig, build_architecture
     from lcx.model.decode import _extend, generate
     from lcx.model.params import specs
     from lcx.model.transformer import unstack
@@ -81,13 +81,13 @@ def long_prompt() -> dict[str, Any]:
     sizes = dict(vocab_size=256, model_dim=128, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=64, mlp_dim=384)
     length, chunk, new = FLAGS.long_length, FLAGS.long_chunk, 8
     config, schemes = ModelConfig(**sizes), {"global": Rope(theta=5e6)}
-    arch, arrays = lay_out(config, schemes, length + new)
+    arch, buffers = build_architecture(config, schemes, length + new)
     params = initialize(specs(config, schemes, length + new), jax.random.key(0))
-    cache = empty_cache(arch, arrays, 1, length + new, chunk, stacked=False)
+    cache = empty_cache(arch, buffers, 1, length + new, chunk, stacked=False)
     part = jnp.zeros((1, chunk), jnp.int32)
-    lowered = _extend.lower(jax.jit(unstack)(params), arrays, arch, cache, part, Index(part, part, part + 1), jnp.int32(0), 0)
+    lowered = _extend.lower(jax.jit(unstack)(params), buffers, arch, cache, part, Index(part, part, part + 1), jnp.int32(0), 0)
     memory, found = lowered.compile().memory_analysis(), []
-    generate(params, arrays, arch, [np.arange(length) % 256], new, chunk=chunk, report=found.append)
+    generate(params, buffers, arch, [np.arange(length) % 256], new, chunk=chunk, report=found.append)
     return {
         "model": sizes, "length": length, "chunk": chunk, "temporary_bytes": memory.temp_size_in_bytes,
         "cache_bytes": sum(x.nbytes for x in jax.tree.leaves(cache)),

@@ -36,11 +36,11 @@ def write(folder: pathlib.Path, layers: int) -> None:
     import ml_dtypes
     import numpy as np
 
-    from lcx.interop import config, shards, weights
+    from lcx.interop import hf_config, shards, weights
     from lcx.model.params import specs
 
     values = {**SIZES, "model_type": "llama", "num_hidden_layers": layers, "torch_dtype": "bfloat16"}
-    described = config.read(values)
+    described = hf_config.read(values)
     slots = weights.slots(specs(described.model, described.schemes, 8192), described.family, layers)
     rng = np.random.default_rng(0)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lcx.research import readme
+from lcx.report import markdown
 
 HERE = Path(__file__).resolve().parent
 
@@ -17,7 +17,7 @@ WAYS_HEADER = ("tokens", "way", "seconds", "ratio", "MiB a device", "ratio", "er
 
 def train_step(found: dict[str, Any]) -> str:
     """A row a side and length."""
-    return readme.table(STEPS_HEADER, (row for result in found["results"] for row in steps(result).values()))
+    return markdown.table(STEPS_HEADER, (row for result in found["results"] for row in steps(result).values()))
 
 
 def steps(result: dict[str, Any]) -> dict[str, tuple[str, ...]]:
@@ -45,12 +45,12 @@ def attention(found: list[dict[str, Any]]) -> str:
                 f"{wall['causal'] / wall['full']:.2f}", "" if share is None else f"{share:.3f}",
             )
         )  # fmt: skip
-    return readme.table(header, rows)
+    return markdown.table(header, rows)
 
 
 def context_parallel(found: dict[str, Any]) -> str:
     """A row a way and length."""
-    return readme.table(WAYS_HEADER, ways(found["rows"]))
+    return markdown.table(WAYS_HEADER, ways(found["rows"]))
 
 
 def import_hf(found: dict[str, Any]) -> str:
@@ -62,7 +62,7 @@ def import_hf(found: dict[str, Any]) -> str:
         beside = f"{row['beside'] / 2**30:.2f}" if "beside" in row else ""
         size, seconds = f"{row['bytes'] / 1e9:.2f}", row["seconds"]
         rows.append((side, found["layers"], size, f"{seconds:.1f}", f"{seconds / files:.2f}", beside))
-    return readme.table(header, rows)
+    return markdown.table(header, rows)
 
 
 def ways(rows: list[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
@@ -90,7 +90,7 @@ def generation(found: dict[str, Any]) -> str:
             for clock, name in (("wall", "wall"), ("cpu", "processor")):
                 speed = result[f"{phase}_{clock}"]
                 rows.append((case, phase, name, f"{speed['lcx']:,.1f}", f"{speed['torch']:,.1f}", f"{speed['ratio']:.2f}"))
-    return readme.table(header, rows)
+    return markdown.table(header, rows)
 
 
 def long_prompt(found: dict[str, Any]) -> str:
@@ -99,7 +99,7 @@ def long_prompt(found: dict[str, Any]) -> str:
     header = ("tokens", "chunk", "temporary MiB", "cache MiB", "chunk x keys MiB", "T x S MiB", "prefill tok/s", "decode tok/s")
     sizes = (long[f"{name}_bytes"] / mib for name in ("temporary", "cache", "chunk_by_keys", "all_by_all"))
     speeds = (long[f"{name}_tokens_per_second"] for name in ("prefill", "decode"))
-    return readme.table(
+    return markdown.table(
         header, [(f"{long['length']:,}", f"{long['chunk']:,}", *(f"{x:,.0f}" for x in sizes), *(f"{x:,.0f}" for x in speeds))]
     )
 
@@ -109,10 +109,10 @@ def main() -> None:
     for make in (train_step, attention, context_parallel, import_hf, generation):
         path = HERE / "results" / f"{make.__name__}.json"
         if path.exists():
-            readme.fill(HERE / "README.md", make.__name__, make(json.loads(path.read_text())))
+            markdown.fill(HERE / "README.md", make.__name__, make(json.loads(path.read_text())))
     path = HERE / "results" / "generation.json"
     if path.exists() and "long" in (found := json.loads(path.read_text())):
-        readme.fill(HERE / "README.md", "long_prompt", long_prompt(found))
+        markdown.fill(HERE / "README.md", "long_prompt", long_prompt(found))
 
 
 if __name__ == "__main__":

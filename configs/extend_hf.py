@@ -12,7 +12,7 @@ running Python's standard library with needles in it: name your own text with --
 --config.data.parts.text.source.path='data/*.jsonl', and the same for data.parts.needles.
 """
 
-from lcx.research import extension
+from lcx.recipes import extension
 
 complete = extension.complete
 

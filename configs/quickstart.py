@@ -10,7 +10,7 @@ Result:   needles found at 256 / 512 / 1,024 / 2,048 / 4,096: 98 / 97 / 96 / 100
 """
 
 from lcx.positions.theta import critical_base
-from lcx.research.recipe import defaults, part, variant_of
+from lcx.recipes.recipe import defaults, part, variant_of
 
 WORKDIR = "runs/quickstart"
 BASE, BASE_LENGTH, BASE_THETA = "base_256", 256, 350.0

@@ -10,8 +10,8 @@ from pathlib import Path
 import matplotlib.colors
 import numpy as np
 
-from lcx.attention.layout import LAYOUTS, arrange
-from lcx.research import style
+from lcx.attention.parallel.sequence_layout import LAYOUTS, arrange
+from lcx.report import style
 
 TOKENS, DEVICES = 32, 4
 

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 
 from lcx.core.batch import Batch
-from lcx.core.config import build
-from lcx.core.params import initialize
+from lcx.core.configs import build
+from lcx.core.param_spec import initialize
 from lcx.data.config import DataConfig
 from lcx.data.loader import Loader
-from lcx.model.config import ModelConfig, lay_out, schemes_of
+from lcx.model.config import ModelConfig, build_architecture, build_schemes
 from lcx.model.params import specs
 from lcx.model.transformer import hidden
-from lcx.positions.schemes import SCHEMES
-from tests.positions.test_schemes import TEXTS
+from lcx.positions.registry import SCHEMES
+from tests.positions.test_registry import TEXTS
 
 T = 56
 """More than two of dual chunk attention's chunks, and several of the windows."""
@@ -92,13 +92,13 @@ def visible(documents: np.ndarray) -> np.ndarray:
 
 def build_model(text: str, model: ModelConfig = MODEL, vocab_size: int | None = None):
     model = dataclasses.replace(model, vocab_size=vocab_size or model.vocab_size)
-    schemes = schemes_of(model, {"default": text})
-    arch, arrays = lay_out(model, schemes, T)
-    return initialize(specs(model, schemes, T), jax.random.key(0)), arrays, arch
+    schemes = build_schemes(model, {"default": text})
+    arch, buffers = build_architecture(model, schemes, T)
+    return initialize(specs(model, schemes, T), jax.random.key(0)), buffers, arch
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def reach(params, arrays, arch, batch: Batch) -> jax.Array:
+def reach(params, buffers, arch, batch: Batch) -> jax.Array:
     """How much each place's output moves with each place's embedding, `[R, T, T]`: (output, embedding).
 
     Every place has a row of the embedding table to itself, whatever its token.
@@ -107,7 +107,7 @@ def reach(params, arrays, arch, batch: Batch) -> jax.Array:
 
     # Rows are apart, so one gradient serves all of them.
     def forward(embedding):
-        return hidden({**params, "embed": {"embedding": embedding}}, arrays, arch, own)
+        return hidden({**params, "embed": {"embedding": embedding}}, buffers, arch, own)
 
     states, pull = jax.vjp(forward, params["embed"]["embedding"])
 
@@ -132,16 +132,16 @@ def check(found: np.ndarray, documents: np.ndarray) -> None:
 @pytest.mark.parametrize("name", SCHEMES)
 def test_no_scheme_and_no_packing_leaks(name, packed):
     batch, documents = packed
-    params, arrays, arch = build_model(TEXTS[name], vocab_size=batch.tokens.size)
-    check(reach(params, arrays, arch, batch), documents)
+    params, buffers, arch = build_model(TEXTS[name], vocab_size=batch.tokens.size)
+    check(reach(params, buffers, arch, batch), documents)
 
 
 @pytest.mark.parametrize("name", ["rope", "self_extend"])
 def test_nor_does_the_blockwise_kernel(name, packed):
     batch, documents = packed
     model = dataclasses.replace(MODEL, attention="blockwise")
-    params, arrays, arch = build_model(TEXTS[name], model, batch.tokens.size)
-    check(reach(params, arrays, arch, batch), documents)
+    params, buffers, arch = build_model(TEXTS[name], model, batch.tokens.size)
+    check(reach(params, buffers, arch, batch), documents)
 
 
 def test_the_packings_are_what_they_say(packed):
@@ -154,16 +154,16 @@ def test_the_packings_are_what_they_say(packed):
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def states(params, arrays, arch, batch):
-    return hidden(params, arrays, arch, batch)
+def states(params, buffers, arch, batch):
+    return hidden(params, buffers, arch, batch)
 
 
 @pytest.mark.parametrize("name", IDENTITIES)
 def test_factor_one_is_the_identity(name, packed):
     batch, _ = packed
-    params, arrays, arch = build_model("rope", vocab_size=257)
-    want = np.asarray(states(params, arrays, arch, batch))
-    _, arrays, arch = build_model(IDENTITIES[name], vocab_size=257)
-    got = np.asarray(states(params, arrays, arch, batch))
+    params, buffers, arch = build_model("rope", vocab_size=257)
+    want = np.asarray(states(params, buffers, arch, batch))
+    _, buffers, arch = build_model(IDENTITIES[name], vocab_size=257)
+    got = np.asarray(states(params, buffers, arch, batch))
     real = np.asarray(batch.segments) != 0
     assert np.max(np.abs(got - want)[real]) <= 1e-6 * max(1.0, np.max(np.abs(want)))

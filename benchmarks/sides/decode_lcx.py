@@ -13,7 +13,7 @@ from decode_side import MODEL, THETA, Generate, prompts, serve, weights
 from side import NORM_EPS
 
 from lcx.core.trees import Tree
-from lcx.model.config import ModelConfig, lay_out
+from lcx.model.config import ModelConfig, build_architecture
 from lcx.model.decode import generate
 from lcx.positions.rotary import Rope
 
@@ -39,7 +39,7 @@ def params() -> Tree:
 
 def build(rows: int, length: int, new: int) -> tuple[Generate, dict[str, Any]]:
     """`lcx.model.decode.generate`, as `lcx generate` calls it."""
-    arch, arrays = lay_out(ModelConfig(**MODEL, norm_eps=NORM_EPS), {"global": Rope(theta=THETA)}, length + new)
+    arch, buffers = build_architecture(ModelConfig(**MODEL, norm_eps=NORM_EPS), {"global": Rope(theta=THETA)}, length + new)
     made, asked = params(), list(prompts(rows, length))
 
     def run(begun: Callable[[], None]) -> list[list[int]]:
@@ -47,7 +47,7 @@ def build(rows: int, length: int, new: int) -> tuple[Generate, dict[str, Any]]:
             if step == 0:
                 begun()
 
-        return [row.tolist() for row in generate(made, arrays, arch, asked, new, on_token=heard)]
+        return [row.tolist() for row in generate(made, buffers, arch, asked, new, on_token=heard)]
 
     size = sum(np.size(x) for x in jax.tree.leaves(made))
     return run, {"parameters": size, "versions": {name: version(name) for name in ("jax", "jaxlib")}}

@@ -14,7 +14,7 @@ from side import MODEL, NORM_EPS, OPTIMIZER, THETA, batches, serve
 
 from lcx.core.batch import Batch
 from lcx.core.mesh import MeshConfig, make_mesh
-from lcx.model.config import ModelConfig, lay_out
+from lcx.model.config import ModelConfig, build_architecture
 from lcx.model.params import specs
 from lcx.positions.rotary import Rope
 from lcx.training.optimizer import OptimConfig
@@ -25,7 +25,7 @@ def build(rows: int, length: int, devices: int = 1) -> tuple[Callable[[], float]
     """The compiled, donated step in float32; each call moves a batch from the host and waits for its loss."""
     config = ModelConfig(**MODEL, norm_eps=NORM_EPS)
     schemes = {"global": Rope(theta=THETA)}
-    arch, arrays = lay_out(config, schemes, length)
+    arch, buffers = build_architecture(config, schemes, length)
     mesh = make_mesh(MeshConfig(fsdp=1, context=devices, ulysses=devices), jax.devices()[:devices])
     step = train_step(arch, specs(config, schemes, length), OptimConfig(schedule="constant", **OPTIMIZER), 10**6, mesh)
     state = step.initialize(jax.random.key(0))
@@ -34,7 +34,7 @@ def build(rows: int, length: int, devices: int = 1) -> tuple[Callable[[], float]
 
     def run() -> float:
         nonlocal state
-        state, figures = step(state, step.put(next(host), rows), arrays)
+        state, figures = step(state, step.put(next(host), rows), buffers)
         return figures["loss"].item()
 
     return run, {"parameters": parameters, "versions": {name: version(name) for name in ("jax", "jaxlib", "numpy", "optax")}}

@@ -12,7 +12,7 @@ import runpy
 from pathlib import Path
 
 from lcx.positions.theta import critical_base, untrained_pairs
-from lcx.research.sweeps import param
+from lcx.recipes.sweeps import param
 
 QUICKSTART = runpy.run_path(str(Path(__file__).parents[1] / "quickstart.py"))
 TRAINED, LENGTH = QUICKSTART["BASE_LENGTH"], 2048

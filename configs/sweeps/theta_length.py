@@ -11,7 +11,7 @@ import runpy
 from pathlib import Path
 
 from lcx.positions.theta import critical_base, ladder
-from lcx.research.sweeps import chain, param, prod
+from lcx.recipes.sweeps import chain, param, prod
 
 QUICKSTART = runpy.run_path(str(Path(__file__).parents[1] / "quickstart.py"))
 LENGTHS = (1024, 2048, 4096)

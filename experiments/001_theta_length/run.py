@@ -18,8 +18,8 @@ from pathlib import Path
 
 from lcx.evals.results import wilson
 from lcx.positions.theta import critical_base, ntk_base
-from lcx.research import readme, style
-from lcx.research.recipe import recipe
+from lcx.recipes.recipe import recipe
+from lcx.report import markdown, style
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -118,7 +118,7 @@ def table(rows: Sequence[dict]) -> str:
                 f"{row['perplexity']:.3f}", f"{row['loss']:.3f}",
             ]
         )  # fmt: skip
-    return readme.table(header, lines)
+    return markdown.table(header, lines)
 
 
 def findings(rows: Sequence[dict]) -> str:
@@ -149,8 +149,8 @@ def main() -> None:
         shutil.copyfile(workdir / name, HERE / name)
     rows = rows_of(json.loads((HERE / "results.json").read_text()), runpy.run_path(str(SWEEP)))
     draw(rows, HERE / "theta_length.png")
-    readme.fill(HERE / "README.md", "table", table(rows))
-    readme.fill(HERE / "README.md", "findings", findings(rows))
+    markdown.fill(HERE / "README.md", "table", table(rows))
+    markdown.fill(HERE / "README.md", "findings", findings(rows))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from lcx.evals import results
 from lcx.evals.results import EvalResult, wilson
-from lcx.research import readme, style
-from lcx.research.recipe import evaluate_loaded, recipe
+from lcx.recipes.recipe import evaluate_loaded, recipe
+from lcx.report import markdown, style
 from lcx.training.checkpoints import load_params
 
 HERE = Path(__file__).parent
@@ -114,7 +114,7 @@ def table(rows: Sequence[dict]) -> str:
                 f"{row['perplexity_before'][longest]:.2f}", f"{row['perplexity_after'][longest]:.2f}",
             ]
         )  # fmt: skip
-    return readme.table(header, lines)
+    return markdown.table(header, lines)
 
 
 def findings(rows: Sequence[dict]) -> str:
@@ -150,9 +150,9 @@ def main() -> None:
         shutil.copyfile(workdir / name, HERE / Path(name).name)
     rows = rows_of(json.loads((HERE / "results.json").read_text()), before, module)
     draw(rows, HERE / "schemes.png")
-    readme.fill(HERE / "README.md", "table", table(rows))
+    markdown.fill(HERE / "README.md", "table", table(rows))
     picture = "![Needles by scheme and length, zero-shot and after the extension](schemes.png)"
-    readme.fill(HERE / "README.md", "findings", f"{picture}\n\n{findings(rows)}")
+    markdown.fill(HERE / "README.md", "findings", f"{picture}\n\n{findings(rows)}")
 
 
 if __name__ == "__main__":

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import jax
 
-from lcx.core import config as configs
+from lcx.core import configs as configs
 from lcx.core.console import say, table
 from lcx.data.loader import Corpus, probe
-from lcx.model.config import lay_out, schemes_of
+from lcx.model.config import build_architecture, build_schemes
 from lcx.positions.theta import critical_base
-from lcx.research import readme
+from lcx.report import markdown
 from lcx.training import metrics, monitor
 from lcx.training.checkpoints import Loaded, load_params
 from lcx.training.loop import train
@@ -71,9 +71,9 @@ def extension(seed: int, base: Path, thetas: list[float]) -> RunConfig:
 
 def score(loaded: Loaded, corpus: Corpus, length: int) -> monitor.Probe:
     """A held-out probe of 256 rows at `length`, other rows than the monitor's."""
-    arch, arrays = lay_out(loaded.run.model, schemes_of(loaded.run.model, loaded.schemes), length)
+    arch, buffers = build_architecture(loaded.run.model, build_schemes(loaded.run.model, loaded.schemes), length)
     batch = probe(loaded.run.data, length, 256, 10_000 + loaded.run.seed, corpus)
-    return monitor.read_probe(monitor.probe_sums(loaded.params, arrays, arch, batch))
+    return monitor.read_probe(monitor.probe_sums(loaded.params, buffers, arch, batch))
 
 
 def point(seed: int, multiple: float, workdir: Path, corpus: Corpus) -> dict:
@@ -216,8 +216,8 @@ def main() -> None:
         path.write_text(json.dumps(results, indent=1) + "\n")
     table("the monitor against the stage run to its end", HEAD, rows_of(results))
     say(findings(results))
-    readme.fill(HERE / "README.md", "table", readme.table(HEAD, rows_of(results)))
-    readme.fill(HERE / "README.md", "findings", findings(results))
+    markdown.fill(HERE / "README.md", "table", markdown.table(HEAD, rows_of(results)))
+    markdown.fill(HERE / "README.md", "findings", findings(results))
 
 
 if __name__ == "__main__":

@@ -19,15 +19,16 @@ import numpy as np
 import torch
 import transformers
 
-from lcx.core.config import plain
+from lcx.core.configs import plain
 from lcx.core.mesh import MeshConfig, make_mesh
 from lcx.evals import needles
 from lcx.evals.suite import EvalConfig, gather
-from lcx.interop.config import read_file
-from lcx.model.config import lay_out, schemes_of
+from lcx.interop.hf_config import read_file
+from lcx.model.config import build_architecture, build_schemes
 from lcx.model.decode import generate
-from lcx.research import extension, models, readme
-from lcx.research.recipe import defaults, part, recipe, run_recipe
+from lcx.recipes import extension, models
+from lcx.recipes.recipe import defaults, part, recipe, run_recipe
+from lcx.report import markdown
 from lcx.training.checkpoints import scheme_configs
 
 HERE = Path(__file__).parent
@@ -130,8 +131,8 @@ def grids(folder: Path) -> dict[str, list[list[int]]]:
     items = gather(loaded.run.data, evals).items
     network = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
 
-    def ours(arch, arrays, prompts: list[np.ndarray], new: int) -> np.ndarray:
-        return np.stack(generate(loaded.params, arrays, arch, prompts, new))
+    def ours(arch, buffers, prompts: list[np.ndarray], new: int) -> np.ndarray:
+        return np.stack(generate(loaded.params, buffers, arch, prompts, new))
 
     def theirs(prompts: list[np.ndarray], new: int) -> np.ndarray:
         rows = []
@@ -146,8 +147,8 @@ def grids(folder: Path) -> dict[str, list[list[int]]]:
 
     found: dict[str, dict[int, np.ndarray]] = {"lcx": {}, "transformers": {}}
     for length, asked in items.items():
-        arch, arrays = lay_out(model, schemes_of(run.model, loaded.schemes), length)
-        found["lcx"][length] = needles.generated(functools.partial(ours, arch, arrays), asked, evals.tokens_per_forward)
+        arch, buffers = build_architecture(model, build_schemes(run.model, loaded.schemes), length)
+        found["lcx"][length] = needles.generated(functools.partial(ours, arch, buffers), asked, evals.tokens_per_forward)
         found["transformers"][length] = needles.generated(theirs, asked, evals.tokens_per_forward)
     cells = {side: needles.grid(rows, items, evals.depths, "generation", side, None).correct for side, rows in found.items()}
     differ = sum(int(np.sum(found["lcx"][n] != found["transformers"][n])) for n in items)
@@ -181,7 +182,7 @@ def fill(results: dict) -> None:
     for name, sides in results["found"].items():
         for depth, ours, theirs in zip(results["depths"], sides["lcx"], sides["transformers"], strict=True):
             rows.append((name, depth, *(f"{a} / {b}" for a, b in zip(ours, theirs, strict=True))))
-    readme.fill(HERE / "README.md", "grid", readme.table(header, rows))
+    markdown.fill(HERE / "README.md", "grid", markdown.table(header, rows))
     cells = [
         (a, b)
         for sides in results["found"].values()
@@ -191,7 +192,7 @@ def fill(results: dict) -> None:
     differ = sum(sides["answers that differ"] for sides in results["found"].values())
     same = sum(a == b for a, b in cells)
     line = f"{same} of {len(cells)} cells are the same; {differ} of {len(cells) * results['items']} answers differ.\n"
-    readme.fill(HERE / "README.md", "finding", line)
+    markdown.fill(HERE / "README.md", "finding", line)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lcx.attention.dense import MASKED
-from lcx.attention.merge import Partial, PullBack, together
+from lcx.attention.partial import Partial, PullBack, together
 from lcx.attention.tiles import Blocks, block_bounds, fold, fold_index, row_terms, unfold, visits
 from lcx.core.batch import Index
 from lcx.core.mask import Bounds, Mask, visible

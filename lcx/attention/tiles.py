@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lcx.attention.dense import MASKED
-from lcx.attention.merge import Partial
+from lcx.attention.partial import Partial
 from lcx.core.batch import Index
 from lcx.core.mask import Bounds, Mask, bounds, may_see, sees_all
 

@@ -10,21 +10,21 @@ from pathlib import Path
 
 from absl import flags
 
-from lcx.cli import config
-from lcx.core.config import choice
+from lcx.cli import config_flags
+from lcx.core.configs import choice
 from lcx.core.console import say, table
 from lcx.core.errors import UserError
-from lcx.data.inspect import COLUMNS, Report, inspect
 from lcx.data.loader import Loader
-from lcx.research import style
-from lcx.research.mixture_plot import mixture
-from lcx.research.recipe import recipe
+from lcx.data.report import COLUMNS, Report, inspect
+from lcx.recipes.recipe import recipe
+from lcx.report import style
+from lcx.report.mixture_plot import mixture
 from lcx.training.stages import RunConfig
 
 
 def define(values: flags.FlagValues) -> None:
     """The command's flags."""
-    config.define(values, workdir=False)
+    config_flags.define(values, workdir=False)
     flags.DEFINE_string("stage", None, "the stage to look at (default: the last)", flag_values=values)
     flags.DEFINE_integer("rows", 256, "rows to count, whole steps", flag_values=values)
     flags.DEFINE_integer("samples", 3, "sample documents of each part", lower_bound=0, flag_values=values)
@@ -33,7 +33,7 @@ def define(values: flags.FlagValues) -> None:
 
 def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     """Print the tables, draw the plot."""
-    run = recipe(config.chosen(values, rest)).run
+    run = recipe(config_flags.chosen(values, rest)).run
     if values.rows < 1:
         raise UserError(f"--rows={values.rows} looks at nothing; give at least 1")
     if values.plot is not None and (not values.plot.endswith(".png") or not Path(values.plot).absolute().parent.is_dir()):

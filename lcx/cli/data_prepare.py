@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 
 from absl import flags
 
-from lcx.core import config as configs
-from lcx.core.config import nearest
+from lcx.core import configs as configs
+from lcx.core.configs import nearest
 from lcx.core.console import say
 from lcx.core.errors import UserError
 from lcx.data.config import SourceConfig
-from lcx.data.prepare import Progress, prepare
+from lcx.data.sources.prepare import Progress, prepare
 
 
 def define(values: flags.FlagValues) -> None:

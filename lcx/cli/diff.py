@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from lcx.core.errors import UserError
-from lcx.research.compare import compare
+from lcx.recipes.compare import compare
 
 
 def define(values: flags.FlagValues) -> None:

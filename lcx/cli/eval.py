@@ -14,8 +14,8 @@ from lcx.cli import parse
 from lcx.core.console import say
 from lcx.core.errors import UserError
 from lcx.evals.suite import EvalConfig
-from lcx.research import models
-from lcx.research.recipe import evaluate_loaded, free_label
+from lcx.recipes import models
+from lcx.recipes.recipe import evaluate_loaded, free_label
 
 
 def define(values: flags.FlagValues) -> None:

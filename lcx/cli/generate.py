@@ -14,12 +14,12 @@ from lcx.cli import parse
 from lcx.core.console import say
 from lcx.core.errors import UserError
 from lcx.core.mesh import MeshConfig, make_mesh
-from lcx.data import tokenizers
-from lcx.model.config import schemes_of
+from lcx.data.tokenizers import tokenizers
+from lcx.model.config import build_schemes
 from lcx.model.decode import Timings
 from lcx.model.sampling import Sampling
-from lcx.research import models
-from lcx.research.generation import Completion, generate_text, read_prompts
+from lcx.recipes import models
+from lcx.recipes.generation import Completion, generate_text, read_prompts
 
 
 def define(values: flags.FlagValues) -> None:
@@ -65,7 +65,7 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     generate_text(
         loaded.params,
         loaded.run.model,
-        schemes_of(loaded.run.model, loaded.schemes),
+        build_schemes(loaded.run.model, loaded.schemes),
         tokenizers.load(loaded.run.data.tokenizer),
         prompts,
         values.max_new_tokens,

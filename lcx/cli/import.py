@@ -12,7 +12,7 @@ from absl import flags
 
 from lcx.cli import parse
 from lcx.core.mesh import MeshConfig, make_mesh
-from lcx.research.models import DTYPES, import_model
+from lcx.recipes.models import DTYPES, import_model
 
 
 def define(values: flags.FlagValues) -> None:

@@ -12,7 +12,7 @@ from types import ModuleType
 from absl import flags
 
 from lcx.cli import parse
-from lcx.core.config import nearest
+from lcx.core.configs import nearest
 from lcx.core.console import friendly_errors, say
 from lcx.core.errors import UserError
 from lcx.core.host import take_huge_pages

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import ml_collections
 from absl import flags
 
-from lcx.core.config import nearest
+from lcx.core.configs import nearest
 from lcx.core.errors import UserError
 
 CONFIG_HELP = "    --config.KEY=VALUE     change a value of the config, as in --config.seed=1; may be repeated\n"

@@ -11,7 +11,7 @@ from absl import flags
 
 from lcx.core.console import say
 from lcx.core.errors import UserError
-from lcx.research.report import write_report
+from lcx.report.report import write_report
 
 
 def define(values: flags.FlagValues) -> None:

@@ -9,16 +9,16 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from lcx.cli import config
-from lcx.research.recipe import recipe, run_recipe
+from lcx.cli import config_flags
+from lcx.recipes.recipe import recipe, run_recipe
 
 
 def define(values: flags.FlagValues) -> None:
     """The command's flags."""
-    config.define(values)
+    config_flags.define(values)
 
 
 def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     """Run the recipe."""
-    chosen, workdir = config.read(values, rest)
-    run_recipe(recipe(chosen), workdir, config.command())
+    chosen, workdir = config_flags.read(values, rest)
+    run_recipe(recipe(chosen), workdir, config_flags.command())

@@ -2,7 +2,7 @@
 
     lcx sweep --config=configs/sweeps/theta_length.py [--workdir=runs/theta_length]
 
-The config file offers get_config(), the base of every point, and get_sweep(), the points (`lcx.research.sweeps`).
+The config file offers get_config(), the base of every point, and get_sweep(), the points (`lcx.recipes.sweeps`).
 """
 
 from __future__ import annotations
@@ -11,31 +11,31 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from lcx.cli import config
+from lcx.cli import config_flags
 from lcx.core.errors import UserError
-from lcx.research.recipe import recipe
-from lcx.research.sweeps import cli_argv, run_sweep
+from lcx.recipes.recipe import recipe
+from lcx.recipes.sweeps import cli_argv, run_sweep
 
 
 def define(values: flags.FlagValues) -> None:
     """The command's flags."""
-    config.define(values)
+    config_flags.define(values)
     flags.DEFINE_string("metric", None, "what to plot (default: needles, else perplexity, else loss)", flag_values=values)
     flags.DEFINE_float("timeout", None, "seconds after which a point is given up", flag_values=values)
 
 
 def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     """Run the sweep."""
-    base, workdir = config.read(values, rest)
-    loaded = config.module(values)
+    base, workdir = config_flags.read(values, rest)
+    loaded = config_flags.module(values)
     if not hasattr(loaded, "get_sweep"):
-        raise UserError(f"{config.filename(values)} has no get_sweep(); take a file of configs/sweeps, or add it")
+        raise UserError(f"{config_flags.filename(values)} has no get_sweep(); take a file of configs/sweeps, or add it")
     recipe(base)
-    given = [word for word in config.command() if word.startswith("--config.")]
+    given = [word for word in config_flags.command() if word.startswith("--config.")]
     argv = cli_argv(values["config"].config_filename, "run", given)
     points = loaded.get_sweep()
     if not isinstance(points, list) or not all(isinstance(point, dict) for point in points):
         raise UserError(
-            f"get_sweep() of {config.filename(values)} gives {points!r:.60}; make a list of points with lcx.research.sweeps"
+            f"get_sweep() of {config_flags.filename(values)} gives {points!r:.60}; make a list of points with lcx.recipes.sweeps"
         )
     run_sweep(points, base, workdir, argv, metric=values.metric, timeout=values.timeout)

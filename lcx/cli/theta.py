@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from lcx.core.config import plain
+from lcx.core.configs import plain
 from lcx.core.console import say, table
 from lcx.core.errors import UserError
 from lcx.positions.theta import ThetaReport, report

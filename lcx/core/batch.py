@@ -24,7 +24,7 @@ class Index:
     `order` is the row index before any permutation: masks and windows compare it. `positions` is what positional schemes
     see. `segments` is the document id (`PADDING`, `SHARED` reserved). `prefix` (or None) is 1 for keys that every query
     of their document sees, whatever the order. `layout` says how rows were dealt to the devices that share them
-    (`attention.layout`); strategies may rely on it, masks never do.
+    (`attention.parallel.sequence_layout`); strategies may rely on it, masks never do.
     """
 
     order: jax.Array

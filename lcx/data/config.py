@@ -1,4 +1,4 @@
-"""What a training mixture is made of: the dataclasses that `lcx.core.config.build` fills.
+"""What a training mixture is made of: the dataclasses that `lcx.core.configs.build` fills.
 
 Every check of a value stands here, so that a wrong one is answered before anything is read or compiled.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from lcx.core.config import positive
+from lcx.core.configs import positive
 from lcx.core.errors import UserError
 
 TASKS = ("passkey", "multikey", "variable_tracking", "key_value")

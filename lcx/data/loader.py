@@ -15,10 +15,11 @@ import numpy as np
 
 from lcx.core.batch import Batch
 from lcx.core.errors import UserError
-from lcx.data import mixture, packing, sources, tokenizers
+from lcx.data import mixture, packing, remap
 from lcx.data.config import DataConfig, PartConfig, SourceConfig
+from lcx.data.sources import sources
 from lcx.data.tasks import Task
-from lcx.positions import remap
+from lcx.data.tokenizers import tokenizers
 
 # Ends of the key that a random stream is drawn from, so that no two uses share one.
 _PLAN, _TASK, _KEEP, _REMAP, _SHUFFLE = range(5)
@@ -34,7 +35,7 @@ class Corpus:
         wanted = {part.source: None for part in config.parts.values() if part.weight > 0}
         self._sources = {source: sources.load(source, self.tokenizer, config.chat_template) for source in wanted}
 
-    def select(self, source: SourceConfig, split: sources.Split) -> sources.Selection:
+    def select(self, source: SourceConfig, split: sources.Split) -> sources.Subset:
         """The training or held-out documents of one of the mixture's sources."""
         return sources.split(self._sources[source], self.config.heldout_fraction, split)
 
@@ -112,7 +113,7 @@ class TextPart:
 
     config: PartConfig
     seq_len: int
-    source: sources.Selection
+    source: sources.Subset
     plan: packing.Plan
     bos_id: int | None
 
@@ -138,7 +139,7 @@ class TaskPart:
 
     config: PartConfig
     seq_len: int
-    source: sources.Selection
+    source: sources.Subset
     task: Task
     key: tuple[int, ...]
     size: None = None
@@ -217,12 +218,12 @@ def _make_part(loader: Loader, name: str, split: sources.Split, key: tuple[int, 
     return part if config.remap == "none" else Remapped(part, loader.max_position, (*key, _REMAP))
 
 
-def _keep(source: sources.Selection, config: PartConfig, rng: np.random.Generator) -> sources.Selection:
+def _keep(source: sources.Subset, config: PartConfig, rng: np.random.Generator) -> sources.Subset:
     """All long documents, and short ones with probability `short_keep`, drawn once for the stage."""
     keep = (source.lengths >= config.short_tokens) | (rng.random(len(source.lengths)) < config.short_keep)
     if not keep.any():
         raise UserError(f"short_keep={config.short_keep} left none of {len(keep)} documents; raise it or lower short_tokens")
-    return sources.Selection(source.source, source.ids[keep])
+    return sources.Subset(source.source, source.ids[keep])
 
 
 def probe(config: DataConfig, seq_len: int, rows: int, seed: int, corpus: Corpus | None = None) -> Batch:

@@ -25,7 +25,7 @@ import numpy as np
 from lcx.core.batch import PADDING, SHARED
 from lcx.core.errors import UserError
 from lcx.data.config import PackingConfig
-from lcx.data.sources import Selection, cut, ranges
+from lcx.data.sources.sources import Subset, cut, ranges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +127,7 @@ def _best_fit(sizes: list[int], capacity: int) -> np.ndarray:
     return rows
 
 
-def assemble(plan: Plan, rows: np.ndarray, source: Selection, seq_len: int, config: PackingConfig, bos_id: int | None) -> dict:
+def assemble(plan: Plan, rows: np.ndarray, source: Subset, seq_len: int, config: PackingConfig, bos_id: int | None) -> dict:
     """The named rows as arrays `[n, T]`: tokens, targets, positions, segments (int32) and weights (float32).
 
     The plan must have been made for rows of `seq_len - config.shared_bos` tokens. Raises `UserError` when the shared anchor

@@ -22,11 +22,11 @@ import dataclasses
 import numpy as np
 
 from lcx.core.batch import Batch
-from lcx.core.config import choice
+from lcx.core.configs import choice
 from lcx.core.errors import UserError
 from lcx.data.config import TASKS, TaskConfig
-from lcx.data.sources import Selection
-from lcx.data.tokenizers import Tokenizer
+from lcx.data.sources.sources import Subset
+from lcx.data.tokenizers.tokenizers import Tokenizer
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 DIGITS = "0123456789"
@@ -109,7 +109,7 @@ class Task:
         self,
         rng: np.random.Generator,
         length: int,
-        haystack: Selection,
+        haystack: Subset,
         count: int = 1,
         *,
         depth: float | None = None,
@@ -129,7 +129,7 @@ class Task:
         self,
         uniforms: np.ndarray,
         length: int,
-        haystack: Selection,
+        haystack: Subset,
         *,
         depth: float | None = None,
         needles: int | None = None,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from lcx.data.sources import Selection
+from lcx.data.sources.sources import Subset
 from lcx.data.tasks import Task
 from lcx.evals.results import NeedleGrid
 from lcx.evals.scoring import ScorerFor, score_rows
@@ -38,7 +38,7 @@ class Items:
         return self.tokens.shape[1] - int(np.argmax(self.answer.any(axis=0)))
 
 
-def write_items(task: Task, haystack: Selection, length: int, depths: Sequence[float], items: int, seed: int) -> Items:
+def write_items(task: Task, haystack: Subset, length: int, depths: Sequence[float], items: int, seed: int) -> Items:
     """`items` questions at each depth, one queried needle each, among as many others as the task has in training.
 
     `length` counts all tokens up to the answer's last (what follows it is only ever predicted). Keys, values and text are fresh,

@@ -15,13 +15,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from lcx.core.errors import UserError
-from lcx.data.sources import Selection
-from lcx.data.tokenizers import Bytes, Tokenizer
+from lcx.data.sources.sources import Subset
+from lcx.data.tokenizers.tokenizers import Bytes, Tokenizer
 from lcx.evals.results import PerplexityCurve, PerplexityPoint, PositionLoss
 from lcx.evals.scoring import ScorerFor, score_rows
 
 
-def spans(documents: Selection, length: int, count: int, seed: int = 0) -> tuple[np.ndarray, bool]:
+def spans(documents: Subset, length: int, count: int, seed: int = 0) -> tuple[np.ndarray, bool]:
     """Up to `count` spans of held-out text, int32 `[R, length + 1]`, and whether documents had to be joined for them.
 
     Spans lie within one document and do not overlap, one from each document before a second from any; where in its document a

@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from lcx.attention.layout import arrange, restore
+from lcx.attention.parallel.sequence_layout import arrange, restore
 from lcx.core.batch import Batch
 from lcx.core.mesh import context_size, mesh_of
 from lcx.core.trees import Tree
-from lcx.model.config import Architecture, ModelConfig, lay_out, layout_on
+from lcx.model.config import Architecture, ModelConfig, build_architecture, row_layout
 from lcx.model.loss import token_losses
 from lcx.model.transformer import hidden
-from lcx.positions.form import Scheme
+from lcx.positions.scheme import Scheme
 
 
 class Scores(NamedTuple):
@@ -39,28 +39,28 @@ ScorerFor = Callable[[int], Scorer]
 
 
 @functools.partial(jax.jit, static_argnames=("arch", "last"))
-def score(params: Tree, arrays: Tree, tokens: jax.Array, arch: Architecture, last: int) -> tuple[jax.Array, jax.Array]:
+def score(params: Tree, buffers: Tree, tokens: jax.Array, arch: Architecture, last: int) -> tuple[jax.Array, jax.Array]:
     """Loss and match of the last `last` predictions of rows `[B, T + 1]`; logits are made for these alone.
 
-    Frequencies are in `arrays`, so a theta ladder and a zero-shot comparison of schemes of one form share the program. On a mesh
+    Frequencies are in `buffers`, so a theta ladder and a zero-shot comparison of schemes of one form share the program. On a mesh
     that is set rows are split over its context as in training, and logits are made for all tokens.
     """
     batch = Batch.from_tokens(tokens)
     mesh = jax.sharding.get_abstract_mesh()
     if context_size() == 1:
-        states = hidden(params, arrays, arch, batch)[:, -last:]
+        states = hidden(params, buffers, arch, batch)[:, -last:]
         losses = token_losses(params, states, batch.targets[:, -last:], arch)
         return losses.nll, losses.correct
-    ring, layout = mesh.shape["ring"], layout_on(arch.config, batch.tokens.shape[1], mesh)
+    ring, layout = mesh.shape["ring"], row_layout(arch.config, batch.tokens.shape[1], mesh)
     batch = arrange(batch, layout, ring).replace(layout=layout)
-    losses = token_losses(params, hidden(params, arrays, arch, batch), batch.targets, arch)
+    losses = token_losses(params, hidden(params, buffers, arch, batch), batch.targets, arch)
     nll, correct = restore((losses.nll, losses.correct), layout, ring)
     return nll[:, -last:], correct[:, -last:]
 
 
 def model_scorer(params: Tree, config: ModelConfig, schemes: Mapping[str, Scheme], length: int) -> Scorer:
     """A scorer of the model under `schemes` (by layer kind), laid out for `length` tokens, on the mesh that the weights are on."""
-    arch, arrays = lay_out(config, schemes, length)
+    arch, buffers = build_architecture(config, schemes, length)
 
     def run(rows: np.ndarray, last: int) -> Scores:
         with mesh_of(params):
@@ -69,7 +69,7 @@ def model_scorer(params: Tree, config: ModelConfig, schemes: Mapping[str, Scheme
             rows = np.pad(rows, ((0, 0), (0, fill)))
             # With a small vocabulary the logits of all tokens cost less than compiling a program for each `last`.
             scored = rows.shape[1] - 1 if config.vocab_size <= 1024 else last + fill
-            scores = (fetch(x) for x in score(params, arrays, jnp.asarray(rows, jnp.int32), arch, scored))
+            scores = (fetch(x) for x in score(params, buffers, jnp.asarray(rows, jnp.int32), arch, scored))
         return Scores(*(x[:, x.shape[1] - fill - last : x.shape[1] - fill] for x in scores))
 
     return run

@@ -14,22 +14,23 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from lcx.core import config as configs
+from lcx.core import configs as configs
 from lcx.core.console import Progress, say
 from lcx.core.errors import UserError
 from lcx.core.mesh import mesh_of
 from lcx.core.trees import Tree
-from lcx.data import sources, tokenizers
 from lcx.data.config import DataConfig, PartConfig
+from lcx.data.sources import sources
 from lcx.data.tasks import Task
+from lcx.data.tokenizers import tokenizers
 from lcx.evals import needles, results
 from lcx.evals.perplexity import bytes_per_token, perplexity, spans
 from lcx.evals.results import EvalResult, NeedleGrid, PerplexityCurve
 from lcx.evals.scoring import Scorer, model_scorer
 from lcx.evals.zero_shot import at_length, check, refuse_learned
-from lcx.model.config import ModelConfig, lay_out
+from lcx.model.config import ModelConfig, build_architecture
 from lcx.model.decode import generate
-from lcx.positions.form import Scheme
+from lcx.positions.scheme import Scheme
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +143,7 @@ def evaluate(
             chosen = at_length(schemes, spec, trained, length)
             if spec.strip() != "none":
                 refuse_learned(spec, {kind: x for kind, x in chosen.items() if x != schemes[kind]}, model, length)
-            lay_out(model, chosen, length)
+            build_architecture(model, chosen, length)
     materials = gather(data, config)
     specs = ("none", *(spec for spec in config.zero_shot if spec != "none"))
     grids: list[NeedleGrid] = []
@@ -197,10 +198,10 @@ def _measurements(config: EvalConfig, materials: Materials, zero_shot: int) -> i
 def _generated(
     params: Tree, model: ModelConfig, schemes: Mapping[str, Scheme], items: needles.Items, config: EvalConfig
 ) -> np.ndarray:
-    arch, arrays = lay_out(model, schemes, items.length)
+    arch, buffers = build_architecture(model, schemes, items.length)
     # Where the weights were placed decides: on a context mesh prompts and caches are split as rows are in training.
     with mesh_of(params):
-        return needles.generated(functools.partial(generate, params, arrays, arch), items, config.tokens_per_forward)
+        return needles.generated(functools.partial(generate, params, buffers, arch), items, config.tokens_per_forward)
 
 
 def _part(data: DataConfig, name: str | None, field: str, *, is_task: bool) -> PartConfig:

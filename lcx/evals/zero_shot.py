@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from lcx.core.config import choice
+from lcx.core.configs import choice
 from lcx.core.errors import UserError
 from lcx.model.config import ModelConfig, is_local
-from lcx.positions.form import Scheme
-from lcx.positions.schemes import ALIASES, SCHEMES, extend
+from lcx.positions.registry import ALIASES, SCHEMES, extend
+from lcx.positions.scheme import Scheme
 from lcx.positions.theta import critical_base
 
 
@@ -35,7 +35,7 @@ def check(spec: str) -> str:
 def refuse_learned(spec: str, schemes: Mapping[str, Scheme], config: ModelConfig, length: int) -> None:
     """Raises `UserError` for a scheme with parameters of its own, which a checkpoint of another scheme doesn't have."""
     for kind, scheme in schemes.items():
-        if not is_local(kind) and (learned := scheme.specs(config.heads, length)):
+        if not is_local(kind) and (learned := scheme.param_specs(config.heads, length)):
             raise UserError(
                 f"positions={spec!r} learns {', '.join(learned)}, which the checkpoint does not hold; "
                 "try a scheme without parameters, such as yarn, or train with this one"

@@ -16,14 +16,14 @@ from jax.sharding import Mesh
 
 from lcx.core.errors import UserError
 from lcx.core.trees import Tree, paths
-from lcx.interop import config as configs
+from lcx.interop import hf_config as configs
 from lcx.interop import weights
-from lcx.interop.config import Described
 from lcx.interop.families import FAMILIES
+from lcx.interop.hf_config import Described
 from lcx.interop.shards import Shards, write
 from lcx.model.config import ModelConfig
 from lcx.model.params import specs
-from lcx.positions.form import Scheme
+from lcx.positions.scheme import Scheme
 
 MAX_SHARD_BYTES = 2 << 30
 """Size of an exported file: so much of the weights is held beside the model while it is written."""

@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
 from lcx.core.errors import UserError
 from lcx.core.mesh import fitting_spec
-from lcx.core.params import ParamSpec, is_spec, paths_of
+from lcx.core.param_spec import ParamSpec, is_spec, paths_of
 from lcx.core.trees import Tree
 from lcx.interop.families import Family
 from lcx.interop.shards import Shards, finite, some
@@ -230,8 +230,8 @@ def _leaf(shards: Shards, spec: ParamSpec, parts: list[Slot], dtype: Any, shardi
     with concurrent.futures.ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1))) as pool:
         for _ in pool.map(read, parts):
             pass
-    arrays = [jax.device_put(buffers[box], device) for device, box in places.items()]
-    return jax.block_until_ready(jax.make_array_from_single_device_arrays(spec.shape, sharding, arrays))
+    buffers = [jax.device_put(buffers[box], device) for device, box in places.items()]
+    return jax.block_until_ready(jax.make_array_from_single_device_arrays(spec.shape, sharding, buffers))
 
 
 def _cast(x: np.ndarray, dtype: Any, name: str) -> np.ndarray:

@@ -25,9 +25,9 @@ import numpy as np
 import psutil
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lcx.attention.layout import arrange, restore
+from lcx.attention.parallel.sequence_layout import arrange, restore
 from lcx.core.batch import PADDING, Index
-from lcx.core.config import fingerprint
+from lcx.core.configs import fingerprint
 from lcx.core.errors import UserError
 from lcx.core.mesh import SEQUENCE, context_size, fitting_spec, multiples, target_platform
 from lcx.core.trees import Tree
@@ -43,8 +43,8 @@ class Cache:
 
     Beside parameters whose layers come one tree each (`transformer.unstack`), a tuple of L arrays `[B, S, K·H]`. Empty slots are
     padding. `slots` is how many tokens of a row there is room for, `context` how many devices share them. `rotated` names the kinds
-    whose keys are stored rotated (schemes of one piece); the others' are raw, and rotated anew for each piece. `scheme` is the
-    fingerprint of forms and frequencies that the keys were made under.
+    whose keys are stored rotated (schemes of one region); the others' are raw, and rotated anew for each region. `scheme` is the
+    fingerprint of schemes and frequencies that the keys were made under.
     """
 
     keys: dict[str, Layers]
@@ -64,7 +64,7 @@ def slots_of(arch: Architecture, kind: str, slots: int, chunk: int) -> int:
     return -(-needed // size) * size
 
 
-def empty_cache(arch: Architecture, arrays: Tree, rows: int, slots: int, chunk: int | None = None, stacked: bool = True) -> Cache:
+def empty_cache(arch: Architecture, buffers: Tree, rows: int, slots: int, chunk: int | None = None, stacked: bool = True) -> Cache:
     """A cache for `rows` sequences of up to `slots` tokens, made in place on the mesh that is set.
 
     `chunk` is the most tokens that will be added at a time (None: any number); the smaller, the fewer slots a window takes.
@@ -95,9 +95,9 @@ def empty_cache(arch: Architecture, arrays: Tree, rows: int, slots: int, chunk: 
         count = 4 if arch.attention(kind).mask.prefix else 3
         return Index(*(_full(_SLOTS, shape(kind)[1:3], PADDING, jnp.int32) for _ in range(count)))
 
-    rotated = tuple(kind for kind, form in arch.forms if len(form.pieces) == 1)
+    rotated = tuple(kind for kind, scheme in arch.schemes if len(scheme.regions) == 1)
     indices = {kind: index(kind) for kind in config.kinds}
-    return Cache(heads(), heads(), indices, slots, context_size(), rotated, scheme_fingerprint(arch, arrays))
+    return Cache(heads(), heads(), indices, slots, context_size(), rotated, scheme_fingerprint(arch, buffers))
 
 
 _HEADS = (None, "batch", "sequence", "kv_heads", None)
@@ -125,10 +125,10 @@ def keep_placed(cache: Cache) -> Cache:
     return jax.tree.map(pin, cache)
 
 
-def scheme_fingerprint(arch: Architecture, arrays: Tree) -> str:
-    """Changes with any frequency, piece or constant: keys cached under one fingerprint mean nothing under another."""
-    leaves = jax.tree_util.tree_leaves_with_path(arrays)
-    return fingerprint([[jax.tree_util.keystr(path), np.asarray(leaf).tolist()] for path, leaf in leaves], repr(arch.forms))
+def scheme_fingerprint(arch: Architecture, buffers: Tree) -> str:
+    """Changes with any frequency, region or constant: keys cached under one fingerprint mean nothing under another."""
+    leaves = jax.tree_util.tree_leaves_with_path(buffers)
+    return fingerprint([[jax.tree_util.keystr(path), np.asarray(leaf).tolist()] for path, leaf in leaves], repr(arch.schemes))
 
 
 def check_room(arch: Architecture, cache: Cache, tokens: int, start: int) -> None:

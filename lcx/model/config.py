@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 from jax.sharding import Mesh
 
-from lcx.attention.dispatch import AttentionSpec
-from lcx.attention.layout import Layout, resolve_layout
-from lcx.core.config import choice, positive
+from lcx.attention.attend import AttentionSpec
+from lcx.attention.parallel.sequence_layout import Layout, choose_layout
+from lcx.core.configs import choice, positive
 from lcx.core.errors import UserError
 from lcx.core.mask import Mask
-from lcx.positions.form import Form, Heads, Scheme
-from lcx.positions.schemes import from_config
+from lcx.positions.registry import from_config
+from lcx.positions.scheme import Heads, Scheme, SchemeSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +68,8 @@ class ModelConfig:
     prefix_attention: bool = False
     attention: Literal["auto", "dense", "blockwise", "flash"] = "auto"
     context_strategy: Literal["auto", "ring", "gather"] = "auto"
-    """How the devices of a split sequence meet each other's keys (`attention.context`). `auto`: neighbours only for a window, a
-    ring where a device has tokens enough to hide it, else all-gather."""
+    """How the devices of a split sequence meet each other's keys (`attention.parallel.context`). `auto`: neighbours only for
+    a window, a ring where a device has tokens enough to hide it, else all-gather."""
     context_layout: Literal["auto", "contiguous", "zigzag", "striped"] = "auto"
     """How the tokens of a row are dealt to those devices. `auto`: zigzag, or contiguous if all layers are local."""
     # embedding and output
@@ -140,9 +140,9 @@ class ModelConfig:
         return tuple(self.pattern[i % len(self.pattern)] for i in range(self.num_layers))
 
 
-def layout_on(config: ModelConfig, length: int, mesh: Mesh) -> Layout:
+def row_layout(config: ModelConfig, length: int, mesh: Mesh) -> Layout:
     """How rows of `length` tokens are dealt to the devices of a mesh."""
-    return resolve_layout(config.context_layout, length, mesh.shape["ring"], all(is_local(kind) for kind in config.kinds))
+    return choose_layout(config.context_layout, length, mesh.shape["ring"], all(is_local(kind) for kind in config.kinds))
 
 
 def is_local(kind: str) -> bool:
@@ -152,14 +152,14 @@ def is_local(kind: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """A model and the static forms of its positional schemes: all that a compiled program depends on."""
+    """A model and the static specs of its positional schemes: all that a compiled program depends on."""
 
     config: ModelConfig
-    forms: tuple[tuple[str, Form], ...]
+    schemes: tuple[tuple[str, SchemeSpec], ...]
 
-    def form(self, kind: str) -> Form:
-        """The positional form of a layer kind."""
-        return dict(self.forms)[kind]
+    def scheme(self, kind: str) -> SchemeSpec:
+        """The static positional scheme of a layer kind."""
+        return dict(self.schemes)[kind]
 
     def attention(self, kind: str) -> AttentionSpec:
         """How layers of a kind attend."""
@@ -168,7 +168,7 @@ class Architecture:
         scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
         return AttentionSpec(
             mask=mask,
-            form=self.form(kind),
+            scheme=self.scheme(kind),
             scale=scale,
             softcap=config.attention_softcap,
             kernel=config.attention,
@@ -176,7 +176,7 @@ class Architecture:
         )
 
 
-def schemes_of(config: ModelConfig, positions: Mapping[str, Any]) -> dict[str, Scheme]:
+def build_schemes(config: ModelConfig, positions: Mapping[str, Any]) -> dict[str, Scheme]:
     """The scheme of each layer kind from a mapping of kind to scheme, spec string or field mapping.
 
     The key `default` serves kinds that are not named. Raises `UserError` for a name that is no kind of this model and for a
@@ -194,12 +194,12 @@ def schemes_of(config: ModelConfig, positions: Mapping[str, Any]) -> dict[str, S
     return schemes
 
 
-def lay_out(config: ModelConfig, schemes: Mapping[str, Scheme], length: int) -> tuple[Architecture, dict[str, Any]]:
+def build_architecture(config: ModelConfig, schemes: Mapping[str, Scheme], length: int) -> tuple[Architecture, dict[str, Any]]:
     """Static architecture and the arrays of its schemes for a declared length (tokens, generated ones included).
 
-    The arrays are a pytree `{kind: {"phases": ..., ...}}` whose structure does not depend on theta, so that programs compiled
+    The arrays are a pytree `{kind: {"rotations": ..., ...}}` whose structure does not depend on theta, so that programs compiled
     for one theta serve all.
     """
-    forms = tuple((kind, schemes[kind].form(length)) for kind in config.kinds)
-    arrays = {kind: schemes[kind].arrays(config.heads, length) for kind in config.kinds}
-    return Architecture(config, forms), arrays
+    specs = tuple((kind, schemes[kind].spec(length)) for kind in config.kinds)
+    buffers = {kind: schemes[kind].buffers(config.heads, length) for kind in config.kinds}
+    return Architecture(config, specs), buffers

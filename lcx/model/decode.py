@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from lcx.attention.dispatch import attend
+from lcx.attention.attend import attend
 from lcx.core.batch import Index
 from lcx.core.errors import UserError
 from lcx.core.mesh import context_size, target_platform
@@ -35,10 +35,10 @@ from lcx.model.cache import (
 )
 from lcx.model.config import Architecture
 from lcx.model.loss import logits
-from lcx.model.sampling import GREEDY, Sampling, SamplingForm, draw
+from lcx.model.sampling import GREEDY, Sampling, SamplingSpec, draw
 from lcx.model.transformer import KindContext, cast_params, embed, layers, rms_norm, unstack
-from lcx.positions.form import Form, Piece
 from lcx.positions.rotary import rotate, tables
+from lcx.positions.scheme import Region, SchemeSpec
 
 CHUNK = 512
 """Tokens that are prefilled at a time unless said otherwise."""
@@ -76,7 +76,7 @@ class Timings:
         return later / self.decode_seconds if later else None
 
 
-def extend(params: Tree, arrays: Tree, arch: Architecture, cache: Cache, tokens: jax.Array, index: Index, start: int) -> tuple:
+def extend(params: Tree, buffers: Tree, arch: Architecture, cache: Cache, tokens: jax.Array, index: Index, start: int) -> tuple:
     """Run a chunk of tokens `[B, T]`, numbers `start … start + T` of their rows; gives (hidden `[B, T, D]`, cache).
 
     Under a mesh whose context has n devices (`jax.set_mesh`), T is a multiple of n or at most n. Chunks follow one another and
@@ -85,51 +85,51 @@ def extend(params: Tree, arrays: Tree, arch: Architecture, cache: Cache, tokens:
     other frequencies.
     """
     check_room(arch, cache, tokens.shape[1], start)
-    if cache.scheme != scheme_fingerprint(arch, arrays):
+    if cache.scheme != scheme_fingerprint(arch, buffers):
         raise UserError("the cache was filled under other positional frequencies; prefill again under the present ones")
     # Tokens that all devices compute are not dealt: every decoding step is one program, whosever turn it is.
     turn = 0 if tokens.shape[1] % context_size() else start % context_size()
-    return _extend(params, arrays, arch, cache, tokens, index, jnp.int32(start), turn)
+    return _extend(params, buffers, arch, cache, tokens, index, jnp.int32(start), turn)
 
 
 @functools.partial(jax.jit, static_argnames=("arch", "turn"), donate_argnames=("cache",))
 def _extend(
-    params: Tree, arrays: Tree, arch: Architecture, cache: Cache, tokens: jax.Array, index: Index, start: jax.Array, turn: int
+    params: Tree, buffers: Tree, arch: Architecture, cache: Cache, tokens: jax.Array, index: Index, start: jax.Array, turn: int
 ) -> tuple:
     """`turn`: the device that `start` goes to."""
     params = cast_params(params, arch.config)
     tokens, index = deal((tokens, index), turn)
     slots = {kind: write_index(old, index, start) for kind, old in cache.index.items()}
-    context = {kind: KindContext.build(arch, kind, params, arrays, index) for kind in slots}
-    raw = {kind: tables(arch.form(kind), arrays[kind], at.positions) for kind, at in slots.items() if kind not in cache.rotated}
+    context = {kind: KindContext.build(arch, kind, params, buffers, index) for kind in slots}
+    raw = {kind: tables(arch.scheme(kind), buffers[kind], at.positions) for kind, at in slots.items() if kind not in cache.rotated}
 
     def cached(kind: str, nth: jax.Array | int, layer: Tree, state: tuple, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
         here, spec = context[kind], arch.attention(kind)
         if kind in cache.rotated:
-            k, form = rotate_keys(spec.form, k, here.tables)
-            spec = dataclasses.replace(spec, form=form)
+            k, scheme = rotate_keys(spec.scheme, k, here.tables)
+            spec = dataclasses.replace(spec, scheme=scheme)
         state = tuple({**old, kind: write_layer(old[kind], new, nth, start)} for old, new in zip(state, (k, v), strict=True))
         keys, values = (layer_of(x[kind], nth, arch.config.num_kv_heads) for x in state)
         out = attend(
             spec, q, keys, values, index, slots[kind],
-            q_tables=here.tables, k_tables=raw.get(kind, {}), bias_params=here.bias, temperature=here.temperature,
+            q_tables=here.tables, k_tables=raw.get(kind, {}), bias_params=here.bias, query_scale=here.query_scale,
             sinks=layer["attention"].get("sinks"), cached=True,
         )  # fmt: skip
         return out, state
 
-    x = embed(params, arrays, arch, tokens, index.positions)
+    x = embed(params, buffers, arch, tokens, index.positions)
     x, (keys, values), _ = layers(params["layers"], x, arch.config, cached, (cache.keys, cache.values))
     hidden = collect(rms_norm(params["final_norm"], x, arch.config), turn)
     return hidden, keep_placed(cache.replace(keys=keys, values=values, index=slots))
 
 
-def rotate_keys(form: Form, k: jax.Array, tables_: Tree) -> tuple[jax.Array, Form]:
-    """Keys rotated for the only piece of `form`, and the form that attention over such keys takes."""
-    (piece,) = form.pieces
-    if piece.k_phase is None:
-        return k, form
-    return rotate(k, *tables_[piece.k_phase], form.layout), dataclasses.replace(
-        form, pieces=(Piece(piece.q_phase, None, piece.band),)
+def rotate_keys(scheme: SchemeSpec, k: jax.Array, tables_: Tree) -> tuple[jax.Array, SchemeSpec]:
+    """Keys rotated for the only region of `scheme`, and the form that attention over such keys takes."""
+    (region,) = scheme.regions
+    if region.k_rotation is None:
+        return k, scheme
+    return rotate(k, *tables_[region.k_rotation], scheme.layout), dataclasses.replace(
+        scheme, regions=(Region(region.q_rotation, None, region.band),)
     )
 
 
@@ -149,7 +149,7 @@ class _Rows:
 
 def generate(
     params: Tree,
-    arrays: Tree,
+    buffers: Tree,
     arch: Architecture,
     prompts: Sequence[np.ndarray],
     max_new_tokens: int,
@@ -162,7 +162,7 @@ def generate(
 ) -> list[np.ndarray]:
     """A continuation of each prompt, int32 `[at most max_new_tokens]`; a row ends behind the first of `stop_ids`.
 
-    `prompts` are int arrays of any lengths >= 1; shorter ones are padded on the left, out of sight. `arrays` must be laid out for
+    `prompts` are int arrays of any lengths >= 1; shorter ones are padded on the left, out of sight. `buffers` must be laid out for
     the longest prompt plus `max_new_tokens`. At most `chunk` tokens are prefilled at a time (None: 512, rounded up to the context).
     `on_token` hears of every new token, `BLOCK` steps at a time, and may end rows; neither that nor the rest of the batch changes
     what a row draws. `report` is called once, at the end.
@@ -176,13 +176,13 @@ def generate(
     rows, clock = _side_by_side(prompts, chunk), _Clock(report is not None)
     stacked = target_platform() != "cpu"
     ready = _prepare(params, arch, stacked)
-    cache = empty_cache(arch, arrays, len(prompts), rows.width + max_new_tokens, rows.chunk, stacked)
+    cache = empty_cache(arch, buffers, len(prompts), rows.width + max_new_tokens, rows.chunk, stacked)
     clock.begin(ready, cache)
-    chosen = (sampling.numbers, sampling.form)
+    chosen = (sampling.numbers, sampling.spec)
     for start in range(0, rows.width, rows.chunk):
         part = jnp.asarray(rows.tokens[:, start : start + rows.chunk])
         at = rows.index.slice(start, rows.chunk)
-        hidden, cache = clock.run(_extend, ready, arrays, arch, cache, part, at, jnp.int32(start), 0)
+        hidden, cache = clock.run(_extend, ready, buffers, arch, cache, part, at, jnp.int32(start), 0)
     token = clock.run(_first, ready, hidden, arch, *chosen)
     collected = _Collected(len(prompts), stop_ids, on_token)
     collected.add(np.asarray(token)[:, None])
@@ -191,7 +191,7 @@ def generate(
     while (left := max_new_tokens - collected.steps) > 0 and collected.live:
         step = collected.steps
         out, count, token, cache = clock.run(
-            _decode, ready, arrays, arch, cache, token, collected.ended, stops, rows.offset, np.int32(rows.width + step - 1),
+            _decode, ready, buffers, arch, cache, token, collected.ended, stops, rows.offset, np.int32(rows.width + step - 1),
             np.int32(step), np.int32(min(left, BLOCK)), *chosen,
         )  # fmt: skip
         collected.add(np.asarray(out)[:, : int(count)])
@@ -297,16 +297,16 @@ def _prepare(params: Tree, arch: Architecture, stacked: bool) -> Tree:
     return params if stacked else unstack(params)
 
 
-@functools.partial(jax.jit, static_argnames=("arch", "form"))
-def _first(params: Tree, hidden: jax.Array, arch: Architecture, numbers: Tree, form: SamplingForm) -> jax.Array:
-    return _next(params, hidden, arch, numbers, form, 0)
+@functools.partial(jax.jit, static_argnames=("arch", "sampling"))
+def _first(params: Tree, hidden: jax.Array, arch: Architecture, numbers: Tree, sampling: SamplingSpec) -> jax.Array:
+    return _next(params, hidden, arch, numbers, sampling, 0)
 
 
 def _next(
-    params: Tree, hidden: jax.Array, arch: Architecture, numbers: Tree, form: SamplingForm, step: jax.Array | int
+    params: Tree, hidden: jax.Array, arch: Architecture, numbers: Tree, sampling: SamplingSpec, step: jax.Array | int
 ) -> jax.Array:
     """On every device of every host: all of them go on from it."""
-    return _everywhere(draw(logits(params, hidden[:, -1], arch.config), form, numbers, step))
+    return _everywhere(draw(logits(params, hidden[:, -1], arch.config), sampling, numbers, step))
 
 
 def _everywhere(x: jax.Array) -> jax.Array:
@@ -315,10 +315,10 @@ def _everywhere(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec())
 
 
-@functools.partial(jax.jit, static_argnames=("arch", "form"), donate_argnames=("cache",))
+@functools.partial(jax.jit, static_argnames=("arch", "sampling"), donate_argnames=("cache",))
 def _decode(
-    params: Tree, arrays: Tree, arch: Architecture, cache: Cache, token: jax.Array, ended: jax.Array, stop_ids: jax.Array,
-    offset: jax.Array, number: jax.Array, step: jax.Array, limit: jax.Array, numbers: Tree, form: SamplingForm,
+    params: Tree, buffers: Tree, arch: Architecture, cache: Cache, token: jax.Array, ended: jax.Array, stop_ids: jax.Array,
+    offset: jax.Array, number: jax.Array, step: jax.Array, limit: jax.Array, numbers: Tree, sampling: SamplingSpec,
 ) -> tuple:  # fmt: skip
     """Up to `limit` tokens behind `token` `[B]`, which is number `number` of its row; fewer when all rows have ended.
 
@@ -329,8 +329,8 @@ def _decode(
         i, token, ended, out, cache = carry
         row = jnp.full(offset.shape, number + i, jnp.int32)
         here = Index(row, row - offset, jnp.ones_like(row))
-        hidden, cache = _extend(params, arrays, arch, cache, token[:, None], here, number + i, 0)
-        token = _next(params, hidden, arch, numbers, form, step + i)
+        hidden, cache = _extend(params, buffers, arch, cache, token[:, None], here, number + i, 0)
+        token = _next(params, hidden, arch, numbers, sampling, step + i)
         ended = ended | jnp.any(token[:, None] == stop_ids[None], axis=1)
         return i + 1, token, ended, jax.lax.dynamic_update_slice_in_dim(out, token[:, None], i, axis=1), cache
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lcx.core.params import ONES, ZEROS, Init, ParamSpec, fan_in
+from lcx.core.param_spec import ONES, ZEROS, Init, ParamSpec, fan_in
 from lcx.core.trees import Tree
 from lcx.model.config import ModelConfig
-from lcx.positions.form import Scheme
+from lcx.positions.scheme import Scheme
 
 
 def specs(config: ModelConfig, schemes: Mapping[str, Scheme], length: int) -> Tree:
@@ -27,7 +27,7 @@ def specs(config: ModelConfig, schemes: Mapping[str, Scheme], length: int) -> Tr
     }
     if not config.tied_embeddings:
         tree["head"] = {"kernel": ParamSpec((config.model_dim, config.vocab_size), ("embed", "vocab"), fan_in(config.model_dim))}
-    learned = {kind: schemes[kind].specs(config.heads, length) for kind in config.kinds}
+    learned = {kind: schemes[kind].param_specs(config.heads, length) for kind in config.kinds}
     if learned := {kind: table for kind, table in learned.items() if table}:
         tree["positions"] = learned
     return tree

@@ -18,7 +18,7 @@ from lcx.core.trees import Tree
 
 
 @dataclasses.dataclass(frozen=True)
-class SamplingForm:
+class SamplingSpec:
     """The static side of a `Sampling`: all that a compiled program depends on."""
 
     greedy: bool
@@ -52,10 +52,10 @@ class Sampling:
             raise UserError(f"seed={self.seed} must be from 0 to {2**32 - 1}")
 
     @property
-    def form(self) -> SamplingForm:
+    def spec(self) -> SamplingSpec:
         """What a program is compiled for; other temperatures, shares and seeds compile nothing again."""
         greedy = self.temperature == 0
-        return SamplingForm(greedy, None if greedy else self.top_k, not greedy and self.top_p < 1)
+        return SamplingSpec(greedy, None if greedy else self.top_k, not greedy and self.top_p < 1)
 
     @property
     def numbers(self) -> Tree:
@@ -70,12 +70,12 @@ class Sampling:
 GREEDY = Sampling()
 
 
-def draw(logits_BV: jax.Array, form: SamplingForm, numbers: Tree, step: jax.Array | int) -> jax.Array:
+def draw(logits_BV: jax.Array, spec: SamplingSpec, numbers: Tree, step: jax.Array | int) -> jax.Array:
     """The next token of each row, int32 `[B]`, from float32 logits; for use inside `jax.jit`.
 
     The noise depends on seed, number of the row and `step` (tokens drawn before) alone: neither on the other rows nor on the mesh.
     """
-    if form.greedy:
+    if spec.greedy:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     # Another default generator may draw otherwise under vmap.
     key = jax.random.key(numbers["seed"], impl="threefry2x32")
@@ -84,17 +84,17 @@ def draw(logits_BV: jax.Array, form: SamplingForm, numbers: Tree, step: jax.Arra
         return jax.random.gumbel(jax.random.fold_in(jax.random.fold_in(key, row), step), logits_BV.shape[1:], jnp.float32)
 
     rows = jax.vmap(noise)(jnp.arange(logits_BV.shape[0], dtype=jnp.uint32))
-    return jnp.argmax(warp(logits_BV, form, numbers) + rows, axis=-1).astype(jnp.int32)
+    return jnp.argmax(warp(logits_BV, spec, numbers) + rows, axis=-1).astype(jnp.int32)
 
 
-def warp(logits_BV: jax.Array, form: SamplingForm, numbers: Tree) -> jax.Array:
+def warp(logits_BV: jax.Array, spec: SamplingSpec, numbers: Tree) -> jax.Array:
     """The logits `[B, V]` that are drawn from, float32: divided by the temperature, minus infinity where a token is left out."""
     x = logits_BV.astype(jnp.float32) / numbers["temperature"]
-    if form.top_k is not None and form.top_k < x.shape[-1]:
+    if spec.top_k is not None and spec.top_k < x.shape[-1]:
         ranks = _ranks(x)
-        least = _largest(lambda rank: _count(ranks >= rank) >= form.top_k, len(x))
+        least = _largest(lambda rank: _count(ranks >= rank) >= spec.top_k, len(x))
         x = jnp.where(ranks < least, -jnp.inf, x)
-    return _nucleus(x, numbers["top_p"]) if form.nucleus else x
+    return _nucleus(x, numbers["top_p"]) if spec.nucleus else x
 
 
 def _nucleus(x: jax.Array, top_p: jax.Array) -> jax.Array:

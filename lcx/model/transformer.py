@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from lcx.attention.attend import attend
 from lcx.attention.blockwise import SAVED
-from lcx.attention.dispatch import attend
 from lcx.core.batch import PADDING, Batch, Index
 from lcx.core.mesh import context_size, fitting_spec, target_platform
 from lcx.core.trees import Tree, cast
@@ -55,29 +55,29 @@ training, the whole cache in decoding.
 """
 
 
-def hidden(params: Tree, arrays: Tree, arch: Architecture, batch: Batch) -> jax.Array:
+def hidden(params: Tree, buffers: Tree, arch: Architecture, batch: Batch) -> jax.Array:
     """Final hidden states `[B, T, D]` in the compute dtype, after the last norm.
 
-    `params` follows `model.params.specs`; `arrays` comes from `model.config.lay_out`. Activations are constrained to the mesh
-    that is set (`jax.set_mesh`), if any.
+    `params` follows `model.params.specs`; `buffers` comes from `model.config.build_architecture`. Activations are constrained
+    to the mesh that is set (`jax.set_mesh`), if any.
     """
-    return _forward(params, arrays, arch, batch, None)[0]
+    return _forward(params, buffers, arch, batch, None)[0]
 
 
-def forward(params: Tree, arrays: Tree, arch: Architecture, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
+def forward(params: Tree, buffers: Tree, arch: Architecture, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
     """As `hidden`, and the mean over layers of the experts' load-balancing loss over tokens that are no padding, a float32 scalar;
     None where its weight is 0."""
     real = batch.segments != PADDING if arch.config.router_aux_weight else None
-    x, total = _forward(params, arrays, arch, batch, real)
+    x, total = _forward(params, buffers, arch, batch, real)
     return x, None if total is None else total / arch.config.num_layers
 
 
 def _forward(
-    params: Tree, arrays: Tree, arch: Architecture, batch: Batch, real: jax.Array | None
+    params: Tree, buffers: Tree, arch: Architecture, batch: Batch, real: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
     params = cast_params(params, arch.config)
     index = batch.index
-    context = {kind: KindContext.build(arch, kind, params, arrays, index) for kind in arch.config.kinds}
+    context = {kind: KindContext.build(arch, kind, params, buffers, index) for kind in arch.config.kinds}
 
     def local(
         kind: str, nth: jax.Array | int, layer: Tree, state: None, q: jax.Array, k: jax.Array, v: jax.Array
@@ -85,12 +85,12 @@ def _forward(
         here = context[kind]
         out = attend(
             arch.attention(kind), q, k, v, index, index,
-            q_tables=here.tables, k_tables=here.tables, bias_params=here.bias, temperature=here.temperature,
+            q_tables=here.tables, k_tables=here.tables, bias_params=here.bias, query_scale=here.query_scale,
             sinks=layer["attention"].get("sinks"),
         )  # fmt: skip
         return out, state
 
-    x = embed(params, arrays, arch, batch.tokens, index.positions)
+    x = embed(params, buffers, arch, batch.tokens, index.positions)
     x, _, total = layers(params["layers"], x, arch.config, local, real=real)
     return rms_norm(params["final_norm"], x, arch.config), total
 
@@ -112,30 +112,30 @@ def cast_params(params: Tree, config: ModelConfig) -> Tree:
 class KindContext:
     """What the layers of one kind share in a forward pass: rotary tables, bias parameters, temperatures."""
 
-    def __init__(self, tables: Tree, bias: Tree | None, temperature: jax.Array | None):
-        self.tables, self.bias, self.temperature = tables, bias, temperature
+    def __init__(self, tables: Tree, bias: Tree | None, query_scale: jax.Array | None):
+        self.tables, self.bias, self.query_scale = tables, bias, query_scale
 
     @classmethod
-    def build(cls, arch: Architecture, kind: str, params: Tree, arrays: Tree, index: Index) -> "KindContext":
+    def build(cls, arch: Architecture, kind: str, params: Tree, buffers: Tree, index: Index) -> "KindContext":
         """For queries and keys at `index`."""
-        form, constants = arch.form(kind), arrays[kind]
-        bias = {**constants.get("bias", {}), **params.get("positions", {}).get(kind, {})} if form.bias is not None else None
-        temperature = None
-        if form.temperature is not None:
-            temperature = form.temperature(constants.get("temperature", {}), index.positions)
-        return cls(tables(form, constants, index.positions), bias, temperature)
+        scheme, constants = arch.scheme(kind), buffers[kind]
+        bias = {**constants.get("bias", {}), **params.get("positions", {}).get(kind, {})} if scheme.bias is not None else None
+        query_scale = None
+        if scheme.query_scale is not None:
+            query_scale = scheme.query_scale(constants.get("query_scale", {}), index.positions)
+        return cls(tables(scheme, constants, index.positions), bias, query_scale)
 
 
-def embed(params: Tree, arrays: Tree, arch: Architecture, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+def embed(params: Tree, buffers: Tree, arch: Architecture, tokens: jax.Array, positions: jax.Array) -> jax.Array:
     """Token embeddings `[B, T, D]` with absolute positional embeddings added once per scheme that has them."""
     config = arch.config
     x = params["embed"]["embedding"][tokens]
     if config.embedding_scale:
         x = x * jnp.asarray(config.model_dim**0.5, x.dtype)
-    for kind, form in arch.forms:
-        if form.embed is not None:
+    for kind, scheme in arch.schemes:
+        if scheme.embed is not None:
             learned = params.get("positions", {}).get(kind, {})
-            x = x + form.embed(learned, arrays[kind].get("embed", {}), positions, config.model_dim).astype(x.dtype)
+            x = x + scheme.embed(learned, buffers[kind].get("embed", {}), positions, config.model_dim).astype(x.dtype)
             break
     return constrain(x)
 

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import mpmath
 import numpy as np
 
-from lcx.core.config import positive
+from lcx.core.configs import positive
 from lcx.core.errors import UserError
-from lcx.core.params import Init, ParamSpec
-from lcx.positions.angles import DIGITS, Phase, cos_sin, encode
-from lcx.positions.form import EmbedForm, Form, Heads, Scheme
+from lcx.core.param_spec import Init, ParamSpec
+from lcx.positions.angles import DIGITS, Rotation, cos_sin, encode
+from lcx.positions.scheme import EmbedFn, Heads, Scheme, SchemeSpec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,14 +34,14 @@ class Nope(Scheme):
 
 
 @dataclasses.dataclass(frozen=True)
-class SinusoidalForm(EmbedForm):
+class SinusoidalEmbed(EmbedFn):
     """Sines in the even dims, cosines in the odd ones."""
 
     def __call__(
         self, params: Mapping[str, jax.Array], constants: Mapping[str, jax.Array], positions: jax.Array, model_dim: int
     ) -> jax.Array:
         """float32 `[B, T, D]`; takes the constants `hi`, `lo`, `scale`."""
-        cos, sin = cos_sin(Phase(constants["hi"], constants["lo"], constants["scale"]), positions)
+        cos, sin = cos_sin(Rotation(constants["hi"], constants["lo"], constants["scale"]), positions)
         return jnp.stack([sin, cos], axis=-1).reshape(*positions.shape, model_dim)
 
 
@@ -59,22 +59,22 @@ class Sinusoidal(Scheme):
             raise UserError(f"sinusoidal.theta={self.theta!r} must be a number above 1, such as 10000")
         positive(self.name, scale=self.scale)
 
-    def form(self, length: int) -> Form:
+    def spec(self, length: int) -> SchemeSpec:
         """An embedding, nothing else."""
-        return Form(embed=SinusoidalForm(), temperature=self._temperature_form(length))
+        return SchemeSpec(embed=SinusoidalEmbed(), query_scale=self._query_scale(length))
 
-    def arrays(self, heads: Heads, length: int) -> dict[str, Any]:
+    def buffers(self, heads: Heads, length: int) -> dict[str, Any]:
         """`embed.hi`, `embed.lo` uint32 `[D / 2]` and `embed.scale`."""
         dim = heads.model_dim
         if dim % 2:
             raise UserError(f"sinusoidal needs an even model_dim, not {dim}; nearest: {dim - 1} and {dim + 1}")
         with mpmath.workdps(DIGITS):
             hi, lo = encode(mpmath.power(self.theta, mpmath.mpf(-2 * i) / dim) for i in range(dim // 2))
-        return {**super().arrays(heads, length), "embed": {"hi": hi, "lo": lo, "scale": np.asarray(self.scale, np.float32)}}
+        return {**super().buffers(heads, length), "embed": {"hi": hi, "lo": lo, "scale": np.asarray(self.scale, np.float32)}}
 
 
 @dataclasses.dataclass(frozen=True)
-class LearnedForm(EmbedForm):
+class LearnedEmbed(EmbedFn):
     """A row of a learned table for each position."""
 
     def __call__(
@@ -95,12 +95,12 @@ class Learned(Scheme):
     def __post_init__(self) -> None:
         positive(self.name, max_length=self.max_length)
 
-    def form(self, length: int) -> Form:
+    def spec(self, length: int) -> SchemeSpec:
         """An embedding; raises `UserError` beyond the table."""
         if length > self.max_length:
             raise UserError(f"learned.max_length={self.max_length} has no rows for length {length}; train a longer table")
-        return Form(embed=LearnedForm(), temperature=self._temperature_form(length))
+        return SchemeSpec(embed=LearnedEmbed(), query_scale=self._query_scale(length))
 
-    def specs(self, heads: Heads, length: int) -> dict[str, ParamSpec]:
+    def param_specs(self, heads: Heads, length: int) -> dict[str, ParamSpec]:
         """`table` `[max_length, D]`."""
         return {"table": ParamSpec((self.max_length, heads.model_dim), (None, "embed"), Init("normal", 0.02))}

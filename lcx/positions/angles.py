@@ -22,12 +22,12 @@ DIGITS = 50
 """Decimal digits in which frequencies are worked out on the host."""
 
 UNUSED = 2**32 - 1
-"""Value of `Grid.modulo` and `Grid.clip` that changes no int32 position."""
+"""Value of `PositionMap.modulo` and `PositionMap.clip` that changes no int32 position."""
 
 
 @flax.struct.dataclass
-class Grid:
-    """Positions as a phase sees them: `min((p // divide) % modulo + offset, clip)`; uint32 scalars."""
+class PositionMap:
+    """Positions as a rotation sees them: `min((p // divide) % modulo + offset, clip)`; uint32 scalars."""
 
     divide: Any
     modulo: Any
@@ -39,16 +39,16 @@ class Grid:
         return jnp.minimum(positions // self.divide % self.modulo + self.offset, self.clip)
 
 
-def grid(*, divide: int = 1, modulo: int = UNUSED, offset: int = 0, clip: int = UNUSED) -> Grid:
-    """A `Grid` of host arrays."""
-    return Grid(*(np.asarray(value, np.uint32) for value in (divide, modulo, offset, clip)))
+def position_map(*, divide: int = 1, modulo: int = UNUSED, offset: int = 0, clip: int = UNUSED) -> PositionMap:
+    """A `PositionMap` of host arrays."""
+    return PositionMap(*(np.asarray(value, np.uint32) for value in (divide, modulo, offset, clip)))
 
 
 @flax.struct.dataclass
-class Phase:
+class Rotation:
     """How one side of attention is rotated. Every leaf is an array, so a compiled program depends on the structure alone.
 
-    `hi`, `lo`: uint32 `[R]`, turns per position. `amplitude`: float32 scalar that multiplies cos and sin. `grid` remaps the
+    `hi`, `lo`: uint32 `[R]`, turns per position. `amplitude`: float32 scalar that multiplies cos and sin. `position_map` remaps the
     positions first; `shift` (uint32 `[R]`, turns * 2**32) is added to the angle; `growth` (float32 `[R]`) and `center`
     (float32 scalar) multiply each pair by `exp(growth * (p - center))`. The last four are None where a scheme does not
     need them, and then cost nothing.
@@ -57,7 +57,7 @@ class Phase:
     hi: Any
     lo: Any
     amplitude: Any
-    grid: Grid | None = None
+    position_map: PositionMap | None = None
     shift: Any = None
     growth: Any = None
     center: Any = None
@@ -75,10 +75,10 @@ def decode(hi: np.ndarray, lo: np.ndarray) -> np.ndarray:
     return (np.asarray(hi, np.float64) * 2.0**-32 + np.asarray(lo, np.float64) * 2.0**-64) * (2 * np.pi)
 
 
-def phase(frequencies: Iterable[mpmath.mpf | float], amplitude: float = 1.0, **optional: Any) -> Phase:
-    """A `Phase` of host arrays; `optional` are its fields that are None by default."""
+def rotation(frequencies: Iterable[mpmath.mpf | float], amplitude: float = 1.0, **optional: Any) -> Rotation:
+    """A `Rotation` of host arrays; `optional` are its fields that are None by default."""
     hi, lo = encode(frequencies)
-    return Phase(hi=hi, lo=lo, amplitude=np.asarray(amplitude, np.float32), **optional)
+    return Rotation(hi=hi, lo=lo, amplitude=np.asarray(amplitude, np.float32), **optional)
 
 
 def turns(hi_R: jax.Array, lo_R: jax.Array, positions: jax.Array) -> jax.Array:
@@ -111,21 +111,21 @@ def cos_sin_of_turns(turns_: jax.Array) -> tuple[jax.Array, jax.Array]:
     )
 
 
-def cos_sin(phase: Phase, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of a phase at int32 `positions` `[B, T]` (any shape; >= 0): float32 `[B, T, R]` each.
+def cos_sin(rotation: Rotation, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of a rotation at int32 `positions` `[B, T]` (any shape; >= 0): float32 `[B, T, R]` each.
 
     Before `amplitude` and `growth` they are within 1e-7 of the exact value at every int32 position.
     """
     positions = jnp.asarray(positions).astype(jnp.uint32)
-    if phase.grid is not None:
-        positions = phase.grid(positions)
+    if rotation.position_map is not None:
+        positions = rotation.position_map(positions)
     row = (1,) * positions.ndim + (-1,)
-    angle = turns(phase.hi, phase.lo, positions)
-    if phase.shift is not None:
-        angle = angle + jnp.asarray(phase.shift).reshape(row)
+    angle = turns(rotation.hi, rotation.lo, positions)
+    if rotation.shift is not None:
+        angle = angle + jnp.asarray(rotation.shift).reshape(row)
     cos, sin = cos_sin_of_turns(angle)
-    scale = jnp.asarray(phase.amplitude)
-    if phase.growth is not None:
-        away = positions.astype(jnp.float32)[..., None] - phase.center
-        scale = scale * jnp.exp(jnp.asarray(phase.growth).reshape(row) * away)
+    scale = jnp.asarray(rotation.amplitude)
+    if rotation.growth is not None:
+        away = positions.astype(jnp.float32)[..., None] - rotation.center
+        scale = scale * jnp.exp(jnp.asarray(rotation.growth).reshape(row) * away)
     return cos * scale, sin * scale

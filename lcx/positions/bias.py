@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcx.core.config import positive
+from lcx.core.configs import positive
 from lcx.core.errors import UserError
-from lcx.core.params import Init, ParamSpec
-from lcx.positions.form import BiasForm, Form, Heads, Scheme
+from lcx.core.param_spec import Init, ParamSpec
+from lcx.positions.scheme import BiasFn, Heads, Scheme, SchemeSpec
 
 
 def distances(q_positions: jax.Array, k_positions: jax.Array) -> jax.Array:
@@ -33,7 +33,7 @@ def _per_head(values_N: jax.Array) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class AlibiForm(BiasForm):
+class AlibiBias(BiasFn):
     """`-slope * |distance|`."""
 
     linear: ClassVar[bool] = True
@@ -59,14 +59,14 @@ class Alibi(Scheme):
     def __post_init__(self) -> None:
         positive(self.name, scale=self.scale)
 
-    def form(self, length: int) -> Form:
+    def spec(self, length: int) -> SchemeSpec:
         """A bias, nothing else."""
-        return Form(bias=AlibiForm(), temperature=self._temperature_form(length))
+        return SchemeSpec(bias=AlibiBias(), query_scale=self._query_scale(length))
 
-    def arrays(self, heads: Heads, length: int) -> dict[str, Any]:
+    def buffers(self, heads: Heads, length: int) -> dict[str, Any]:
         """`bias.slopes` float32 `[N]`."""
         slopes = self.scale * np.asarray(alibi_slopes(heads.num_heads))
-        return {**super().arrays(heads, length), "bias": {"slopes": slopes.astype(np.float32)}}
+        return {**super().buffers(heads, length), "bias": {"slopes": slopes.astype(np.float32)}}
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
@@ -77,7 +77,7 @@ def alibi_slopes(num_heads: int) -> list[float]:
 
 
 @dataclasses.dataclass(frozen=True)
-class T5Form(BiasForm):
+class T5Bias(BiasFn):
     """A learned number for each bucket of distances."""
 
     buckets: int
@@ -133,18 +133,18 @@ class T5(Scheme):
         if self.max_distance <= exact:
             raise UserError(f"t5.max_distance={self.max_distance} must exceed the {exact} exact buckets")
 
-    def form(self, length: int) -> Form:
+    def spec(self, length: int) -> SchemeSpec:
         """A bias, nothing else."""
-        return Form(bias=T5Form(self.buckets, self.max_distance, self.bidirectional), temperature=self._temperature_form(length))
+        return SchemeSpec(bias=T5Bias(self.buckets, self.max_distance, self.bidirectional), query_scale=self._query_scale(length))
 
-    def specs(self, heads: Heads, length: int) -> dict[str, ParamSpec]:
+    def param_specs(self, heads: Heads, length: int) -> dict[str, ParamSpec]:
         """`table` `[buckets, N]`."""
         init = Init("diagonal", self.focus) if self.focus else Init("normal", 0.02)
         return {"table": ParamSpec((self.buckets, heads.num_heads), (None, "heads"), init)}
 
 
 @dataclasses.dataclass(frozen=True)
-class KerpleForm(BiasForm):
+class KerpleBias(BiasFn):
     """`-r1 * ln(1 + r2 * |distance|)` with positive r1, r2."""
 
     def __call__(self, bias_params: Mapping[str, jax.Array], q_positions: jax.Array, k_positions: jax.Array) -> jax.Array:
@@ -166,18 +166,18 @@ class Kerple(Scheme):
     def __post_init__(self) -> None:
         positive(self.name, r1=self.r1, r2=self.r2)
 
-    def form(self, length: int) -> Form:
+    def spec(self, length: int) -> SchemeSpec:
         """A bias, nothing else."""
-        return Form(bias=KerpleForm(), temperature=self._temperature_form(length))
+        return SchemeSpec(bias=KerpleBias(), query_scale=self._query_scale(length))
 
-    def specs(self, heads: Heads, length: int) -> dict[str, ParamSpec]:
+    def param_specs(self, heads: Heads, length: int) -> dict[str, ParamSpec]:
         """`log_r1`, `log_r2` `[N]`, starting at the logarithms of the settings."""
         starts = {"log_r1": math.log(self.r1), "log_r2": math.log(self.r2)}
         return {key: ParamSpec((heads.num_heads,), ("heads",), Init("constant", value)) for key, value in starts.items()}
 
 
 @dataclasses.dataclass(frozen=True)
-class FireForm(BiasForm):
+class FireBias(BiasFn):
     """`MLP(ln(1 + c d) / ln(1 + c max(i, L)))` with learned c and L."""
 
     def __call__(self, bias_params: Mapping[str, jax.Array], q_positions: jax.Array, k_positions: jax.Array) -> jax.Array:
@@ -207,11 +207,11 @@ class Fire(Scheme):
     def __post_init__(self) -> None:
         positive(self.name, width=self.width, c=self.c, threshold=self.threshold)
 
-    def form(self, length: int) -> Form:
+    def spec(self, length: int) -> SchemeSpec:
         """A bias, nothing else."""
-        return Form(bias=FireForm(), temperature=self._temperature_form(length))
+        return SchemeSpec(bias=FireBias(), query_scale=self._query_scale(length))
 
-    def specs(self, heads: Heads, length: int) -> dict[str, ParamSpec]:
+    def param_specs(self, heads: Heads, length: int) -> dict[str, ParamSpec]:
         """The network and its two scalars."""
         width, count = self.width, heads.num_heads
         return {

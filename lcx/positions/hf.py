@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lcx.core.config import nearest
+from lcx.core.configs import nearest
 from lcx.core.errors import UserError
 from lcx.positions.absolute import Nope
-from lcx.positions.form import Layout, Scheme
+from lcx.positions.query_scaling import QueryScaling
 from lcx.positions.rotary import Linear, Rope
 from lcx.positions.scaling import Dynamic, Llama3, LongRope, Proportional, Yarn
-from lcx.positions.temperature import Temperature
+from lcx.positions.scheme import Layout, Scheme
 
 ROPE_TYPES: dict[str, type[Rope]] = {
     "default": Rope,
@@ -81,7 +81,7 @@ def from_parameters(parameters: Mapping[str, Any], config: Mapping[str, Any], la
         "layout": layout,
     }
     if parameters.get("llama_4_scaling_beta"):
-        common["temperature"] = Temperature("ministral", float(parameters["llama_4_scaling_beta"]), trained)
+        common["temperature"] = QueryScaling("ministral", float(parameters["llama_4_scaling_beta"]), trained)
     try:
         return ROPE_TYPES[kind].from_hf(values, **common)
     except KeyError as error:

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import mpmath
 import numpy as np
 
-from lcx.core.config import choice, positive
+from lcx.core.configs import choice, positive
 from lcx.core.errors import UserError
-from lcx.positions.angles import DIGITS, Phase, cos_sin, phase
-from lcx.positions.form import Form, Heads, Layout, Piece, Scheme
-from lcx.positions.temperature import Temperature
+from lcx.positions.angles import DIGITS, Rotation, cos_sin, rotation
+from lcx.positions.query_scaling import QueryScaling
+from lcx.positions.scheme import Heads, Layout, Region, Scheme, SchemeSpec
 
 Tables = dict[str, tuple[jax.Array, jax.Array]]
 
@@ -40,12 +40,12 @@ def rotate(x_BTNH: jax.Array, cos_BTR: jax.Array, sin_BTR: jax.Array, layout: La
     return jnp.concatenate([out.astype(x_BTNH.dtype), rest], axis=-1)
 
 
-def tables(form: Form, arrays: Mapping[str, Any], positions: jax.Array) -> Tables:
-    """Cosines and sines, float32 `[B, T, R]` each, of every phase of `form` at int32 positions `[B, T]`.
+def tables(spec: SchemeSpec, buffers: Mapping[str, Any], positions: jax.Array) -> Tables:
+    """Cosines and sines, float32 `[B, T, R]` each, of every rotation of `spec` at int32 positions `[B, T]`.
 
     Compute them once per kind of layer, outside the scan over layers.
     """
-    return {name: cos_sin(arrays["phases"][name], positions) for name in form.phases}
+    return {name: cos_sin(buffers["rotations"][name], positions) for name in spec.rotations}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ class Rope(Scheme):
             raise UserError(f"{self.name}.partial={self.partial!r} must be above 0 and at most 1")
         positive(self.name, original_length=self.original_length)
         if isinstance(self.temperature, str):
-            raise UserError(f"{self.name}.temperature={self.temperature!r} must be a Temperature, such as {Temperature('llama4')}")
+            raise UserError(f"{self.name}.temperature={self.temperature!r} must be a QueryScaling, like {QueryScaling('llama4')}")
 
     def rotary_dim(self, head_dim: int) -> int:
         """Number of rotated dims; raises `UserError` when they do not make pairs."""
@@ -91,17 +91,17 @@ class Rope(Scheme):
         """Factor on cos and sin of queries and keys alike."""
         return 1.0
 
-    def form(self, length: int) -> Form:
-        """One piece: queries and keys are rotated once."""
-        return Form(pieces=(Piece("rotary", "rotary"),), layout=self.layout, temperature=self._temperature_form(length))
+    def spec(self, length: int) -> SchemeSpec:
+        """One region: queries and keys are rotated once."""
+        return SchemeSpec(regions=(Region("rotary", "rotary"),), layout=self.layout, query_scale=self._query_scale(length))
 
-    def arrays(self, heads: Heads, length: int) -> dict[str, Any]:
-        """One phase, `rotary`."""
-        return {**super().arrays(heads, length), "phases": {"rotary": self.phase(heads, length)}}
+    def buffers(self, heads: Heads, length: int) -> dict[str, Any]:
+        """One rotation, `rotary`."""
+        return {**super().buffers(heads, length), "rotations": {"rotary": self.rotation(heads, length)}}
 
-    def phase(self, heads: Heads, length: int, **optional: Any) -> Phase:
-        """The scheme's frequencies and amplitude as a phase; `optional` are the phase's own fields."""
-        return phase(self.frequencies(heads.head_dim, length), self.amplitude(length), **optional)
+    def rotation(self, heads: Heads, length: int, **optional: Any) -> Rotation:
+        """The scheme's frequencies and amplitude as a rotation; `optional` are the rotation's own fields."""
+        return rotation(self.frequencies(heads.head_dim, length), self.amplitude(length), **optional)
 
     def to_hf(self) -> dict[str, Any]:
         """`rope_parameters` of transformers 5; the layout is a property of the family there, not of this dict."""
@@ -113,7 +113,7 @@ class Rope(Scheme):
                 raise UserError(
                     f"temperature {self.temperature.kind!r} has no place in Hugging Face rope_parameters; only 'ministral' has"
                 )
-            constants = self.temperature.arrays(self.original_length)
+            constants = self.temperature.buffers(self.original_length)
             values["llama_4_scaling_beta"] = float(self.temperature.scale or 0.1)
             values["original_max_position_embeddings"] = int(constants["length"])
         return values
@@ -157,10 +157,10 @@ class Stretched(Rope):
         if self.factor is not None and not 1 <= self.factor < float("inf"):
             raise UserError(f"{self.name}.factor={self.factor!r} must be at least 1; it is target length / trained length")
 
-    def form(self, length: int) -> Form:
-        """One piece; raises `UserError` when the factor can't be known."""
+    def spec(self, length: int) -> SchemeSpec:
+        """One region; raises `UserError` when the factor can't be known."""
         self.stretch(length)
-        return super().form(length)
+        return super().spec(length)
 
     def stretch(self, length: int) -> float:
         """The factor in force at a declared length."""

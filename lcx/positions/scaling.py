@@ -12,10 +12,10 @@ from typing import Any, ClassVar, Literal
 
 import mpmath
 
-from lcx.core.config import choice, positive
+from lcx.core.configs import choice, positive
 from lcx.core.errors import UserError
-from lcx.positions.form import Form
 from lcx.positions.rotary import Rope, Stretched, even_dim, ntk_growth
+from lcx.positions.scheme import SchemeSpec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,10 +61,10 @@ class NtkByParts(Stretched):
         if not self.beta_fast > self.beta_slow:
             raise UserError(f"{self.name}.beta_fast={self.beta_fast} must be above {self.name}.beta_slow={self.beta_slow}")
 
-    def form(self, length: int) -> Form:
+    def spec(self, length: int) -> SchemeSpec:
         """One piece; raises `UserError` when the trained length is not set."""
         self.needs_original_length()
-        return super().form(length)
+        return super().spec(length)
 
     def to_hf(self) -> dict[str, Any]:
         """There is none: Hugging Face's YaRN has another ramp."""
@@ -223,10 +223,10 @@ class LongRope(Stretched):
             if wrong:
                 raise UserError(f"longrope.{key} holds {wrong[0]!r}; every divisor must be above 0")
 
-    def form(self, length: int) -> Form:
+    def spec(self, length: int) -> SchemeSpec:
         """One piece; raises `UserError` when the trained length is not set."""
         self.needs_original_length()
-        return super().form(length)
+        return super().spec(length)
 
     def amplitude(self, length: int) -> float:
         """The attention factor."""

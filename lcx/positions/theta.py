@@ -176,7 +176,7 @@ class StageTheta:
 
 @dataclasses.dataclass(frozen=True)
 class ThetaReport:
-    """Everything that `lcx theta` prints; `lcx.core.config.plain` makes JSON of it."""
+    """Everything that `lcx theta` prints; `lcx.core.configs.plain` makes JSON of it."""
 
     trained_length: int
     theta: float

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from lcx.core.config import positive
+from lcx.core.configs import positive
 from lcx.core.errors import UserError
-from lcx.positions.form import Form, Heads, Piece
 from lcx.positions.rotary import Rope
+from lcx.positions.scheme import Heads, Region, SchemeSpec
 
 SPAN = 80.0
 """Largest exponent that a score may carry: e**88 is where float32 and bfloat16 end."""
@@ -35,26 +35,26 @@ class Xpos(Rope):
         super().__post_init__()
         positive(self.name, gamma=self.gamma, scale_base=self.scale_base)
 
-    def form(self, length: int) -> Form:
-        """One piece with a phase a side; raises `UserError` where float32 would overflow."""
+    def spec(self, length: int) -> SchemeSpec:
+        """One region with a rotation a side; raises `UserError` where float32 would overflow."""
         steepest = -math.log(self.gamma / (1 + self.gamma))
         if steepest * length / self.scale_base > SPAN:
             raise UserError(
                 f"xpos.scale_base={self.scale_base:g} overflows float32 at length {length}; raise it to "
                 f"{math.ceil(steepest * length / SPAN)} or stay within {int(SPAN * self.scale_base / steepest)} tokens"
             )
-        return Form(pieces=(Piece("query", "key"),), layout=self.layout, temperature=self._temperature_form(length))
+        return SchemeSpec(regions=(Region("query", "key"),), layout=self.layout, query_scale=self._query_scale(length))
 
-    def arrays(self, heads: Heads, length: int) -> dict[str, Any]:
-        """Two phases, `query` and `key`, that grow in opposite directions."""
+    def buffers(self, heads: Heads, length: int) -> dict[str, Any]:
+        """Two rotations, `query` and `key`, that grow in opposite directions."""
         dim = self.rotary_dim(heads.head_dim)
         log_zeta = [math.log((2 * i / dim + self.gamma) / (1 + self.gamma)) / self.scale_base for i in range(dim // 2)]
         growth, center = np.asarray(log_zeta, np.float32), np.asarray(length / 2, np.float32)
-        phases = {
-            "query": self.phase(heads, length, growth=growth, center=center),
-            "key": self.phase(heads, length, growth=-growth, center=center),
+        rotations = {
+            "query": self.rotation(heads, length, growth=growth, center=center),
+            "key": self.rotation(heads, length, growth=-growth, center=center),
         }
-        return {**super(Rope, self).arrays(heads, length), "phases": phases}
+        return {**super(Rope, self).buffers(heads, length), "rotations": rotations}
 
     def to_hf(self) -> dict[str, Any]:
         """There is none."""

@@ -22,13 +22,13 @@ import jax
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
-from lcx.core import params as parameters
+from lcx.core import param_spec as parameters
 from lcx.core.console import warn
 from lcx.core.errors import UserError
 from lcx.core.trees import Tree, num_bytes
 from lcx.model.params import specs
-from lcx.positions.form import Scheme
-from lcx.positions.schemes import from_config, to_config
+from lcx.positions.registry import from_config, to_config
+from lcx.positions.scheme import Scheme
 from lcx.training.stages import CheckpointConfig, RunConfig
 from lcx.training.step import TrainState
 from lcx.training.workdir import read_config

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from jax.sharding import Mesh
 
-from lcx.attention.layout import check_length
-from lcx.attention.ulysses import check_heads
+from lcx.attention.parallel.sequence_layout import check_length
+from lcx.attention.parallel.ulysses import check_heads
 from lcx.core.console import warn
 from lcx.core.errors import UserError
 from lcx.core.mesh import RULES, axis_size, check_divides, multiples
-from lcx.core.params import paths_of
+from lcx.core.param_spec import paths_of
 from lcx.core.trees import Tree
-from lcx.model.config import ModelConfig, layout_on
+from lcx.model.config import ModelConfig, row_layout
 from lcx.training.stages import RunConfig, StageConfig
 
 
@@ -19,7 +19,7 @@ def check_stage(run: RunConfig, stage: StageConfig, mesh: Mesh, specs: Tree) -> 
     """Raises `UserError` where the sizes of a stage do not fit its mesh."""
     check_batch(stage, mesh)
     check_divides(f"stages.{stage.name}.seq_len", stage.seq_len, mesh, "sequence")
-    layout = layout_on(run.model, stage.seq_len, mesh)
+    layout = row_layout(run.model, stage.seq_len, mesh)
     check_length(f"stages.{stage.name}.seq_len", stage.seq_len, layout, mesh.shape["ring"])
     check_heads(run.model.num_heads // mesh.shape["tensor"], mesh.shape["ulysses"])
     check_model(run.model, mesh)

@@ -17,14 +17,14 @@ from lcx.core.console import Progress, console, say, warn
 from lcx.core.errors import UserError
 from lcx.core.trees import Tree, num_elements
 from lcx.model.config import Architecture
-from lcx.positions.form import Scheme
+from lcx.positions.scheme import Scheme
 from lcx.training import metrics, monitor
+from lcx.training.builder import Plan, Planner
 from lcx.training.checkpoints import Initial, Meta, Store, initial, scheme_configs, stage_ends
 from lcx.training.checks import remark
-from lcx.training.feed import Feed, Stop
-from lcx.training.plan import Plan, Planner
+from lcx.training.prefetch import Feed, Stop
+from lcx.training.resume import Start, at_stage_start, begin, carry
 from lcx.training.stages import RunConfig
-from lcx.training.start import Start, at_stage_start, begin, carry
 from lcx.training.step import TrainState
 from lcx.training.workdir import alone, fingerprint, make_workdir, open_workdir
 
@@ -37,7 +37,7 @@ class Result:
     step: int
     params: Tree
     arch: Architecture
-    arrays: Tree
+    buffers: Tree
     schemes: dict[str, Scheme]
     decisions: tuple[dict[str, Any], ...]
 
@@ -113,7 +113,7 @@ class Trainer:
             state, at, watch = carry(state, plan, self.config.seed), 0, Watch()
         self.store.wait()
         say(f"done: {self.ends[-1]} steps; metrics and checkpoints in {self.workdir}")
-        return Result(self.workdir, self.ends[-1], state.params, plan.arch, plan.arrays, plan.schemes, tuple(self.decisions))
+        return Result(self.workdir, self.ends[-1], state.params, plan.arch, plan.buffers, plan.schemes, tuple(self.decisions))
 
     def _reached(self, start: Start) -> tuple[int, int, int]:
         """The place up to which rows of metrics stand; a finished stage counts as the beginning of the next."""
@@ -134,7 +134,7 @@ class Trainer:
             late = Late(self, plan, watch, bar)
             for step in range(at, stage.steps):
                 batch, waited = feed.take()
-                state, figures = plan.step(state, batch, plan.arrays)
+                state, figures = plan.step(state, batch, plan.buffers)
                 late.settle((step, figures, waited))
                 done = step + 1
                 if done == judged:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import psutil
 
-from lcx.core.config import positive
+from lcx.core.configs import positive
 from lcx.core.errors import UserError
 
 TIMING = ("time", "tokens_per_second", "mfu", "data_wait", "host_memory")

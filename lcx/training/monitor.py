@@ -36,14 +36,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcx.core.batch import Batch
-from lcx.core.config import positive
+from lcx.core.configs import positive
 from lcx.core.errors import UserError
 from lcx.core.trees import Tree
 from lcx.model.config import Architecture
 from lcx.model.loss import token_losses
 from lcx.model.transformer import hidden
-from lcx.positions.form import Scheme
-from lcx.positions.schemes import with_theta
+from lcx.positions.registry import with_theta
+from lcx.positions.scheme import Scheme
 from lcx.positions.theta import retries
 
 FEWEST = 8
@@ -242,9 +242,9 @@ class ProbeSums:
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def probe_sums(params: Tree, arrays: Mapping[str, Any], arch: Architecture, batch: Batch) -> ProbeSums:
+def probe_sums(params: Tree, buffers: Mapping[str, Any], arch: Architecture, batch: Batch) -> ProbeSums:
     """Sums over a batch from `lcx.data.loader.probe`: text in the first half of its rows `[B, T]`, needles in the rest."""
-    losses = token_losses(params, hidden(params, arrays, arch, batch), batch.targets, arch)
+    losses = token_losses(params, hidden(params, buffers, arch, batch), batch.targets, arch)
     rows = batch.tokens.shape[0]
     needle = (jnp.arange(rows) >= rows - rows // 2).astype(jnp.float32)
     halves = jnp.stack([1 - needle, needle])

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lcx.core.config import positive
+from lcx.core.configs import positive
 from lcx.core.errors import UserError
 from lcx.core.trees import Tree
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import ml_collections
 
-from lcx.core import config as configs
-from lcx.core.config import positive
+from lcx.core import configs as configs
+from lcx.core.configs import positive
 from lcx.core.errors import UserError
 from lcx.core.mesh import MeshConfig
 from lcx.data.config import DataConfig
 from lcx.model.config import ModelConfig
-from lcx.positions.form import Scheme
-from lcx.positions.schemes import extend, from_config
+from lcx.positions.registry import extend, from_config
+from lcx.positions.scheme import Scheme
 from lcx.training.metrics import MetricsConfig
 from lcx.training.monitor import MonitorConfig
 from lcx.training.optimizer import OptimConfig

@@ -20,12 +20,12 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lcx.attention.layout import arrange
+from lcx.attention.parallel.sequence_layout import arrange
 from lcx.core.batch import Batch
 from lcx.core.mesh import named_sharding, partition_spec
-from lcx.core.params import ParamSpec, abstract, initialize, paths_of, shardings
+from lcx.core.param_spec import ParamSpec, abstract, initialize, paths_of, shardings
 from lcx.core.trees import Tree
-from lcx.model.config import Architecture, layout_on
+from lcx.model.config import Architecture, row_layout
 from lcx.model.loss import LossSums, loss_sums, real_tokens
 from lcx.model.transformer import forward
 from lcx.training.optimizer import OptimConfig, learning_rate, optimizer
@@ -74,20 +74,20 @@ class TrainStep:
         self._step = compiled(self._train, out_shardings=out)
         self._open_step = compiled(functools.partial(self._train, gradients=True), out_shardings=(*out, self._param_shardings))
 
-    def __call__(self, state: TrainState, batch: Batch, arrays: Mapping[str, Any]) -> tuple[TrainState, dict[str, jax.Array]]:
+    def __call__(self, state: TrainState, batch: Batch, buffers: Mapping[str, Any]) -> tuple[TrainState, dict[str, jax.Array]]:
         """The next state and this step's figures; `state` is donated.
 
-        `batch` holds `[B, T]` arrays from `put`, `arrays` what `model.config.lay_out` gave. A step whose loss or gradient is not
-        finite, or whose weights are all zero, leaves parameters and optimizer as they were, and says so in `ok`.
+        `batch` holds `[B, T]` arrays from `put`, `buffers` what `model.config.build_architecture` gave. A step whose loss or
+        gradient is not finite, or whose weights are all zero, leaves parameters and optimizer as they were, and says so in `ok`.
         """
         with jax.set_mesh(self.mesh):
-            return self._step(state, batch, arrays)
+            return self._step(state, batch, buffers)
 
-    def with_gradients(self, state: TrainState, batch: Batch, arrays: Mapping[str, Any]) -> tuple[TrainState, dict, Tree]:
+    def with_gradients(self, state: TrainState, batch: Batch, buffers: Mapping[str, Any]) -> tuple[TrainState, dict, Tree]:
         """As a call, and the float32 gradient of (Σ w·ℓ + z-loss) / Σ w (+ the experts' balance) before clipping; for tests and
         diagnosis."""
         with jax.set_mesh(self.mesh):
-            return self._open_step(state, batch, arrays)
+            return self._open_step(state, batch, buffers)
 
     def local_rows(self, rows: int, length: int) -> slice:
         """Rows of a `[rows, length]` batch that this process's devices hold: all that its loader has to make."""
@@ -97,7 +97,7 @@ class TrainStep:
     def put(self, batch: Batch, rows: int) -> Batch:
         """Host arrays of this process's rows as global arrays `[rows, T]`, dealt to the mesh in its layout."""
         ring = self.mesh.shape["ring"]
-        layout = layout_on(self.arch.config, batch.tokens.shape[1], self.mesh)
+        layout = row_layout(self.arch.config, batch.tokens.shape[1], self.mesh)
         batch = arrange(batch, layout, ring).replace(layout=layout)
 
         def one(x: np.ndarray) -> jax.Array:
@@ -151,9 +151,9 @@ class TrainStep:
         )
         return TrainState(self._param_shardings, opt, self._replicated, self._replicated, self._replicated)
 
-    def _train(self, state: TrainState, batch: Batch, arrays: Mapping[str, Any], gradients: bool = False) -> tuple:
+    def _train(self, state: TrainState, batch: Batch, buffers: Mapping[str, Any], gradients: bool = False) -> tuple:
         self.compiles += 1  # runs when the step is traced, never when it is executed
-        sums, grads = self._sums_and_gradients(state.params, batch, arrays)
+        sums, grads = self._sums_and_gradients(state.params, batch, buffers)
         weight = jnp.maximum(sums.weight, jnp.finfo(jnp.float32).tiny)
         loss, norm = sums.nll / weight, optax.global_norm(grads)
         ok = jnp.isfinite(loss) & jnp.isfinite(norm) & (sums.weight > 0)
@@ -186,18 +186,18 @@ class TrainStep:
             figures["router_aux_loss"] = sums.router_aux / jnp.maximum(sums.tokens, 1.0)
         return (after, figures, grads) if gradients else (after, figures)
 
-    def _sums_and_gradients(self, params: Tree, batch: Batch, arrays: Mapping[str, Any]) -> tuple[LossSums, Tree]:
+    def _sums_and_gradients(self, params: Tree, batch: Batch, buffers: Mapping[str, Any]) -> tuple[LossSums, Tree]:
         gradient = jax.value_and_grad(self._loss, has_aux=True)
         balanced = self.arch.config.router_aux_weight > 0
         # What Σ w·ℓ has to be divided by, over what the load-balancing loss has to be.
         rate = jnp.sum(batch.weights, dtype=jnp.float32) / jnp.maximum(real_tokens(batch), 1.0) if balanced else None
         if self.accumulate == 1:
-            (_, sums), grads = gradient(params, batch, arrays, rate)
+            (_, sums), grads = gradient(params, batch, buffers, rate)
         else:
             parts = microbatches(batch, self.accumulate)
 
             def add(carry: tuple, part: Batch) -> tuple:
-                (_, sums), grads = gradient(params, part, arrays, rate)
+                (_, sums), grads = gradient(params, part, buffers, rate)
                 return jax.tree.map(jnp.add, carry, (sums, self._shard(grads))), None
 
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
@@ -206,8 +206,8 @@ class TrainStep:
         weight = jnp.maximum(sums.weight, jnp.finfo(jnp.float32).tiny)
         return sums, jax.tree.map(lambda g: g.astype(jnp.float32) / weight, self._shard(grads))
 
-    def _loss(self, params: Tree, batch: Batch, arrays: Mapping[str, Any], rate: jax.Array | None) -> tuple[jax.Array, LossSums]:
-        states, router_aux = forward(params, arrays, self.arch, batch)
+    def _loss(self, params: Tree, batch: Batch, buffers: Mapping[str, Any], rate: jax.Array | None) -> tuple[jax.Array, LossSums]:
+        states, router_aux = forward(params, buffers, self.arch, batch)
         sums = loss_sums(params, states, batch, self.arch, router_aux)
         # Both sums have Σ w as denominator, which is divided out once, after the last microbatch; `rate` gives a third one its own.
         total = sums.nll + self.optim.z_loss * sums.z

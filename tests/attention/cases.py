@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcx.attention.dispatch import AttentionSpec, attend
+from lcx.attention.attend import AttentionSpec, attend
 from lcx.core.batch import SHARED, Index
 from lcx.core.mask import Mask
-from lcx.positions.bias import Alibi, AlibiForm, T5Form
-from lcx.positions.form import Form, Heads
-from lcx.positions.pieces import DualChunk, SelfExtend
+from lcx.positions.bias import Alibi, AlibiBias, T5Bias
+from lcx.positions.piecewise import DualChunk, SelfExtend
 from lcx.positions.rotary import Rope, tables
+from lcx.positions.scheme import Heads, SchemeSpec
 
 B, T, N, H = 2, 44, 4, 8
 BLOCK_Q, BLOCK_K = 16, 24
@@ -71,10 +71,10 @@ def index(segments: str, positions: str, length: int = T) -> Index:
     return Index(*(jnp.asarray(x, jnp.int32) for x in (order, seen, ids, order - start < 5)))
 
 
-def form_of(pieces: str, bias: str) -> Form:
+def scheme_of(pieces: str, bias: str) -> SchemeSpec:
     """The rotary pieces with a bias on top."""
-    biases = {"none": None, "alibi": AlibiForm(), "t5": T5Form(8, 20, True)}
-    return dataclasses.replace(SCHEMES[pieces].form(T), bias=biases[bias])
+    biases = {"none": None, "alibi": AlibiBias(), "t5": T5Bias(8, 20, True)}
+    return dataclasses.replace(SCHEMES[pieces].spec(T), bias=biases[bias])
 
 
 def bias_params(bias: str) -> Any:
@@ -82,12 +82,12 @@ def bias_params(bias: str) -> Any:
     if bias == "none":
         return {}
     if bias == "alibi":
-        return jax.tree.map(jnp.asarray, Alibi().arrays(HEADS, T)["bias"])
+        return jax.tree.map(jnp.asarray, Alibi().buffers(HEADS, T)["bias"])
     return {"table": jax.random.normal(jax.random.key(7), (8, N))}
 
 
 @functools.lru_cache(maxsize=1)
-def arrays() -> tuple[jax.Array, ...]:
+def tensors() -> tuple[jax.Array, ...]:
     """q, k, v and the cotangent of o; k and v have as many heads as q and are cut to the KV heads of a case."""
     return tuple(jax.random.normal(key, (B, T, N, H)) for key in jax.random.split(jax.random.key(0), 4))
 
@@ -103,19 +103,19 @@ def program(case: dict[str, Any], kernel: str, optimize: bool = True) -> Any:
 
     The oracle runs op by op, which is cheaper than one compile a case; so are the others without LLVM's optimisations.
     """
-    form = form_of(case["pieces"], case["bias"])
+    scheme = scheme_of(case["pieces"], case["bias"])
     spec = AttentionSpec(
-        MASKS[case["mask"]], form, scale=0.5, softcap=case["softcap"], block_q=BLOCK_Q,
+        MASKS[case["mask"]], scheme, scale=0.5, softcap=case["softcap"], block_q=BLOCK_Q,
         block_k=BLOCK_Q if kernel == "flash gpu" else BLOCK_K, **served(kernel),
     )  # fmt: skip
-    phases = SCHEMES[case["pieces"]].arrays(HEADS, T)
+    rotations = SCHEMES[case["pieces"]].buffers(HEADS, T)
 
     def run(inputs: dict[str, Any], where: Index, cotangent: jax.Array) -> Any:
-        rotations = tables(form, phases, where.positions)
+        turned = tables(scheme, rotations, where.positions)
 
         def output(x: dict[str, Any]) -> jax.Array:
             extra = {"bias_params": x["bias"], "sinks": x.get("sinks")}
-            return attend(spec, x["q"], x["k"], x["v"], where, where, q_tables=rotations, k_tables=rotations, **extra)
+            return attend(spec, x["q"], x["k"], x["v"], where, where, q_tables=turned, k_tables=turned, **extra)
 
         o, pull = jax.vjp(output, inputs)
         return o, pull(cotangent)[0]
@@ -134,7 +134,7 @@ def programs(structure: tuple[tuple[str, Any], ...], kernel: str, optimize: bool
 
 def inputs_of(case: dict[str, Any]) -> dict[str, Any]:
     """What is differentiated in a case."""
-    q, k, v, _ = arrays()
+    q, k, v, _ = tensors()
     heads = KV_HEADS[case["grouping"]]
     inputs = {"q": q, "k": k[:, :, :heads], "v": v[:, :, :heads], "bias": bias_params(case["bias"])}
     return {**inputs, "sinks": jnp.linspace(-1.0, 2.0, N)} if case["sink"] else inputs
@@ -144,7 +144,7 @@ def errors(case: dict[str, Any], optimize: bool = True, kernel: str = "blockwise
     """Largest |kernel − dense| of the output, and of each gradient over max(1, max|reference|); NaN counts as infinite."""
     structure = tuple((name, value) for name, value in case.items() if name not in DATA)
     where, inputs = index(case["segments"], case["positions"]), inputs_of(case)
-    (o, gradients), (reference, expected) = (f(inputs, where, arrays()[3]) for f in programs(structure, kernel, optimize))
+    (o, gradients), (reference, expected) = (f(inputs, where, tensors()[3]) for f in programs(structure, kernel, optimize))
     return distances(o, reference, gradients, expected)
 
 

@@ -12,15 +12,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lcx.attention.dispatch import AttentionSpec, attend
-from lcx.attention.layout import arrange, restore
+from lcx.attention.attend import AttentionSpec, attend
+from lcx.attention.parallel.sequence_layout import arrange, restore
 from lcx.core.mask import Mask
 from lcx.core.mesh import MeshConfig, make_mesh
 from lcx.positions.bias import T5, Alibi
-from lcx.positions.form import Heads
-from lcx.positions.pieces import SelfExtend
+from lcx.positions.piecewise import SelfExtend
+from lcx.positions.registry import from_config
 from lcx.positions.rotary import Rope, tables
-from lcx.positions.schemes import from_config
+from lcx.positions.scheme import Heads
 from tests.attention.cases import distances, index, served
 
 B, T, N, H = 2, 48, 24, 4
@@ -88,15 +88,15 @@ def inputs_of(case: dict[str, Any], dtype: Any = jnp.float32) -> tuple[dict[str,
 def program(case: dict[str, Any], strategy: str, kernel: str) -> Any:
     """(inputs, index, cotangent) → (o, gradients); over the mesh that is set, or on one device."""
     scheme = SCHEMES[case["scheme"]]
-    form, constants = scheme.form(T), scheme.arrays(HEADS, T)
+    scheme, constants = scheme.spec(T), scheme.buffers(HEADS, T)
     block = 16 if kernel == "flash gpu" else 8
     spec = AttentionSpec(
-        MASKS[case["mask"]], form, scale=0.5, softcap=case["softcap"], block_q=block, block_k=block, strategy=strategy,
+        MASKS[case["mask"]], scheme, scale=0.5, softcap=case["softcap"], block_q=block, block_k=block, strategy=strategy,
         **served(kernel),
     )  # fmt: skip
 
     def run(inputs: dict[str, Any], where: Any, cotangent: jax.Array) -> Any:
-        rotations = tables(form, constants, where.positions)
+        rotations = tables(scheme, constants, where.positions)
 
         def output(x: dict[str, Any]) -> jax.Array:
             bias = {**constants.get("bias", {}), **x["bias"]}

@@ -18,15 +18,15 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 
-from lcx.attention.dispatch import AttentionSpec, attend
-from lcx.attention.kernels.flash import flash
-from lcx.attention.layout import arrange, restore
+from lcx.attention.attend import AttentionSpec, attend
+from lcx.attention.pallas.flash import flash
+from lcx.attention.parallel.sequence_layout import arrange, restore
 from lcx.attention.tiles import Blocks
 from lcx.core.batch import Index
 from lcx.core.mask import Band, Mask
 from lcx.core.mesh import AXES, MeshConfig, make_mesh, named_sharding
-from lcx.positions.form import Heads
 from lcx.positions.rotary import Rope, tables
+from lcx.positions.scheme import Heads
 
 LIBRARY = Path(os.environ.get("TPU_LIBRARY_PATH", Path(sys.prefix) / "libtpu" / "libtpu" / "libtpu.so"))
 
@@ -90,12 +90,12 @@ def test_kernels_compile(name, head_dim, dtype, options):
 def attention(length, layout):
     """Forward and backward of causal rotary attention as a layer calls it."""
     scheme = Rope(theta=5e5)
-    form, arrays = scheme.form(length), scheme.arrays(Heads(N, K, H, N * H), length)
-    spec = AttentionSpec(Mask(), form, scale=H**-0.5, strategy="ring")
+    scheme, buffers = scheme.spec(length), scheme.buffers(Heads(N, K, H, N * H), length)
+    spec = AttentionSpec(Mask(), scheme, scale=H**-0.5, strategy="ring")
 
     def run(q, k, v, do, index):
         index = index.replace(layout=layout)
-        turned = tables(form, arrays, index.positions)
+        turned = tables(scheme, buffers, index.positions)
         return pulled(lambda *x: attend(spec, *x, index, index, q_tables=turned, k_tables=turned), q, k, v, do)
 
     return run

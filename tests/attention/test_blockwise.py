@@ -12,7 +12,7 @@ from lcx.attention.dense import dense
 from lcx.attention.tiles import Blocks, fold, unfold, visited_pairs
 from lcx.core.batch import Index
 from lcx.core.mask import Band, Mask, visible
-from lcx.positions.bias import T5Form
+from lcx.positions.bias import T5Bias
 
 B, T, S, N, K, H = 4, 27, 41, 4, 2, 8
 
@@ -44,7 +44,7 @@ def gradients(kernel, q, k, v, do, dlse, q_index, k_index, **options):
     return o, lse, jax.tree.leaves(grads)
 
 
-@pytest.mark.parametrize("rows,heads,bias", [(2, 1, None), (1, 2, T5Form(8, 20, True))])
+@pytest.mark.parametrize("rows,heads,bias", [(2, 1, None), (1, 2, T5Bias(8, 20, True))])
 def test_chunk_with_lse_cotangent_and_empty_rows(rows, heads, bias):
     q_index, k_index = chunk_index()
     options = {"mask": Mask(window=13), "scale": 0.3, "softcap": 3.0, "bias": bias}
@@ -142,4 +142,4 @@ def test_blocks_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="4 rows, 4 heads and 2 KV heads"):
         blockwise(q, k, v, index, index, Mask(), scale=1.0, blocks=Blocks(8, 8, rows=3))
     with pytest.raises(ValueError, match="a bias needs all heads"):
-        blockwise(q, k, v, index, index, Mask(), scale=1.0, blocks=Blocks(8, 8), bias=T5Form(8, 20, True))
+        blockwise(q, k, v, index, index, Mask(), scale=1.0, blocks=Blocks(8, 8), bias=T5Bias(8, 20, True))

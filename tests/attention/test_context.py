@@ -7,20 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcx.attention import context
-from lcx.attention.context import resolve_context
-from lcx.attention.dispatch import attend, resolve
-from lcx.attention.layout import LAYOUTS, arrange, check_length, resolve_layout, restore
-from lcx.attention.ring import Hops
+from lcx.attention.attend import attend, resolve
+from lcx.attention.parallel import context
+from lcx.attention.parallel.context import resolve_context
+from lcx.attention.parallel.ring import Hops
+from lcx.attention.parallel.sequence_layout import LAYOUTS, arrange, check_length, choose_layout, restore
+from lcx.attention.parallel.ulysses import check_heads
 from lcx.attention.tiles import visited_pairs
-from lcx.attention.ulysses import check_heads
 from lcx.core.batch import Index
 from lcx.core.errors import UserError
 from lcx.core.mask import Mask
 from lcx.core.mesh import MeshConfig, make_mesh
 from tests.attention.cases import index, within
 from tests.attention.context_cases import OPTIONS, T, allowed, errors, inputs_of, over_mesh, program
-from tests.attention.test_dispatch import spec
+from tests.attention.test_plan import spec
 from tests.covering import pairs_of, pairwise
 
 ROWS = pairwise(OPTIONS, allowed)
@@ -141,11 +141,11 @@ def test_zigzag_shares_the_work_evenly(ring):
 
 
 def test_layout_follows_the_layers_and_the_length():
-    assert resolve_layout("auto", 64, 4, windowed=False) == "zigzag"
-    assert resolve_layout("auto", 64, 4, windowed=True) == "contiguous"
-    assert resolve_layout("auto", 64, 1, windowed=False) == "contiguous"
-    assert resolve_layout("auto", 60, 4, windowed=False) == "striped"
-    assert resolve_layout("contiguous", 64, 4, windowed=False) == "contiguous"
+    assert choose_layout("auto", 64, 4, windowed=False) == "zigzag"
+    assert choose_layout("auto", 64, 4, windowed=True) == "contiguous"
+    assert choose_layout("auto", 64, 1, windowed=False) == "contiguous"
+    assert choose_layout("auto", 60, 4, windowed=False) == "striped"
+    assert choose_layout("contiguous", 64, 4, windowed=False) == "contiguous"
 
 
 def test_strategy_follows_the_tokens_of_a_device_and_says_why():

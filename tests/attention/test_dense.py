@@ -8,7 +8,7 @@ from jax.test_util import check_grads
 from lcx.attention.dense import dense
 from lcx.core.batch import Index
 from lcx.core.mask import Mask, visible
-from lcx.positions.bias import AlibiForm
+from lcx.positions.bias import AlibiBias
 
 B, T, N, K, H = 2, 6, 4, 2, 3
 
@@ -25,7 +25,7 @@ def test_against_a_loop():
     mask, slopes = Mask(window=4), np.linspace(0.1, 0.4, N)
     with jax.enable_x64(True):
         params = {"slopes": jnp.asarray(slopes, jnp.float32)}
-        options = {"bias": AlibiForm(), "bias_params": params, "scale": 0.7, "softcap": 2.0}
+        options = {"bias": AlibiBias(), "bias_params": params, "scale": 0.7, "softcap": 2.0}
         o, lse = map(np.asarray, dense(*map(jnp.asarray, (q, k, v)), index, index, mask, **options))
     seen = np.asarray(visible(mask, index, index))
     for b, t, n in np.ndindex(B, T, N):

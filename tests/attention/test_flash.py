@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lcx.attention.dense import dense
-from lcx.attention.kernels.flash import flash
+from lcx.attention.pallas.flash import flash
 from lcx.attention.tiles import Blocks
 from lcx.core.mask import Mask, visible
 from lcx.core.mesh import MeshConfig, make_mesh
@@ -92,7 +92,7 @@ def test_ring_of_flash_equals_dense():
 def check_split(kernel):
     """What the compiler can't do to a Pallas call by itself: two devices share the rows, two the heads and their slopes."""
     case = {**ALIBI, "segments": "packed", "positions": "reset"}
-    where, inputs, cotangent = cases.index("packed", "reset"), cases.inputs_of(case), cases.arrays()[3]
+    where, inputs, cotangent = cases.index("packed", "reset"), cases.inputs_of(case), cases.tensors()[3]
     with jax.set_mesh(make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])):
         o, gradients = jax.device_get(cases.program(case, kernel, optimize=False)(inputs, where, cotangent))
     reference, expected = cases.program(case, "dense")(inputs, where, cotangent)

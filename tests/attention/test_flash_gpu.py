@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 
+from lcx.attention.attend import AttentionSpec, attend
 from lcx.attention.dense import dense
-from lcx.attention.dispatch import AttentionSpec, attend
-from lcx.attention.kernels.cut import Rule
-from lcx.attention.kernels.flash import flash
-from lcx.attention.kernels.gpu_walk import plan_walk, walk
+from lcx.attention.pallas.flash import flash
+from lcx.attention.pallas.gpu_walk import plan_walk, walk
+from lcx.attention.pallas.tiling import Rule
 from lcx.attention.tiles import Blocks
 from lcx.core.batch import SHARED, Index
 from lcx.core.mask import Band, Mask, visible
 from lcx.core.mesh import AXES, MeshConfig, partition_spec
-from lcx.positions.form import Heads
 from lcx.positions.rotary import Rope, tables
+from lcx.positions.scheme import Heads
 from tests.attention.cases import errors, within
 from tests.attention.test_blockwise import chunk_index, draw
 from tests.attention.test_flash import STRUCTURES, check_chunk, check_ring, check_split, over_rows
@@ -144,12 +144,12 @@ def test_ring_over_gpus_takes_flash_by_itself():
     mesh = gpus(fsdp=2, tensor=2, context=4)
     N, K, H, T = 8, 4, 128, 8192
     scheme = Rope(theta=5e5)
-    form, arrays = scheme.form(T), scheme.arrays(Heads(N, K, H, N * H), T)
-    spec = AttentionSpec(Mask(), form, scale=H**-0.5, strategy="ring")
+    scheme, buffers = scheme.spec(T), scheme.buffers(Heads(N, K, H, N * H), T)
+    spec = AttentionSpec(Mask(), scheme, scale=H**-0.5, strategy="ring")
 
     def run(q, k, v, do, index):
         index = index.replace(layout="zigzag")
-        turned = tables(form, arrays, index.positions)
+        turned = tables(scheme, buffers, index.positions)
         o, pull = jax.vjp(lambda *x: attend(spec, *x, index, index, q_tables=turned, k_tables=turned), q, k, v)
         return o, pull(do)
 

@@ -34,7 +34,7 @@ FILES = {
     "typo.py": TINY.format("c.optim.lrr = 1.0"),
     "type.py": TINY.format("c.optim.lr = 'fast'"),
     "numbers.py": "from tests.cli.tiny import get_config\n\ndef get_sweep():\n    return [1, 2]\n",
-    "variant.py": "from lcx.research.recipe import variant_of\n\ndef get_config(variant=''):\n    variant_of(variant, 'smoke')\n",
+    "variant.py": "from lcx.recipes.recipe import variant_of\n\ndef get_config(variant=''):\n    variant_of(variant, 'smoke')\n",
     "sweep.py": "from tests.cli.tiny import get_config\n\ndef get_sweep():\n    return [{'optim.lrr': 1.0}]\n",
     "empty.txt": "",
     "zero.bin": "a\0b",
@@ -202,7 +202,7 @@ WRONG = {
     "report": "--workdir is missing; name the folder of a run",
     "report --workdir={tmp}": "holds no metrics.jsonl and no eval/*.json; train or evaluate there first",
     "sweep --config={config} --workdir={new}": "tiny.py has no get_sweep(); take a file of configs/sweeps, or add it",
-    "sweep --config={tmp}/numbers.py --workdir={new}": "gives [1, 2]; make a list of points with lcx.research.sweeps",
+    "sweep --config={tmp}/numbers.py --workdir={new}": "gives [1, 2]; make a list of points with lcx.recipes.sweeps",
     "sweep --config={tmp}/sweep.py --workdir={new}": "the sweep sets 'optim.lrr', which the config does not have; did you mean",
     # Hugging Face folders
     "import": "--source is missing; name a folder with config.json",

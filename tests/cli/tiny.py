@@ -1,6 +1,6 @@
 """The smallest config with two stages, for the command line."""
 
-from lcx.research.recipe import defaults
+from lcx.recipes.recipe import defaults
 
 STAGES = {
     "base": {"seq_len": 64, "steps": 2, "batch_size": 8},

@@ -9,12 +9,13 @@ import pytest
 import tokenizers as library
 
 from lcx.core.batch import PADDING
-from lcx.core.config import build
+from lcx.core.configs import build
 from lcx.core.errors import UserError
-from lcx.data import chat, tokenizers
+from lcx.data.chat import chat
 from lcx.data.config import DataConfig
-from lcx.data.inspect import inspect
 from lcx.data.loader import Loader
+from lcx.data.report import inspect
+from lcx.data.tokenizers import tokenizers
 
 SPECIALS = [
     "<s>",
@@ -333,7 +334,7 @@ def test_hostile_templates_are_refused_in_one_sentence(text):
 
 def test_processor_time_is_bounded(monkeypatch):
     """Large values, each allowed, in a loop that is allowed."""
-    from lcx.data import sandbox
+    from lcx.data.chat import sandbox
 
     monkeypatch.setattr(sandbox, "SECONDS", 0.5)
     text = "{% set a = 'x' * 900000 %}{% for i in range(20000) %}{% set y = a.upper().lower() %}{% endfor %}"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lcx.core.batch import PADDING, SHARED
-from lcx.core.config import build, to_config_dict
+from lcx.core.configs import build, to_config_dict
 from lcx.core.errors import UserError
 from lcx.data.config import DataConfig
 from lcx.data.loader import Corpus, Loader, probe

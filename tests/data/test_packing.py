@@ -11,7 +11,7 @@ from lcx.core.errors import UserError
 from lcx.core.mask import Mask, visible
 from lcx.data.config import PackingConfig
 from lcx.data.packing import assemble, plan
-from lcx.data.sources import Memory, Selection
+from lcx.data.sources.sources import InMemorySource, Subset
 
 METHODS = ("concat_then_split", "first_fit", "best_fit")
 BOS = 999
@@ -21,7 +21,7 @@ def corpus(lengths):
     """Documents whose tokens are all different, so that each token tells where it comes from."""
     bounds = np.cumsum([0, *lengths])
     tokens = [np.arange(a, b) for a, b in itertools.pairwise(bounds)]
-    return Selection(Memory([f"d{i}" for i in range(len(lengths))], tokens, [0] * len(lengths), 1000), np.arange(len(lengths)))
+    return Subset(InMemorySource([f"d{i}" for i in range(len(lengths))], tokens, [0] * len(lengths), 1000), np.arange(len(lengths)))
 
 
 def slow_first_fit(sizes, capacity):
@@ -130,11 +130,11 @@ def test_rows_of_every_combination(method, masked, reset, anchor):
     source, seq_len = corpus(rng.integers(1, 26, 25).tolist()), 17
     made = plan(method, source.lengths, seq_len - anchor, rng)
     rows = rng.permutation(len(made))
-    arrays = assemble(made, rows, source, seq_len, config, BOS)
-    assert {key: value.dtype.name for key, value in arrays.items()} == dict.fromkeys(arrays, "int32") | {"weights": "float32"}
+    buffers = assemble(made, rows, source, seq_len, config, BOS)
+    assert {key: value.dtype.name for key, value in buffers.items()} == dict.fromkeys(buffers, "int32") | {"weights": "float32"}
     for r, line in enumerate(reference(made, rows, source, seq_len, config)):
         for t, wanted in enumerate(line):
-            found = {key: arrays[key][r, t] for key in arrays}
+            found = {key: buffers[key][r, t] for key in buffers}
             assert found["tokens"] == wanted["token"]
             assert found["segments"] == wanted["segment"]
             assert found["weights"] == wanted["weight"]
@@ -150,12 +150,12 @@ def test_who_sees_whom(method, masked, reset, anchor):
     rng = np.random.default_rng(2)
     source, seq_len = corpus(rng.integers(1, 20, 12).tolist()), 16
     made = plan(method, source.lengths, seq_len - anchor, rng)
-    arrays = assemble(made, np.arange(len(made)), source, seq_len, config, BOS)
-    order = np.broadcast_to(np.arange(seq_len, dtype=np.int32), arrays["tokens"].shape)
-    index = Index(order, arrays["positions"], arrays["segments"])
+    buffers = assemble(made, np.arange(len(made)), source, seq_len, config, BOS)
+    order = np.broadcast_to(np.arange(seq_len, dtype=np.int32), buffers["tokens"].shape)
+    index = Index(order, buffers["positions"], buffers["segments"])
     seen = np.asarray(visible(Mask(), index, index))
-    document = np.searchsorted(source.cumulative, arrays["tokens"], "right")
-    real, shared = arrays["segments"] != PADDING, arrays["segments"] == SHARED
+    document = np.searchsorted(source.cumulative, buffers["tokens"], "right")
+    real, shared = buffers["segments"] != PADDING, buffers["segments"] == SHARED
     same = document[:, :, None] == document[:, None, :] if masked else np.ones_like(seen)
     allowed = (same & ~shared[:, :, None] & ~shared[:, None, :]) | shared[:, None, :]
     past = order[:, :, None] >= order[:, None, :]

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from lcx.core.config import build
+from lcx.core.configs import build
 from lcx.core.errors import UserError
-from lcx.data import records, sources, tokenizers
 from lcx.data.config import DataConfig, SourceConfig
 from lcx.data.loader import Loader
-from lcx.data.prepare import prepare
+from lcx.data.sources import records, sources
+from lcx.data.sources.prepare import prepare
+from lcx.data.tokenizers import tokenizers
 
 CODE = SourceConfig(limit_bytes=1_500_000)
 SHARD = 100_000
@@ -21,7 +22,7 @@ SHARD = 100_000
 SLOW = """
 import sys, time
 from lcx.data.config import SourceConfig
-from lcx.data.prepare import prepare
+from lcx.data.sources.prepare import prepare
 
 def report(progress):
     print(progress.shards, flush=True)
@@ -167,7 +168,7 @@ def test_a_full_disk_leaves_what_was_committed(tmp_path):
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "from lcx.core.errors import UserError\n"
         "from lcx.data.config import SourceConfig\n"
-        "from lcx.data.prepare import prepare\n"
+        "from lcx.data.sources.prepare import prepare\n"
         "def report(progress):\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))\n"
         "try:\n"

@@ -9,8 +9,9 @@ import pyarrow.parquet
 import pytest
 
 from lcx.core.errors import UserError
-from lcx.data import documents, sources, tokenizers
 from lcx.data.config import SourceConfig
+from lcx.data.sources import documents, sources
+from lcx.data.tokenizers import tokenizers
 
 BYTES = tokenizers.load("bytes")
 
@@ -26,7 +27,7 @@ def texts(source):
 
 def memory(*texts):
     tokens = [BYTES.encode(text) for text in texts]
-    return sources.Memory([f"d{i}" for i in range(len(texts))], tokens, [sources.text_hash(t.encode()) for t in texts], 256)
+    return sources.InMemorySource([f"d{i}" for i in range(len(texts))], tokens, [sources.text_hash(t.encode()) for t in texts], 256)
 
 
 def test_text_files(tmp_path):
@@ -127,7 +128,7 @@ def test_end_of_sequence(tmp_path):
 def test_windows_and_gather_against_slices():
     rng = np.random.default_rng(0)
     source = memory(*("".join(rng.choice(list("abc"), n)) for n in (5, 1, 9, 2, 7)))
-    chosen = sources.Selection(source, np.array([3, 0, 4, 1]))
+    chosen = sources.Subset(source, np.array([3, 0, 4, 1]))
     stream = np.concatenate([whole(source, i) for i in (3, 0, 4, 1)])
     assert chosen.num_tokens == len(stream)
     for length in range(1, len(stream) + 1):

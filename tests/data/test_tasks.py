@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import tokenizers as library
 
-from lcx.core.config import build
+from lcx.core.configs import build
 from lcx.core.errors import UserError
-from lcx.data import sources, tokenizers
 from lcx.data.config import TASKS, TaskConfig
+from lcx.data.sources import sources
 from lcx.data.tasks import Task
+from lcx.data.tokenizers import tokenizers
 
 BYTES = tokenizers.load("bytes")
 
@@ -22,7 +23,7 @@ def haystack():
     rng = np.random.default_rng(0)
     text = "".join(rng.choice(list("ab#?=@12 \n"), 60_000)) + "#ab=1234\n?ab=1234\n" * 500
     ids = BYTES.encode(text)
-    return sources.Selection(sources.Memory(["h"], [ids], [0], 256), np.arange(1))
+    return sources.Subset(sources.InMemorySource(["h"], [ids], [0], 256), np.arange(1))
 
 
 def read(task, tokens):
@@ -181,7 +182,7 @@ def test_other_tokenizers_have_exact_lengths(tmp_path):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     loaded = tokenizers.load(str(tmp_path))
     ids = loaded.encode("a line of text, nothing else. " * 100)
-    haystack = sources.Selection(sources.Memory(["h"], [ids], [0], loaded.vocab_size), np.arange(1))
+    haystack = sources.Subset(sources.InMemorySource(["h"], [ids], [0], loaded.vocab_size), np.arange(1))
     task = Task("multikey", TaskConfig(), loaded)
     tokens = task.sample(np.random.default_rng(0), 200, haystack).tokens[0]
     text = loaded.decode(tokens)

@@ -11,8 +11,8 @@ import sentencepiece
 import tokenizers as library
 
 from lcx.core.errors import UserError
-from lcx.data import tokenizers
-from lcx.data.tiktoken_ranks import _LLAMA3_PATTERN as LLAMA3_PATTERN
+from lcx.data.tokenizers import tokenizers
+from lcx.data.tokenizers.tiktoken_ranks import _LLAMA3_PATTERN as LLAMA3_PATTERN
 
 TEXTS = [
     "def f(self):\n    return 12 → ok\n\n\n\tx =  1",

@@ -4,18 +4,18 @@ import numpy as np
 import pytest
 
 from lcx.data.config import TaskConfig
-from lcx.data.sources import Memory, Selection
+from lcx.data.sources.sources import InMemorySource, Subset
 from lcx.data.tasks import Task
-from lcx.data.tokenizers import Bytes
+from lcx.data.tokenizers.tokenizers import Bytes
 from lcx.evals import needles
 from lcx.evals.scoring import Scores
 
 DEPTHS = (0.0, 0.5, 1.0)
 
 
-def haystack() -> Selection:
+def haystack() -> Subset:
     text = ("def place(x):\n    return x + 1\n" * 200).encode()
-    return Selection(Memory(["text"], [np.frombuffer(text, np.uint8)], [1], 256), np.arange(1))
+    return Subset(InMemorySource(["text"], [np.frombuffer(text, np.uint8)], [1], 256), np.arange(1))
 
 
 def items(length: int, count: int = 6, seed: int = 0, kind: str = "multikey") -> needles.Items:

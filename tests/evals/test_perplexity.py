@@ -5,12 +5,12 @@ import pytest
 
 from lcx.core.batch import Batch
 from lcx.core.errors import UserError
-from lcx.core.params import initialize
-from lcx.data.sources import Memory, Selection
-from lcx.data.tokenizers import Bytes
+from lcx.core.param_spec import initialize
+from lcx.data.sources.sources import InMemorySource, Subset
+from lcx.data.tokenizers.tokenizers import Bytes
 from lcx.evals.perplexity import bytes_per_token, cover, loss_by_position, perplexity, spans
 from lcx.evals.scoring import Scores, model_scorer, score_rows
-from lcx.model.config import ModelConfig, lay_out, schemes_of
+from lcx.model.config import ModelConfig, build_architecture, build_schemes
 from lcx.model.loss import logits
 from lcx.model.params import specs
 from lcx.model.transformer import hidden
@@ -18,14 +18,14 @@ from lcx.model.transformer import hidden
 CONFIG = ModelConfig(vocab_size=64, model_dim=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16, mlp_dim=64)
 
 
-def documents(*lengths: int) -> Selection:
+def documents(*lengths: int) -> Subset:
     rng = np.random.default_rng(0)
     tokens = [rng.integers(0, 64, length) for length in lengths]
-    source = Memory([f"d{i}" for i in range(len(lengths))], tokens, list(range(len(lengths))), 64)
-    return Selection(source, np.arange(len(lengths)))
+    source = InMemorySource([f"d{i}" for i in range(len(lengths))], tokens, list(range(len(lengths))), 64)
+    return Subset(source, np.arange(len(lengths)))
 
 
-def flat(documents: Selection) -> np.ndarray:
+def flat(documents: Subset) -> np.ndarray:
     return documents.windows(np.array([0]), documents.num_tokens)[0]
 
 
@@ -67,7 +67,7 @@ def test_equals_a_direct_computation_with_dense_attention():
     """Windows of every length against log-probabilities made token by token from full logits."""
     import dataclasses
 
-    schemes = schemes_of(CONFIG, {"default": "rope:theta=100"})
+    schemes = build_schemes(CONFIG, {"default": "rope:theta=100"})
     params = initialize(specs(CONFIG, schemes, 64), jax.random.key(1))
     params = jax.tree.map(lambda x: 3 * x, params)  # far from uniform
     text = np.random.default_rng(2).integers(0, 64, (3, 65)).astype(np.int32)
@@ -77,12 +77,12 @@ def test_equals_a_direct_computation_with_dense_attention():
     )
     dense = dataclasses.replace(CONFIG, attention="dense")
     for point in curve.points:
-        arch, arrays = lay_out(dense, schemes, point.length)
-        full = jax.jit(lambda arrays, batch, arch=arch: logits(params, hidden(params, arrays, arch, batch), dense))
+        arch, buffers = build_architecture(dense, schemes, point.length)
+        full = jax.jit(lambda buffers, batch, arch=arch: logits(params, hidden(params, buffers, arch, batch), dense))
         wanted, final = np.zeros((3, 64)), None
         for start, first in cover(64, point.length, min(16, point.length)):
             batch = Batch.from_tokens(text[:, start : start + point.length + 1])
-            raw = full(arrays, batch)
+            raw = full(buffers, batch)
             nll = -np.take_along_axis(np.asarray(jax.nn.log_softmax(raw)), np.asarray(batch.targets)[:, :, None], 2)[:, :, 0]
             wanted[:, start + first : start + point.length] = nll[:, first:]
             final = nll[:, -5:].mean()

@@ -9,17 +9,17 @@ import pytest
 from lcx.core.console import Progress
 from lcx.core.errors import UserError
 from lcx.core.mesh import MeshConfig, make_mesh, mesh_of
-from lcx.core.params import initialize, shardings
+from lcx.core.param_spec import initialize, shardings
 from lcx.data.config import DataConfig, PartConfig, SourceConfig
 from lcx.evals import needles, results, suite
 from lcx.evals.scoring import model_scorer, score
 from lcx.evals.suite import EvalConfig, _generated, evaluate, gather
-from lcx.model.config import ModelConfig, lay_out, schemes_of
+from lcx.model.config import ModelConfig, build_architecture, build_schemes
 from lcx.model.decode import generate
 from lcx.model.params import specs
 
 MODEL = ModelConfig(model_dim=32, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=16, mlp_dim=32)
-SCHEMES = schemes_of(MODEL, {"default": "rope:theta=100"})
+SCHEMES = build_schemes(MODEL, {"default": "rope:theta=100"})
 CONFIG = EvalConfig(
     lengths=(64, 128), depths=(0.0, 1.0), needle_items=3, zero_shot=("linear", "ntk", "rope:theta=critical"), zero_shot_items=2,
     perplexity_tokens=512, tokens_per_forward=256,
@@ -79,7 +79,7 @@ def test_another_theta_or_scheme_of_the_same_form_compiles_nothing(params, data)
     config = dataclasses.replace(CONFIG, zero_shot=())
     evaluate(params, MODEL, SCHEMES, data, config, trained=64, announce=lambda _: None)
     before = score._cache_size()
-    evaluate(params, MODEL, schemes_of(MODEL, {"default": "rope:theta=7"}), data, CONFIG, trained=64, announce=lambda _: None)
+    evaluate(params, MODEL, build_schemes(MODEL, {"default": "rope:theta=7"}), data, CONFIG, trained=64, announce=lambda _: None)
     assert score._cache_size() == before
 
 
@@ -99,8 +99,8 @@ def _files(rows: np.ndarray) -> list[int]:
 def test_generation_and_teacher_forcing_agree(params, data):
     """Answers made by greedy generation are found by both ways of scoring, others by neither."""
     made = gather(data, CONFIG).items[64]
-    arch, arrays = lay_out(MODEL, SCHEMES, 64)
-    write = functools.partial(generate, params, arrays, arch)
+    arch, buffers = build_architecture(MODEL, SCHEMES, 64)
+    write = functools.partial(generate, params, buffers, arch)
     answers = write([row[:60] for row in made.tokens], 4)
     own = dataclasses.replace(made, tokens=made.tokens.copy())
     own.tokens[:, 60:64] = answers
@@ -128,8 +128,8 @@ def test_generation_runs_where_the_weights_are(params, data):
     made = dataclasses.replace(gather(data, CONFIG).items[64], length=67)
     mesh = make_mesh(MeshConfig(fsdp=1, context=4, ulysses=2), jax.devices()[:4])
     config = dataclasses.replace(CONFIG, tokens_per_forward=256)
-    arch, arrays = lay_out(MODEL, SCHEMES, 67)
-    answers = generate(params, arrays, arch, [row[:60] for row in made.tokens], 4)
+    arch, buffers = build_architecture(MODEL, SCHEMES, 67)
+    answers = generate(params, buffers, arch, [row[:60] for row in made.tokens], 4)
     made.tokens[:, 60:64] = answers
     made.tokens[0, 62] ^= 1
     split = jax.device_put(params, shardings(specs(MODEL, SCHEMES, 128), mesh))

@@ -2,7 +2,7 @@ import pytest
 
 from lcx.core.errors import UserError
 from lcx.evals.zero_shot import at_length, check
-from lcx.positions.schemes import parse
+from lcx.positions.registry import parse
 from lcx.positions.theta import critical_base
 
 BASE = {"global": parse("rope:theta=500")}

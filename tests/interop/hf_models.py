@@ -18,7 +18,7 @@ import transformers
 
 from lcx.core.batch import Batch
 from lcx.interop.folder import HfFolder
-from lcx.model.config import lay_out
+from lcx.model.config import build_architecture
 from lcx.model.loss import logits
 from lcx.model.transformer import hidden
 
@@ -98,6 +98,6 @@ def batch(ids: np.ndarray) -> Batch:
 def lcx_logits(folder: Path, ids: np.ndarray) -> np.ndarray:
     """float32 `[B, T, V]` of the model in a folder, laid out for the rows' length."""
     source = HfFolder(folder)
-    arch, arrays = lay_out(source.described.model, source.described.schemes, ids.shape[1])
+    arch, buffers = build_architecture(source.described.model, source.described.schemes, ids.shape[1])
     params = source.params("float32")
-    return np.asarray(logits(params, hidden(params, arrays, arch, batch(ids)), arch.config))
+    return np.asarray(logits(params, hidden(params, buffers, arch, batch(ids)), arch.config))

@@ -6,11 +6,11 @@ import pytest
 import torch
 import transformers
 
-from lcx.interop.config import read_file
 from lcx.interop.families import FAMILIES
 from lcx.interop.folder import HfFolder, keep, save
+from lcx.interop.hf_config import read_file
 from lcx.interop.shards import Shards
-from lcx.model.config import lay_out
+from lcx.model.config import build_architecture
 from lcx.model.loss import loss_sums
 from lcx.model.transformer import hidden
 from tests.interop import hf_models
@@ -133,11 +133,11 @@ def test_gradients(name, tmp_path):
     wanted = {key: parameter.grad.numpy() for key, parameter in model.named_parameters()}
 
     source = HfFolder(tmp_path)
-    arch, arrays = lay_out(source.described.model, source.described.schemes, ids.shape[1])
+    arch, buffers = build_architecture(source.described.model, source.described.schemes, ids.shape[1])
     batch = hf_models.batch(ids)
 
     def loss(params):
-        sums = loss_sums(params, hidden(params, arrays, arch, batch), batch, arch)
+        sums = loss_sums(params, hidden(params, buffers, arch, batch), batch, arch)
         return sums.nll / sums.weight
 
     found = jax.grad(loss)(source.params())

@@ -8,7 +8,7 @@ import torch
 
 from lcx.interop.families import FAMILIES
 from lcx.interop.folder import HfFolder
-from lcx.model.config import lay_out
+from lcx.model.config import build_architecture
 from lcx.model.decode import generate
 from tests.interop import hf_models
 from tests.interop.test_families import CASES
@@ -35,8 +35,8 @@ def test_greedy_generation(name, tmp_path):
     model = hf_models.make(model_type, tmp_path, **changes)
     source = HfFolder(tmp_path)
     prompts = [hf_models.tokens(length, rows=1, seed=length)[0] for length in (20, 33)]
-    arch, arrays = lay_out(source.described.model, source.described.schemes, max(map(len, prompts)) + NEW)
-    found = generate(source.params(), arrays, arch, prompts, NEW)
+    arch, buffers = build_architecture(source.described.model, source.described.schemes, max(map(len, prompts)) + NEW)
+    found = generate(source.params(), buffers, arch, prompts, NEW)
     for prompt, ours in zip(prompts, found, strict=True):
         theirs = _transformers(model, prompt)
         assert len(ours) == len(theirs) == NEW

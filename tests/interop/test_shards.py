@@ -9,11 +9,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lcx.core.errors import UserError
-from lcx.interop import config as configs
+from lcx.interop import hf_config as configs
 from lcx.interop.folder import HfFolder, save
 from lcx.interop.shards import INDEX, SINGLE
 from lcx.model.config import ModelConfig
-from lcx.positions.schemes import parse
+from lcx.positions.registry import parse
 from tests.interop import hf_models
 
 
@@ -252,5 +252,5 @@ def _close(scheme, other, model):
 
 def _fixed_point(scheme, model):
     """Turns per position of every pair, in units of 2**-64."""
-    phases = scheme.arrays(model.heads, 256).get("phases", {})
-    return [(int(hi) << 32) + int(lo) for phase in phases.values() for hi, lo in zip(phase.hi, phase.lo, strict=True)]
+    rotations = scheme.buffers(model.heads, 256).get("rotations", {})
+    return [(int(hi) << 32) + int(lo) for rotation in rotations.values() for hi, lo in zip(rotation.hi, rotation.lo, strict=True)]

@@ -13,10 +13,10 @@ import numpy as np
 
 from lcx.core.batch import Batch, Index
 from lcx.core.mesh import MeshConfig, make_mesh
-from lcx.core.params import initialize, shardings
+from lcx.core.param_spec import initialize, shardings
 from lcx.core.trees import Tree
 from lcx.model.cache import empty_cache
-from lcx.model.config import Architecture, ModelConfig, lay_out, schemes_of
+from lcx.model.config import Architecture, ModelConfig, build_architecture, build_schemes
 from lcx.model.decode import extend
 from lcx.model.loss import logits
 from lcx.model.params import specs
@@ -25,14 +25,14 @@ from lcx.model.transformer import hidden
 
 def build(config: ModelConfig, positions: dict[str, Any], length: int) -> tuple[Tree, Tree, Architecture, Tree]:
     """(weights, arrays, architecture, parameter table); weights that make the choice of each token depend on the prompt."""
-    schemes = schemes_of(config, positions)
-    arch, arrays = lay_out(config, schemes, length)
+    schemes = build_schemes(config, positions)
+    arch, buffers = build_architecture(config, schemes, length)
     table = specs(config, schemes, length)
     params = initialize(table, jax.random.key(0))
     params["embed"]["embedding"] *= 4
     if config.sinks:
         params["layers"]["attention"]["sinks"] = jax.random.normal(jax.random.key(1), (config.num_layers, config.num_heads))
-    return params, arrays, arch, table
+    return params, buffers, arch, table
 
 
 def place(params: Tree, table: Tree, mesh: MeshConfig) -> tuple[Tree, jax.sharding.Mesh]:
@@ -41,19 +41,19 @@ def place(params: Tree, table: Tree, mesh: MeshConfig) -> tuple[Tree, jax.shardi
     return jax.device_put(params, shardings(table, made)), made
 
 
-def forward(params: Tree, arrays: Tree, arch: Architecture, rows: list[np.ndarray]) -> list[np.ndarray]:
+def forward(params: Tree, buffers: Tree, arch: Architecture, rows: list[np.ndarray]) -> list[np.ndarray]:
     """Logits `[T, V]` of each row, all at once as in training, on one device."""
     width = max(map(len, rows))
     tokens = np.stack([np.pad(row, (0, width + 1 - len(row))) for row in rows])
-    found = np.asarray(jax.jit(_whole, static_argnames="arch")(params, arrays, arch, Batch.from_tokens(tokens)))
+    found = np.asarray(jax.jit(_whole, static_argnames="arch")(params, buffers, arch, Batch.from_tokens(tokens)))
     return [one[: len(row)] for one, row in zip(found, rows, strict=True)]
 
 
-def _whole(params: Tree, arrays: Tree, arch: Architecture, batch: Batch) -> jax.Array:
-    return logits(params, hidden(params, arrays, arch, batch), arch.config)
+def _whole(params: Tree, buffers: Tree, arch: Architecture, batch: Batch) -> jax.Array:
+    return logits(params, hidden(params, buffers, arch, batch), arch.config)
 
 
-def by_chunks(params: Tree, arrays: Tree, arch: Architecture, rows: list[np.ndarray], chunk: int, new: int) -> list[np.ndarray]:
+def by_chunks(params: Tree, buffers: Tree, arch: Architecture, rows: list[np.ndarray], chunk: int, new: int) -> list[np.ndarray]:
     """Logits `[T, V]` of each row: its last `new` tokens one at a time, what is before them by chunks, as `generate` does."""
     lengths = np.asarray([len(row) - new for row in rows])
     width = -(-int(lengths.max()) // chunk) * chunk
@@ -61,12 +61,12 @@ def by_chunks(params: Tree, arrays: Tree, arch: Architecture, rows: list[np.ndar
     order = np.broadcast_to(np.arange(width + new), (len(rows), width + new))
     tokens = np.stack([np.pad(row, (width + new - len(row), 0)) for row in rows])
     index = Index(*(jnp.asarray(x, jnp.int32) for x in (order, np.maximum(order - offset, 0), order >= offset)))
-    cache = empty_cache(arch, arrays, len(rows), width + new, chunk)
+    cache = empty_cache(arch, buffers, len(rows), width + new, chunk)
     steps = [(start, chunk) for start in range(0, width, chunk)] + [(width + i, 1) for i in range(new)]
     out = []
     for start, size in steps:
         part = jnp.asarray(tokens[:, start : start + size], jnp.int32)
-        states, cache = extend(params, arrays, arch, cache, part, index.slice(start, size), start)
+        states, cache = extend(params, buffers, arch, cache, part, index.slice(start, size), start)
         out.append(np.asarray(_logits(params, states, arch)))
     found = np.concatenate(out, axis=1)
     return [one[-len(row) :] for one, row in zip(found, rows, strict=True)]

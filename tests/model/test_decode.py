@@ -8,12 +8,12 @@ import pytest
 from lcx.core.batch import Batch, Index
 from lcx.core.errors import UserError
 from lcx.model.cache import empty_cache
-from lcx.model.config import ModelConfig, lay_out
+from lcx.model.config import ModelConfig, build_architecture
 from lcx.model.decode import _decode, extend, generate
 from lcx.model.loss import logits
 from lcx.model.sampling import Sampling
 from lcx.model.transformer import hidden, unstack
-from lcx.positions.schemes import parse
+from lcx.positions.registry import parse
 from tests.model.test_transformer import build
 
 CONFIG = ModelConfig(
@@ -23,12 +23,12 @@ PROMPTS = [np.arange(7) * 5 % 256, np.arange(13) * 11 % 256]
 NEW = 5
 
 
-def by_hand(params, arrays, arch, prompt):
+def by_hand(params, buffers, arch, prompt):
     """One program for all lengths: what stands behind the prompt is not seen from it."""
 
     @jax.jit
     def scores(batch):
-        return logits(params, hidden(params, arrays, arch, batch), arch.config)
+        return logits(params, hidden(params, buffers, arch, batch), arch.config)
 
     row = list(prompt)
     for _ in range(NEW):
@@ -47,19 +47,19 @@ CHUNKED = [(name, 64) for name in SCHEMES] + [
 
 @pytest.mark.parametrize(("scheme", "chunk"), CHUNKED)
 def test_generation_equals_the_whole_forward_pass(scheme, chunk):
-    params, arrays, arch = build(CONFIG, {"default": scheme}, length=32)
+    params, buffers, arch = build(CONFIG, {"default": scheme}, length=32)
     # Larger embeddings make the choice of each token depend on the prompt.
     params["embed"]["embedding"] = params["embed"]["embedding"] * 4
-    got = generate(params, arrays, arch, PROMPTS, NEW, chunk=chunk)
-    want = [by_hand(params, arrays, arch, prompt) for prompt in PROMPTS]
+    got = generate(params, buffers, arch, PROMPTS, NEW, chunk=chunk)
+    want = [by_hand(params, buffers, arch, prompt) for prompt in PROMPTS]
     np.testing.assert_array_equal(got, want)
 
 
 @pytest.fixture(scope="module")
 def model():
-    params, arrays, arch = build(CONFIG, {"default": "rope:theta=500"}, length=64)
+    params, buffers, arch = build(CONFIG, {"default": "rope:theta=500"}, length=64)
     params["embed"]["embedding"] = params["embed"]["embedding"] * 4
-    return params, arrays, arch
+    return params, buffers, arch
 
 
 DRAWN = Sampling(1.2, top_k=50, seed=1)
@@ -112,13 +112,13 @@ def test_timings_count_every_token(model):
 @pytest.mark.parametrize("rows", [1, 3])
 def test_decoding_copies_no_cache(rows):
     """Neither weights nor cache: a step's memory is small beside both."""
-    params, arrays, arch = build(CONFIG, {"default": "rope:theta=500"}, length=4096)
+    params, buffers, arch = build(CONFIG, {"default": "rope:theta=500"}, length=4096)
     params = jax.jit(unstack)(params)
-    cache = empty_cache(arch, arrays, rows, 4096, 512, stacked=False)
+    cache = empty_cache(arch, buffers, rows, 4096, 512, stacked=False)
     token, one = jnp.zeros(rows, jnp.int32), jnp.int32(1)
     chosen = Sampling()
     step = _decode.lower(
-        params, arrays, arch, cache, token, token > 0, token[:1], token[:, None], one, one, one, chosen.numbers, chosen.form
+        params, buffers, arch, cache, token, token > 0, token[:1], token[:, None], one, one, one, chosen.numbers, chosen.spec
     )
     memory = step.compile(compiler_options={"xla_backend_optimization_level": 3}).memory_analysis()
     assert memory.alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves(cache)), "the cache is not written in place"
@@ -127,17 +127,17 @@ def test_decoding_copies_no_cache(rows):
 
 
 def test_a_cache_of_other_frequencies_is_refused():
-    params, arrays, arch = build(CONFIG, {"default": "rope:theta=500"}, length=32)
-    cache = empty_cache(arch, arrays, 1, 8)
-    _, other = lay_out(CONFIG, {kind: parse("rope:theta=900") for kind in CONFIG.kinds}, 32)
+    params, buffers, arch = build(CONFIG, {"default": "rope:theta=500"}, length=32)
+    cache = empty_cache(arch, buffers, 1, 8)
+    _, other = build_architecture(CONFIG, {kind: parse("rope:theta=900") for kind in CONFIG.kinds}, 32)
     one = jnp.zeros((1, 1), jnp.int32)
     with pytest.raises(UserError, match="other positional frequencies"):
         extend(params, other, arch, cache, one, Index(one, one, one + 1), 0)
 
 
 def test_a_full_cache_is_refused():
-    params, arrays, arch = build(CONFIG, {"default": "rope:theta=500"}, length=32)
-    cache = empty_cache(arch, arrays, 1, 8)
+    params, buffers, arch = build(CONFIG, {"default": "rope:theta=500"}, length=32)
+    cache = empty_cache(arch, buffers, 1, 8)
     two = jnp.zeros((1, 2), jnp.int32)
     with pytest.raises(UserError, match="tokens 7 to 9 do not fit a cache of 8 slots"):
-        extend(params, arrays, arch, cache, two, Index(two, two, two + 1), 7)
+        extend(params, buffers, arch, cache, two, Index(two, two, two + 1), 7)

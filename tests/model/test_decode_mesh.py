@@ -44,13 +44,13 @@ QUICK = ("2 x 2, several pieces",)
 def test_tokens_and_logits_are_those_of_one_device(case):
     """Rows of 9 and 37 tokens in chunks of 8, rings of 13 to 16 slots overwritten twice."""
     mesh, positions, changes = CASES[case]
-    params, arrays, arch, table = build(dataclasses.replace(CONFIG, **changes), positions, LENGTH)
+    params, buffers, arch, table = build(dataclasses.replace(CONFIG, **changes), positions, LENGTH)
     split, made = place(params, table, mesh)
     with jax.set_mesh(made):
-        tokens = generate(split, arrays, arch, PROMPTS, NEW, chunk=CHUNK)
+        tokens = generate(split, buffers, arch, PROMPTS, NEW, chunk=CHUNK)
         rows = [np.concatenate([prompt, new]) for prompt, new in zip(PROMPTS, tokens, strict=True)]
-        found = by_chunks(split, arrays, arch, rows, CHUNK, NEW)
-    wanted = forward(params, arrays, arch, rows)
+        found = by_chunks(split, buffers, arch, rows, CHUNK, NEW)
+    wanted = forward(params, buffers, arch, rows)
     assert furthest(found, wanted) <= 1e-5
     for one, new in zip(wanted, tokens, strict=True):
         np.testing.assert_array_equal(np.argmax(one[-NEW - 1 : -1], axis=-1), new)
@@ -58,15 +58,15 @@ def test_tokens_and_logits_are_those_of_one_device(case):
 
 def test_each_device_holds_its_share_of_the_slots():
     """Token s is in slot s // n of device s % n, and in a ring of R slots in slot s // n mod R."""
-    params, arrays, arch, table = build(CONFIG, {"default": "rope:theta=500"}, LENGTH)
+    params, buffers, arch, table = build(CONFIG, {"default": "rope:theta=500"}, LENGTH)
     params, made = place(params, table, MeshConfig(fsdp=1, context=4))
     order = jnp.arange(LENGTH, dtype=jnp.int32)[None]
     index = Index(order, order, jnp.ones_like(order))
     with jax.set_mesh(made):
-        cache = empty_cache(arch, arrays, 1, LENGTH, 8)
+        cache = empty_cache(arch, buffers, 1, LENGTH, 8)
         start = 0
         for size in (8, 8, 1, 8, 3, 8, 1, 1):
-            _, cache = extend(params, arrays, arch, cache, order[:, start : start + size], index.slice(start, size), start)
+            _, cache = extend(params, buffers, arch, cache, order[:, start : start + size], index.slice(start, size), start)
             start += size
     for kind, slots in (("global", 48), ("local", 16)):
         assert cache.keys[kind].shape[2] == slots
@@ -93,47 +93,47 @@ def test_dealt_tokens_come_back(start):
 def test_a_prefix_is_seen_beyond_the_window():
     """Keys that are marked keep their slots: the cache of such a model has no ring."""
     config = dataclasses.replace(CONFIG, prefix_attention=True)
-    params, arrays, arch, table = build(config, {"default": "rope:theta=500"}, LENGTH)
+    params, buffers, arch, table = build(config, {"default": "rope:theta=500"}, LENGTH)
     tokens = np.random.default_rng(0).integers(0, 256, (1, 25))
     marked = (jnp.arange(24, dtype=jnp.int32) < 5).astype(jnp.int32)[None]
     batch = Batch.from_tokens(tokens).replace(prefix=marked)
-    wanted = np.asarray(hidden(params, arrays, arch, batch))
+    wanted = np.asarray(hidden(params, buffers, arch, batch))
     split, made = place(params, table, MeshConfig(fsdp=1, context=4))
     with jax.set_mesh(made):
-        cache = empty_cache(arch, arrays, 1, 24, 8)
+        cache = empty_cache(arch, buffers, 1, 24, 8)
         assert {keys.shape[2] for keys in cache.keys.values()} == {24}
         found = []
         for start in (0, 8, 16):
             here = batch.index.slice(start, 8)
-            states, cache = extend(split, arrays, arch, cache, batch.tokens[:, start : start + 8], here, start)
+            states, cache = extend(split, buffers, arch, cache, batch.tokens[:, start : start + 8], here, start)
             found.append(np.asarray(states))
     assert furthest([np.concatenate(found, axis=1)], [wanted]) <= 1e-5
 
 
 def test_chunks_that_cannot_be_dealt_name_those_that_can():
-    params, arrays, arch, table = build(CONFIG, {"default": "nope"}, LENGTH)
+    params, buffers, arch, table = build(CONFIG, {"default": "nope"}, LENGTH)
     params, made = place(params, table, MeshConfig(fsdp=1, context=8))
     message = "a chunk of 20 tokens does not divide over the context of 8 devices; nearest: 16 and 24"
     with jax.set_mesh(made), pytest.raises(UserError, match=message):
-        generate(params, arrays, arch, PROMPTS, NEW, chunk=20)
+        generate(params, buffers, arch, PROMPTS, NEW, chunk=20)
 
 
 def test_a_ring_that_is_too_small_for_a_chunk_is_refused():
-    params, arrays, arch, _ = build(CONFIG, {"default": "nope"}, LENGTH)
-    cache = empty_cache(arch, arrays, 1, 40, 4)
+    params, buffers, arch, _ = build(CONFIG, {"default": "nope"}, LENGTH)
+    cache = empty_cache(arch, buffers, 1, 40, 4)
     order = jnp.arange(8, dtype=jnp.int32)[None]
     message = "a chunk of 8 tokens needs 13 slots in 'local' layers, whose window of 6 has 9 in this cache; make it with chunk=8"
     with pytest.raises(UserError, match=message):
-        extend(params, arrays, arch, cache, order, Index(order, order, order + 1), 0)
+        extend(params, buffers, arch, cache, order, Index(order, order, order + 1), 0)
 
 
 def test_a_cache_of_another_context_is_refused():
-    params, arrays, arch, table = build(CONFIG, {"default": "nope"}, LENGTH)
+    params, buffers, arch, table = build(CONFIG, {"default": "nope"}, LENGTH)
     with jax.set_mesh(place(params, table, MeshConfig(fsdp=1, context=8))[1]):
-        cache = empty_cache(arch, arrays, 1, 40)
+        cache = empty_cache(arch, buffers, 1, 40)
     order = jnp.arange(8, dtype=jnp.int32)[None]
     with pytest.raises(UserError, match="made for a context of 8 devices, and 1 are set; prefill again"):
-        extend(params, arrays, arch, cache, order, Index(order, order, order + 1), 0)
+        extend(params, buffers, arch, cache, order, Index(order, order, order + 1), 0)
 
 
 LONG, TINY = 1 << 16, dataclasses.replace(CONFIG, num_layers=2, num_heads=2, num_kv_heads=1, mlp_dim=32, window=256)
@@ -148,13 +148,13 @@ def elements(text: str) -> int:
 def test_prefill_of_65536_tokens_holds_no_array_of_queries_by_keys():
     """Not of a chunk's T queries by all S keys, nor by the S / 8 of a device; and what there is fits beside the cache."""
     chunk = 2048
-    params, arrays, arch, table = build(TINY, {"default": "rope:theta=500"}, LONG)
+    params, buffers, arch, table = build(TINY, {"default": "rope:theta=500"}, LONG)
     params, made = place(params, table, MeshConfig(fsdp=1, context=8))
     with jax.set_mesh(made):
         params = jax.jit(unstack)(params)
-        cache = empty_cache(arch, arrays, 1, LONG, chunk, stacked=False)
+        cache = empty_cache(arch, buffers, 1, LONG, chunk, stacked=False)
         order = jnp.arange(chunk, dtype=jnp.int32)[None]
-        step = _extend.lower(params, arrays, arch, cache, order, Index(order, order, order + 1), jnp.int32(0), 0)
+        step = _extend.lower(params, buffers, arch, cache, order, Index(order, order, order + 1), jnp.int32(0), 0)
     compiled = step.compile()
     memory = compiled.memory_analysis()
     assert elements(compiled.as_text()) < chunk * LONG // 8 // 8
@@ -165,16 +165,16 @@ def test_prefill_of_65536_tokens_holds_no_array_of_queries_by_keys():
 
 @pytest.mark.slow
 def test_prefill_of_65536_tokens_ends_in_the_logits_of_training():
-    params, arrays, arch, table = build(TINY, {"default": "rope:theta=5e6"}, LONG)
+    params, buffers, arch, table = build(TINY, {"default": "rope:theta=5e6"}, LONG)
     row = np.random.default_rng(0).integers(0, 256, LONG + 1)
-    states = jax.jit(hidden, static_argnames="arch")(params, arrays, arch, Batch.from_tokens(row[None]))
+    states = jax.jit(hidden, static_argnames="arch")(params, buffers, arch, Batch.from_tokens(row[None]))
     wanted = np.asarray(logits(params, states[:, -16:], arch.config))
     split, made = place(params, table, MeshConfig(fsdp=1, context=8))
     index, chunk = Index.dense(1, LONG), 4096
     with jax.set_mesh(made):
-        cache = empty_cache(arch, arrays, 1, LONG, chunk)
+        cache = empty_cache(arch, buffers, 1, LONG, chunk)
         for start in range(0, LONG, chunk):
             part = jnp.asarray(row[None, start : start + chunk], jnp.int32)
-            states, cache = extend(split, arrays, arch, cache, part, index.slice(start, chunk), start)
+            states, cache = extend(split, buffers, arch, cache, part, index.slice(start, chunk), start)
         found = np.asarray(logits(split, states[:, -16:], arch.config))
     assert furthest([found], [wanted]) <= 1e-5

@@ -13,15 +13,15 @@ import pytest
 from lcx.core.batch import PADDING, Batch
 from lcx.core.errors import UserError
 from lcx.core.mesh import MeshConfig, make_mesh, named_sharding
-from lcx.core.params import abstract, initialize
+from lcx.core.param_spec import abstract, initialize
 from lcx.core.trees import num_elements, worst_error
 from lcx.model import flops
-from lcx.model.config import ModelConfig, schemes_of
+from lcx.model.config import ModelConfig, build_schemes
 from lcx.model.decode import generate
 from lcx.model.experts import outer_by_group
-from lcx.model.families import FAMILIES
 from lcx.model.loss import loss_sums
 from lcx.model.params import specs
+from lcx.model.presets import FAMILIES
 from lcx.model.transformer import cast_params, forward, mlp
 from lcx.training.optimizer import OptimConfig
 from lcx.training.step import train_step
@@ -86,7 +86,7 @@ ROUTERS = {
 )
 def test_sorted_tokens_give_what_all_experts_on_all_tokens_give(name, chosen):
     config = dataclasses.replace(TINY, experts_per_token=chosen, gated=chosen != 8)
-    table = specs(config, schemes_of(config, ROPE), T)["layers"]["mlp"]
+    table = specs(config, build_schemes(config, ROPE), T)["layers"]["mlp"]
     params = jax.tree.map(lambda w: w[0], initialize(table, jax.random.key(0)))
     params["router"]["kernel"] = ROUTERS[name](params["router"]["kernel"])
     # Positive, so that a column of the router that is larger than the others is so for every token.
@@ -130,9 +130,9 @@ def tokens(rows: int = 8, seed: int = 0) -> Batch:
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def losses_and_gradients(params, arrays, arch, batch):
+def losses_and_gradients(params, buffers, arch, batch):
     def loss(params):
-        states, router_aux = forward(params, arrays, arch, batch)
+        states, router_aux = forward(params, buffers, arch, batch)
         sums = loss_sums(params, states, batch, arch, router_aux)
         return sums.nll + sums.router_aux, sums
 
@@ -141,8 +141,8 @@ def losses_and_gradients(params, arrays, arch, batch):
 
 @functools.cache
 def one_device(**changes):
-    params, arrays, arch, _ = build(dataclasses.replace(TINY, **changes), ROPE, T)
-    return jax.device_get(losses_and_gradients(params, arrays, arch, tokens()))
+    params, buffers, arch, _ = build(dataclasses.replace(TINY, **changes), ROPE, T)
+    return jax.device_get(losses_and_gradients(params, buffers, arch, tokens()))
 
 
 @pytest.mark.parametrize(
@@ -174,10 +174,10 @@ QUICK = tuple(MESHES)[:2]
 @pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MESHES])
 def test_meshes_equal_one_device(name):
     sizes, matmul = MESHES[name]
-    params, arrays, arch, table = build(dataclasses.replace(TINY, expert_matmul=matmul, context_strategy="ring"), ROPE, T)
+    params, buffers, arch, table = build(dataclasses.replace(TINY, expert_matmul=matmul, context_strategy="ring"), ROPE, T)
     split, mesh = place(params, table, sizes)
     with jax.set_mesh(mesh):
-        got = jax.device_get(losses_and_gradients(split, arrays, arch, tokens()))
+        got = jax.device_get(losses_and_gradients(split, buffers, arch, tokens()))
     assert worst_error(got, one_device())[0] <= 1e-5
     kernel = split["layers"]["mlp"]["up"]["kernel"]
     assert kernel.addressable_shards[0].data.size * mesh.size == kernel.size * sizes.data
@@ -202,14 +202,14 @@ def test_rows_that_the_mesh_cannot_split(matmul):
 
 @pytest.mark.slow
 def test_decoding_on_a_mesh_equals_the_whole_forward_pass():
-    params, arrays, arch, table = build(dataclasses.replace(TINY, expert_matmul="ragged"), ROPE, T)
+    params, buffers, arch, table = build(dataclasses.replace(TINY, expert_matmul="ragged"), ROPE, T)
     prompts = [np.arange(9) * 5 % 256, np.arange(17) * 11 % 256]
     split, mesh = place(params, table, MeshConfig(fsdp=1, expert=2, context=2))
     with jax.set_mesh(mesh):
-        new = generate(split, arrays, arch, prompts, 5, chunk=8)
+        new = generate(split, buffers, arch, prompts, 5, chunk=8)
         rows = [np.concatenate(pair) for pair in zip(prompts, new, strict=True)]
-        found = by_chunks(split, arrays, arch, rows, 8, 5)
-    wanted = all_at_once(params, arrays, arch, rows)
+        found = by_chunks(split, buffers, arch, rows, 8, 5)
+    wanted = all_at_once(params, buffers, arch, rows)
     assert furthest(found, wanted) <= 1e-5
     for one, tail in zip(wanted, new, strict=True):
         np.testing.assert_array_equal(np.argmax(one[-6:-1], axis=-1), tail)
@@ -236,25 +236,25 @@ def test_bfloat16_layers_route_as_float32_layers(matmul):
 
 
 def make_step(config: ModelConfig, mesh: MeshConfig, accumulate: int = 1, steps: int = 30):
-    params, arrays, arch, table = build(config, ROPE, T)
+    params, buffers, arch, table = build(config, ROPE, T)
     devices = jax.devices()[: mesh.fsdp * mesh.expert]
     step = train_step(arch, table, OptimConfig(lr=3e-3), steps, make_mesh(mesh, devices), accumulate)
-    return step, step.start(params), arrays
+    return step, step.start(params), buffers
 
 
 def test_the_balance_has_a_denominator_of_its_own():
     """Its gradient does not depend on the loss weights, and microbatches count by their tokens that are no padding."""
     batch = jax.tree.map(np.asarray, tokens())
     batch = batch.replace(weights=batch.weights * 0.01)
-    step, state, arrays = make_step(TINY, MeshConfig(fsdp=1, expert=2), accumulate=2)
-    _, figures, gradients = step.with_gradients(state, step.put(batch, 8), arrays)
+    step, state, buffers = make_step(TINY, MeshConfig(fsdp=1, expert=2), accumulate=2)
+    _, figures, gradients = step.with_gradients(state, step.put(batch, 8), buffers)
     params, _, arch, _ = build(TINY, ROPE, T)
 
     def loss(params):
         nll = balance = 0.0
         for i in range(2):
             half = jax.tree.map(lambda x, i=i: x[i::2], batch)
-            states, router_aux = forward(params, arrays, arch, half)
+            states, router_aux = forward(params, buffers, arch, half)
             nll += loss_sums(params, states, half, arch).nll / np.sum(batch.weights)
             balance += router_aux * np.sum(half.segments != PADDING) / np.sum(batch.segments != PADDING)
         return nll + TINY.router_aux_weight * balance, balance
@@ -267,11 +267,11 @@ def test_the_balance_has_a_denominator_of_its_own():
 @pytest.mark.parametrize("matmul", ["dense", pytest.param("ragged", marks=pytest.mark.slow)])
 def test_training_lowers_loss_and_balance(matmul):
     config = dataclasses.replace(TINY, expert_matmul=matmul, router_aux_weight=1.0)
-    step, state, arrays = make_step(config, MeshConfig(fsdp=1))
+    step, state, buffers = make_step(config, MeshConfig(fsdp=1))
     batch = step.put(jax.tree.map(np.asarray, tokens()), 8)
     rows = []
     for _ in range(30):
-        state, figures = step(state, batch, arrays)
+        state, figures = step(state, batch, buffers)
         rows.append((figures["loss"].item(), figures["router_aux_loss"].item()))
     assert rows[-1][0] < rows[0][0] - 1.0
     assert 2.0 <= rows[-1][1] < rows[0][1]
@@ -279,11 +279,11 @@ def test_training_lowers_loss_and_balance(matmul):
 
 def test_a_weight_of_zero_computes_no_balance():
     free = dataclasses.replace(TINY, router_aux_weight=0.0)
-    params, arrays, arch, _ = build(free, ROPE, T)
-    assert jax.eval_shape(lambda *x: forward(*x[:2], arch, x[2]), params, arrays, tokens())[1] is None
-    step, state, arrays = make_step(free, MeshConfig(fsdp=1))
+    params, buffers, arch, _ = build(free, ROPE, T)
+    assert jax.eval_shape(lambda *x: forward(*x[:2], arch, x[2]), params, buffers, tokens())[1] is None
+    step, state, buffers = make_step(free, MeshConfig(fsdp=1))
     with jax.set_mesh(step.mesh):
-        _, figures = jax.eval_shape(step._train, state, tokens(), arrays)
+        _, figures = jax.eval_shape(step._train, state, tokens(), buffers)
     assert "router_aux_loss" not in figures
 
 
@@ -292,10 +292,10 @@ def test_a_weight_of_zero_computes_no_balance():
 
 def test_flops_are_those_of_the_chosen_experts():
     config = dataclasses.replace(TINY, attention="dense", expert_matmul="ragged", router_aux_weight=0.0)
-    params, arrays, arch, _ = build(config, ROPE, T)
+    params, buffers, arch, _ = build(config, ROPE, T)
 
     def loss(params, batch):
-        return loss_sums(params, forward(params, arrays, arch, batch)[0], batch, arch).nll
+        return loss_sums(params, forward(params, buffers, arch, batch)[0], batch, arch).nll
 
     # Dense attention computes all T * T pairs of every head, the formula charges the T(T+1)/2 that are visible.
     unseen = 4 * config.num_layers * config.num_heads * config.head_dim * (T * T - flops.visible_pairs(T, None))
@@ -316,7 +316,7 @@ def test_flops_of_a_backward_pass_are_twice_the_forward_pass():
 def test_presets_have_the_published_sizes(name, billions, active):
     """Parameters in all and for each token, as the model cards give them."""
     config = FAMILIES[name].model
-    table = specs(config, schemes_of(config, FAMILIES[name].positions), 8)
+    table = specs(config, build_schemes(config, FAMILIES[name].positions), 8)
     experts = {key: kernel for key, kernel in abstract(table)["layers"]["mlp"].items() if key != "router"}
     total, idle = num_elements(abstract(table)), 1 - config.experts_per_token / config.num_experts
     assert total / 1e9 == pytest.approx(billions, abs=0.05)
@@ -348,7 +348,7 @@ def test_tpus_compute_the_chosen_experts_only():
     """XLA counts the rows of the grouped products once, forward and backward, where K of E experts are chosen."""
     config = dataclasses.replace(TINY, model_dim=256, mlp_dim=256, num_experts=16, compute_dtype="bfloat16")
     mesh = make_mesh(MeshConfig(fsdp=1), chips("v5p:2x2x1")[:1])
-    table = specs(dataclasses.replace(config, num_layers=1), schemes_of(config, ROPE), T)["layers"]["mlp"]
+    table = specs(dataclasses.replace(config, num_layers=1), build_schemes(config, ROPE), T)["layers"]["mlp"]
 
     def shape(spec, axes, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(spec, dtype, sharding=named_sharding(mesh, axes))

@@ -25,13 +25,13 @@ CASES = [
 
 def drawn(logits, sampling, steps):
     """Tokens `[steps, B]`."""
-    step = jax.jit(lambda step: draw(jnp.asarray(logits), sampling.form, sampling.numbers, step))
+    step = jax.jit(lambda step: draw(jnp.asarray(logits), sampling.spec, sampling.numbers, step))
     return np.asarray(jax.lax.map(step, jnp.arange(steps)))
 
 
 def shares(logits, sampling):
     """The warped probabilities."""
-    return np.asarray(jax.nn.softmax(warp(jnp.asarray(logits), sampling.form, sampling.numbers), axis=-1))
+    return np.asarray(jax.nn.softmax(warp(jnp.asarray(logits), sampling.spec, sampling.numbers), axis=-1))
 
 
 def reference(logits, sampling):
@@ -103,8 +103,8 @@ def test_temperature_zero_takes_the_most_likely_token():
 
 
 def test_what_is_a_number_compiles_nothing_again():
-    assert Sampling(0.5, 4, 0.9, seed=1).form == Sampling(0.8, 4, 0.7, seed=2).form
-    assert Sampling(0.5, top_p=1.0).form != Sampling(0.5, top_p=0.9).form
+    assert Sampling(0.5, 4, 0.9, seed=1).spec == Sampling(0.8, 4, 0.7, seed=2).spec
+    assert Sampling(0.5, top_p=1.0).spec != Sampling(0.5, top_p=0.9).spec
 
 
 @pytest.mark.parametrize(

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 
 from lcx.core.batch import Batch
-from lcx.core.params import initialize
+from lcx.core.param_spec import initialize
 from lcx.core.trees import worst_error
 from lcx.model import flops
-from lcx.model.config import Architecture, ModelConfig, lay_out, schemes_of
-from lcx.model.families import FAMILIES, shrink
+from lcx.model.config import Architecture, ModelConfig, build_architecture, build_schemes
 from lcx.model.linear import linear
 from lcx.model.loss import loss_sums
 from lcx.model.params import specs
+from lcx.model.presets import FAMILIES, shrink
 from lcx.model.transformer import hidden, layers
-from lcx.positions.schemes import with_theta
+from lcx.positions.registry import with_theta
 
 T = 32
 TINY = ModelConfig(
@@ -27,9 +27,9 @@ POSITIONS = {"default": "rope:theta=500", "local": "rope:theta=100"}
 
 
 def build(config: ModelConfig, positions: dict, length: int = T, seed: int = 0):
-    schemes = schemes_of(config, positions)
-    arch, arrays = lay_out(config, schemes, length)
-    return initialize(specs(config, schemes, length), jax.random.key(seed)), arrays, arch
+    schemes = build_schemes(config, positions)
+    arch, buffers = build_architecture(config, schemes, length)
+    return initialize(specs(config, schemes, length), jax.random.key(seed)), buffers, arch
 
 
 def tokens(rows: int = 2, length: int = T) -> np.ndarray:
@@ -38,21 +38,21 @@ def tokens(rows: int = 2, length: int = T) -> np.ndarray:
     return np.stack([rng.permutation(256)[: length + 1] for _ in range(rows)])
 
 
-def loss(params, arrays, arch, batch):
-    return loss_sums(params, hidden(params, arrays, arch, batch), batch, arch).nll
+def loss(params, buffers, arch, batch):
+    return loss_sums(params, hidden(params, buffers, arch, batch), batch, arch).nll
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families_run_and_see_no_future(name):
     family = FAMILIES[name]
     config = dataclasses.replace(shrink(family.model), tied_embeddings=False)
-    params, arrays, arch = build(config, family.positions)
+    params, buffers, arch = build(config, family.positions)
     batch = Batch.from_tokens(tokens(1))
     place = 19
 
     def at_place(embedding):
         changed = {**params, "embed": {"embedding": embedding}}
-        return jnp.sum(jnp.sin(hidden(changed, arrays, arch, batch)[0, place]))
+        return jnp.sum(jnp.sin(hidden(changed, buffers, arch, batch)[0, place]))
 
     gradient = jax.jit(jax.grad(at_place))(params["embed"]["embedding"])
     reach = np.abs(np.asarray(gradient)[np.asarray(batch.tokens[0])]).sum(-1)
@@ -63,7 +63,7 @@ def test_families_run_and_see_no_future(name):
 
 
 def test_scan_over_periods_equals_single_layers():
-    params, arrays, arch = build(dataclasses.replace(TINY, num_layers=5), POSITIONS)
+    params, buffers, arch = build(dataclasses.replace(TINY, num_layers=5), POSITIONS)
     x = jax.random.normal(jax.random.key(1), (2, T, 32))
 
     seen = {"local": 10.0, "global": 20.0}
@@ -96,11 +96,11 @@ def test_scan_over_periods_equals_single_layers():
     ids=str,
 )
 def test_what_saves_memory_changes_no_gradient(changes):
-    params, arrays, arch = build(TINY, POSITIONS)
+    params, buffers, arch = build(TINY, POSITIONS)
     batch = Batch.from_tokens(tokens())
     again = dataclasses.replace(arch, config=dataclasses.replace(TINY, **changes))
     plain = jax.jit(jax.value_and_grad(loss), static_argnums=2)
-    want, got = plain(params, arrays, arch, batch), plain(params, arrays, again, batch)
+    want, got = plain(params, buffers, arch, batch), plain(params, buffers, again, batch)
     np.testing.assert_allclose(got[0], want[0], rtol=1e-6)
     assert worst_error(got[1], want[1])[0] <= 1e-5
 
@@ -118,40 +118,40 @@ def test_linear_has_the_gradients_of_a_contraction(outs):
 
 
 def test_bfloat16_stays_near_float32():
-    params, arrays, arch = build(TINY, POSITIONS)
+    params, buffers, arch = build(TINY, POSITIONS)
     batch = Batch.from_tokens(tokens())
     low = dataclasses.replace(arch, config=dataclasses.replace(TINY, compute_dtype="bfloat16"))
-    want, got = loss(params, arrays, arch, batch), loss(params, arrays, low, batch)
+    want, got = loss(params, buffers, arch, batch), loss(params, buffers, low, batch)
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, want, rtol=5e-3)
-    gradients = jax.grad(loss)(params, arrays, low, batch)
+    gradients = jax.grad(loss)(params, buffers, low, batch)
     assert {g.dtype for g in jax.tree.leaves(gradients)} == {jnp.dtype("float32")}
 
 
 def test_changing_theta_compiles_nothing_again():
-    schemes = schemes_of(TINY, POSITIONS)
-    params, arrays, arch = build(TINY, POSITIONS)
+    schemes = build_schemes(TINY, POSITIONS)
+    params, buffers, arch = build(TINY, POSITIONS)
     batch = Batch.from_tokens(tokens())
     traced = []
 
-    def counted(params, arrays, arch: Architecture, batch):
+    def counted(params, buffers, arch: Architecture, batch):
         traced.append(arch)
-        return loss(params, arrays, arch, batch)
+        return loss(params, buffers, arch, batch)
 
     step = jax.jit(counted, static_argnums=2)
     values = []
     for theta in (500.0, 2000.0, 1e6):
-        arch, arrays = lay_out(TINY, {**schemes, "global": with_theta(schemes["global"], theta)}, T)
-        values.append(float(step(params, arrays, arch, batch)))
+        arch, buffers = build_architecture(TINY, {**schemes, "global": with_theta(schemes["global"], theta)}, T)
+        values.append(float(step(params, buffers, arch, batch)))
     assert len(traced) == 1
     assert len(set(values)) == 3
 
 
 def test_flops_agree_with_the_walked_program():
     config = dataclasses.replace(TINY, attention="dense", pattern=("global",), window=None)
-    params, arrays, arch = build(config, {"default": "rope:theta=500"})
+    params, buffers, arch = build(config, {"default": "rope:theta=500"})
     batch = Batch.from_tokens(tokens())
-    walked = flops.count(lambda p, b: loss(p, arrays, arch, b), params, batch)
+    walked = flops.count(lambda p, b: loss(p, buffers, arch, b), params, batch)
     per_row = flops.forward_flops(config, 1, T)
     # Dense attention computes all T * T pairs of every head, the formula charges the T(T+1)/2 that are visible.
     hidden_pairs = 4 * config.num_layers * config.num_heads * config.head_dim * (T * T - flops.visible_pairs(T, None))

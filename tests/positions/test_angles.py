@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from lcx.positions import angles
-from lcx.positions.form import Heads
 from lcx.positions.rotary import Rope, tables
+from lcx.positions.scheme import Heads
 
 HEADS = Heads(num_heads=4, num_kv_heads=2, head_dim=128, model_dim=512)
 FAR = (1_048_575, 16_777_215, 2_147_483_647)
@@ -26,8 +26,8 @@ def exact(theta, positions):
 def test_angles_are_exact_at_any_position(theta):
     scheme = Rope(theta=theta)
     positions = (0, 1, 8191, *FAR)
-    arrays = scheme.arrays(HEADS, 2**31 - 1)
-    cos, sin = tables(scheme.form(2**31 - 1), arrays, jnp.asarray([positions], jnp.int32))["rotary"]
+    buffers = scheme.buffers(HEADS, 2**31 - 1)
+    cos, sin = tables(scheme.spec(2**31 - 1), buffers, jnp.asarray([positions], jnp.int32))["rotary"]
     wanted_cos, wanted_sin = exact(theta, positions)
     assert cos.dtype == sin.dtype == jnp.float32
     assert np.max(np.abs(np.asarray(cos[0], np.float64) - wanted_cos)) <= 1e-7
@@ -71,6 +71,6 @@ def test_words_decode_to_the_frequencies():
 
 def test_grid_remaps_positions():
     positions = jnp.arange(20, dtype=jnp.uint32)
-    out = np.asarray(angles.grid(divide=2, modulo=4, offset=3, clip=5)(positions))
+    out = np.asarray(angles.position_map(divide=2, modulo=4, offset=3, clip=5)(positions))
     assert np.array_equal(out, np.minimum(np.arange(20) // 2 % 4 + 3, 5))
-    assert np.asarray(angles.grid()(jnp.asarray([2**31 - 1], jnp.uint32)))[0] == 2**31 - 1
+    assert np.asarray(angles.position_map()(jnp.asarray([2**31 - 1], jnp.uint32)))[0] == 2**31 - 1

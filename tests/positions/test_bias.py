@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from lcx.core.errors import UserError
-from lcx.core.params import initialize
-from lcx.positions.bias import T5, Alibi, Fire, Kerple, T5Form, alibi_slopes
-from lcx.positions.form import Heads
+from lcx.core.param_spec import initialize
+from lcx.positions.bias import T5, Alibi, Fire, Kerple, T5Bias, alibi_slopes
+from lcx.positions.scheme import Heads
 
 HEADS = Heads(num_heads=4, num_kv_heads=2, head_dim=16, model_dim=64)
 Q = jnp.asarray([[0, 5, 130, 40, 2**31 - 1], [3, 3, 9, 700, 1]], jnp.int32)
@@ -17,12 +17,12 @@ DISTANCE = np.asarray(Q, np.int64)[:, :, None] - np.asarray(K, np.int64)[:, None
 
 
 def inputs(scheme):
-    params = initialize(scheme.specs(HEADS, 64), jax.random.key(0))
-    return {**scheme.arrays(HEADS, 64).get("bias", {}), **params}
+    params = initialize(scheme.param_specs(HEADS, 64), jax.random.key(0))
+    return {**scheme.buffers(HEADS, 64).get("bias", {}), **params}
 
 
 def tile(scheme):
-    return scheme.form(64).bias(inputs(scheme), Q, K)
+    return scheme.spec(64).bias(inputs(scheme), Q, K)
 
 
 def test_published_alibi_slopes():
@@ -53,8 +53,8 @@ def reference_bucket(distance, buckets=32, max_distance=128, bidirectional=False
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_t5_buckets(bidirectional):
     distances = np.concatenate([np.arange(-300, 300), [2**31 - 1]])
-    form = T5Form(32, 128, bidirectional)
-    found = form.bucket(jnp.asarray(distances, jnp.int32)[None, None])[0, 0]
+    spec = T5Bias(32, 128, bidirectional)
+    found = spec.bucket(jnp.asarray(distances, jnp.int32)[None, None])[0, 0]
     assert found.tolist() == [reference_bucket(int(d), bidirectional=bidirectional) for d in distances]
     if not bidirectional:
         assert [found[300 + d] for d in (0, 15, 16, 127, 128)] == [0, 15, 16, 31, 31]
@@ -83,15 +83,15 @@ def test_fire_tile():
 @pytest.mark.parametrize("scheme", [Alibi(), T5(), Kerple(), Fire()], ids=lambda scheme: scheme.name)
 def test_tiles_and_gradients_are_finite(scheme):
     values = inputs(scheme)
-    form = scheme.form(64)
+    spec = scheme.spec(64)
     assert tile(scheme).dtype == jnp.float32 and tile(scheme).shape == (2, 4, 5, 4)
-    grads = jax.grad(lambda p: jnp.sum(jnp.sin(form.bias(p, Q, K))))(values)
+    grads = jax.grad(lambda p: jnp.sum(jnp.sin(spec.bias(p, Q, K))))(values)
     assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grads))
     assert all(np.any(np.asarray(g) != 0) for g in jax.tree.leaves(grads))
 
 
 def test_a_changed_scale_keeps_the_form():
-    assert Alibi().form(64) == Alibi(scale=0.25).form(64) and hash(Kerple().form(1)) == hash(Kerple(r1=2.0).form(9))
+    assert Alibi().spec(64) == Alibi(scale=0.25).spec(64) and hash(Kerple().spec(1)) == hash(Kerple(r1=2.0).spec(9))
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ import pytest
 from lcx.core.errors import UserError
 from lcx.positions import angles, hf
 from lcx.positions.absolute import Nope
-from lcx.positions.form import Heads
+from lcx.positions.query_scaling import QueryScaling
 from lcx.positions.rotary import Linear, Ntk, Rope
 from lcx.positions.scaling import Dynamic, Llama3, LongRope, NtkByParts, Proportional, Yarn
-from lcx.positions.temperature import Temperature
+from lcx.positions.scheme import Heads
 from tests.positions.make_hf_fixtures import CASES, FIXTURES, reference
 
 REFERENCES = json.loads(FIXTURES.read_text())["cases"]
@@ -27,9 +27,9 @@ def agrees(name, wanted):
     np.testing.assert_allclose(scheme.inverse_frequencies(head_dim, length), wanted["inv_freq"], rtol=1e-6, atol=0)
     assert scheme.amplitude(length) == pytest.approx(wanted["attention_factor"], rel=1e-6)
     # What the device gets is what was compared.
-    phase = scheme.arrays(Heads(4, 4, head_dim, 4 * head_dim), length)["phases"]["rotary"]
-    np.testing.assert_allclose(angles.decode(phase.hi, phase.lo), wanted["inv_freq"], rtol=1e-6, atol=1e-18)
-    assert float(phase.amplitude) == pytest.approx(wanted["attention_factor"], rel=1e-6)
+    rotation = scheme.buffers(Heads(4, 4, head_dim, 4 * head_dim), length)["rotations"]["rotary"]
+    np.testing.assert_allclose(angles.decode(rotation.hi, rotation.lo), wanted["inv_freq"], rtol=1e-6, atol=1e-18)
+    assert float(rotation.amplitude) == pytest.approx(wanted["attention_factor"], rel=1e-6)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -89,7 +89,7 @@ def test_yarn_of_the_paper_ramps_over_turns():
 def test_deepseek_scales_the_softmax_where_asked():
     scheme = Yarn(factor=40.0, original_length=4096, mscale=1.0, mscale_all_dim=1.0, scale_softmax=True)
     assert scheme.amplitude(1) == 1
-    gain = scheme.arrays(Heads(1, 1, 64, 64), 1)["temperature"]["gain"]
+    gain = scheme.buffers(Heads(1, 1, 64, 64), 1)["query_scale"]["gain"]
     assert float(gain) == pytest.approx((0.1 * np.log(40) + 1) ** 2, rel=1e-6)
 
 
@@ -125,7 +125,7 @@ def test_older_and_nested_configs():
     assert isinstance(scheme, LongRope) and (scheme.factor, scheme.original_length) == (32, 4096)
     ministral = {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 16384, "llama_4_scaling_beta": 0.1}
     scheme = hf.from_hf({"rope_parameters": ministral, "max_position_embeddings": 262144})
-    assert scheme.temperature == Temperature("ministral", 0.1, 16384)
+    assert scheme.temperature == QueryScaling("ministral", 0.1, 16384)
     assert scheme.to_hf()["llama_4_scaling_beta"] == 0.1
 
 
@@ -151,7 +151,7 @@ def test_configs_that_cannot_be_read(config, says):
         NtkByParts(factor=2.0, original_length=64),
         Yarn(factor=2.0, original_length=64, variant="paper"),
         Linear(original_length=64),
-        Rope(temperature=Temperature("llama4")),
+        Rope(temperature=QueryScaling("llama4")),
     ],
 )
 def test_schemes_that_hugging_face_lacks_are_refused(scheme):

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from lcx.core.errors import UserError
-from lcx.positions.form import Heads
+from lcx.positions.query_scaling import QueryScaling
 from lcx.positions.rotary import Linear, Ntk, Rope, rotate, tables
 from lcx.positions.scaling import Dynamic, Llama3, LongRope, NtkByParts, Proportional, Yarn
-from lcx.positions.temperature import Temperature
+from lcx.positions.scheme import Heads
 from lcx.positions.xpos import Xpos
 
 HEADS = Heads(num_heads=4, num_kv_heads=2, head_dim=16, model_dim=64)
@@ -29,7 +29,7 @@ SCHEMES = [
     (LongRope(short_factor=ONES, long_factor=(2.0,) * 8, original_length=32), {"long_factor": (3.0,) * 8, "factor": 5.0}),
     (Proportional(partial=0.5), {"factor": 2.0, "theta": 5e5}),
     (Xpos(), {"theta": 5e5, "scale_base": 1024.0, "gamma": 0.5}),
-    (Rope(temperature=Temperature("llama4")), {"temperature": Temperature("llama4", 0.2, 16)}),
+    (Rope(temperature=QueryScaling("llama4")), {"temperature": QueryScaling("llama4", 0.2, 16)}),
 ]
 FACTOR_ONE = [
     Linear(factor=1.0),
@@ -50,12 +50,12 @@ FACTOR_ONE = [
 
 def scores(scheme, q, k, positions, length=64):
     """Products of rotated queries and keys, [B, N, T, S], in float32."""
-    form = scheme.form(length)
-    arrays = scheme.arrays(HEADS, length)
-    (piece,) = form.pieces
-    made = tables(form, arrays, positions)
-    q = rotate(q, *made[piece.q_phase], form.layout)
-    k = rotate(k, *made[piece.k_phase], form.layout)
+    spec = scheme.spec(length)
+    buffers = scheme.buffers(HEADS, length)
+    (region,) = spec.regions
+    made = tables(spec, buffers, positions)
+    q = rotate(q, *made[region.q_rotation], spec.layout)
+    k = rotate(k, *made[region.k_rotation], spec.layout)
     return jnp.einsum("btnh,bsnh->bnts", q, k)
 
 
@@ -93,7 +93,7 @@ def test_scores_depend_on_relative_positions_alone(scheme, qk):
 
 def test_partial_rotary_leaves_the_rest_alone(qk):
     scheme = Rope(partial=0.25)
-    made = tables(scheme.form(64), scheme.arrays(HEADS, 64), jnp.arange(12, dtype=jnp.int32)[None])
+    made = tables(scheme.spec(64), scheme.buffers(HEADS, 64), jnp.arange(12, dtype=jnp.int32)[None])
     turned = rotate(qk[0], *made["rotary"])
     np.testing.assert_array_equal(turned[..., 4:], qk[0][..., 4:])
     assert np.all(np.any(np.asarray(turned[:, 1:, :, :4] != qk[0][:, 1:, :, :4]), axis=-1))
@@ -107,33 +107,33 @@ def test_proportional_turns_the_fast_pairs_only():
 
 @pytest.mark.parametrize("scheme", FACTOR_ONE, ids=lambda scheme: repr(scheme)[:60])
 def test_factor_one_is_the_identity(scheme):
-    phase, plain = (s.arrays(HEADS, 64)["phases"]["rotary"] for s in (scheme, Rope()))
-    assert scheme.form(64) == Rope().form(64)
-    assert np.array_equal(phase.hi, plain.hi) and np.array_equal(phase.lo, plain.lo) and phase.amplitude == 1
+    rotation, plain = (s.buffers(HEADS, 64)["rotations"]["rotary"] for s in (scheme, Rope()))
+    assert scheme.spec(64) == Rope().spec(64)
+    assert np.array_equal(rotation.hi, plain.hi) and np.array_equal(rotation.lo, plain.lo) and rotation.amplitude == 1
 
 
 @pytest.mark.parametrize(("scheme", "changes"), SCHEMES, ids=lambda value: repr(value)[:40])
 def test_real_valued_settings_change_arrays_and_nothing_else(scheme, changes):
     changed = dataclasses.replace(scheme, **changes)
-    assert changed.form(64) == scheme.form(64) and hash(changed.form(64)) == hash(scheme.form(64))
-    shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), s.arrays(HEADS, 64)) for s in (scheme, changed)]
+    assert changed.spec(64) == scheme.spec(64) and hash(changed.spec(64)) == hash(scheme.spec(64))
+    shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), s.buffers(HEADS, 64)) for s in (scheme, changed)]
     assert shapes[0] == shapes[1]
-    leaves = [jax.tree.leaves(s.arrays(HEADS, 64)) for s in (scheme, changed)]
+    leaves = [jax.tree.leaves(s.buffers(HEADS, 64)) for s in (scheme, changed)]
     assert any(not np.array_equal(a, b) for a, b in zip(*leaves, strict=True))
 
 
 def test_rotary_schemes_share_one_compiled_program():
     traces = []
 
-    def run(form, arrays, positions):
-        traces.append(form)
-        return tables(form, arrays, positions)
+    def run(spec, buffers, positions):
+        traces.append(spec)
+        return tables(spec, buffers, positions)
 
     compiled = jax.jit(run, static_argnums=0)
     positions = jnp.arange(4, dtype=jnp.int32)[None]
     for scheme in (Rope(), Rope(theta=500.0), Linear(factor=2.0), Ntk(factor=3.0), Yarn(factor=4.0, original_length=16), Llama3()):
         for length in (64, 128):
-            compiled(scheme.form(length), scheme.arrays(HEADS, length), positions)
+            compiled(scheme.spec(length), scheme.buffers(HEADS, length), positions)
     assert len(traces) == 1
 
 
@@ -160,9 +160,9 @@ def test_xpos_decays_as_published_and_refuses_to_overflow(qk):
     )
     np.testing.assert_allclose(scores(scheme, *qk, positions)[0, 0], turned.real.sum(-1), atol=2e-5)
     with pytest.raises(UserError, match="raise it to"):
-        Xpos().form(65536)
+        Xpos().spec(65536)
     scheme = Xpos(scale_base=16500.0)
-    made = tables(scheme.form(2**20), scheme.arrays(HEADS, 2**20), jnp.asarray([[0, 2**20 - 1]], jnp.int32))
+    made = tables(scheme.spec(2**20), scheme.buffers(HEADS, 2**20), jnp.asarray([[0, 2**20 - 1]], jnp.int32))
     assert all(np.all(np.isfinite(x)) for pair in made.values() for x in pair)
 
 
@@ -173,20 +173,20 @@ def test_xpos_decays_as_published_and_refuses_to_overflow(qk):
         (lambda: Rope(theta=float("nan")), "theta=nan"),
         (lambda: Rope(layout="halves"), "did you mean 'half'"),
         (lambda: Rope(partial=1.5), "partial=1.5"),
-        (lambda: Rope(partial=0.2).form(64) and Rope(partial=0.2).arrays(HEADS, 64), "= 3 dims"),
-        (lambda: Rope().arrays(dataclasses.replace(HEADS, head_dim=15), 64), "= 15 dims"),
+        (lambda: Rope(partial=0.2).spec(64) and Rope(partial=0.2).buffers(HEADS, 64), "= 3 dims"),
+        (lambda: Rope().buffers(dataclasses.replace(HEADS, head_dim=15), 64), "= 15 dims"),
         (lambda: Linear(factor=0.5), "factor=0.5"),
-        (lambda: Linear().form(64), "needs linear.factor"),
-        (lambda: Yarn(factor=2.0).form(64), "needs yarn.original_length"),
+        (lambda: Linear().spec(64), "needs linear.factor"),
+        (lambda: Yarn(factor=2.0).spec(64), "needs yarn.original_length"),
         (lambda: Yarn(beta_fast=1.0, beta_slow=2.0), "beta_fast=1.0"),
         (lambda: Yarn(variant="papers"), "did you mean 'paper'"),
         (lambda: Yarn(scale_softmax=True), "mscale_all_dim"),
-        (lambda: Dynamic(factor=2.0).form(64), "needs dynamic.original_length"),
+        (lambda: Dynamic(factor=2.0).spec(64), "needs dynamic.original_length"),
         (lambda: Llama3(low_freq_factor=4.0), "high_freq_factor=4.0"),
-        (lambda: LongRope(short_factor=ONES, long_factor=ONES[1:], original_length=8).arrays(HEADS, 64), "7 values for 8"),
+        (lambda: LongRope(short_factor=ONES, long_factor=ONES[1:], original_length=8).buffers(HEADS, 64), "7 values for 8"),
         (lambda: LongRope(short_factor=ONES, long_factor=(0.0,) * 8), "holds 0.0"),
-        (lambda: Ntk(factor=2.0, partial=0.125).arrays(HEADS, 64), "rotary dim above 2"),
-        (lambda: Proportional(partial=0.1).arrays(HEADS, 64), "no turning pair"),
+        (lambda: Ntk(factor=2.0, partial=0.125).buffers(HEADS, 64), "rotary dim above 2"),
+        (lambda: Proportional(partial=0.1).buffers(HEADS, 64), "no turning pair"),
         (lambda: Xpos(gamma=0.0), "gamma=0.0"),
     ],
 )

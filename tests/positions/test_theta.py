@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from lcx.core import config
+from lcx.core import configs
 from lcx.core.errors import UserError
 from lcx.positions import theta
 
@@ -89,7 +89,7 @@ def test_schedule_is_the_same_from_stage_to_stage():
 
 def test_report_is_plain_and_complete():
     report = theta.report(256, 500.0, 4096, 32)
-    values = json.loads(json.dumps(config.plain(report)))
+    values = json.loads(json.dumps(configs.plain(report)))
     assert values["critical_dimension"] == theta.critical_dimension(500.0, 32, 256)
     assert [stage["length"] for stage in values["stages"]] == [1024, 4096]
     assert values["lower_bound"] == values["stages"][-1]["lower_bound"] == theta.lower_bound(4096, 32)

@@ -7,11 +7,11 @@ import optax
 import pytest
 
 from lcx.core.errors import UserError
-from lcx.core.params import abstract
+from lcx.core.param_spec import abstract
 from lcx.core.trees import paths
 from lcx.model.config import ModelConfig
 from lcx.model.params import specs
-from lcx.positions.schemes import from_config
+from lcx.positions.registry import from_config
 from lcx.training.optimizer import OptimConfig, decay_mask, learning_rate, optimizer
 
 

@@ -5,10 +5,10 @@ import ml_collections
 import pytest
 import tiny
 
-from lcx.core.config import plain
+from lcx.core.configs import plain
 from lcx.core.errors import UserError
 from lcx.core.mesh import MeshConfig
-from lcx.training.plan import Planner
+from lcx.training.builder import Planner
 from lcx.training.stages import RunConfig, run_config, schemes_through
 
 
@@ -25,7 +25,7 @@ def test_named_stages_are_ordered_by_length_or_as_told():
 
 
 def test_a_saved_config_reads_back():
-    from lcx.core.config import build
+    from lcx.core.configs import build
 
     run = run_config(tiny.config(stages=tiny.stages(mesh={"data": 2, "fsdp": 1}, optim={"lr": 1e-4})))
     assert build(RunConfig, plain(run)) == run

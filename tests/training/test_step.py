@@ -10,11 +10,11 @@ import pytest
 
 from lcx.core.batch import Batch
 from lcx.core.mesh import MeshConfig, make_mesh
-from lcx.core.params import initialize, paths_of
+from lcx.core.param_spec import initialize, paths_of
 from lcx.core.trees import worst_error
-from lcx.model.config import ModelConfig, lay_out
+from lcx.model.config import ModelConfig, build_architecture
 from lcx.model.params import specs
-from lcx.positions.schemes import from_config
+from lcx.positions.registry import from_config
 from lcx.training.optimizer import OptimConfig
 from lcx.training.step import TrainStep, train_step
 
@@ -25,14 +25,14 @@ OPTIM = OptimConfig(lr=1e-2, warmup_steps=2, z_loss=1e-3)
 
 def laid_out(theta=100.0, model=MODEL):
     scheme = {"global": from_config({"name": "rope", "theta": theta})}
-    arch, arrays = lay_out(model, scheme, LENGTH)
-    return arch, arrays, specs(model, scheme, LENGTH)
+    arch, buffers = build_architecture(model, scheme, LENGTH)
+    return arch, buffers, specs(model, scheme, LENGTH)
 
 
 def make_step(mesh, accumulate=1, model=MODEL):
-    arch, arrays, table = laid_out(model=model)
+    arch, buffers, table = laid_out(model=model)
     devices = jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor * mesh.context]
-    return train_step(arch, table, OPTIM, STEPS, make_mesh(mesh, devices), accumulate), arrays
+    return train_step(arch, table, OPTIM, STEPS, make_mesh(mesh, devices), accumulate), buffers
 
 
 def host_batch(step):
@@ -47,12 +47,12 @@ def fresh(step):
     return step.start(initialize(step.specs, jax.random.key(0)))
 
 
-def run(step, arrays):
+def run(step, buffers):
     """Losses and gradients of five steps, and the state after them."""
     state = fresh(step)
     losses, gradients = [], []
     for i in range(STEPS):
-        state, figures, grads = step.with_gradients(state, step.put(host_batch(i), ROWS), arrays)
+        state, figures, grads = step.with_gradients(state, step.put(host_batch(i), ROWS), buffers)
         losses.append(figures["loss"].item())
         gradients.append(jax.device_get(grads))
     return losses, gradients, state
@@ -74,8 +74,8 @@ def check(losses, gradients):
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 4, 1), (2, 2, 2)])
 def test_meshes_equal_one_device(sizes):
     data, fsdp, tensor = sizes
-    step, arrays = make_step(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
-    losses, gradients, state = run(step, arrays)
+    step, buffers = make_step(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
+    losses, gradients, state = run(step, buffers)
     check(losses, gradients)
     kernel = state.params["layers"]["mlp"]["up"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size // (fsdp * tensor)
@@ -100,8 +100,8 @@ def test_context_meshes_equal_one_device(sizes, strategy):
     """Sequence, weights and optimizer state split over the devices of the context."""
     data, fsdp, tensor, context, ulysses = sizes
     mesh = MeshConfig(data=data, fsdp=fsdp, tensor=tensor, context=context, ulysses=ulysses)
-    step, arrays = make_step(mesh, model=dataclasses.replace(MODEL, context_strategy=strategy))
-    losses, gradients, state = run(step, arrays)
+    step, buffers = make_step(mesh, model=dataclasses.replace(MODEL, context_strategy=strategy))
+    losses, gradients, state = run(step, buffers)
     check(losses, gradients)
     adam = next(x for x in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(x, "mu"))
     for tree in (state.params, adam.mu, adam.nu):
@@ -126,24 +126,24 @@ def test_accumulation_on_a_mesh():
 
 
 def test_theta_compiles_nothing_again():
-    arch, arrays, table = laid_out(theta=55.0)
+    arch, buffers, table = laid_out(theta=55.0)
     step = TrainStep(arch, tuple(paths_of(table)), OPTIM, STEPS, make_mesh(MeshConfig(fsdp=1), jax.devices()[:1]))
     state = fresh(step)
     losses = []
     for theta in (55.0, 1e4, 5e8):
-        other, arrays, _ = laid_out(theta)
+        other, buffers, _ = laid_out(theta)
         assert other == arch
-        state, figures = step(state, step.put(host_batch(0), ROWS), arrays)
+        state, figures = step(state, step.put(host_batch(0), ROWS), buffers)
         losses.append(figures["loss"].item())
     assert step.compiles == 1
     assert len(set(losses)) == 3
 
 
-@pytest.mark.parametrize("poison", ["weights", "none", "arrays"])
+@pytest.mark.parametrize("poison", ["weights", "none", "buffers"])
 def test_a_step_that_is_not_finite_keeps_the_state(poison):
-    step, arrays = make_step(MeshConfig(fsdp=1))
+    step, buffers = make_step(MeshConfig(fsdp=1))
     state = fresh(step)
-    state, figures = step(state, step.put(host_batch(0), ROWS), arrays)
+    state, figures = step(state, step.put(host_batch(0), ROWS), buffers)
     assert figures["ok"] and figures["in_a_row"] == 0
     before = jax.tree.map(np.array, (state.params, state.opt_state))
     batch = host_batch(1)
@@ -151,12 +151,12 @@ def test_a_step_that_is_not_finite_keeps_the_state(poison):
         batch = batch.replace(weights=np.where(batch.weights > 0.5, np.nan, batch.weights).astype(np.float32))
     elif poison == "none":
         batch = batch.replace(weights=np.zeros_like(batch.weights))
-    bad = jax.tree.map(lambda x: x * jnp.nan if x.dtype == jnp.float32 else x, arrays) if poison == "arrays" else arrays
+    bad = jax.tree.map(lambda x: x * jnp.nan if x.dtype == jnp.float32 else x, buffers) if poison == "buffers" else buffers
     for count in (1, 2):
         state, figures = step(state, step.put(batch, ROWS), bad)
         assert not figures["ok"] and figures["in_a_row"] == count and figures["skipped"] == count
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.array, (state.params, state.opt_state)))
-    state, figures = step(state, step.put(host_batch(2), ROWS), arrays)
+    state, figures = step(state, step.put(host_batch(2), ROWS), buffers)
     assert figures["ok"] and figures["in_a_row"] == 0 and figures["skipped"] == 2
     assert state.step == 4
 
@@ -164,8 +164,8 @@ def test_a_step_that_is_not_finite_keeps_the_state(poison):
 def test_bfloat16_computes_on_float32_weights():
     model = dataclasses.replace(MODEL, compute_dtype="bfloat16")
     scheme = {"global": from_config({"name": "rope", "theta": 100.0})}
-    arch, arrays = lay_out(model, scheme, LENGTH)
+    arch, buffers = build_architecture(model, scheme, LENGTH)
     step = train_step(arch, specs(model, scheme, LENGTH), OPTIM, STEPS, make_mesh(MeshConfig(fsdp=1), jax.devices()[:1]), 2)
-    state, figures = step(fresh(step), step.put(host_batch(0), ROWS), arrays)
+    state, figures = step(fresh(step), step.put(host_batch(0), ROWS), buffers)
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.float32)}
     np.testing.assert_allclose(figures["loss"].item(), reference()[0][0], rtol=1e-2)

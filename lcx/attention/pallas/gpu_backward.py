@@ -1,0 +1,93 @@
+"""The backward pass of the GPU kernel: one kernel for dq, past which keys pass, and one for dk and dv, past which queries pass.
+
+Tiles of probabilities are computed again from q, k and the log-sum-exp (arXiv 2307.08691). Legend: see `gpu_walk`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from lcx.attention.pallas import gpu_walk as gpu
+from lcx.attention.pallas import tiling
+from lcx.attention.pallas.tiling import Ready, Rule
+from lcx.attention.partial import Partial, together
+
+
+def lay_out(rule: Rule, q_BTNH, q_index, slopes_N, whole: Partial, cotangent: Partial) -> Ready:
+    """Tiles of the queries' side, for any keys."""
+    return gpu.widen_queries(tiling.lay_out(rule, q_BTNH, q_index, slopes_N, q_BTNH.shape[2], whole, cotangent))
+
+
+def backward(rule: Rule, ready: Ready, k_BSKH, v_BSKH, k_index, beside: Any) -> tuple[tuple[jax.Array, ...], Any]:
+    """float32 `(dq, dk, dv, dslopes)` that go through these keys, dq in tiles, dslopes `[N]`; and `beside`."""
+    queries, *more = ready
+    tiles, q_index = gpu.cut_wide(rule, queries, k_BSKH, v_BSKH, k_index), queries.index
+    counts = (tiles.q.shape[0], tiles.q.shape[2], tiles.k.shape[2])
+
+    def run(kernel, name: str, keys_pass: bool, like: tuple[jax.Array, ...]) -> list:
+        outputs = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in like]
+        known = gpu.plan_walk(rule, q_index, k_index, keys_pass)
+        return gpu.call(functools.partial(kernel, rule, counts), rule, name, tiles, known, keys_pass, tuple(more), outputs)
+
+    dq, *dslopes = run(_queries, "flash_backward_queries", True, (tiles.q, ready.lse) if rule.linear else (tiles.q,))
+    dk, dv = run(_keys, "flash_backward_keys", False, (tiles.k, tiles.v))
+    dk, dv = (tiling.join_heads(x[..., : k_BSKH.shape[3]], rule.blocks.k, k_BSKH.shape) for x in (dk, dv))
+    # Rows beyond the last token have probabilities of 0.
+    dslopes = jnp.sum(dslopes[0], axis=(0, 2, 3, 4)) if rule.linear else jnp.zeros(tiles.slopes.shape, jnp.float32)
+    return together((dq, dk, dv, dslopes), beside)
+
+
+def _slope(rule: Rule, masked: bool, q_axis: int, q, k, v, q_tokens, k_tokens, slope, do, lse, delta) -> tuple:
+    """Tiles, queries along `q_axis`: probabilities, cotangents of q·k and of the logits, and |distance| where there are slopes."""
+    scores, capped, away = gpu.logits(rule, masked, q_axis, q, k, q_tokens, k_tokens, slope)
+    p = jnp.exp(scores - gpu.spread(lse, q_axis))
+    dp = tiling.product(do, v, 1, 1) if q_axis == 0 else tiling.product(v, do, 1, 1)
+    ds, dlogits = tiling.cotangents_of(rule, p, capped, dp, gpu.spread(delta, q_axis))
+    return p, ds, dlogits, away
+
+
+def _queries(rule, counts, *refs):
+    *known, q, k, v, q_tokens, k_tokens, slopes, do, lse, delta = refs[:15]
+    outputs = refs[15:]  # dq, and dslopes where there are slopes
+    i, n, b = (pl.program_id(axis) for axis in range(3))
+    here, asking, fixed = q[...], gpu.tokens(q_tokens), (slopes[n], do[...], lse[0, :], delta[0, :])
+
+    def tile(masked: bool, j, carry):
+        acc, *slope_acc = carry
+        key = k[j]
+        _, ds, dlogits, away = _slope(rule, masked, 0, here, key, v[j], asking, gpu.tokens(k_tokens, j), *fixed)
+        slope_acc = [x - jnp.sum(dlogits * away, axis=1) for x in slope_acc]
+        return acc + tiling.product(ds.astype(key.dtype), key, 1, 0), *slope_acc
+
+    start = jnp.zeros(q.shape, jnp.float32), *(jnp.zeros(q.shape[:1], jnp.float32) for _ in outputs[1:])
+    acc, *slope_acc = gpu.walk(rule, known, counts, b, i, True, tile, start)
+    outputs[0][...] = acc
+    for ref, x in zip(outputs[1:], slope_acc, strict=True):
+        ref[0, :] = x
+
+
+def _keys(rule, counts, *refs):
+    *known, q, k, v, q_tokens, k_tokens, slopes, do, lse, delta, dk, dv = refs
+    j, h, b = (pl.program_id(axis) for axis in range(3))
+    key, value, asked, group = k[...], v[...], gpu.tokens(k_tokens), q.shape[0]
+
+    def head(g, carry):
+        slope = slopes[h * group + g]
+
+        def tile(masked: bool, i, carry):
+            dk_acc, dv_acc = carry
+            query, cotangent = q[g, i], do[g, i]
+            fixed = (slope, cotangent, lse[g, i, 0, :], delta[g, i, 0, :])
+            p, ds, _, _ = _slope(rule, masked, 1, query, key, value, gpu.tokens(q_tokens, i), asked, *fixed)
+            dv_acc = dv_acc + tiling.product(p.astype(cotangent.dtype), cotangent, 1, 0)
+            return dk_acc + tiling.product(ds.astype(query.dtype), query, 1, 0), dv_acc
+
+        return gpu.walk(rule, known, counts, b, j, False, tile, carry)
+
+    start = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    dk[...], dv[...] = jax.lax.fori_loop(0, group, head, start)

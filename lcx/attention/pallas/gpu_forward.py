@@ -1,0 +1,58 @@
+"""The forward pass of the GPU kernel: an online softmax, keys passing by a block of queries (arXiv 2307.08691).
+
+Legend: see `gpu_walk`.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from lcx.attention.dense import MASKED
+from lcx.attention.pallas import gpu_walk as gpu
+from lcx.attention.pallas import tiling
+from lcx.attention.pallas.tiling import Rule
+from lcx.attention.partial import Partial
+
+
+def forward(rule: Rule, q_BTNH, k_BSKH, v_BSKH, q_index, k_index, slopes_N) -> Partial:
+    """`(o_BTNH, lse_BTN)` of the queries over these keys."""
+    *_, N, H = q_BTNH.shape
+    tiles = gpu.cut_wide(rule, tiling.cut_queries(rule, q_BTNH, q_index, slopes_N, N), k_BSKH, v_BSKH, k_index)
+    known = gpu.plan_walk(rule, q_index, k_index, keys_pass=True)
+    block = tiles.q.shape[3]
+    outputs = [
+        jax.ShapeDtypeStruct(tiles.q.shape, rule.out_dtype),
+        jax.ShapeDtypeStruct((*tiles.q.shape[:3], 1, block), jnp.float32),
+    ]
+    kernel = functools.partial(_kernel, rule, (tiles.q.shape[0], tiles.q.shape[2], tiles.k.shape[2]))
+    o, lse = gpu.call(kernel, rule, "flash_forward", tiles, known, True, (), outputs)
+    return tiling.join_heads(o[..., :H], block, q_BTNH.shape), tiling.join_numbers(lse, block, q_BTNH.shape[:3])
+
+
+def _kernel(rule, counts, *refs):
+    *known, q, k, v, q_tokens, k_tokens, slopes, o, lse = refs
+    i, n, b = (pl.program_id(axis) for axis in range(3))
+    rows, H = q.shape
+    here, asking, slope = q[...], gpu.tokens(q_tokens), slopes[n]
+
+    def tile(masked: bool, j, carry):
+        top, total, acc = carry
+        scores, _, _ = gpu.logits(rule, masked, 0, here, k[j], asking, gpu.tokens(k_tokens, j), slope)
+        new_top = jnp.maximum(top, jnp.max(scores, axis=1))
+        # A row without a visible key so far has new_top = MASKED; halving it keeps exp(MASKED - ...) at 0 there.
+        safe = jnp.maximum(new_top, MASKED / 2)
+        p = jnp.exp(scores - safe[:, None])
+        shrink = jnp.exp(top - safe)
+        acc = acc * shrink[:, None] + tiling.product(p.astype(v.dtype), v[j], 1, 0)
+        return new_top, total * shrink + jnp.sum(p, axis=1), acc
+
+    start = jnp.full((rows,), MASKED, jnp.float32), jnp.zeros((rows,), jnp.float32), jnp.zeros((rows, H), jnp.float32)
+    top, total, acc = gpu.walk(rule, known, counts, b, i, True, tile, start)
+    empty = total == 0.0
+    share = jnp.where(empty, 1.0, total)
+    o[...] = (acc / share[:, None]).astype(o.dtype)
+    lse[0, :] = jnp.where(empty, -jnp.inf, top + jnp.log(share))

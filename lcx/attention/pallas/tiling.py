@@ -1,0 +1,200 @@
+"""What the kernels for TPUs and for GPUs share: how arrays are cut into tiles, and which pairs of tiles have work.
+
+Legend: B batch, T query tokens, S key tokens, N heads, K KV heads, G = N/K, H head dim, `rows` = G·block_q. Queries are cut into
+tiles `[B, K, T/block_q, rows, H]`, the G query heads of a KV head below one another, so that keys are never repeated; keys into
+tiles `[B, K, S/block_k, block_k, H]`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lcx.attention.dense import MASKED
+from lcx.attention.partial import Partial
+from lcx.attention.tiles import Blocks, fold, fold_index, row_terms, unfold
+from lcx.core.batch import Index
+from lcx.core.mask import Bounds, Mask, bounds, sees
+
+Platform = Literal["tpu", "gpu"]
+FIELDS = ("order", "positions", "segments", "prefix")
+BOUNDS = tuple(field.name for field in dataclasses.fields(Bounds))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """All that is static about one call. `linear`: ALiBi's slopes are in use. `platform`: whose kernel it is. `interpret`: no such
+    device, run the kernel's jaxpr."""
+
+    mask: Mask
+    linear: bool
+    scale: float
+    softcap: float | None
+    blocks: Blocks
+    out_dtype: Any
+    platform: Platform
+    interpret: bool
+
+
+class Tiles(NamedTuple):
+    """The arrays of a call in tiles, and who their tokens are: `[B, T/block_q, 4, rows]` and `[B, S/block_k, 4, block_k]`."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    q_tokens: jax.Array
+    k_tokens: jax.Array
+    slopes: jax.Array
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Rows of the batch, KV heads, blocks of queries and blocks of keys: the whole grid."""
+        return (*self.q.shape[:3], self.k.shape[2])
+
+
+class QueryTiles(NamedTuple):
+    """The queries' side of `Tiles`, and their index as it came."""
+
+    q: jax.Array
+    tokens: jax.Array
+    slopes: jax.Array
+    index: Index
+
+
+def cut_queries(rule: Rule, q_BTNH: jax.Array, q_index: Index, slopes_N: jax.Array | None, kv_heads: int) -> QueryTiles:
+    """Tiles of the queries; tails are zeros of segment 0, so padding."""
+    group = q_BTNH.shape[2] // kv_heads
+    slopes = jnp.zeros(kv_heads * group, jnp.float32) if slopes_N is None else slopes_N.astype(jnp.float32)
+    slopes = jnp.repeat(slopes.reshape(kv_heads, 1, group), rule.blocks.q, axis=2)
+    return QueryTiles(cut_heads(q_BTNH, rule.blocks.q, kv_heads), _tokens(q_index, rule.blocks.q, group), slopes, q_index)
+
+
+def cut(rule: Rule, queries: QueryTiles, k_BSKH: jax.Array, v_BSKH: jax.Array, k_index: Index) -> Tiles:
+    """Tiles of the arguments of a kernel."""
+    k, v = (cut_heads(x.astype(queries.q.dtype), rule.blocks.k, k_BSKH.shape[2]) for x in (k_BSKH, v_BSKH))
+    return Tiles(queries.q, k, v, queries.tokens, _tokens(k_index, rule.blocks.k, 1), queries.slopes)
+
+
+def cut_heads(x_BTNH: jax.Array, block: int, kv_heads: int) -> jax.Array:
+    """`[B, T, N, H]` as tiles `[B, K, T/block, G·block, H]`."""
+    tiles = fold(x_BTNH, block, Blocks(block, block), kv_heads)
+    return tiles.reshape(x_BTNH.shape[0], kv_heads, tiles.shape[1], *tiles.shape[4:])
+
+
+def cut_numbers(x_BTN: jax.Array, block: int, kv_heads: int) -> jax.Array:
+    """`[B, T, N]` as rows of lanes `[B, K, T/block, 1, G·block]`."""
+    return jnp.swapaxes(cut_heads(x_BTN[..., None], block, kv_heads), -1, -2)
+
+
+def join_heads(tiles: jax.Array, block: int, shape: tuple[int, ...]) -> jax.Array:
+    """The inverse of `cut_heads`: tiles back to `shape` = `[B, T, N, H]`."""
+    B, K, count, *tile = tiles.shape
+    return unfold(tiles.reshape(B * K, count, 1, 1, *tile), block, Blocks(block, block), shape)
+
+
+def join_numbers(tiles: jax.Array, block: int, shape: tuple[int, ...]) -> jax.Array:
+    """The inverse of `cut_numbers`: rows of lanes back to `shape` = `[B, T, N]`."""
+    return join_heads(jnp.swapaxes(tiles, -1, -2), block, (*shape, 1))[..., 0]
+
+
+def _blocks_of(index: Index, block: int) -> Index:
+    """Index arrays as `[B, T/block, block]`."""
+    return jax.tree.map(lambda x: x[:, :, 0], fold_index(index, block, Blocks(block, block), 1))
+
+
+def _tokens(index: Index, block: int, copies: int) -> jax.Array:
+    blocks = _blocks_of(index, block)
+    prefix = jnp.zeros_like(blocks.order) if blocks.prefix is None else blocks.prefix
+    fields = jnp.stack([blocks.order, blocks.positions, blocks.segments, prefix], axis=2).astype(jnp.int32)
+    return jnp.tile(fields, (1, 1, 1, copies))
+
+
+def extremes(rule: Rule, q_index: Index, k_index: Index) -> tuple[Bounds, Bounds]:
+    """Bounds of the blocks of queries and of keys, `[B, blocks]`."""
+    q, k = (
+        bounds(jax.tree.map(lambda x: x.reshape(x.shape[0], -1), _blocks_of(index, block)), block)
+        for index, block in ((q_index, rule.blocks.q), (k_index, rule.blocks.k))
+    )
+    return q, k
+
+
+def pairs(test: Callable[[Mask, Bounds, Bounds], jax.Array], rule: Rule, q: Bounds, k: Bounds, keys_pass: bool) -> jax.Array:
+    """`may_see` or `sees_all` of all pairs of blocks, `[B, blocks that stay, blocks that pass]` (`keys_pass`: keys)."""
+    found = test(rule.mask, jax.tree.map(lambda x: x[:, :, None], q), jax.tree.map(lambda x: x[:, None, :], k))
+    return found if keys_pass else jnp.swapaxes(found, 1, 2)
+
+
+def flat(extremes: Bounds) -> jax.Array:
+    """Bounds `[B, blocks]` as one flat int32 array, for `read`."""
+    return jnp.stack([getattr(extremes, name).astype(jnp.int32) for name in BOUNDS]).reshape(-1)
+
+
+def read(ref, B: int, count: int, b: jax.Array, i: jax.Array) -> Bounds:
+    """The bounds of block i of row b, of `count` blocks in each of B rows, inside a kernel."""
+    values = {name: ref[(n * B + b) * count + i] for n, name in enumerate(BOUNDS)}
+    return Bounds(**{name: x != 0 if name.startswith(("any", "all")) else x for name, x in values.items()})
+
+
+class Ready(NamedTuple):
+    """What the backward pass needs of the queries, in tiles: the cotangents of o, log-sum-exp, and D (see `row_terms`)."""
+
+    queries: QueryTiles
+    do: jax.Array
+    lse: jax.Array
+    delta: jax.Array
+
+
+def lay_out(rule: Rule, q_BTNH, q_index, slopes_N, kv_heads: int, whole: Partial, cotangent: Partial) -> Ready:
+    """Tiles of the queries' side, for any keys."""
+    block = rule.blocks.q
+    lse, delta = (cut_numbers(x, block, kv_heads) for x in row_terms(whole, cotangent, jnp.float32))
+    do = cut_heads(cotangent[0].astype(q_BTNH.dtype), block, kv_heads)
+    return Ready(cut_queries(rule, q_BTNH, q_index, slopes_N, kv_heads), do, lse, delta)
+
+
+def index_of(mask: Mask, fields: list[jax.Array]) -> Index:
+    """The index that a mask asks for, of arrays in the order of `FIELDS`."""
+    return Index(*fields[:3], fields[3] if mask.prefix else None)
+
+
+def logits_of(
+    rule: Rule, masked: bool, raw: jax.Array, slopes: jax.Array, indices: Callable[[], tuple[Index, Index]]
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """A tile of logits of raw = q·k; the same before bias and mask; and |distance| where there are slopes.
+
+    `indices` gives the index of the queries and that of the keys, broadcast against each other; asked for only where they count.
+    """
+    capped = raw * rule.scale
+    if rule.softcap is not None:
+        capped = rule.softcap * jnp.tanh(capped / rule.softcap)
+    if not (masked or rule.linear):
+        return capped, capped, None
+    q_index, k_index = indices()
+    tile, away = capped, None
+    if rule.linear:
+        away = jnp.abs(q_index.positions - k_index.positions).astype(jnp.float32)
+        tile = tile - slopes * away
+    if masked:
+        tile = jnp.where(sees(rule.mask, q_index, k_index), tile, MASKED)
+    return tile, capped, away
+
+
+def cotangents_of(rule: Rule, p: jax.Array, capped: jax.Array, dp: jax.Array, delta: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cotangents of q·k and of the logits, from probabilities, the logits before bias and mask, do·v and D (see `row_terms`)."""
+    dlogits = p * (dp - delta)
+    ds = dlogits
+    if rule.softcap is not None:
+        ds = ds * (1.0 - jnp.square(capped / rule.softcap))
+    return ds * rule.scale, dlogits
+
+
+def product(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
+    """a·b over one axis of each, in float32; a float32 product is not rounded to bfloat16 on the way."""
+    b = b.astype(a.dtype)
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    dimensions = (((a_axis,), (b_axis,)), ((), ()))
+    return jax.lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)

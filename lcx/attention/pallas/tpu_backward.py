@@ -1,0 +1,102 @@
+"""The backward pass of the TPU kernel: one kernel for dq, past which keys pass, and one for dk and dv, past which queries pass.
+
+Tiles of probabilities are computed again from q, k and the log-sum-exp (arXiv 2307.08691). Legend: see `cut`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from lcx.attention.pallas import tiling
+from lcx.attention.pallas import tpu_grid as grid
+from lcx.attention.pallas.tiling import Ready, Rule
+
+
+def backward(rule: Rule, ready: Ready, k_BSKH, v_BSKH, k_index, beside: Any) -> tuple[tuple[jax.Array, ...], Any]:
+    """float32 `(dq, dk, dv, dslopes)` that go through these keys, dq in tiles, dslopes `[N]`; and `beside`."""
+    queries, *more = ready
+    tiles, q_index, block = tiling.cut(rule, queries, k_BSKH, v_BSKH, k_index), queries.index, rule.blocks.q
+
+    def like(x: jax.Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, jnp.float32)
+
+    rows, H = tiles.q.shape[3:]
+    dq, dslopes = grid.call(
+        functools.partial(_queries, rule, tiles.sizes), rule, "flash_backward_queries", tiles,
+        grid.steps(rule, q_index, k_index, keys_pass=True), True, tuple(more),
+        [("q", like(tiles.q)), ("q", like(ready.lse))], [(H, rows), (1, rows)],
+    )  # fmt: skip
+    dk, dv = grid.call(
+        functools.partial(_keys, rule, tiles.sizes), rule, "flash_backward_keys", tiles,
+        grid.steps(rule, q_index, k_index, keys_pass=False), False, tuple(more),
+        [("k", like(tiles.k)), ("k", like(tiles.v))], [tiles.k.shape[3:], tiles.k.shape[3:]],
+    )  # fmt: skip
+    if beside:
+        # Before anything else is done with the results: the compiler would hide transfers behind that instead of the kernel. What
+        # need not be there so soon is left to hide behind the kernel for dq, which runs later.
+        (dk, dv), soon = jax.lax.optimization_barrier(((dk, dv), beside[0]))
+        beside = (soon, *beside[1:])
+    dk, dv = (tiling.join_heads(x, rule.blocks.k, k_BSKH.shape) for x in (dk, dv))
+    B, T = q_index.order.shape
+    dslopes = jnp.sum(tiling.join_numbers(dslopes, block, (B, T, k_BSKH.shape[2] * rows // block)), axis=(0, 1))
+    return (dq, dk, dv, dslopes), beside
+
+
+def _slope(rule: Rule, masked: bool, q, k, v, q_tokens, k_tokens, slopes, do, lse, delta) -> tuple:
+    """Tiles `[block_k, rows]`: probabilities, cotangents of q·k and of the logits, and |distance| where there are slopes."""
+    scores, capped, away = grid.logits(rule, masked, q[...], k[...], q_tokens[...], k_tokens[...], slopes[...])
+    p = jnp.exp(scores - lse[...])
+    ds, dlogits = tiling.cotangents_of(rule, p, capped, tiling.product(v[...], do[...], 1, 1), delta[...])
+    return p, ds, dlogits, away
+
+
+def _queries(
+    rule, sizes, q_bounds, k_bounds, first, last, q, k, v, q_tokens, k_tokens, slopes, do, lse, delta, dq, dslopes, acc, slope_acc
+):  # fmt: skip
+    b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+
+    @pl.when(j == 0)
+    def _():
+        acc[...] = jnp.zeros(acc.shape, jnp.float32)
+        slope_acc[...] = jnp.zeros(slope_acc.shape, jnp.float32)
+
+    def tile(masked: bool) -> None:
+        _, ds, dlogits, away = _slope(rule, masked, q, k, v, q_tokens, k_tokens, slopes, do, lse, delta)
+        acc[...] += tiling.product(k[...], ds, 0, 0)
+        if rule.linear:
+            slope_acc[...] -= jnp.sum(dlogits * away, axis=0, keepdims=True)
+
+    grid.visit(rule, sizes, q_bounds, k_bounds, b, i, j, tile)
+
+    @pl.when(j == sizes[3] - 1)
+    def _():
+        dq[...] = jnp.swapaxes(acc[...], 0, 1)
+        dslopes[...] = slope_acc[...]
+
+
+def _keys(
+    rule, sizes, q_bounds, k_bounds, first, last, q, k, v, q_tokens, k_tokens, slopes, do, lse, delta, dk, dv, dk_acc, dv_acc
+):  # fmt: skip
+    b, j, i = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+
+    @pl.when(i == 0)
+    def _():
+        dk_acc[...] = jnp.zeros(dk_acc.shape, jnp.float32)
+        dv_acc[...] = jnp.zeros(dv_acc.shape, jnp.float32)
+
+    def tile(masked: bool) -> None:
+        p, ds, _, _ = _slope(rule, masked, q, k, v, q_tokens, k_tokens, slopes, do, lse, delta)
+        dv_acc[...] += tiling.product(p.astype(do.dtype), do[...], 1, 0)
+        dk_acc[...] += tiling.product(ds.astype(q.dtype), q[...], 1, 0)
+
+    grid.visit(rule, sizes, q_bounds, k_bounds, b, i, j, tile)
+
+    @pl.when(i == sizes[2] - 1)
+    def _():
+        dk[...] = dk_acc[...]
+        dv[...] = dv_acc[...]

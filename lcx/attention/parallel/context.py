@@ -1,0 +1,175 @@
+"""Attention over a sequence that is split over the mesh: which strategy serves a layer, and the `shard_map` around it.
+
+Legend: B batch, T tokens, N heads, K KV heads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from lcx.attention.parallel.gather import gather
+from lcx.attention.parallel.ring import Hops, ring
+from lcx.attention.parallel.sequence_layout import Layout
+from lcx.attention.parallel.ulysses import share_of_bias, ulysses
+from lcx.attention.partial import Partial
+from lcx.attention.shard import Kernel, Keys, Local, Queries
+from lcx.core.errors import UserError
+from lcx.core.mask import Mask
+from lcx.core.mesh import RULES, SEQUENCE, axis_size, target_platform
+
+Strategy = Literal["ring", "gather", "window"]
+
+RING_TOKENS = 12_288
+"""Tokens of a device times heads a KV head from which on a ring hides its traffic: 3K tokens for Llama 3 on a TPU v5p."""
+
+
+CPU_HOP = 2**21
+"""Logits of a hop down to which host devices take fewer heads at a time: they share their memory, so what is saved counts for
+all of them."""
+
+
+class ContextPlan(NamedTuple):
+    """What `resolve_context` decided: the devices whose keys are met, and in how many slices."""
+
+    strategy: Strategy
+    hops: Hops
+    reason: str
+
+
+def resolve_context(
+    strategy: Strategy | Literal["auto"], mask: Mask, layout: Layout, length: int, pieces: int, group: int
+) -> ContextPlan:
+    """How `pieces` devices of the ring share rows of `length` tokens under a mask, and why; `group` is N / K.
+
+    Raises `UserError` where the strategy that is asked for can't be exact.
+    """
+    shard = length // pieces
+    whole = Hops(pieces - 1)
+    near = _window_hops(mask, layout, shard, pieces)
+    if strategy == "window" and near is None:
+        raise UserError(
+            "strategy 'window' needs a window that ends within the ring, no prefix, and a contiguous or zigzag layout "
+            f"(window={mask.window}, prefix={mask.prefix}, layout={layout!r}); choose 'ring'"
+        )
+    why = "asked for"
+    if strategy == "auto":
+        many = shard * group >= RING_TOKENS
+        strategy = "window" if near is not None else "ring" if many else "gather"
+        enough = f"{shard:,} tokens a device with {group} heads a KV head are {'enough' if many else 'too few'} to hide a ring"
+        why = (
+            f"a window of {mask.window} reaches {near.before} devices before and {near.after} after" if near is not None else enough
+        )
+    hops = near if strategy == "window" else whole
+    # Gathered, a slice of every shard makes up what one device holds. A ring needs large messages.
+    slices = next(n for n in range(min(pieces, shard), 0, -1) if shard % n == 0) if strategy == "gather" else 1
+    return ContextPlan(strategy, dataclasses.replace(hops, slices=slices), f"{strategy}: {why}")
+
+
+def host_parts(hops: Hops, biased: bool, rows: int, tokens: int, heads: int, kv_heads: int) -> Hops:
+    """How host devices that hold `rows` of so many `tokens` walk a ring: by groups of the heads; or with a bias, which is computed
+    for all heads at once, and where nobody else has keys, by halves of the keys."""
+    if biased or not hops.before + hops.after:
+        return dataclasses.replace(hops, slices=2 if tokens % 2 == 0 else 1)
+    fits = (n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and rows * tokens**2 * (heads // n) >= CPU_HOP)
+    return dataclasses.replace(hops, groups=max(fits, default=1))
+
+
+def _window_hops(mask: Mask, layout: Layout, shard: int, pieces: int) -> Hops | None:
+    """The neighbours that a window reaches; None where it reaches everybody, or somebody who is no neighbour."""
+    if mask.window is None or mask.prefix or layout == "striped":
+        return None
+    reach = -(-(mask.window - 1) // (shard // 2 if layout == "zigzag" else shard))
+    # Of a device's two zigzag chunks one has its predecessor on the device before, the other on the device after.
+    hops = Hops(reach, 0 if mask.causal and layout == "contiguous" else reach)
+    return hops if hops.before + hops.after < pieces - 1 else None
+
+
+class _Split(NamedTuple):
+    """Mesh axes that `shard_map` takes over, and how it splits arrays `[B, T, ...]` of tokens and `[B, T, N, ...]` of heads."""
+
+    axes: set[str]
+    tokens: PartitionSpec
+    heads: PartitionSpec
+
+
+def _split(mesh: AbstractMesh, kernel: Kernel, queries: Queries, keys: Keys) -> _Split:
+    """The sequence alone; or all of the mesh for a kernel that the compiler can't split over rows and heads by itself."""
+    if kernel != "flash":
+        return _Split(set(SEQUENCE), PartitionSpec(None, SEQUENCE), PartitionSpec(None, SEQUENCE))
+    B, _, N, _ = queries.q.shape
+    tensor, share = mesh.shape["tensor"], mesh.shape["tensor"] * mesh.shape["ulysses"]
+    rows = RULES["batch"] if B % axis_size(mesh, "batch") == 0 else None
+    heads = "tensor" if N % share == 0 and keys.k.shape[2] % tensor == 0 else None
+    return _Split(set(mesh.axis_names), PartitionSpec(rows, SEQUENCE), PartitionSpec(rows, SEQUENCE, heads))
+
+
+def over_devices(
+    mesh: AbstractMesh,
+    kernel: Kernel,
+    run: Callable[..., Partial],
+    queries: Queries,
+    keys: Keys,
+    bias_params: Any,
+    spread: bool = True,
+) -> Partial:
+    """`run(shared, queries, keys, bias_params)` on the rows, tokens and heads of each device, for global arrays.
+
+    `shared(local)` is `local` for the heads that a device has of them. Without `spread` every device has all tokens of the queries.
+    """
+    split = _split(mesh, kernel, queries, keys)
+    asking = split if spread else split._replace(tokens=_whole(split.tokens), heads=_whole(split.heads))
+
+    def shared(local: Local) -> Local:
+        return share_of_bias(local, "tensor") if len(split.heads) > 2 and split.heads[2] else local
+
+    q_specs = Queries(asking.heads, asking.tokens, asking.tokens)
+    k_specs = Keys(split.heads, split.heads, split.tokens, split.tokens)
+    return jax.shard_map(
+        lambda *args: run(shared, *args),
+        mesh=mesh, in_specs=(q_specs, k_specs, PartitionSpec()), out_specs=asking.heads, axis_names=split.axes, check_vma=False,
+    )(queries, keys, bias_params)  # fmt: skip
+
+
+def _whole(spec: PartitionSpec) -> PartitionSpec:
+    """The same split without that of the tokens."""
+    return PartitionSpec(*(None if axes == SEQUENCE else axes for axes in spec))
+
+
+def over_mesh(
+    mesh: AbstractMesh,
+    plan: ContextPlan,
+    local: Callable[[int, int, int], Local],
+    queries: Queries,
+    keys: Keys,
+    bias_params: Any,
+) -> Partial:
+    """`(o_BTNH, lse_BTN)` in float32 or wider of global arrays whose sequence is split over `SEQUENCE`.
+
+    Every device computes the results of its own tokens. `local(tokens, heads, kv_heads)` gives what is static for the sizes that
+    a device works on at a time.
+    """
+    pieces, share = mesh.shape["ring"], mesh.shape["ulysses"]
+    exchange = share > 1
+    one = local(queries.q.shape[1] // pieces, queries.q.shape[2] // share, max(1, keys.k.shape[2] // share))
+    biased = one.scheme.bias is not None
+
+    def run(shared: Callable[[Local], Local], queries: Queries, keys: Keys, bias_params: Any) -> Partial:
+        def attention(queries: Queries, keys: Keys) -> Partial:
+            (B, T, N, _), K, hops = queries.q.shape, keys.k.shape[2], plan.hops
+            if plan.strategy != "gather" and target_platform() == "cpu":
+                hops = host_parts(hops, biased, B, T, N, K)
+            here = shared(local(T, N // hops.groups, K // hops.groups))
+            if exchange:
+                here = share_of_bias(here, "ulysses")
+            if plan.strategy == "gather":
+                return gather(here, "ring", hops.slices, queries, keys, bias_params)
+            return ring(here, "ring", hops, queries, keys, bias_params)
+
+        return ulysses(attention, "ulysses", queries, keys) if exchange else attention(queries, keys)
+
+    return over_devices(mesh, one.kernel, run, queries, keys, bias_params)

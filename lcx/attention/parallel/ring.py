@@ -1,0 +1,173 @@
+"""Ring attention: keys and values walk from device to device while every device works on what it has (arXiv 2310.01889).
+
+Keys travel raw, unrepeated and in their own dtype, with their index and rotary tables; results are merged in float32. The backward
+pass walks the same way and carries the pending gradients of the travelling keys with it. Nothing depends on which tokens a device
+holds, so any layout is right; what the mask rules out is skipped by the kernel, block by block.
+
+To be called inside `jax.shard_map`. Legend: B batch, T tokens of one device, N heads, H head dim.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from lcx.attention.blockwise import SAVED
+from lcx.attention.partial import Partial, merge
+from lcx.attention.shard import (
+    Keys,
+    Local,
+    Queries,
+    backward,
+    cotangents,
+    forward,
+    nothing_seen,
+    over_heads,
+    over_slices,
+    wide_zeros,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hops:
+    """How many devices before and after its own a device hears from. A whole ring is (n - 1, 0).
+
+    Keys travel in `slices` parts, one after another, or the whole ring is walked for `groups` groups of the heads in turn: what is
+    under way, and what the kernel lays out for it, is that much smaller. More than one group takes a scheme without a bias.
+    """
+
+    before: int
+    after: int = 0
+    slices: int = 1
+    groups: int = 1
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def ring(local: Local, axis: str, hops: Hops, queries: Queries, keys: Keys, bias_params: Any) -> Partial:
+    """`(o_BTNH, lse_BTN)` in float32 or wider of this device's queries over the keys of `hops` devices along mesh axis `axis`."""
+    return _forward(local, axis, hops, queries, keys, bias_params)
+
+
+def _forward(local: Local, axis: str, hops: Hops, queries: Queries, keys: Keys, bias_params: Any) -> Partial:
+    if hops.groups > 1:
+
+        def some(q: jax.Array, k: jax.Array, v: jax.Array) -> Partial:
+            return _forward(local, axis, _one_group(hops), queries.replace(q=q), keys.replace(k=k, v=v), bias_params)
+
+        return over_heads(some, hops.groups, nothing_seen(queries), (queries.q, keys.k, keys.v))
+    wide = jnp.promote_types(queries.q.dtype, jnp.float32)
+
+    def visit(so_far: Partial, here: Keys, following: Any) -> tuple[Partial, Any]:
+        part = forward(local, queries, here, bias_params, wide)
+        # Keeps the compiler from moving the transfer behind the kernel, where only the merge would be left to hide it.
+        following, part = jax.lax.optimization_barrier((following, part))
+        return merge(so_far, part), following
+
+    def part(result: Partial, keys: Keys) -> tuple[Partial, None]:
+        for shift, first, last in _legs(hops):
+            result = _walk(axis, shift, first, last, keys, visit, result)
+        return result, None
+
+    return over_slices(part, nothing_seen(queries), keys, hops.slices)[0]
+
+
+def _ring_forward(local: Local, axis: str, hops: Hops, queries: Queries, keys: Keys, bias_params: Any) -> tuple:
+    whole = tuple(checkpoint_name(x, SAVED) for x in _forward(local, axis, hops, queries, keys, bias_params))
+    return whole, (queries, keys, bias_params, whole)
+
+
+def _ring_backward(local: Local, axis: str, hops: Hops, saved: tuple, cotangent: Partial) -> tuple:
+    queries, keys, bias_params, whole = saved
+    if hops.groups > 1:
+
+        def some(q: jax.Array, k: jax.Array, v: jax.Array, o: jax.Array, lse: jax.Array, do: jax.Array, dlse: jax.Array) -> tuple:
+            part = queries.replace(q=q), keys.replace(k=k, v=v), bias_params, (o, lse)
+            dqueries, dkeys, _ = _ring_backward(local, axis, _one_group(hops), part, (do, dlse))
+            return dqueries.q, dkeys.k, dkeys.v
+
+        inputs = queries.q, keys.k, keys.v
+        dq, *dkv = over_heads(some, hops.groups, tuple(map(jnp.zeros_like, inputs)), (*inputs, *whole, *cotangent))
+        return cotangents(queries, keys, bias_params, dq, dkv, wide_zeros(bias_params))
+    wide = whole[0].dtype
+    pull = backward(local, queries, keys.k.shape[2], bias_params, whole, cotangent)
+
+    def part(state: tuple, keys: Keys) -> tuple[tuple, tuple]:
+        dkv = None
+        for shift, first, last in _legs(hops):
+
+            def visit(state: tuple, here: Keys, following: Any, shift: int = shift) -> tuple[tuple, Any]:
+                dq, dbias, pending = state
+                arrived = _send(axis, shift, pending)
+                (dq_part, dk, dv, dbias_part), (following, arrived) = pull.through(here, (following, arrived))
+                pending = arrived + jnp.stack((dk, dv)).astype(wide)
+                return (*jax.tree.map(jnp.add, (dq, dbias), (dq_part, dbias_part)), pending), following
+
+            nothing = jnp.zeros((2, *keys.k.shape), wide)  # dk and dv travel as one array: see `_send`
+            *state, pending = _walk(axis, shift, first, last, keys, visit, (*state, nothing))
+            # The last keys that were visited are `last` devices from home.
+            home = _send(axis, -shift * last, pending) if last else pending
+            dkv = home if dkv is None else jax.tree.map(jnp.add, dkv, home)
+        return tuple(state), tuple(dkv)
+
+    (dq, dbias), dkv = over_slices(part, (pull.start, wide_zeros(bias_params)), keys, hops.slices)
+    return cotangents(queries, keys, bias_params, pull.finish(dq), dkv, dbias)
+
+
+ring.defvjp(_ring_forward, _ring_backward)
+
+
+def _one_group(hops: Hops) -> Hops:
+    return dataclasses.replace(hops, groups=1)
+
+
+def _legs(hops: Hops) -> list[tuple[int, int, int]]:
+    """(direction in which keys move, first and last distance that is visited)."""
+    return [(1, 0, hops.before)] + ([(-1, 1, hops.after)] if hops.after else [])
+
+
+def _send(axis: str, shift: int, tree: Any) -> Any:
+    """Every device's arrays to the device `shift` places on; arrays of one shape and dtype as one, but for keys and values.
+
+    A TPU has five transfers under way at a time, and one that has to wait for another hides behind no kernel. So the index travels
+    as one array, sine with cosine, dk with dv. Keys and values, the largest, would have to be copied for it.
+    """
+    if isinstance(tree, Keys):
+        rest = _send(axis, shift, (tree.index, tree.tables))
+        k, v = (_permute(axis, shift, x) for x in (tree.k, tree.v))
+        return Keys(k, v, *rest)
+    leaves, structure = jax.tree.flatten(tree)
+    groups: dict[Any, list[int]] = {}
+    for i, leaf in enumerate(leaves):
+        groups.setdefault((leaf.shape, leaf.dtype), []).append(i)
+    for members in groups.values():
+        if len(members) > 1:
+            moved = _permute(axis, shift, jnp.stack([leaves[i] for i in members]))
+        else:
+            moved = [_permute(axis, shift, leaves[members[0]])]
+        for i, leaf in zip(members, moved, strict=True):
+            leaves[i] = leaf
+    return jax.tree.unflatten(structure, leaves)
+
+
+def _permute(axis: str, shift: int, x: jax.Array) -> jax.Array:
+    size = jax.lax.axis_size(axis)
+    return jax.lax.ppermute(x, axis, [(i, (i + shift) % size) for i in range(size)])
+
+
+def _walk(axis: str, shift: int, first: int, last: int, keys: Keys, visit: Callable, state: Any) -> Any:
+    """`visit(state, keys, following)` for the keys `first` to `last` devices away; the next ones are under way meanwhile."""
+    here = _send(axis, shift * first, keys) if first else keys
+
+    def hop(carry: tuple, _: None) -> tuple:
+        state, here = carry
+        return visit(state, here, _send(axis, shift, here)), None
+
+    if last > first:
+        (state, here), _ = jax.lax.scan(hop, (state, here), length=last - first)
+    return visit(state, here, ())[0]

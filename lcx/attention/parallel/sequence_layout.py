@@ -1,0 +1,83 @@
+"""How the tokens of a row are dealt to the devices that share it.
+
+Legend: B batch, T tokens in a row, n pieces that the row is split into.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lcx.core.errors import UserError
+from lcx.core.mesh import multiples
+
+Layout = Literal["contiguous", "zigzag", "striped"]
+
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+
+
+def choose_layout(asked: Layout | Literal["auto"], length: int, pieces: int, windowed: bool) -> Layout:
+    """The layout for rows of `length` tokens on a ring of `pieces` devices.
+
+    auto: zigzag, which balances causal attention; contiguous where all layers look through a window (`windowed`), for they need
+    neighbours only, and where there is no ring; striped, balanced too, where the length does not divide into zigzag chunks.
+    """
+    if asked != "auto":
+        return asked
+    if pieces == 1 or windowed:
+        return "contiguous"
+    return "striped" if length % unit("zigzag", pieces) else "zigzag"
+
+
+def unit(layout: Layout, pieces: int) -> int:
+    """What T must be a multiple of: two chunks a piece for zigzag, one token a piece for the others."""
+    return 2 * pieces if layout == "zigzag" else pieces
+
+
+def check_length(what: str, length: int, layout: Layout, pieces: int) -> None:
+    """Raises `UserError` naming the nearest lengths when a row of `length` can't be dealt to `pieces`."""
+    size = unit(layout, pieces)
+    if length % size:
+        chunks = f"2·ring={size} zigzag chunks" if layout == "zigzag" else f"{size} {layout} shards"
+        raise UserError(f"{what}={length} does not divide into {chunks}; nearest: {multiples(length, size)}")
+
+
+def arrange(tree: Any, layout: Layout, pieces: int) -> Any:
+    """Arrays `[B, T, ...]` in row order, host or device, so that piece i of a plain split along T holds what it is dealt.
+
+    contiguous: tokens in order. zigzag: of 2n chunks, piece i gets chunks i and 2n - 1 - i, so that under a causal mask all pieces
+    have the same work. striped: piece i gets tokens i, i + n, ... (arXiv 2311.09431). By reshape and flip: a gather would become a
+    serial loop on a TPU. Shift labels before.
+    """
+
+    def one(x: Any) -> Any:
+        B, T, *rest = x.shape
+        check_length("a row's length", T, layout, pieces)
+        if layout == "zigzag":
+            chunks = x.reshape(B, 2, pieces, T // (2 * pieces), *rest)
+            chunks = _module(x).stack([chunks[:, 0], chunks[:, 1, ::-1]], axis=2)
+            return chunks.reshape(x.shape)
+        return x.reshape(B, T // pieces, pieces, *rest).swapaxes(1, 2).reshape(x.shape)
+
+    return tree if layout == "contiguous" or pieces == 1 else jax.tree.map(one, tree)
+
+
+def restore(tree: Any, layout: Layout, pieces: int) -> Any:
+    """The inverse of `arrange`, for outputs `[B, T, ...]`."""
+
+    def one(x: Any) -> Any:
+        B, T, *rest = x.shape
+        if layout == "zigzag":
+            chunks = x.reshape(B, pieces, 2, T // (2 * pieces), *rest)
+            chunks = _module(x).stack([chunks[:, :, 0], chunks[:, ::-1, 1]], axis=1)
+            return chunks.reshape(x.shape)
+        return x.reshape(B, pieces, T // pieces, *rest).swapaxes(1, 2).reshape(x.shape)
+
+    return tree if layout == "contiguous" or pieces == 1 else jax.tree.map(one, tree)
+
+
+def _module(x: Any) -> Any:
+    return np if isinstance(x, np.ndarray) else jnp

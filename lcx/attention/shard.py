@@ -1,0 +1,254 @@
+"""Attention of the queries and keys that a device holds: rotation, regions and kernel, forward and backward.
+
+Strategies move `Keys` between devices and call these two functions on what has arrived. The backward pass takes o and lse of *all*
+keys, so that a part's gradients are right wherever the rest of the keys was.
+
+Legend: B batch, T query tokens, S key tokens, N heads, K KV heads, H head dim.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from lcx.attention.blockwise import blockwise, blockwise_backward
+from lcx.attention.dense import dense
+from lcx.attention.flat import flat
+from lcx.attention.pallas.flash import flash, flash_backward
+from lcx.attention.partial import Partial, PullBack, merge, together
+from lcx.attention.tiles import Blocks
+from lcx.core.batch import Index
+from lcx.core.mask import Mask
+from lcx.positions.rotary import Tables, rotate
+from lcx.positions.scheme import Region, SchemeSpec
+
+Kernel = Literal["dense", "flat", "blockwise", "flash"]
+
+
+@flax.struct.dataclass
+class Queries:
+    """Raw (not rotated) queries `[B, T, N, H]`, who they are, and the rotary tables of their positions."""
+
+    q: jax.Array
+    index: Index
+    tables: Tables
+
+
+@flax.struct.dataclass
+class Keys:
+    """Raw keys and values `[B, S, K, H]`, who they are, and the rotary tables of their positions. What travels."""
+
+    k: jax.Array
+    v: jax.Array
+    index: Index
+    tables: Tables
+
+
+@dataclasses.dataclass(frozen=True)
+class Local:
+    """All that is static about attention on one device: `blocks` is None for the dense and the flat kernel.
+
+    `platform` is whose flash kernel it is; `interpret` runs it where there is no such device, for tests.
+    """
+
+    mask: Mask
+    scheme: SchemeSpec
+    scale: float
+    softcap: float | None
+    blocks: Blocks | None
+    tile_dtype: Any
+    kernel: Kernel
+    platform: str
+    interpret: bool
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What every kernel takes that adds any bias."""
+        return {"bias": self.scheme.bias, "scale": self.scale, "softcap": self.softcap}
+
+    @property
+    def flash_options(self) -> dict[str, Any]:
+        """What the flash kernel takes besides slopes."""
+        where = {"platform": self.platform, "interpret": self.interpret}
+        return {"scale": self.scale, "softcap": self.softcap, "blocks": self.blocks, **where}
+
+
+def forward(local: Local, queries: Queries, keys: Keys, bias_params: Any, out_dtype: Any) -> Partial:
+    """`(o_BTNH, lse_BTN)` of the queries over these keys, all regions merged; differentiable by JAX."""
+    parts = [
+        _kernel(local, out_dtype)(
+            _turned(queries.q, region.q_rotation, queries.tables, local.scheme),
+            _turned(keys.k, region.k_rotation, keys.tables, local.scheme),
+            keys.v, queries.index, keys.index, _mask(local, region), bias_params=bias_params,
+        )
+        for region in local.scheme.regions
+    ]  # fmt: skip
+    return functools.reduce(merge, parts)
+
+
+class Backward(NamedTuple):
+    """The gradients of a device's queries through any keys: as `PullBack`, of `Keys`, all regions of a scheme together.
+
+    `through(keys, beside)` gives `((dq, dk, dv, dbias_params), beside)`.
+    """
+
+    start: tuple[jax.Array, ...]
+    through: Callable[[Keys, Any], tuple[tuple[Any, ...], Any]]
+    finish: Callable[[tuple[jax.Array, ...]], jax.Array]
+
+
+def backward(local: Local, queries: Queries, kv_heads: int, bias_params: Any, whole: Partial, cotangent: Partial) -> Backward:
+    """The pull-back to any keys.
+
+    `whole` is (o, lse) of the queries over all their keys, wherever those are, and `cotangent` that of `whole`. What belongs to the
+    queries is done once, before and after, however many keys pass by.
+    """
+    ready = []
+    for region in local.scheme.regions:
+        q, turn_back = jax.vjp(
+            lambda x, region=region: _turned(x, region.q_rotation, queries.tables, local.scheme), _wide(queries.q)
+        )
+        q, mask = q.astype(queries.q.dtype), _mask(local, region)
+        ready.append((region, turn_back, _pull_back(local, q, queries.index, mask, kv_heads, bias_params, whole, cotangent)))
+
+    def through(keys: Keys, beside: Any) -> tuple[tuple[Any, ...], Any]:
+        dq, total = [], None
+        for region, _, pull in ready:
+            k, turn_back = jax.vjp(lambda x, region=region: _turned(x, region.k_rotation, keys.tables, local.scheme), _wide(keys.k))
+            last = region is local.scheme.regions[-1]
+            (dq_part, dk, dv, dbias), moved = pull.through(k.astype(keys.k.dtype), keys.v, keys.index, beside if last else ())
+            dq.append(dq_part)
+            part = (*turn_back(dk), dv, dbias)
+            total = part if total is None else jax.tree.map(jnp.add, total, part)
+        return (tuple(dq), *total), moved
+
+    def finish(dq: tuple[jax.Array, ...]) -> jax.Array:
+        return sum(turn_back(pull.finish(x))[0] for x, (_, turn_back, pull) in zip(dq, ready, strict=True))
+
+    return Backward(tuple(pull.start for *_, pull in ready), through, finish)
+
+
+def nothing_seen(queries: Queries) -> Partial:
+    """The result of queries that have met no key yet: what partial results are merged into."""
+    wide = jnp.promote_types(queries.q.dtype, jnp.float32)
+    return jnp.zeros(queries.q.shape, wide), jnp.full(queries.q.shape[:3], -jnp.inf, wide)
+
+
+def wide_zeros(tree: Any) -> Any:
+    """Zeros of the tree's shapes in float32 or wider: where gradients are summed."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), tree)
+
+
+def cotangents(queries: Queries, keys: Keys, bias_params: Any, dq: jax.Array, dkv: Any, dbias: Any) -> tuple:
+    """What a strategy's VJP returns for `(queries, keys, bias_params)`, in their dtypes; indices and tables have no gradient."""
+    nothing = functools.partial(jax.tree.map, jnp.zeros_like)
+    dk, dv = (x.astype(like.dtype) for x, like in zip(dkv, (keys.k, keys.v), strict=True))
+    return (
+        Queries(dq.astype(queries.q.dtype), None, nothing(queries.tables)),
+        Keys(dk, dv, None, nothing(keys.tables)),
+        jax.tree.map(lambda x, like: x.astype(like.dtype), dbias, bias_params),
+    )
+
+
+def over_slices(part: Callable, state: Any, keys: Keys, slices: int) -> tuple[Any, Any]:
+    """`part(state, keys) -> (state, out)` over `slices` parts of the keys in turn; `out` `[B, S / slices, ...]` is joined."""
+    if slices == 1:
+        return part(state, keys)
+
+    def one(state: Any, i: jax.Array) -> tuple[Any, Any]:
+        def cut(x: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(x, i * (x.shape[1] // slices), x.shape[1] // slices, axis=1)
+
+        return part(state, jax.tree.map(cut, keys))
+
+    state, out = jax.lax.scan(one, state, jnp.arange(slices))
+    return state, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:]), out)
+
+
+def over_heads(part: Callable, groups: int, out: tuple[jax.Array, ...], arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """`part(*arrays)` for `groups` groups of the heads in turn, written over `out`; heads are axis 2 of both."""
+
+    def cut(i: jax.Array, x: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(x, i * (x.shape[2] // groups), x.shape[2] // groups, axis=2)
+
+    def one(i: jax.Array, out: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        found = part(*(cut(i, x) for x in arrays))
+        return tuple(jax.lax.dynamic_update_slice_in_dim(whole, x, i * x.shape[2], 2) for whole, x in zip(out, found, strict=True))
+
+    return jax.lax.fori_loop(0, groups, one, out)
+
+
+def _kernel(local: Local, out_dtype: Any) -> Callable[..., Partial]:
+    if local.kernel in ("dense", "flat"):
+        return functools.partial(dense if local.kernel == "dense" else flat, out_dtype=out_dtype, **local.options)
+    if local.kernel == "flash":
+        return functools.partial(_flash, local, out_dtype=out_dtype)
+    return functools.partial(blockwise, blocks=local.blocks, tile_dtype=local.tile_dtype, out_dtype=out_dtype, **local.options)
+
+
+def _pull_back(
+    local: Local, q: jax.Array, q_index: Index, mask: Mask, kv_heads: int, bias_params: Any, whole: Partial, cotangent: Partial
+) -> PullBack:
+    given = {"whole": whole, "cotangent": cotangent}
+    if local.kernel == "flash":
+        return _flash_pull_back(local, q, q_index, mask, kv_heads, bias_params, **given)
+    given["bias_params"] = bias_params
+    if local.kernel == "blockwise":
+        given |= {"blocks": local.blocks, "tile_dtype": local.tile_dtype, **local.options}
+        return blockwise_backward(q, q_index, mask, kv_heads, **given)
+
+    def through(k: jax.Array, v: jax.Array, k_index: Index, beside: Any) -> tuple[tuple[Any, ...], Any]:
+        return together(_dense_backward(local, q, k, v, q_index, k_index, mask, **given), beside)
+
+    return PullBack(wide_zeros(q), through, lambda dq: dq)
+
+
+def _flash(local: Local, *args, bias_params, **options) -> Partial:
+    slopes = None if local.scheme.bias is None else local.scheme.bias.slopes(bias_params)
+    return flash(*args, slopes=slopes, **local.flash_options, **options)
+
+
+def _flash_pull_back(local: Local, *args, **options) -> PullBack:
+    *args, bias_params = args
+    slopes, to_bias = None, lambda _: (wide_zeros(bias_params),)
+    if local.scheme.bias is not None:
+        slopes, to_bias = jax.vjp(local.scheme.bias.slopes, bias_params)
+    pull = flash_backward(*args, slopes=slopes, **local.flash_options, **options)
+
+    def through(*args) -> tuple[tuple[Any, ...], Any]:
+        (*gradients, dslopes), beside = pull.through(*args)
+        return (*gradients, *to_bias(dslopes)), beside
+
+    return pull._replace(through=through)
+
+
+def _dense_backward(local: Local, q, k, v, q_index, k_index, mask, *, bias_params, whole, cotangent):
+    """By JAX's own derivative of the part: what it has to do with the whole is `merge`'s."""
+    (o, lse), (do, dlse) = whole, cotangent
+
+    def run(q, k, v, bias_params):
+        return dense(q, k, v, q_index, k_index, mask, bias_params=bias_params, out_dtype=o.dtype, **local.options)
+
+    (o_part, lse_part), pull = jax.vjp(run, _wide(q), _wide(k), _wide(v), bias_params)
+    seen = ~(jnp.isneginf(lse_part) | jnp.isneginf(lse))
+    share = jnp.where(seen, jnp.exp(jnp.where(seen, lse_part - lse, 0.0)), 0.0)
+    slope = jnp.sum(do * (o_part - o), axis=-1) + dlse
+    return pull((do * share[..., None], jnp.where(seen, share * slope, 0.0)))
+
+
+def _mask(local: Local, region: Region) -> Mask:
+    return dataclasses.replace(local.mask, band=region.band)
+
+
+def _turned(x: jax.Array, rotation: str | None, tables: Tables, scheme: SchemeSpec) -> jax.Array:
+    return x if rotation is None else rotate(x, *tables[rotation], scheme.layout)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -1,0 +1,183 @@
+"""What a mixture really holds: counted from the rows that a run would train on, not from the weights that were asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from lcx.core.batch import PADDING
+from lcx.core.errors import UserError
+from lcx.data.loader import Loader, Remapped, TextPart
+from lcx.data.sources.documents import describe
+
+_SHOWN = 240
+
+
+@dataclasses.dataclass(frozen=True)
+class PartReport:
+    """One part: counts over the rows looked at.
+
+    `places` are tokens of space, `tokens` those filled (shared anchors included), `trained` those with a loss weight, and
+    `loss_weight` the sum of the weights. `documents` are the different documents seen, `documents_by_length[i]` those whose whole
+    length falls into bin i and `tokens_by_length[i]` the tokens that came from them (a task's row counts as one document).
+    `samples` are the openings of a few of them.
+    """
+
+    name: str
+    kind: str
+    source: str
+    rows: int
+    places: int
+    tokens: int
+    trained: int
+    loss_weight: float
+    documents: int
+    documents_by_length: tuple[int, ...]
+    tokens_by_length: tuple[int, ...]
+    samples: tuple[str, ...]
+
+    @property
+    def fill_ratio(self) -> float:
+        """Share of the places that hold a token."""
+        return self.tokens / max(self.places, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """All parts; bin i holds documents of `edges[i]` to `edges[i + 1] - 1` tokens, the last one all longer ones too."""
+
+    seq_len: int
+    edges: tuple[int, ...]
+    parts: tuple[PartReport, ...]
+
+    @property
+    def fill_ratio(self) -> float:
+        """Share of all places that hold a token."""
+        return sum(part.tokens for part in self.parts) / max(sum(part.places for part in self.parts), 1)
+
+    def token_shares(self) -> dict[str, float]:
+        """Share of all tokens by part."""
+        total = sum(part.tokens for part in self.parts)
+        return {part.name: part.tokens / max(total, 1) for part in self.parts}
+
+    def length_shares(self) -> dict[str, float]:
+        """Share of all documents' tokens by the length of the document that they came from, by bin."""
+        counts = np.sum([part.tokens_by_length for part in self.parts], axis=0)
+        return dict(zip(self.bins(), (counts / max(counts.sum(), 1)).tolist(), strict=True))
+
+    def bins(self) -> list[str]:
+        """Names of the length bins."""
+        bounds = zip(self.edges[:-1], self.edges[1:], strict=True)
+        return [f"{low:,}-{high - 1:,}" for low, high in bounds][:-1] + [f"{self.edges[-2]:,}+"]
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """One row of text per part for a table with the columns of `COLUMNS`."""
+        shares = self.token_shares()
+        return [
+            (
+                part.name,
+                part.kind,
+                part.source,
+                f"{part.rows:,}",
+                f"{part.tokens:,}",
+                f"{shares[part.name]:.1%}",
+                f"{part.fill_ratio:.2%}",
+                f"{part.documents:,}",
+                f"{part.trained / max(part.tokens, 1):.1%}",
+            )
+            for part in self.parts
+        ]
+
+    def documents_by_length(self) -> list[tuple[str, ...]]:
+        """One row of text per length bin: the bin, then the documents of each part."""
+        counts = zip(*(part.documents_by_length for part in self.parts), strict=True)
+        return [(name, *(f"{count:,}" for count in row)) for name, row in zip(self.bins(), counts, strict=True)]
+
+    def shares_by_length(self) -> list[tuple[str, ...]]:
+        """One row of text per length bin: the bin, the share of all documents' tokens that each part has there, their sum."""
+        total = max(sum(sum(part.tokens_by_length) for part in self.parts), 1)
+        counts = zip(*(part.tokens_by_length for part in self.parts), strict=True)
+        return [
+            (name, *(f"{count / total:.1%}" for count in row), f"{sum(row) / total:.1%}")
+            for name, row in zip(self.bins(), counts, strict=True)
+        ]
+
+
+COLUMNS = ("part", "kind", "source", "rows", "tokens", "share", "filled", "documents", "with loss")
+
+
+def inspect(loader: Loader, rows: int, samples: int = 3) -> Report:
+    """Counts over the first `rows` rows of a loader's mixture (whole steps: rounded up). Raises `UserError` for no rows."""
+    if rows < 1:
+        raise UserError(f"rows={rows} looks at nothing; give at least 1")
+    texts = [part for part in map(_text, loader.parts) if isinstance(part, TextPart)]
+    longest = max([loader.seq_len, *(int(part.source.lengths.max()) for part in texts)])
+    edges = (1, *(1 << power for power in range(6, max(longest.bit_length(), 6) + 1)))
+    tallies = [_Tally(loader, index, edges) for index in range(len(loader.parts))]
+    for step in range(-(-rows // loader.num_rows)):
+        part, row = loader.addresses(step)
+        batch = loader.batch(step)
+        for index in np.unique(part):
+            own = part == index
+            tallies[index].add(row[own], batch.segments[own], batch.weights[own], batch.tokens[own])
+    return Report(loader.seq_len, edges, tuple(tally.report(samples) for tally in tallies))
+
+
+class _Tally:
+    """Running counts of one part."""
+
+    def __init__(self, loader: Loader, index: int, edges: tuple[int, ...]) -> None:
+        self._loader, self._name, self._part, self._edges = loader, loader.names[index], _text(loader.parts[index]), edges
+        self._rows = self._tokens = self._trained = 0
+        self._loss_weight = 0.0
+        self._by_document: dict[int, int] = {}
+        self._openings: list[str] = []
+
+    def add(self, rows: np.ndarray, segments: np.ndarray, weights: np.ndarray, tokens: np.ndarray) -> None:
+        self._rows += len(rows)
+        self._tokens += int((segments != PADDING).sum())
+        self._trained += int((weights > 0).sum())
+        self._loss_weight += float(weights.sum(dtype=np.float64))
+        for row, content in zip(rows.tolist(), tokens, strict=True):
+            if isinstance(self._part, TextPart):
+                for document, start, end in self._part.plan.spans(row):
+                    self._by_document[document] = self._by_document.get(document, 0) + end - start
+            else:
+                self._by_document[row] = len(content)
+                if len(self._openings) < 16:
+                    self._openings.append(self._loader.corpus.tokenizer.decode(content[-_SHOWN:]))
+
+    def report(self, samples: int) -> PartReport:
+        documents, part = np.fromiter(self._by_document, np.int64, len(self._by_document)), self._part
+        taken = np.fromiter(self._by_document.values(), np.int64, len(documents))
+        lengths = part.source.lengths[documents] if isinstance(part, TextPart) else taken
+        bins = np.clip(np.searchsorted(self._edges, lengths, "right") - 1, 0, len(self._edges) - 2)
+        by_length = np.bincount(bins, minlength=len(self._edges) - 1)
+        tokens_by_length = np.bincount(bins, weights=taken, minlength=len(self._edges) - 1).astype(np.int64)
+        if isinstance(part, TextPart):
+            self._openings = [self._opening(i) for i in documents[:samples].tolist()]
+        return PartReport(
+            name=self._name,
+            kind=part.config.kind,
+            source=describe(part.config.source),
+            rows=self._rows,
+            places=self._rows * self._loader.seq_len,
+            tokens=self._tokens,
+            trained=self._trained,
+            loss_weight=self._loss_weight,
+            documents=len(documents),
+            documents_by_length=tuple(by_length.tolist()),
+            tokens_by_length=tuple(tokens_by_length.tolist()),
+            samples=tuple(self._openings[:samples]),
+        )
+
+    def _opening(self, document: int) -> str:
+        source = self._part.source
+        end = min(int(source.lengths[document]), _SHOWN)
+        tokens = source.gather(np.array([document]), np.array([0]), np.array([end]))
+        return f"{source.name(document)}: {self._loader.corpus.tokenizer.decode(tokens)}"
+
+
+def _text(part):
+    return part.part if isinstance(part, Remapped) else part

@@ -1,0 +1,182 @@
+"""Raw documents, one at a time: the readers behind every kind of source.
+
+A reader yields `(name, text)` in an order that depends on the corpus alone; `text` is bytes (UTF-8 unless the file says
+otherwise). A conversation's text is the JSON of its messages and tools, keys sorted.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import json
+import os
+import pathlib
+import sysconfig
+from collections.abc import Iterator
+
+from lcx.core.configs import nearest
+from lcx.core.errors import UserError
+from lcx.data.config import SourceConfig
+
+_TESTS = {"test", "tests", "idle_test"}
+_FOREIGN = {"site-packages", "dist-packages", "__pycache__"}
+
+
+def read(config: SourceConfig) -> Iterator[tuple[str, bytes]]:
+    """The documents of a source, empty ones left out, up to `config.limit_bytes` of text.
+
+    Raises `UserError` when nothing is found, when a file cannot be read, or when a field is missing.
+    """
+    readers = {"stdlib": _stdlib, "text": _text, "jsonl": _jsonl, "parquet": _parquet, "tfds": _tfds, "chat": _chat}
+    if config.kind not in readers:
+        raise UserError(f"source.kind={config.kind!r} holds tokens, not text; a text source is one of {', '.join(readers)}")
+    taken = 0
+    for name, text in readers[config.kind](config):
+        if not text:
+            continue
+        yield name, text
+        taken += len(text)
+        if config.limit_bytes is not None and taken >= config.limit_bytes:
+            return
+    if not taken:
+        raise UserError(f"source {describe(config)} holds no text; name files that are not empty")
+
+
+def describe(config: SourceConfig) -> str:
+    """The source in a few words, for messages and plots."""
+    return config.kind if config.kind == "stdlib" else f"{config.kind}:{','.join(config.paths)}"
+
+
+def files(config: SourceConfig) -> list[pathlib.Path]:
+    """Files that the patterns match, each once, sorted; raises `UserError` for a pattern that matches none."""
+    found: set[pathlib.Path] = set()
+    for pattern in config.paths:
+        matches = [pathlib.Path(name) for name in glob.glob(os.path.expanduser(pattern), recursive=True)]
+        matches = [match for match in matches if match.is_file()]
+        if not matches:
+            folder = pathlib.Path(pattern).expanduser()
+            what = (
+                f"is a folder; add a pattern, as in {str(folder / '*.txt')!r}"
+                if folder.is_dir()
+                else ("matches no file; give a path or a glob pattern of files that are there")
+            )
+            raise UserError(f"source.path={pattern!r} {what}")
+        found.update(matches)
+    return sorted(found)
+
+
+def _stdlib(config: SourceConfig) -> Iterator[tuple[str, bytes]]:
+    """Top-level modules whole, each package as one document of its files in path order (as a repository is)."""
+    root = pathlib.Path(sysconfig.get_paths()["stdlib"])
+    skip = _FOREIGN if config.include_tests else _FOREIGN | _TESTS
+    documents: dict[str, list[pathlib.Path]] = {}
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if name not in skip)
+        for name in sorted(names):
+            if name.endswith(".py"):
+                path = pathlib.Path(folder, name)
+                parts = path.relative_to(root).parts
+                documents.setdefault(parts[0] + "/" * (len(parts) > 1), []).append(path)
+    if not documents:
+        raise UserError(f"the standard library of this Python holds no .py files under {root}; use source.kind='text' with a path")
+    for name in sorted(documents):
+        yield name, b"\n".join(path.read_bytes() for path in sorted(documents[name]))
+
+
+def _text(config: SourceConfig) -> Iterator[tuple[str, bytes]]:
+    for path in files(config):
+        text = _bytes(path)
+        if b"\0" in text:
+            raise UserError(f"{path} is not text (it holds zero bytes); leave it out of source.path")
+        yield str(path), text
+
+
+def _jsonl(config: SourceConfig) -> Iterator[tuple[str, bytes]]:
+    for name, row in _rows(config, config.field, "text"):
+        if not isinstance(row[config.field], str):
+            raise UserError(f"{name} has {row[config.field]!r:.60} under source.field={config.field!r}; it must be text")
+        yield name, row[config.field].encode("utf-8", "surrogatepass")
+
+
+def _chat(config: SourceConfig) -> Iterator[tuple[str, bytes]]:
+    # The default is the key of text, under which no conversation stands.
+    field = "messages" if config.field == "text" else config.field
+    for name, row in _rows(config, field, "messages"):
+        chat = {"messages": row[field], "tools": row.get("tools")}
+        yield name, json.dumps(chat, sort_keys=True, ensure_ascii=False).encode("utf-8", "replace")
+
+
+def _rows(config: SourceConfig, field: str, what: str) -> Iterator[tuple[str, dict]]:
+    """The objects of JSONL files by `file:line`, each with something under `field`."""
+    for path in files(config):
+        for number, line in enumerate(_bytes(path).splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path}:{number} is not a line of JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise UserError(f"{path}:{number} is not an object; write lines such as {{{field!r}: ...}}")
+            if field not in row:
+                raise UserError(f"{path}:{number} has no {what} under source.field={field!r}{nearest(field, row)}")
+            yield f"{path}:{number}", row
+
+
+def _parquet(config: SourceConfig) -> Iterator[tuple[str, bytes]]:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise UserError("source.kind='parquet' needs pyarrow; install the extra: pip install -e '.[hf]'") from error
+    for path in files(config):
+        try:
+            table = parquet.ParquetFile(path)
+        except Exception as error:
+            raise UserError(f"{path} is not a Parquet file that can be read: {error}") from error
+        columns = table.schema_arrow.names
+        if config.field not in columns:
+            raise UserError(f"{path} has no column source.field={config.field!r}{nearest(config.field, columns)}")
+        number = 0
+        for piece in table.iter_batches(columns=[config.field]):
+            for value in piece.column(0).to_pylist():
+                yield f"{path}:{number}", _as_bytes(value)
+                number += 1
+
+
+def _tfds(config: SourceConfig) -> Iterator[tuple[str, bytes]]:
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise UserError("source.kind='tfds' needs tensorflow_datasets; install it: pip install tensorflow-datasets") from error
+    for name in config.paths:
+        try:
+            rows = tfds.data_source(name, split=config.split, data_dir=config.data_dir, download=False)
+        except Exception as error:
+            raise UserError(
+                f"tfds dataset {name!r} split {config.split!r} cannot be opened in data_dir={config.data_dir!r} "
+                f"(prepare it there first, with file_format='array_record'): {_short(error)}"
+            ) from error
+        for i in range(len(rows)):
+            row = rows[i]
+            if config.field not in row:
+                raise UserError(f"tfds dataset {name!r} has no feature source.field={config.field!r}{nearest(config.field, row)}")
+            yield f"{name}/{config.split}:{i}", _as_bytes(row[config.field])
+
+
+def _short(error: Exception) -> str:
+    """The first line of what a library said, cut to a sentence's length."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+def _as_bytes(value: object) -> bytes:
+    if value is None:
+        return b""
+    return value if isinstance(value, bytes) else str(value).encode("utf-8", "surrogatepass")
+
+
+def _bytes(path: pathlib.Path) -> bytes:
+    try:
+        raw = path.read_bytes()
+        return gzip.decompress(raw) if path.suffix == ".gz" else raw
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}") from error

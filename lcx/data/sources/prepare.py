@@ -1,0 +1,198 @@
+"""Tokenise a corpus once, into ArrayRecord shards that lcx and TFDS read; killed at any time, it goes on where it stopped.
+
+The result is a TFDS dataset without a TFDS builder: `tfds.builder_from_directory(folder).as_data_source("train")` gives
+features `name` and `tokens` without TensorFlow, and lcx reads the same shards through array_record alone
+(`source.kind="array_record"`). `lcx.data.sources.records` has the layout.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from lcx.core.configs import plain
+from lcx.core.errors import UserError
+from lcx.data.config import SourceConfig
+from lcx.data.sources import documents, records
+from lcx.data.sources.sources import eos_tail, text_hash
+from lcx.data.tokenizers import tokenizers
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far a preparation has come, committed shards only."""
+
+    shards: int
+    documents: int
+    tokens: int
+
+
+def prepare(
+    source: SourceConfig,
+    tokenizer: str,
+    out_dir: str | os.PathLike,
+    *,
+    name: str = "lcx",
+    shard_tokens: int = 1 << 24,
+    report: Callable[[Progress], None] | None = None,
+) -> Progress:
+    """Writes the source's documents, tokenised, to `out_dir`, and says how many there are.
+
+    A shard ends with the document that reaches `shard_tokens`. A shard is written beside its place and renamed, then its
+    index likewise, which commits it; a rerun verifies by hash that the corpus still starts with the committed documents,
+    skips them untokenised, and ends with the bytes that an uninterrupted run writes. `report` is called after every shard.
+    Raises `UserError` for an empty corpus, a folder that holds another dataset, a corpus that changed in between, and a disk
+    that cannot be written.
+    """
+    if source.kind == "chat":
+        raise UserError("source.kind='chat' is read as it is, with its loss weights; name the files in the config, unprepared")
+    folder, encoder = pathlib.Path(out_dir).expanduser(), tokenizers.load(tokenizer)
+    if shard_tokens < 1:
+        raise UserError(f"shard_tokens={shard_tokens} must be above 0")
+    identity = {
+        "format": 1,
+        "name": name,
+        "tokenizer": tokenizer,
+        "fingerprint": encoder.fingerprint,
+        "vocab_size": encoder.vocab_size,
+        "dtype": np.min_scalar_type(encoder.vocab_size - 1).name,
+        "source": plain(source),
+        "shard_tokens": shard_tokens,
+    }
+    try:
+        (folder / "index").mkdir(parents=True, exist_ok=True)
+        if _claim(folder, identity):
+            return _Writer(folder, identity).progress
+        writer = _Writer(folder, identity)
+        for text_name, text, digest in writer.remaining(documents.read(source), encoder):
+            tokens = encoder.encode(text)
+            if len(tokens):
+                writer.add(text_name, np.concatenate([tokens, eos_tail(source.append_eos, encoder)]), digest)
+                if writer.full and writer.commit() and report is not None:
+                    report(writer.progress)
+        writer.finish()
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written: {error}; mend that and run the same command, it goes on from there"
+        ) from error
+    if report is not None:
+        report(writer.progress)
+    return writer.progress
+
+
+def _claim(folder: pathlib.Path, identity: dict) -> bool:
+    """True when the dataset is complete; else marks the folder as this dataset's."""
+    path = folder / records.META
+    if path.exists():
+        meta = json.loads(path.read_bytes())
+        begun = meta["complete"] or records.index_path(folder, 0).exists()
+        for key, value in identity.items():
+            if begun and meta.get(key) != value and key != "tokenizer":
+                raise UserError(
+                    f"{folder} holds another dataset ({_difference(key, meta.get(key), value)}); give a new folder or delete it"
+                )
+        if begun:
+            return meta["complete"]
+    elif foreign := sorted(entry.name for entry in folder.iterdir() if entry.name != "index"):
+        raise UserError(f"{folder} holds {foreign[0]!r}, which is no dataset of lcx; give a new folder")
+    records.write_atomically(path, _json({**identity, "complete": False}))
+    return False
+
+
+def _difference(key: str, old: object, new: object) -> str:
+    if isinstance(old, dict) and isinstance(new, dict):
+        key, old, new = next((f"{key}.{name}", old.get(name), new[name]) for name in new if old.get(name) != new[name])
+    return f"{key} is {old!r}, not {new!r}"
+
+
+class _Writer:
+    """The committed shards of a folder, and the one that is being filled."""
+
+    def __init__(self, folder: pathlib.Path, identity: dict) -> None:
+        self._folder, self._identity = folder, identity
+        self._shard_lengths: list[int] = []
+        self._hashes: list[int] = []
+        self._tokens = 0
+        while (path := records.index_path(folder, len(self._shard_lengths))).exists():
+            _, lengths, hashes = records.read_index(path)
+            self._count(lengths.tolist(), hashes.tolist())
+        self._pending: list[tuple[str, np.ndarray, int]] = []
+
+    @property
+    def progress(self) -> Progress:
+        return Progress(len(self._shard_lengths), sum(self._shard_lengths), self._tokens)
+
+    @property
+    def full(self) -> bool:
+        return sum(len(tokens) for _, tokens, _ in self._pending) >= self._identity["shard_tokens"]
+
+    def remaining(self, texts: Iterator[tuple[str, bytes]], encoder: tokenizers.Tokenizer) -> Iterator[tuple[str, bytes, int]]:
+        """Documents that no committed shard holds yet."""
+        done = collections.deque(self._hashes)
+        for name, text in texts:
+            digest = text_hash(text)
+            if not done:
+                yield name, text, digest
+            elif digest == done[0]:
+                done.popleft()
+            elif len(encoder.encode(text)):  # a text without tokens was never written
+                raise UserError(f"document {name} has changed since {self._folder} was begun; delete the folder and start again")
+        if done:
+            raise UserError(f"{self._folder} holds more documents than the corpus now has; delete the folder and start again")
+
+    def add(self, name: str, tokens: np.ndarray, digest: int) -> None:
+        self._pending.append((name, tokens.astype(self._identity["dtype"]), digest))
+
+    def commit(self) -> bool:
+        """Writes what is pending as the next shard; True when there was something."""
+        from array_record.python import array_record_module
+
+        if not self._pending:
+            return False
+        shard = len(self._shard_lengths)
+        path = records.shard_path(self._folder, self._identity["name"], shard)
+        partial = path.with_name("writing.partial")
+        try:
+            writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1")
+            for name, tokens, _ in self._pending:
+                writer.write(records.encode_example({"name": name.encode(), "tokens": tokens.tobytes()}))
+            writer.close()
+        except (RuntimeError, ValueError) as error:
+            raise OSError(f"shard {shard}: {error}") from error
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        names, tokens, hashes = zip(*self._pending, strict=True)
+        lengths = [len(x) for x in tokens]
+        records.write_index(records.index_path(self._folder, shard), names, lengths, hashes)
+        self._count(lengths, hashes)
+        self._pending = []
+        return True
+
+    def finish(self) -> None:
+        """The last shard, TFDS's files, and the mark of completion, in that order."""
+        self.commit()
+        if not self._shard_lengths:
+            raise UserError(f"{self._folder}: the corpus holds no tokens; name files that are not empty")
+        paths = [records.shard_path(self._folder, self._identity["name"], shard) for shard in range(len(self._shard_lengths))]
+        size = sum(path.stat().st_size for path in paths)
+        described = records.tfds_files(self._identity["name"], self._shard_lengths, size, np.dtype(self._identity["dtype"]))
+        for name, content in described.items():
+            records.write_atomically(self._folder / name, _json(content))
+        progress = dataclasses.asdict(self.progress)
+        records.write_atomically(self._folder / records.META, _json({**self._identity, **progress, "complete": True}))
+
+    def _count(self, lengths: list[int], hashes: list[int]) -> None:
+        self._shard_lengths.append(len(lengths))
+        self._hashes += hashes
+        self._tokens += sum(lengths)
+
+
+def _json(content: dict) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()

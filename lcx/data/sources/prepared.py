@@ -1,0 +1,77 @@
+"""Reads what `lcx data prepare` wrote: lengths and hashes at once, tokens document by document when they are asked for."""
+
+from __future__ import annotations
+
+import collections
+import json
+import pathlib
+
+import numpy as np
+
+from lcx.core.errors import UserError
+from lcx.data.config import SourceConfig
+from lcx.data.sources import records
+from lcx.data.tokenizers.tokenizers import Tokenizer
+
+_KEEP_DOCUMENTS = 64
+
+
+class Prepared:
+    """A source over ArrayRecord shards; the last few documents read are kept, since long ones are read in pieces."""
+
+    weighted = False
+
+    def __init__(self, folder: pathlib.Path, meta: dict) -> None:
+        from array_record.python import array_record_data_source
+
+        indexes = [records.read_index(records.index_path(folder, shard)) for shard in range(meta["shards"])]
+        self.names = [name for names, _, _ in indexes for name in names]
+        self.lengths = np.concatenate([lengths for _, lengths, _ in indexes])
+        self.hashes = np.concatenate([hashes for _, _, hashes in indexes])
+        self._dtype = np.dtype(meta["dtype"])
+        paths = [str(records.shard_path(folder, meta["name"], shard)) for shard in range(meta["shards"])]
+        self._records = array_record_data_source.ArrayRecordDataSource(paths)
+        self._kept: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
+        if len(self._records) != len(self.lengths):
+            raise UserError(
+                f"{folder} holds {len(self._records)} documents and its index {len(self.lengths)}; delete it and prepare it again"
+            )
+
+    def gather(self, documents: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """Tokens int32 of the spans, one after the other."""
+        spans = zip(documents.tolist(), starts.tolist(), ends.tolist(), strict=True)
+        pieces = [self._document(document)[start:end] for document, start, end in spans]
+        return np.concatenate(pieces).astype(np.int32) if pieces else np.zeros(0, np.int32)
+
+    def _document(self, document: int) -> np.ndarray:
+        tokens = self._kept.pop(document, None)
+        if tokens is None:
+            tokens = np.frombuffer(records.decode_example(self._records[document])["tokens"], self._dtype)
+        self._kept[document] = tokens
+        if len(self._kept) > _KEEP_DOCUMENTS:
+            self._kept.popitem(last=False)
+        return tokens
+
+
+def open_prepared(config: SourceConfig, tokenizer: Tokenizer) -> Prepared:
+    """The dataset in the one folder that `config.path` names.
+
+    Raises `UserError` when it is missing, unfinished, or made with another tokenizer or without the end tokens asked for.
+    """
+    if len(config.paths) != 1:
+        raise UserError(f"source.path={config.paths} names {len(config.paths)} prepared datasets; give one folder per part")
+    folder = pathlib.Path(config.paths[0]).expanduser()
+    try:
+        meta = json.loads((folder / records.META).read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"source.path={str(folder)!r} holds no prepared dataset; make one with: lcx data prepare") from error
+    if not meta["complete"]:
+        raise UserError(f"the dataset in {str(folder)!r} is unfinished; run the same lcx data prepare again, it goes on from there")
+    if meta["fingerprint"] != tokenizer.fingerprint:
+        raise UserError(
+            f"the dataset in {str(folder)!r} was made with tokenizer {meta['tokenizer']!r} ({meta['fingerprint']}), and "
+            f"data.tokenizer is another ({tokenizer.fingerprint}); use the same one or prepare it again"
+        )
+    if config.append_eos and not meta["source"]["append_eos"]:
+        raise UserError(f"the dataset in {str(folder)!r} was made without source.append_eos; prepare it again, or leave that out")
+    return Prepared(folder, meta)

@@ -1,0 +1,229 @@
+"""Tokenised documents with random access, and the held-out split.
+
+Legend: D documents, S spans (document, start, end), R rows, T tokens in a row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import numpy as np
+
+from lcx.core.errors import UserError
+from lcx.data.chat import chat
+from lcx.data.config import SourceConfig
+from lcx.data.sources import documents
+from lcx.data.sources.prepared import open_prepared
+from lcx.data.tokenizers.tokenizers import Tokenizer
+
+Split = Literal["train", "heldout"]
+
+
+class Source(Protocol):
+    """Documents of tokens: `names` (D strings), `lengths` int64 `[D]` (all above 0), `hashes` uint64 `[D]` of the text.
+
+    `weighted` says that some tokens have a loss weight other than 1.
+    """
+
+    names: Sequence[str]
+    lengths: np.ndarray
+    hashes: np.ndarray
+    weighted: bool
+
+    def gather(self, documents: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """Tokens int32 of the spans `[S]`, one after the other."""
+
+    def weights(self, documents: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """Loss weights float32 of the spans' tokens, each at its own token's place; asked of weighted sources only."""
+
+
+class InMemorySource:
+    """A source that keeps all tokens in one array, in the smallest type that holds the vocabulary.
+
+    `weights` are each document's loss weights, float32; None is 1 throughout.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        tokens: Sequence[np.ndarray],
+        hashes: Sequence[int],
+        vocab_size: int,
+        weights: Sequence[np.ndarray] | None = None,
+    ) -> None:
+        self.names = list(names)
+        self.lengths = np.asarray([len(x) for x in tokens], np.int64)
+        self.hashes = np.asarray(hashes, np.uint64)
+        self._flat = np.concatenate(tokens).astype(np.min_scalar_type(vocab_size - 1))
+        self._offsets = np.cumsum(self.lengths) - self.lengths
+        self._weights = None if weights is None else np.concatenate(weights)
+        self.weighted = weights is not None
+
+    def gather(self, documents: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """Tokens int32 of the spans, one after the other."""
+        return self._flat[ranges(self._offsets[documents] + starts, ends - starts)].astype(np.int32)
+
+    def weights(self, documents: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """Loss weights float32 of the spans' tokens."""
+        return self._weights[ranges(self._offsets[documents] + starts, ends - starts)]
+
+
+class Subset:
+    """Some documents of a source, seen as a source of their own and as one stream in their order."""
+
+    def __init__(self, source: Source, ids: np.ndarray) -> None:
+        self.source, self.ids = source, np.asarray(ids, np.int64)
+        self.lengths, self.hashes = source.lengths[self.ids], source.hashes[self.ids]
+        self.cumulative = np.concatenate([[0], np.cumsum(self.lengths)])
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Names of the documents."""
+        return [self.source.names[i] for i in self.ids]
+
+    def name(self, document: int) -> str:
+        """One document's name."""
+        return self.source.names[self.ids[document]]
+
+    def gather(self, documents: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """Tokens int32 of the spans, one after the other."""
+        return self.source.gather(self.ids[documents], starts, ends)
+
+    @property
+    def weighted(self) -> bool:
+        """Whether some tokens have a loss weight other than 1."""
+        return self.source.weighted
+
+    def weights(self, documents: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """Loss weights float32 of the spans' tokens."""
+        if not self.weighted:
+            return np.ones(int((ends - starts).sum()), np.float32)
+        return self.source.weights(self.ids[documents], starts, ends)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all documents."""
+        return int(self.cumulative[-1])
+
+    def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Tokens int32 `[R, length]` of the stream from each of `starts` `[R]` on."""
+        _, *spans = cut(self.cumulative, starts, starts + length)
+        return self.gather(*spans).reshape(len(starts), length)
+
+
+def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """`start, start + 1, ...` of every range, one after the other, int64."""
+    ends = np.cumsum(lengths)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.repeat(starts - (ends - lengths), lengths) + np.arange(total)
+
+
+def cut(cumulative: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Spans of a stream of documents: (which interval, document, start, end), each int64 `[S]`.
+
+    `cumulative` int64 `[D + 1]` are the documents' bounds in the stream, `starts < ends` `[R]` the intervals to cover.
+    """
+    first = np.searchsorted(cumulative, starts, "right") - 1
+    counts = np.searchsorted(cumulative, ends, "left") - first
+    row = np.repeat(np.arange(len(starts)), counts)
+    document = ranges(first, counts)
+    begin = cumulative[document]
+    return row, document, np.maximum(starts[row] - begin, 0), np.minimum(ends[row], cumulative[document + 1]) - begin
+
+
+def text_hash(text: bytes) -> int:
+    """64-bit hash of a document's text, the same on every machine and for every tokenizer."""
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+
+
+def eos_tail(append_eos: bool, tokenizer: Tokenizer) -> np.ndarray:
+    """What is put after each document: int32 `[0]` or `[1]`; raises `UserError` for a tokenizer without such a token."""
+    if append_eos and tokenizer.eos_id is None:
+        raise UserError(
+            f"source.append_eos=True needs an end-of-sequence token and tokenizer {tokenizer.fingerprint!r} has none; "
+            "take 'bytes+eos' or set it to False"
+        )
+    return np.asarray([tokenizer.eos_id] if append_eos else [], np.int32)
+
+
+def load(config: SourceConfig, tokenizer: Tokenizer, chat_template: str | None = None) -> Source:
+    """The source that `config` names, tokenised; a prepared one (`array_record`) is opened and read lazily.
+
+    Documents of no tokens are left out. `chat_template` is the file of the template for chats, None the tokenizer's own. Raises
+    `UserError` for a missing or empty corpus, for a prepared one of another tokenizer, and for a conversation in which the model
+    writes nothing or that the template does not take.
+    """
+    if config.kind == "array_record":
+        return open_prepared(config, tokenizer)
+    if config.kind == "chat":
+        return _load_chats(config, chat.load(tokenizer, chat_template))
+    tail = eos_tail(config.append_eos, tokenizer)
+    names, tokens, hashes = [], [], []
+    for name, text in documents.read(config):
+        ids = tokenizer.encode(text)
+        if len(ids):
+            names.append(name)
+            tokens.append(np.concatenate([ids, tail]).astype(np.min_scalar_type(tokenizer.vocab_size - 1)))
+            hashes.append(text_hash(text))
+    if not names:
+        raise UserError(f"source {documents.describe(config)} holds no tokens; name files that are not empty")
+    return InMemorySource(names, tokens, hashes, tokenizer.vocab_size)
+
+
+def _load_chats(config: SourceConfig, template: chat.Chat) -> InMemorySource:
+    names, tokens, hashes, weights = [], [], [], []
+    for name, text in documents.read(config):
+        try:
+            conversation = json.loads(text)
+            ids, own = template.encode(**conversation)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+        if not own.any() and any(message["role"] == "assistant" for message in conversation["messages"]):
+            raise UserError(f"{name}: chat template {template.template.origin} writes nothing of what the assistant says; mend it")
+        if not own.any():
+            raise UserError(
+                f"{name} holds nothing that the model writes; give it a message of the role 'assistant', or leave it out"
+            )
+        names.append(name)
+        tokens.append(ids)
+        hashes.append(text_hash(text))
+        weights.append(own)
+    return InMemorySource(names, tokens, hashes, template.tokenizer.vocab_size, weights)
+
+
+def split(source: Source, fraction: float, which: Split) -> Subset:
+    """The training or the held-out documents: held out are those whose text hash, as a fraction of 2^64, is below `fraction`.
+
+    So the same text is never on both sides, and a document keeps its side when others come or go. A corpus so small that a
+    side would be empty gives it the one document with the hash nearest to it. Raises `UserError` when the side asked for
+    cannot hold a document.
+    """
+    order = np.argsort(source.hashes, kind="stable")
+    held = source.hashes[order] < np.uint64(int(fraction * 2.0**64))
+    if fraction > 0 and len(order) > 1:
+        # Equal texts share a hash and stay on one side.
+        if not held.any():
+            held = source.hashes[order] == source.hashes[order[0]]
+        if held.all():
+            held = source.hashes[order] != source.hashes[order[-1]]
+    ids = np.sort(order[held] if which == "heldout" else order[~held])
+    if not len(ids):
+        raise UserError(
+            f"no document is left for the {which} side of a corpus of {len(order)} documents with "
+            f"data.heldout_fraction={fraction}; add documents or change the fraction"
+        )
+    return Subset(source, ids)
+
+
+def lengths_between(selection: Subset, low: int, high: int | None) -> Subset:
+    """The documents of `low` to `high` tokens; raises `UserError` when there is none."""
+    keep = (selection.lengths >= low) & (selection.lengths <= (high if high is not None else np.iinfo(np.int64).max))
+    if not keep.any():
+        raise UserError(
+            f"no document has between {low} and {high} tokens (the longest has {selection.lengths.max()}); "
+            "change part.min_tokens or part.max_tokens"
+        )
+    return Subset(selection.source, selection.ids[keep])

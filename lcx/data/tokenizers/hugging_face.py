@@ -1,0 +1,65 @@
+"""A Hugging Face `tokenizer.json`, read by the `tokenizers` library (extra `hf`)."""
+
+from __future__ import annotations
+
+import hashlib
+import pathlib
+
+import numpy as np
+
+from lcx.core.errors import UserError
+from lcx.core.extras import library
+from lcx.data.tokenizers.special_tokens import beside, character, with_usual
+
+
+class HuggingFace:
+    """A `tokenizer.json`; special tokens that a text spells out become their ids, as the library has it.
+
+    Raises `UserError` for a file that cannot be read and for a missing tokenizers.
+    """
+
+    def __init__(self, path: str | pathlib.Path) -> None:
+        tokenizers = library("tokenizers", f"tokenizer {str(path)!r}")
+        self.path = pathlib.Path(path)
+        self.folder = self.path.parent
+        raw = self.path.read_bytes()
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(raw)
+        except Exception as error:
+            raise UserError(f"tokenizer {str(path)!r} is not a tokenizer.json that can be read: {error}") from error
+        # Truncation or padding stored in the file would cut documents silently.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        # Ids may have holes; what counts is where they end.
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.specials = with_usual(beside(self.folder).roles, self._tokenizer.token_to_id)
+        self.bos_id, self.eos_id = (self._role(role) for role in ("bos_token", "eos_token"))
+        self.fingerprint = hashlib.sha256(raw).hexdigest()[:16]
+
+    @property
+    def begins_with_bos(self) -> bool:
+        """Whether the file's post-processor opens a text with the begin-of-sequence token."""
+        first = self._tokenizer.encode("", add_special_tokens=True).ids[:1]
+        return self.bos_id is not None and first == [self.bos_id]
+
+    def _role(self, role: str) -> int | None:
+        return self._tokenizer.token_to_id(self.specials[role]) if role in self.specials else None
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        """Ids int32 `[n]`, no special tokens added."""
+        text = text if isinstance(text, str) else text.decode("utf-8", "replace")
+        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def encode_chat(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Ids int32 `[n]` and the characters that each covers, int32 `[n, 2]`."""
+        found = self._tokenizer.encode(text, add_special_tokens=False)
+        return np.asarray(found.ids, np.int32), np.asarray(found.offsets, np.int32).reshape(-1, 2)
+
+    def decode(self, tokens: np.ndarray) -> str:
+        """Text, special tokens left out."""
+        return self._tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True)
+
+    def characters(self, alphabet: str) -> np.ndarray:
+        """Id of each character: its entry in the vocabulary, else its own encoding where that is one token."""
+        number, name = self._tokenizer.token_to_id, str(self.path)
+        return np.asarray([character(one, number, self.encode(one), name) for one in alphabet], np.int32)

@@ -1,0 +1,180 @@
+"""Text to token ids and back: bytes (embedded), `tokenizer.json`, SentencePiece models, tiktoken ranks (extra `hf`).
+
+Where tokens of begin (BOS) and end of a sequence (EOS) come from, all of it:
+
+- `encode` adds none. `add_bos_token`, `add_eos_token` and a `tokenizer.json`'s post-processor change nothing in it.
+- Training rows: `source.append_eos` closes each document with EOS, `packing.shared_bos` opens each row with BOS. Both are off
+  unless a config sets them; rows of retrieval tasks hold neither.
+- Chats: the chat template writes all of them (`lcx.data.chat.chat.chat`), and nothing is added to what it wrote.
+- Prompts: `prompt` puts BOS in front where `begins_with_bos` says that the model was made that way. That is: of a
+  `tokenizer.json`, what its post-processor does, as in transformers 5, which then ignores tokenizer_config.json; of a
+  SentencePiece model, `add_bos_token` of tokenizer_config.json, else yes where it has a BOS (as the code published with Llama,
+  Mistral and Gemma has it); of tiktoken ranks, `begins_with_bos` of the JSON beside them, and yes for Llama 3's; of bytes, when
+  `+bos` was asked for. Such a model should also train on rows with `packing.shared_bos`.
+- Nothing puts EOS behind a prompt, so `add_eos_token` has no meaning here.
+
+In ordinary text a `tokenizer.json` turns special tokens that are spelled out (`</s>` in a web page) into their ids, as
+transformers does; with the other kinds they stay text. In a chat they become ids with every kind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+
+from lcx.core.configs import nearest
+from lcx.core.errors import UserError
+from lcx.data.tokenizers import special_tokens
+from lcx.data.tokenizers.hugging_face import HuggingFace
+from lcx.data.tokenizers.sentence_piece import SentencePiece
+from lcx.data.tokenizers.tiktoken_ranks import Ranks, looks_like_ranks
+
+
+class Tokenizer(Protocol):
+    """What the rest of lcx asks of a tokenizer; `fingerprint` changes when any id would.
+
+    `begins_with_bos`: the model was made to see BOS in front of a prompt. `specials`: tokens by their role in a chat template
+    (`bos_token`, `eos_token`, ...). `folder`: where its files are, None for bytes.
+    """
+
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+    begins_with_bos: bool
+    specials: Mapping[str, str]
+    folder: pathlib.Path | None
+    fingerprint: str
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        """Token ids int32 `[n]` of `text`, no special tokens added."""
+
+    def encode_chat(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Ids int32 `[n]` of a text in which special tokens are spelled out, and the characters of each, int32 `[n, 2]`.
+
+        Characters are given as the first one and the end; tokens that share a character both name it.
+        """
+
+    def decode(self, tokens: np.ndarray) -> str:
+        """Text of token ids; special tokens give nothing."""
+
+    def characters(self, alphabet: str) -> np.ndarray:
+        """Id of each character written by itself, int32 `[len(alphabet)]`; raises `UserError` where one needs several ids."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bytes:
+    """One id per UTF-8 byte, then the special tokens that were asked for; a chat spells them `<s>` and `</s>`."""
+
+    bos: bool = False
+    eos: bool = False
+    folder = None
+
+    @property
+    def vocab_size(self) -> int:
+        """256 and one for each special token."""
+        return 256 + self.bos + self.eos
+
+    @property
+    def bos_id(self) -> int | None:
+        """256, or None without a begin-of-sequence token."""
+        return 256 if self.bos else None
+
+    @property
+    def eos_id(self) -> int | None:
+        """The id after the begin-of-sequence token's, or None."""
+        return 256 + self.bos if self.eos else None
+
+    @property
+    def begins_with_bos(self) -> bool:
+        """True when a begin-of-sequence token was asked for."""
+        return self.bos
+
+    @property
+    def specials(self) -> dict[str, str]:
+        """The special tokens as a chat template writes them."""
+        names = (("bos_token", "<s>", self.bos), ("eos_token", "</s>", self.eos))
+        return {role: token for role, token, there in names if there}
+
+    @property
+    def fingerprint(self) -> str:
+        """The name itself: it says everything."""
+        return "bytes" + "+bos" * self.bos + "+eos" * self.eos
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        """The bytes as int32."""
+        raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+        return np.frombuffer(raw, np.uint8).astype(np.int32)
+
+    def encode_chat(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Bytes and special tokens, int32 `[n]`, and the characters that each covers, int32 `[n, 2]`."""
+        number = {token: self.bos_id if role == "bos_token" else self.eos_id for role, token in self.specials.items()}
+        ids, covered = [np.zeros(0, np.int32)], [np.zeros((0, 2), np.int32)]
+        for at, piece, special in special_tokens.split(text, number):
+            ids.append(np.asarray([number[piece]], np.int32) if special else self.encode(piece))
+            lengths = [len(piece)] if special else [1] * len(ids[-1])
+            covered.append(special_tokens.places(piece, lengths) + np.int32(at))
+        return np.concatenate(ids), np.concatenate(covered)
+
+    def decode(self, tokens: np.ndarray) -> str:
+        """UTF-8 text; malformed bytes become replacement characters."""
+        tokens = np.asarray(tokens)
+        return tokens[tokens < 256].astype(np.uint8).tobytes().decode("utf-8", "replace")
+
+    def characters(self, alphabet: str) -> np.ndarray:
+        """The byte of each character."""
+        ids = self.encode(alphabet)
+        if len(ids) != len(alphabet):
+            raise UserError(f"the alphabet {alphabet!r} holds characters of several bytes; keep to ASCII")
+        return ids
+
+
+_BYTES = {tokenizer.fingerprint: tokenizer for tokenizer in (Bytes(), Bytes(True), Bytes(False, True), Bytes(True, True))}
+
+
+def load(name: str) -> Tokenizer:
+    """The tokenizer that `name` says: `bytes` with `+bos` and `+eos` as wanted, or the path of a file or of its folder.
+
+    A file is a `tokenizer.json`, a SentencePiece model or tiktoken ranks; what it is, is read from its content, since Llama 3's
+    `tokenizer.model` holds ranks. Of a folder, `tokenizer.json` is taken, else `tokenizer.model`, else the only `*.model` or
+    `*.tiktoken` in it. Raises `UserError` for an unknown name, a missing or unreadable file, and a missing library.
+    """
+    if name in _BYTES:
+        return _BYTES[name]
+    path = pathlib.Path(name).expanduser()
+    if path.is_dir():
+        path = _in_folder(path)
+    if path.is_file():
+        try:
+            with open(path, "rb") as file:
+                raw = file.read(4096)
+        except OSError as error:
+            raise UserError(f"tokenizer {name!r} cannot be read: {error}") from error
+        if path.suffix == ".json" or raw.lstrip()[:1] == b"{":
+            return HuggingFace(path)
+        return Ranks(path) if looks_like_ranks(raw) else SentencePiece(path)
+    if path.suffix in (".json", ".model", ".tiktoken") or "/" in name:
+        raise UserError(
+            f"tokenizer {name!r} is not there; give the path of a tokenizer.json, a SentencePiece or tiktoken file, or 'bytes'"
+        )
+    raise UserError(f"tokenizer {name!r} is not known{nearest(name, [*_BYTES, 'path/to/tokenizer.json'])}")
+
+
+def _in_folder(folder: pathlib.Path) -> pathlib.Path:
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if (folder / name).is_file():
+            return folder / name
+    found = sorted([*folder.glob("*.model"), *folder.glob("*.tiktoken")])
+    if len(found) != 1:
+        names = f"several: {', '.join(path.name for path in found)}" if found else "no tokenizer.json, *.model or *.tiktoken"
+        raise UserError(f"tokenizer {str(folder)!r} is a folder that holds {names}; give the path of the file")
+    return found[0]
+
+
+def prompt(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """Ids int32 `[n]` of a text to be continued, behind BOS where the model was made to see it there."""
+    ids = tokenizer.encode(text)
+    return np.concatenate([[tokenizer.bos_id], ids]).astype(np.int32) if tokenizer.begins_with_bos else ids

@@ -1,0 +1,169 @@
+"""The one table of positional schemes, and how text and configs name them."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from lcx.core import configs
+from lcx.core.errors import UserError
+from lcx.positions.absolute import Learned, Nope, Sinusoidal
+from lcx.positions.bias import T5, Alibi, Fire, Kerple
+from lcx.positions.piecewise import DualChunk, LeakyRerope, Rerope, SelfExtend
+from lcx.positions.rotary import Linear, Ntk, Rope
+from lcx.positions.scaling import Dynamic, Llama3, LongRope, NtkByParts, Proportional, Yarn
+from lcx.positions.scheme import Scheme
+from lcx.positions.xpos import Xpos
+
+SCHEMES: dict[str, type[Scheme]] = {
+    "rope": Rope,
+    "linear": Linear,
+    "ntk": Ntk,
+    "dynamic": Dynamic,
+    "ntk_by_parts": NtkByParts,
+    "yarn": Yarn,
+    "llama3": Llama3,
+    "longrope": LongRope,
+    "proportional": Proportional,
+    "xpos": Xpos,
+    "self_extend": SelfExtend,
+    "rerope": Rerope,
+    "leaky_rerope": LeakyRerope,
+    "dual_chunk": DualChunk,
+    "alibi": Alibi,
+    "t5": T5,
+    "kerple": Kerple,
+    "fire": Fire,
+    "nope": Nope,
+    "sinusoidal": Sinusoidal,
+    "learned": Learned,
+}
+
+ALIASES = {"pi": "linear", "none": "rope", "default": "rope", "p_rope": "proportional"}
+"""Other names by which people know a scheme. `none` is plain rotary: nothing is done about the length."""
+
+
+_ROTARY = ("theta", "layout", "partial", "original_length")
+
+
+def from_config(values: Mapping[str, Any] | str, path: str = "positions") -> Scheme:
+    """The scheme of a mapping with a `name` (its other keys are settings), or of a text such as `yarn:factor=16,theta=500`.
+
+    A `temperature` or `scaling` may be a name alone. Raises `UserError` for unknown names, keys, types and values.
+    """
+    if isinstance(values, Scheme):
+        return values
+    if isinstance(values, str):
+        values = _settings(values, path)
+    if not isinstance(values, Mapping | ml_collections.ConfigDict):
+        raise UserError(f"{path}={values!r} is not a scheme; write a mapping with a name, or a text like 'yarn:factor=16'")
+    values = dict(values.items())
+    if "name" not in values:
+        raise UserError(f"{path} has no name; allowed: {', '.join(sorted(SCHEMES))}")
+    cls = _class(values.pop("name"), path)
+    if isinstance(values.get("temperature"), str):
+        values["temperature"] = {"kind": values["temperature"]}
+    if values.get("scaling") is not None and not isinstance(values["scaling"], Scheme):
+        values["scaling"] = _inner(values, f"{path}.scaling")
+    return configs.build(cls, values, f"{path}.{cls.name}")
+
+
+def _class(name: Any, path: str) -> type[Scheme]:
+    name = ALIASES.get(name, name) if isinstance(name, str) else name
+    return SCHEMES[configs.choice(f"{path}.name", name, SCHEMES)]
+
+
+def _inner(outer: Mapping[str, Any], path: str) -> Scheme:
+    """The scheme inside a piecewise one, with the outer one's rotary settings where it names none of its own."""
+    values = outer["scaling"]
+    values = _settings(values, path) if isinstance(values, str) else dict(values.items())
+    shared = {key: outer[key] for key in _ROTARY if key in outer and key not in values}
+    return from_config({**shared, **values}, path)
+
+
+def parse(spec: str) -> Scheme:
+    """The scheme of a text `name:key=value,key=value`; dots reach into settings (`temperature.kind=llama4`)."""
+    return from_config(spec)
+
+
+def to_config(scheme: Scheme) -> dict[str, Any]:
+    """A plain mapping that `from_config` reads back."""
+    values = {"name": scheme.name, **configs.plain(scheme)}
+    inner = getattr(scheme, "scaling", None)
+    if inner is not None:
+        values["scaling"] = to_config(inner)
+    return values
+
+
+def fingerprint(scheme: Scheme) -> str:
+    """Sixteen hex digits that change with any setting."""
+    return configs.fingerprint(to_config(scheme))
+
+
+def with_theta(scheme: Scheme, theta: float) -> Scheme:
+    """The scheme with another theta; raises `UserError` when it has none."""
+    inner = getattr(scheme, "scaling", None)
+    if inner is not None:
+        return dataclasses.replace(scheme, theta=theta, scaling=with_theta(inner, theta))
+    if not any(field.name == "theta" for field in dataclasses.fields(scheme)):
+        raise UserError(f"positional scheme {scheme.name!r} has no theta to set to {theta}; use a rotary scheme")
+    return dataclasses.replace(scheme, theta=theta)
+
+
+def extend(scheme: Scheme, spec: str | Mapping[str, Any], trained_length: int | None = None) -> Scheme:
+    """The scheme of `spec`, keeping what `scheme` says of the trained model unless `spec` overrides it.
+
+    Kept are theta, layout, partial, trained length and temperature where the new scheme has them: what a zero-shot comparison
+    on one checkpoint must not change. `trained_length` stands in for an `original_length` that neither gives.
+    """
+    values = _settings(spec, "positions") if isinstance(spec, str) else dict(spec.items())
+    cls = _class(values.get("name"), "positions")
+    fields = {field.name for field in dataclasses.fields(cls)}
+    for key in (*_ROTARY, "temperature"):
+        kept = getattr(scheme, key, None)
+        if key == "original_length" and kept is None:
+            kept = trained_length
+        if key in fields and key not in values and kept is not None:
+            values[key] = kept
+    return from_config(values)
+
+
+def _settings(spec: str, path: str) -> dict[str, Any]:
+    name, _, rest = spec.partition(":")
+    values: dict[str, Any] = {"name": name.strip()}
+    for item in _split(rest):
+        key, equals, text = item.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"{path}={spec!r}: {item!r} is not key=value; write it like 'yarn:factor=16,theta=500000'")
+        *parents, last = key.strip().split(".")
+        place = values
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise UserError(f"{path}={spec!r}: {parent!r} has both a value and settings of its own")
+        place[last] = _value(text.strip())
+    return values
+
+
+def _split(text: str) -> list[str]:
+    """`text` at its commas, those inside brackets left alone."""
+    items, depth, start = [], 0, 0
+    for i, character in enumerate(text):
+        depth += (character in "([") - (character in ")]")
+        if character == "," and not depth:
+            items.append(text[start:i])
+            start = i + 1
+    items.append(text[start:])
+    return [item for item in items if item.strip()]
+
+
+def _value(text: str) -> Any:
+    """A Python literal where the text is one (numbers, lists, None, booleans), else the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return {"true": True, "false": False, "none": None}.get(text.lower(), text)

@@ -1,0 +1,138 @@
+"""Somebody's checkpoint extended to a target length: model, positions and stages of a run worked out from a Hugging Face folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+from ml_collections.config_dict import placeholder
+
+from lcx.core import configs as configs
+from lcx.core.configs import positive
+from lcx.core.errors import UserError
+from lcx.interop import folder as hf
+from lcx.interop.hf_config import COMPUTATION, Described, read_file
+from lcx.model.config import is_local
+from lcx.positions.rotary import Rope
+from lcx.positions.theta import critical_base
+from lcx.recipes import recipe
+from lcx.recipes.models import is_tokenizer_of, tokenizer_of
+from lcx.training.checkpoints import scheme_configs
+
+
+@dataclasses.dataclass(frozen=True)
+class ExtensionConfig:
+    """How a model is extended.
+
+    `source`: a Hugging Face folder. `target`: length in tokens to reach, in stages each at most `growth` times longer than the
+    one before; the first starts from `trained`, the length that the source was trained for (None: what its config.json says).
+    `theta`: that of the last stage (None: the critical base of each stage's length). `steps` of `tokens_per_step` tokens a stage,
+    at least one row; `accumulate` microbatches a step.
+    """
+
+    source: str | None = None
+    target: int | None = None
+    trained: int | None = None
+    growth: float = 4.0
+    theta: float | None = None
+    steps: int = 100
+    tokens_per_step: int = 1 << 18
+    accumulate: int = 1
+
+    def __post_init__(self) -> None:
+        if self.source is None:
+            raise UserError("config.source is missing; name a Hugging Face folder with --config.source=PATH")
+        if self.target is None:
+            raise UserError("config.target is missing; give the length to reach, as in --config.target=65536")
+        sizes = ("target", "trained", "theta", "steps", "tokens_per_step", "accumulate")
+        positive("config", **{name: getattr(self, name) for name in sizes})
+        if self.target > 2**31 - 1:
+            raise UserError(f"config.target={self.target:,} is more positions than an int32 counts; at most {2**31 - 1:,}")
+        if not self.growth > 1:
+            raise UserError(f"config.growth={self.growth} must be above 1: every stage is longer than the one before")
+
+
+def defaults() -> ml_collections.ConfigDict:
+    """The fields of an extension and of everything else in a run but what `complete` finds out, for flags to change."""
+    run = recipe.defaults({"any": {"seq_len": 1, "steps": 1, "batch_size": 1, "monitor": False}})
+    for name in ("stages", "stage_order", "base_stage", "positions", "init_from", "resume_from"):
+        del run[name]
+    run.model = ml_collections.ConfigDict({name: run.model[name] for name in COMPUTATION})
+    # Rows are few and long, so devices share a row before they share a batch.
+    run.mesh.fsdp, run.mesh.context = 1, -1
+    # Follow from the model and the target unless they are given.
+    run.evals.lengths = placeholder(tuple)
+    run.data.tokenizer = placeholder(str)
+    scalars = {"source": str, "target": int, "trained": int, "theta": float}
+    for field in dataclasses.fields(ExtensionConfig):
+        run[field.name] = placeholder(scalars[field.name]) if field.name in scalars else field.default
+    return run
+
+
+def complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The recipe of a config made by `defaults`: with model, positions, tokenizer, stages and evaluated lengths.
+
+    Raises `UserError` for a source that can't be read and a target that is no extension.
+    """
+    values = config.to_dict()
+    names = [field.name for field in dataclasses.fields(ExtensionConfig)]
+    wanted = configs.build(ExtensionConfig, {name: values.pop(name) for name in names}, "config")
+    source = Path(str(wanted.source)).expanduser()
+    if not hf.is_folder(source):
+        raise UserError(f"config.source={wanted.source!r} is no Hugging Face folder; it needs a config.json with a model_type")
+    described = read_file(source)
+    trained = wanted.trained or described.length
+    if wanted.target <= trained:
+        raise UserError(f"config.target={wanted.target} is no longer than the {trained} tokens that {source} was trained for")
+    values["model"] = {**configs.plain(described.model), **values["model"]}
+    values["positions"] = scheme_configs(described.schemes)
+    values["init_from"] = str(source)
+    values["stages"] = _stages(wanted, described, trained)
+    given = values["data"]["tokenizer"]
+    if given is not None and not is_tokenizer_of(given, source):
+        raise UserError(f"config.data.tokenizer={given!r} is not the tokenizer that {source} was trained with; leave it out")
+    values["data"]["tokenizer"] = given or tokenizer_of(source, described.model)
+    values["evals"]["lengths"] = values["evals"]["lengths"] or (trained, *(stage["seq_len"] for stage in values["stages"]))
+    return ml_collections.ConfigDict(values)
+
+
+def lengths(trained: int, target: int, growth: float) -> list[int]:
+    """Lengths of the stages: as few as possible, each about `growth` times the one before at most, in equal ratios."""
+    count = 1
+    while trained * growth**count < target * (1 - 1e-9):
+        count += 1
+    # Round lengths divide over devices; of short ones rounding would be felt.
+    unit = next(unit for unit in (128, 16, 1) if target % unit == 0 and (unit == 1 or 8 * unit <= trained))
+    steps = (round(trained * (target / trained) ** (i / count) / unit) * unit for i in range(1, count))
+    return sorted({step for step in steps if trained < step < target} | {target})
+
+
+def _stages(wanted: ExtensionConfig, described: Described, trained: int) -> list[dict[str, Any]]:
+    stages = []
+    for length in lengths(trained, int(wanted.target or 0), wanted.growth):
+        batch = max(1, wanted.tokens_per_step // length)
+        stages.append(
+            {
+                "name": f"extend_{length}",
+                "seq_len": length,
+                "steps": wanted.steps,
+                "batch_size": -(-batch // wanted.accumulate) * wanted.accumulate,
+                "accumulate": wanted.accumulate,
+                "positions": _thetas(described, wanted, trained, length),
+            }
+        )
+    return stages
+
+
+def _thetas(described: Described, wanted: ExtensionConfig, trained: int, length: int) -> dict[str, float]:
+    """A new theta for every kind of layer that sees the whole context and has one."""
+    rotary = {kind: scheme for kind, scheme in described.schemes.items() if not is_local(kind) and isinstance(scheme, Rope)}
+    if not rotary:
+        raise UserError(
+            f"{wanted.source} has no layer with rotary positions that sees more than its window of {described.model.window} "
+            "tokens, so there is nothing to extend"
+        )
+    last = wanted.theta if length == wanted.target else None
+    return {kind: last or critical_base(scheme.theta, trained, length) for kind, scheme in rotary.items()}

@@ -1,0 +1,235 @@
+"""Text from prompts: tokens to text as they come, stop strings, and where the weights of a run are placed for it.
+
+Legend: B prompts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lcx.core.console import warn
+from lcx.core.errors import UserError
+from lcx.core.mesh import mesh_of
+from lcx.core.trees import Tree
+from lcx.data.tokenizers import tokenizers
+from lcx.data.tokenizers.tokenizers import Tokenizer
+from lcx.evals.zero_shot import at_length, check, refuse_learned
+from lcx.model.config import ModelConfig, build_architecture
+from lcx.model.decode import Timings, generate
+from lcx.model.sampling import GREEDY, Sampling
+from lcx.positions.scheme import Scheme
+
+OnText = Callable[[int, str], None]
+"""`(prompt, piece)`: what was added to the text of a prompt."""
+
+OnEnd = Callable[[int, "Completion"], None]
+"""`(prompt, completion)`: a prompt's text has ended."""
+
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+"""What tokenizers decode the first bytes of a character to until the others come."""
+
+NEIGHBOURS = 8
+"""Tokens of the prompt that the first new ones are decoded with: alone, some tokenizers would drop the space before a word."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What followed a prompt: text without the stop string, the new tokens, and why it ended.
+
+    `ended` is "stop" (a stop string), "eos" (the end-of-sequence token, which gives no text) or "length".
+    """
+
+    text: str
+    tokens: np.ndarray
+    ended: str
+
+
+def generate_text(
+    params: Tree,
+    model: ModelConfig,
+    schemes: Mapping[str, Scheme],
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    *,
+    trained: int | None = None,
+    positions: str = "none",
+    sampling: Sampling = GREEDY,
+    stop: Sequence[str] = (),
+    stop_ids: Sequence[int] = (),
+    chunk: int | None = None,
+    on_text: OnText | None = None,
+    on_end: OnEnd | None = None,
+    report: Callable[[Timings], None] | None = None,
+) -> list[Completion]:
+    """Continue texts. `schemes` maps layer kinds to the scheme that the weights were trained under, up to `trained` tokens.
+
+    A row ends before the first of the `stop` strings, at the tokenizer's end-of-sequence token or another of `stop_ids`, or after
+    `max_new_tokens`. A prompt begins as `data.tokenizers.tokenizers.prompt` says. `on_text` hears of new text of a prompt as soon
+    as no later token can change it: never half a character, nor what may become a stop string; `on_end` of each prompt's end.
+
+    `positions` is a scheme to try zero-shot (`evals.zero_shot.at_length`). Frequencies are those for the longest prompt plus
+    `max_new_tokens`; beyond `trained` a warning is given. Rows and caches are split over the mesh that the weights are placed on.
+    Raises `UserError` for prompts and stop strings that are empty, and for numbers that do not fit.
+    """
+    rows = [_encode(tokenizer, prompt, i, model.vocab_size) for i, prompt in enumerate(prompts)]
+    if not rows:
+        raise UserError("there is no prompt; give one at least")
+    if "" in stop:
+        raise UserError("a stop string is empty; leave it out, or name text to stop at")
+    length = max(map(len, rows)) + max_new_tokens
+    if length > 2**31 - 1:
+        raise UserError(f"max_new_tokens={max_new_tokens:,} is more positions than an int32 counts; lower it")
+    chosen = _schemes(model, schemes, check(positions), trained, length)
+    arch, buffers = build_architecture(model, chosen, length)
+    own = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    eos = tuple(dict.fromkeys((*own, *stop_ids)))
+    streams = [Stream(tokenizer, stop, row[-NEIGHBOURS:]) for row in rows]
+    ended: dict[int, Completion] = {}
+
+    def give(row: int, piece: str) -> None:
+        if piece and on_text is not None:
+            on_text(row, piece)
+
+    def end(row: int, why: str) -> None:
+        give(row, streams[row].finish())
+        ended[row] = Completion(streams[row].text, streams[row].tokens, why)
+        if on_end is not None:
+            on_end(row, ended[row])
+
+    def on_token(step: int, new: Mapping[int, int]) -> list[int]:
+        for row, token in new.items():
+            give(row, streams[row].add(token))
+            if streams[row].stopped or token in eos:
+                end(row, "stop" if streams[row].stopped else "eos")
+        return [row for row in new if row in ended]
+
+    with mesh_of(params):
+        generate(
+            params, buffers, arch, rows, max_new_tokens,
+            sampling=sampling, stop_ids=eos, chunk=chunk, on_token=on_token, report=report,
+        )  # fmt: skip
+    for row in range(len(rows)):
+        if row not in ended:
+            end(row, "length")
+    return [ended[row] for row in range(len(rows))]
+
+
+def _encode(tokenizer: Tokenizer, prompt: str, number: int, vocab_size: int) -> np.ndarray:
+    if not len(tokenizer.encode(prompt)):
+        raise UserError(f"prompt {number + 1} is empty; write at least one character")
+    tokens = tokenizers.prompt(tokenizer, prompt)
+    if tokens.max() >= vocab_size:
+        raise UserError(
+            f"prompt {number + 1} has token {tokens.max()}, and the model's vocabulary ends at {vocab_size - 1}; "
+            "the tokenizer is another model's"
+        )
+    return tokens
+
+
+def _schemes(
+    model: ModelConfig, schemes: Mapping[str, Scheme], positions: str, trained: int | None, length: int
+) -> Mapping[str, Scheme]:
+    if trained is not None and length > trained and positions.strip() == "none":
+        warn(
+            f"prompt and new tokens are {length:,}, and the weights were trained up to {trained:,}: beyond it a model may lose its "
+            "way; --positions tries another scheme"
+        )
+    chosen = at_length(schemes, positions, trained or length, length)
+    refuse_learned(positions, {kind: x for kind, x in chosen.items() if x != schemes[kind]}, model, length)
+    return chosen
+
+
+class Stream:
+    """The text of tokens that come one at a time, given out as far as it is certain, up to the first of the stop strings.
+
+    `before` are tokens that stand before the first. A few tokens are decoded anew with each that comes, as the text of a token
+    depends on its neighbours; how many does not grow with the text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), before: Sequence[int] = ()):
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._tokens = [int(token) for token in before]
+        self._first, self._read, self._begin = 0, len(self._tokens), len(self._tokens)
+        self._held = ""
+        self.text, self.stopped = "", False
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Those that were added, int32."""
+        return np.asarray(self._tokens[self._begin :], np.int32)
+
+    def add(self, token: int) -> str:
+        """The text that has become certain with `token`."""
+        self._tokens.append(token)
+        return self._take(self._decoded(), last=False)
+
+    def finish(self) -> str:
+        """What was held back, when no token follows."""
+        return "" if self.stopped else self._take(self._decoded(last=True), last=True)
+
+    def _decoded(self, last: bool = False) -> str:
+        """The text of the tokens from `_read` on; none while a character is incomplete."""
+        before, whole = (
+            self._tokenizer.decode(np.asarray(self._tokens[self._first : end], np.int32)) for end in (self._read, None)
+        )
+        if not last and (whole.endswith(UNFINISHED) or len(whole) <= len(before)):
+            return ""
+        self._first, self._read = self._read, len(self._tokens)
+        return whole[len(before) :]
+
+    def _take(self, new: str, last: bool) -> str:
+        pending = self._held + new
+        found = [at for stop in self._stop if (at := pending.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            out, self._held = pending[: min(found)], ""
+        else:
+            keep = 0 if last else self._begun(pending)
+            out, self._held = pending[: len(pending) - keep], pending[len(pending) - keep :]
+        self.text += out
+        return out
+
+    def _begun(self, pending: str) -> int:
+        """How many characters at the end may be the beginning of a stop string."""
+        longest = min(len(pending), max(map(len, self._stop), default=1) - 1)
+        return next((n for n in range(longest, 0, -1) if any(stop.startswith(pending[-n:]) for stop in self._stop)), 0)
+
+
+LINE = '{"prompt": "..."}'
+
+
+def read_prompts(path: str) -> list[str]:
+    """The prompt that a text file is, or those that the lines of a `.jsonl` file hold under `prompt`.
+
+    Raises `UserError` for a file that is missing, is not UTF-8 or holds something else.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"prompt file {path} is no file; name a text file, or a .jsonl file of lines such as {LINE}")
+    try:
+        text = file.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise UserError(f"prompt file {path} is not UTF-8 text (byte {error.start} is {byte:#04x}); convert it")
+    if not text.strip():
+        raise UserError(f"prompt file {path} is empty; write a prompt into it")
+    if file.suffix != ".jsonl":
+        return [text]
+    return [_prompt_of(line, f"{path}, line {i}") for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def _prompt_of(line: str, where: str) -> str:
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where} is not JSON ({error.msg}); write lines such as {LINE}")
+    prompt = entry.get("prompt") if isinstance(entry, dict) else None
+    if not isinstance(prompt, str):
+        raise UserError(f"{where} has no text under 'prompt'; write lines such as {LINE}")
+    return prompt

@@ -1,0 +1,144 @@
+"""A whole recipe in one config: train the stages, evaluate the model before and after its extension, write the report."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from lcx.core import configs as configs
+from lcx.core.configs import choice
+from lcx.core.console import say
+from lcx.core.mesh import make_mesh
+from lcx.data.config import PartConfig
+from lcx.evals import results
+from lcx.evals.results import EvalResult
+from lcx.evals.suite import EvalConfig, evaluate
+from lcx.model.config import ModelConfig, build_schemes
+from lcx.recipes import models
+from lcx.report.history import record_environment
+from lcx.report.report import write_report
+from lcx.training.checkpoints import Loaded, load_params
+from lcx.training.loop import train
+from lcx.training.stages import RunConfig, StageConfig, run_config
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A run, and how to judge it.
+
+    `base_stage` names the stage after which the model counts as trained; what follows extends it. The model is evaluated there
+    (`before`, with the zero-shot schemes) and at the end (`after`). Without it `before` are the weights that the run began with,
+    if it began with any.
+    """
+
+    run: RunConfig
+    evals: EvalConfig = EvalConfig()
+    base_stage: str | None = None
+
+
+def defaults(stages: Mapping[str, Mapping[str, Any]], **model: Any) -> ml_collections.ConfigDict:
+    """Every field of a recipe with its default as a `ConfigDict`, so that flags reach all of them.
+
+    `stages` maps names to at least `seq_len`, `steps` and `batch_size`, in running order; `model` changes the model's.
+    """
+    built = [configs.build(StageConfig, {"name": name, **values}, f"stages.{name}") for name, values in stages.items()]
+    config = configs.to_config_dict(RunConfig(model=ModelConfig(**model), stages=tuple(built)))
+    config.stages = ml_collections.ConfigDict({}, type_safe=False)
+    for stage in built:
+        config.stages[stage.name] = configs.to_config_dict(stage)
+        del config.stages[stage.name]["name"]
+    config.stage_order = tuple(stages)
+    config.evals = configs.to_config_dict(EvalConfig())
+    config.base_stage = ml_collections.config_dict.placeholder(str)
+    return config
+
+
+def part(**values: Any) -> ml_collections.ConfigDict:
+    """A part of a mixture with every field of `PartConfig`, so that flags reach all of them."""
+    return configs.to_config_dict(configs.build(PartConfig, values, "part"))
+
+
+def variant_of(asked: str, *known: str) -> str:
+    """`asked`, which a user wrote behind the config file's name as in `file.py:variant`; raises `UserError` if it is not known."""
+    return asked and choice("the config's variant", asked, known)
+
+
+def recipe(config: ml_collections.ConfigDict) -> Recipe:
+    """The checked recipe of a config; raises `UserError` for anything that is wrong with it."""
+    values = config.to_dict()
+    evals = configs.build(EvalConfig, values.pop("evals", {}), "config.evals")
+    base_stage = values.pop("base_stage", None)
+    run = run_config(values)
+    if base_stage is not None:
+        choice("config.base_stage", base_stage, [stage.name for stage in run.stages])
+    return Recipe(run, evals, base_stage)
+
+
+def run_recipe(chosen: Recipe, workdir: Path, command: Sequence[str]) -> None:
+    """Train, evaluate, report. What is there already is not done again, so the same command goes on after any interruption."""
+    train_recipe(chosen, workdir)
+    record_environment(workdir, command)
+    if chosen.base_stage is not None:
+        evaluate_stage(chosen, workdir, "before", chosen.base_stage)
+    elif chosen.run.init_from is not None:
+        evaluate_source(chosen, workdir)
+    after = dataclasses.replace(chosen, evals=dataclasses.replace(chosen.evals, zero_shot=()))
+    evaluate_stage(after, workdir, "after", chosen.run.stages[-1].name)
+    say(f"report: {write_report(workdir)}")
+
+
+def train_recipe(chosen: Recipe, workdir: Path) -> None:
+    """Train alone, from weights of either kind."""
+    train(chosen.run, workdir, given=models.initial(chosen.run.init_from))
+
+
+def evaluate_stage(chosen: Recipe, workdir: Path, label: str, stage: str) -> EvalResult:
+    """The evaluation of the model at the end of a stage, kept as `eval/<label>.json`."""
+    loaded = load_params(workdir, stage=stage, mesh=make_mesh(chosen.run.mesh))
+    return _known(chosen, workdir, label, loaded.meta.step) or evaluate_loaded(loaded, chosen.evals, label, workdir)
+
+
+def evaluate_source(chosen: Recipe, workdir: Path) -> EvalResult:
+    """The evaluation, kept as `before`, of the weights that the run began with, on the run's data."""
+    loaded = models.load(str(chosen.run.init_from), mesh=make_mesh(chosen.run.mesh))
+    loaded = dataclasses.replace(loaded, run=dataclasses.replace(loaded.run, data=chosen.run.data))
+    return _known(chosen, workdir, "before", loaded.meta.step) or evaluate_loaded(loaded, chosen.evals, "before", workdir)
+
+
+def free_label(workdir: Path, label: str, evals: EvalConfig) -> str:
+    """`label`, with a number behind it where the workdir keeps a result of other settings under it."""
+
+    def free(name: str) -> bool:
+        found = _result(workdir, name)
+        return found is None or _is_of(found, evals)
+
+    return next(filter(free, itertools.chain([label], (f"{label}-{i}" for i in itertools.count(2)))))
+
+
+def _known(chosen: Recipe, workdir: Path, label: str, step: int) -> EvalResult | None:
+    """The result that is there already, if it is of this step and these settings."""
+    found = _result(workdir, label)
+    return found if found is not None and _is_of(found, chosen.evals) and found.step == step else None
+
+
+def _result(workdir: Path, label: str) -> EvalResult | None:
+    path = workdir / "eval" / f"{label}.json"
+    return results.read(path) if path.exists() else None
+
+
+def _is_of(found: EvalResult, evals: EvalConfig) -> bool:
+    return found.settings.get("evals") == configs.plain(evals)
+
+
+def evaluate_loaded(loaded: Loaded, evals: EvalConfig, label: str, workdir: Path | None) -> EvalResult:
+    """Evaluate loaded weights under the schemes that they were last trained with."""
+    run, meta = loaded.run, loaded.meta
+    schemes = build_schemes(run.model, loaded.schemes)
+    return evaluate(
+        loaded.params, run.model, schemes, run.data, evals, trained=meta.length, label=label, step=meta.step, workdir=workdir
+    )

@@ -1,0 +1,160 @@
+"""What a run left in its workdir, read back: the one place that knows the files' names and fields.
+
+config.json        the whole config          metrics.jsonl      a row for each step
+environment.json   versions, devices, command    decisions.jsonl    a row for each decision of the monitor
+eval/*.json        evaluations; `before` and `after` the extension make the comparison
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import platform
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lcx.core.console import warn
+from lcx.core.errors import UserError
+from lcx.evals import results
+from lcx.evals.results import EvalResult
+from lcx.report.plots import StageCurve
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One try of one stage: its curve, the tokens and seconds that it took, and what the monitor said of it."""
+
+    curve: StageCurve
+    attempt: int
+    tokens: int
+    seconds: float
+    decisions: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def final_loss(self) -> float:
+        """Mean over the last tenth of the steps, since one step's loss says little."""
+        tail = [x for x in self.curve.loss if math.isfinite(x)][-max(1, len(self.curve.loss) // 10) :]
+        return sum(tail) / len(tail) if tail else math.nan
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run's files as plain values; what is missing is empty."""
+
+    name: str
+    config: Mapping[str, Any]
+    metrics: tuple[Mapping[str, Any], ...]
+    decisions: tuple[Mapping[str, Any], ...]
+    evals: tuple[EvalResult, ...]
+    environment: Mapping[str, Any]
+
+    @property
+    def before(self) -> EvalResult | None:
+        """The evaluation of the model that the extension started from."""
+        return next((result for result in self.evals if result.label == "before"), None)
+
+    @property
+    def after(self) -> EvalResult | None:
+        """The evaluation of the extended model; the latest one when none is called so."""
+        named = [result for result in self.evals if result.label == "after"]
+        others = [result for result in self.evals if result.label != "before"]
+        return (named or sorted(others, key=lambda result: (result.step or 0, result.trained)) or [None])[-1]
+
+    def stages(self) -> list[Stage]:
+        """Every try of every stage in the order of training; a step that was logged twice (after a resume) counts once."""
+        groups: dict[tuple[str, int], dict[int, Mapping[str, Any]]] = {}
+        for row in self.metrics:
+            if "loss" in row and "step" in row:
+                key = (str(row.get("stage", "")), int(row.get("attempt", 0)))
+                groups.setdefault(key, {})[int(row["step"])] = row
+        last_try = {stage: max(attempt for name, attempt in groups if name == stage) for stage, _ in groups}
+        return [self._stage(stage, attempt, rows, last_try[stage] == attempt) for (stage, attempt), rows in groups.items()]
+
+    def _stage(self, name: str, attempt: int, by_step: Mapping[int, Mapping[str, Any]], kept: bool) -> Stage:
+        steps = sorted(by_step)
+        rows = [by_step[step] for step in steps]
+        length = next((int(row["seq_len"]) for row in rows if "seq_len" in row), 0)
+        theta = next((float(row["theta"]) for row in rows if row.get("theta") is not None), None)
+        config = next((stage for stage in self.config.get("stages", ()) if stage.get("name") == name), {})
+        tokens = int(config.get("batch_size", 0)) * length
+        speeds = [_number(row.get("tokens_per_second")) for row in rows]
+        seconds = sum(tokens / speed for speed in speeds if speed > 0)
+        curve = StageCurve(name, length, theta, tuple(steps), tuple(_number(row["loss"], math.nan) for row in rows), kept)
+        said = tuple(d for d in self.decisions if str(d.get("stage")) == name and int(d.get("attempt", 0)) == attempt)
+        return Stage(curve, attempt, tokens * len(rows), seconds, said)
+
+
+def load(workdir: str | os.PathLike[str]) -> Run:
+    """Read a workdir; raises `UserError` when it is not there or holds neither metrics nor an evaluation."""
+    workdir = pathlib.Path(workdir)
+    if not workdir.is_dir():
+        raise UserError(f"workdir {workdir} does not exist; give the --workdir of a run")
+    evals = [results.read(path) for path in sorted((workdir / "eval").glob("*.json"))]
+    run = Run(
+        name=workdir.resolve().name,
+        config=_json(workdir / "config.json"),
+        metrics=tuple(_rows(workdir / "metrics.jsonl")),
+        decisions=tuple(_rows(workdir / "decisions.jsonl")),
+        evals=tuple(evals),
+        environment=_json(workdir / "environment.json"),
+    )
+    if not run.metrics and not run.evals:
+        raise UserError(f"workdir {workdir} holds no metrics.jsonl and no eval/*.json; train or evaluate there first")
+    return run
+
+
+def record_environment(workdir: str | os.PathLike[str], command: Sequence[str]) -> pathlib.Path:
+    """Write `environment.json`: versions, devices, and the command as it was typed."""
+    import importlib.metadata
+
+    import jax
+
+    devices = jax.devices()
+    values = {
+        "command": shlex.join(command),
+        "lcx": importlib.metadata.version("lcx"),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu_cores": os.cpu_count(),
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "processes": jax.process_count(),
+    }
+    path = pathlib.Path(workdir) / "environment.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=1) + "\n")
+    return path
+
+
+def _number(value: Any, missing: float = 0.0) -> float:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else missing
+
+
+def _json(path: pathlib.Path) -> Mapping[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); delete it or restore it") from None
+
+
+def _rows(path: pathlib.Path) -> list[Mapping[str, Any]]:
+    """Rows of a JSONL file; a last line cut short by a kill is left out, any other bad line is said."""
+    if not path.exists():
+        return []
+    rows, lines = [], path.read_text(errors="replace").splitlines()
+    for i, line in enumerate(lines):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            if i + 1 < len(lines):
+                warn(f"{path}:{i + 1} is not JSON; the line is left out")
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows

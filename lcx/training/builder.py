@@ -1,0 +1,203 @@
+"""From a run and the monitor's decisions so far to all that a stage needs: schemes, mesh, compiled step, loader, probe."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from lcx.core.batch import Batch
+from lcx.core.errors import UserError
+from lcx.core.mesh import axis_size, make_mesh
+from lcx.core.trees import Tree
+from lcx.data.loader import Corpus, Loader, probe
+from lcx.model.config import Architecture, build_architecture, build_schemes
+from lcx.model.flops import step_flops
+from lcx.model.params import specs
+from lcx.positions.registry import from_config
+from lcx.positions.scheme import Scheme
+from lcx.training.checkpoints import Initial
+from lcx.training.checks import check_stage, check_vocabulary
+from lcx.training.metrics import Meter, peak_flops
+from lcx.training.monitor import Probe, at_theta, best, probe_sums, read_probe, theta_of, thetas
+from lcx.training.stages import RunConfig, StageConfig, override
+from lcx.training.step import TrainStep, train_step
+
+Decisions = Sequence[Mapping[str, Any]]
+"""Rows of `decisions.jsonl`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """One go at a stage: number `index`, at `theta` (None: the scheme as configured), judged by the monitor if `watched`."""
+
+    index: int = 0
+    theta: float | None = None
+    watched: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """What the weights at a stage's start were trained with: schemes by layer kind (or `default`) and length in tokens."""
+
+    schemes: dict[str, Scheme]
+    length: int
+
+    @property
+    def theta(self) -> float | None:
+        """The theta on the layers that see the whole context; None without a rotary scheme."""
+        return theta_of(self.schemes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A stage made ready. `schemes` maps layer kinds (or `default`) to schemes, `buffers` and `specs` follow from them."""
+
+    index: int
+    stage: StageConfig
+    attempt: Attempt
+    schemes: dict[str, Scheme]
+    mesh: Mesh
+    arch: Architecture
+    buffers: Tree
+    specs: Tree
+    step: TrainStep
+    loader: Loader
+    meter: Meter
+    before: Origin | None
+
+    @property
+    def theta(self) -> float | None:
+        """The theta in force on the layers that see the whole context."""
+        return theta_of(self.schemes)
+
+    def batch(self, step: int) -> Batch:
+        """Global arrays of the stage's step `step`."""
+        rows = self.step.local_rows(self.stage.batch_size, self.stage.seq_len)
+        return self.step.put(self.loader.batch(step, rows), self.stage.batch_size)
+
+
+class Planner:
+    """Makes plans; `decisions` is read anew for each, so a decision written down is in force from then on."""
+
+    def __init__(
+        self, run: RunConfig, decisions: Decisions, devices: Sequence[jax.Device] | None = None, initial: Initial | None = None
+    ):
+        self.run, self.decisions, self.initial = run, decisions, initial
+        self.origin = None if initial is None else Origin(initial.meta.schemes, initial.meta.length)
+        self.devices = list(jax.devices() if devices is None else devices)
+        self.meshes = [make_mesh(run.mesh_of(stage), self.devices) for stage in run.stages]
+        self._base = {kind: from_config(spec, f"positions.{kind}") for kind, spec in run.positions.items()}
+        for index, (stage, mesh) in enumerate(zip(run.stages, self.meshes, strict=True)):
+            schemes = self.choose(index)[1]
+            check_stage(run, stage, mesh, self._specs(schemes, stage))
+            # What a scheme refuses at a stage's length is said now, before the workdir is claimed or a stage is trained.
+            build_architecture(run.model, build_schemes(run.model, schemes), stage.length)
+        self.corpus = _corpus(run)
+        check_vocabulary(run.model, self.corpus.tokenizer.vocab_size, run.data.tokenizer)
+        self.loaders = [self._loader(index, stage) for index, stage in enumerate(run.stages)]
+
+    def plan(self, index: int) -> Plan:
+        """The stage's plan under the decisions so far."""
+        stage, mesh = self.run.stages[index], self.meshes[index]
+        attempt, schemes = self.choose(index)
+        before = Origin(self.choose(index - 1)[1], self.run.stages[index - 1].length) if index else self.origin
+        arch, buffers = build_architecture(self.run.model, build_schemes(self.run.model, schemes), stage.length)
+        table = self._specs(schemes, stage)
+        peak = peak_flops(mesh.devices.flat[0], self.run.metrics.peak_flops) * mesh.size
+        return Plan(
+            index=index,
+            stage=stage,
+            attempt=attempt,
+            schemes=schemes,
+            mesh=mesh,
+            arch=arch,
+            buffers=buffers,
+            specs=table,
+            step=train_step(arch, table, self.run.optim_of(stage), stage.steps, mesh, stage.accumulate),
+            loader=self.loaders[index],
+            meter=Meter(
+                tokens=stage.batch_size * stage.seq_len,
+                flops=step_flops(self.run.model, stage.batch_size, stage.seq_len),
+                peak=peak,
+            ),
+            before=before,
+        )
+
+    def choose(self, index: int) -> tuple[Attempt, dict[str, Scheme]]:
+        """The attempt that the decisions call for, and the schemes in force in it."""
+        current, attempt, before = self._base, Attempt(), self.origin
+        for i, stage in enumerate(self.run.stages[: index + 1]):
+            named = bool(stage.positions) or i == 0 and before is None
+            current = override(current, stage, before.length if before else stage.length)
+            attempt = self._attempt(stage, theta_of(current) if named else None, theta_of(current), before)
+            if attempt.theta is not None:
+                current = at_theta(current, attempt.theta)
+            before = Origin(current, stage.length)
+        return attempt, current
+
+    def probe(self, plan: Plan, params: Tree) -> Probe:
+        """How `params` do on the stage's held-out probe."""
+        return self._probe(plan, params, plan.arch, plan.buffers, plan.stage.seq_len)
+
+    def reference(self, plan: Plan, params: Tree) -> Probe | None:
+        """How they do at the length and with the scheme of the stage before; None in a first stage from scratch."""
+        if plan.before is None:
+            return None
+        schemes, length = build_schemes(self.run.model, plan.before.schemes), plan.before.length
+        arch, buffers = build_architecture(self.run.model, schemes, length)
+        seq_len = self.run.stages[plan.index - 1].seq_len if plan.index else min(length, plan.stage.seq_len)
+        return self._probe(plan, params, arch, buffers, seq_len)
+
+    def _probe(self, plan: Plan, params: Tree, arch: Architecture, buffers: Tree, seq_len: int) -> Probe:
+        pieces = axis_size(plan.mesh, "batch")
+        rows = max(2, -(-self.run.monitor.probe_rows // pieces) * pieces)
+        batch = plan.step.put(probe(self.run.data_of(plan.stage), seq_len, rows, self.run.seed, self.corpus), rows)
+        with jax.set_mesh(plan.mesh):
+            return read_probe(probe_sums(params, buffers, arch, batch))
+
+    def _attempt(self, stage: StageConfig, first: float | None, theta: float | None, before: Origin | None) -> Attempt:
+        if not self.run.monitored(stage):
+            return Attempt()
+        ladder = list(stage.thetas)
+        if not ladder and before is not None and before.theta is not None and theta is not None:
+            ladder = thetas(self.run.monitor, (), first, (before.theta, before.length), stage.length)
+        if not ladder and before is None:
+            raise UserError(
+                f"stages.{stage.name}.monitor=True has nothing to go by in a first stage from scratch; "
+                f"set stages.{stage.name}.thetas"
+            )
+        return attempt_of([row for row in self.decisions if row["stage"] == stage.name], ladder or [None])
+
+    def _specs(self, schemes: Mapping[str, Scheme], stage: StageConfig) -> Tree:
+        return specs(self.run.model, build_schemes(self.run.model, schemes), stage.length)
+
+    def _loader(self, index: int, stage: StageConfig) -> Loader:
+        data = self.run.data_of(stage)
+        try:
+            return Loader(
+                data, stage.seq_len, stage.batch_size, self.run.seed, index, max_position=stage.max_position, corpus=self.corpus
+            )
+        except UserError as error:
+            raise UserError(f"stages.{stage.name}: {error}") from error
+
+
+def attempt_of(rows: Decisions, ladder: Sequence[float | None]) -> Attempt:
+    """The attempt that a stage's decisions call for: the accepted one, the next theta, or the best when all have failed."""
+    if rows and rows[-1]["verdict"] == "straight down":
+        return Attempt(rows[-1]["attempt"], rows[-1]["theta"], False)
+    if len(rows) < len(ladder):
+        return Attempt(len(rows), ladder[len(rows)], True)
+    chosen = best(rows)
+    # The last attempt goes on where it stands; an earlier one has to be run again.
+    again = chosen["attempt"] != rows[-1]["attempt"]
+    return Attempt(len(rows) if again else len(rows) - 1, chosen["theta"], False)
+
+
+def _corpus(run: RunConfig) -> Corpus:
+    """One corpus for the sources of all stages."""
+    parts = {f"{stage.name}/{name}": part for stage in run.stages for name, part in run.data_of(stage).parts.items()}
+    return Corpus(dataclasses.replace(run.data, parts=parts))

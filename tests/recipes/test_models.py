@@ -1,0 +1,187 @@
+"""Models of either kind, and a Hugging Face model extended and given back."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import transformers
+
+from lcx.core.errors import UserError
+from lcx.interop import byte_tokenizer
+from lcx.interop.shards import Shards
+from lcx.recipes import extension, models
+from lcx.recipes.compare import compare
+from tests.interop import hf_models
+from tests.interop.hf_models import TRAINED
+
+ROOT = Path(__file__).parents[2]
+TARGET = 16 * TRAINED
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A random Llama over bytes, with a tokenizer and a setting of its own beside it."""
+    folder = tmp_path_factory.mktemp("source")
+    hf_models.make("llama", folder, vocab_size=258, num_hidden_layers=2)
+    byte_tokenizer.write(folder, bos=True, eos=True)
+    return folder
+
+
+def test_import_export_diff(source, tmp_path, capsys):
+    models.import_model(source, tmp_path / "run")
+    assert models.load(tmp_path / "run").meta.stage == models.STAGE
+    models.export_model(tmp_path / "run", tmp_path / "out")
+    one, other = Shards(source), Shards(tmp_path / "out")
+    assert {name: one.read(name).tobytes() for name in one.shapes} == {name: other.read(name).tobytes() for name in other.shapes}
+    kept = {path.name for path in (tmp_path / "out").iterdir()}
+    assert kept == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert compare(str(source), str(tmp_path / "run"))
+    assert "12 of 12 tensors are equal, 0 options differ" in capsys.readouterr().out
+
+
+def test_extension_is_evaluated_and_exported(source, tmp_path, capsys):
+    extended = tmp_path / "extended"
+    changes = dict(source=source, target=TARGET, steps=2, tokens_per_step=TARGET)
+    changes |= {"optim.lr": 1e-3, "evals.needle_items": 1, "evals.perplexity_tokens": TARGET, "metrics.tensorboard": False}
+    words = ["run", f"--config={ROOT / 'configs' / 'extend_hf.py'}", f"--workdir={extended}"]
+    words += [f"--config.{key}={value}" for key, value in changes.items()]
+    env = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-m", "lcx.cli", *words], env=env, check=True, capture_output=True)
+    results = {name: json.loads((extended / "eval" / f"{name}.json").read_text()) for name in ("before", "after")}
+    lengths = [TRAINED, TRAINED * 4, TARGET]
+    for result in results.values():
+        assert result["needles"][0]["lengths"] == lengths
+    assert (extended / "report.html").exists()
+
+    out = tmp_path / "out"
+    models.export_model(extended, out)
+    values = json.loads((out / "config.json").read_text())
+    theta = values["rope_parameters"]["rope_theta"]
+    assert values["max_position_embeddings"] == TARGET
+    assert theta == values["rope_theta"] > 10000
+    assert not compare(str(source), str(out))
+    said = capsys.readouterr().out
+    assert "length" in said
+    assert "layers/mlp/up/kernel" in said
+
+    with hf_models.float64_rotary():
+        again = transformers.AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager").eval()
+    ids = hf_models.tokens(TARGET, rows=1, vocab=258)
+    reference = hf_models.torch_logits(again, ids)
+    assert np.abs(hf_models.lcx_logits(out, ids) - reference).max() <= 2e-5 * max(1, np.abs(reference).max())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    assert tokenizer("né\n", add_special_tokens=False).input_ids == list("né\n".encode())
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (256, 257)
+
+    # What stood beside the weights follows from run to run, so that the last one can be exported too.
+    models.initial(str(extended)).keep(tmp_path)
+    assert (tmp_path / models.HF_FOLDER / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(source=None), "config.source is missing"),
+        (dict(target=None), "config.target is missing"),
+        (dict(target=TRAINED), "is no longer than the 64 tokens"),
+        (dict(growth=1.0), "config.growth=1.0 must be above 1"),
+        (dict(source="nowhere"), "config.source='nowhere' is no Hugging Face folder"),
+        (dict(steps=0), "steps=0 must be"),
+    ],
+)
+def test_wrong_extensions(changes, message, source):
+    config = extension.defaults()
+    config.update({"source": str(source), "target": TARGET})
+    with config.ignore_type():
+        config.update(changes)
+    with pytest.raises(UserError, match=message):
+        extension.complete(config)
+
+
+def test_another_tokenizer_than_the_models_own(source, tmp_path):
+    config = extension.defaults()
+    config.source, config.target = str(source), TARGET
+    config.data.tokenizer = "bytes"
+    with pytest.raises(UserError, match="config.data.tokenizer='bytes' is not the tokenizer that .* was trained with"):
+        extension.complete(config)
+    run = tmp_path / "run"
+    models.import_model(source, run)
+    values = json.loads((run / "config.json").read_text())
+    values["data"]["tokenizer"] = "bytes"
+    (run / "config.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match="trained with the tokenizer 'bytes', .* another one"):
+        models.export_model(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_with_windows_alone_is_not_extended(tmp_path):
+    hf_models.make("mistral", tmp_path, num_hidden_layers=1)
+    config = extension.defaults()
+    config.source, config.target = str(tmp_path), TARGET
+    with pytest.raises(UserError, match="sees more than its window of 24 tokens"):
+        extension.complete(config)
+
+
+@pytest.mark.parametrize(
+    ("trained", "target", "growth", "wanted"),
+    [
+        (8192, 65536, 4.0, [23168, 65536]),
+        (8192, 32768, 4.0, [32768]),
+        (64, 1024, 4.0, [256, 1024]),
+        (100, 1000, 2.0, [178, 316, 562, 1000]),
+        (256, 384, 1.1, [272, 304, 320, 352, 384]),
+    ],
+)
+def test_lengths_of_stages(trained, target, growth, wanted):
+    assert extension.lengths(trained, target, growth) == wanted
+
+
+def test_numbers_beyond_a_dtype_are_not_exported(tmp_path):
+    model = hf_models.make("llama", tmp_path / "source", num_hidden_layers=1)
+    model.model.norm.weight.data[3] = 1e6
+    model.save_pretrained(tmp_path / "source")
+    with pytest.raises(UserError, match=r"model\.norm\.weight has numbers that float16 does not reach"):
+        models.export_model(tmp_path / "source", tmp_path / "out", dtype="float16")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_ends_of_texts_that_a_folder_names(tmp_path):
+    hf_models.make("llama", tmp_path, num_hidden_layers=1)
+    assert models.stop_ids(tmp_path) == (2,)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    assert models.stop_ids(tmp_path) == (2, 7)
+
+
+def test_a_tokenizer_of_another_model(source, tmp_path):
+    hf_models.make("llama", tmp_path / "small", num_hidden_layers=1, vocab_size=100)
+    byte_tokenizer.write(tmp_path / "small", bos=True, eos=True)
+    with pytest.raises(UserError, match="has ids up to 257, and the model's vocabulary ends at 99; it is another model's"):
+        models.import_model(tmp_path / "small", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_wrong_names_of_weights(source, tmp_path):
+    with pytest.raises(UserError, match="which has no stage 'base'"):
+        models.load(source, stage="base")
+    with pytest.raises(UserError, match="dtype='float8' is not"):
+        models.load(source, dtype="float8")
+    with pytest.raises(UserError, match="is there already"):
+        models.export_model(source, source)
+    with pytest.raises(UserError, match="is no folder"):
+        models.import_model(tmp_path / "nothing", tmp_path / "run")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="has no config.json"):
+        models.import_model(tmp_path / "empty", tmp_path / "run")
+
+
+def test_read_onto_a_mesh_for_evaluation(source):
+    from lcx.core.mesh import MeshConfig, make_mesh
+
+    mesh = make_mesh(MeshConfig())
+    params = models.load(source, mesh=mesh).params
+    assert all(leaf.sharding.mesh.shape == mesh.shape for leaf in jax.tree.leaves(params))

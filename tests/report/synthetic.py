@@ -1,0 +1,66 @@
+"""A made-up run with known numbers, for the pictures and the report."""
+
+import dataclasses
+import json
+import math
+import pathlib
+
+from lcx.evals import results
+from lcx.evals.results import EvalResult, NeedleGrid, PerplexityCurve, PerplexityPoint, PositionLoss
+from lcx.report.plots import StageCurve
+
+LENGTHS = (256, 512, 1024, 4096)
+DEPTHS = (0.0, 0.5, 1.0)
+
+BEFORE = NeedleGrid(LENGTHS, DEPTHS, ((20, 0, 1, 0), (19, 5, 0, 0), (20, 11, 2, 0)), 20, trained=256)
+AFTER = NeedleGrid(LENGTHS, DEPTHS, ((20, 20, 20, 19), (20, 20, 18, 20), (20, 20, 20, 20)), 20, trained=4096)
+
+
+def curve(scheme: str, perplexities: tuple[float, ...], trained: int = 256) -> PerplexityCurve:
+    points = tuple(
+        PerplexityPoint(length, length, 8192, math.log(p), 256, math.log(p) - 0.1)
+        for length, p in zip(LENGTHS, perplexities, strict=True)
+    )
+    positions = PositionLoss(4096, (0, 1, 16, 256, 4096), (2.0, 1.5, 1.25, math.log(perplexities[-1])), (2, 30, 480, 7680))
+    return PerplexityCurve(points, positions, 1.0, scheme, trained)
+
+
+CURVES = {
+    "none": curve("none", (4.25, 13.5, 44.0, 467.0)),
+    "yarn": curve("yarn", (4.25, 5.0, 6.0, 8.75)),
+    "theta": curve("rope:theta=critical", (4.25, 5.75, 7.75, 14.5)),
+    "extended": curve("none", (4.0, 3.75, 3.5, 3.25), trained=4096),
+}
+
+STAGES = (
+    StageCurve("base", 256, 500.0, tuple(range(1, 41)), tuple(5.0 * 0.95**i + 1 for i in range(40))),
+    StageCurve("far", 4096, 900.0, tuple(range(41, 51)), (2.5, 2.0) * 5, kept=False),
+    StageCurve("far", 4096, 31000.0, tuple(range(41, 61)), tuple(1.0 + 0.9**i for i in range(20))),
+)
+
+
+def write_run(workdir: pathlib.Path) -> None:
+    yarn = dataclasses.replace(BEFORE, scheme="yarn", items=20, correct=((20, 7, 3, 1),) * 3)
+    before = EvalResult("before", 256, 40, (BEFORE, yarn), (CURVES["none"], CURVES["yarn"], CURVES["theta"]), 3.0)
+    after = EvalResult("after", 4096, 60, (AFTER,), (CURVES["extended"],), 2.0)
+    results.write(before, workdir / "eval" / "before.json")
+    results.write(after, workdir / "eval" / "after.json")
+    config = {
+        "model": {"model_dim": 77},
+        "stages": [{"name": "base", "seq_len": 256, "batch_size": 8}, {"name": "far", "seq_len": 4096, "batch_size": 2}],
+    }
+    (workdir / "config.json").write_text(json.dumps(config))
+    tries: dict[str, int] = {}
+    with (workdir / "metrics.jsonl").open("w") as file:
+        for stage in STAGES:
+            attempt = tries.get(stage.name, 0)
+            tries[stage.name] = attempt + 1
+            for step, loss in zip(stage.steps, stage.loss, strict=True):
+                row = {"step": step, "stage": stage.name, "attempt": attempt, "loss": loss, "seq_len": stage.length}
+                file.write(json.dumps({**row, "theta": stage.theta, "tokens_per_second": 1024.0}) + "\n")
+        file.write('{"step": 61, "stage": "far", "lo')  # cut off by a kill
+    decisions = [
+        {"stage": "far", "attempt": 0, "theta": 900.0, "verdict": "oscillating", "reason": "straightness 0.31 is below 1.0"},
+        {"stage": "far", "attempt": 1, "theta": 31000.0, "verdict": "straight down", "reason": "loss falls 40.0%"},
+    ]
+    (workdir / "decisions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in decisions))

@@ -1,0 +1,110 @@
+import html.parser
+import json
+import re
+
+import pytest
+
+from lcx.core.errors import UserError
+from lcx.report import history
+from lcx.report.report import write_report
+from tests.report.synthetic import STAGES, write_run
+
+
+class Reader(html.parser.HTMLParser):
+    """The text of a page, its tags and every attribute that could fetch something."""
+
+    def __init__(self):
+        super().__init__()
+        self.text, self.open, self.links = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.links += [value for key, value in attrs if key in ("src", "href", "srcset", "data", "action")]
+        if tag not in ("img", "meta", "link", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny <run>")
+    write_run(folder)
+    history.record_environment(folder, ["lcx", "run", "--config=configs/x.py", "--config.name=a b"])
+    write_report(folder)
+    return folder
+
+
+def read(workdir) -> tuple[str, Reader]:
+    page = (workdir / "report.html").read_text()
+    reader = Reader()
+    reader.feed(page)
+    assert reader.open == []
+    return page, reader
+
+
+def test_the_report_needs_nothing_else(workdir):
+    page, reader = read(workdir)
+    assert reader.links and all(link.startswith("data:image/png;base64,") for link in reader.links)
+    assert len(reader.links) == 4
+    assert not re.search(r"https?:|//[a-z]|@import|url\(|<script", re.sub(r"base64,[^']+", "", page))
+    assert "prefers-color-scheme: dark" in page
+
+
+def test_the_report_holds_the_numbers_it_was_given(workdir):
+    page, reader = read(workdir)
+    text = " ".join(reader.text)
+    for wanted in (
+        "256 → 4,096 tokens", "Context extended 16× in 1 stage.",
+        "10.6% → 98.3%",  # needles beyond 256: 19 and 177 of 180
+        "256 → 4,096", "467 → 3.25", "8,192 held-out tokens",
+        "oscillating: straightness 0.31 is below 1.0", "straight down: loss falls 40.0%",
+        "900", "31K", "81,920", "163,840",  # theta and tokens of the two tries: 10 and 20 steps of 2 x 4096
+        "8.75", "14.5", "7.75",
+        "lcx run --config=configs/x.py '--config.name=a b'", '"model_dim": 77',
+    ):  # fmt: skip
+        assert wanted in text, wanted
+    assert "tiny <run>" in text and "<run>" not in page.split("<style>")[0].split("<title>")[1]
+    for length, share in (("512", "35%"), ("4,096", "5%")):
+        assert share in text, length
+
+
+def test_the_pictures_lie_beside_it(workdir):
+    names = {path.name for path in (workdir / "plots").iterdir()}
+    assert names == {"summary.png", "needles.png", "perplexity.png", "positions.png", "loss.png"}
+
+
+def test_history_reads_stages_back(workdir):
+    run = history.load(workdir)
+    stages = run.stages()
+    assert [stage.curve for stage in stages] == list(STAGES)
+    assert [stage.tokens for stage in stages] == [40 * 256 * 8, 10 * 4096 * 2, 20 * 4096 * 2]
+    assert [stage.seconds for stage in stages] == [80, 80, 160]
+    assert [len(stage.decisions) for stage in stages] == [0, 1, 1]
+    assert stages[2].final_loss == pytest.approx(sum(STAGES[2].loss[-2:]) / 2)
+    assert run.before.label == "before" and run.after.label == "after"
+
+
+def test_a_step_logged_twice_counts_once(tmp_path):
+    rows = [{"step": step, "stage": "a", "attempt": 0, "loss": loss} for step, loss in ((1, 3.0), (2, 9.0), (2, 2.0), (3, 1.0))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (stage,) = history.load(tmp_path).stages()
+    assert stage.curve.loss == (3.0, 2.0, 1.0)
+
+
+def test_part_of_a_run_makes_a_report_too(tmp_path):
+    write_run(tmp_path)
+    (tmp_path / "eval" / "before.json").unlink()
+    (tmp_path / "decisions.jsonl").unlink()
+    assert "4,096 tokens" in write_report(tmp_path).read_text()
+    (tmp_path / "eval" / "after.json").unlink()
+    assert "Training loss" not in write_report(tmp_path).read_text().split("<img")[0]
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match="holds no metrics.jsonl and no eval"):
+        write_report(tmp_path)
+    with pytest.raises(UserError, match="does not exist"):
+        write_report(tmp_path / "none")

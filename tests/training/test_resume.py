@@ -1,0 +1,60 @@
+"""Weights that have to fit another stage: tables that grow, schemes that begin, sizes that differ."""
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from lcx.core.errors import UserError
+from lcx.core.param_spec import initialize
+from lcx.training.builder import Planner
+from lcx.training.resume import carry, fit
+from lcx.training.stages import run_config
+
+
+def planner(first, second=None, **longer):
+    positions = {} if second is None else {"default": second}
+    values = tiny.config(positions={"default": first}, stages=tiny.stages(positions=positions, **longer))
+    return Planner(run_config(values), [], jax.devices()[:1])
+
+
+def test_a_learned_table_grows_and_keeps_its_rows():
+    plans = planner("learned:max_length=64", "learned:max_length=128")
+    short, long = plans.plan(0), plans.plan(1)
+    params = initialize(short.specs, jax.random.key(0))
+    grown = fit(params, long, 1, "weights")
+    (kind,) = grown["positions"]
+    (old,), (new,) = jax.tree.leaves(params["positions"][kind]), jax.tree.leaves(grown["positions"][kind])
+    assert (old.shape[0], new.shape[0]) == (64, 128)
+    np.testing.assert_array_equal(new[:64], old)
+    assert np.all(np.isfinite(new)) and np.any(new[64:] != 0)
+
+
+def test_a_learned_scheme_begins_and_ends():
+    plans = planner("rope:theta=100", "learned:max_length=128")
+    params = initialize(plans.plan(0).specs, jax.random.key(0))
+    begun = fit(params, plans.plan(1), 1, "weights")
+    assert "positions" in begun and "positions" not in fit(begun, plans.plan(0), 1, "weights")
+    np.testing.assert_array_equal(begun["embed"]["embedding"], params["embed"]["embedding"])
+
+
+def test_other_sizes_are_an_error():
+    plan = planner("rope:theta=100").plan(0)
+    params = initialize(plan.specs, jax.random.key(0))
+    params["embed"]["embedding"] = params["embed"]["embedding"][:, :8]
+    with pytest.raises(
+        UserError, match=r"weights do not fit the model: embed/embedding is of shape \(256, 8\) there and \(256, 16\)"
+    ):
+        fit(params, plan, 1, "weights")
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_optimizer_state_is_kept_or_reset(keep):
+    plans = planner("rope:theta=100", 400.0, keep_optimizer_state=keep)
+    short, long = plans.plan(0), plans.plan(1)
+    state = short.step.start(initialize(short.specs, jax.random.key(0)))
+    state = state.replace(opt_state=jax.tree.map(lambda x: x + 1, state.opt_state), step=state.step + 8, skipped=state.skipped + 2)
+    after = carry(state, long, 0)
+    assert (after.step, after.skipped, after.in_a_row) == (0, 2, 0)
+    moments = np.concatenate([np.ravel(x) for x in jax.tree.leaves(after.opt_state)])
+    np.testing.assert_array_equal(moments, float(keep))
