@@ -1,1 +1,1 @@
-"""Attention: the oracle, the tiled kernel, and the choice between them."""
+"""Attention: the reference implementation, the tiled kernels, and the choice between them."""

@@ -1,4 +1,4 @@
-"""Chooses a kernel for a layer, and puts rotation, pieces, query_scale and sinks around it.
+"""Chooses a kernel for a layer, and adds rotation, pieces, query_scale and sinks around it.
 
 Legend: B batch, T query tokens, S key tokens, N heads, K KV heads, H head dim, R rotary pairs.
 """
@@ -31,30 +31,30 @@ from lcx.positions.rotary import Tables
 from lcx.positions.scheme import SchemeSpec
 
 DENSE_LIMIT = 2**19
-"""Logits (B·N·T·S) up to which the dense kernel is taken: its float32 array then is 2 MiB, what a core's cache holds. Beyond,
-tiles are faster even on short rows: forward and backward of 8 rows of 256 tokens take about half the time."""
+"""Logits (B·N·T·S) up to which the dense kernel is used: its float32 array is then 2 MiB, which fits the cache of a core. Beyond
+that, tiles are faster even on short rows: forward and backward of 8 rows of 256 tokens take about half the time."""
 
 FLASH_SIDE = 1024
 """Queries of a KV head, and keys, in a tile of the flash kernel: its float32 logits take 4 MiB of a TPU's on-chip memory, and
-a tile takes longer to compute than a grid step to begin."""
+a tile takes longer to compute than a grid step to start."""
 
 GPU_SIDE = 64
-"""Queries of a head, and keys, in a tile of the flash kernel on a GPU, up to `GPU_HEAD` bytes a head; half as many beyond. Compiled
-by Triton 3.9 for compute capabilities 8.0 and 9.0, a program takes at most 97 KiB of shared memory for heads of up to 128 in
-bfloat16, and spills few registers; tiles of 128 queries spill hundreds of bytes."""
+"""Queries of a head, and keys, in a tile of the flash kernel on a GPU for heads of up to `GPU_HEAD` bytes; half as many beyond.
+Compiled by Triton 3.9 for compute capabilities 8.0 and 9.0, a program uses at most 97 KiB of shared memory for heads of up to 128
+in bfloat16, and spills few registers; tiles of 128 queries spill hundreds of bytes."""
 
 GPU_HEAD = 256
-"""Bytes of a head, filled up to a power of two: 128 numbers in bfloat16. Twice that is the most that flash takes on a GPU."""
+"""Bytes of a head, padded to a power of two: 128 numbers in bfloat16. Flash supports at most twice that on a GPU."""
 
 CPU_TILE = 2**19
-"""Logits in a tile on a CPU, as far as heads and rows may be grouped to fill it: what keeps its threads busy beyond the start of
-each loop turn."""
+"""Logits in a tile on a CPU, as far as heads and rows can be grouped to fill it: enough to keep its threads busy beyond the
+overhead of a loop iteration."""
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionSpec:
-    """Static description of one kind of layer; `block_q` and `block_k` override the chosen tile sizes, `strategy`
-    what serves a sequence that is split over the mesh. `interpret` names the platform whose flash kernel is run without such a
+    """Static description of one kind of layer; `block_q` and `block_k` override the chosen tile sizes, `strategy` the one chosen
+    for a sequence that is split over the mesh. `interpret` names the platform whose flash kernel is interpreted without such a
     device, for tests."""
 
     mask: Mask
@@ -78,7 +78,7 @@ class AttentionSpec:
 
 
 class Plan(NamedTuple):
-    """What `resolve` decided: `blocks` is None for the dense and the flat kernel."""
+    """The decision of `resolve`: `blocks` is None for the dense and the flat kernel."""
 
     kernel: Kernel
     blocks: Blocks | None
@@ -101,16 +101,16 @@ def resolve(
     dtype: Any = jnp.bfloat16,
     capability: str | None = None,
 ) -> Plan:
-    """Kernel and tile sizes for `T` queries and `S` keys on a platform ("cpu", "gpu", "tpu"), and a sentence that says why.
+    """Kernel and tile sizes for `T` queries and `S` keys on a platform ("cpu", "gpu", "tpu"), with a sentence that explains why.
 
-    Where only `chunk` tokens at a time follow one another (a zigzag layout), no tile lies across the seam: it would span the row.
-    `devices` that work side by side share a CPU's caches, and get smaller tiles. `tensor` of them share the heads.
-    `head_dim`, the `dtype` of q and the compute `capability` (None: not known) count for a GPU's flash kernel.
+    If only `chunk` tokens at a time are consecutive (a zigzag layout), no tile crosses the seam, as it would span the row.
+    `devices` that work at the same time share a CPU's caches, and get smaller tiles. `tensor` of them share the heads.
+    `head_dim`, the `dtype` of q and the compute `capability` (None: unknown) matter for a GPU's flash kernel.
     """
     logits = batch * heads * T * S
-    kernel, why = spec.kernel, "asked for"
+    kernel, why = spec.kernel, "requested"
     if kernel == "auto" and T == 1 and platform == "cpu" and tensor == 1:
-        return Plan("flat", None, "flat: one query a row reads all keys as they lie")
+        return Plan("flat", None, "flat: one query per row reads all keys in their stored layout")
     target, number = spec.interpret or platform, jnp.dtype(dtype)
     unfit = _unfit(spec, target, head_dim, number, capability)
     if kernel == "auto":
@@ -121,7 +121,7 @@ def resolve(
     if kernel in ("dense", "flat"):
         return Plan(kernel, None, f"{kernel}: {why}")
     if kernel == "flash" and target not in get_args(Platform):
-        raise UserError(f"attention kernel 'flash' is for TPUs and GPUs, and this is a {platform}; choose blockwise, dense or auto")
+        raise UserError(f"attention kernel 'flash' runs on TPUs and GPUs, not on a {platform}; choose blockwise, dense or auto")
     if kernel == "flash" and unfit:
         kernel, why = "blockwise", f"{why}; {unfit}"
     if kernel == "flash" and target == "gpu":
@@ -154,7 +154,7 @@ def attend(
     """One layer's attention from raw (not rotated) queries and keys to `o_BTNH` in q's dtype.
 
     `q_tables` and `k_tables` come from `positions.rotary.tables`. `query_scale` is float32 `[B, T]` and multiplies q;
-    `sinks` `[N]` enter the denominator once, after the pieces are merged. All arrays but the indices are differentiable.
+    `sinks` `[N]` enter the denominator once, after the pieces are merged. All arrays except the indices are differentiable.
 
     `cached`: the keys are the slots of a cache. On a mesh that splits sequences they stay where they are
     (`attention.parallel.split_kv`), and there is no gradient.
@@ -173,7 +173,7 @@ def attend(
         local = _local(spec, q, T, S, N, K)
         run = functools.partial(forward, out_dtype=wide if len(spec.scheme.regions) > 1 or sinks is not None else q.dtype)
         if local.kernel == "flash" and mesh.size > 1:
-            # The compiler can't split a Pallas call by itself.
+            # The compiler cannot split a Pallas call by itself.
             split = functools.partial(over_devices, mesh, local.kernel, lambda shared, *args: run(shared(local), *args))
             o, lse = split(queries, keys, bias_params)
         else:
@@ -184,8 +184,8 @@ def attend(
 
 
 def _local(spec: AttentionSpec, q: jax.Array, T: int, S: int, N: int, K: int, chunk: int | None = None, devices: int = 1) -> Local:
-    """The kernel for what a device works on, of queries with q's rows, head dim and dtype; `chunk`: tokens that follow one another
-    in its rows."""
+    """The kernel for a device's share of the work, for queries with q's rows, head dim and dtype; `chunk`: number of consecutive
+    tokens in its rows."""
     mesh, platform = jax.sharding.get_abstract_mesh(), target_platform()
     tensor = 1 if mesh.empty else axis_size(mesh, "heads")
     sizes = {"batch": q.shape[0], "heads": N, "kv_heads": K, "head_dim": q.shape[3]}
@@ -201,7 +201,7 @@ def _over_mesh(spec: AttentionSpec, mesh: AbstractMesh, queries: Queries, keys: 
     S, K = keys.k.shape[1:3]
     pieces, layout = mesh.shape["ring"], keys.index.layout
     if T % axis_size(mesh, "sequence") or S != T:
-        raise UserError(f"{T} queries and {S} keys can't be split over {axis_size(mesh, 'sequence')} devices of mesh.context")
+        raise UserError(f"{T} queries and {S} keys must be divisible by the {axis_size(mesh, 'sequence')} devices of mesh.context")
     check_heads(N, mesh.shape["ulysses"])
     plan = resolve_context(spec.strategy, spec.mask, layout, T, pieces, N // K)
     chunk = T // (2 * pieces) if layout == "zigzag" else None
@@ -223,26 +223,26 @@ def _over_slots(spec: AttentionSpec, mesh: AbstractMesh, queries: Queries, keys:
 
 
 def _tile_dtype(dtype: Any) -> Any:
-    """CPUs multiply float32 tiles fastest; accelerators the dtype that they are given."""
+    """CPUs multiply float32 tiles fastest; accelerators use the given dtype."""
     return jnp.promote_types(dtype, jnp.float32) if target_platform() == "cpu" else dtype
 
 
 def _blocks(spec: AttentionSpec, T: int, S: int, platform: str, batch: int, heads: int, kv_heads: int, devices: int) -> Blocks:
-    """Tile sizes. On a CPU a tile's logits stay near its caches; an accelerator takes all rows and heads at once."""
+    """Tile sizes. On a CPU a tile's logits stay in its caches; an accelerator processes all rows and heads at once."""
     group = heads // kv_heads
     if platform == "cpu":
-        # Eight devices are many enough: smaller tiles than these cost more than they save.
+        # Eight is the limit: smaller tiles than these cost more than they save.
         longest, budget = max(T, S), CPU_TILE // min(devices, 8)
-        # Where each device has its own part of the work, tiles need not be large enough for the threads of all of them; for
-        # eight, larger ones are as fast.
+        # If each device has its own part of the work, tiles need not be large enough for the threads of all of them; for eight,
+        # larger ones are as fast.
         side = 128 if longest <= 256 else 256 if longest <= 1024 or 1 < devices < 8 else 512
     else:
         side, budget = 512, 2**62
     if spec.mask.window is not None:
-        # Of a window of w keys, blocks of side b visit about w + 2b: small blocks pay where the window is small.
+        # For a window of w keys, blocks of side b visit about w + 2b keys: small blocks pay off for small windows.
         side = min(side, max(64, _power(spec.mask.window)))
     block_k = spec.block_k or min(side, _round_up(S, 16))
-    # A row of 512 in one tile of queries: products large enough for two threads, which gain more than the masked half costs.
+    # A row of 512 in one tile of queries: products are large enough for two threads, which gains more than the masked half costs.
     wide = 512 if platform == "cpu" and devices == 1 and side == 256 and max(T, S) <= 512 else side
     block_q = spec.block_q or min(max(wide // group, 64), _round_up(T, 16))
     if spec.scheme.bias is not None:
@@ -260,47 +260,47 @@ def _flash_blocks(spec: AttentionSpec, T: int, S: int, group: int) -> Blocks:
 
 
 def _gpu_blocks(spec: AttentionSpec, T: int, S: int, head_dim: int, dtype: jnp.dtype) -> Blocks:
-    """Triton's tiles: sides are powers of two, and at least the 16 that a product takes."""
+    """Triton's tiles: sides are powers of two, and at least 16, which a product requires."""
     side = GPU_SIDE if width(head_dim) * dtype.itemsize <= GPU_HEAD else GPU_SIDE // 2
     for name in ("block_q", "block_k"):
         given = getattr(spec, name)
         if given is not None and (given < 16 or given & (given - 1)):
             raise UserError(
                 f"{name}={given} must be a power of two of at least 16 for attention kernel 'flash' on a gpu; "
-                f"nearest: {max(16, _power(given) // 2)} and {max(32, _power(given))}"
+                f"try {max(16, _power(given) // 2)} or {max(32, _power(given))}"
             )
     return Blocks(spec.block_q or min(side, max(16, _power(T))), spec.block_k or min(side, max(16, _power(S))))
 
 
 def _unfit(spec: AttentionSpec, target: str, head_dim: int, dtype: jnp.dtype, capability: str | None) -> str | None:
-    """Why flash can't serve a layer, if it can't."""
+    """Why flash does not support a layer, or None if it does."""
     if not (spec.scheme.bias is None or spec.scheme.bias.linear):
-        return f"flash adds no bias but ALiBi's, and this is {type(spec.scheme.bias).__name__}"
+        return f"flash supports no bias except ALiBi's, and this is {type(spec.scheme.bias).__name__}"
     most = 2 * GPU_HEAD // dtype.itemsize
     if target == "gpu" and width(head_dim) > most:
-        return f"flash takes heads of at most {most} in {dtype.name} on a gpu, and these have {head_dim}"
-    # Older ones have no products of bfloat16. AMD's would be served by other tiles than those that were looked at.
+        return f"flash supports heads of at most {most} in {dtype.name} on a gpu, and these have {head_dim}"
+    # Older ones have no bfloat16 products. AMD's would need other tiles than those that were examined.
     if target == "gpu" and capability is not None and (not capability[0].isdigit() or float(capability) < 8.0):
-        return f"flash needs an NVIDIA gpu of compute capability 8.0 or more, and this is {capability}"
+        return f"flash needs an NVIDIA gpu of compute capability 8.0 or higher, and this is {capability}"
     return None
 
 
 def _slow_on_gpus(T: int, dtype: jnp.dtype) -> str | None:
-    """Why flash would be slower on a GPU than the compiler's own products, if it would."""
+    """Why flash would be slower on a GPU than the compiler's own products, or None if it would not."""
     if T == 1:
-        return "flash would fill a tile of queries with one on a gpu"
-    # Exact products of float32 take no tensor cores; blockwise multiplies with those unless `jax_default_matmul_precision` forbids.
+        return "flash would use one query of a whole tile on a gpu"
+    # Exact float32 products use no tensor cores; blockwise multiplies with them unless `jax_default_matmul_precision` forbids.
     return "flash would use no tensor cores for float32 on a gpu" if dtype.itemsize > 2 else None
 
 
 def _power_part(x: int, most: int) -> int:
-    """As `_part`, of powers of two from 16 on."""
+    """Like `_part`, for powers of two from 16 on."""
     part = min(x & -x, most)
     return part if part >= 16 and 2 * part >= min(x, most) else most
 
 
 def _part(x: int, most: int) -> int:
-    """The largest divisor of x that is at most `most`, unless that is less than half of it: then `most`."""
+    """The largest divisor of x that is at most `most`, or `most` if that divisor is less than half of it."""
     part = _divisor(x, most)
     return part if 2 * part >= min(x, most) else most
 

@@ -1,9 +1,9 @@
-"""Attention in tiles with an online softmax, in pure JAX: linear memory, own VJP, and no work where the mask rules a block out.
+"""Attention in tiles with an online softmax, in pure JAX: linear memory, its own VJP, and no work on blocks that the mask hides.
 
 Legend: B batch, T query tokens, S key tokens, N heads, K KV heads, G = N/K, H head dim. Inside a group (see `tiles`) a tile of
-logits is `[rows, heads, G·block_q, block_k]`: the G query heads of a KV head stand below one another, so keys are never
-repeated. Every matrix product has both operands in row-major order (keys and values are transposed once, outside the loops):
-XLA's CPU backend is several times slower on the transposed forms.
+logits is `[rows, heads, G·block_q, block_k]`: the G query heads of a KV head are stacked along the rows, so keys are never
+repeated. Every matrix product has both operands in row-major order (keys and values are transposed once, outside the loops),
+since XLA's CPU backend is several times slower on the transposed forms.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from lcx.core.mask import Bounds, Mask, visible
 Bias = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
 SAVED = "attention"
-"""Name of o and lse for rematerialisation policies: saved, the forward pass over the tiles is never run again."""
+"""Name of o and lse for rematerialisation policies: if they are saved, the forward pass over the tiles is not run again."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Rule:
-    """All that is static about one call."""
+    """The static arguments of one call."""
 
     mask: Mask
     bias: Bias | None
@@ -47,7 +47,7 @@ class _Rule:
 
     @property
     def prescaled(self) -> bool:
-        """The scale goes into q where that costs no precision; else every tile of logits is read once more."""
+        """Whether to multiply q by the scale, where that costs no precision; otherwise every tile of logits is read once more."""
         return self.tile_dtype == self.wide
 
 
@@ -67,17 +67,18 @@ def blockwise(
     tile_dtype: Any = None,
     out_dtype: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The same function as `dense`, never holding a T×S array; T and S need not be multiples of the blocks.
+    """The same function as `dense`, without ever holding a T×S array; T and S need not be multiples of the blocks.
 
     Returns `o_BTNH` (`out_dtype`, default q's) and float32 `lse_BTN`; both are differentiable, and so are the float leaves of
-    `bias_params`. `tile_dtype` is what tiles are multiplied in (default q's; sums are float32 or wider anyway). `blocks.rows`
-    must divide B, `blocks.heads` K; with a bias, which is computed for all heads at once, `blocks.heads` must be K.
-    After FlashAttention-2 (arXiv 2307.08691): the backward pass recomputes tiles from q, k, v and the saved o and lse.
+    `bias_params`. `tile_dtype` is the dtype in which tiles are multiplied (default q's; sums are float32 or wider anyway).
+    `blocks.rows` must divide B and `blocks.heads` must divide K; with a bias, which is computed for all heads at once,
+    `blocks.heads` must be K. Follows FlashAttention-2 (arXiv 2307.08691): the backward pass recomputes tiles from q, k, v and the
+    saved o and lse.
     """
     B, _, N, _ = q_BTNH.shape
     K = k_BSKH.shape[2]
     if N % K or B % blocks.rows or K % blocks.heads or (bias is not None and blocks.heads != K):
-        raise ValueError(f"{blocks} does not divide {B} rows, {N} heads and {K} KV heads (a bias needs all heads in one group)")
+        raise ValueError(f"{blocks} must divide {B} rows, {N} heads and {K} KV heads (a bias needs all heads in one group)")
     rule = _rule(mask, bias, scale, softcap, blocks, tile_dtype or q_BTNH.dtype, out_dtype or q_BTNH.dtype)
     return _attend(rule, q_BTNH, k_BSKH, v_BSKH, q_index, k_index, bias_params)
 
@@ -97,10 +98,10 @@ def blockwise_backward(
     whole: Partial,
     cotangent: Partial,
 ) -> PullBack:
-    """The pull-back to any keys, with `dbias_params` behind dv.
+    """The pull-back to any keys, with `dbias_params` after dv.
 
-    `whole` is (o, lse) of the queries over all their keys, of which those may be a part; `cotangent` is its cotangent. What belongs
-    to the queries is laid out in tiles here, once, however many keys pass by.
+    `whole` is (o, lse) of the queries over all their keys, of which the given keys may be a part; `cotangent` is its cotangent. The
+    queries' side is cut into tiles here, once, however many keys pass by.
     """
     rule = _rule(mask, bias, scale, softcap, blocks, tile_dtype or q_BTNH.dtype, whole[0].dtype)
     return _pull_back(rule, q_BTNH, q_index, kv_heads, bias_params, whole, cotangent)
@@ -153,7 +154,7 @@ def _turn(x: jax.Array) -> jax.Array:
 
 
 def _logits(rule: _Rule, masked: bool, raw, q_index: Index, k_index: Index, bias_params) -> tuple[jax.Array, jax.Array]:
-    """Logits of a tile `[rows, heads, G·bq, bk]` from `raw` = q·k, and the same before bias and mask (for softcap's slope)."""
+    """Logits of a tile `[rows, heads, G·bq, bk]` from `raw` = q·k, and those before bias and mask (for softcap's derivative)."""
     capped = raw if rule.prescaled else raw * rule.scale
     if rule.softcap is not None:
         capped = rule.softcap * jnp.tanh(capped / rule.softcap)
@@ -173,7 +174,7 @@ def _take(tree: Any, i: jax.Array) -> Any:
 
 
 def _walk(rule: _Rule, q_index: Index, k_bounds: Bounds, tile: Callable, carry: Any) -> Any:
-    """Runs `tile(masked, j, carry)` over the key blocks j that the query block may see: whole ones first, then masked ones."""
+    """Runs `tile(masked, j, carry)` over the key blocks j that the query block may see: fully visible first, then masked."""
     q_bounds = block_bounds(jax.tree.map(lambda x: x[None], q_index))
     order, whole, end = visits(rule.mask, q_bounds, k_bounds)
     carry = jax.lax.fori_loop(0, whole, lambda i, c: tile(False, order[i], c), carry)
@@ -231,7 +232,7 @@ def _forward(rule: _Rule, q_BTNH, k_BSKH, v_BSKH, q_index, k_index, bias_params)
 
 
 class _QueryTiles(NamedTuple):
-    """What the backward pass needs of the queries, in tiles."""
+    """What the backward pass needs from the queries, in tiles."""
 
     q: jax.Array
     do: jax.Array
@@ -248,7 +249,7 @@ def _lay_out(rule: _Rule, q_BTNH, q_index, kv_heads: int, whole: Partial, cotang
 
 
 def _backward(rule: _Rule, queries: _QueryTiles, bias_params, k_BSKH, v_BSKH, k_index):
-    """dq in tiles, as `queries`."""
+    """The gradients; dq in tiles like `queries`."""
     k, v, k_index = _fold_keys(rule, k_BSKH, v_BSKH, k_index)
     zero_bias = jax.tree.map(lambda x: jnp.zeros(x.shape, rule.wide), bias_params)
 

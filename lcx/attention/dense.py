@@ -1,4 +1,4 @@
-"""The oracle: attention as its formula reads, with the whole T×S array in memory.
+"""The reference implementation (oracle): attention as in the formula, with the whole T×S array in memory.
 
 Legend: B batch, T query tokens, S key tokens, N heads, K KV heads, G = N/K, H head dim.
 """
@@ -15,7 +15,7 @@ from lcx.core.batch import Index
 from lcx.core.mask import Mask, visible
 
 MASKED = -1e30
-"""Stands for minus infinity where a difference of two of them must not be NaN."""
+"""Used instead of minus infinity where the difference of two such values must not be NaN."""
 
 
 def dense(
@@ -36,7 +36,7 @@ def dense(
 
     logits = cap(scale · q·k) + bias, cap(x) = softcap · tanh(x / softcap), in float32 or wider. Returns `o_BTNH` (`out_dtype`,
     default q's) and float32 `lse_BTN`. Head n reads KV head n // G. A query that sees nothing has o = 0 and lse = -inf, and
-    sends no gradient. `bias(bias_params, q_positions, k_positions)` is float32 `[B, N, T, S]`.
+    passes on no gradient. `bias(bias_params, q_positions, k_positions)` is float32 `[B, N, T, S]`.
     """
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
@@ -58,7 +58,7 @@ def weigh(
     bias_params: Any,
     softcap: float | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Softmax weights `[B, N, T, S]` and `lse_BTN` of scaled logits `[B, N, T, S]`; softcap, bias and mask are done here."""
+    """Softmax weights `[B, N, T, S]` and `lse_BTN` of scaled logits `[B, N, T, S]`; applies softcap, bias and mask."""
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
     if bias is not None:

@@ -1,8 +1,8 @@
-"""Attention of single queries over a cache, for CPUs: keys and values are read once, as they lie.
+"""Attention of single queries over a cache, for CPUs: keys and values are read once, in their stored layout.
 
-The keys of all heads are one matrix `[S, K·H]`, and queries get zeros in the place of other heads: so that each row takes two plain
-products, at the price of K times the multiplications, which are few for one query. Products head by head would need keys and
-values turned, and XLA's CPU backend copies them for that, which takes four to eight times as long.
+The keys of all heads are one matrix `[S, K·H]`, and queries get zeros in the places of other heads, so that each row takes two
+plain products, at the price of K times the multiplications, which are few for one query. Products per head would need transposed
+keys and values, and XLA's CPU backend copies them for that, which takes four to eight times as long.
 
 Legend: B batch, T query tokens, S key tokens, N heads, K KV heads, G = N/K, H head dim.
 """

@@ -16,11 +16,11 @@ Partial = tuple[jax.Array, jax.Array]
 
 
 class PullBack(NamedTuple):
-    """The gradients of some queries through any keys, a part of the keys at a time.
+    """The gradients of some queries through any keys, one part of the keys at a time.
 
-    `through(k_BSKH, v_BSKH, k_index, beside)` gives `((dq, dk, dv, dbias), beside)`, float32 or wider, dq in the kernel's own
-    layout, where parts are summed, from `start` on; `finish` lays the sum out as `[B, T, N, H]`. `beside` comes back as it is:
-    (arrays that have to be there when the kernel for dk and dv is done, others), on their way while it works.
+    `through(k_BSKH, v_BSKH, k_index, beside)` returns `((dq, dk, dv, dbias), beside)`, float32 or wider, with dq in the kernel's
+    own layout, in which parts are summed, beginning with `start`; `finish` converts the sum to `[B, T, N, H]`. `beside` is returned
+    unchanged: (arrays that must be available when the kernel for dk and dv is done, others), in transfer while it works.
     """
 
     start: jax.Array
@@ -29,7 +29,7 @@ class PullBack(NamedTuple):
 
 
 def together(gradients: tuple[Any, ...], beside: Any) -> tuple[tuple[Any, ...], Any]:
-    """Both, neither to be used before the other is there."""
+    """Both, with a barrier so that neither is used before the other is available."""
     return jax.lax.optimization_barrier((gradients, beside)) if jax.tree.leaves(beside) else (gradients, beside)
 
 
@@ -37,7 +37,7 @@ def merge(one: Partial, two: Partial) -> Partial:
     """The attention over the union of two disjoint sets of keys, in float32.
 
     o' = o·e^(l−l') + o2·e^(l2−l') with l' = logaddexp(l, l2). A row that is empty on one side is the other side's; a row that is
-    empty on both stays o = 0, lse = -inf, and no gradient through it is NaN.
+    empty on both sides keeps o = 0, lse = -inf, and no gradient through it is NaN.
     """
     (o, lse), (o2, lse2) = one, two
     top = jax.lax.stop_gradient(jnp.maximum(lse, lse2))
@@ -53,7 +53,7 @@ def merge(one: Partial, two: Partial) -> Partial:
 def apply_sinks(o: jax.Array, lse: jax.Array, sinks_N: jax.Array) -> Partial:
     """Adds one learned logit per head to the softmax's denominator: lse' = logaddexp(lse, sink), o·σ(lse − sink).
 
-    `o` is `[B, T, N, H]`, `lse` float32 `[B, T, N]`, `sinks_N` `[N]`; comes out in float32. To be applied once, after all merges.
+    `o` is `[B, T, N, H]`, `lse` float32 `[B, T, N]`, `sinks_N` `[N]`; the result is float32. Apply it once, after all merges.
     An empty row keeps o = 0 and gets the sink as its lse.
     """
     sink = jnp.broadcast_to(sinks_N.astype(lse.dtype)[None, None, :], lse.shape)

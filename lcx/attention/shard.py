@@ -1,7 +1,7 @@
-"""Attention of the queries and keys that a device holds: rotation, regions and kernel, forward and backward.
+"""Attention between the queries and keys that a device holds: rotation, regions and kernel, forward and backward.
 
-Strategies move `Keys` between devices and call these two functions on what has arrived. The backward pass takes o and lse of *all*
-keys, so that a part's gradients are right wherever the rest of the keys was.
+Strategies move `Keys` between devices and call these two functions on what has arrived. The backward pass takes o and lse over
+*all* keys, so that the gradients of a part are right wherever the rest of the keys was.
 
 Legend: B batch, T query tokens, S key tokens, N heads, K KV heads, H head dim.
 """
@@ -33,7 +33,7 @@ Kernel = Literal["dense", "flat", "blockwise", "flash"]
 
 @flax.struct.dataclass
 class Queries:
-    """Raw (not rotated) queries `[B, T, N, H]`, who they are, and the rotary tables of their positions."""
+    """Unrotated queries `[B, T, N, H]`, their index, and the rotary tables of their positions."""
 
     q: jax.Array
     index: Index
@@ -42,7 +42,7 @@ class Queries:
 
 @flax.struct.dataclass
 class Keys:
-    """Raw keys and values `[B, S, K, H]`, who they are, and the rotary tables of their positions. What travels."""
+    """Unrotated keys and values `[B, S, K, H]`, their index, and the rotary tables of their positions: what devices send around."""
 
     k: jax.Array
     v: jax.Array
@@ -52,9 +52,9 @@ class Keys:
 
 @dataclasses.dataclass(frozen=True)
 class Local:
-    """All that is static about attention on one device: `blocks` is None for the dense and the flat kernel.
+    """The static arguments of attention on one device: `blocks` is None for the dense and the flat kernel.
 
-    `platform` is whose flash kernel it is; `interpret` runs it where there is no such device, for tests.
+    `platform` selects the flash kernel; `interpret` interprets it without such a device, for tests.
     """
 
     mask: Mask
@@ -69,12 +69,12 @@ class Local:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What every kernel takes that adds any bias."""
+        """The arguments of every kernel that supports any bias."""
         return {"bias": self.scheme.bias, "scale": self.scale, "softcap": self.softcap}
 
     @property
     def flash_options(self) -> dict[str, Any]:
-        """What the flash kernel takes besides slopes."""
+        """The arguments of the flash kernel except slopes."""
         where = {"platform": self.platform, "interpret": self.interpret}
         return {"scale": self.scale, "softcap": self.softcap, "blocks": self.blocks, **where}
 
@@ -93,9 +93,9 @@ def forward(local: Local, queries: Queries, keys: Keys, bias_params: Any, out_dt
 
 
 class Backward(NamedTuple):
-    """The gradients of a device's queries through any keys: as `PullBack`, of `Keys`, all regions of a scheme together.
+    """The gradients of a device's queries through any keys: like `PullBack`, but for `Keys` and with all regions merged.
 
-    `through(keys, beside)` gives `((dq, dk, dv, dbias_params), beside)`.
+    `through(keys, beside)` returns `((dq, dk, dv, dbias_params), beside)`.
     """
 
     start: tuple[jax.Array, ...]
@@ -106,8 +106,8 @@ class Backward(NamedTuple):
 def backward(local: Local, queries: Queries, kv_heads: int, bias_params: Any, whole: Partial, cotangent: Partial) -> Backward:
     """The pull-back to any keys.
 
-    `whole` is (o, lse) of the queries over all their keys, wherever those are, and `cotangent` that of `whole`. What belongs to the
-    queries is done once, before and after, however many keys pass by.
+    `whole` is (o, lse) of the queries over all their keys, wherever those are, and `cotangent` its cotangent. Work on the queries
+    is done once, before and after, however many keys pass by.
     """
     ready = []
     for region in local.scheme.regions:
@@ -135,13 +135,13 @@ def backward(local: Local, queries: Queries, kv_heads: int, bias_params: Any, wh
 
 
 def nothing_seen(queries: Queries) -> Partial:
-    """The result of queries that have met no key yet: what partial results are merged into."""
+    """The result of queries that have not seen any key yet: the start for merging partial results."""
     wide = jnp.promote_types(queries.q.dtype, jnp.float32)
     return jnp.zeros(queries.q.shape, wide), jnp.full(queries.q.shape[:3], -jnp.inf, wide)
 
 
 def wide_zeros(tree: Any) -> Any:
-    """Zeros of the tree's shapes in float32 or wider: where gradients are summed."""
+    """Zeros of the tree's shapes in float32 or wider: for summing gradients."""
     return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), tree)
 
 
@@ -157,7 +157,7 @@ def cotangents(queries: Queries, keys: Keys, bias_params: Any, dq: jax.Array, dk
 
 
 def over_slices(part: Callable, state: Any, keys: Keys, slices: int) -> tuple[Any, Any]:
-    """`part(state, keys) -> (state, out)` over `slices` parts of the keys in turn; `out` `[B, S / slices, ...]` is joined."""
+    """`part(state, keys) -> (state, out)` over `slices` parts of the keys in turn; each `out` `[B, S / slices, ...]` is joined."""
     if slices == 1:
         return part(state, keys)
 
@@ -172,7 +172,7 @@ def over_slices(part: Callable, state: Any, keys: Keys, slices: int) -> tuple[An
 
 
 def over_heads(part: Callable, groups: int, out: tuple[jax.Array, ...], arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    """`part(*arrays)` for `groups` groups of the heads in turn, written over `out`; heads are axis 2 of both."""
+    """`part(*arrays)` for `groups` groups of the heads in turn, written into `out`; heads are axis 2 of both."""
 
     def cut(i: jax.Array, x: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice_in_dim(x, i * (x.shape[2] // groups), x.shape[2] // groups, axis=2)
@@ -229,7 +229,7 @@ def _flash_pull_back(local: Local, *args, **options) -> PullBack:
 
 
 def _dense_backward(local: Local, q, k, v, q_index, k_index, mask, *, bias_params, whole, cotangent):
-    """By JAX's own derivative of the part: what it has to do with the whole is `merge`'s."""
+    """Uses JAX's own derivative of the part; `merge` relates it to the whole."""
     (o, lse), (do, dlse) = whole, cotangent
 
     def run(q, k, v, bias_params):

@@ -1,7 +1,7 @@
 """How blockwise attention cuts its arrays into tiles, and which tiles it visits.
 
 Legend: B batch, T query tokens, S key tokens, N heads, K KV heads, G = N/K, H head dim. A *group* is the part of batch and KV heads
-that is worked on at once: `rows` batch rows and `heads` KV heads.
+that is processed at once: `rows` batch rows and `heads` KV heads.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ class Blocks:
 
 
 class Visits(NamedTuple):
-    """Block pairs looked at, and how many there are."""
+    """Block pairs visited, and how many there are in total."""
 
     visited: jax.Array
     total: int
 
 
 def _pad(x: jax.Array, multiple: int) -> jax.Array:
-    """Zeros (segment 0, so padding) behind axis 1 up to a multiple."""
+    """Pads axis 1 with zeros (segment 0, hence padding) up to a multiple."""
     missing = -x.shape[1] % multiple
     return jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2)) if missing else x
 
@@ -88,10 +88,10 @@ def row_terms(whole: Partial, cotangent: Partial, dtype: Any) -> tuple[jax.Array
 
 
 def visits(mask: Mask, q: Bounds, k: Bounds) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Key blocks that one query block has to visit: (list, end of those seen whole, end of those seen in part).
+    """Key blocks that one query block has to visit: (list, end of the fully visible ones, end of the partially visible ones).
 
     `q` are the bounds `[rows, 1]` of the query block, `k` those `[rows, blocks]` of the keys. The int32 list holds first the
-    blocks that every query sees whole (no mask to compute), then those that need the mask, each in ascending order.
+    blocks that every query sees completely (no mask to compute), then those that need the mask, each in ascending order.
     """
     some = jnp.any(may_see(mask, q, k), axis=0)
     whole = jnp.all(sees_all(mask, q, k), axis=0) & some

@@ -1,4 +1,4 @@
-"""The one record that flows from the loader into the step.
+"""The record that the loader hands to the training step.
 
 Legend: B batch rows, T tokens in a row.
 """
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 PADDING = 0
-"""Segment id of padding: such a key is seen by nobody, such a query sees nothing."""
+"""Segment id of padding: no query sees such a key, and such a query sees no key."""
 
 SHARED = 2**31 - 1
 """Segment id of a key that every document sees (the shared BOS anchor)."""
@@ -19,11 +19,11 @@ SHARED = 2**31 - 1
 
 @flax.struct.dataclass
 class Index:
-    """Who a token is to attention: int32 arrays, each `[B, T]`.
+    """What attention knows about each token: int32 arrays, each `[B, T]`.
 
-    `order` is the row index before any permutation: masks and windows compare it. `positions` is what positional schemes
-    see. `segments` is the document id (`PADDING`, `SHARED` reserved). `prefix` (or None) is 1 for keys that every query
-    of their document sees, whatever the order. `layout` says how rows were dealt to the devices that share them
+    `order` is the row index before any permutation; masks and windows compare it. `positions` is what positional schemes
+    see. `segments` is the document id (`PADDING` and `SHARED` are reserved). `prefix` (or None) is 1 for keys that every query
+    of their document sees, whatever the order. `layout` says how rows are distributed over the devices that share them
     (`attention.parallel.sequence_layout`); strategies may rely on it, masks never do.
     """
 

@@ -21,8 +21,8 @@ T = TypeVar("T")
 def build(cls: type[T], values: Mapping[str, Any] | ml_collections.ConfigDict, path: str = "config") -> T:
     """An instance of the dataclass `cls` from nested mappings; types are checked, never silently converted.
 
-    Lists become tuples, ints are taken for floats, nested mappings for nested dataclasses. Raises `UserError` that names
-    `path`, the value and the way out for unknown keys, missing keys and wrong types. Checks of values belong into the
+    Lists become tuples, ints are accepted as floats, and nested mappings become nested dataclasses. Raises `UserError`, which
+    names `path`, the value and the way out, for unknown keys, missing keys and wrong types. Checks of values belong in the
     dataclass's own `__post_init__`, which may raise `UserError` too.
     """
     values = dict(values.items())
@@ -38,36 +38,36 @@ def build(cls: type[T], values: Mapping[str, Any] | ml_collections.ConfigDict, p
         if name not in built and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]
     if missing:
-        raise UserError(f"{path} needs a value for {', '.join(missing)}")
+        raise UserError(f"{path} is missing a value for {', '.join(missing)}")
     return cls(**built)
 
 
 def nearest(key: str, allowed: Iterable[str]) -> str:
-    """`; did you mean 'x'?` or the list of what is allowed, to close an error sentence with."""
+    """The end of an error sentence: `; did you mean 'x'?`, or the list of allowed names if none is close."""
     allowed = [str(name) for name in allowed]
     close = difflib.get_close_matches(key, allowed, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; allowed: {', '.join(sorted(allowed)) or 'none'}"
 
 
 def choice(path: str, value: T, allowed: Iterable[T]) -> T:
-    """`value`, when it is one of `allowed`; else a `UserError` with the nearest."""
+    """`value` if it is one of `allowed`; otherwise raises `UserError` naming the nearest allowed value."""
     allowed = list(allowed)
     if value not in allowed:
-        raise UserError(f"{path}={value!r} is not known{nearest(str(value), map(str, allowed))}")
+        raise UserError(f"{path}={value!r} is unknown{nearest(str(value), map(str, allowed))}")
     return value
 
 
 def positive(path: str, **values: float | None) -> None:
-    """Raises `UserError` for the first value that is given and not above zero."""
+    """Raises `UserError` for the first value that is neither None nor positive."""
     for name, value in values.items():
         if value is not None and not value > 0:
             raise UserError(f"{path}.{name}={value!r} must be above 0")
 
 
 def to_config_dict(instance: Any) -> ml_collections.ConfigDict:
-    """The dataclass as a `ConfigDict` of the same keys, for a config file to start from; `build` reads it back.
+    """The dataclass as a `ConfigDict` with the same keys, as a starting point for a config file; `build` reads it back.
 
-    A plain None would tell the flags nothing of the type that they may put in its place, so a placeholder stands there.
+    A plain None would not tell the flags which type may replace it, so a placeholder of that type is used instead.
     """
     return ml_collections.ConfigDict(_with_placeholders(type(instance), _plain(instance)), type_safe=False)
 
@@ -92,7 +92,7 @@ def plain(instance: Any) -> Any:
 
 
 def fingerprint(*instances: Any) -> str:
-    """Sixteen hex digits that change when any value in the instances does."""
+    """Sixteen hex digits that change whenever any value in the instances changes."""
     text = json.dumps([_plain(x) for x in instances], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -110,7 +110,7 @@ def _plain(value: Any) -> Any:
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
-    """The types of a union; of another hint itself."""
+    """The members of a union; any other hint by itself."""
     union = typing.get_origin(hint) is typing.Union or isinstance(hint, types.UnionType)
     return typing.get_args(hint) if union else (hint,)
 
@@ -158,7 +158,7 @@ def _convert_union(options: tuple[Any, ...], value: Any, path: str) -> Any:
             return _convert(option, value, path)
         except UserError as error:
             errors.append(error)
-    # A mapping was meant for the option that takes mappings, and its error is about the contents.
+    # A mapping was meant for the option that accepts mappings, whose error is about the contents.
     raise errors[-1] if isinstance(value, Mapping) else errors[0]
 
 
@@ -171,11 +171,11 @@ def _convert_sequence(hint: Any, value: Any, path: str) -> Any:
     elif typing.get_origin(hint) is list:
         items = items * len(value)
     elif len(items) != len(value):
-        _wrong(path, value, f"{len(items)} values")
+        raise UserError(f"{path}={value!r}: expected {len(items)} values, got {len(value)}")
     return typing.get_origin(hint)(
         _convert(item, entry, f"{path}[{i}]") for i, (item, entry) in enumerate(zip(items, value, strict=True))
     )
 
 
 def _wrong(path: str, value: Any, wanted: str) -> typing.NoReturn:
-    raise UserError(f"{path}={value!r} is of type {type(value).__name__}; it takes {wanted}")
+    raise UserError(f"{path}={value!r}: expected {wanted}, got {type(value).__name__}")

@@ -1,4 +1,4 @@
-"""What a person sees in the terminal: lines, tables, a progress bar, and errors in one sentence."""
+"""Terminal output: lines, tables, a progress bar, and errors in one sentence."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from lcx.core.errors import UserError
 
 
 def console() -> rich.console.Console:
-    """A console on the present standard output."""
+    """A console on the current standard output."""
     return rich.console.Console(highlight=False, soft_wrap=True)
 
 
 def say(message: str) -> None:
-    """One line to the user; rich markup in `message` is shown literally."""
+    """Print one line to standard output; rich markup in `message` is shown literally."""
     console().print(rich.markup.escape(message))
 
 
 def warn(message: str) -> None:
-    """One line on standard error that something is not as asked for."""
+    """Print a one-line warning to standard error."""
     rich.console.Console(stderr=True, highlight=False, soft_wrap=True).print(f"[yellow]warning:[/] {rich.markup.escape(message)}")
 
 
@@ -44,7 +44,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
 
 
 class Progress:
-    """A bar with a line of figures behind it; where the output is no terminal, plain lines every `every` steps (None: none)."""
+    """A progress bar with a line of figures; if the output is not a terminal, a plain line every `every` steps (None: none)."""
 
     def __init__(self, title: str, total: int, done: int = 0, every: int | None = 20):
         self._title, self._total, self._done, self._every = title, total, done, every
@@ -71,7 +71,7 @@ class Progress:
             self._bar.stop()
 
     def advance(self, figures: str = "", steps: int = 1) -> None:
-        """`steps` more are done; `figures` is what they showed."""
+        """Record `steps` more completed steps, with `figures` to show next to the bar."""
         before, self._done = self._done, self._done + steps
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, advance=steps, figures=figures)
@@ -81,24 +81,24 @@ class Progress:
 
 @contextlib.contextmanager
 def friendly_errors() -> Iterator[None]:
-    """Turn `UserError` and refusals of the system into one sentence on standard error and exit status 1, an interrupt into 130."""
+    """Turn `UserError` and system errors into one sentence on standard error and exit status 1, an interrupt into status 130."""
     try:
         yield
     except UserError as error:
         _print_error(str(error))
         sys.exit(1)
     except BrokenPipeError:
-        # The reader of our output has left, as `| head` does; nothing is wrong. Keep the interpreter's last flush quiet too.
+        # Whoever reads our output has closed it, as `| head` does; nothing is wrong. Keep the interpreter's last flush quiet too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except MemoryError as error:
-        _print_error(f"memory ran out ({error or 'no details'}); take shorter rows, fewer of them, or a larger machine")
+        _print_error(f"out of memory ({error or 'no details'}); use shorter or fewer rows, or a larger machine")
         sys.exit(1)
     except OSError as error:
         if error.strerror is None:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        _print_error(f"the system answered {error.strerror!r}{where}; what was saved before is untouched")
+        _print_error(f"operating system error {error.strerror!r}{where}; everything saved before is intact")
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

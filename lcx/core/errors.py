@@ -1,8 +1,8 @@
-"""The one exception that a user is meant to read."""
+"""The exception for errors that the user can fix."""
 
 
 class UserError(Exception):
-    """A wrong input, said in one sentence that names the value and the way out.
+    """An invalid input, described in one sentence that names the value and how to fix it.
 
-    Shells print it without a traceback and exit with status 1; library callers catch it like any other exception.
+    Commands print it without a traceback and exit with status 1; library callers catch it like any other exception.
     """

@@ -1,4 +1,4 @@
-"""Libraries that lcx works without until something asks for them."""
+"""Optional libraries, imported only when something needs them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lcx.core.errors import UserError
 
 
 def library(name: str, what: str) -> ModuleType:
-    """A library of the extra `hf`; raises `UserError`, which says that `what` needs it, where it is not installed."""
+    """A library from the extra `hf`; raises `UserError` saying that `what` needs it if it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""How a process uses the memory of its host: settings that act at its start, before JAX is there."""
+"""How a process uses host memory: settings that must be in place before JAX is loaded."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import platform
 import sys
 
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
-"""glibc's allocator (2.35 or newer, others ignore it) asks the kernel for huge pages.
+"""Asks glibc's allocator (2.35 or newer; others ignore it) to request huge pages from the kernel.
 
-XLA's CPU backend takes the temporary memory of a step anew at each step. In pages of 4 KiB that is a hundred thousand page faults,
-and a step takes a fifth longer.
+XLA's CPU backend allocates the temporary memory of a step anew at each step. With pages of 4 KiB that is a hundred thousand
+page faults, which make a step a fifth slower.
 """
 
 
 def huge_pages_help() -> bool:
-    """Whether huge pages are not asked for and would help: Linux with glibc, and no accelerator to compute on instead."""
+    """Whether huge pages are not yet requested and would help: Linux with glibc, and no accelerator to compute on instead."""
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc" or "GLIBC_TUNABLES" in os.environ:
         return False
     accelerators = ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*", "/dev/kfd")
@@ -24,7 +24,7 @@ def huge_pages_help() -> bool:
 
 
 def take_huge_pages() -> None:
-    """Start this command again with huge pages if they help; nothing the second time. The process stays the same one."""
+    """Restart this command with huge pages if they help; does nothing the second time. The process id stays the same."""
     if huge_pages_help():
         os.environ["GLIBC_TUNABLES"] = HUGE_PAGES
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Which key a query may see, as a static rule over token indices.
+"""Which keys a query may see, as a static rule over token indices.
 
 Legend: B batch, T query tokens, S key tokens.
 """
@@ -19,7 +19,7 @@ class Band:
     """Half-open range `low <= distance < high` of query-key distances; None leaves a side open.
 
     With `chunk` 1 the distance is `order_q - order_k`. With a larger chunk it counts chunks: `positions_q // chunk -
-    positions_k // chunk`, as dual chunk attention needs it.
+    positions_k // chunk`, as dual chunk attention requires.
     """
 
     low: int | None = None
@@ -48,12 +48,12 @@ class Mask:
 
 
 def visible(mask: Mask, q: Index, k: Index) -> jax.Array:
-    """Boolean `[B, T, S]`: may query t of row b see key s."""
+    """Boolean `[B, T, S]`: whether query t of row b may see key s."""
     return sees(mask, jax.tree.map(lambda x: x[:, :, None], q), jax.tree.map(lambda x: x[:, None, :], k))
 
 
 def sees(mask: Mask, q: Index, k: Index) -> jax.Array:
-    """Boolean: may the query see the key, for index arrays that are broadcast against each other. The rule itself."""
+    """Boolean: whether the query may see the key, for index arrays that broadcast against each other. This is the rule itself."""
     distance = q.order - k.order
     same = ((q.segments == k.segments) | (k.segments == SHARED)) & (k.segments != PADDING) & (q.segments != PADDING)
     reach = jnp.ones_like(same)
@@ -75,7 +75,7 @@ def sees(mask: Mask, q: Index, k: Index) -> jax.Array:
 
 @flax.struct.dataclass
 class Bounds:
-    """Extremes of an index over blocks of tokens, `[B, blocks]` each: what block skipping decides from."""
+    """Extremes of an index over blocks of tokens, `[B, blocks]` each: what block skipping is decided from."""
 
     order_min: jax.Array
     order_max: jax.Array
@@ -154,7 +154,7 @@ def may_see(mask: Mask, q: Bounds, k: Bounds) -> jax.Array:
 def sees_all(mask: Mask, q: Bounds, k: Bounds) -> jax.Array:
     """True only where every query of the block sees every key of the block; broadcasts `q` against `k`.
 
-    Conservative the other way: a False may still hold visible pairs only (prefix keys are not looked into).
+    Conservative the other way: a False may still hold only visible pairs (prefix keys are not considered).
     """
     all_real = q.all_real & k.all_real
     one_document = (q.segment_min == q.segment_max) & ~q.any_shared
@@ -175,7 +175,7 @@ def sees_all(mask: Mask, q: Bounds, k: Bounds) -> jax.Array:
 
 
 def _band_extremes(band: Band, q: Bounds, k: Bounds, valid: jax.Array) -> tuple[jax.Array, ...]:
-    """What the band's distance is taken between, 0 where a block is empty (its extremes would overflow)."""
+    """The values whose difference is the band's distance, 0 where a block is empty (its extremes would overflow)."""
     if band.chunk > 1:
         extremes = (q.position_min, q.position_max, k.position_min, k.position_max)
     else:

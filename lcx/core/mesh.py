@@ -1,7 +1,7 @@
-"""The device mesh and the one table from logical to physical axes.
+"""The device mesh and the table that maps logical axes to physical ones.
 
-A mesh always has the six axes of `AXES`, in that order; one device is an ordinary mesh of ones. The sequence is split over
-(ring, ulysses), whose product users call context.
+A mesh always has the six axes of `AXES`, in that order; a single device is a mesh whose axes all have size 1. The sequence is
+split over (ring, ulysses), whose product is called context in the config.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "experts": ("expert",),
 }
-"""Logical axis of an array dimension -> mesh axes that split it. A name that is not here is never split."""
+"""Logical axis of an array dimension -> mesh axes that split it. A name that is not in the table is never split."""
 
 SEQUENCE = RULES["sequence"]
 """Mesh axes that split the sequence, the first one outermost."""
@@ -37,9 +37,9 @@ SEQUENCE = RULES["sequence"]
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes; at most one may be -1 (whatever devices are left).
+    """Sizes of the mesh axes; at most one may be -1 (all remaining devices).
 
-    `context` splits the sequence; `ulysses` fixes its share of the split, the rest is `ring`.
+    `context` splits the sequence; `ulysses` is its share of the split, and `ring` is the rest.
     """
 
     data: int = 1
@@ -55,7 +55,7 @@ class MeshConfig:
         for name, size in (*given.items(), ("ulysses", self.ulysses)):
             if size < 1 and (size != -1 or name == "ulysses"):
                 raise UserError(
-                    f"mesh.{name}={size} must be a positive size" + ("" if name == "ulysses" else ", or -1 for what is left")
+                    f"mesh.{name}={size} must be positive" + ("" if name == "ulysses" else ", or -1 for all remaining devices")
                 )
         open_axes = [name for name, size in given.items() if size == -1]
         if len(open_axes) > 1:
@@ -64,32 +64,32 @@ class MeshConfig:
         if open_axes:
             if num_devices % fixed:
                 raise UserError(
-                    f"mesh axes {_text(given)} fix {fixed} devices, which do not divide the {num_devices} that are present; "
-                    f"their product has to, and an axis of -1 takes what is left; --host_devices={fixed} splits a CPU into as many"
+                    f"mesh axes {_text(given)} need a multiple of {fixed} devices and {num_devices} are available; lower their "
+                    f"product, or split a CPU into more devices with --host_devices={fixed}"
                 )
             given[open_axes[0]] = num_devices // fixed
         elif fixed != num_devices:
             raise UserError(
-                f"mesh axes {_text(given)} need {fixed} devices and {num_devices} are present; set one axis to -1 to use them all"
+                f"mesh axes {_text(given)} need {fixed} devices and {num_devices} are available; set one axis to -1 to use them all"
             )
         context = given.pop("context")
         if context % self.ulysses:
             raise UserError(
-                f"mesh.ulysses={self.ulysses} does not divide mesh.context={context}, whose devices it groups; set mesh.context to "
-                f"a multiple of {self.ulysses}"
+                f"mesh.context={context} must be divisible by mesh.ulysses={self.ulysses}; set mesh.context to a multiple of "
+                f"{self.ulysses}"
             )
         return {**given, "ring": context // self.ulysses, "ulysses": self.ulysses}
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over `devices` (all, unless named) with the axes of `AXES`, each of automatic type."""
+    """A mesh over `devices` (default: all) with the axes of `AXES`, each of automatic type."""
     devices = list(jax.devices()) if devices is None else list(devices)
     sizes = config.sizes(len(devices))
     return jax.make_mesh([sizes[name] for name in AXES], AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def partition_spec(logical_axes: Sequence[str | None]) -> PartitionSpec:
-    """Physical spec of an array with these logical axes; raises `ValueError` when two dimensions claim one mesh axis."""
+    """Physical spec of an array with these logical axes; raises `ValueError` when two dimensions claim the same mesh axis."""
     taken: dict[str, str] = {}
     entries: list[tuple[str, ...] | None] = []
     for name in logical_axes:
@@ -105,7 +105,7 @@ def partition_spec(logical_axes: Sequence[str | None]) -> PartitionSpec:
 
 
 def fitting_spec(logical_axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """Physical spec of an array of this shape, in which a dimension that the mesh can't split evenly stays whole."""
+    """Physical spec of an array of this shape; a dimension that the mesh cannot split evenly stays whole."""
     fits = (name is None or size % axis_size(mesh, name) == 0 for name, size in zip(logical_axes, shape, strict=True))
     return partition_spec([name if fit else None for name, fit in zip(logical_axes, fits, strict=True)])
 
@@ -121,13 +121,13 @@ def axis_size(mesh: Mesh | AbstractMesh, logical: str) -> int:
 
 
 def context_size() -> int:
-    """Devices that share a sequence on the mesh that is set; 1 without one."""
+    """Number of devices that share a sequence on the current mesh; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else axis_size(mesh, "sequence")
 
 
 def mesh_of(tree: Any) -> AbstractContextManager[Any]:
-    """For a `with`: sets the mesh of several devices that the tree's arrays are placed on, unless a mesh is set already."""
+    """Context manager that sets the multi-device mesh on which the tree's arrays are placed, unless a mesh is already set."""
     placed = (x.sharding for x in jax.tree.leaves(tree) if isinstance(getattr(x, "sharding", None), NamedSharding))
     mesh = next((sharding.mesh for sharding in placed), None)
     if mesh is None or mesh.size == 1 or not jax.sharding.get_abstract_mesh().empty:
@@ -142,28 +142,28 @@ def check_divides(what: str, size: int, mesh: Mesh, logical: str) -> None:
         axes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in RULES[logical] if mesh.shape[axis] > 1)
         smaller = ", ".join(str(n) for n in range(1, pieces) if size % n == 0)
         raise UserError(
-            f"{what}={size} does not divide into the {pieces} pieces of mesh axes {axes}; it does into {smaller}, and "
-            f"{multiples(size, pieces)} would divide into {pieces}"
+            f"{what}={size} must be divisible by {pieces} (mesh axes {axes}); try "
+            f"{multiples(size, pieces)}, or split it {smaller} ways instead"
         )
 
 
 def multiples(size: int, unit: int) -> str:
-    """The multiples of `unit` next to `size`, for an error that asks for one."""
+    """The multiples of `unit` nearest to `size`, for an error that suggests them."""
     below = size // unit * unit
-    return f"{below} and {below + unit}" if below else str(unit)
+    return f"{below} or {below + unit}" if below else str(unit)
 
 
 def target_platform() -> str:
-    """The platform, "cpu", "gpu" or "tpu", that the program being traced is for.
+    """The platform, "cpu", "gpu" or "tpu", for which the program being traced will run.
 
-    The mesh that is set may be of devices that are not here, for compiling ahead; without one, it is this process's own.
+    That of the current mesh, whose devices may be absent when compiling ahead of time; without a mesh, that of this process.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
 def compute_capability() -> str | None:
-    """That of this process's first device, "8.0" for an A100; AMD's are names, as "gfx942". None where devices have none."""
+    """Compute capability of this process's first device: "8.0" for an A100, a name such as "gfx942" for AMD, or None."""
     return getattr(jax.local_devices()[0], "compute_capability", None)
 
 

@@ -1,4 +1,4 @@
-"""One table of specs gives a model's abstract tree, its shardings and its first values."""
+"""One table of specs that yields a model's abstract tree, its shardings and its initial values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lcx.core.trees import Tree, paths
 
 @dataclasses.dataclass(frozen=True)
 class Init:
-    """How a parameter starts.
+    """How a parameter is initialised.
 
     `kind` is `normal` (standard deviation `value`), `truncated` (the same, cut at two deviations), `constant`, or `diagonal`
     (`value` where the first two indices are equal, zero elsewhere).
@@ -31,7 +31,7 @@ ONES = Init("constant", 1.0)
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
-    """Shape, one logical axis name per dimension (None: never sharded), and first values of one parameter."""
+    """Shape, one logical axis name per dimension (None: never sharded), and initialisation of one parameter."""
 
     shape: tuple[int, ...]
     logical_axes: tuple[str | None, ...]
@@ -63,7 +63,7 @@ def shardings(specs: Tree, mesh: jax.sharding.Mesh) -> Tree:
 
 
 def initialize(specs: Tree, key: jax.Array, dtype: jnp.dtype = jnp.float32) -> Tree:
-    """First values; each leaf's draw depends on `key` and its path alone, so adding a parameter changes no other."""
+    """Initial values; each leaf's depend only on `key` and its path, so adding a parameter changes no other."""
     flat = dict(paths_of(specs))
     values = {path: _draw(spec, jax.random.fold_in(key, zlib.crc32(path.encode())), dtype) for path, spec in flat.items()}
     treedef = jax.tree.structure(specs, is_leaf=is_spec)
@@ -85,7 +85,7 @@ def _draw(spec: ParamSpec, key: jax.Array, dtype: jnp.dtype) -> jax.Array:
         case "normal":
             return (spec.init.value * jax.random.normal(key, spec.shape)).astype(dtype)
         case "truncated":
-            # A normal cut at two deviations has deviation 0.8796; divide it out so that `value` is the one asked for.
+            # A normal cut at two deviations has deviation 0.8796; divide it out so that `value` is the actual deviation.
             return (spec.init.value / 0.87962566 * jax.random.truncated_normal(key, -2, 2, spec.shape)).astype(dtype)
         case kind:
             raise ValueError(f"unknown init kind {kind!r}")

@@ -20,27 +20,27 @@ def paths(tree: Tree) -> Iterator[tuple[str, Any]]:
 
 
 def num_bytes(tree: Tree) -> int:
-    """Bytes that the leaves hold, abstract leaves included."""
+    """Total bytes of the leaves, abstract leaves included."""
     return sum(int(np.prod(x.shape)) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
 
 
 def num_elements(tree: Tree) -> int:
-    """Numbers that the leaves hold."""
+    """Total number of elements of the leaves."""
     return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
 
 
 def cast(tree: Tree, dtype: jnp.dtype) -> Tree:
-    """The tree with floating-point leaves in `dtype`; others untouched."""
+    """The tree with floating-point leaves in `dtype`; others unchanged."""
     return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
 def worst_error(tree: Tree, reference: Tree) -> tuple[float, str]:
-    """Largest `max|leaf - reference| / max(1, max|reference|)` over the leaves, and the path where it stands.
+    """Largest `max|leaf - reference| / max(1, max|reference|)` over the leaves, and the path of that leaf.
 
     Raises `ValueError` when the two trees differ in structure. A NaN anywhere counts as infinite.
     """
     if jax.tree.structure(tree) != jax.tree.structure(reference):
-        raise ValueError(f"trees differ: {jax.tree.structure(tree)} against {jax.tree.structure(reference)}")
+        raise ValueError(f"trees differ in structure: {jax.tree.structure(tree)} and {jax.tree.structure(reference)}")
     worst, where = 0.0, ""
     for (path, leaf), wanted in zip(paths(tree), jax.tree.leaves(reference), strict=True):
         leaf, wanted = np.asarray(leaf, np.float64), np.asarray(wanted, np.float64)

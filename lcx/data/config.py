@@ -1,6 +1,6 @@
 """What a training mixture is made of: the dataclasses that `lcx.core.configs.build` fills.
 
-Every check of a value stands here, so that a wrong one is answered before anything is read or compiled.
+All values are checked here, so that a wrong one is reported before anything is read or compiled.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ class SourceConfig:
     """Where documents come from.
 
     `kind`: `stdlib` (the running Python's standard library), `text` (one document per file), `jsonl`, `parquet` (one per
-    line or row), `tfds` (through `tfds.data_source`), `array_record` (a folder that `lcx data prepare` wrote), `chat` (JSONL
-    files with a conversation in each line, `{"messages": [{"role": ..., "content": ...}, ...]}`, and perhaps its `tools`: a
-    chat template makes the text, and only what the role `assistant` writes has a loss weight).
+    line or row), `tfds` (through `tfds.data_source`), `array_record` (a folder written by `lcx data prepare`), `chat` (JSONL
+    files with one conversation per line, `{"messages": [{"role": ..., "content": ...}, ...]}`, optionally with `tools`; a chat
+    template turns it into text, and only what the role `assistant` writes has a loss weight).
     `path`: one or several glob patterns; for `tfds` the dataset's name, for `array_record` the folder.
-    `field`: the key, column or feature that holds the text (of `chat` the messages: `messages`, unless it is set).
-    `split`: of a `tfds` dataset. `data_dir`: where `tfds` looks. `include_tests`: also the test packages of the standard
-    library. `append_eos`: close each document with the tokenizer's end-of-sequence token. `limit_bytes`: stop taking documents
-    once this much text has been read (None: read all).
+    `field`: the key, column or feature that holds the text (for `chat` the messages, `messages` by default).
+    `split`: split of a `tfds` dataset. `data_dir`: where `tfds` looks for it. `include_tests`: also read the test packages of the
+    standard library. `append_eos`: end each document with the tokenizer's end-of-sequence token. `limit_bytes`: stop reading
+    documents once this much text has been read (None: read all).
     """
 
     kind: Literal["stdlib", "text", "jsonl", "parquet", "tfds", "array_record", "chat"] = "stdlib"
@@ -47,10 +47,10 @@ class SourceConfig:
     def __post_init__(self) -> None:
         positive("source", limit_bytes=self.limit_bytes)
         if self.kind != "stdlib" and not self.paths:
-            raise UserError(f"source.path is empty, and source.kind={self.kind!r} needs one; give a path, or take kind='stdlib'")
+            raise UserError(f"source.path is empty, but source.kind={self.kind!r} needs one; give a path, or use kind='stdlib'")
         if self.kind == "chat" and self.append_eos:
             raise UserError(
-                "source.append_eos=True is not for source.kind='chat', whose template writes the end tokens; leave it out"
+                "source.append_eos=True cannot be combined with source.kind='chat', whose template writes the end tokens; remove it"
             )
 
     @property
@@ -61,11 +61,11 @@ class SourceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PackingConfig:
-    """How documents become rows; every combination of the options is allowed.
+    """How documents are packed into rows; all combinations of the options are allowed.
 
-    `method`: `concat_then_split` (one stream, cut at each row's end), `first_fit` or `best_fit` (documents stay whole where
-    they fit into a row). `mask_documents`: tokens see their own document only. `reset_positions`: positions start again at
-    each document. `shared_bos`: the row opens with a begin-of-sequence token that every document sees.
+    `method`: `concat_then_split` (one stream, cut at the end of each row), `first_fit` or `best_fit` (documents stay whole if
+    they fit into a row). `mask_documents`: tokens see only their own document. `reset_positions`: positions restart at each
+    document. `shared_bos`: each row starts with a begin-of-sequence token that every document sees.
     """
 
     method: Literal["concat_then_split", "first_fit", "best_fit"] = "concat_then_split"
@@ -76,11 +76,11 @@ class PackingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TaskConfig:
-    """A retrieval task's shape; `lcx.data.tasks` says how its rows are written.
+    """Settings of a retrieval task; `lcx.data.tasks` describes how its rows are written.
 
     Counts are per row: `needles` (chains, for variable tracking) and `queries`, each raised to `..._per_1024` times the
-    row's length in units of 1,024 tokens when that is more. `key_length` letters name a needle, `value_length` digits are its
-    value, `hops` is the number of renamings of variable tracking. Loss weights: `answer_weight` on the digits asked for,
+    row's length in units of 1,024 tokens if that is more. A key has `key_length` letters and a value `value_length` digits;
+    `hops` is the number of renamings in variable tracking. Loss weights: `answer_weight` on the digits to be answered,
     `needle_weight` on the needles' own lines, `query_weight` on the rest of the query lines, `haystack_weight` elsewhere.
     """
 
@@ -105,18 +105,18 @@ class TaskConfig:
         )
         if self.key_length > 8 or self.value_length > 12:
             raise UserError(
-                f"task.key_length={self.key_length} may be at most 8 and task.value_length={self.value_length} at most 12"
+                f"task.key_length={self.key_length} must be at most 8 and task.value_length={self.value_length} at most 12"
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class PartConfig:
-    """One part of a mixture: packed text (or chats, by its source), or rows of a retrieval task over the source as haystack.
+    """One part of a mixture: packed text (or chats, by its source), or rows of a retrieval task with the source as haystack.
 
-    `weight`: share of the rows, against the other parts' weights. `loss_weight` multiplies the part's loss weights.
-    Length upsampling per source, as in arXiv:2402.10171: documents below `short_tokens` stay with probability `short_keep`,
-    longer ones always; `min_tokens` and `max_tokens` leave out documents of other lengths altogether.
-    `remap`: positions handed to the model are `none` (as packed), `pose` (PoSE's skips) or `randomized`, up to the stage's
+    `weight`: share of the rows, relative to the other parts' weights. `loss_weight` multiplies the part's loss weights.
+    Length upsampling per source, as in arXiv:2402.10171: documents below `short_tokens` are kept with probability `short_keep`,
+    longer ones always; `min_tokens` and `max_tokens` exclude documents of other lengths entirely.
+    `remap`: positions passed to the model are `none` (as packed), `pose` (PoSE's skips) or `randomized`, up to the stage's
     `max_position`.
     """
 
@@ -136,18 +136,18 @@ class PartConfig:
         _not_negative("part", weight=self.weight, loss_weight=self.loss_weight)
         positive("part", short_tokens=self.short_tokens, min_tokens=self.min_tokens, max_tokens=self.max_tokens)
         if not 0 <= self.short_keep <= 1:
-            raise UserError(f"part.short_keep={self.short_keep} is a probability; give a number from 0 to 1")
+            raise UserError(f"part.short_keep={self.short_keep} must be a probability from 0 to 1")
         if self.max_tokens is not None and self.max_tokens < self.min_tokens:
-            raise UserError(f"part.max_tokens={self.max_tokens} is below part.min_tokens={self.min_tokens}; no document is left")
+            raise UserError(f"part.max_tokens={self.max_tokens} is below part.min_tokens={self.min_tokens}; raise it")
         if self.remap != "none" and (self.packing.mask_documents or self.packing.reset_positions or self.packing.shared_bos):
             raise UserError(
-                f"part.remap={self.remap!r} rewrites the positions of whole rows; leave packing.mask_documents, "
-                "packing.reset_positions and packing.shared_bos off"
+                f"part.remap={self.remap!r} rewrites the positions of whole rows; set packing.mask_documents, "
+                "packing.reset_positions and packing.shared_bos to False"
             )
 
     @property
     def is_task(self) -> bool:
-        """True when the rows are a retrieval task's."""
+        """True if the rows are those of a retrieval task."""
         return self.kind in TASKS
 
 
@@ -157,11 +157,11 @@ def _default_parts() -> dict[str, PartConfig]:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """The whole mixture, by part name.
+    """The whole mixture: parts by name.
 
     `tokenizer`: `bytes`, `bytes+bos`, `bytes+eos`, `bytes+bos+eos`, or the path of a Hugging Face `tokenizer.json`, a
-    SentencePiece model, a file of tiktoken ranks, or the folder of one. `chat_template`: the file of a jinja2 template for
-    sources of kind `chat` (None: the tokenizer's own).
+    SentencePiece model, a file of tiktoken ranks, or a folder that contains one of these. `chat_template`: path of a jinja2
+    template for sources of kind `chat` (None: the tokenizer's own).
     `heldout_fraction`: documents whose content hash falls below it are kept out of training.
     """
 
@@ -172,8 +172,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if not self.parts:
-            raise UserError("data.parts is empty; name at least one part")
+            raise UserError("data.parts is empty; define at least one part")
         if not sum(part.weight for part in self.parts.values()) > 0:
-            raise UserError(f"data.parts {', '.join(self.parts)} all have weight 0; give one a positive weight")
+            raise UserError(f"all of data.parts ({', '.join(self.parts)}) have weight 0; give at least one a positive weight")
         if not 0 <= self.heldout_fraction < 1:
             raise UserError(f"data.heldout_fraction={self.heldout_fraction} must be at least 0 and below 1")

@@ -1,7 +1,7 @@
-"""Batches as a pure function of (config, seed, stage, step): nothing is remembered, so resuming is a step number.
+"""Batches as a pure function of (config, seed, stage, step): there is no state, so resuming takes only a step number.
 
-Legend: B batch rows, T tokens in a row. Row r of step s is element s * B + r of the mixture. A process builds the rows that
-it asks for and no others.
+Legend: B batch rows, T tokens in a row. Row r of step s is element s * B + r of the mixture. A process builds only the rows
+that it needs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lcx.data.sources import sources
 from lcx.data.tasks import Task
 from lcx.data.tokenizers import tokenizers
 
-# Ends of the key that a random stream is drawn from, so that no two uses share one.
+# Last element of the key of a random stream, so that no two uses share a stream.
 _PLAN, _TASK, _KEEP, _REMAP, _SHUFFLE = range(5)
 _KEYS = ("tokens", "targets", "weights", "order", "positions", "segments")
 
@@ -41,11 +41,11 @@ class Corpus:
 
 
 class Loader:
-    """Rows of one stage's mixture.
+    """The rows of one stage's mixture.
 
-    `rows` is the whole batch's number of rows B, `seq_len` is T. `max_position` is how far remapped positions reach (default
-    `seq_len`). `split` is `train` or `heldout`. `corpus` saves reading the sources again. Raises `UserError` when the sources
-    or the tasks do not fit.
+    `rows` is B, the number of rows of the whole batch; `seq_len` is T. Remapped positions stay below `max_position` (default
+    `seq_len`). `split` is `train` or `heldout`. Pass `corpus` to avoid reading the sources again. Raises `UserError` if the
+    sources or the tasks do not fit.
     """
 
     def __init__(
@@ -61,13 +61,13 @@ class Loader:
         split: sources.Split = "train",
     ) -> None:
         if seq_len < 1 or rows < 1:
-            raise UserError(f"a batch of {rows} rows of {seq_len} tokens holds nothing; give at least one of each")
+            raise UserError(f"a batch of {rows} rows of {seq_len} tokens is empty; give at least one row of one token")
         self.config, self.seq_len, self.num_rows, self.seed, self.stage_index = config, seq_len, rows, seed, stage_index
         self.max_position = seq_len if max_position is None else max_position
         if self.max_position < seq_len:
-            raise UserError(f"max_position={self.max_position} is below seq_len={seq_len}; give at least {seq_len}")
+            raise UserError(f"max_position={self.max_position} is below seq_len={seq_len}; set it to at least {seq_len}")
         self.corpus = Corpus(config) if corpus is None else corpus
-        # Sorted, and random streams keyed by name: neither the order of a config's keys nor another part changes a part's rows.
+        # Sorted, with random streams keyed by name, so that a part's rows depend neither on the order of keys nor on other parts.
         self.names = sorted(name for name, part in config.parts.items() if part.weight > 0)
         key = (seed, stage_index, int(split == "heldout"))
         keys = [(*key, zlib.crc32(name.encode())) for name in self.names]
@@ -88,14 +88,14 @@ class Loader:
         return Batch(**out)
 
     def batches(self, start: int = 0, rows: slice = slice(None)) -> Iterator[tuple[int, Batch]]:
-        """(step, batch) from step `start` on, without end."""
+        """(step, batch) from step `start` onwards, endlessly."""
         step = start
         while True:
             yield step, self.batch(step, rows)
             step += 1
 
     def provenance(self, step: int, rows: slice = slice(None)) -> list[str]:
-        """For each row of the step, its part and the documents or task it was made of, in a line."""
+        """One line for each row of the step: its part and the documents or task that it was made from."""
         part, row = self.addresses(step, rows)
         return [f"{self.names[p]}[{r}]: {self.parts[p].describe(r)}" for p, r in zip(part.tolist(), row.tolist(), strict=True)]
 
@@ -135,7 +135,7 @@ class TextPart:
 
 @dataclasses.dataclass(frozen=True)
 class TaskPart:
-    """Rows of a retrieval task, each from a random stream of its own."""
+    """Rows of a retrieval task, each from its own random stream."""
 
     config: PartConfig
     seq_len: int
@@ -173,7 +173,7 @@ class Remapped:
 
     @property
     def size(self) -> int | None:
-        """Rows in an epoch, None without end."""
+        """Rows in an epoch, None if endless."""
         return self.part.size
 
     def build(self, rows: np.ndarray) -> Mapping[str, np.ndarray]:
@@ -188,12 +188,12 @@ class Remapped:
         return {**out, "positions": new}
 
     def describe(self, row: int) -> str:
-        """The part's own words and the remap."""
+        """The part's own description, and the remap."""
         return f"{self.part.describe(row)}; positions {self.part.config.remap} up to {self.max_position}"
 
 
 def generators(key: tuple[int, ...], rows: np.ndarray) -> Iterator[np.random.Generator]:
-    """The random stream of each row: counter-based generators, cheap to make, the same on every machine."""
+    """The random stream of each row: counter-based generators, which are cheap to create and identical on every machine."""
     words = np.random.SeedSequence(key).generate_state(2, np.uint64)
     for row in rows.tolist():
         yield np.random.Generator(np.random.Philox(key=words, counter=[0, 0, 0, row]))
@@ -219,22 +219,23 @@ def _make_part(loader: Loader, name: str, split: sources.Split, key: tuple[int, 
 
 
 def _keep(source: sources.Subset, config: PartConfig, rng: np.random.Generator) -> sources.Subset:
-    """All long documents, and short ones with probability `short_keep`, drawn once for the stage."""
+    """All long documents, and short ones with probability `short_keep`, drawn once per stage."""
     keep = (source.lengths >= config.short_tokens) | (rng.random(len(source.lengths)) < config.short_keep)
     if not keep.any():
-        raise UserError(f"short_keep={config.short_keep} left none of {len(keep)} documents; raise it or lower short_tokens")
+        raise UserError(f"short_keep={config.short_keep} keeps none of {len(keep)} documents; raise it or lower short_tokens")
     return sources.Subset(source.source, source.ids[keep])
 
 
 def probe(config: DataConfig, seq_len: int, rows: int, seed: int, corpus: Corpus | None = None) -> Batch:
-    """A fixed batch of `rows` held-out rows `[rows, T]` to watch a run with.
+    """A fixed batch of `rows` held-out rows `[rows, T]` for monitoring a run.
 
-    The first half is packed text with its ordinary weights, the rest (`rows // 2`) needles in held-out text with weight 1 on
-    the answers and 0 elsewhere. Packing and task are those of the mixture's heaviest text and heaviest task part, or the
-    defaults over its heaviest part's source. A function of its arguments alone. Raises `UserError` for fewer than two rows.
+    The first half is packed text with its usual weights, the rest (`rows // 2`) needles in held-out text with weight 1 on
+    the answers and 0 elsewhere. Packing and task are those of the mixture's heaviest text part and heaviest task part; without
+    such a part, the defaults over the source of the heaviest part. Depends only on its arguments. Raises `UserError` for fewer
+    than two rows.
     """
     if rows < 2:
-        raise UserError(f"a probe of {rows} rows cannot hold both text and needles; give at least 2")
+        raise UserError(f"a probe of {rows} rows cannot hold both text and needles; use at least 2")
     used = sorted((part for _, part in sorted(config.parts.items()) if part.weight > 0), key=lambda part: -part.weight)
     text = next((part for part in used if not part.is_task), PartConfig(source=used[0].source))
     needles = next((part for part in used if part.is_task), PartConfig(kind="multikey", source=used[0].source))

@@ -1,6 +1,6 @@
-"""A mixture as a random-access dataset of row addresses: which part a row belongs to, and which of the part's rows it is.
+"""A mixture as a random-access dataset of row addresses: the part that a row belongs to, and its number within the part.
 
-The mixing is grain's, at the `MapDataset` level: one dataset, whatever the number of parts, no threads, no state.
+The mixing is grain's, at the `MapDataset` level: a single dataset, however many parts, without threads or state.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ _ENDLESS = 1 << 31
 def addresses(weights: Sequence[float], sizes: Sequence[int | None], keys: Sequence[tuple[int, ...]]) -> grain.MapDataset:
     """Endless dataset whose element i is the address of row i.
 
-    Parts appear in proportion to `weights` (above 0), evenly spaced, not drawn. `sizes` are the rows a part has: they come in a
-    new random order each epoch, seeded by the part's own entry of `keys`. None is a part that never repeats a row.
+    Parts appear in proportion to `weights` (above 0), evenly spaced rather than drawn. `sizes` are the numbers of rows of the
+    parts, which come in a new random order each epoch, seeded by the part's own entry of `keys`; None is a part that never
+    repeats a row.
     """
     parts = []
     for part, (size, key) in enumerate(zip(sizes, keys, strict=True)):

@@ -1,17 +1,17 @@
 """From documents of known lengths to rows: a seeded plan of spans, then the rows' arrays.
 
-Legend: D documents, R rows, S spans, T tokens in a row, n rows asked for.
+Legend: D documents, R rows, S spans, T tokens in a row, n requested rows.
 
 Rules that hold for every combination of options:
 - A plan uses every token of every document exactly once as an input token. Nothing is dropped: the last row of a stream and
   the rows of the fitting methods may end in padding (segment `PADDING`, weight 0).
-- A document longer than the row is cut into pieces of the row's length and a rest. A piece is a document to the mask and to
-  reset positions: it sees nothing of the piece before, and its positions start again.
-- A token's target is the next token of its own document, also where that stands in the next row, and its weight is the
-  target's: 1, but in chats, where only what the model writes has weight. A document's last token has weight 0 under a document
-  mask. Without one its target is the next document's first token if that stands in the same row, else it has weight 0.
-- `shared_bos` takes the row's first place: segment `SHARED`, position 0, weight 0. Documents share the T-1 places behind it;
-  with reset positions each starts at 1, as though it alone followed the anchor.
+- A document longer than a row is cut into pieces of the row's length and a remainder. For the mask and for reset positions a
+  piece is a document of its own: it does not see the previous piece, and its positions restart.
+- A token's target is the next token of its own document, even if that is in the next row, and its weight is the target's: 1,
+  except in chats, where only what the model writes has weight. A document's last token has weight 0 under a document mask.
+  Without one its target is the next document's first token if that is in the same row; otherwise it has weight 0.
+- `shared_bos` takes the first place of the row: segment `SHARED`, position 0, weight 0. Documents share the T-1 places after it;
+  with reset positions each starts at 1, as if it alone followed the anchor.
 - Positions that are not reset count along the row, whatever the mask.
 """
 
@@ -41,24 +41,24 @@ class Plan:
         return len(self.splits) - 1
 
     def spans(self, row: int) -> list[tuple[int, int, int]]:
-        """(document, start, end) of one row's spans, in the row's order."""
+        """(document, start, end) of one row's spans, in row order."""
         own = slice(self.splits[row], self.splits[row + 1])
         return list(zip(self.document[own].tolist(), self.start[own].tolist(), self.end[own].tolist(), strict=True))
 
     def fill_ratio(self, capacity: int) -> float:
-        """Share of the rows' places that hold a document's token."""
+        """Fraction of the rows' places that hold a document's token."""
         return float((self.end - self.start).sum() / (len(self) * capacity))
 
 
 def plan(method: str, lengths: np.ndarray, capacity: int, rng: np.random.Generator) -> Plan:
     """A plan over documents of `lengths` int64 `[D]` (all above 0) for rows of `capacity` tokens; `rng` shuffles the documents.
 
-    `concat_then_split`: the shuffled documents are one stream, cut every `capacity` tokens. `first_fit`: in shuffled order,
-    each piece goes into the first row with room. `best_fit`: from the longest piece to the shortest (equal ones in shuffled
-    order), each goes into the fullest row that still has room (arXiv:2404.10830). Raises `UserError` for an unusable capacity.
+    `concat_then_split`: the shuffled documents form one stream, cut every `capacity` tokens. `first_fit`: in shuffled order,
+    each piece goes into the first row with enough room. `best_fit`: from the longest piece to the shortest (equal ones in shuffled
+    order), each goes into the fullest row that still has room (arXiv:2404.10830). Raises `UserError` if the capacity is below 1.
     """
     if capacity < 1:
-        raise UserError(f"a row of {capacity} tokens holds no document; give a longer seq_len")
+        raise UserError(f"a row has room for {capacity} tokens of documents; use a longer seq_len")
     order = rng.permutation(len(lengths))
     if method == "concat_then_split":
         return _concat(order, lengths[order], capacity)
@@ -89,7 +89,7 @@ def _pieces(order: np.ndarray, lengths: np.ndarray, capacity: int) -> tuple[np.n
 
 
 def _first_fit(sizes: list[int], capacity: int) -> np.ndarray:
-    """Row of each piece; a tree over the rows holds the most room of any row below each node, so a search is logarithmic."""
+    """Row of each piece; each node of a tree over the rows holds the most room of any row below it, so a search is logarithmic."""
     leaves = 1 << max(len(sizes) - 1, 0).bit_length()
     room = [capacity] * (2 * leaves)
     rows = np.empty(len(sizes), np.int64)
@@ -130,11 +130,11 @@ def _best_fit(sizes: list[int], capacity: int) -> np.ndarray:
 def assemble(plan: Plan, rows: np.ndarray, source: Subset, seq_len: int, config: PackingConfig, bos_id: int | None) -> dict:
     """The named rows as arrays `[n, T]`: tokens, targets, positions, segments (int32) and weights (float32).
 
-    The plan must have been made for rows of `seq_len - config.shared_bos` tokens. Raises `UserError` when the shared anchor
-    is asked for and the tokenizer has no begin-of-sequence token.
+    The plan must have been made for rows of `seq_len - config.shared_bos` tokens. Raises `UserError` if the shared anchor
+    is requested and the tokenizer has no begin-of-sequence token.
     """
     if config.shared_bos and bos_id is None:
-        raise UserError("packing.shared_bos=True needs a begin-of-sequence token; take tokenizer 'bytes+bos' or set it to False")
+        raise UserError("packing.shared_bos=True needs a begin-of-sequence token; use tokenizer 'bytes+bos' or set it to False")
     anchor, shape = int(config.shared_bos), (len(rows), seq_len)
     counts = plan.splits[rows + 1] - plan.splits[rows]
     spans = ranges(plan.splits[rows], counts)
@@ -164,7 +164,7 @@ def assemble(plan: Plan, rows: np.ndarray, source: Subset, seq_len: int, config:
 
 
 def _targets(tokens, source, document, start, end, last, row, masked) -> tuple[np.ndarray, np.ndarray]:
-    """Next token and weight of each token; `last` int64 `[S]` is where each span's last token stands in `tokens`."""
+    """Next token and weight of each token; `last` int64 `[S]` is the index of each span's last token in `tokens`."""
     targets = np.append(tokens[1:], np.int32(0))
     weights = np.append(source.weights(document, start, end)[1:], np.float32(0))
     goes_on = end < source.lengths[document]

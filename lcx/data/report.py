@@ -1,4 +1,4 @@
-"""What a mixture really holds: counted from the rows that a run would train on, not from the weights that were asked for."""
+"""What a mixture actually contains: counted from the rows that a run would train on, not from the configured weights."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _SHOWN = 240
 
 @dataclasses.dataclass(frozen=True)
 class PartReport:
-    """One part: counts over the rows looked at.
+    """One part: counts over the inspected rows.
 
-    `places` are tokens of space, `tokens` those filled (shared anchors included), `trained` those with a loss weight, and
-    `loss_weight` the sum of the weights. `documents` are the different documents seen, `documents_by_length[i]` those whose whole
-    length falls into bin i and `tokens_by_length[i]` the tokens that came from them (a task's row counts as one document).
-    `samples` are the openings of a few of them.
+    `places` is the number of token positions, `tokens` how many of them are filled (shared anchors included), `trained` how many
+    have a loss weight, and `loss_weight` the sum of the weights. `documents` is the number of different documents seen,
+    `documents_by_length[i]` how many have a total length in bin i, and `tokens_by_length[i]` how many tokens came from those (a
+    task's row counts as one document). `samples` are the beginnings of a few documents.
     """
 
     name: str
@@ -39,13 +39,13 @@ class PartReport:
 
     @property
     def fill_ratio(self) -> float:
-        """Share of the places that hold a token."""
+        """Fraction of the places that hold a token."""
         return self.tokens / max(self.places, 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """All parts; bin i holds documents of `edges[i]` to `edges[i + 1] - 1` tokens, the last one all longer ones too."""
+    """All parts; bin i holds documents of `edges[i]` to `edges[i + 1] - 1` tokens, and the last bin also all longer ones."""
 
     seq_len: int
     edges: tuple[int, ...]
@@ -53,7 +53,7 @@ class Report:
 
     @property
     def fill_ratio(self) -> float:
-        """Share of all places that hold a token."""
+        """Fraction of all places that hold a token."""
         return sum(part.tokens for part in self.parts) / max(sum(part.places for part in self.parts), 1)
 
     def token_shares(self) -> dict[str, float]:
@@ -62,7 +62,7 @@ class Report:
         return {part.name: part.tokens / max(total, 1) for part in self.parts}
 
     def length_shares(self) -> dict[str, float]:
-        """Share of all documents' tokens by the length of the document that they came from, by bin."""
+        """Share of all documents' tokens by bin of the length of the document that they came from."""
         counts = np.sum([part.tokens_by_length for part in self.parts], axis=0)
         return dict(zip(self.bins(), (counts / max(counts.sum(), 1)).tolist(), strict=True))
 
@@ -95,7 +95,7 @@ class Report:
         return [(name, *(f"{count:,}" for count in row)) for name, row in zip(self.bins(), counts, strict=True)]
 
     def shares_by_length(self) -> list[tuple[str, ...]]:
-        """One row of text per length bin: the bin, the share of all documents' tokens that each part has there, their sum."""
+        """One row of text per length bin: the bin, each part's share of all documents' tokens, and their sum."""
         total = max(sum(sum(part.tokens_by_length) for part in self.parts), 1)
         counts = zip(*(part.tokens_by_length for part in self.parts), strict=True)
         return [
@@ -108,9 +108,9 @@ COLUMNS = ("part", "kind", "source", "rows", "tokens", "share", "filled", "docum
 
 
 def inspect(loader: Loader, rows: int, samples: int = 3) -> Report:
-    """Counts over the first `rows` rows of a loader's mixture (whole steps: rounded up). Raises `UserError` for no rows."""
+    """Counts over the first `rows` rows of a loader's mixture (rounded up to whole steps). Raises `UserError` if it is below 1."""
     if rows < 1:
-        raise UserError(f"rows={rows} looks at nothing; give at least 1")
+        raise UserError(f"rows={rows} must be at least 1")
     texts = [part for part in map(_text, loader.parts) if isinstance(part, TextPart)]
     longest = max([loader.seq_len, *(int(part.source.lengths.max()) for part in texts)])
     edges = (1, *(1 << power for power in range(6, max(longest.bit_length(), 6) + 1)))

@@ -2,17 +2,17 @@
 
 Legend: R rows, T predictions in a row (so T + 1 tokens), n lines (needles), q queries, k letters of a key, v digits of a value.
 
-A row is text (the haystack) with lines written over it at places that keep to no grid and never overlap, and ends in a block
-of queries, which nothing overwrites:
+A row is text (the haystack) with lines written over it, at places that follow no grid and never overlap, and ends in a block
+of queries that nothing overwrites:
 
     multikey            `#ab=1234` needles, `?ab=1234` queries: which value belongs to the key
     passkey             the same with one needle, whose key is always the same
-    key_value           needles side by side over the whole row: no haystack, only wrong answers
+    key_value           needles one after another over the whole row: no haystack, only wrong answers
     variable_tracking   `#ab=1234`, later `#cd@ab`, later `#ef@cd`: the query `?ef=1234` follows the chain back
 
-Every line ends in a newline. Keys are distinct within a row, and the haystack is rid of anything that reads like a line, so
-that each answer stands in its row once as the value of its key. Characters are written as single tokens, so lengths are
-exact with every tokenizer. All randomness is uniform numbers, a fixed count per row: `Task.rows` is a pure function of them.
+Every line ends in a newline. Keys are distinct within a row, and anything in the haystack that reads like a line is removed, so
+each answer occurs exactly once in its row as the value of its key. Characters are written as single tokens, so lengths are
+exact with every tokenizer. All randomness is a fixed number of uniform numbers per row: `Task.rows` is a pure function of them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Samples:
     """Rows of a task.
 
     `tokens` int32 `[R, T + 1]`; `weights` float32 `[R, T + 1]`, of the token that is predicted; `answers` bool `[R, T + 1]`,
-    the values that queries ask for. The last query's answer is `answer_length` tokens from `answer_start` on in every row;
+    the values that queries ask for. The last query's answer is the `answer_length` tokens starting at `answer_start` in every row;
     `depths` float64 `[R]` says where the needle that holds it begins: 0 first, 1 last possible place before the queries.
     """
 
@@ -74,11 +74,11 @@ class Task:
 
     @property
     def line_length(self) -> int:
-        """Tokens of a needle with a value, which is also a query's length."""
+        """Length in tokens of a needle with a value, and of a query."""
         return self.config.key_length + self.config.value_length + 3
 
     def counts(self, length: int, needles: int | None = None, queries: int | None = None) -> tuple[int, int]:
-        """(needles or chains, queries) in a row of `length` predictions; raises `UserError` when they do not fit."""
+        """(needles or chains, queries) in a row of `length` predictions; raises `UserError` if they do not fit."""
         config = self.config
         asked = queries or max(config.queries, round(config.queries_per_1024 * length / 1024))
         if self.kind == "passkey":
@@ -92,13 +92,13 @@ class Task:
         if names > len(LETTERS) ** config.key_length:
             raise UserError(f"{names} keys of task.key_length={config.key_length} letters cannot all differ; raise key_length")
         if self.kind == "key_value" and present < asked:
-            raise UserError(f"a row of {length} tokens holds {max(present, 0)} lines for {asked} queries; lower task.queries")
+            raise UserError(f"a row of {length} tokens holds {max(present, 0)} lines with {asked} queries; lower task.queries")
         if asked > present:
-            raise UserError(f"task.queries={asked} asks for more than the row's {present} needles; lower it or raise task.needles")
+            raise UserError(f"task.queries={asked} exceeds the {present} needles of a row; lower it or raise task.needles")
         return present, asked
 
     def uniforms(self, length: int, **counts: int | None) -> int:
-        """How many uniform numbers in [0, 1) a row of `length` predictions takes."""
+        """How many uniform numbers in [0, 1) a row of `length` predictions needs."""
         present, _ = self.counts(length, **counts)
         return 2 + 3 * present + 4 * self._names(present)
 
@@ -116,9 +116,9 @@ class Task:
         needles: int | None = None,
         queries: int | None = None,
     ) -> Samples:
-        """`count` fresh rows of `length` predictions; with a `depth` from 0 to 1 the last query's needle stands there.
+        """`count` fresh rows of `length` predictions; if `depth` (0 to 1) is given, the last query's needle is placed there.
 
-        `needles` and `queries` override the configured counts; a `depth` alone means one query. Raises `UserError` when the
+        `needles` and `queries` override the configured counts; giving only `depth` implies one query. Raises `UserError` if the
         row or the haystack is too short for them.
         """
         queries = 1 if depth is not None and queries is None else queries
@@ -135,20 +135,20 @@ class Task:
         needles: int | None = None,
         queries: int | None = None,
     ) -> Samples:
-        """The rows that `uniforms` float64 `[R, self.uniforms(length)]` stand for; each depends on its own numbers alone."""
+        """The rows determined by `uniforms` float64 `[R, self.uniforms(length)]`; each depends only on its own numbers."""
         present, asked = self.counts(length, needles, queries)
         draw = _Draw(uniforms)
         body = length + 1 - asked * self.line_length
         lines, target_keys, values, holders = self._lines(draw, present)
         _check_room(length, body, int(lines.lengths[0].sum()), self.line_length, asked)
         if haystack.num_tokens < body:
-            raise UserError(f"the haystack holds {haystack.num_tokens} tokens and a row needs {body}; give a larger corpus")
+            raise UserError(f"the haystack has {haystack.num_tokens} tokens, but a row needs {body}; use a larger corpus")
         chosen = draw.permutation(present)[:, :asked]
         if depth is None:
             starts = _scattered(draw, lines.lengths, body)
         else:
             if self.kind == "variable_tracking":
-                raise UserError("variable_tracking has a chain of lines, not one depth; leave depth out")
+                raise UserError("variable_tracking places a chain of lines rather than one needle; remove depth")
             starts = _around(draw, depth, present, self.line_length, body)
             chosen = np.concatenate([_without(chosen, 0)[:, : asked - 1], np.zeros((len(chosen), 1), np.int64)], 1)
         text = self._clean(haystack.windows(draw.integers(1, haystack.num_tokens - body + 1)[:, 0], body))
@@ -177,7 +177,7 @@ class Task:
         return Samples(tokens, weights, answers, start, config.value_length, depths)
 
     def _lines(self, draw: _Draw, present: int) -> tuple[Lines, np.ndarray, np.ndarray, np.ndarray]:
-        """Lines in the order of their places, and for each chain its asked-for key, its value and which line holds the value."""
+        """Lines in the order of their places, and for each chain the queried key, its value and the line that holds the value."""
         config = self.config
         names, hops = self._names(present), self._names(1)
         values = self._spell(draw.integers(present, 10**config.value_length), config.value_length, self._digits)
@@ -189,7 +189,7 @@ class Task:
         if hops == 1:
             lengths = np.full(whole.shape[:2], whole.shape[2])
             return Lines(whole, lengths), keys, values, np.broadcast_to(np.arange(present), lengths.shape)
-        # Which chain each place belongs to is random; a chain's own lines follow its order.
+        # Which chain each place belongs to is random; the lines of a chain keep their order.
         chain = draw.permutation(names) % present
         place = np.argsort(chain, axis=1, kind="stable").reshape(-1, present, hops)
         later = keys.reshape(len(keys), hops, present, -1)
@@ -215,7 +215,7 @@ class Task:
         return alphabet[numbers[:, :, None] // base % len(alphabet)]
 
     def _clean(self, text: np.ndarray) -> np.ndarray:
-        """The haystack with a newline for the mark of whatever would read as a needle or a query."""
+        """The haystack with the mark of anything that would read as a needle or a query replaced by a newline."""
         gap = self.config.key_length + 1
         mark, between = text[:, :-gap], text[:, gap:]
         reads = ((mark == self._needle) | (mark == self._query)) & ((between == self._equals) | (between == self._refers))
@@ -224,7 +224,7 @@ class Task:
 
 
 class _Draw:
-    """Uniform numbers `[R, M]` handed out from the left as what is needed."""
+    """Uniform numbers `[R, M]`, consumed from the left in the form that is needed."""
 
     def __init__(self, uniforms: np.ndarray) -> None:
         self._uniforms, self._used = uniforms, 0
@@ -247,16 +247,16 @@ class _Draw:
 
 
 def _scattered(draw: _Draw, lengths: np.ndarray, body: int) -> np.ndarray:
-    """Starts `[R, n]` of lines in `body` tokens: what is free is divided at random between them, so none can overlap."""
+    """Starts `[R, n]` of lines in `body` tokens: the free space is divided between them at random, so none can overlap."""
     free = body - lengths.sum(1, keepdims=True)
     gaps = np.sort((draw.take(lengths.shape[1]) * (free + 1)).astype(np.int64), axis=1)
     return gaps + np.cumsum(lengths, axis=1) - lengths
 
 
 def _around(draw: _Draw, depth: float, present: int, size: int, body: int) -> np.ndarray:
-    """Starts `[R, n]` with line 0 at `depth` of the possible places and the others scattered on both its sides."""
+    """Starts `[R, n]` with line 0 at `depth` of the possible places and the others scattered on both sides of it."""
     if not 0 <= depth <= 1:
-        raise UserError(f"depth={depth} is a fraction of the row; give a number from 0 to 1")
+        raise UserError(f"depth={depth} must be a fraction of the row, from 0 to 1")
     fixed, others = round(depth * (body - size)), present - 1
     rows = draw.take(1).shape[0]
     room_left, room_right = fixed // size, (body - fixed - size) // size
@@ -285,6 +285,6 @@ def _take(values: np.ndarray, chosen: np.ndarray) -> np.ndarray:
 def _check_room(length: int, body: int, needed: int, size: int, asked: int) -> None:
     if needed > body:
         raise UserError(
-            f"a row of {length} tokens holds {max(body, 0)} before its {asked} queries of {size}, and the needles need {needed}; "
-            "lower task.needles or task.queries, or give a longer seq_len"
+            f"a row of {length} tokens has {max(body, 0)} left before its {asked} queries of {size} tokens, but the needles need "
+            f"{needed}; lower task.needles or task.queries, or use a longer seq_len"
         )

@@ -1,1 +1,1 @@
-"""Positions: how a model is told where its tokens are, exactly and at any length."""
+"""Positions: how a model learns where its tokens are, exactly and at any length."""

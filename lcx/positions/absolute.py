@@ -23,7 +23,7 @@ from lcx.positions.scheme import EmbedFn, Heads, Scheme, SchemeSpec
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Nope(Scheme):
-    """No positional information but the mask's (NoPE, arXiv 2305.19466); its temperature, if any, is Llama 4's use of it."""
+    """No positional information except the mask's (NoPE, arXiv 2305.19466); Llama 4 combines it with a temperature."""
 
     name: ClassVar[str] = "nope"
 
@@ -60,14 +60,14 @@ class Sinusoidal(Scheme):
         positive(self.name, scale=self.scale)
 
     def spec(self, length: int) -> SchemeSpec:
-        """An embedding, nothing else."""
+        """An embedding only."""
         return SchemeSpec(embed=SinusoidalEmbed(), query_scale=self._query_scale(length))
 
     def buffers(self, heads: Heads, length: int) -> dict[str, Any]:
         """`embed.hi`, `embed.lo` uint32 `[D / 2]` and `embed.scale`."""
         dim = heads.model_dim
         if dim % 2:
-            raise UserError(f"sinusoidal needs an even model_dim, not {dim}; nearest: {dim - 1} and {dim + 1}")
+            raise UserError(f"sinusoidal needs an even model_dim, got {dim}; try {dim - 1} or {dim + 1}")
         with mpmath.workdps(DIGITS):
             hi, lo = encode(mpmath.power(self.theta, mpmath.mpf(-2 * i) / dim) for i in range(dim // 2))
         return {**super().buffers(heads, length), "embed": {"hi": hi, "lo": lo, "scale": np.asarray(self.scale, np.float32)}}
@@ -80,7 +80,7 @@ class LearnedEmbed(EmbedFn):
     def __call__(
         self, params: Mapping[str, jax.Array], constants: Mapping[str, jax.Array], positions: jax.Array, model_dim: int
     ) -> jax.Array:
-        """float32 `[B, T, D]`; takes the parameter `table`. A position outside it gives NaN rather than another one's row."""
+        """float32 `[B, T, D]`; takes the parameter `table`. A position outside it gives NaN rather than another position's row."""
         return params["table"].astype(jnp.float32).at[positions].get(mode="fill", fill_value=jnp.nan)
 
 
@@ -96,9 +96,9 @@ class Learned(Scheme):
         positive(self.name, max_length=self.max_length)
 
     def spec(self, length: int) -> SchemeSpec:
-        """An embedding; raises `UserError` beyond the table."""
+        """An embedding; raises `UserError` if `length` exceeds the table."""
         if length > self.max_length:
-            raise UserError(f"learned.max_length={self.max_length} has no rows for length {length}; train a longer table")
+            raise UserError(f"learned.max_length={self.max_length} is below length {length}; train a longer table")
         return SchemeSpec(embed=LearnedEmbed(), query_scale=self._query_scale(length))
 
     def param_specs(self, heads: Heads, length: int) -> dict[str, ParamSpec]:

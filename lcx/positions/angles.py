@@ -1,8 +1,8 @@
 """Angles that are exact at every position: frequencies as 64-bit fixed-point turns.
 
-A rotary frequency is stored as the fraction of a turn per position in 64 bits (two uint32 words). `position * turns` wraps by
-itself, as angles do; only what is left after taking off the nearest quadrant is given to float32 cos and sin. A float32
-product `position * frequency` would have lost the angle long before 100K positions.
+A rotary frequency is stored as the fraction of a turn per position in 64 bits (two uint32 words). `position * turns` wraps around
+by itself, as angles do; after subtracting the nearest quadrant only the rest is passed to float32 cos and sin. A float32 product
+`position * frequency` would lose the angle long before 100K positions.
 
 Legend: B batch, T tokens, R rotary pairs.
 """
@@ -19,10 +19,10 @@ import mpmath
 import numpy as np
 
 DIGITS = 50
-"""Decimal digits in which frequencies are worked out on the host."""
+"""Decimal digits used to compute frequencies on the host."""
 
 UNUSED = 2**32 - 1
-"""Value of `PositionMap.modulo` and `PositionMap.clip` that changes no int32 position."""
+"""Value of `PositionMap.modulo` and `PositionMap.clip` that leaves every int32 position unchanged."""
 
 
 @flax.struct.dataclass
@@ -46,12 +46,12 @@ def position_map(*, divide: int = 1, modulo: int = UNUSED, offset: int = 0, clip
 
 @flax.struct.dataclass
 class Rotation:
-    """How one side of attention is rotated. Every leaf is an array, so a compiled program depends on the structure alone.
+    """How one side of attention is rotated. Every leaf is an array, so a compiled program depends only on the structure.
 
     `hi`, `lo`: uint32 `[R]`, turns per position. `amplitude`: float32 scalar that multiplies cos and sin. `position_map` remaps the
     positions first; `shift` (uint32 `[R]`, turns * 2**32) is added to the angle; `growth` (float32 `[R]`) and `center`
-    (float32 scalar) multiply each pair by `exp(growth * (p - center))`. The last four are None where a scheme does not
-    need them, and then cost nothing.
+    (float32 scalar) multiply each pair by `exp(growth * (p - center))`. The last four are None if a scheme does not need them, and
+    then cost nothing.
     """
 
     hi: Any
@@ -71,12 +71,12 @@ def encode(frequencies: Iterable[mpmath.mpf | float]) -> tuple[np.ndarray, np.nd
 
 
 def decode(hi: np.ndarray, lo: np.ndarray) -> np.ndarray:
-    """Radians per position, float64 `[R]`, of the words that `encode` made (frequencies below one turn per position)."""
+    """Radians per position, float64 `[R]`, from the words that `encode` returns (frequencies below one turn per position)."""
     return (np.asarray(hi, np.float64) * 2.0**-32 + np.asarray(lo, np.float64) * 2.0**-64) * (2 * np.pi)
 
 
 def rotation(frequencies: Iterable[mpmath.mpf | float], amplitude: float = 1.0, **optional: Any) -> Rotation:
-    """A `Rotation` of host arrays; `optional` are its fields that are None by default."""
+    """A `Rotation` of host arrays; `optional` sets the fields that are None by default."""
     hi, lo = encode(frequencies)
     return Rotation(hi=hi, lo=lo, amplitude=np.asarray(amplitude, np.float32), **optional)
 

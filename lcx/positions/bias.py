@@ -1,7 +1,7 @@
 """Additive biases on the scores: ALiBi, T5's buckets, KERPLE and FIRE.
 
-Distances are taken between positions as int32 and only then made float32. A form gives finite values for keys after the query
-too (by the distance's magnitude), since the mask and not the bias decides what is seen.
+Distances between positions are computed as int32 and only then converted to float32. A form also gives finite values for keys
+after the query (by the magnitude of the distance), since the mask and not the bias decides what is visible.
 
 Legend: B batch, T query tokens, S key tokens, N heads, W width of FIRE's network.
 """
@@ -50,7 +50,7 @@ class AlibiBias(BiasFn):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Alibi(Scheme):
-    """ALiBi (arXiv 2108.12409): a fixed slope a head. `scale` multiplies the slopes: below 1 for a longer context."""
+    """ALiBi (arXiv 2108.12409): a fixed slope per head. `scale` multiplies the slopes; use a value below 1 for a longer context."""
 
     name: ClassVar[str] = "alibi"
 
@@ -60,7 +60,7 @@ class Alibi(Scheme):
         positive(self.name, scale=self.scale)
 
     def spec(self, length: int) -> SchemeSpec:
-        """A bias, nothing else."""
+        """A bias only."""
         return SchemeSpec(bias=AlibiBias(), query_scale=self._query_scale(length))
 
     def buffers(self, heads: Heads, length: int) -> dict[str, Any]:
@@ -98,7 +98,7 @@ class T5Bias(BiasFn):
             distance = jnp.abs(distance)
         distance = jnp.maximum(distance, 0)
         exact = buckets // 2
-        # Thresholds on the host: the bucket of an integer distance does not hang on float32 logarithms.
+        # Thresholds on the host: so the bucket of an integer distance does not depend on float32 logarithms.
         far = np.asarray([_first_in_bucket(n, exact, buckets, self.max_distance) for n in range(exact, buckets)], np.int32)
         log = exact - 1 + jnp.sum(distance[..., None] >= far.reshape((1,) * distance.ndim + (-1,)), axis=-1, dtype=jnp.int32)
         return first + jnp.where(distance < exact, distance, log)
@@ -112,9 +112,9 @@ def _first_in_bucket(bucket: int, exact: int, buckets: int, max_distance: int) -
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class T5(Scheme):
-    """T5's relative bias (arXiv 1910.10683): 32 learned buckets a head, logarithmic up to a distance of 128, one beyond.
+    """T5's relative bias (arXiv 1910.10683): 32 learned buckets per head, logarithmic up to a distance of 128, one beyond.
 
-    `focus` is the logit with which head h starts out looking h tokens back. Above zero, a layer begins as the previous-token
+    `focus` is the logit with which head h initially looks h tokens back. Above zero, a layer starts with the previous-token
     heads that induction is built from (Olsson et al., arXiv 2209.11895), which a small model otherwise takes long to find.
     """
 
@@ -128,13 +128,13 @@ class T5(Scheme):
     def __post_init__(self) -> None:
         least = 4 if self.bidirectional else 2
         if self.buckets < least or self.buckets % least:
-            raise UserError(f"t5.buckets={self.buckets} must be a multiple of {least}, such as 32")
+            raise UserError(f"t5.buckets={self.buckets} must be divisible by {least}, such as 32")
         exact = self.buckets // least
         if self.max_distance <= exact:
-            raise UserError(f"t5.max_distance={self.max_distance} must exceed the {exact} exact buckets")
+            raise UserError(f"t5.max_distance={self.max_distance} must be above the {exact} exact buckets")
 
     def spec(self, length: int) -> SchemeSpec:
-        """A bias, nothing else."""
+        """A bias only."""
         return SchemeSpec(bias=T5Bias(self.buckets, self.max_distance, self.bidirectional), query_scale=self._query_scale(length))
 
     def param_specs(self, heads: Heads, length: int) -> dict[str, ParamSpec]:
@@ -156,7 +156,7 @@ class KerpleBias(BiasFn):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kerple(Scheme):
-    """KERPLE, logarithmic kernel (arXiv 2205.09921): two learned positive numbers a head."""
+    """KERPLE, logarithmic kernel (arXiv 2205.09921): two learned positive numbers per head."""
 
     name: ClassVar[str] = "kerple"
 
@@ -167,7 +167,7 @@ class Kerple(Scheme):
         positive(self.name, r1=self.r1, r2=self.r2)
 
     def spec(self, length: int) -> SchemeSpec:
-        """A bias, nothing else."""
+        """A bias only."""
         return SchemeSpec(bias=KerpleBias(), query_scale=self._query_scale(length))
 
     def param_specs(self, heads: Heads, length: int) -> dict[str, ParamSpec]:
@@ -195,7 +195,7 @@ class FireBias(BiasFn):
 class Fire(Scheme):
     """FIRE (arXiv 2310.04418): a small learned function of the distance relative to the query's position.
 
-    `threshold` is where L starts: positions below it are normalised as if they stood there.
+    `threshold` is the initial value of L: positions below it are normalised as if they were at L.
     """
 
     name: ClassVar[str] = "fire"
@@ -208,7 +208,7 @@ class Fire(Scheme):
         positive(self.name, width=self.width, c=self.c, threshold=self.threshold)
 
     def spec(self, length: int) -> SchemeSpec:
-        """A bias, nothing else."""
+        """A bias only."""
         return SchemeSpec(bias=FireBias(), query_scale=self._query_scale(length))
 
     def param_specs(self, heads: Heads, length: int) -> dict[str, ParamSpec]:

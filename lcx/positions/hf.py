@@ -1,6 +1,6 @@
-"""Hugging Face's rotary settings, read from a model's config and written for one.
+"""Hugging Face's rotary settings, read from and written for a model's config.
 
-Read are transformers 5's `rope_parameters` and the older `rope_scaling` beside a `rope_theta`, flat or nested by layer type.
+Reads both transformers 5's `rope_parameters` and the older `rope_scaling` with `rope_theta`, flat or nested by layer type.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ _DEFAULT_THETA = 10000.0
 
 
 def from_hf(config: Mapping[str, Any], layout: Layout = "half") -> Scheme | dict[str, Scheme]:
-    """The scheme of a model's config (the dict of its config.json), or one for each layer type where they differ.
+    """The scheme of a model's config (the dict of its config.json), or one for each layer type if they differ.
 
-    `layout` is the family's: Hugging Face's configs do not say it. A layer type whose entry is null has no rotary. Raises
-    `UserError` for rope types that lcx does not have and for missing keys.
+    `layout` is a property of the family that Hugging Face's configs do not state. A layer type whose entry is null has no rotary
+    embedding. Raises `UserError` for rope types that lcx does not have and for missing keys.
     """
     newer, older = config.get("rope_parameters"), config.get("rope_scaling")
     for key, found in (("rope_parameters", newer), ("rope_scaling", older)):
         if found is not None and not isinstance(found, Mapping):
-            raise UserError(f"{key}={found!r} of the Hugging Face config is no mapping")
+            raise UserError(f"{key}={found!r} of the Hugging Face config is not a mapping")
     if newer and older:
-        # Readers of other versions see one or the other.
+        # Other versions of transformers read one or the other.
         one, other = (from_hf({**config, "rope_parameters": found, "rope_scaling": None}, layout) for found in (newer, older))
         if one != other:
             raise UserError(
-                f"rope_parameters={newer!r} and rope_scaling={older!r} of the Hugging Face config do not say the same; leave one"
+                f"rope_parameters={newer!r} and rope_scaling={older!r} of the Hugging Face config disagree; keep only one"
             )
     parameters = newer or older or {}
     nested = {key: value for key, value in parameters.items() if isinstance(value, Mapping)}
@@ -57,16 +57,16 @@ def from_hf(config: Mapping[str, Any], layout: Layout = "half") -> Scheme | dict
     local = config.get("rope_local_base_freq")
     if local is None:
         return scheme
-    # Gemma 3 before transformers 5: scaling and rope_theta are for the global layers only.
+    # Gemma 3 before transformers 5: scaling and rope_theta apply to the global layers only.
     return {"full_attention": scheme, "sliding_attention": Rope(theta=float(local), layout=layout)}
 
 
 def from_parameters(parameters: Mapping[str, Any], config: Mapping[str, Any], layout: Layout = "half") -> Rope:
-    """The scheme of one flat `rope_parameters` or `rope_scaling` dict; `config` is the model's, for what stands outside it."""
+    """The scheme of one flat `rope_parameters` or `rope_scaling` dict; `config` is the model's, for the settings outside it."""
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind not in ROPE_TYPES or parameters.get("mrope_section"):
         shown = "mrope" if parameters.get("mrope_section") else kind
-        raise UserError(f"rope_type={shown!r} of the Hugging Face config is not known{nearest(shown, ROPE_TYPES)}")
+        raise UserError(f"rope_type={shown!r} of the Hugging Face config is unknown{nearest(shown, ROPE_TYPES)}")
     trained = _trained_length(kind, parameters, config)
     values = dict(parameters)
     if kind in ("yarn", "longrope", "su") and values.get("factor") is None and trained and config.get("max_position_embeddings"):
@@ -89,14 +89,14 @@ def from_parameters(parameters: Mapping[str, Any], config: Mapping[str, Any], la
 
 
 def to_hf(scheme: Scheme | Mapping[str, Scheme]) -> dict[str, Any]:
-    """`rope_parameters` of a scheme, or of one for each layer type; raises `UserError` where Hugging Face has none."""
+    """`rope_parameters` of a scheme, or of one for each layer type; raises `UserError` if Hugging Face has no such setting."""
     if isinstance(scheme, Mapping):
         return {key: None if isinstance(value, Nope) else value.to_hf() for key, value in scheme.items()}
     return scheme.to_hf()
 
 
 def _trained_length(kind: str, parameters: Mapping[str, Any], config: Mapping[str, Any]) -> int | None:
-    """What transformers takes for L0; for rotary without scaling, the length that the config declares."""
+    """The trained length that transformers uses; for rotary without scaling, the length that the config declares."""
     own, declared = parameters.get("original_max_position_embeddings"), config.get("max_position_embeddings")
     match kind:
         case "llama3" | "yarn" | "longrope" | "su":
@@ -110,7 +110,7 @@ def _trained_length(kind: str, parameters: Mapping[str, Any], config: Mapping[st
 
 def _number(key: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UserError(f"{key}={value!r} of the Hugging Face config is no number")
+        raise UserError(f"{key}={value!r} of the Hugging Face config is not a number")
     return float(value)
 
 

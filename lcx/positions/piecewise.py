@@ -1,7 +1,7 @@
 """Rotary schemes in several regions: SelfExtend, ReRoPE and dual chunk attention.
 
-Near keys are rotated as in training, far ones so that no relative position exceeds what the model was trained on. Raw keys are
-stored and each region rotates them; the regions' bands are disjoint and cover everything.
+Near keys are rotated as in training, far ones such that no relative position exceeds what the model was trained on. Keys are
+stored unrotated, and each region rotates them; the bands of the regions are disjoint and cover everything.
 
 Legend: w window, G group, c trained length, s chunk.
 """
@@ -25,9 +25,9 @@ from lcx.positions.scheme import Heads, Region, SchemeSpec
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Piecewise(Rope):
-    """What the piecewise schemes share: `scaling` may name another rotary scheme whose frequencies and amplitude are used.
+    """Base of the piecewise schemes; `scaling` may be another rotary scheme whose frequencies and amplitude are used.
 
-    Qwen2.5-1M, for one, is dual chunk attention over YaRN. Both must agree on theta, layout and partial.
+    Qwen2.5-1M, for example, is dual chunk attention over YaRN. Both must agree on theta, layout and partial.
     """
 
     scaling: Rope | None = None
@@ -76,17 +76,17 @@ class Piecewise(Rope):
         raise TypeError(f"{type(self).__name__} has no regions")
 
     def rotations(self, heads: Heads, length: int) -> dict[str, Rotation]:
-        """Rotations by the names that the regions use."""
+        """Rotations by the names used in the regions."""
         raise TypeError(f"{type(self).__name__} has no rotations")
 
     def to_hf(self) -> dict[str, Any]:
-        """There is none."""
-        raise UserError(f"{self.name} has no Hugging Face rope_type; export the rotary scheme under it")
+        """Raises `UserError`: Hugging Face has no such rope type."""
+        raise UserError(f"{self.name} has no Hugging Face rope_type; export the underlying rotary scheme")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SelfExtend(Piecewise):
-    """SelfExtend (arXiv 2401.01325): beyond `window` tokens positions count in groups, `i // G - j // G + w - w // G`.
+    """SelfExtend (arXiv 2401.01325): beyond `window` tokens positions are counted in groups, `i // G - j // G + w - w // G`.
 
     Reaches `(c - w) * G + w` tokens.
     """
@@ -101,12 +101,12 @@ class SelfExtend(Piecewise):
         positive(self.name, window=self.window, group=self.group)
 
     def regions(self) -> tuple[Region, ...]:
-        """Near and far, divided at the window."""
+        """Near and far, split at the window."""
         near = Region("near", "near", Band(None, self.window))
         return near, Region("far_query", "far_key", Band(self.window, None))
 
     def rotations(self, heads: Heads, length: int) -> dict[str, Rotation]:
-        """Plain positions near; far, groups, with queries moved so that both meet at the window."""
+        """Plain positions near; groups far away, with queries shifted so that both agree at the window."""
         plain = self.rotation(heads, length)
         return {
             "near": plain,
@@ -119,7 +119,7 @@ class SelfExtend(Piecewise):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rerope(Piecewise):
-    """ReRoPE (Su, 2023): relative position `min(i - j, w)`. Far keys are not rotated at all, far queries all to w."""
+    """ReRoPE (Su, 2023): relative position `min(i - j, w)`. Far keys are not rotated, and far queries are all rotated to w."""
 
     name: ClassVar[str] = "rerope"
 
@@ -130,11 +130,11 @@ class Rerope(Piecewise):
         positive(self.name, window=self.window)
 
     def regions(self) -> tuple[Region, ...]:
-        """Near and far, divided at the window."""
+        """Near and far, split at the window."""
         return Region("near", "near", Band(None, self.window)), Region("far_query", None, Band(self.window, None))
 
     def rotations(self, heads: Heads, length: int) -> dict[str, Rotation]:
-        """Plain positions near; far, every query at w, with the amplitude that the raw keys lack."""
+        """Plain positions near; far away every query at w, with the amplitude that the unrotated keys lack."""
         plain = self.rotation(heads, length)
         squared = np.asarray(self.amplitude(length) ** 2, np.float32)
         return {
@@ -145,7 +145,7 @@ class Rerope(Piecewise):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LeakyRerope(Piecewise):
-    """Leaky ReRoPE (Su, 2023): beyond the window relative positions go on at 1/k of the pace, `w + (i - j - w) / k`."""
+    """Leaky ReRoPE (Su, 2023): beyond the window relative positions grow at 1/k of the rate, `w + (i - j - w) / k`."""
 
     name: ClassVar[str] = "leaky_rerope"
 
@@ -156,15 +156,15 @@ class LeakyRerope(Piecewise):
         super().__post_init__()
         positive(self.name, window=self.window)
         if not 1 <= self.k < math.inf:
-            raise UserError(f"leaky_rerope.k={self.k!r} must be at least 1; it divides the distance beyond the window")
+            raise UserError(f"leaky_rerope.k={self.k!r} must be at least 1, since it divides the distance beyond the window")
 
     def regions(self) -> tuple[Region, ...]:
-        """Near and far, divided at the window."""
+        """Near and far, split at the window."""
         near = Region("near", "near", Band(None, self.window))
         return near, Region("far_query", "far_key", Band(self.window, None))
 
     def rotations(self, heads: Heads, length: int) -> dict[str, Rotation]:
-        """Far frequencies are divided by k, and far queries turned by what then lacks at the window, `w - w / k`."""
+        """Far frequencies are divided by k, and far queries are rotated by what is then missing at the window, `w - w / k`."""
         with mpmath.workdps(DIGITS):
             plain = self.frequencies(heads.head_dim, length)
             slow_hi, slow_lo = encode(f / mpmath.mpf(self.k) for f in plain)
@@ -176,10 +176,10 @@ class LeakyRerope(Piecewise):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DualChunk(Piecewise):
-    """Dual chunk attention (arXiv 2402.17463; Qwen2.5-1M): positions start anew in every chunk of s tokens.
+    """Dual chunk attention (arXiv 2402.17463; Qwen2.5-1M): positions restart in every chunk of s tokens.
 
-    Keys stand at `p % s`. Queries stand at `p % s` for keys of their own chunk, at `min(p % s + s, c - 1)` for those of the one
-    before, at `c - 1` for all earlier ones; c is `original_length`, s is `chunk` (default 3/4 of c).
+    Keys are at position `p % s`. Queries are at `p % s` for keys of their own chunk, at `min(p % s + s, c - 1)` for keys of the
+    previous chunk, and at `c - 1` for all earlier ones; c is `original_length`, s is `chunk` (default 3/4 of c).
     """
 
     name: ClassVar[str] = "dual_chunk"
@@ -196,17 +196,17 @@ class DualChunk(Piecewise):
             )
 
     def sizes(self) -> tuple[int, int]:
-        """Trained length and chunk; raises `UserError` when the former is not set."""
+        """Trained length and chunk; raises `UserError` if the former is not set."""
         trained = self.original_length or (self.scaling.original_length if self.scaling is not None else None)
         if trained is None:
             raise UserError("dual_chunk needs dual_chunk.original_length, the length that the model was trained at")
         return trained, self.chunk or max(1, trained * 3 // 4)
 
     def regions(self) -> tuple[Region, ...]:
-        """By the number of chunks between query and key: none, one, more."""
+        """Split by the distance in chunks between query and key: zero, one, or more."""
         _, chunk = self.sizes()
         if chunk == 1:
-            raise UserError("dual_chunk.chunk=1 would leave no chunk; give at least 2")
+            raise UserError("dual_chunk.chunk=1 must be at least 2")
         return (
             Region("intra", "key", Band(None, 1, chunk)),
             Region("successive", "key", Band(1, 2, chunk)),

@@ -48,12 +48,12 @@ class QueryScaleFn:
 
 @dataclasses.dataclass(frozen=True)
 class QueryScaling:
-    """Settings of a temperature, n being the number of keys that the query at position p = n - 1 may see.
+    """Settings of a temperature, where n is the number of keys that the query at position p = n - 1 may see.
 
-    - `llama4`: `1 + scale * ln(1 + floor(n / length))`, 0.1 and 8192 (Llama 4, its layers without rotary).
-    - `ministral`: `1 + scale * ln(1 + floor(p / length))`, 0.1 and the trained length (Ministral 3).
+    - `llama4`: `1 + scale * ln(1 + floor(n / length))`, defaults 0.1 and 8192 (Llama 4, in its layers without rotary).
+    - `ministral`: `1 + scale * ln(1 + floor(p / length))`, defaults 0.1 and the trained length (Ministral 3).
     - `log_n`: `max(1, ln n / ln length)` (Qwen).
-    - `ssmax`: `scale * ln n`, 0.43 (SSMax, arXiv 2501.19399, with a fixed scale in place of a learned one).
+    - `ssmax`: `scale * ln n`, default 0.43 (SSMax, arXiv 2501.19399, with a fixed scale in place of a learned one).
 
     `length` None means the scheme's trained length.
     """
@@ -67,13 +67,13 @@ class QueryScaling:
         positive("temperature", scale=self.scale, length=self.length)
 
     def buffers(self, trained_length: int | None, gain: float = 1.0) -> dict[str, Any]:
-        """Constants for the form; raises `UserError` when the kind needs a length that nobody gave."""
+        """Constants for the form; raises `UserError` if the kind needs a length and none is given."""
         scale = {"llama4": 0.1, "ministral": 0.1, "ssmax": 0.43}.get(self.kind, 1.0) if self.scale is None else self.scale
         length = self.length or (8192 if self.kind == "llama4" else trained_length)
         if length is None and self.kind != "ssmax":
             raise UserError(f"temperature {self.kind} needs temperature.length, the length that the model was trained at")
         if self.kind == "log_n" and length < 2:
-            raise UserError(f"temperature.length={length} must be at least 2 for log_n, which takes its logarithm")
+            raise UserError(f"temperature.length={length} must be at least 2 for log_n, which divides by its logarithm")
         return constants(gain, scale, length or 1)
 
 

@@ -1,4 +1,4 @@
-"""The one table of positional schemes, and how text and configs name them."""
+"""The table of positional schemes, and how text and configs name them."""
 
 from __future__ import annotations
 
@@ -44,23 +44,23 @@ SCHEMES: dict[str, type[Scheme]] = {
 }
 
 ALIASES = {"pi": "linear", "none": "rope", "default": "rope", "p_rope": "proportional"}
-"""Other names by which people know a scheme. `none` is plain rotary: nothing is done about the length."""
+"""Other names of schemes. `none` is plain rotary, which does nothing about the length."""
 
 
 _ROTARY = ("theta", "layout", "partial", "original_length")
 
 
 def from_config(values: Mapping[str, Any] | str, path: str = "positions") -> Scheme:
-    """The scheme of a mapping with a `name` (its other keys are settings), or of a text such as `yarn:factor=16,theta=500`.
+    """The scheme of a mapping with a `name` (its other keys are settings), or of a string such as `yarn:factor=16,theta=500`.
 
-    A `temperature` or `scaling` may be a name alone. Raises `UserError` for unknown names, keys, types and values.
+    A `temperature` or `scaling` may be just a name. Raises `UserError` for unknown names, keys, types and values.
     """
     if isinstance(values, Scheme):
         return values
     if isinstance(values, str):
         values = _settings(values, path)
     if not isinstance(values, Mapping | ml_collections.ConfigDict):
-        raise UserError(f"{path}={values!r} is not a scheme; write a mapping with a name, or a text like 'yarn:factor=16'")
+        raise UserError(f"{path}={values!r} is not a scheme; use a mapping with a name, or a string like 'yarn:factor=16'")
     values = dict(values.items())
     if "name" not in values:
         raise UserError(f"{path} has no name; allowed: {', '.join(sorted(SCHEMES))}")
@@ -78,7 +78,7 @@ def _class(name: Any, path: str) -> type[Scheme]:
 
 
 def _inner(outer: Mapping[str, Any], path: str) -> Scheme:
-    """The scheme inside a piecewise one, with the outer one's rotary settings where it names none of its own."""
+    """The scheme inside a piecewise one, with the outer one's rotary settings unless it has its own."""
     values = outer["scaling"]
     values = _settings(values, path) if isinstance(values, str) else dict(values.items())
     shared = {key: outer[key] for key in _ROTARY if key in outer and key not in values}
@@ -86,12 +86,12 @@ def _inner(outer: Mapping[str, Any], path: str) -> Scheme:
 
 
 def parse(spec: str) -> Scheme:
-    """The scheme of a text `name:key=value,key=value`; dots reach into settings (`temperature.kind=llama4`)."""
+    """The scheme of a string `name:key=value,key=value`; dots refer to nested settings (`temperature.kind=llama4`)."""
     return from_config(spec)
 
 
 def to_config(scheme: Scheme) -> dict[str, Any]:
-    """A plain mapping that `from_config` reads back."""
+    """The scheme as a plain mapping that `from_config` reads back."""
     values = {"name": scheme.name, **configs.plain(scheme)}
     inner = getattr(scheme, "scaling", None)
     if inner is not None:
@@ -100,25 +100,25 @@ def to_config(scheme: Scheme) -> dict[str, Any]:
 
 
 def fingerprint(scheme: Scheme) -> str:
-    """Sixteen hex digits that change with any setting."""
+    """Sixteen hex digits that change with every setting."""
     return configs.fingerprint(to_config(scheme))
 
 
 def with_theta(scheme: Scheme, theta: float) -> Scheme:
-    """The scheme with another theta; raises `UserError` when it has none."""
+    """The scheme with another theta; raises `UserError` if it has none."""
     inner = getattr(scheme, "scaling", None)
     if inner is not None:
         return dataclasses.replace(scheme, theta=theta, scaling=with_theta(inner, theta))
     if not any(field.name == "theta" for field in dataclasses.fields(scheme)):
-        raise UserError(f"positional scheme {scheme.name!r} has no theta to set to {theta}; use a rotary scheme")
+        raise UserError(f"positional scheme {scheme.name!r} has no theta, which should be {theta}; use a rotary scheme")
     return dataclasses.replace(scheme, theta=theta)
 
 
 def extend(scheme: Scheme, spec: str | Mapping[str, Any], trained_length: int | None = None) -> Scheme:
-    """The scheme of `spec`, keeping what `scheme` says of the trained model unless `spec` overrides it.
+    """The scheme of `spec`, keeping what `scheme` says about the trained model unless `spec` overrides it.
 
-    Kept are theta, layout, partial, trained length and temperature where the new scheme has them: what a zero-shot comparison
-    on one checkpoint must not change. `trained_length` stands in for an `original_length` that neither gives.
+    Theta, layout, partial, trained length and temperature are kept if the new scheme has them: a zero-shot comparison on one
+    checkpoint must not change them. `trained_length` is used as `original_length` if neither scheme gives one.
     """
     values = _settings(spec, "positions") if isinstance(spec, str) else dict(spec.items())
     cls = _class(values.get("name"), "positions")
@@ -138,19 +138,19 @@ def _settings(spec: str, path: str) -> dict[str, Any]:
     for item in _split(rest):
         key, equals, text = item.partition("=")
         if not equals or not key.strip():
-            raise UserError(f"{path}={spec!r}: {item!r} is not key=value; write it like 'yarn:factor=16,theta=500000'")
+            raise UserError(f"{path}={spec!r}: {item!r} is not key=value, as in 'yarn:factor=16,theta=500000'")
         *parents, last = key.strip().split(".")
         place = values
         for parent in parents:
             place = place.setdefault(parent, {})
             if not isinstance(place, dict):
-                raise UserError(f"{path}={spec!r}: {parent!r} has both a value and settings of its own")
+                raise UserError(f"{path}={spec!r}: {parent!r} is given both a value and settings; remove one")
         place[last] = _value(text.strip())
     return values
 
 
 def _split(text: str) -> list[str]:
-    """`text` at its commas, those inside brackets left alone."""
+    """`text` split at its commas, except those inside brackets."""
     items, depth, start = [], 0, 0
     for i, character in enumerate(text):
         depth += (character in "([") - (character in ")]")
@@ -162,7 +162,7 @@ def _split(text: str) -> list[str]:
 
 
 def _value(text: str) -> Any:
-    """A Python literal where the text is one (numbers, lists, None, booleans), else the text itself."""
+    """The Python literal that the text represents (numbers, lists, None, booleans), or else the text itself."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):

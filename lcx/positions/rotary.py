@@ -1,4 +1,4 @@
-"""Rotary embeddings: the rotation itself, its tables, and the schemes that need one number besides theta.
+"""Rotary embeddings: the rotation itself, its tables, and the schemes that need only one number besides theta.
 
 Legend: B batch, T tokens, N heads, H head dim, R rotary pairs.
 """
@@ -52,8 +52,8 @@ def tables(spec: SchemeSpec, buffers: Mapping[str, Any], positions: jax.Array) -
 class Rope(Scheme):
     """Plain rotary embedding, frequencies `theta ** (-2i / d)` (RoFormer, arXiv 2104.09864).
 
-    `partial` is the share of the head's dims that are rotated, d = int(head_dim * partial). `original_length` is the length
-    that the model was trained at: schemes that stretch need it, here it only travels along.
+    `partial` is the fraction of the head's dims that are rotated, d = int(head_dim * partial). `original_length` is the length
+    that the model was trained at: schemes that extend it need it, here it is only passed along.
     """
 
     name: ClassVar[str] = "rope"
@@ -74,7 +74,7 @@ class Rope(Scheme):
             raise UserError(f"{self.name}.temperature={self.temperature!r} must be a QueryScaling, like {QueryScaling('llama4')}")
 
     def rotary_dim(self, head_dim: int) -> int:
-        """Number of rotated dims; raises `UserError` when they do not make pairs."""
+        """Number of rotated dims; raises `UserError` if they cannot be paired."""
         return even_dim(self.name, head_dim, self.partial)
 
     def frequencies(self, head_dim: int, length: int) -> list[mpmath.mpf]:
@@ -100,7 +100,7 @@ class Rope(Scheme):
         return {**super().buffers(heads, length), "rotations": {"rotary": self.rotation(heads, length)}}
 
     def rotation(self, heads: Heads, length: int, **optional: Any) -> Rotation:
-        """The scheme's frequencies and amplitude as a rotation; `optional` are the rotation's own fields."""
+        """The scheme's frequencies and amplitude as a rotation; `optional` sets further fields of the rotation."""
         return rotation(self.frequencies(heads.head_dim, length), self.amplitude(length), **optional)
 
     def to_hf(self) -> dict[str, Any]:
@@ -111,7 +111,7 @@ class Rope(Scheme):
         if self.temperature is not None:
             if self.temperature.kind != "ministral":
                 raise UserError(
-                    f"temperature {self.temperature.kind!r} has no place in Hugging Face rope_parameters; only 'ministral' has"
+                    f"temperature {self.temperature.kind!r} does not exist in Hugging Face rope_parameters; only 'ministral' does"
                 )
             constants = self.temperature.buffers(self.original_length)
             values["llama_4_scaling_beta"] = float(self.temperature.scale or 0.1)
@@ -120,7 +120,7 @@ class Rope(Scheme):
 
     @classmethod
     def from_hf(cls, parameters: Mapping[str, Any], **common: Any) -> Rope:
-        """The scheme of one flat `rope_parameters` dict; `common` are settings that other keys of the model's config gave."""
+        """The scheme of one flat `rope_parameters` dict; `common` are settings from other keys of the model's config."""
         return cls(**common)
 
     def _base(self, dim: int, length: int) -> mpmath.mpf:
@@ -135,8 +135,8 @@ def even_dim(name: str, head_dim: int, partial: float) -> int:
     dim = int(head_dim * partial)
     if dim < 2 or dim % 2:
         raise UserError(
-            f"{name} rotates int(head_dim {head_dim} * partial {partial}) = {dim} dims; "
-            f"it takes an even number of at least 2, such as {max(2, dim - dim % 2)}"
+            f"{name} would rotate int(head_dim {head_dim} * partial {partial}) = {dim} dims; "
+            f"choose an even number of at least 2, such as {max(2, dim - dim % 2)}"
         )
     return dim
 
@@ -148,7 +148,7 @@ def powers(base: mpmath.mpf | float, dim: int, pairs: int) -> list[mpmath.mpf]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stretched(Rope):
-    """What the scaling schemes share: a factor, or none for declared length / trained length (at least 1)."""
+    """Base of the scaling schemes: a factor, or None for declared length / trained length (at least 1)."""
 
     factor: float | None = None
 
@@ -158,7 +158,7 @@ class Stretched(Rope):
             raise UserError(f"{self.name}.factor={self.factor!r} must be at least 1; it is target length / trained length")
 
     def spec(self, length: int) -> SchemeSpec:
-        """One region; raises `UserError` when the factor can't be known."""
+        """One region; raises `UserError` if the factor cannot be determined."""
         self.stretch(length)
         return super().spec(length)
 
@@ -171,7 +171,7 @@ class Stretched(Rope):
         return max(1.0, length / self.original_length)
 
     def needs_original_length(self) -> int:
-        """The trained length; raises `UserError` when it is not set."""
+        """The trained length; raises `UserError` if it is not set."""
         if self.original_length is None:
             raise UserError(f"{self.name} needs {self.name}.original_length, the length that the model was trained at")
         return self.original_length
@@ -179,7 +179,7 @@ class Stretched(Rope):
     def to_hf(self) -> dict[str, Any]:
         """`rope_parameters` with the factor, which must be set: Hugging Face has no declared length."""
         if self.factor is None:
-            raise UserError(f"{self.name}.factor is not set; give the factor that the exported model shall use")
+            raise UserError(f"{self.name}.factor is not set; set the factor that the exported model should use")
         return {**super().to_hf(), "rope_type": self.name, "factor": self.factor}
 
 
@@ -205,7 +205,7 @@ class Ntk(Stretched):
     name: ClassVar[str] = "ntk"
 
     def to_hf(self) -> dict[str, Any]:
-        """Plain rotary with the enlarged theta, which depends on the head's dim and is therefore not known here."""
+        """Raises `UserError`: it would be plain rotary with an enlarged theta that depends on the head dim, unknown here."""
         raise UserError("ntk has no Hugging Face rope_type; export rope with theta = lcx.positions.theta.ntk_base(...)")
 
     def _base(self, dim: int, length: int) -> mpmath.mpf:
@@ -213,7 +213,7 @@ class Ntk(Stretched):
 
 
 def ntk_growth(factor: float | mpmath.mpf, dim: int) -> mpmath.mpf:
-    """`factor ** (d / (d - 2))`; raises `UserError` for a rotary dim of 2, where it has no value."""
+    """`factor ** (d / (d - 2))`; raises `UserError` for a rotary dim of 2, for which it is undefined."""
     if dim <= 2:
-        raise UserError(f"NTK-aware scaling needs a rotary dim above 2, not {dim}; use linear")
+        raise UserError(f"NTK-aware scaling needs a rotary dim above 2, got {dim}; use linear")
     return mpmath.power(factor, mpmath.mpf(dim) / (dim - 2))

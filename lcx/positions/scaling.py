@@ -22,18 +22,18 @@ from lcx.positions.scheme import SchemeSpec
 class Dynamic(Stretched):
     """Dynamic NTK: theta times `(s * n / L0 - (s - 1)) ** (d / (d - 2))`, n the declared length, at least L0 (r/LocalLLaMA 2023).
 
-    Plain rotary up to the trained length whatever the factor, which defaults to 1 here.
+    It is plain rotary up to the trained length, whatever the factor, which defaults to 1 here.
     """
 
     name: ClassVar[str] = "dynamic"
 
     def stretch(self, length: int) -> float:
-        """The growth of theta's base number, not yet raised to d / (d - 2)."""
+        """The factor on theta before it is raised to d / (d - 2)."""
         trained, factor = self.needs_original_length(), self.factor or 1.0
         return factor * max(length, trained) / trained - (factor - 1)
 
     def to_hf(self) -> dict[str, Any]:
-        """`rope_parameters`; Hugging Face takes L0 from the model's `max_position_embeddings`."""
+        """`rope_parameters`; Hugging Face reads L0 from the model's `max_position_embeddings`."""
         return {**super().to_hf(), "original_max_position_embeddings": self.needs_original_length()}
 
     @classmethod
@@ -47,8 +47,8 @@ class Dynamic(Stretched):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NtkByParts(Stretched):
-    """NTK-by-parts: pairs that turn more than `beta_fast` times in the trained length are kept, those below `beta_slow` divided by
-    the factor, a linear ramp over the number of turns between (YaRN paper, arXiv 2309.00071, eq. 18-20)."""
+    """NTK-by-parts: pairs that turn more than `beta_fast` times in the trained length are kept, those below `beta_slow` turns are
+    divided by the factor, with a linear ramp over the number of turns between (YaRN, arXiv 2309.00071, eq. 18-20)."""
 
     name: ClassVar[str] = "ntk_by_parts"
 
@@ -62,13 +62,13 @@ class NtkByParts(Stretched):
             raise UserError(f"{self.name}.beta_fast={self.beta_fast} must be above {self.name}.beta_slow={self.beta_slow}")
 
     def spec(self, length: int) -> SchemeSpec:
-        """One piece; raises `UserError` when the trained length is not set."""
+        """One piece; raises `UserError` if the trained length is not set."""
         self.needs_original_length()
         return super().spec(length)
 
     def to_hf(self) -> dict[str, Any]:
-        """There is none: Hugging Face's YaRN has another ramp."""
-        raise UserError(f"{self.name} has no Hugging Face rope_type; 'yarn' (with variant 'hf') has")
+        """Raises `UserError`: Hugging Face's YaRN has a different ramp."""
+        raise UserError(f"{self.name} has no Hugging Face rope_type; use 'yarn' (with variant 'hf') instead")
 
     def _scaled(self, frequencies: list[mpmath.mpf], dim: int, length: int) -> list[mpmath.mpf]:
         return self._by_turns(frequencies, length)
@@ -104,7 +104,7 @@ class Yarn(NtkByParts):
         choice("yarn.variant", self.variant, ("hf", "paper"))
         positive("yarn", attention_factor=self.attention_factor)
         if self.scale_softmax and not self.mscale_all_dim:
-            raise UserError("yarn.scale_softmax needs yarn.mscale_all_dim, which says by how much")
+            raise UserError("yarn.scale_softmax needs yarn.mscale_all_dim, which sets the amount")
 
     def amplitude(self, length: int) -> float:
         """The attention factor."""
@@ -116,13 +116,13 @@ class Yarn(NtkByParts):
         return magnitude(factor)
 
     def logit_gain(self, length: int) -> float:
-        """DeepSeek's factor on the softmax scale, where it is asked for."""
+        """DeepSeek's factor on the softmax scale, if `scale_softmax` is set."""
         return magnitude(self.stretch(length), self.mscale_all_dim or 0.0) ** 2 if self.scale_softmax else 1.0
 
     def to_hf(self) -> dict[str, Any]:
         """`rope_parameters`; `scale_softmax` is a property of the family there."""
         if self.variant == "paper":
-            raise UserError("yarn.variant='paper' ramps over turns, which Hugging Face's yarn does not; use variant 'hf' to export")
+            raise UserError("yarn.variant='paper' ramps over turns, unlike Hugging Face's yarn; use variant 'hf' to export")
         values = Stretched.to_hf(self)
         trained = self.needs_original_length()
         if values.get("original_max_position_embeddings", trained) != trained:
@@ -135,7 +135,7 @@ class Yarn(NtkByParts):
 
     @classmethod
     def from_hf(cls, parameters: Mapping[str, Any], **common: Any) -> Yarn:
-        """Reads YaRN's keys; a missing or empty one has its default."""
+        """Reads YaRN's keys; a missing or empty key gets its default."""
         keys = ("factor", "attention_factor", "mscale", "mscale_all_dim")
         given = {key: parameters[key] for key in keys if parameters.get(key) is not None}
         given |= {key: parameters[key] for key in ("beta_fast", "beta_slow") if parameters.get(key)}
@@ -165,7 +165,7 @@ def magnitude(factor: float, mscale: float = 1.0) -> float:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Llama3(Stretched):
-    """Llama 3.1: wavelengths above L0 / low divided by the factor, below L0 / high kept, smooth between (its reference code)."""
+    """Llama 3.1: wavelengths above L0 / low divided by the factor, below L0 / high kept, smoothly between (reference code)."""
 
     name: ClassVar[str] = "llama3"
 
@@ -204,9 +204,9 @@ class Llama3(Stretched):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LongRope(Stretched):
-    """LongRoPE (arXiv 2402.13753, Phi-3's "longrope"): a searched divisor per pair, `long_factor` beyond the trained length.
+    """LongRoPE (arXiv 2402.13753, Phi-3's "longrope"): a divisor per pair found by search, `long_factor` beyond the trained length.
 
-    cos and sin carry `sqrt(1 + ln s / ln L0)`, or `attention_factor`.
+    cos and sin are multiplied by `sqrt(1 + ln s / ln L0)`, or by `attention_factor`.
     """
 
     name: ClassVar[str] = "longrope"
@@ -221,10 +221,10 @@ class LongRope(Stretched):
         for key in ("short_factor", "long_factor"):
             wrong = [value for value in getattr(self, key) if not 0 < value < math.inf]
             if wrong:
-                raise UserError(f"longrope.{key} holds {wrong[0]!r}; every divisor must be above 0")
+                raise UserError(f"longrope.{key} contains {wrong[0]!r}; every divisor must be above 0")
 
     def spec(self, length: int) -> SchemeSpec:
-        """One piece; raises `UserError` when the trained length is not set."""
+        """One piece; raises `UserError` if the trained length is not set."""
         self.needs_original_length()
         return super().spec(length)
 
@@ -251,15 +251,16 @@ class LongRope(Stretched):
         key = "long_factor" if length > self.needs_original_length() else "short_factor"
         divisors = getattr(self, key)
         if len(divisors) != len(frequencies):
-            raise UserError(f"longrope.{key} has {len(divisors)} values for {len(frequencies)} rotary pairs; give one each")
+            raise UserError(f"longrope.{key} has {len(divisors)} values for {len(frequencies)} rotary pairs; give one per pair")
         return [f / mpmath.mpf(divisor) for f, divisor in zip(frequencies, divisors, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Proportional(Rope):
-    """p-RoPE (arXiv 2410.06205, "proportional" in Hugging Face): the fastest `partial` of all pairs turn, the rest stand still.
+    """p-RoPE (arXiv 2410.06205, "proportional" in Hugging Face): the fastest `partial` of all pairs rotate, the rest do not.
 
-    Unlike partial rotary the exponent divides by the whole head dim and pairs span the whole head. `factor` divides all.
+    Unlike in partial rotary, the exponent is divided by the whole head dim and pairs span the whole head. `factor` divides all
+    frequencies.
     """
 
     name: ClassVar[str] = "proportional"
@@ -274,7 +275,7 @@ class Proportional(Rope):
     def rotary_dim(self, head_dim: int) -> int:
         """The whole head."""
         if int(self.partial * head_dim // 2) < 1:
-            raise UserError(f"proportional.partial={self.partial} leaves no turning pair in a head of {head_dim}; raise it")
+            raise UserError(f"proportional.partial={self.partial} leaves no rotating pair in a head of {head_dim} dims; raise it")
         return even_dim(self.name, head_dim, 1.0)
 
     def to_hf(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""What a compiled program needs to know of a positional scheme, and what a scheme is.
+"""The definition of a positional scheme, and of the part of it that a compiled program depends on.
 
-A `SchemeSpec` is static and hashable: it says which regions, layouts and callables there are. Everything that is a number
-(frequencies, slopes, query scales) enters as buffers, so schemes with the same spec share one compiled program.
+A `SchemeSpec` is static and hashable: it lists the regions, layouts and callables. Everything that is a number (frequencies,
+slopes, query scales) enters as buffers, so schemes with the same spec share one compiled program.
 
 Legend: B batch, T query tokens, S key tokens, N heads, D model.
 """
@@ -34,10 +34,10 @@ class Region:
 
 
 class BiasFn:
-    """A frozen callable that gives tiles of an additive bias."""
+    """A frozen callable that returns tiles of an additive bias."""
 
     linear: ClassVar[bool] = False
-    """The bias is `-slope * |distance|`, and `slopes` gives its slopes: all that some kernels can add."""
+    """True if the bias is `-slope * |distance|` with the slopes from `slopes`, the only kind that some kernels support."""
 
     def slopes(self, bias_params: Mapping[str, jax.Array]) -> jax.Array:
         """float32 `[N]`, of a linear bias."""
@@ -45,22 +45,22 @@ class BiasFn:
 
     def __call__(self, bias_params: Mapping[str, jax.Array], q_positions: jax.Array, k_positions: jax.Array) -> jax.Array:
         """float32 `[B, N, T, S]` for int32 positions `[B, T]` and `[B, S]`."""
-        raise TypeError(f"{type(self).__name__} gives no bias")
+        raise TypeError(f"{type(self).__name__} has no bias")
 
 
 class EmbedFn:
-    """A frozen callable that gives what is added to the token embeddings."""
+    """A frozen callable that returns what is added to the token embeddings."""
 
     def __call__(
         self, params: Mapping[str, jax.Array], constants: Mapping[str, jax.Array], positions: jax.Array, model_dim: int
     ) -> jax.Array:
         """float32 `[B, T, D]` for int32 positions `[B, T]`."""
-        raise TypeError(f"{type(self).__name__} gives no embedding")
+        raise TypeError(f"{type(self).__name__} has no embedding")
 
 
 @dataclasses.dataclass(frozen=True)
 class SchemeSpec:
-    """The static side of a scheme. Bands of the regions are disjoint and cover every distance."""
+    """The static part of a scheme. The bands of its regions are disjoint and cover every distance."""
 
     regions: tuple[Region, ...] = (Region(None, None),)
     layout: Layout = "half"
@@ -70,7 +70,7 @@ class SchemeSpec:
 
     @property
     def rotations(self) -> tuple[str, ...]:
-        """Names of the rotations in use, each once, in the order in which the regions name them."""
+        """Names of the rotations in use, each once, in the order of the regions."""
         names = [name for region in self.regions for name in (region.q_rotation, region.k_rotation) if name is not None]
         return tuple(dict.fromkeys(names))
 
@@ -87,7 +87,7 @@ class Heads:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """A positional scheme: real-valued settings of one way to tell a model where its tokens are.
+    """A positional scheme: one way to tell a model where its tokens are, with its settings.
 
     `length` is always the declared length (a stage's `max_position`, or prompt + new tokens), never taken from a batch.
     """
@@ -97,7 +97,7 @@ class Scheme:
     temperature: QueryScaling | None = None
 
     def spec(self, length: int) -> SchemeSpec:
-        """The static side at a declared length; raises `UserError` when the scheme cannot serve it."""
+        """The static part at a declared length; raises `UserError` if the scheme does not support it."""
         return SchemeSpec(query_scale=self._query_scale(length))
 
     def buffers(self, heads: Heads, length: int) -> dict[str, Any]:
@@ -110,20 +110,20 @@ class Scheme:
         return {"query_scale": values}
 
     def param_specs(self, heads: Heads, length: int) -> dict[str, ParamSpec]:
-        """Learned parameters, usually none; they go to the bias form, in one dict with its arrays, or to the embed form."""
+        """Learned parameters, usually none; they are passed to the bias form, in one dict with its arrays, or to the embed form."""
         return {}
 
     def logit_gain(self, length: int) -> float:
-        """A constant factor on all logits besides the kernel's scale."""
+        """A constant factor on all logits in addition to the kernel's scale."""
         return 1.0
 
     @property
     def trained_length(self) -> int | None:
-        """The length that the scheme stretches from, where it knows one."""
+        """The length that the scheme extends from, or None if unknown."""
         return getattr(self, "original_length", None)
 
     def to_hf(self) -> dict[str, Any]:
-        """The scheme as a Hugging Face `rope_parameters` dict; raises `UserError` where there is none."""
+        """The scheme as a Hugging Face `rope_parameters` dict; raises `UserError` if it has none."""
         raise UserError(f"positional scheme {self.name!r} has no Hugging Face rope_parameters; export a rotary scheme")
 
     def _query_scale(self, length: int) -> QueryScaleFn | None:

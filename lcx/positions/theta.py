@@ -19,10 +19,10 @@ LADDER = (0.25, 0.5, 1.0, 2.0)
 
 GRID_STEP = 1.01
 GRID_ANCHOR = 2000.0
-"""The lower bound is looked for on the bases `2000 * 1.01**k`, for whole k of either sign."""
+"""The lower bound is searched among the bases `2000 * 1.01**k`, for integers k of either sign."""
 
 MOST_THETA, MOST_LENGTH, MOST_HEAD_DIM, MOST_STAGES = 1e30, 2**31 - 1, 4096, 64
-"""Positions are int32; the other bounds keep a slip of the pen from a search without end."""
+"""Positions are int32; the other bounds keep a typo from starting an endless search."""
 
 _BLOCK = 512
 
@@ -34,14 +34,14 @@ def critical_dimension(theta: float, head_dim: int, length: int) -> int:
 
 
 def critical_base(theta: float, length: int, target: int) -> float:
-    """The theta at which the critical dimension at `target` is what `theta` has at `length`."""
+    """The theta at which the critical dimension at `target` equals that of `theta` at `length`."""
     _check(theta, length)
     _check(theta, target)
     return theta ** (math.log(target / (2 * math.pi)) / math.log(length / (2 * math.pi)))
 
 
 def ntk_base(theta: float, factor: float, head_dim: int) -> float:
-    """The NTK-aware theta, `theta * factor ** (d / (d - 2))`: low beyond a few-fold extension, so a sweep's low control."""
+    """The NTK-aware theta, `theta * factor ** (d / (d - 2))`: too low beyond a few-fold extension, hence a sweep's low control."""
     _check(theta, None, head_dim)
     if not factor >= 1:
         raise UserError(f"factor={factor!r} must be at least 1; it is target length / trained length")
@@ -51,7 +51,7 @@ def ntk_base(theta: float, factor: float, head_dim: int) -> float:
 
 
 def untrained_pairs(theta: float, head_dim: int, length: int) -> list[int]:
-    """Indices of the rotary pairs whose wavelength exceeds `length`: they never completed a turn in training."""
+    """Indices of the rotary pairs whose wavelength exceeds `length`: pairs that never completed a turn in training."""
     _check(theta, length, head_dim)
     return [i for i in range(head_dim // 2) if 2 * math.pi * theta ** (2 * i / head_dim) > length]
 
@@ -67,7 +67,7 @@ def usable_length(theta: float, head_dim: int, limit: int) -> int:
 def lower_bound(length: int, head_dim: int) -> float:
     """Smallest base of the 1% grid with `B(m) >= 0` for every m <= `length` (arXiv 2405.14591).
 
-    B is not monotone in the base, and bases that pass lie isolated: another grid gives a value up to a third away.
+    B is not monotonic in the base, and the bases that pass are isolated: another grid gives a value up to a third away.
     """
     return lower_bounds([length], head_dim)[0]
 
@@ -77,7 +77,7 @@ def lower_bounds(lengths: Sequence[int], head_dim: int) -> list[float]:
     for length in lengths:
         _check(None, length, head_dim)
     found: dict[int, float] = {}
-    # The base needs to grow about as length ** 1.6; what lies below sqrt(length) fails within a few tokens.
+    # The base needs to grow about as length ** 1.6; bases below sqrt(length) fail within a few tokens.
     step = math.ceil(math.log(max(1.1, min(lengths) ** 0.5) / GRID_ANCHOR, GRID_STEP))
     for length in sorted(set(lengths)):
         while _Sums(GRID_ANCHOR * GRID_STEP**step, head_dim, length).any_negative():
@@ -91,7 +91,7 @@ def lower_bounds(lengths: Sequence[int], head_dim: int) -> list[float]:
 class _Sums:
     """B(m) of one base for every m <= length, block by block, in float64.
 
-    cos((a + j) f) = cos(af) cos(jf) - sin(af) sin(jf) makes blocks of B a matrix product instead of so many cosines.
+    cos((a + j) f) = cos(af) cos(jf) - sin(af) sin(jf) turns blocks of B into a matrix product instead of many cosines.
     """
 
     def __init__(self, base: float, head_dim: int, length: int) -> None:
@@ -112,14 +112,14 @@ class _Sums:
         return int(m[0]) if m.size else None
 
     def runs(self, blocks: np.ndarray) -> Iterator[np.ndarray]:
-        """`blocks` in runs that grow, so that an early answer is cheap."""
+        """`blocks` in runs of growing size, so that an early answer is cheap."""
         start, size = 0, 2
         while start < len(blocks):
             yield blocks[start : start + size]
             start, size = start + size, min(2 * size, 256)
 
     def any_negative(self) -> bool:
-        """True when B falls below zero anywhere. Blocks where the slow pairs alone are lowest are looked at first."""
+        """True if B is negative anywhere. Blocks where the sum over the slow pairs is lowest are examined first."""
         if self.negative(self.blocks[:4]) is not None:
             return True
         slow = self.frequencies[self.frequencies * _BLOCK < math.pi]
@@ -135,25 +135,25 @@ def ladder(theta: float, length: int, target: int, head_dim: int, multiples: Seq
 
 
 def retries(theta: float, length: int, target: int) -> list[float]:
-    """Thetas in the order in which to try them: the critical base, then its double, half and quarter."""
+    """Thetas in the order to try them: the critical base, then its double, half and quarter."""
     critical = critical_base(theta, length, target)
     return [critical * multiple for multiple in (1.0, 2.0, 0.5, 0.25)]
 
 
 def schedule(length: int, theta: float, target: int, factor: float = 4.0) -> list[tuple[int, float]]:
-    """Stages `(length, theta)` from `length` (not included) up to `target`, each `factor` times the one before, the last exact.
+    """Stages `(length, theta)` from `length` (excluded) up to `target`, each `factor` times the previous one, the last exact.
 
-    Each theta is the critical base, which is the same whether reckoned from the first stage or from the one before.
+    Each theta is the critical base, which is the same whether computed from the first stage or from the previous one.
     """
     _check(theta, length)
     _check(theta, target)
     if target < length:
-        raise UserError(f"target length {target} is below the trained length {length}; nothing is to be extended")
+        raise UserError(f"target length {target} is below the trained length {length}; there is nothing to extend")
     if not factor > 1:
         raise UserError(f"stage factor={factor!r} must be above 1, such as 4")
     if factor**MOST_STAGES * length < target:
         least = (target / length) ** (1 / MOST_STAGES)
-        raise UserError(f"stage factor={factor!r} takes more than {MOST_STAGES} stages to {target:,}; it must be above {least:.3g}")
+        raise UserError(f"stage factor={factor!r} needs more than {MOST_STAGES} stages to {target:,}; set it above {least:.3g}")
     lengths, reached = [], float(length)
     while reached * factor < target:
         reached *= factor
@@ -165,7 +165,7 @@ def schedule(length: int, theta: float, target: int, factor: float = 4.0) -> lis
 
 @dataclasses.dataclass(frozen=True)
 class StageTheta:
-    """What the formulas say of one target length."""
+    """The results of the formulas for one target length."""
 
     length: int
     factor: float
@@ -176,7 +176,7 @@ class StageTheta:
 
 @dataclasses.dataclass(frozen=True)
 class ThetaReport:
-    """Everything that `lcx theta` prints; `lcx.core.configs.plain` makes JSON of it."""
+    """Everything that `lcx theta` prints; `lcx.core.configs.plain` converts it for JSON."""
 
     trained_length: int
     theta: float
@@ -193,7 +193,7 @@ class ThetaReport:
     HEADER = ("length", "factor", "critical base", "NTK-aware", "lower bound")
 
     def rows(self) -> list[tuple[str, ...]]:
-        """The stages as rows of text under `HEADER`."""
+        """The stages as rows of text for a table with the columns of `HEADER`."""
         return [
             (
                 f"{stage.length:,}",
@@ -209,7 +209,7 @@ class ThetaReport:
 def report(
     length: int, theta: float, target: int, head_dim: int, factor: float = 4.0, with_lower_bound: bool = True
 ) -> ThetaReport:
-    """The report on extending a model trained at `length` with `theta` to `target`; seconds for a million tokens.
+    """The report on extending a model trained at `length` with `theta` to `target`; takes seconds for a million tokens.
 
     Raises `UserError` for impossible values.
     """

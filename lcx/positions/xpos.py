@@ -1,4 +1,4 @@
-"""xPos: rotary embedding whose scores decay with the distance, fast pairs first."""
+"""xPos: rotary embedding whose scores decay with distance, fast pairs first."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lcx.positions.rotary import Rope
 from lcx.positions.scheme import Heads, Region, SchemeSpec
 
 SPAN = 80.0
-"""Largest exponent that a score may carry: e**88 is where float32 and bfloat16 end."""
+"""Largest exponent allowed in a score: float32 and bfloat16 overflow at e**88."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class Xpos(Rope):
     """xPos (arXiv 2212.10554): queries times `zeta ** (m / scale_base)`, keys times `zeta ** (-n / scale_base)`.
 
     `zeta_i = (2i / d + gamma) / (1 + gamma)`. The powers are centred on half the declared length, which leaves every product
-    as it is. Keys *after* a query grow, so lengths at which they would overflow are refused: about 32K tokens at a scale base
+    unchanged. Keys *after* a query grow, so lengths at which they would overflow are refused: about 32K tokens at a scale base
     of 512, a million at 16,400.
     """
 
@@ -36,7 +36,7 @@ class Xpos(Rope):
         positive(self.name, gamma=self.gamma, scale_base=self.scale_base)
 
     def spec(self, length: int) -> SchemeSpec:
-        """One region with a rotation a side; raises `UserError` where float32 would overflow."""
+        """One region with a rotation per side; raises `UserError` if float32 would overflow."""
         steepest = -math.log(self.gamma / (1 + self.gamma))
         if steepest * length / self.scale_base > SPAN:
             raise UserError(
@@ -57,5 +57,5 @@ class Xpos(Rope):
         return {**super(Rope, self).buffers(heads, length), "rotations": rotations}
 
     def to_hf(self) -> dict[str, Any]:
-        """There is none."""
+        """Raises `UserError`: Hugging Face has no such rope type."""
         raise UserError("xpos has no Hugging Face rope_type; export a scheme without decay")

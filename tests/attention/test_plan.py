@@ -27,7 +27,7 @@ def test_choice_depends_on_size_and_says_so():
     assert small.kernel == "dense" and small.blocks is None and "32,768 logits" in small.reason
     large = resolve(spec(), 16384, 16384, "cpu", heads=8, kv_heads=8)
     assert large.kernel == "blockwise" and "2,147,483,648 logits" in large.reason and "suit cpu" in large.reason
-    assert resolve(spec(kernel="dense"), 16384, 16384, "cpu").reason == "dense: asked for"
+    assert resolve(spec(kernel="dense"), 16384, 16384, "cpu").reason == "dense: requested"
     assert resolve(spec(kernel="blockwise"), 64, 64, "cpu").kernel == "blockwise"
 
 
@@ -44,10 +44,10 @@ def test_flash_serves_tpus_and_no_bias_but_alibi():
     assert plain.kernel == "flash" and (plain.blocks.q, plain.blocks.k) == (256, 1024) and "suit tpu" in plain.reason
     assert resolve(spec(scheme=SchemeSpec(bias=AlibiBias())), 16384, 16384, "tpu", **sizes).kernel == "flash"
     learned = resolve(spec(scheme=SchemeSpec(bias=T5Bias(8, 20, True)), kernel="flash"), 16384, 16384, "tpu", **sizes)
-    assert learned.kernel == "blockwise" and "flash adds no bias but ALiBi's, and this is T5Bias" in learned.reason
+    assert learned.kernel == "blockwise" and "flash supports no bias except ALiBi's, and this is T5Bias" in learned.reason
     assert resolve(spec(), 64, 64, "tpu").kernel == "dense"
     assert resolve(spec(kernel="flash", interpret="tpu"), 64, 64, "cpu").kernel == "flash"
-    with pytest.raises(UserError, match="'flash' is for TPUs and GPUs, and this is a cpu; choose blockwise, dense or auto"):
+    with pytest.raises(UserError, match="'flash' runs on TPUs and GPUs, not on a cpu; choose blockwise, dense or auto"):
         resolve(spec(kernel="flash"), 64, 64, "cpu")
 
 
@@ -63,7 +63,7 @@ def test_flash_serves_gpus_in_tiles_that_are_powers_of_two():
     assert resolve(spec(kernel="flash"), 20, 7, "gpu").blocks == Blocks(32, 16)
     assert resolve(spec(), 64, 64, "gpu").kernel == "dense"
     assert resolve(spec(kernel="flash", interpret="gpu"), 64, 64, "cpu").kernel == "flash"
-    with pytest.raises(UserError, match="block_q=48 must be a power of two of at least 16 .* on a gpu; nearest: 32 and 64"):
+    with pytest.raises(UserError, match="block_q=48 must be a power of two of at least 16 .* on a gpu; try 32 or 64"):
         resolve(spec(kernel="flash", block_q=48), 64, 64, "gpu")
 
 
@@ -71,10 +71,10 @@ def test_flash_serves_gpus_in_tiles_that_are_powers_of_two():
     ("options", "T", "why"),
     [
         ({"dtype": jnp.float32}, 16384, "flash would use no tensor cores for float32 on a gpu"),
-        ({"head_dim": 320}, 16384, "flash takes heads of at most 256 in bfloat16 on a gpu, and these have 320"),
-        ({"capability": "7.5"}, 16384, "flash needs an NVIDIA gpu of compute capability 8.0 or more, and this is 7.5"),
-        ({"capability": "gfx942"}, 16384, "flash needs an NVIDIA gpu of compute capability 8.0 or more, and this is gfx942"),
-        ({}, 1, "flash would fill a tile of queries with one on a gpu"),
+        ({"head_dim": 320}, 16384, "flash supports heads of at most 256 in bfloat16 on a gpu, and these have 320"),
+        ({"capability": "7.5"}, 16384, "flash needs an NVIDIA gpu of compute capability 8.0 or higher, and this is 7.5"),
+        ({"capability": "gfx942"}, 16384, "flash needs an NVIDIA gpu of compute capability 8.0 or higher, and this is gfx942"),
+        ({}, 1, "flash would use one query of a whole tile on a gpu"),
     ],
 )
 def test_gpus_take_blockwise_where_flash_does_not_serve_or_pay(options, T, why):

@@ -86,11 +86,11 @@ WRONG = {
     "train --config={tmp}/missing.py": "missing.py is no file; name a config file",
     "train --config={tmp}/syntax.py": "syntax.py, line 1: SyntaxError: invalid syntax; mend",
     "train --config={tmp}/empty.py": "empty.py has no get_config(); define one",
-    "train --config={tmp}/variant.py:smok --workdir={new}": "the config's variant='smok' is not known; did you mean 'smoke'",
+    "train --config={tmp}/variant.py:smok --workdir={new}": "the config's variant='smok' is unknown; did you mean 'smoke'",
     "train --config={tmp}/broken.py": "broken.py, line 2: NameError: name 'undefined_name' is not defined; mend",
     "train --config={tmp}/nothing.py": "get_config() returned NoneType; it must return a ConfigDict",
     "train --config={tmp}/typo.py --workdir={new}": "config.optim has no field 'lrr'; did you mean 'lr'",
-    "train --config={tmp}/type.py --workdir={new}": "config.optim.lr='fast' is of type str; it takes float",
+    "train --config={tmp}/type.py --workdir={new}": "config.optim.lr='fast': expected float, got str",
     # its values
     TRAIN + "--config.optim.lrr=1": "config.optim has no field 'lrr'; did you mean 'lr'",
     TRAIN + "--config.stages.base.stepz=1": "config.stages.base has no field 'stepz'; did you mean 'steps'",
@@ -104,50 +104,49 @@ WRONG = {
     TRAIN + "--config.stages.base.seq_len=99999999999": "99,999,999,999 positions are more than an int32 counts",
     TRAIN + "--config.optim.lr=-1": "optim.lr=-1.0 must be above 0",
     TRAIN + "--config.positions.default.theta=-500": "rope.theta=-500.0 must be a number above 1, such as 10000",
-    TRAIN + "--config.positions.default.name=yarm": "positions.default.name='yarm' is not known; did you mean 'yarn'",
-    TRAIN + "--config.model.head_dim=7": "= 7 dims; it takes an even number of at least 2, such as 6",
+    TRAIN + "--config.positions.default.name=yarm": "positions.default.name='yarm' is unknown; did you mean 'yarn'",
+    TRAIN + "--config.model.head_dim=7": "= 7 dims; choose an even number of at least 2, such as 6",
     TRAIN + "--config.model.num_kv_heads=3": "model.num_kv_heads=3 does not divide num_heads=2; these do: [1, 2]",
     TRAIN + "--config.model.pattern=local": "has local layers, so model.window needs a size in tokens",
     TRAIN + "--config.stages.base.accumulate=3": "batch_size=8 does not divide into accumulate=3 microbatches; these do",
     TRAIN + "--config.stages.base.batch_size=6": "batch_size=6 rows do not divide by data=1 x fsdp=8",
-    TRAIN + "--config.mesh.context=8 --config.stages.base.seq_len=60": "seq_len=60 does not divide into the 8 pieces",
-    TRAIN + "--config.mesh.data=3": "fix 3 devices, which do not divide the 8 that are present; their product has to, "
-    "and an axis of -1 takes what is left; --host_devices=3 splits a CPU into as many",
-    TRAIN + "--config.mesh.data=16 --config.mesh.fsdp=1": "need 16 devices and 8 are present; set one axis to -1",
+    TRAIN + "--config.mesh.context=8 --config.stages.base.seq_len=60": "seq_len=60 must be divisible by 8 (mesh axes",
+    TRAIN + "--config.mesh.data=3": "need a multiple of 3 devices and 8 are available; lower their product, "
+    "or split a CPU into more devices with --host_devices=3",
+    TRAIN + "--config.mesh.data=16 --config.mesh.fsdp=1": "need 16 devices and 8 are available; set one axis to -1",
     TRAIN + "--config.model.vocab_size=100": "model.vocab_size=100 is below the 256 tokens of data.tokenizer='bytes'; set it to",
     TRAIN + "--config.init_from={tmp}/nowhere": "nowhere is no folder; name a run's workdir",
     # the data
     TRAIN + "--config.data.parts.text.source.kind=text --config.data.parts.text.source.path={tmp}/absent*": "matches no file; give",
-    TRAIN
-    + "--config.data.parts.text.source.kind=text --config.data.parts.text.source.path={tmp}/*.txt": "holds no text; name files",
+    TRAIN + "--config.data.parts.text.source.kind=text --config.data.parts.text.source.path={tmp}/*.txt": "has no text; give files",
     TRAIN
     + "--config.data.parts.text.source.kind=array_record --config.data.parts.text.source.path={tmp}": "holds no prepared dataset",
-    TRAIN + "--config.data.tokenizer={tmp}/no/tokenizer.json": "is not there; give the path of a tokenizer.json, a SentencePiece",
-    TRAIN + "--config.data.tokenizer={tmp}/tokenizer.json": "is not a tokenizer.json that can be read",
+    TRAIN + "--config.data.tokenizer={tmp}/no/tokenizer.json": "does not exist; give the path of a tokenizer.json, a SentencePiece",
+    TRAIN + "--config.data.tokenizer={tmp}/tokenizer.json": "cannot be read as a tokenizer.json",
     TRAIN + "--config.data.tokenizer={tmp}/damaged.model": "is neither a SentencePiece model nor a file of tiktoken ranks",
-    TRAIN + "--config.data.tokenizer={tmp}/few.tiktoken": "write them to few.tiktoken.json beside it, as in",
-    CHAT: "tokenizer 'bytes' has no chat template; name the file of one with data.chat_template",
+    TRAIN + "--config.data.tokenizer={tmp}/few.tiktoken": "write them to few.tiktoken.json next to it, for example",
+    CHAT: "tokenizer 'bytes' has no chat template; name a template file with data.chat_template",
     TEMPLATE + "nowhere.jinja": "nowhere.jinja cannot be read",
-    TEMPLATE + "escape.jinja": "escape.jinja is refused: it reaches for '__class__' of a str, which templates may not use; mend it",
-    TEMPLATE + "endless.jinja": "endless.jinja is refused: range(1,000,000,000) makes more than",
-    TEMPLATE + "enormous.jinja": "enormous.jinja is refused: it makes a value of more than",
+    TEMPLATE + "escape.jinja": "escape.jinja is rejected: it accesses '__class__' of a str, which templates must not use; fix it",
+    TEMPLATE + "endless.jinja": "endless.jinja is rejected: range(1,000,000,000) has more than",
+    TEMPLATE + "enormous.jinja": "enormous.jinja is rejected: it creates a value of more than",
     TEMPLATE
-    + "own.jinja --config.data.parts.text.source.path={tmp}/roles.jsonl": "roles.jsonl:2: messages[0] has role=None; it takes",
+    + "own.jinja --config.data.parts.text.source.path={tmp}/roles.jsonl": "roles.jsonl:2: messages[0] has role=None; expected",
     TEMPLATE
     + "own.jinja --config.data.parts.text.source.path={tmp}/page.jsonl": "page.jsonl:1 has no messages under source.field=",
-    "data prepare --kind=chat --path={tmp}/chats.jsonl --out={new}": "source.kind='chat' is read as it is, with its loss weights",
+    "data prepare --kind=chat --path={tmp}/chats.jsonl --out={new}": "source.kind='chat' is read directly, with its loss weights",
     "data prepare --kind=text": "--out is missing; name the folder to write",
-    "data prepare --kind=texty --out={new}": "source.kind='texty' is not known; did you mean 'text'",
+    "data prepare --kind=texty --out={new}": "source.kind='texty' is unknown; did you mean 'text'",
     "data prepare --kind=array_record --out={new}": "array_record is what this command writes; allowed: jsonl",
     "data prepare --kind=jsonl --path={tmp}/page.jsonl --out={new}": "no text under source.field='text'; did you mean 'txt'",
-    "data prepare --kind=jsonl --path={tmp}/number.jsonl --out={new}": "has 5 under source.field='text'; it must be text",
-    "data prepare --kind=jsonl --path={tmp}/list.jsonl --out={new}": "is not an object; write lines such as {'text': ...}",
-    "data prepare --kind=text --path={tmp} --out={new}": "is a folder; add a pattern, as in",
-    "data prepare --kind=text --path={tmp}/zero.bin --out={new}": "is not text (it holds zero bytes)",
-    "data prepare --out={tmp}": "which is no dataset of lcx; give a new folder",
+    "data prepare --kind=jsonl --path={tmp}/number.jsonl --out={new}": "has 5 under source.field='text'; expected text",
+    "data prepare --kind=jsonl --path={tmp}/list.jsonl --out={new}": "is not a JSON object; expected lines such as {'text': ...}",
+    "data prepare --kind=text --path={tmp} --out={new}": "is a directory; add a pattern, such as",
+    "data prepare --kind=text --path={tmp}/zero.bin --out={new}": "is not text (it contains zero bytes)",
+    "data prepare --out={tmp}": "which is not part of an lcx dataset; use a new folder",
     "data prepare --kind=tfds --path=nosuch --out={new}": "tfds dataset 'nosuch' split 'train' cannot be opened",
-    "data prepare --append_eos --out={new}": "needs an end-of-sequence token and tokenizer 'bytes' has none; take 'bytes+eos'",
-    "data inspect --config={config} --stage=lnger": "--stage='lnger' is not known; did you mean 'longer'",
+    "data prepare --append_eos --out={new}": "end-of-sequence token, and tokenizer 'bytes' has none; use tokenizer 'bytes+eos'",
+    "data inspect --config={config} --stage=lnger": "--stage='lnger' is unknown; did you mean 'longer'",
     "data inspect --config={config} --rows=0": "--rows=0 looks at nothing; give at least 1",
     "data inspect --config={config} --rows=1 --plot={tmp}/mixture.svg": "mixture.svg is no PNG in a folder that exists; name one",
     "data inspect --config={config} --rows=1 --plot={new}/mixture.png": "mixture.png is no PNG in a folder that exists; name one",
@@ -166,7 +165,7 @@ WRONG = {
     "eval --checkpoint={run}/checkpoints/2 --stage=longer": "names step 2, and stage=longer other weights; leave one of them out",
     "eval --checkpoint={run} --label=after": "--label=after is where lcx run keeps its own evaluation; choose another",
     "eval --checkpoint={run} --lengths=64 --positions=t5": "positions='t5' learns table, which the checkpoint does not hold",
-    "eval --checkpoint={run} --lengths=64 --positions=yarm": "'yarm' is not known; did you mean 'yarn'",
+    "eval --checkpoint={run} --lengths=64 --positions=yarm": "'yarm' is unknown; did you mean 'yarn'",
     "eval --checkpoint={run} --lengths=64 --positions=yarn:factor=big": "factor='big'",
     # generation
     "generate --prompt=a": "--checkpoint is missing; name a run's workdir",
@@ -196,8 +195,8 @@ WRONG = {
     GENERATE + "--prompt=a --max_new_tokens=0": "max_new_tokens=0 must be at least 1",
     GENERATE + "--prompt=a --max_new_tokens=8 --chunk=0": "chunk=0 must be at least 1",
     GENERATE + "--prompt=a --stop=": "a stop string is empty; leave it out",
-    GENERATE + "--prompt=a --positions=yarm": "'yarm' is not known; did you mean 'yarn'",
-    GENERATE + "--prompt=a --context=3": "fix 3 devices, which do not divide the 8 that are present",
+    GENERATE + "--prompt=a --positions=yarm": "'yarm' is unknown; did you mean 'yarn'",
+    GENERATE + "--prompt=a --context=3": "need a multiple of 3 devices and 8 are available",
     GENERATE + "--prompt=a --context=0": "mesh.context=0 must be a positive size",
     "report": "--workdir is missing; name the folder of a run",
     "report --workdir={tmp}": "holds no metrics.jsonl and no eval/*.json; train or evaluate there first",
@@ -231,7 +230,7 @@ WRONG = {
     "theta --head-dim=2000000": "head_dim=2000000 must be even, at least 2 and at most 4,096",
     "theta --theta=1e300": "at most 1e+30",
     "theta --to=99999999999999999999": "at most 2,147,483,647",
-    "theta --factor=1.0000001": "takes more than 64 stages to 1,048,576; it must be above 1.08",
+    "theta --factor=1.0000001": "needs more than 64 stages to 1,048,576; set it above 1.08",
 }
 
 
@@ -337,7 +336,7 @@ def test_a_full_disk_while_training(places):
 def test_a_full_disk_while_preparing(places):
     words = ["data", "prepare", "--limit_bytes=300000", "--shard_tokens=50000", f"--out={places['new']}"]
     ended = lcx(words, limit=20_000)
-    one_sentence(ended.stderr, "run the same command, it goes on from there")
+    one_sentence(ended.stderr, "rerun the same command, it resumes from there")
     assert ended.returncode == 1
     assert lcx(words).returncode == 0
 

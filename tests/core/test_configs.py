@@ -52,7 +52,7 @@ def test_round_trip():
         ({"size": 1, "names": "p"}, ["config.names='p'", "a list"]),
         ({"size": 1, "names": ["p", 2]}, ["config.names[1]=2"]),
         ({"size": 1, "either": {"rat": 2.0}}, ["config.either", "'rat'", "'rate'"]),
-        ({}, ["config needs a value for size"]),
+        ({}, ["config is missing a value for size"]),
     ],
 )
 def test_errors_name_field_value_and_way_out(values, words):

@@ -29,7 +29,7 @@ def test_sizes_are_inferred(devices, config, sizes):
     [
         (MeshConfig(data=3), ["data=3", "8"]),
         (MeshConfig(data=-1), ["mesh.data", "mesh.fsdp", "-1"]),
-        (MeshConfig(data=2, fsdp=2), ["need 4 devices", "8 are present", "-1"]),
+        (MeshConfig(data=2, fsdp=2), ["need 4 devices", "8 are available", "-1"]),
         (MeshConfig(tensor=0), ["mesh.tensor=0"]),
         (MeshConfig(context=4, ulysses=3), ["mesh.ulysses=3", "mesh.context=4"]),
     ],
@@ -51,7 +51,7 @@ def test_indivisible_sizes_name_the_nearest(devices):
     check_divides("batch", 8, mesh, "batch")
     with pytest.raises(
         UserError,
-        match="into the 4 pieces of mesh axes fsdp=4; it does into 1, 2, 3, and 4 and 8 would divide into 4",
+        match=r"rows=6 must be divisible by 4 \(mesh axes fsdp=4\); try 4 or 8, or split it 1, 2, 3 ways instead",
     ):
         check_divides("rows", 6, mesh, "batch")
 

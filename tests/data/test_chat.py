@@ -190,9 +190,9 @@ def test_special_tokens_of_bytes():
 
 def test_what_the_template_says_itself(ours):
     turns = chat_of(ours, TURNS)
-    with pytest.raises(UserError, match="does not take these messages: Conversation roles must alternate"):
+    with pytest.raises(UserError, match="rejects these messages: Conversation roles must alternate"):
         turns.encode([TALK[0], TALK[0]])
-    with pytest.raises(UserError, match="does not take these messages: System role not supported"):
+    with pytest.raises(UserError, match="rejects these messages: System role not supported"):
         turns.encode([{"role": "system", "content": "x"}])
 
 
@@ -201,7 +201,7 @@ OTHER_PROMPT = "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %
 
 
 @pytest.mark.parametrize(
-    ("template", "message"), [(LAST_ONLY, "a turn in another way"), (OTHER_PROMPT, "the prompt of a turn in another")]
+    ("template", "message"), [(LAST_ONLY, "a turn differently"), (OTHER_PROMPT, "the prompt of a turn differently")]
 )
 def test_templates_whose_turns_cannot_be_told(template, message, ours):
     with pytest.raises(UserError, match=message) as error:
@@ -211,7 +211,7 @@ def test_templates_whose_turns_cannot_be_told(template, message, ours):
 
 @pytest.mark.parametrize("messages", [[], "hello", {"role": "user"}, ["x"], [{"content": "x"}], [{"role": 5, "content": "x"}]])
 def test_what_is_no_conversation(messages, ours):
-    with pytest.raises(UserError, match="no conversation|no message|has role="):
+    with pytest.raises(UserError, match="not a conversation|not a message|has role="):
         chat_of(ours, CHATML).encode(messages)
 
 
@@ -229,7 +229,7 @@ def test_where_templates_come_from(folder, ours, tmp_path):
     assert chat.load(near).template.render(TALK)[0] == TALK[0]["content"]
     (tmp_path / "chat_template.jinja").write_text("from the file")
     assert chat.load(near).template.render(TALK)[0] == "from the file"
-    with pytest.raises(UserError, match="'bytes' has no chat template; name the file of one with data.chat_template"):
+    with pytest.raises(UserError, match="'bytes' has no chat template; name a template file with data.chat_template"):
         chat.load(tokenizers.load("bytes"))
     with pytest.raises(UserError, match="nowhere.jinja cannot be read"):
         chat.load(ours, str(tmp_path / "nowhere.jinja"))
@@ -253,45 +253,45 @@ def doubled(start, step):
     return f"{{% set ns = namespace(x={start}) %}}" + f"{{% set ns.x = {step} %}}" * 40 + "{{ ns.x }}"
 
 
-TOO_LARGE, TOO_LONG, TOO_WIDE = "value of more than", "take more than .* turns", "formats to a width"
+TOO_LARGE, TOO_LONG, TOO_WIDE = "value of more than", "take more than .* iterations", "formats to a width"
 HOSTILE = {
     # reaching into Python
-    "{{ ''.__class__.__mro__ }}": "reaches for '__class__' of a str",
-    "{{ ''.__class__ }}": "reaches for '__class__' of a str",
-    "{{ ''|attr('__class__') }}": "reaches for '__class__' of a str",
-    "{{ ''['__class__'] }}": "reaches for '__class__' of a str",
-    "{{ messages|map(attribute='__class__')|list }}": "reaches for '__class__' of a dict",
-    "{{ '{0.__class__}'.format(1) }}": "reaches for '__class__' of a int",
-    "{{ cycler.__init__.__globals__.os }}": "reaches for '__init__'",
-    "{{ raise_exception.__globals__ }}": "reaches for '__globals__' of a function",
-    "{{ self.__init__.__globals__ }}": "reaches for '__init__' of a TemplateReference",
+    "{{ ''.__class__.__mro__ }}": "accesses '__class__' of a str",
+    "{{ ''.__class__ }}": "accesses '__class__' of a str",
+    "{{ ''|attr('__class__') }}": "accesses '__class__' of a str",
+    "{{ ''['__class__'] }}": "accesses '__class__' of a str",
+    "{{ messages|map(attribute='__class__')|list }}": "accesses '__class__' of a dict",
+    "{{ '{0.__class__}'.format(1) }}": "accesses '__class__' of a int",
+    "{{ cycler.__init__.__globals__.os }}": "accesses '__init__'",
+    "{{ raise_exception.__globals__ }}": "accesses '__globals__' of a function",
+    "{{ self.__init__.__globals__ }}": "accesses '__init__' of a TemplateReference",
     "{{ namespace(__class__=1) }}": "sets the attribute '__class__' of a namespace",
     "{% set ns = namespace() %}{% set ns.__init__ = 1 %}": "sets the attribute '__init__' of a namespace",
     "{% include '/etc/passwd' %}": "no loader for this environment",
     "{% import 'os' as os %}": "no loader for this environment",
     # changing what it was given
-    "{{ messages.append(1) }}": "reaches for 'append' of a list",
-    "{{ messages[0].update(role='x') }}": "reaches for 'update' of a dict",
+    "{{ messages.append(1) }}": "accesses 'append' of a list",
+    "{{ messages[0].update(role='x') }}": "accesses 'update' of a dict",
     # what is not there
     "{{ open('x') }}": "'open' is undefined",
     "{{ lipsum(n=10**9) }}": "'lipsum' is undefined",
     "{{ messages|shell }}": "No filter named 'shell'",
     # endless
-    "{% for i in range(10**9) %}x{% endfor %}": "range\\(1,000,000,000\\) makes more than",
-    "{{ range(10**30) }}": "makes more than",
+    "{% for i in range(10**9) %}x{% endfor %}": "range\\(1,000,000,000\\) has more than",
+    "{{ range(10**30) }}": "has more than",
     "{% for i in range(20000) %}{% for j in range(20000) %}{% endfor %}{% endfor %}": TOO_LONG,
     "{% for i in range(20000) %}{% for j in range(20000) if false %}{% endfor %}{% endfor %}": TOO_LONG,
     "{% for c in 'a' * 900000 %}{% endfor %}": TOO_LONG,
-    "{% for x in messages recursive %}{{ loop(messages) }}{% endfor %}": "calls itself without end",
-    "{% macro m(n) %}{{ m(n) }}{% endmacro %}{{ m(1) }}": "calls itself without end",
+    "{% for x in messages recursive %}{{ loop(messages) }}{% endfor %}": "recurses without end",
+    "{% macro m(n) %}{{ m(n) }}{% endmacro %}{{ m(1) }}": "recurses without end",
     "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}": TOO_LONG,
-    "{% block a %}{{ self.a() }}{% endblock %}": "calls itself without end",
+    "{% block a %}{{ self.a() }}{% endblock %}": "recurses without end",
     # enormous
     "{% for i in range(20000) %}{{ 'x' * 900000 }}{% endfor %}": TOO_LARGE,
     "{{ 'a' * 10**10 }}": TOO_LARGE,
     "{{ [1] * 10**10 }}": TOO_LARGE,
     "{{ 10**10**10 }}": "more than 256 bits",
-    "{{ 'a'.ljust(10**10) }}": "reaches for 'ljust' of a str",
+    "{{ 'a'.ljust(10**10) }}": "accesses 'ljust' of a str",
     "{{ 'a'|center(10**10) }}": "No filter named 'center'",
     "{{ 'a\nb'|indent(10**10) }}": TOO_LARGE,
     "{{ messages|tojson(indent=10**10) }}": TOO_LARGE,
@@ -301,7 +301,7 @@ HOSTILE = {
     "{{ '%*d' % (10**10, 1) }}": TOO_WIDE,
     "{{ '{:10000000000}'.format(1) }}": TOO_WIDE,
     "{{ '{:{}}'.format(1, 10**10) }}": TOO_WIDE,
-    "{{ strftime_now('%10000000000d') }}": "asks for the time",
+    "{{ strftime_now('%10000000000d') }}": "formats the time",
     "{% macro m(n) %}" + "{{ n }}" * 5000 + "{% endmacro %}{{ m('a' * 900000) }}": TOO_LARGE,
     "{% set s = 'ab' %}" + "{% set s %}{{ s }}{{ s }}{% endset %}" * 40: TOO_LARGE,
     doubled("'ab'", "ns.x ~ ns.x"): TOO_LARGE,
@@ -318,7 +318,7 @@ HOSTILE = {
     "{% for": "line 1: unexpected",
     "{{ 1 / 0 }}": "division by zero",
     "{{ messages[9].content }}": "no element 9",
-    "{% set x %}{% generation %}a{% endgeneration %}{% endset %}b{{ x }}": "inside of a macro or a captured block",
+    "{% set x %}{% generation %}a{% endgeneration %}{% endset %}b{{ x }}": "inside a macro or a captured block",
 }
 
 
@@ -328,7 +328,7 @@ def test_hostile_templates_are_refused_in_one_sentence(text):
     with pytest.raises(UserError, match=HOSTILE[text]) as error:
         chat.Template(text, {}, "hostile.jinja").render(TALK)
     sentence = str(error.value)
-    assert sentence.startswith("chat template hostile.jinja is refused: ") and "\n" not in sentence and len(sentence) < 500
+    assert sentence.startswith("chat template hostile.jinja is rejected: ") and "\n" not in sentence and len(sentence) < 500
     assert time.thread_time() - begun < 9  # below what the processor's time is bounded by: another bound has ended it
 
 
@@ -339,7 +339,7 @@ def test_processor_time_is_bounded(monkeypatch):
     monkeypatch.setattr(sandbox, "SECONDS", 0.5)
     text = "{% set a = 'x' * 900000 %}{% for i in range(20000) %}{% set y = a.upper().lower() %}{% endfor %}"
     begun = time.thread_time()
-    with pytest.raises(UserError, match="runs for more than 0.5 seconds"):
+    with pytest.raises(UserError, match="ran for more than 0.5 seconds"):
         chat.Template(text, {}).render(TALK)
     assert time.thread_time() - begun < 2
 
@@ -443,18 +443,18 @@ def test_the_held_out_side_does_not_depend_on_template_or_tokenizer(chats):
 
 
 LINES = [
-    ("{broken", "two.jsonl:2 is not a line of JSON"),
+    ("{broken", "two.jsonl:2 is not valid JSON"),
     ('{"text": "x"}', "two.jsonl:2 has no messages under source.field='messages'"),
-    ('{"messages": "hello"}', "two.jsonl:2: messages='hello' is no conversation"),
-    ('{"messages": []}', r"two.jsonl:2: messages=\[\] is no conversation"),
-    ('{"messages": [{"role": "user"}]}', "two.jsonl:2: messages.0. has content=None; it takes a text"),
-    ('{"messages": [{"role": "assistant", "content": "x"}]}', r"two.jsonl:2: messages\[0\] is the model's, .* begin with another"),
+    ('{"messages": "hello"}', "two.jsonl:2: messages='hello' is not a conversation"),
+    ('{"messages": []}', r"two.jsonl:2: messages=\[\] is not a conversation"),
+    ('{"messages": [{"role": "user"}]}', "two.jsonl:2: messages.0. has content=None; expected a string"),
+    ('{"messages": [{"role": "assistant", "content": "x"}]}', r"two.jsonl:2: messages\[0\] is the model's, .* start with another"),
     (
         '{"messages": [{"role": "user", "content": "x", "score": 1%s}]}' % ("0" * 100),
         "two.jsonl:2: .*a number of more than 256 bits",
     ),
     ('{"messages": [{"content": "x"}]}', r"two.jsonl:2: messages\[0\] has role=None"),
-    ('{"messages": [{"role": "user", "content": "x"}]}', "two.jsonl:2 holds nothing that the model writes"),
+    ('{"messages": [{"role": "user", "content": "x"}]}', "two.jsonl:2 has nothing for the model to write"),
 ]
 
 
@@ -467,8 +467,8 @@ def test_wrong_lines_are_named(line, message, chats):
 
 
 def test_wrong_configs(chats):
-    with pytest.raises(UserError, match="source.append_eos=True is not for source.kind='chat'"):
+    with pytest.raises(UserError, match="source.append_eos=True cannot be combined with source.kind='chat'"):
         loader(chats, 64, source={"kind": "chat", "path": "x", "append_eos": True})
     values = {"parts": {"chat": {"source": {"kind": "chat", "path": f"{chats}/*.jsonl"}}}}
-    with pytest.raises(UserError, match="tokenizer 'bytes' has no chat template; name the file of one with data.chat_template"):
+    with pytest.raises(UserError, match="tokenizer 'bytes' has no chat template; name a template file with data.chat_template"):
         Loader(build(DataConfig, values), 64, 1, seed=0)

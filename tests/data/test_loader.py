@@ -223,8 +223,8 @@ def test_eight_thousand_tokens_in_milliseconds(config, corpus, seq_len, rows):
 WRONG = [
     ({"parts": {"a": {"kind": "txt"}}}, "did you mean 'text'"),
     ({"parts": {"a": {"weigth": 1}}}, "did you mean 'weight'"),
-    ({"parts": {}}, "name at least one part"),
-    ({"parts": {"a": {"weight": 0}}}, "all have weight 0"),
+    ({"parts": {}}, "define at least one part"),
+    ({"parts": {"a": {"weight": 0}}}, "have weight 0"),
     ({"parts": {"a": {"weight": -1.0}}}, "must not be negative"),
     ({"parts": {"a": {"source": {"kind": "text"}}}}, "source.path is empty"),
     ({"parts": {"a": {"source": {"kind": "text", "path": "/nowhere/*.txt"}}}}, "matches no file"),
@@ -233,11 +233,11 @@ WRONG = [
     ({"parts": {"a": {"source": STDLIB, "packing": {"shared_bos": True}}}}, r"data.parts.a: .*bytes\+bos"),
     ({"parts": {"a": {"kind": "multikey", "source": STDLIB, "task": {"needles": 90}}}}, "data.parts.a: .*lower task.needles"),
     ({"parts": {"a": {"short_keep": 1.5}}}, "probability"),
-    ({"parts": {"a": {"min_tokens": 9, "max_tokens": 3}}}, "no document is left"),
+    ({"parts": {"a": {"min_tokens": 9, "max_tokens": 3}}}, "max_tokens=3 is below part.min_tokens=9"),
     ({"parts": {"a": {"source": STDLIB, "min_tokens": 10**9}}}, "no document has between"),
     ({"parts": {"a": {"remap": "pose", "packing": {"reset_positions": True}}}}, "part.remap='pose'"),
     ({"heldout_fraction": 1.0}, "below 1"),
-    ({"heldout_fraction": "x"}, "takes float"),
+    ({"heldout_fraction": "x"}, "expected float, got str"),
     ({"tokenizer": "bites"}, "did you mean 'bytes'"),
 ]
 
@@ -249,7 +249,7 @@ def test_wrong_configs_say_the_way_out(values, message):
 
 
 def test_wrong_stages(config, corpus):
-    with pytest.raises(UserError, match="at least one of each"):
+    with pytest.raises(UserError, match="at least one row of one token"):
         Loader(config, 128, 0, seed=0, corpus=corpus)
     with pytest.raises(UserError, match="max_position=64 is below seq_len=128"):
         Loader(config, 128, 2, seed=0, corpus=corpus, max_position=64)

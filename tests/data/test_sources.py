@@ -47,7 +47,7 @@ def test_jsonl(tmp_path):
     with pytest.raises(UserError, match="did you mean 'body'"):
         sources.load(SourceConfig("jsonl", f"{tmp_path}/x.jsonl", field="bodi"), BYTES)
     (tmp_path / "y.jsonl").write_text('{"text": "a"}\n{broken')
-    with pytest.raises(UserError, match=r"y.jsonl:2 is not a line of JSON"):
+    with pytest.raises(UserError, match=r"y.jsonl:2 is not valid JSON"):
         sources.load(SourceConfig("jsonl", f"{tmp_path}/y.jsonl"), BYTES)
 
 
@@ -57,7 +57,7 @@ def test_parquet(tmp_path):
     with pytest.raises(UserError, match="no column"):
         sources.load(SourceConfig("parquet", f"{tmp_path}/*.parquet", field="nope"), BYTES)
     (tmp_path / "bad.parquet").write_bytes(b"no")
-    with pytest.raises(UserError, match="not a Parquet file"):
+    with pytest.raises(UserError, match="cannot be read as a Parquet file"):
         sources.load(SourceConfig("parquet", f"{tmp_path}/bad.parquet"), BYTES)
 
 
@@ -112,7 +112,7 @@ def test_missing_and_empty(tmp_path):
     with pytest.raises(UserError, match="matches no file"):
         sources.load(SourceConfig("text", f"{tmp_path}/*.txt"), BYTES)
     (tmp_path / "empty.txt").write_text("")
-    with pytest.raises(UserError, match="holds no text"):
+    with pytest.raises(UserError, match="has no text"):
         sources.load(SourceConfig("text", f"{tmp_path}/*.txt"), BYTES)
 
 

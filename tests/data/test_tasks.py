@@ -195,7 +195,7 @@ def test_other_tokenizers_have_exact_lengths(tmp_path):
     ("kind", "settings", "length", "message"),
     [
         ("multikey", {"needles": 8}, 64, "lower task.needles"),
-        ("multikey", {"needles": 2, "queries": 3}, 256, "more than the row's 2 needles"),
+        ("multikey", {"needles": 2, "queries": 3}, 256, "exceeds the 2 needles of a row"),
         ("multikey", {"needles": 30, "key_length": 1}, 4096, "raise key_length"),
         ("key_value", {"queries": 4}, 70, "lower task.queries"),
         ("variable_tracking", {"needles": 4, "hops": 6}, 128, "lower task.needles"),
@@ -210,7 +210,7 @@ def test_what_does_not_fit(kind, settings, length, message, haystack):
 def test_wrong_depths_and_kinds(haystack):
     with pytest.raises(UserError, match="from 0 to 1"):
         Task("multikey", TaskConfig(), BYTES).sample(np.random.default_rng(0), 256, haystack, depth=1.5)
-    with pytest.raises(UserError, match="leave depth out"):
+    with pytest.raises(UserError, match="remove depth"):
         Task("variable_tracking", TaskConfig(), BYTES).sample(np.random.default_rng(0), 256, haystack, depth=0.5)
     with pytest.raises(UserError, match="did you mean 'multikey'"):
         Task("multkey", TaskConfig(), BYTES)

@@ -172,7 +172,7 @@ WRONG_CONFIGS = {
     "tie_word_embeddings=1 must be of type bool": {"tie_word_embeddings": 1},
     "hidden_act='swiglu' is not an activation": {"hidden_act": "swiglu"},
     "num_kv_heads=3 does not divide num_heads=4": {"num_key_value_heads": 3},
-    "rope_type='lynear' .* is not known": {"rope_scaling": {"rope_type": "lynear", "factor": 2.0}},
+    "rope_type='lynear' .* is unknown": {"rope_scaling": {"rope_type": "lynear", "factor": 2.0}},
     "rope_type='llama3' .* needs the key": {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}},
     r"layer_types has 'chunked_attention'": {"model_type": "qwen3", "layer_types": ["full_attention", "chunked_attention"]},
     "1 layers have a type and num_hidden_layers=2": {"model_type": "qwen3", "layer_types": ["full_attention"]},

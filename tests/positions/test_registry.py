@@ -98,7 +98,7 @@ def test_extend_keeps_the_trained_model():
         ("rope:theta=-5", "theta=-5"),
         ({"theta": 500.0}, "has no name"),
         (7, "is not a scheme"),
-        ("learned", "needs a value for max_length"),
+        ("learned", "is missing a value for max_length"),
         ("rope:temperature=llama5", "llama4"),
         ("dual_chunk:original_length=32,scaling=alibi", "scaling"),
         ({"name": ["yarn"]}, "name"),

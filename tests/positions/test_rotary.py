@@ -184,9 +184,9 @@ def test_xpos_decays_as_published_and_refuses_to_overflow(qk):
         (lambda: Dynamic(factor=2.0).spec(64), "needs dynamic.original_length"),
         (lambda: Llama3(low_freq_factor=4.0), "high_freq_factor=4.0"),
         (lambda: LongRope(short_factor=ONES, long_factor=ONES[1:], original_length=8).buffers(HEADS, 64), "7 values for 8"),
-        (lambda: LongRope(short_factor=ONES, long_factor=(0.0,) * 8), "holds 0.0"),
+        (lambda: LongRope(short_factor=ONES, long_factor=(0.0,) * 8), "contains 0.0"),
         (lambda: Ntk(factor=2.0, partial=0.125).buffers(HEADS, 64), "rotary dim above 2"),
-        (lambda: Proportional(partial=0.1).buffers(HEADS, 64), "no turning pair"),
+        (lambda: Proportional(partial=0.1).buffers(HEADS, 64), "no rotating pair"),
         (lambda: Xpos(gamma=0.0), "gamma=0.0"),
     ],
 )

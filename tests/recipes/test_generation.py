@@ -140,7 +140,7 @@ def test_a_length_beyond_training_is_remarked_and_other_positions_are_taken(para
         ([], {}, "there is no prompt; give one at least"),
         (["a", ""], {}, "prompt 2 is empty; write at least one character"),
         (["a"], {"stop": ["", "b"]}, "a stop string is empty"),
-        (["a"], {"positions": "yarm"}, "'yarm' is not known; did you mean 'yarn'"),
+        (["a"], {"positions": "yarm"}, "'yarm' is unknown; did you mean 'yarn'"),
         (["a"], {"positions": "t5"}, "positions='t5' learns table"),
     ],
 )

@@ -64,10 +64,10 @@ def test_mixture_and_parts_change_one_stage():
         ),
         ({"stages": tiny.stages(max_position=64)}, "max_position=64 is below seq_len=128"),
         ({"stages": tiny.stages(optim={"learning_rate": 1.0})}, "stages.longer.optim has no field 'learning_rate'"),
-        ({"stages": tiny.stages(mixture={"txt": 1.0})}, "'txt' is not known; did you mean 'text'"),
+        ({"stages": tiny.stages(mixture={"txt": 1.0})}, "'txt' is unknown; did you mean 'text'"),
         ({"stages": tiny.stages(seq_leng=3)}, "has no field 'seq_leng'; did you mean 'seq_len'"),
         ({"monitor": {"enabled": True, "steps": 10, "skip": 0}}, "leaves nothing after the monitor's 10 steps"),
-        ({"optim": {"schedule": "cosin"}}, "config.optim.schedule='cosin' is not known; did you mean 'cosine'"),
+        ({"optim": {"schedule": "cosin"}}, "config.optim.schedule='cosin' is unknown; did you mean 'cosine'"),
     ],
 )
 def test_wrong_configs(changes, message):
@@ -78,15 +78,15 @@ def test_wrong_configs(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"stages": tiny.stages(positions={"default": "ropy"})}, "'ropy' is not known; did you mean 'rope'"),
+        ({"stages": tiny.stages(positions={"default": "ropy"})}, "'ropy' is unknown; did you mean 'rope'"),
         ({"stages": tiny.stages(positions={"globl": 4.0})}, "globl"),
         ({"stages": tiny.stages(positions={"default": -4.0})}, "theta=-4.0"),
         (
             {"mesh": {"data": 8, "fsdp": 1}},
             "batch_size=4 rows do not divide by data=8 x fsdp=1 x expert=1 times accumulate=2, which is 16",
         ),
-        ({"mesh": {"tensor": 4, "fsdp": 2}}, "model.num_heads=2 does not divide into the 4 pieces of mesh axes tensor=4"),
-        ({"mesh": {"fsdp": 3}}, "need 3 devices and 8 are present"),
+        ({"mesh": {"tensor": 4, "fsdp": 2}}, "model.num_heads=2 must be divisible by 4 .mesh axes tensor=4"),
+        ({"mesh": {"fsdp": 3}}, "need 3 devices and 8 are available"),
         (
             {"monitor": {"enabled": True, "steps": 8, "skip": 0}, "stages": [{**tiny.stages()[1], "monitor": True}]},
             "set stages.longer.thetas",

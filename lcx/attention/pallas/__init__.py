@@ -1,1 +1,1 @@
-"""Kernels written for one kind of accelerator."""
+"""Kernels written for a particular kind of accelerator."""

@@ -37,11 +37,11 @@ def flash(
     platform: Platform = "tpu",
     interpret: bool = False,
 ) -> Partial:
-    """`(o_BTNH, lse_BTN)` as `blockwise` gives them, for bfloat16 or float32 on a TPU or a GPU; both are differentiable.
+    """`(o_BTNH, lse_BTN)` as `blockwise` returns them, for bfloat16 or float32 on a TPU or a GPU; both are differentiable.
 
-    The one bias is ALiBi's: float32 `slopes` `[N]`, subtracted times |distance of positions|. Of `blocks`, `q` and `k` count.
-    Sums are float32. `platform` is whose kernel it is; a GPU's takes blocks that are powers of two from 16 on. `interpret` runs the
-    kernel where there is no such device, for tests.
+    The only bias is ALiBi's: float32 `slopes` `[N]`, subtracted times |distance of positions|. Of `blocks`, `q` and `k` are used.
+    Sums are float32. `platform` selects the kernel; a GPU's needs blocks that are powers of two of at least 16. `interpret`
+    interprets the kernel without such a device, for tests.
     """
     rule = Rule(mask, slopes is not None, scale, softcap, blocks, jnp.dtype(out_dtype or q_BTNH.dtype), platform, interpret)
     return _attend(rule, q_BTNH, k_BSKH, v_BSKH, q_index, k_index, slopes)
@@ -62,7 +62,7 @@ def flash_backward(
     whole: Partial,
     cotangent: Partial,
 ) -> PullBack:
-    """The pull-back to any keys, with `dslopes` behind dv; `whole` and `cotangent` as in `blockwise_backward`."""
+    """The pull-back to any keys, with `dslopes` after dv; `whole` and `cotangent` as in `blockwise_backward`."""
     rule = Rule(mask, slopes is not None, scale, softcap, blocks, jnp.dtype(jnp.float32), platform, interpret)
     return _pull_back(rule, q_BTNH, q_index, slopes, kv_heads, whole, cotangent)
 

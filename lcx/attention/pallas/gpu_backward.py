@@ -1,6 +1,6 @@
-"""The backward pass of the GPU kernel: one kernel for dq, past which keys pass, and one for dk and dv, past which queries pass.
+"""The backward pass of the GPU kernel: one kernel for dq, which loops over keys, and one for dk and dv, which loops over queries.
 
-Tiles of probabilities are computed again from q, k and the log-sum-exp (arXiv 2307.08691). Legend: see `gpu_walk`.
+Tiles of probabilities are recomputed from q, k and the log-sum-exp (arXiv 2307.08691). Legend: see `gpu_walk`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def lay_out(rule: Rule, q_BTNH, q_index, slopes_N, whole: Partial, cotangent: Pa
 
 
 def backward(rule: Rule, ready: Ready, k_BSKH, v_BSKH, k_index, beside: Any) -> tuple[tuple[jax.Array, ...], Any]:
-    """float32 `(dq, dk, dv, dslopes)` that go through these keys, dq in tiles, dslopes `[N]`; and `beside`."""
+    """float32 gradients `(dq, dk, dv, dslopes)` through these keys, dq in tiles, dslopes `[N]`; and `beside` unchanged."""
     queries, *more = ready
     tiles, q_index = gpu.cut_wide(rule, queries, k_BSKH, v_BSKH, k_index), queries.index
     counts = (tiles.q.shape[0], tiles.q.shape[2], tiles.k.shape[2])
@@ -43,7 +43,7 @@ def backward(rule: Rule, ready: Ready, k_BSKH, v_BSKH, k_index, beside: Any) -> 
 
 
 def _slope(rule: Rule, masked: bool, q_axis: int, q, k, v, q_tokens, k_tokens, slope, do, lse, delta) -> tuple:
-    """Tiles, queries along `q_axis`: probabilities, cotangents of q·k and of the logits, and |distance| where there are slopes."""
+    """Tiles, queries along `q_axis`: probabilities, cotangents of q·k and of the logits, and |distance| if there are slopes."""
     scores, capped, away = gpu.logits(rule, masked, q_axis, q, k, q_tokens, k_tokens, slope)
     p = jnp.exp(scores - gpu.spread(lse, q_axis))
     dp = tiling.product(do, v, 1, 1) if q_axis == 0 else tiling.product(v, do, 1, 1)
@@ -53,7 +53,7 @@ def _slope(rule: Rule, masked: bool, q_axis: int, q, k, v, q_tokens, k_tokens, s
 
 def _queries(rule, counts, *refs):
     *known, q, k, v, q_tokens, k_tokens, slopes, do, lse, delta = refs[:15]
-    outputs = refs[15:]  # dq, and dslopes where there are slopes
+    outputs = refs[15:]  # dq, and dslopes if there are slopes
     i, n, b = (pl.program_id(axis) for axis in range(3))
     here, asking, fixed = q[...], gpu.tokens(q_tokens), (slopes[n], do[...], lse[0, :], delta[0, :])
 

@@ -1,4 +1,4 @@
-"""The forward pass of the GPU kernel: an online softmax, keys passing by a block of queries (arXiv 2307.08691).
+"""The forward pass of the GPU kernel: an online softmax, looping over keys for each block of queries (arXiv 2307.08691).
 
 Legend: see `gpu_walk`.
 """

@@ -1,8 +1,8 @@
-"""What the passes of the GPU kernel share beside `cut`: a program's walk over the tiles that pass it, and a tile of logits.
+"""Shared by the passes of the GPU kernel, in addition to `cut`: a program's loop over the tiles that pass it, and a tile of logits.
 
-Legend: see `cut`, with every query head by itself: tiles of queries `[B, N, T/block_q, block_q, H]`. A program stands for one tile
-and loops over all that pass, so that nothing is added to by two programs, and results are the same in every run. Triton wants sides
-of tiles that are powers of two: heads are filled up with zeros to `width(H)`, and `dispatch` chooses block sizes to suit.
+Legend: see `cut`, but with every query head by itself: tiles of queries `[B, N, T/block_q, block_q, H]`. A program owns one tile
+and loops over all that pass, so that no two programs add to the same result, and results are the same in every run. Triton needs
+tile sides that are powers of two: heads are zero-padded to `width(H)`, and `dispatch` chooses suitable block sizes.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from lcx.core.mask import may_see, sees_all
 
 
 class Walk(NamedTuple):
-    """What is known of the tiles before the programs start, as flat int32 arrays.
+    """What is known about the tiles before the programs start, as flat int32 arrays.
 
-    Extremes of every block, and for every block that stays, of those that pass: it sees none before `first`, none from `stop` on,
-    and all of every block from `start` up to `end`.
+    The extremes of every block; and for every block that stays, which blocks pass: it sees none before `first`, none from `stop`
+    on, and all of every block from `start` up to `end`.
     """
 
     q_bounds: jax.Array
@@ -35,7 +35,7 @@ class Walk(NamedTuple):
 
 
 def plan_walk(rule: Rule, q_index: Index, k_index: Index, keys_pass: bool) -> Walk:
-    """The walks of a call in which, while a block of the one side stays, the blocks of the other (`keys_pass`: keys) pass."""
+    """The walks of a call in which the blocks of one side stay while the blocks of the other (`keys_pass`: the keys) pass."""
     q, k = extremes(rule, q_index, k_index)
     some = pairs(may_see, rule, q, k, keys_pass)
     whole = pairs(sees_all, rule, q, k, keys_pass) & some
@@ -43,7 +43,7 @@ def plan_walk(rule: Rule, q_index: Index, k_index: Index, keys_pass: bool) -> Wa
     first = jnp.min(jnp.where(some, place, some.shape[2]), axis=2)
     stop = jnp.max(jnp.where(some, place + 1, 0), axis=2)
     first = jnp.minimum(first, stop)
-    # Of the blocks seen whole, the last ones without a gap: reductions alone, for an array of all pairs is never to be kept.
+    # Of the fully visible blocks, the last ones without a gap: only reductions, since an array of all pairs must never be stored.
     end = jnp.maximum(first, jnp.max(jnp.where(whole, place + 1, 0), axis=2))
     gap = ~whole & (place < end[..., None])
     start = jnp.minimum(end, jnp.maximum(first, jnp.max(jnp.where(gap, place + 1, 0), axis=2)))
@@ -53,7 +53,7 @@ def plan_walk(rule: Rule, q_index: Index, k_index: Index, keys_pass: bool) -> Wa
 def walk(rule: Rule, known: tuple, counts: tuple[int, int, int], b, i, keys_pass: bool, tile: Callable, carry: Any) -> Any:
     """`tile(masked, j, carry)` over the blocks j that pass block i of row b; `counts`: rows, blocks of queries and of keys.
 
-    The blocks seen whole come first, in a loop without a branch, whose loads Triton moves ahead of the products.
+    Fully visible blocks come first, in a loop without a branch, whose loads Triton moves ahead of the products.
     """
     B, q_count, k_count = counts
     q_bounds, k_bounds, *ends = known
@@ -72,7 +72,7 @@ def walk(rule: Rule, known: tuple, counts: tuple[int, int, int], b, i, keys_pass
 
 
 def logits(rule: Rule, masked: bool, q_axis: int, q, k, q_tokens, k_tokens, slope) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """A tile of logits, queries along `q_axis`; the same before bias and mask; and |distance| where there are slopes.
+    """A tile of logits, queries along `q_axis`; the logits before bias and mask; and |distance| if there are slopes.
 
     `q_tokens` and `k_tokens` hold a vector for each of `FIELDS`.
     """
@@ -86,7 +86,7 @@ def logits(rule: Rule, masked: bool, q_axis: int, q, k, q_tokens, k_tokens, slop
 
 
 def spread(x: jax.Array, axis: int) -> jax.Array:
-    """A vector along an axis of a tile."""
+    """A vector placed along an axis of a tile."""
     return x[:, None] if axis == 0 else x[None, :]
 
 
@@ -96,22 +96,22 @@ def tokens(ref: Any, *at: Any) -> list[jax.Array]:
 
 
 def width(H: int) -> int:
-    """The head dim in tiles: a power of two, at least the 16 that a product takes."""
+    """The head dim in tiles: a power of two, at least 16, which a product requires."""
     return max(16, 1 << (H - 1).bit_length())
 
 
 def widen(x: jax.Array) -> jax.Array:
-    """Zeros behind the head dim of tiles up to `width`."""
+    """Pads the head dim of tiles with zeros to `width`."""
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width(x.shape[-1]) - x.shape[-1])])
 
 
 def widen_queries(ready: Ready) -> Ready:
-    """`Ready` with the heads of q and do in their width."""
+    """`Ready` with the heads of q and do padded to `width`."""
     return ready._replace(queries=ready.queries._replace(q=widen(ready.queries.q)), do=widen(ready.do))
 
 
 def cut_wide(rule: Rule, queries: Any, k_BSKH: jax.Array, v_BSKH: jax.Array, k_index: Index) -> Tiles:
-    """`cut`, with heads in their width and one slope a head."""
+    """`cut`, with heads padded to `width` and one slope per head."""
     tiles = cut(rule, queries, k_BSKH, v_BSKH, k_index)
     return tiles._replace(q=widen(tiles.q), k=widen(tiles.k), v=widen(tiles.v), slopes=tiles.slopes[:, 0, 0])
 

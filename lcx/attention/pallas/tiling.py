@@ -1,8 +1,8 @@
-"""What the kernels for TPUs and for GPUs share: how arrays are cut into tiles, and which pairs of tiles have work.
+"""Shared by the kernels for TPUs and for GPUs: how arrays are cut into tiles, and which pairs of tiles need work.
 
 Legend: B batch, T query tokens, S key tokens, N heads, K KV heads, G = N/K, H head dim, `rows` = G·block_q. Queries are cut into
-tiles `[B, K, T/block_q, rows, H]`, the G query heads of a KV head below one another, so that keys are never repeated; keys into
-tiles `[B, K, S/block_k, block_k, H]`.
+tiles `[B, K, T/block_q, rows, H]`, with the G query heads of a KV head stacked along the rows, so that keys are never repeated;
+keys into tiles `[B, K, S/block_k, block_k, H]`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ BOUNDS = tuple(field.name for field in dataclasses.fields(Bounds))
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """All that is static about one call. `linear`: ALiBi's slopes are in use. `platform`: whose kernel it is. `interpret`: no such
-    device, run the kernel's jaxpr."""
+    """The static arguments of one call. `linear`: ALiBi's slopes are in use. `platform`: which kernel to use. `interpret`:
+    interpret the kernel's jaxpr because there is no such device."""
 
     mask: Mask
     linear: bool
@@ -41,7 +41,7 @@ class Rule:
 
 
 class Tiles(NamedTuple):
-    """The arrays of a call in tiles, and who their tokens are: `[B, T/block_q, 4, rows]` and `[B, S/block_k, 4, block_k]`."""
+    """The arrays of a call in tiles, and their tokens' indices: `[B, T/block_q, 4, rows]` and `[B, S/block_k, 4, block_k]`."""
 
     q: jax.Array
     k: jax.Array
@@ -52,12 +52,12 @@ class Tiles(NamedTuple):
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
-        """Rows of the batch, KV heads, blocks of queries and blocks of keys: the whole grid."""
+        """Rows of the batch, KV heads, blocks of queries and blocks of keys: the size of the grid."""
         return (*self.q.shape[:3], self.k.shape[2])
 
 
 class QueryTiles(NamedTuple):
-    """The queries' side of `Tiles`, and their index as it came."""
+    """The queries' side of `Tiles`, and their original index."""
 
     q: jax.Array
     tokens: jax.Array
@@ -66,7 +66,7 @@ class QueryTiles(NamedTuple):
 
 
 def cut_queries(rule: Rule, q_BTNH: jax.Array, q_index: Index, slopes_N: jax.Array | None, kv_heads: int) -> QueryTiles:
-    """Tiles of the queries; tails are zeros of segment 0, so padding."""
+    """Tiles of the queries; the tail is zeros of segment 0, hence padding."""
     group = q_BTNH.shape[2] // kv_heads
     slopes = jnp.zeros(kv_heads * group, jnp.float32) if slopes_N is None else slopes_N.astype(jnp.float32)
     slopes = jnp.repeat(slopes.reshape(kv_heads, 1, group), rule.blocks.q, axis=2)
@@ -74,7 +74,7 @@ def cut_queries(rule: Rule, q_BTNH: jax.Array, q_index: Index, slopes_N: jax.Arr
 
 
 def cut(rule: Rule, queries: QueryTiles, k_BSKH: jax.Array, v_BSKH: jax.Array, k_index: Index) -> Tiles:
-    """Tiles of the arguments of a kernel."""
+    """The arguments of a kernel in tiles."""
     k, v = (cut_heads(x.astype(queries.q.dtype), rule.blocks.k, k_BSKH.shape[2]) for x in (k_BSKH, v_BSKH))
     return Tiles(queries.q, k, v, queries.tokens, _tokens(k_index, rule.blocks.k, 1), queries.slopes)
 
@@ -123,7 +123,7 @@ def extremes(rule: Rule, q_index: Index, k_index: Index) -> tuple[Bounds, Bounds
 
 
 def pairs(test: Callable[[Mask, Bounds, Bounds], jax.Array], rule: Rule, q: Bounds, k: Bounds, keys_pass: bool) -> jax.Array:
-    """`may_see` or `sees_all` of all pairs of blocks, `[B, blocks that stay, blocks that pass]` (`keys_pass`: keys)."""
+    """`may_see` or `sees_all` of all pairs of blocks, `[B, blocks that stay, blocks that pass]` (`keys_pass`: keys pass)."""
     found = test(rule.mask, jax.tree.map(lambda x: x[:, :, None], q), jax.tree.map(lambda x: x[:, None, :], k))
     return found if keys_pass else jnp.swapaxes(found, 1, 2)
 
@@ -140,7 +140,7 @@ def read(ref, B: int, count: int, b: jax.Array, i: jax.Array) -> Bounds:
 
 
 class Ready(NamedTuple):
-    """What the backward pass needs of the queries, in tiles: the cotangents of o, log-sum-exp, and D (see `row_terms`)."""
+    """What the backward pass needs from the queries, in tiles: the cotangents of o, log-sum-exp, and D (see `row_terms`)."""
 
     queries: QueryTiles
     do: jax.Array
@@ -157,16 +157,16 @@ def lay_out(rule: Rule, q_BTNH, q_index, slopes_N, kv_heads: int, whole: Partial
 
 
 def index_of(mask: Mask, fields: list[jax.Array]) -> Index:
-    """The index that a mask asks for, of arrays in the order of `FIELDS`."""
+    """The index that a mask takes, from arrays in the order of `FIELDS`."""
     return Index(*fields[:3], fields[3] if mask.prefix else None)
 
 
 def logits_of(
     rule: Rule, masked: bool, raw: jax.Array, slopes: jax.Array, indices: Callable[[], tuple[Index, Index]]
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """A tile of logits of raw = q·k; the same before bias and mask; and |distance| where there are slopes.
+    """A tile of logits from raw = q·k; the logits before bias and mask; and |distance| if there are slopes.
 
-    `indices` gives the index of the queries and that of the keys, broadcast against each other; asked for only where they count.
+    `indices` returns the index of the queries and that of the keys, broadcast against each other; called only if they matter.
     """
     capped = raw * rule.scale
     if rule.softcap is not None:

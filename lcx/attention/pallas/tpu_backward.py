@@ -1,6 +1,6 @@
-"""The backward pass of the TPU kernel: one kernel for dq, past which keys pass, and one for dk and dv, past which queries pass.
+"""The backward pass of the TPU kernel: one kernel for dq, which loops over keys, and one for dk and dv, which loops over queries.
 
-Tiles of probabilities are computed again from q, k and the log-sum-exp (arXiv 2307.08691). Legend: see `cut`.
+Tiles of probabilities are recomputed from q, k and the log-sum-exp (arXiv 2307.08691). Legend: see `cut`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lcx.attention.pallas.tiling import Ready, Rule
 
 
 def backward(rule: Rule, ready: Ready, k_BSKH, v_BSKH, k_index, beside: Any) -> tuple[tuple[jax.Array, ...], Any]:
-    """float32 `(dq, dk, dv, dslopes)` that go through these keys, dq in tiles, dslopes `[N]`; and `beside`."""
+    """float32 gradients `(dq, dk, dv, dslopes)` through these keys, dq in tiles, dslopes `[N]`; and `beside` unchanged."""
     queries, *more = ready
     tiles, q_index, block = tiling.cut(rule, queries, k_BSKH, v_BSKH, k_index), queries.index, rule.blocks.q
 
@@ -37,8 +37,8 @@ def backward(rule: Rule, ready: Ready, k_BSKH, v_BSKH, k_index, beside: Any) -> 
         [("k", like(tiles.k)), ("k", like(tiles.v))], [tiles.k.shape[3:], tiles.k.shape[3:]],
     )  # fmt: skip
     if beside:
-        # Before anything else is done with the results: the compiler would hide transfers behind that instead of the kernel. What
-        # need not be there so soon is left to hide behind the kernel for dq, which runs later.
+        # Before the results are used in any way: otherwise the compiler would hide transfers behind that instead of behind the
+        # kernel. What is not needed so soon is left to hide behind the kernel for dq, which runs later.
         (dk, dv), soon = jax.lax.optimization_barrier(((dk, dv), beside[0]))
         beside = (soon, *beside[1:])
     dk, dv = (tiling.join_heads(x, rule.blocks.k, k_BSKH.shape) for x in (dk, dv))
@@ -48,7 +48,7 @@ def backward(rule: Rule, ready: Ready, k_BSKH, v_BSKH, k_index, beside: Any) -> 
 
 
 def _slope(rule: Rule, masked: bool, q, k, v, q_tokens, k_tokens, slopes, do, lse, delta) -> tuple:
-    """Tiles `[block_k, rows]`: probabilities, cotangents of q·k and of the logits, and |distance| where there are slopes."""
+    """Tiles `[block_k, rows]`: probabilities, cotangents of q·k and of the logits, and |distance| if there are slopes."""
     scores, capped, away = grid.logits(rule, masked, q[...], k[...], q_tokens[...], k_tokens[...], slopes[...])
     p = jnp.exp(scores - lse[...])
     ds, dlogits = tiling.cotangents_of(rule, p, capped, tiling.product(v[...], do[...], 1, 1), delta[...])

@@ -1,7 +1,7 @@
-"""What the passes of the TPU kernel share beside `cut`: the grid, what a step of it sees of the mask, and a tile of logits.
+"""Shared by the passes of the TPU kernel, in addition to `cut`: the grid, what a step of it sees of the mask, and a tile of logits.
 
-Legend: see `cut`. A tile of logits stands on its side, `[block_k, rows]`: all that belongs to a query (its log-sum-exp, order and
-segment) is then one row of lanes, which takes no memory beyond its own, and a maximum over keys is one over sublanes.
+Legend: see `cut`. A tile of logits is transposed, `[block_k, rows]`: everything that belongs to a query (its log-sum-exp, order
+and segment) is then one row of lanes, which takes no extra memory, and a maximum over keys is one over sublanes.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from lcx.core.batch import Index
 from lcx.core.mask import may_see, sees_all
 
 VMEM = 64 * 2**20
-"""Bytes of on-chip memory that a kernel may ask for: half of what v5e and v6e have, all of it on v5p."""
+"""Bytes of on-chip memory that a kernel may request: half of that of v5e and v6e, all of that of v5p."""
 
 
 class Steps(NamedTuple):
-    """What is known before a grid step, as flat int32 arrays in scalar memory: extremes of every block, and for every block that
-    stays while the others pass the first and last of those that it has work with."""
+    """What is known before a grid step, as flat int32 arrays in scalar memory: the extremes of every block, and for every block
+    that stays, the first and last of the passing blocks that it has work with."""
 
     q_bounds: jax.Array
     k_bounds: jax.Array
@@ -33,7 +33,7 @@ class Steps(NamedTuple):
 
 
 def steps(rule: Rule, q_index: Index, k_index: Index, keys_pass: bool) -> Steps:
-    """The scalars of a call in which, while a block of the one side stays, the blocks of the other (`keys_pass`: keys) pass."""
+    """The scalars of a call in which the blocks of one side stay while the blocks of the other (`keys_pass`: the keys) pass."""
     q, k = extremes(rule, q_index, k_index)
     some = pairs(may_see, rule, q, k, keys_pass)
     count = some.shape[2]
@@ -45,7 +45,7 @@ def steps(rule: Rule, q_index: Index, k_index: Index, keys_pass: bool) -> Steps:
 
 
 def visit(rule: Rule, sizes: tuple[int, ...], q_bounds, k_bounds, b, i, j, tile: Callable[[bool], None]) -> None:
-    """Runs `tile(masked)` where query block i of row b may see any of key block j; unmasked where it sees all."""
+    """Runs `tile(masked)` if query block i of row b may see any of key block j; unmasked if it sees all of it."""
     B, _, q_count, k_count = sizes
     q, k = read(q_bounds, B, q_count, b, i), read(k_bounds, B, k_count, b, j)
     whole = sees_all(rule.mask, q, k)
@@ -56,10 +56,10 @@ def visit(rule: Rule, sizes: tuple[int, ...], q_bounds, k_bounds, b, i, j, tile:
 
 
 def logits(rule: Rule, masked: bool, q, k, q_tokens, k_tokens, slopes) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """A tile `[block_k, rows]` of logits; the same before bias and mask; and |distance| where there are slopes."""
+    """A tile `[block_k, rows]` of logits; the logits before bias and mask; and |distance| if there are slopes."""
 
     def indices() -> tuple[Index, Index]:
-        # Spread before they are compared: a comparison's result can't be spread over lanes.
+        # Broadcast before comparing: the result of a comparison cannot be broadcast over lanes.
         shape, columns = raw.shape, jnp.swapaxes(k_tokens, 0, 1)
         of_q = [jnp.broadcast_to(q_tokens[n : n + 1, :], shape) for n in range(len(FIELDS))]
         of_k = [jnp.broadcast_to(columns[:, n : n + 1], shape) for n in range(len(FIELDS))]
@@ -83,7 +83,7 @@ def call(
         def index(b, h, i, j, q_bounds, k_bounds, first, last):
             if (side == "k") != keys_pass:
                 return b, h, i, 0, 0
-            # The same block again where there is nothing to do: it is not fetched twice.
+            # The same block again if there is nothing to do: it is not fetched twice.
             at = b * stays + i
             return b, h, jnp.minimum(jnp.maximum(j, first[at]), last[at]), 0, 0
 

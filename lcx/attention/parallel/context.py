@@ -25,16 +25,16 @@ from lcx.core.mesh import RULES, SEQUENCE, axis_size, target_platform
 Strategy = Literal["ring", "gather", "window"]
 
 RING_TOKENS = 12_288
-"""Tokens of a device times heads a KV head from which on a ring hides its traffic: 3K tokens for Llama 3 on a TPU v5p."""
+"""Query tokens per device times heads per KV head above which a ring hides its transfers: 3K tokens for Llama 3 on a TPU v5p."""
 
 
 CPU_HOP = 2**21
-"""Logits of a hop down to which host devices take fewer heads at a time: they share their memory, so what is saved counts for
-all of them."""
+"""Logits of a hop down to which host devices process fewer heads at a time: they share their memory, so savings count for all
+of them."""
 
 
 class ContextPlan(NamedTuple):
-    """What `resolve_context` decided: the devices whose keys are met, and in how many slices."""
+    """The decision of `resolve_context`: the devices whose keys are needed, and in how many slices."""
 
     strategy: Strategy
     hops: Hops
@@ -46,7 +46,7 @@ def resolve_context(
 ) -> ContextPlan:
     """How `pieces` devices of the ring share rows of `length` tokens under a mask, and why; `group` is N / K.
 
-    Raises `UserError` where the strategy that is asked for can't be exact.
+    Raises `UserError` if the requested strategy cannot be exact.
     """
     shard = length // pieces
     whole = Hops(pieces - 1)
@@ -56,23 +56,23 @@ def resolve_context(
             "strategy 'window' needs a window that ends within the ring, no prefix, and a contiguous or zigzag layout "
             f"(window={mask.window}, prefix={mask.prefix}, layout={layout!r}); choose 'ring'"
         )
-    why = "asked for"
+    why = "requested"
     if strategy == "auto":
         many = shard * group >= RING_TOKENS
         strategy = "window" if near is not None else "ring" if many else "gather"
-        enough = f"{shard:,} tokens a device with {group} heads a KV head are {'enough' if many else 'too few'} to hide a ring"
+        enough = f"{shard:,} tokens per device with {group} heads per KV head are {'enough' if many else 'too few'} to hide a ring"
         why = (
             f"a window of {mask.window} reaches {near.before} devices before and {near.after} after" if near is not None else enough
         )
     hops = near if strategy == "window" else whole
-    # Gathered, a slice of every shard makes up what one device holds. A ring needs large messages.
+    # When gathering, a slice of every shard adds up to what one device holds. A ring needs large messages.
     slices = next(n for n in range(min(pieces, shard), 0, -1) if shard % n == 0) if strategy == "gather" else 1
     return ContextPlan(strategy, dataclasses.replace(hops, slices=slices), f"{strategy}: {why}")
 
 
 def host_parts(hops: Hops, biased: bool, rows: int, tokens: int, heads: int, kv_heads: int) -> Hops:
-    """How host devices that hold `rows` of so many `tokens` walk a ring: by groups of the heads; or with a bias, which is computed
-    for all heads at once, and where nobody else has keys, by halves of the keys."""
+    """How host devices that hold `rows` of `tokens` tokens walk a ring: by groups of heads; or by halves of the keys if there is a
+    bias, which is computed for all heads at once, or if no other device has keys."""
     if biased or not hops.before + hops.after:
         return dataclasses.replace(hops, slices=2 if tokens % 2 == 0 else 1)
     fits = (n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and rows * tokens**2 * (heads // n) >= CPU_HOP)
@@ -80,7 +80,7 @@ def host_parts(hops: Hops, biased: bool, rows: int, tokens: int, heads: int, kv_
 
 
 def _window_hops(mask: Mask, layout: Layout, shard: int, pieces: int) -> Hops | None:
-    """The neighbours that a window reaches; None where it reaches everybody, or somebody who is no neighbour."""
+    """The neighbours that a window reaches; None if it reaches all devices, or one that is not a neighbour."""
     if mask.window is None or mask.prefix or layout == "striped":
         return None
     reach = -(-(mask.window - 1) // (shard // 2 if layout == "zigzag" else shard))
@@ -90,7 +90,7 @@ def _window_hops(mask: Mask, layout: Layout, shard: int, pieces: int) -> Hops | 
 
 
 class _Split(NamedTuple):
-    """Mesh axes that `shard_map` takes over, and how it splits arrays `[B, T, ...]` of tokens and `[B, T, N, ...]` of heads."""
+    """Mesh axes that `shard_map` handles, and how it splits arrays `[B, T, ...]` of tokens and `[B, T, N, ...]` of heads."""
 
     axes: set[str]
     tokens: PartitionSpec
@@ -98,7 +98,7 @@ class _Split(NamedTuple):
 
 
 def _split(mesh: AbstractMesh, kernel: Kernel, queries: Queries, keys: Keys) -> _Split:
-    """The sequence alone; or all of the mesh for a kernel that the compiler can't split over rows and heads by itself."""
+    """The sequence axes only; or the whole mesh for a kernel that the compiler cannot split over rows and heads by itself."""
     if kernel != "flash":
         return _Split(set(SEQUENCE), PartitionSpec(None, SEQUENCE), PartitionSpec(None, SEQUENCE))
     B, _, N, _ = queries.q.shape
@@ -119,7 +119,7 @@ def over_devices(
 ) -> Partial:
     """`run(shared, queries, keys, bias_params)` on the rows, tokens and heads of each device, for global arrays.
 
-    `shared(local)` is `local` for the heads that a device has of them. Without `spread` every device has all tokens of the queries.
+    `shared(local)` is `local` restricted to a device's share of the heads. Without `spread` every device has all query tokens.
     """
     split = _split(mesh, kernel, queries, keys)
     asking = split if spread else split._replace(tokens=_whole(split.tokens), heads=_whole(split.heads))
@@ -136,7 +136,7 @@ def over_devices(
 
 
 def _whole(spec: PartitionSpec) -> PartitionSpec:
-    """The same split without that of the tokens."""
+    """The same split, except that tokens are not split."""
     return PartitionSpec(*(None if axes == SEQUENCE else axes for axes in spec))
 
 
@@ -150,8 +150,8 @@ def over_mesh(
 ) -> Partial:
     """`(o_BTNH, lse_BTN)` in float32 or wider of global arrays whose sequence is split over `SEQUENCE`.
 
-    Every device computes the results of its own tokens. `local(tokens, heads, kv_heads)` gives what is static for the sizes that
-    a device works on at a time.
+    Every device computes the results of its own tokens. `local(tokens, heads, kv_heads)` returns the static arguments for the sizes
+    that a device processes at a time.
     """
     pieces, share = mesh.shape["ring"], mesh.shape["ulysses"]
     exchange = share > 1

@@ -1,8 +1,8 @@
 """All-gather attention: every device sees all keys, a slice of each shard at a time, so that memory stays bounded.
 
-Fewer and larger transfers than a ring, and none that has to hide: the choice where a device has few tokens.
+It has fewer and larger transfers than a ring, and none that has to be hidden: the choice if a device has few tokens.
 
-To be called inside `jax.shard_map`. Legend: B batch, S keys of one device.
+Must be called inside `jax.shard_map`. Legend: B batch, S keys of one device.
 """
 
 from __future__ import annotations
@@ -57,5 +57,5 @@ gather.defvjp(_gather_forward, _gather_backward)
 
 
 def _everybodys(axis: str, keys: Keys) -> Keys:
-    """These keys of all devices."""
+    """The same part of the keys of all devices, gathered."""
     return jax.tree.map(lambda x: jax.lax.all_gather(x, axis, axis=1, tiled=True), keys)

@@ -1,10 +1,10 @@
-"""Ring attention: keys and values walk from device to device while every device works on what it has (arXiv 2310.01889).
+"""Ring attention: keys and values travel from device to device while every device works on those it has (arXiv 2310.01889).
 
-Keys travel raw, unrepeated and in their own dtype, with their index and rotary tables; results are merged in float32. The backward
-pass walks the same way and carries the pending gradients of the travelling keys with it. Nothing depends on which tokens a device
-holds, so any layout is right; what the mask rules out is skipped by the kernel, block by block.
+Keys travel unrotated, unrepeated and in their own dtype, with their index and rotary tables; results are merged in float32. The
+backward pass travels the same way and carries the pending gradients of the travelling keys along. Nothing depends on which tokens
+a device holds, so every layout is correct; the kernel skips, block by block, what the mask rules out.
 
-To be called inside `jax.shard_map`. Legend: B batch, T tokens of one device, N heads, H head dim.
+Must be called inside `jax.shard_map`. Legend: B batch, T tokens of one device, N heads, H head dim.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from lcx.attention.shard import (
 
 @dataclasses.dataclass(frozen=True)
 class Hops:
-    """How many devices before and after its own a device hears from. A whole ring is (n - 1, 0).
+    """From how many devices before and after its own a device receives keys. A whole ring is (n - 1, 0).
 
-    Keys travel in `slices` parts, one after another, or the whole ring is walked for `groups` groups of the heads in turn: what is
-    under way, and what the kernel lays out for it, is that much smaller. More than one group takes a scheme without a bias.
+    Keys travel in `slices` parts, one after another, or the whole ring is walked once for each of `groups` groups of heads: what is
+    in transfer, and what the kernel allocates for it, is that much smaller. More than one group requires a scheme without a bias.
     """
 
     before: int
@@ -65,7 +65,7 @@ def _forward(local: Local, axis: str, hops: Hops, queries: Queries, keys: Keys, 
 
     def visit(so_far: Partial, here: Keys, following: Any) -> tuple[Partial, Any]:
         part = forward(local, queries, here, bias_params, wide)
-        # Keeps the compiler from moving the transfer behind the kernel, where only the merge would be left to hide it.
+        # Keeps the compiler from moving the transfer after the kernel, where only the merge would be left to hide it.
         following, part = jax.lax.optimization_barrier((following, part))
         return merge(so_far, part), following
 
@@ -127,15 +127,15 @@ def _one_group(hops: Hops) -> Hops:
 
 
 def _legs(hops: Hops) -> list[tuple[int, int, int]]:
-    """(direction in which keys move, first and last distance that is visited)."""
+    """(direction in which keys move, first and last distance visited)."""
     return [(1, 0, hops.before)] + ([(-1, 1, hops.after)] if hops.after else [])
 
 
 def _send(axis: str, shift: int, tree: Any) -> Any:
-    """Every device's arrays to the device `shift` places on; arrays of one shape and dtype as one, but for keys and values.
+    """Sends every device's arrays to the device `shift` places on; arrays of one shape and dtype as one, except keys and values.
 
-    A TPU has five transfers under way at a time, and one that has to wait for another hides behind no kernel. So the index travels
-    as one array, sine with cosine, dk with dv. Keys and values, the largest, would have to be copied for it.
+    A TPU has five transfers in progress at a time, and one that has to wait for another is not hidden behind a kernel. So the index
+    travels as one array, as do sine and cosine, and dk and dv. Keys and values, the largest, would have to be copied for it.
     """
     if isinstance(tree, Keys):
         rest = _send(axis, shift, (tree.index, tree.tables))
@@ -161,7 +161,7 @@ def _permute(axis: str, shift: int, x: jax.Array) -> jax.Array:
 
 
 def _walk(axis: str, shift: int, first: int, last: int, keys: Keys, visit: Callable, state: Any) -> Any:
-    """`visit(state, keys, following)` for the keys `first` to `last` devices away; the next ones are under way meanwhile."""
+    """`visit(state, keys, following)` for the keys `first` to `last` devices away; the next ones are in transfer meanwhile."""
     here = _send(axis, shift * first, keys) if first else keys
 
     def hop(carry: tuple, _: None) -> tuple:

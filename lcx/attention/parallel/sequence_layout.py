@@ -1,4 +1,4 @@
-"""How the tokens of a row are dealt to the devices that share it.
+"""How the tokens of a row are distributed over the devices that share it.
 
 Legend: B batch, T tokens in a row, n pieces that the row is split into.
 """
@@ -22,8 +22,8 @@ LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 def choose_layout(asked: Layout | Literal["auto"], length: int, pieces: int, windowed: bool) -> Layout:
     """The layout for rows of `length` tokens on a ring of `pieces` devices.
 
-    auto: zigzag, which balances causal attention; contiguous where all layers look through a window (`windowed`), for they need
-    neighbours only, and where there is no ring; striped, balanced too, where the length does not divide into zigzag chunks.
+    auto: zigzag, which balances causal attention; contiguous if all layers have a window (`windowed`), since they only need
+    neighbours, and if there is no ring; striped, also balanced, if the length is not divisible into zigzag chunks.
     """
     if asked != "auto":
         return asked
@@ -33,24 +33,24 @@ def choose_layout(asked: Layout | Literal["auto"], length: int, pieces: int, win
 
 
 def unit(layout: Layout, pieces: int) -> int:
-    """What T must be a multiple of: two chunks a piece for zigzag, one token a piece for the others."""
+    """The number by which T must be divisible: two chunks per piece for zigzag, one token per piece for the others."""
     return 2 * pieces if layout == "zigzag" else pieces
 
 
 def check_length(what: str, length: int, layout: Layout, pieces: int) -> None:
-    """Raises `UserError` naming the nearest lengths when a row of `length` can't be dealt to `pieces`."""
+    """Raises `UserError` naming the nearest lengths if a row of `length` cannot be split into `pieces`."""
     size = unit(layout, pieces)
     if length % size:
-        chunks = f"2·ring={size} zigzag chunks" if layout == "zigzag" else f"{size} {layout} shards"
-        raise UserError(f"{what}={length} does not divide into {chunks}; nearest: {multiples(length, size)}")
+        chunks = f"2·ring={size} (zigzag chunks)" if layout == "zigzag" else f"{size} ({layout} shards)"
+        raise UserError(f"{what}={length} must be divisible by {chunks}; try {multiples(length, size)}")
 
 
 def arrange(tree: Any, layout: Layout, pieces: int) -> Any:
-    """Arrays `[B, T, ...]` in row order, host or device, so that piece i of a plain split along T holds what it is dealt.
+    """Arrays `[B, T, ...]` in row order, host or device, rearranged so that piece i of a plain split along T holds its own tokens.
 
     contiguous: tokens in order. zigzag: of 2n chunks, piece i gets chunks i and 2n - 1 - i, so that under a causal mask all pieces
-    have the same work. striped: piece i gets tokens i, i + n, ... (arXiv 2311.09431). By reshape and flip: a gather would become a
-    serial loop on a TPU. Shift labels before.
+    have the same work. striped: piece i gets tokens i, i + n, ... (arXiv 2311.09431). Uses reshape and flip: a gather would become
+    a serial loop on a TPU. Shift labels first.
     """
 
     def one(x: Any) -> Any:

@@ -1,11 +1,11 @@
-"""Split-KV attention: the slots of a key-value cache are split over devices, every device sees all the queries.
+"""Split-KV attention: the slots of a key-value cache are split over devices, and every device sees all queries.
 
 Each device runs the kernel over its own keys, and the partial results are joined by their log-sum-exp (Flash-Decoding, 2023;
-over devices: tree attention, arXiv 2408.04093). The queries of a chunk are few and the keys of a long cache many: so queries and
-results travel, T·N·H numbers each way, and the S·K·H of keys and values never do.
+over devices: tree attention, arXiv 2408.04093). The queries of a chunk are few and the keys of a long cache many, so queries and
+results travel, T·N·H numbers each way, and the S·K·H numbers of keys and values never do.
 
-To be called inside `jax.shard_map`. Forward only: that is what decoding needs. Legend: B batch, T queries, S slots, N heads, K KV
-heads, H head dim.
+Must be called inside `jax.shard_map`. Forward only, which is what decoding needs. Legend: B batch, T queries, S slots, N heads,
+K KV heads, H head dim.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from lcx.core.mesh import SEQUENCE
 def split_kv(local: Local, spread: bool, queries: Queries, keys: Keys, bias_params: Any) -> Partial:
     """`(o_BTNH, lse_BTN)` in float32 or wider of the queries over the slots of all devices of the mesh's sequence axes.
 
-    `spread` says that a device has its share of the queries, and wants their results; else every device has and gets all of them.
-    `local` is what is static for all queries over a device's slots. Any dealing of tokens to slots is right: the index says who a
-    slot is.
+    If `spread`, a device has its share of the queries and gets their results; otherwise every device has and gets all of them.
+    `local` holds the static arguments for all queries over a device's slots. Any assignment of tokens to slots is correct: the
+    index identifies each slot's token.
     """
     wide = jnp.promote_types(queries.q.dtype, jnp.float32)
     if spread:
@@ -37,11 +37,11 @@ def merge_over(axes: tuple[str, ...], part: Partial, scatter: bool) -> Partial:
     """The attention over the keys of all devices of `axes` from each one's part; inside `jax.shard_map`.
 
     o' = Σ o·e^(l−m) / Σ e^(l−m) and l' = m + log Σ e^(l−m) with m = max l. With `scatter` every device gets its own share of T,
-    else all of it. A row that is empty everywhere stays o = 0, lse = -inf.
+    otherwise all of it. A row that is empty everywhere keeps o = 0, lse = -inf.
     """
     o, lse = part
     top = jax.lax.pmax(lse, axes)
-    # As in `merge`: an empty part has weight 0 by selection, and an empty row no difference of infinities.
+    # As in `merge`: an empty part has weight 0 by selection, and no difference of infinities occurs for an empty row.
     top = jnp.where(jnp.isneginf(top), 0.0, top)
     weight = jnp.where(jnp.isneginf(lse), 0.0, jnp.exp(jnp.where(jnp.isneginf(lse), 0.0, lse) - top))
     o = o.astype(weight.dtype) * weight[..., None]

@@ -1,9 +1,9 @@
 """Ulysses: devices trade a share of the tokens for a share of the heads, and attend over whole rows (arXiv 2309.14509).
 
-The tokens that come together are those of one piece of the ring (all tokens, where there is no ring). Differentiable by JAX:
-all that moves is linear.
+The tokens that are brought together are those of one piece of the ring (all tokens if there is no ring). JAX differentiates it:
+every transfer is linear.
 
-To be called inside `jax.shard_map`. Legend: N heads, K KV heads, u devices of the axis.
+Must be called inside `jax.shard_map`. Legend: N heads, K KV heads, u devices of the axis.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from lcx.positions.scheme import BiasFn
 
 
 def check_heads(num_heads: int, size: int) -> None:
-    """Raises `UserError` naming the sizes that work when `num_heads` can't be shared by `size` devices."""
+    """Raises `UserError` naming the sizes that work if `num_heads` cannot be shared by `size` devices."""
     if num_heads % size:
         fits = [n for n in range(1, num_heads + 1) if num_heads % n == 0]
-        raise UserError(f"mesh.ulysses={size} does not divide the {num_heads} heads of a device; these sizes do: {fits}")
+        raise UserError(f"mesh.ulysses={size} must divide the {num_heads} heads of a device; use one of {fits}")
 
 
 def kv_copies(kv_heads: int, size: int) -> int:
-    """How often a KV head is sent so that every device gets those of its query heads: 1 where K divides by u."""
+    """How many copies of a KV head are sent so that every device gets those of its query heads: 1 if K is divisible by u."""
     return math.lcm(kv_heads, size) // kv_heads
 
 
@@ -47,7 +47,7 @@ class HeadShare(BiasFn):
 
     @property
     def linear(self) -> bool:
-        """As the whole."""
+        """Whether the whole bias is linear."""
         return self.whole.linear
 
     def slopes(self, bias_params: Any) -> jax.Array:
@@ -60,7 +60,7 @@ class HeadShare(BiasFn):
 
 
 def share_of_bias(local: Local, axis: str) -> Local:
-    """`local` for the heads of this device of mesh axis `axis`; without a bias nothing changes."""
+    """`local` for the heads of this device of mesh axis `axis`; unchanged without a bias."""
     if local.scheme.bias is None:
         return local
     return dataclasses.replace(local, scheme=dataclasses.replace(local.scheme, bias=HeadShare(local.scheme.bias, axis)))

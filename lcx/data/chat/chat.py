@@ -1,15 +1,14 @@
 """Conversations to token ids with a loss weight for each token: 1 on what the model writes, 0 elsewhere.
 
-A conversation is a list of messages `{"role": ..., "content": ...}`; those of the role `assistant` are the model's. The chat
-template (jinja2, in the sandbox of `lcx.data.chat.sandbox`) makes the text of it, special tokens included, and the tokenizer
-adds none.
-What the model writes is what stands in the template's `{% generation %}` blocks. Of a template without them it is found by
-rendering the conversation up to each of the model's turns, with the prompt that asks for it, and up to its end: the difference,
-which is the message and the mark that ends the turn, without the line break that the template puts between turns. A template that
-writes a header for the turn and no prompt for it (`add_generation_prompt`) leaves the header to the model.
+A conversation is a list of messages `{"role": ..., "content": ...}`; messages with the role `assistant` are the model's. The chat
+template (jinja2, in the sandbox of `lcx.data.chat.sandbox`) turns them into text, special tokens included; the tokenizer adds none.
+What the model writes is the text of the template's `{% generation %}` blocks. Without such blocks it is found by rendering the
+conversation twice for each of the model's turns, once up to the prompt that asks for the turn and once up to its end: the
+difference is the message and the mark that ends the turn, without the line break that the template puts between turns. If a
+template writes a header for the turn but no prompt for it (`add_generation_prompt`), the header counts as the model's.
 
-A token counts as the model's when any of its characters does. transformers says the same of `return_assistant_tokens_mask`, but
-for a turn that ends in the middle of a character's bytes, of which it takes the first token only.
+A token counts as the model's if any of its characters does. This agrees with `return_assistant_tokens_mask` of transformers,
+except for a turn that ends in the middle of a character's bytes, of which transformers takes only the first token.
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ from lcx.data.tokenizers.special_tokens import beside
 from lcx.data.tokenizers.tokenizers import Tokenizer
 
 _BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-_WAY_OUT = "mend it, or name the file of another with data.chat_template"
+_WAY_OUT = "fix it, or name another template file with data.chat_template"
 Message = Mapping[str, Any]
 
 
 class Template:
     """A chat template.
 
-    `text` is jinja2, `specials` the tokens that it may name by role (`bos_token`, ...), `origin` where it came from, for errors.
-    Raises `UserError` for a template that is no jinja2 and for a missing library.
+    `text` is jinja2 source, `specials` the tokens that it may refer to by role (`bos_token`, ...), `origin` where it came from, for
+    errors. Raises `UserError` if the template is not valid jinja2 or the library is missing.
     """
 
     def __init__(self, text: str, specials: Mapping[str, str], origin: str = "given") -> None:
@@ -48,15 +47,15 @@ class Template:
         try:
             self._program = self._environment.program(text)
         except Exception as error:
-            raise UserError(f"chat template {origin} is refused: {_said(error)}; {_WAY_OUT}") from error
+            raise UserError(f"chat template {origin} is rejected: {_said(error)}; {_WAY_OUT}") from error
 
     def render(
         self, messages: Sequence[Message], tools: Sequence[Any] | None = None, *, add_generation_prompt: bool = False
     ) -> tuple[str, list[tuple[int, int]]]:
-        """The text of a conversation, and (first character, end) of each generation block.
+        """The text of a conversation, and (start, end) of each generation block in characters.
 
-        `add_generation_prompt` ends it with what asks the model for its turn, where the template knows such a thing. Raises
-        `UserError` with the template's own words where it refuses the messages, and for everything that it may not do.
+        `add_generation_prompt` appends the prompt for the model's turn, if the template has one. Raises `UserError` with the
+        template's own message if it rejects the messages, and for everything that templates are not allowed to do.
         """
         _check(messages)
         plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
@@ -65,23 +64,23 @@ class Template:
             meter = self._sandbox.Meter(len(plain), self._sandbox.measure([plain, tools], limit=1 << 40))
             return self._environment.render(self._program, meter, {**values, "add_generation_prompt": add_generation_prompt})
         except self._sandbox.Stopped as error:
-            raise UserError(f"chat template {self.origin} does not take these messages: {_said(error)}") from error
+            raise UserError(f"chat template {self.origin} rejects these messages: {_said(error)}") from error
         except Exception as error:
-            raise UserError(f"chat template {self.origin} is refused: {_said(error)}; {_WAY_OUT}") from error
+            raise UserError(f"chat template {self.origin} is rejected: {_said(error)}; {_WAY_OUT}") from error
 
 
 @dataclasses.dataclass(frozen=True)
 class Chat:
-    """A tokenizer and the template of its conversations."""
+    """A tokenizer and a chat template."""
 
     tokenizer: Tokenizer
     template: Template
 
     def encode(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Ids int32 `[n]` and loss weights float32 `[n]` of a conversation; a weight belongs to the token at its own place.
+        """Ids int32 `[n]` and loss weights float32 `[n]` of a conversation; each weight is at the place of its own token.
 
-        Raises `UserError` for what `Template.render` refuses, and for a template without generation blocks that writes a turn
-        in another way once others follow.
+        Raises `UserError` for what `Template.render` rejects, and for a template without generation blocks that writes a turn
+        differently when other turns follow.
         """
         text, written = self.template.render(messages, tools)
         if not self.template.marks_turns:
@@ -94,20 +93,20 @@ class Chat:
         return ids, weights
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> np.ndarray:
-        """Ids int32 `[n]` of a conversation that the model is to answer, its begin-of-sequence token as the template has it."""
+        """Ids int32 `[n]` of a conversation for the model to answer, with begin-of-sequence only if the template writes it."""
         return self.tokenizer.encode_chat(self.template.render(messages, tools, add_generation_prompt=True)[0])[0]
 
 
 def load(tokenizer: Tokenizer, path: str | None = None) -> Chat:
-    """The tokenizer with the template in the file `path`, else with its own.
+    """The tokenizer with the template in the file `path`, or with its own.
 
-    Its own is `chat_template.jinja` beside it, else `chat_template` of tokenizer_config.json (of several the one named
-    `default`). Raises `UserError` when there is none.
+    Its own template is `chat_template.jinja` in its folder, or `chat_template` in tokenizer_config.json (the one named `default`
+    if there are several). Raises `UserError` if it has none.
     """
     if path is not None:
         return Chat(tokenizer, Template(_text(pathlib.Path(path).expanduser()), tokenizer.specials, path))
     if tokenizer.folder is None:
-        raise UserError(f"tokenizer {tokenizer.fingerprint!r} has no chat template; name the file of one with data.chat_template")
+        raise UserError(f"tokenizer {tokenizer.fingerprint!r} has no chat template; name a template file with data.chat_template")
     own = tokenizer.folder / "chat_template.jinja"
     if own.is_file():
         return Chat(tokenizer, Template(_text(own), tokenizer.specials, str(own)))
@@ -119,7 +118,7 @@ def load(tokenizer: Tokenizer, path: str | None = None) -> Chat:
     if not isinstance(found, str):
         raise UserError(
             f"{tokenizer.folder} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json); "
-            "name the file of one with data.chat_template"
+            "name a template file with data.chat_template"
         )
     return Chat(tokenizer, Template(found, tokenizer.specials, str(config)))
 
@@ -128,41 +127,41 @@ def _text(path: pathlib.Path) -> str:
     try:
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
-        raise UserError(f"chat template {path} cannot be read ({why}); name the file of a jinja2 template") from error
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UserError(f"chat template {path} cannot be read ({why}); give the path of a jinja2 template") from error
 
 
 def _check(messages: Sequence[Message]) -> None:
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
-        raise UserError(f"messages={messages!r:.60} is no conversation; give a list such as [{{'role': 'user', 'content': ...}}]")
+        raise UserError(f"messages={messages!r:.60} is not a conversation; expected [{{'role': 'user', 'content': ...}}]")
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            raise UserError(f"messages[{i}]={message!r:.60} is no message; it takes {{'role': ..., 'content': ...}}")
+            raise UserError(f"messages[{i}]={message!r:.60} is not a message; expected {{'role': ..., 'content': ...}}")
         if not isinstance(message.get("role"), str):
-            raise UserError(f"messages[{i}] has role={message.get('role')!r:.60}; it takes a text such as 'user' or 'assistant'")
-        # Calls of tools stand in other keys; parts of several kinds in a list.
+            raise UserError(f"messages[{i}] has role={message.get('role')!r:.60}; expected a string such as 'user' or 'assistant'")
+        # Tool calls are under other keys; content in several parts is a list.
         if len(message) == 1 or not isinstance(message.get("content"), str | list | None):
-            raise UserError(f"messages[{i}] has content={message.get('content')!r:.60}; it takes a text")
+            raise UserError(f"messages[{i}] has content={message.get('content')!r:.60}; expected a string")
 
 
 def _turns(template: Template, messages: Sequence[Message], tools: Any, text: str) -> list[tuple[int, int]]:
-    """(first character, end) in `text` of what the model writes, from growing beginnings of the conversation."""
+    """(start, end) in characters of what the model writes in `text`, from rendering ever longer beginnings of the conversation."""
     found = []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         if i == 0:
             raise UserError(
-                f"messages[0] is the model's, and chat template {template.origin} does not say where its own words begin in it; "
-                "begin with another role, or mark them in the template with {% generation %} and {% endgeneration %}"
+                f"messages[0] is the model's, but chat template {template.origin} does not mark where the model's own words begin; "
+                "start with another role, or mark them in the template with {% generation %} and {% endgeneration %}"
             )
         asked, _ = template.render(messages[:i], tools, add_generation_prompt=True)
         answered, _ = template.render(messages[: i + 1], tools)
         if not answered.startswith(asked) or not text.startswith(answered):
             late = answered.startswith(asked)
             raise UserError(
-                f"chat template {template.origin} writes {'a turn' if late else 'the prompt of a turn'} in another way once "
-                f"{'others follow' if late else 'it is answered'} (messages[{i}]), so what the model writes cannot be told; "
+                f"chat template {template.origin} writes {'a turn' if late else 'the prompt of a turn'} differently when "
+                f"{'others follow' if late else 'it is answered'} (messages[{i}]), so what the model writes cannot be identified; "
                 "mark it in the template with {% generation %} and {% endgeneration %}"
             )
         found.append((len(asked), _end(answered, len(asked), message)))
@@ -170,7 +169,7 @@ def _turns(template: Template, messages: Sequence[Message], tools: Any, text: st
 
 
 def _end(answered: str, start: int, message: Message) -> int:
-    """Where a turn ends: behind the mark that follows the message, before line breaks and spaces that follow the mark."""
+    """Where a turn ends: after the mark that follows the message, before any line breaks and spaces that follow the mark."""
     content = message.get("content")
     said = content.strip() if isinstance(content, str) else ""
     at = answered.rfind(said, start) if said else -1
@@ -179,9 +178,9 @@ def _end(answered: str, start: int, message: Message) -> int:
 
 
 def _said(error: Exception) -> str:
-    """What an error says, as the end of a sentence."""
+    """The message of an error, as the end of a sentence."""
     words = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, RecursionError):
-        words = "it calls itself without end"
+        words = "it recurses without end"
     line = getattr(error, "lineno", None)
     return (f"line {line}: {words}" if line else words)[:300].removesuffix(".")

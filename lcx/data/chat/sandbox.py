@@ -1,11 +1,11 @@
-"""Chat templates are programs by strangers: what they may call, how long they run and how much they make is bounded here.
+"""A sandbox for chat templates, which are programs by strangers: it limits what they call, how long they run and what they produce.
 
 The language is the one that transformers gives to templates (`ImmutableSandboxedEnvironment` of jinja2, `raise_exception`,
-`strftime_now`, `tojson` without HTML escapes, trimmed blocks, loop controls, `{% generation %}`), less what a conversation does not
-need: filters and methods that pad or format to a width, and `lipsum`. Three bounds make an endless or enormous template an error:
-turns of all loops and calls together, the size of every value and of the text, and seconds of the processor. The first two grow
-with the conversation. jinja2 documents
-which of them a sandbox leaves to its user: https://jinja.palletsprojects.com/sandbox.
+`strftime_now`, `tojson` without HTML escapes, trimmed blocks, loop controls, `{% generation %}`), minus what a conversation does
+not need: filters and methods that pad or format to a width, and `lipsum`. Three limits turn an endless or enormous template into
+an error: the iterations and calls of all loops together, the size of every value and of the text, and seconds of CPU time. The
+first two grow with the conversation. For the limits that jinja2 leaves to users of its sandbox see
+https://jinja.palletsprojects.com/sandbox.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ _FILTERS = frozenset((
 
 
 class Refused(TemplateError):
-    """Something that a template may not do, in the words of the sentence that names it."""
+    """Something that a template is not allowed to do; the message completes an error sentence."""
 
 
 class Stopped(TemplateError):
-    """What a template itself raised with `raise_exception`."""
+    """An error that the template itself raised with `raise_exception`."""
 
 
 class Meter:
-    """What one rendering has used of its bounds; a rendering over `messages` messages that are `size` large together."""
+    """How much one rendering has used of its limits; it renders `messages` messages with a total size of `size`."""
 
     def __init__(self, messages: int, size: int) -> None:
         self.turns = _TURNS + _TURNS_PER_MESSAGE * messages
@@ -61,33 +61,33 @@ class Meter:
         self._left, self._ends = self.turns, time.thread_time() + SECONDS
 
     def tick(self) -> bool:
-        """Counts one turn of a loop or one call."""
+        """Counts one iteration of a loop or one call."""
         self._left -= 1
         if self._left < 0:
-            raise Refused(f"its loops and calls take more than {self.turns:,} turns")
+            raise Refused(f"its loops and calls take more than {self.turns:,} iterations")
         if self._left % 64 == 0:
             self.clock()
         return True
 
     def clock(self) -> None:
-        """Refuses to go on after `SECONDS`."""
+        """Raises `Refused` after `SECONDS`."""
         if time.thread_time() > self._ends:
-            raise Refused(f"it runs for more than {SECONDS:g} seconds")
+            raise Refused(f"it ran for more than {SECONDS:g} seconds")
 
     def check(self, size: int) -> None:
-        """Refuses a value of that size."""
+        """Raises `Refused` for a value larger than allowed."""
         if size > self.size:
-            raise Refused(f"it makes a value of more than {self.size:,} characters")
+            raise Refused(f"it creates a value of more than {self.size:,} characters")
 
     def measured(self, value: Any) -> Any:
-        """`value`, when all that it holds is within bounds; what it holds twice counts twice."""
+        """`value`, if everything it contains is within the limits; what it contains twice counts twice."""
         self.check(measure(value, self.size))
         self.clock()
         return value
 
 
 def measure(value: Any, limit: int) -> int:
-    """Characters in a value and what it holds, an item counting as eight; stops counting above `limit`."""
+    """Number of characters in a value and its contents, where each item counts as eight; stops counting above `limit`."""
     total, waiting = 0, [value]
     while waiting and total <= limit:
         one = waiting.pop()
@@ -100,12 +100,12 @@ def measure(value: Any, limit: int) -> int:
         elif isinstance(one, list | tuple | set | frozenset):
             waiting.extend(one)
         elif isinstance(one, int) and one.bit_length() > _BITS:
-            raise Refused(f"it makes a number of more than {_BITS} bits")
+            raise Refused(f"it creates a number of more than {_BITS} bits")
     return total
 
 
 class _Namespace(Namespace):
-    """`namespace(...)`: attributes that templates may set, none that Python uses."""
+    """`namespace(...)`: attributes that templates may set, except those that Python uses."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         given = dict(*args[1:], **kwargs)
@@ -127,20 +127,20 @@ def _plain_name(name: str) -> None:
 
 
 class _Dict:
-    """`dict(...)`, without the type and its methods."""
+    """`dict(...)`, without access to the type and its methods."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict:
         return dict(*args, **kwargs)
 
 
 class _Metered(visitor.NodeTransformer):
-    """Puts the meter into the parsed template: loops count their turns, built values are measured."""
+    """Adds the meter to the parsed template: loops count their iterations, and new values are measured."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         self.generic_visit(node)
         node.body.insert(0, nodes.ExprStmt(_call("tick"), lineno=node.lineno))
         if node.test is not None:
-            # Items that the test leaves out never reach the body.
+            # Items that the test filters out never reach the body.
             node.test = nodes.And(_call("tick"), node.test, lineno=node.lineno)
         return node
 
@@ -164,18 +164,18 @@ def _call(name: str, *args: nodes.Expr) -> nodes.Call:
 
 
 class _Generation(ext.Extension):
-    """The block `{% generation %}`, which holds what the model writes."""
+    """The block `{% generation %}`, which contains what the model writes."""
 
     tags = {_GENERATION}
 
     def parse(self, parser: Any) -> nodes.Node:
-        """The block as a call that sees its text."""
+        """The block as a call that receives its text."""
         line = next(parser.stream).lineno
         body = parser.parse_statements((f"name:end{_GENERATION}",), drop_needle=True)
         return nodes.CallBlock(self.call_method("mark"), [], [], body).set_lineno(line)
 
     def mark(self, caller: Callable[[], str]) -> str:
-        """Notes where the block's text comes to stand."""
+        """Records where the block's text ends up."""
         text = caller()
         at = self.environment.written
         self.environment.blocks.append((at, at + len(text), text))
@@ -200,12 +200,12 @@ class Environment(sandbox.ImmutableSandboxedEnvironment):
     def program(self, text: str) -> jinja2.Template:
         """The compiled template; raises jinja2's `TemplateError`."""
         if len(text) > _LONGEST_TEMPLATE:
-            raise Refused(f"it is {len(text):,} characters long; {_LONGEST_TEMPLATE:,} are allowed")
+            raise Refused(f"it is {len(text):,} characters long, and at most {_LONGEST_TEMPLATE:,} are allowed")
         tree = _Metered().visit(self.parse(text))
         return jinja2.Template.from_code(self, self.compile(tree), self.make_globals(None))
 
     def render(self, program: jinja2.Template, meter: Meter, values: Mapping[str, Any]) -> tuple[str, list[tuple[int, int]]]:
-        """The text, and (first character, end) of each generation block; raises whatever the template runs into."""
+        """The text, and (start, end) of each generation block in characters; raises any error of the template."""
         self.meter, self.written, self.blocks = meter, 0, []
         pieces = []
         for piece in program.generate(**values):
@@ -215,16 +215,16 @@ class Environment(sandbox.ImmutableSandboxedEnvironment):
             meter.clock()
         text = "".join(pieces)
         if any(text[start:end] != block for start, end, block in self.blocks):
-            raise Refused("it has a generation block inside of a macro or a captured block, where its place is not known")
+            raise Refused("it has a generation block inside a macro or a captured block, where its position is unknown")
         return text, [(start, end) for start, end, _ in self.blocks]
 
-    # What templates do, watched.
+    # What templates do, within the limits.
 
     def tick(self) -> None:
-        """One turn of a loop; `call` counts it."""
+        """One iteration of a loop; `call` counts it."""
 
     def measured(self, value: Any) -> Any:
-        """A value that a template wrote out."""
+        """A literal value of a template."""
         return self.meter.measured(value)
 
     def concat(self, pieces: Iterable[str]) -> str:
@@ -238,7 +238,7 @@ class Environment(sandbox.ImmutableSandboxedEnvironment):
         return self.concat(map(str, values))
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        """A call, counted, its result measured."""
+        """A call, which is counted and its result measured."""
         __self.meter.tick()
         if __obj == __self.tick:
             return True
@@ -251,7 +251,7 @@ class Environment(sandbox.ImmutableSandboxedEnvironment):
         return result if __obj == __self.measured else __self.meter.measured(result)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """`left operator right`, refused beforehand where the result would be enormous."""
+        """`left operator right`, refused in advance if the result would be enormous."""
         texts = [len(x) for x in (left, right) if isinstance(x, str | list | tuple)]
         numbers = [x for x in (left, right) if isinstance(x, int)]
         if operator == "*" and texts and numbers:
@@ -265,17 +265,17 @@ class Environment(sandbox.ImmutableSandboxedEnvironment):
         return self.meter.measured(super().call_binop(context, operator, left, right))
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        """As jinja2 has it, and of texts the methods that do not pad or format."""
+        """As in jinja2, and of the string methods only those that neither pad nor format."""
         if isinstance(obj, str) and attr not in _STR_METHODS:
             return False
         return super().is_safe_attribute(obj, attr, value)
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
-        """An attribute that must not be seen ends the template, also where it would only be printed."""
-        raise SecurityError(f"it reaches for {attribute!r} of a {type(obj).__name__}, which templates may not use")
+        """A forbidden attribute stops the template, even if it would only be printed."""
+        raise SecurityError(f"it accesses {attribute!r} of a {type(obj).__name__}, which templates must not use")
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """`text.format(...)` as jinja2 makes it safe, refused where the text asks for a width."""
+        """`text.format(...)` as jinja2 makes it safe, refused if the text specifies a width."""
         found = super().wrap_str_format(value)
         if found is not None:
             _no_width(value.__self__)
@@ -297,7 +297,7 @@ class Environment(sandbox.ImmutableSandboxedEnvironment):
         found = range(*bounds)
         turns = self.meter.turns
         if found[turns:]:
-            raise Refused(f"range({', '.join(f'{bound:,}' for bound in bounds)}) makes more than the {turns:,} turns allowed")
+            raise Refused(f"range({', '.join(f'{bound:,}' for bound in bounds)}) has more than the {turns:,} iterations allowed")
         return found
 
     def _join(self, values: Iterable, separator: str = "", attribute: str | None = None) -> str:
@@ -331,7 +331,7 @@ class Environment(sandbox.ImmutableSandboxedEnvironment):
 
 
 def _no_width(form: str) -> None:
-    """Refuses a format that may pad a short value to a long one."""
+    """Raises `Refused` for a format that may pad a short value to a long one."""
     if re.search(r"\d{4}|\*|\{[^}]*\{", form):
         raise Refused(f"it formats to a width, {form!r:.40}")
 
@@ -342,5 +342,5 @@ def _raise(message: str) -> None:
 
 def _now(form: str) -> str:
     if len(form) > 100 or re.search(r"%\W?\d", form):
-        raise Refused(f"it asks for the time as {form!r:.40}")
+        raise Refused(f"it formats the time as {form!r:.40}")
     return datetime.datetime.now().strftime(form)

@@ -1,7 +1,7 @@
 """Raw documents, one at a time: the readers behind every kind of source.
 
-A reader yields `(name, text)` in an order that depends on the corpus alone; `text` is bytes (UTF-8 unless the file says
-otherwise). A conversation's text is the JSON of its messages and tools, keys sorted.
+A reader yields `(name, text)` in an order that depends on the corpus alone; `text` is bytes (UTF-8 unless the file uses
+another encoding). A conversation's text is the JSON of its messages and tools, with sorted keys.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _FOREIGN = {"site-packages", "dist-packages", "__pycache__"}
 
 
 def read(config: SourceConfig) -> Iterator[tuple[str, bytes]]:
-    """The documents of a source, empty ones left out, up to `config.limit_bytes` of text.
+    """The documents of a source, without empty ones, up to `config.limit_bytes` of text.
 
-    Raises `UserError` when nothing is found, when a file cannot be read, or when a field is missing.
+    Raises `UserError` if nothing is found, a file cannot be read, or a field is missing.
     """
     readers = {"stdlib": _stdlib, "text": _text, "jsonl": _jsonl, "parquet": _parquet, "tfds": _tfds, "chat": _chat}
     if config.kind not in readers:
-        raise UserError(f"source.kind={config.kind!r} holds tokens, not text; a text source is one of {', '.join(readers)}")
+        raise UserError(f"source.kind={config.kind!r} holds tokens, not text; use one of {', '.join(readers)}")
     taken = 0
     for name, text in readers[config.kind](config):
         if not text:
@@ -39,7 +39,7 @@ def read(config: SourceConfig) -> Iterator[tuple[str, bytes]]:
         if config.limit_bytes is not None and taken >= config.limit_bytes:
             return
     if not taken:
-        raise UserError(f"source {describe(config)} holds no text; name files that are not empty")
+        raise UserError(f"source {describe(config)} has no text; give files that are not empty")
 
 
 def describe(config: SourceConfig) -> str:
@@ -48,7 +48,7 @@ def describe(config: SourceConfig) -> str:
 
 
 def files(config: SourceConfig) -> list[pathlib.Path]:
-    """Files that the patterns match, each once, sorted; raises `UserError` for a pattern that matches none."""
+    """Files that match the patterns, without duplicates, sorted; raises `UserError` if a pattern matches none."""
     found: set[pathlib.Path] = set()
     for pattern in config.paths:
         matches = [pathlib.Path(name) for name in glob.glob(os.path.expanduser(pattern), recursive=True)]
@@ -56,9 +56,9 @@ def files(config: SourceConfig) -> list[pathlib.Path]:
         if not matches:
             folder = pathlib.Path(pattern).expanduser()
             what = (
-                f"is a folder; add a pattern, as in {str(folder / '*.txt')!r}"
+                f"is a directory; add a pattern, such as {str(folder / '*.txt')!r}"
                 if folder.is_dir()
-                else ("matches no file; give a path or a glob pattern of files that are there")
+                else ("matches no file; give a path or a glob pattern of existing files")
             )
             raise UserError(f"source.path={pattern!r} {what}")
         found.update(matches)
@@ -66,7 +66,7 @@ def files(config: SourceConfig) -> list[pathlib.Path]:
 
 
 def _stdlib(config: SourceConfig) -> Iterator[tuple[str, bytes]]:
-    """Top-level modules whole, each package as one document of its files in path order (as a repository is)."""
+    """Each top-level module as one document, and each package as one document of its files in path order (like a repository)."""
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
     skip = _FOREIGN if config.include_tests else _FOREIGN | _TESTS
     documents: dict[str, list[pathlib.Path]] = {}
@@ -78,7 +78,7 @@ def _stdlib(config: SourceConfig) -> Iterator[tuple[str, bytes]]:
                 parts = path.relative_to(root).parts
                 documents.setdefault(parts[0] + "/" * (len(parts) > 1), []).append(path)
     if not documents:
-        raise UserError(f"the standard library of this Python holds no .py files under {root}; use source.kind='text' with a path")
+        raise UserError(f"the standard library of this Python has no .py files under {root}; use source.kind='text' with a path")
     for name in sorted(documents):
         yield name, b"\n".join(path.read_bytes() for path in sorted(documents[name]))
 
@@ -87,19 +87,19 @@ def _text(config: SourceConfig) -> Iterator[tuple[str, bytes]]:
     for path in files(config):
         text = _bytes(path)
         if b"\0" in text:
-            raise UserError(f"{path} is not text (it holds zero bytes); leave it out of source.path")
+            raise UserError(f"{path} is not text (it contains zero bytes); exclude it from source.path")
         yield str(path), text
 
 
 def _jsonl(config: SourceConfig) -> Iterator[tuple[str, bytes]]:
     for name, row in _rows(config, config.field, "text"):
         if not isinstance(row[config.field], str):
-            raise UserError(f"{name} has {row[config.field]!r:.60} under source.field={config.field!r}; it must be text")
+            raise UserError(f"{name} has {row[config.field]!r:.60} under source.field={config.field!r}; expected text")
         yield name, row[config.field].encode("utf-8", "surrogatepass")
 
 
 def _chat(config: SourceConfig) -> Iterator[tuple[str, bytes]]:
-    # The default is the key of text, under which no conversation stands.
+    # The default is the key of plain text, which never holds a conversation.
     field = "messages" if config.field == "text" else config.field
     for name, row in _rows(config, field, "messages"):
         chat = {"messages": row[field], "tools": row.get("tools")}
@@ -107,7 +107,7 @@ def _chat(config: SourceConfig) -> Iterator[tuple[str, bytes]]:
 
 
 def _rows(config: SourceConfig, field: str, what: str) -> Iterator[tuple[str, dict]]:
-    """The objects of JSONL files by `file:line`, each with something under `field`."""
+    """The objects of JSONL files, named `file:line`, each with a value under `field`."""
     for path in files(config):
         for number, line in enumerate(_bytes(path).splitlines(), 1):
             if not line.strip():
@@ -115,9 +115,9 @@ def _rows(config: SourceConfig, field: str, what: str) -> Iterator[tuple[str, di
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise UserError(f"{path}:{number} is not a line of JSON: {error}") from error
+                raise UserError(f"{path}:{number} is not valid JSON: {error}") from error
             if not isinstance(row, dict):
-                raise UserError(f"{path}:{number} is not an object; write lines such as {{{field!r}: ...}}")
+                raise UserError(f"{path}:{number} is not a JSON object; expected lines such as {{{field!r}: ...}}")
             if field not in row:
                 raise UserError(f"{path}:{number} has no {what} under source.field={field!r}{nearest(field, row)}")
             yield f"{path}:{number}", row
@@ -132,10 +132,10 @@ def _parquet(config: SourceConfig) -> Iterator[tuple[str, bytes]]:
         try:
             table = parquet.ParquetFile(path)
         except Exception as error:
-            raise UserError(f"{path} is not a Parquet file that can be read: {error}") from error
+            raise UserError(f"{path} cannot be read as a Parquet file: {error}") from error
         columns = table.schema_arrow.names
         if config.field not in columns:
-            raise UserError(f"{path} has no column source.field={config.field!r}{nearest(config.field, columns)}")
+            raise UserError(f"{path} has no column {config.field!r} (source.field){nearest(config.field, columns)}")
         number = 0
         for piece in table.iter_batches(columns=[config.field]):
             for value in piece.column(0).to_pylist():
@@ -159,12 +159,12 @@ def _tfds(config: SourceConfig) -> Iterator[tuple[str, bytes]]:
         for i in range(len(rows)):
             row = rows[i]
             if config.field not in row:
-                raise UserError(f"tfds dataset {name!r} has no feature source.field={config.field!r}{nearest(config.field, row)}")
+                raise UserError(f"tfds dataset {name!r} has no feature {config.field!r} (source.field){nearest(config.field, row)}")
             yield f"{name}/{config.split}:{i}", _as_bytes(row[config.field])
 
 
 def _short(error: Exception) -> str:
-    """The first line of what a library said, cut to a sentence's length."""
+    """The first line of a library's error message, shortened to fit into a sentence."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 

@@ -1,8 +1,8 @@
-"""Tokenise a corpus once, into ArrayRecord shards that lcx and TFDS read; killed at any time, it goes on where it stopped.
+"""Tokenise a corpus once, into ArrayRecord shards that lcx and TFDS read; if killed, a rerun resumes where it stopped.
 
 The result is a TFDS dataset without a TFDS builder: `tfds.builder_from_directory(folder).as_data_source("train")` gives
 features `name` and `tokens` without TensorFlow, and lcx reads the same shards through array_record alone
-(`source.kind="array_record"`). `lcx.data.sources.records` has the layout.
+(`source.kind="array_record"`). `lcx.data.sources.records` describes the layout.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lcx.data.tokenizers import tokenizers
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """How far a preparation has come, committed shards only."""
+    """Progress of a preparation, counting committed shards only."""
 
     shards: int
     documents: int
@@ -42,16 +42,16 @@ def prepare(
     shard_tokens: int = 1 << 24,
     report: Callable[[Progress], None] | None = None,
 ) -> Progress:
-    """Writes the source's documents, tokenised, to `out_dir`, and says how many there are.
+    """Writes the source's documents, tokenised, to `out_dir` and returns how many there are.
 
-    A shard ends with the document that reaches `shard_tokens`. A shard is written beside its place and renamed, then its
-    index likewise, which commits it; a rerun verifies by hash that the corpus still starts with the committed documents,
-    skips them untokenised, and ends with the bytes that an uninterrupted run writes. `report` is called after every shard.
-    Raises `UserError` for an empty corpus, a folder that holds another dataset, a corpus that changed in between, and a disk
-    that cannot be written.
+    A shard ends with the document that reaches `shard_tokens`. A shard is written under a temporary name and renamed, then its
+    index in the same way, which commits the shard; a rerun verifies by hash that the corpus still starts with the committed
+    documents, skips them without tokenising, and ends with the same bytes as an uninterrupted run. `report` is called after every
+    shard. Raises `UserError` for an empty corpus, a folder that holds another dataset, a corpus that changed in between, and a
+    disk that cannot be written.
     """
     if source.kind == "chat":
-        raise UserError("source.kind='chat' is read as it is, with its loss weights; name the files in the config, unprepared")
+        raise UserError("source.kind='chat' is read directly, with its loss weights; name its files in the config instead")
     folder, encoder = pathlib.Path(out_dir).expanduser(), tokenizers.load(tokenizer)
     if shard_tokens < 1:
         raise UserError(f"shard_tokens={shard_tokens} must be above 0")
@@ -79,7 +79,7 @@ def prepare(
         writer.finish()
     except OSError as error:
         raise UserError(
-            f"{folder} cannot be written: {error}; mend that and run the same command, it goes on from there"
+            f"{folder} cannot be written: {error}; fix that and rerun the same command, it resumes from there"
         ) from error
     if report is not None:
         report(writer.progress)
@@ -87,7 +87,7 @@ def prepare(
 
 
 def _claim(folder: pathlib.Path, identity: dict) -> bool:
-    """True when the dataset is complete; else marks the folder as this dataset's."""
+    """True if the dataset is complete; otherwise marks the folder as belonging to this dataset."""
     path = folder / records.META
     if path.exists():
         meta = json.loads(path.read_bytes())
@@ -95,12 +95,12 @@ def _claim(folder: pathlib.Path, identity: dict) -> bool:
         for key, value in identity.items():
             if begun and meta.get(key) != value and key != "tokenizer":
                 raise UserError(
-                    f"{folder} holds another dataset ({_difference(key, meta.get(key), value)}); give a new folder or delete it"
+                    f"{folder} holds another dataset ({_difference(key, meta.get(key), value)}); use a new folder or delete it"
                 )
         if begun:
             return meta["complete"]
     elif foreign := sorted(entry.name for entry in folder.iterdir() if entry.name != "index"):
-        raise UserError(f"{folder} holds {foreign[0]!r}, which is no dataset of lcx; give a new folder")
+        raise UserError(f"{folder} contains {foreign[0]!r}, which is not part of an lcx dataset; use a new folder")
     records.write_atomically(path, _json({**identity, "complete": False}))
     return False
 
@@ -112,7 +112,7 @@ def _difference(key: str, old: object, new: object) -> str:
 
 
 class _Writer:
-    """The committed shards of a folder, and the one that is being filled."""
+    """The committed shards of a folder, and the shard being filled."""
 
     def __init__(self, folder: pathlib.Path, identity: dict) -> None:
         self._folder, self._identity = folder, identity
@@ -133,7 +133,7 @@ class _Writer:
         return sum(len(tokens) for _, tokens, _ in self._pending) >= self._identity["shard_tokens"]
 
     def remaining(self, texts: Iterator[tuple[str, bytes]], encoder: tokenizers.Tokenizer) -> Iterator[tuple[str, bytes, int]]:
-        """Documents that no committed shard holds yet."""
+        """Documents that are not yet in a committed shard."""
         done = collections.deque(self._hashes)
         for name, text in texts:
             digest = text_hash(text)
@@ -142,15 +142,15 @@ class _Writer:
             elif digest == done[0]:
                 done.popleft()
             elif len(encoder.encode(text)):  # a text without tokens was never written
-                raise UserError(f"document {name} has changed since {self._folder} was begun; delete the folder and start again")
+                raise UserError(f"document {name} has changed since {self._folder} was started; delete the folder and start again")
         if done:
-            raise UserError(f"{self._folder} holds more documents than the corpus now has; delete the folder and start again")
+            raise UserError(f"{self._folder} holds more documents than the corpus has now; delete the folder and start again")
 
     def add(self, name: str, tokens: np.ndarray, digest: int) -> None:
         self._pending.append((name, tokens.astype(self._identity["dtype"]), digest))
 
     def commit(self) -> bool:
-        """Writes what is pending as the next shard; True when there was something."""
+        """Writes the pending documents as the next shard; True if there were any."""
         from array_record.python import array_record_module
 
         if not self._pending:
@@ -179,7 +179,7 @@ class _Writer:
         """The last shard, TFDS's files, and the mark of completion, in that order."""
         self.commit()
         if not self._shard_lengths:
-            raise UserError(f"{self._folder}: the corpus holds no tokens; name files that are not empty")
+            raise UserError(f"{self._folder}: the corpus has no tokens; give files that are not empty")
         paths = [records.shard_path(self._folder, self._identity["name"], shard) for shard in range(len(self._shard_lengths))]
         size = sum(path.stat().st_size for path in paths)
         described = records.tfds_files(self._identity["name"], self._shard_lengths, size, np.dtype(self._identity["dtype"]))

@@ -1,4 +1,4 @@
-"""Reads what `lcx data prepare` wrote: lengths and hashes at once, tokens document by document when they are asked for."""
+"""Reads what `lcx data prepare` wrote: lengths and hashes at once, tokens document by document on demand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _KEEP_DOCUMENTS = 64
 
 
 class Prepared:
-    """A source over ArrayRecord shards; the last few documents read are kept, since long ones are read in pieces."""
+    """A source over ArrayRecord shards; keeps the last few documents in memory, since long ones are read in pieces."""
 
     weighted = False
 
@@ -54,9 +54,9 @@ class Prepared:
 
 
 def open_prepared(config: SourceConfig, tokenizer: Tokenizer) -> Prepared:
-    """The dataset in the one folder that `config.path` names.
+    """The dataset in the single folder that `config.path` names.
 
-    Raises `UserError` when it is missing, unfinished, or made with another tokenizer or without the end tokens asked for.
+    Raises `UserError` if it is missing, unfinished, or was made with another tokenizer or without the requested end tokens.
     """
     if len(config.paths) != 1:
         raise UserError(f"source.path={config.paths} names {len(config.paths)} prepared datasets; give one folder per part")
@@ -64,14 +64,14 @@ def open_prepared(config: SourceConfig, tokenizer: Tokenizer) -> Prepared:
     try:
         meta = json.loads((folder / records.META).read_bytes())
     except (OSError, ValueError) as error:
-        raise UserError(f"source.path={str(folder)!r} holds no prepared dataset; make one with: lcx data prepare") from error
+        raise UserError(f"source.path={str(folder)!r} holds no prepared dataset; create one with: lcx data prepare") from error
     if not meta["complete"]:
-        raise UserError(f"the dataset in {str(folder)!r} is unfinished; run the same lcx data prepare again, it goes on from there")
+        raise UserError(f"the dataset in {str(folder)!r} is unfinished; rerun the same lcx data prepare, it resumes from there")
     if meta["fingerprint"] != tokenizer.fingerprint:
         raise UserError(
-            f"the dataset in {str(folder)!r} was made with tokenizer {meta['tokenizer']!r} ({meta['fingerprint']}), and "
-            f"data.tokenizer is another ({tokenizer.fingerprint}); use the same one or prepare it again"
+            f"the dataset in {str(folder)!r} was made with tokenizer {meta['tokenizer']!r} ({meta['fingerprint']}), but "
+            f"data.tokenizer is another one ({tokenizer.fingerprint}); use the same one or prepare it again"
         )
     if config.append_eos and not meta["source"]["append_eos"]:
-        raise UserError(f"the dataset in {str(folder)!r} was made without source.append_eos; prepare it again, or leave that out")
+        raise UserError(f"the dataset in {str(folder)!r} was made without source.append_eos; prepare it again, or set it to False")
     return Prepared(folder, meta)

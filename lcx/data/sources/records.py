@@ -5,7 +5,7 @@
     folder/index/00000.npz                       lengths, text hashes and names of that shard's documents; the shard's commit mark
     folder/lcx.json                              tokenizer fingerprint, source, counts, and whether the dataset is complete
 
-An `Example` is written and read here by hand: its bytes must be the same in every run, which protobuf does not promise for
+An `Example` is encoded and decoded by hand here: its bytes must be the same in every run, which protobuf does not guarantee for
 maps, and reading must not need TensorFlow. Wire format: https://protobuf.dev/programming-guides/encoding.
 """
 
@@ -24,17 +24,17 @@ META = "lcx.json"
 
 
 def shard_path(folder: pathlib.Path, name: str, shard: int) -> pathlib.Path:
-    """Where a shard's documents stand."""
+    """Path of a shard's documents."""
     return folder / f"{name}-train.array_record-{shard:05d}"
 
 
 def index_path(folder: pathlib.Path, shard: int) -> pathlib.Path:
-    """Where a shard's index stands."""
+    """Path of a shard's index."""
     return folder / "index" / f"{shard:05d}.npz"
 
 
 def write_atomically(path: pathlib.Path, content: bytes) -> None:
-    """The file exists with all of `content` or, whenever this is killed, as it was before."""
+    """Writes a file so that it holds all of `content` or, if the process is killed, is left as it was before."""
     partial = path.with_name(path.name + ".partial")
     with open(partial, "wb") as file:
         file.write(content)
@@ -44,7 +44,7 @@ def write_atomically(path: pathlib.Path, content: bytes) -> None:
 
 
 def write_index(path: pathlib.Path, names: Sequence[str], lengths: Sequence[int], hashes: Sequence[int]) -> None:
-    """One shard's index, atomically."""
+    """Writes one shard's index, atomically."""
     content = io.BytesIO()
     words = np.frombuffer(json.dumps(list(names)).encode(), np.uint8)
     np.savez(content, lengths=np.asarray(lengths, np.int64), hashes=np.asarray(hashes, np.uint64), names=words)
@@ -58,7 +58,7 @@ def read_index(path: pathlib.Path) -> tuple[list[str], np.ndarray, np.ndarray]:
 
 
 def encode_example(features: Mapping[str, bytes]) -> bytes:
-    """A `tf.train.Example` with one bytes value per feature, in the mapping's order."""
+    """A `tf.train.Example` with one bytes value per feature, in the order of the mapping."""
     entries = (_field(1, _field(1, key.encode()) + _field(2, _field(1, _field(1, value)))) for key, value in features.items())
     return _field(1, b"".join(entries))
 
@@ -75,7 +75,7 @@ def decode_example(message: bytes) -> dict[str, bytes]:
 
 
 def tfds_files(name: str, shard_lengths: Sequence[int], num_bytes: int, dtype: np.dtype) -> dict[str, Any]:
-    """Contents of the JSON files by which TFDS finds the shards and their features."""
+    """Contents of the JSON files from which TFDS learns the shards and their features."""
     tensor = {"dtype": np.dtype(dtype).name, "encoding": "bytes", "shape": {"dimensions": ["-1"]}}
     core = "tensorflow_datasets.core.features"
     features = {

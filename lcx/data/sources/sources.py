@@ -25,7 +25,7 @@ Split = Literal["train", "heldout"]
 class Source(Protocol):
     """Documents of tokens: `names` (D strings), `lengths` int64 `[D]` (all above 0), `hashes` uint64 `[D]` of the text.
 
-    `weighted` says that some tokens have a loss weight other than 1.
+    `weighted` is True if some tokens have a loss weight other than 1.
     """
 
     names: Sequence[str]
@@ -34,16 +34,16 @@ class Source(Protocol):
     weighted: bool
 
     def gather(self, documents: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-        """Tokens int32 of the spans `[S]`, one after the other."""
+        """Tokens int32 of the spans `[S]`, concatenated."""
 
     def weights(self, documents: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-        """Loss weights float32 of the spans' tokens, each at its own token's place; asked of weighted sources only."""
+        """Loss weights float32 of the spans' tokens, each at the place of its own token; called only for weighted sources."""
 
 
 class InMemorySource:
-    """A source that keeps all tokens in one array, in the smallest type that holds the vocabulary.
+    """A source that keeps all tokens in one array, in the smallest dtype that fits the vocabulary.
 
-    `weights` are each document's loss weights, float32; None is 1 throughout.
+    `weights` are each document's loss weights, float32; None means 1 everywhere.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class InMemorySource:
         self.weighted = weights is not None
 
     def gather(self, documents: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-        """Tokens int32 of the spans, one after the other."""
+        """Tokens int32 of the spans, concatenated."""
         return self._flat[ranges(self._offsets[documents] + starts, ends - starts)].astype(np.int32)
 
     def weights(self, documents: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
@@ -72,7 +72,7 @@ class InMemorySource:
 
 
 class Subset:
-    """Some documents of a source, seen as a source of their own and as one stream in their order."""
+    """Some of a source's documents, usable as a source and as one stream in their order."""
 
     def __init__(self, source: Source, ids: np.ndarray) -> None:
         self.source, self.ids = source, np.asarray(ids, np.int64)
@@ -89,7 +89,7 @@ class Subset:
         return self.source.names[self.ids[document]]
 
     def gather(self, documents: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-        """Tokens int32 of the spans, one after the other."""
+        """Tokens int32 of the spans, concatenated."""
         return self.source.gather(self.ids[documents], starts, ends)
 
     @property
@@ -105,26 +105,26 @@ class Subset:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all documents."""
+        """Number of tokens of all documents."""
         return int(self.cumulative[-1])
 
     def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """Tokens int32 `[R, length]` of the stream from each of `starts` `[R]` on."""
+        """Tokens int32 `[R, length]` of the stream, starting at each of `starts` `[R]`."""
         _, *spans = cut(self.cumulative, starts, starts + length)
         return self.gather(*spans).reshape(len(starts), length)
 
 
 def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """`start, start + 1, ...` of every range, one after the other, int64."""
+    """`start, start + 1, ...` of every range, concatenated, int64."""
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if len(ends) else 0
     return np.repeat(starts - (ends - lengths), lengths) + np.arange(total)
 
 
 def cut(cumulative: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Spans of a stream of documents: (which interval, document, start, end), each int64 `[S]`.
+    """Spans of a stream of documents: (index of the interval, document, start, end), each int64 `[S]`.
 
-    `cumulative` int64 `[D + 1]` are the documents' bounds in the stream, `starts < ends` `[R]` the intervals to cover.
+    `cumulative` int64 `[D + 1]` are the documents' boundaries in the stream, `starts < ends` `[R]` the intervals to cover.
     """
     first = np.searchsorted(cumulative, starts, "right") - 1
     counts = np.searchsorted(cumulative, ends, "left") - first
@@ -140,11 +140,11 @@ def text_hash(text: bytes) -> int:
 
 
 def eos_tail(append_eos: bool, tokenizer: Tokenizer) -> np.ndarray:
-    """What is put after each document: int32 `[0]` or `[1]`; raises `UserError` for a tokenizer without such a token."""
+    """The tokens to append to each document: int32 `[0]` or `[1]`; raises `UserError` if the tokenizer has no such token."""
     if append_eos and tokenizer.eos_id is None:
         raise UserError(
-            f"source.append_eos=True needs an end-of-sequence token and tokenizer {tokenizer.fingerprint!r} has none; "
-            "take 'bytes+eos' or set it to False"
+            f"source.append_eos=True needs an end-of-sequence token, and tokenizer {tokenizer.fingerprint!r} has none; "
+            "use tokenizer 'bytes+eos' or set it to False"
         )
     return np.asarray([tokenizer.eos_id] if append_eos else [], np.int32)
 
@@ -152,9 +152,9 @@ def eos_tail(append_eos: bool, tokenizer: Tokenizer) -> np.ndarray:
 def load(config: SourceConfig, tokenizer: Tokenizer, chat_template: str | None = None) -> Source:
     """The source that `config` names, tokenised; a prepared one (`array_record`) is opened and read lazily.
 
-    Documents of no tokens are left out. `chat_template` is the file of the template for chats, None the tokenizer's own. Raises
-    `UserError` for a missing or empty corpus, for a prepared one of another tokenizer, and for a conversation in which the model
-    writes nothing or that the template does not take.
+    Documents without tokens are left out. `chat_template` is the path of the template for chats (None: the tokenizer's own).
+    Raises `UserError` for a missing or empty corpus, for a prepared one of another tokenizer, and for a conversation in which the
+    model writes nothing or that the template rejects.
     """
     if config.kind == "array_record":
         return open_prepared(config, tokenizer)
@@ -169,7 +169,7 @@ def load(config: SourceConfig, tokenizer: Tokenizer, chat_template: str | None =
             tokens.append(np.concatenate([ids, tail]).astype(np.min_scalar_type(tokenizer.vocab_size - 1)))
             hashes.append(text_hash(text))
     if not names:
-        raise UserError(f"source {documents.describe(config)} holds no tokens; name files that are not empty")
+        raise UserError(f"source {documents.describe(config)} has no tokens; give files that are not empty")
     return InMemorySource(names, tokens, hashes, tokenizer.vocab_size)
 
 
@@ -182,11 +182,9 @@ def _load_chats(config: SourceConfig, template: chat.Chat) -> InMemorySource:
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
         if not own.any() and any(message["role"] == "assistant" for message in conversation["messages"]):
-            raise UserError(f"{name}: chat template {template.template.origin} writes nothing of what the assistant says; mend it")
+            raise UserError(f"{name}: chat template {template.template.origin} leaves out everything the assistant says; fix it")
         if not own.any():
-            raise UserError(
-                f"{name} holds nothing that the model writes; give it a message of the role 'assistant', or leave it out"
-            )
+            raise UserError(f"{name} has nothing for the model to write; add a message with the role 'assistant', or leave it out")
         names.append(name)
         tokens.append(ids)
         hashes.append(text_hash(text))
@@ -195,16 +193,16 @@ def _load_chats(config: SourceConfig, template: chat.Chat) -> InMemorySource:
 
 
 def split(source: Source, fraction: float, which: Split) -> Subset:
-    """The training or the held-out documents: held out are those whose text hash, as a fraction of 2^64, is below `fraction`.
+    """The training or the held-out documents; held out are those whose text hash, as a fraction of 2^64, is below `fraction`.
 
-    So the same text is never on both sides, and a document keeps its side when others come or go. A corpus so small that a
-    side would be empty gives it the one document with the hash nearest to it. Raises `UserError` when the side asked for
-    cannot hold a document.
+    So the same text is never on both sides, and a document keeps its side when others are added or removed. If a corpus is so
+    small that a side would be empty, that side gets the one document with the nearest hash. Raises `UserError` if the requested
+    side cannot get a document.
     """
     order = np.argsort(source.hashes, kind="stable")
     held = source.hashes[order] < np.uint64(int(fraction * 2.0**64))
     if fraction > 0 and len(order) > 1:
-        # Equal texts share a hash and stay on one side.
+        # Equal texts have the same hash and stay on one side.
         if not held.any():
             held = source.hashes[order] == source.hashes[order[0]]
         if held.all():
@@ -219,7 +217,7 @@ def split(source: Source, fraction: float, which: Split) -> Subset:
 
 
 def lengths_between(selection: Subset, low: int, high: int | None) -> Subset:
-    """The documents of `low` to `high` tokens; raises `UserError` when there is none."""
+    """The documents of `low` to `high` tokens; raises `UserError` if there are none."""
     keep = (selection.lengths >= low) & (selection.lengths <= (high if high is not None else np.iinfo(np.int64).max))
     if not keep.any():
         raise UserError(

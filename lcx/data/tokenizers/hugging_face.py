@@ -13,9 +13,9 @@ from lcx.data.tokenizers.special_tokens import beside, character, with_usual
 
 
 class HuggingFace:
-    """A `tokenizer.json`; special tokens that a text spells out become their ids, as the library has it.
+    """A `tokenizer.json`; special tokens spelled out in a text become their ids, as in the library.
 
-    Raises `UserError` for a file that cannot be read and for a missing tokenizers.
+    Raises `UserError` if the file cannot be read or the tokenizers library is missing.
     """
 
     def __init__(self, path: str | pathlib.Path) -> None:
@@ -26,11 +26,11 @@ class HuggingFace:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(raw)
         except Exception as error:
-            raise UserError(f"tokenizer {str(path)!r} is not a tokenizer.json that can be read: {error}") from error
+            raise UserError(f"tokenizer {str(path)!r} cannot be read as a tokenizer.json: {error}") from error
         # Truncation or padding stored in the file would cut documents silently.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        # Ids may have holes; what counts is where they end.
+        # Ids may have gaps; the vocabulary size is set by the largest one.
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.specials = with_usual(beside(self.folder).roles, self._tokenizer.token_to_id)
         self.bos_id, self.eos_id = (self._role(role) for role in ("bos_token", "eos_token"))
@@ -38,7 +38,7 @@ class HuggingFace:
 
     @property
     def begins_with_bos(self) -> bool:
-        """Whether the file's post-processor opens a text with the begin-of-sequence token."""
+        """Whether the file's post-processor starts a text with the begin-of-sequence token."""
         first = self._tokenizer.encode("", add_special_tokens=True).ids[:1]
         return self.bos_id is not None and first == [self.bos_id]
 
@@ -60,6 +60,6 @@ class HuggingFace:
         return self._tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True)
 
     def characters(self, alphabet: str) -> np.ndarray:
-        """Id of each character: its entry in the vocabulary, else its own encoding where that is one token."""
+        """Id of each character: its entry in the vocabulary, or else its encoding if that is a single token."""
         number, name = self._tokenizer.token_to_id, str(self.path)
         return np.asarray([character(one, number, self.encode(one), name) for one in alphabet], np.int32)

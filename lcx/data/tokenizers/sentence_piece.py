@@ -16,9 +16,9 @@ from lcx.data.tokenizers.special_tokens import beside, character, read_json, spl
 class SentencePiece:
     """A SentencePiece model and the tokens added to it (`added_tokens.json`, tokenizer_config.json).
 
-    In ordinary text a special token spelled out stays text; in a chat it becomes its id, and what follows it gets no dummy
-    space in front (with `legacy: true` in tokenizer_config.json it does, as transformers has it). Raises `UserError` for a
-    file that cannot be read and for a missing sentencepiece.
+    In ordinary text a special token that is spelled out stays text; in a chat it becomes its id, and what follows it gets no dummy
+    space in front (with `legacy: true` in tokenizer_config.json it does, as in transformers). Raises `UserError` if the file
+    cannot be read or sentencepiece is missing.
     """
 
     def __init__(self, path: str | pathlib.Path) -> None:
@@ -33,7 +33,7 @@ class SentencePiece:
         except RuntimeError as error:
             raise UserError(
                 f"tokenizer {str(path)!r} is neither a SentencePiece model nor a file of tiktoken ranks; "
-                "take the file that came with the model"
+                "use the file that came with the model"
             ) from error
         size = self._model.vocab_size()
         near = beside(self.folder)
@@ -91,11 +91,11 @@ class SentencePiece:
         return sentencepiece.SentencePieceProcessor(model_proto=content.SerializeToString())
 
     def decode(self, tokens: np.ndarray) -> str:
-        """Text, special tokens left out."""
+        """The text, without special tokens."""
         special = {*self._special.values()}
         return self._model.decode([t for t in map(int, tokens) if t not in special and 0 <= t < self._model.vocab_size()])
 
     def characters(self, alphabet: str) -> np.ndarray:
-        """Id of each character: its entry in the vocabulary, else its own encoding where that is one token."""
+        """Id of each character: its entry in the vocabulary, or else its encoding if that is a single token."""
         name = str(self.path)
         return np.asarray([character(one, self._id, self.encode(one), name) for one in alphabet], np.int32)

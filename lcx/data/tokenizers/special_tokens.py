@@ -1,6 +1,6 @@
-"""Special tokens: which a tokenizer has, what the files beside it say of them, and where they stand in a text.
+"""Special tokens: which ones a tokenizer has, what the files next to it say about them, and where they occur in a text.
 
-Files beside: `tokenizer_config.json` and `special_tokens_map.json` as transformers writes them. All may be missing.
+Files next to it: `tokenizer_config.json` and `special_tokens_map.json` as transformers writes them. All may be missing.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ USUAL = {
     "bos_token": ("<s>", "<bos>", "<|begin_of_text|>"),
     "eos_token": ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>"),
 }
-"""Names that a token of that role has where no file says it."""
+"""Usual names of the token of each role, for when no file names it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerFiles:
-    """What stands beside a tokenizer: `values` of tokenizer_config.json, and `roles` (`bos_token`, ...) with their tokens.
+    """The files next to a tokenizer: `values` of tokenizer_config.json, and `roles` (`bos_token`, ...) with their tokens.
 
-    A role of None is one that the files say there is none of.
+    A role of None is one that the files declare to have no token.
     """
 
     values: dict[str, Any]
     roles: dict[str, str | None]
 
     def flag(self, name: str, default: bool) -> bool:
-        """A switch of tokenizer_config.json; null counts as missing."""
+        """A boolean of tokenizer_config.json; null counts as missing."""
         value = self.values.get(name)
         return default if value is None else bool(value)
 
@@ -45,7 +45,7 @@ class TokenizerFiles:
 
 
 def beside(folder: pathlib.Path) -> TokenizerFiles:
-    """The files beside a tokenizer in `folder`; raises `UserError` for one that is not a JSON object."""
+    """The files next to a tokenizer in `folder`; raises `UserError` if one is not a JSON object."""
     values, mapped = read_json(folder / "tokenizer_config.json"), read_json(folder / "special_tokens_map.json")
     roles = {}
     for role, entry in {**mapped, **values}.items():
@@ -56,7 +56,7 @@ def beside(folder: pathlib.Path) -> TokenizerFiles:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """The object in a JSON file, empty for a missing file; raises `UserError` for anything else."""
+    """The object in a JSON file, empty if the file is missing; raises `UserError` for anything else."""
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -64,12 +64,12 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds {type(content).__name__}, not an object; take the file that came with the tokenizer")
+        raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}; use the file that came with the tokenizer")
     return content
 
 
 def with_usual(roles: dict[str, str | None], number: Callable[[str], int | None]) -> dict[str, str]:
-    """`roles` whose tokens `number` knows, and the usual names of begin and end of a sequence where it knows one."""
+    """The `roles` whose tokens have an id (`number`), plus begin and end of sequence under a usual name that has one."""
     known = {role: token for role, token in roles.items() if token is not None and number(token) is not None}
     for role, names in USUAL.items():
         found = next((name for name in names if number(name) is not None), None)
@@ -79,19 +79,19 @@ def with_usual(roles: dict[str, str | None], number: Callable[[str], int | None]
 
 
 def character(one: str, number: Callable[[str], int | None], ids: Iterable[int], tokenizer: str) -> int:
-    """Id of a character by itself: its entry in the vocabulary, else its encoding `ids` where that is one token."""
+    """Id of a single character: its entry in the vocabulary, or else its encoding `ids` if that is a single token."""
     spelled = (one, f"<0x{ord(one):02X}>", {"\n": "Ċ", " ": "Ġ"}.get(one, one), {" ": "▁"}.get(one, one))
     found = next((entry for form in spelled if (entry := number(form)) is not None), None)
     ids = list(ids)
     if found is None and len(ids) == 1:
         found = ids[0]
     if found is None:
-        raise UserError(f"tokenizer {tokenizer!r} has no single token for {one!r}, which the retrieval tasks write")
+        raise UserError(f"tokenizer {tokenizer!r} has no single token for {one!r}, which the retrieval tasks need")
     return int(found)
 
 
 def split(text: str, tokens: Iterable[str]) -> Iterator[tuple[int, str, bool]]:
-    """(first character, piece, is it one of `tokens`) of a text cut at the special tokens it spells out, longest first."""
+    """(start, piece, whether it is one of `tokens`) of a text cut at the special tokens spelled out in it, longest first."""
     names = sorted(filter(None, tokens), key=len, reverse=True)
     at = 0
     for found in re.finditer("|".join(map(re.escape, names)), text) if names else ():
@@ -104,9 +104,9 @@ def split(text: str, tokens: Iterable[str]) -> Iterator[tuple[int, str, bool]]:
 
 
 def places(text: str, lengths: Iterable[int]) -> np.ndarray:
-    """First character and end, int32 `[n, 2]`, of tokens that hold `lengths` bytes of `text` one after the other.
+    """First character and end, int32 `[n, 2]`, of tokens that hold consecutive runs of `lengths` bytes of `text`.
 
-    A token with a part of a character counts as holding the character.
+    A token that holds part of a character counts as holding the character.
     """
     raw = np.frombuffer(text.encode(), np.uint8)
     of_byte = np.cumsum((raw & 0xC0) != 0x80) - 1

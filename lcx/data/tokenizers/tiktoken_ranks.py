@@ -1,12 +1,12 @@
 """tiktoken ranks from a local file (`*.tiktoken`, Llama 3's `tokenizer.model`), read by the `tiktoken` library (extra `hf`).
 
-The file has a line `<token in base64> <rank>` per token. The regular expression that splits a text and the special tokens are
-not in it. They are read from a JSON beside it, named after it (`o200k.tiktoken` has `o200k.tiktoken.json`):
+The file has a line `<token in base64> <rank>` per token. It contains neither the regular expression that splits a text nor the
+special tokens. They are read from a JSON file next to it, named after it (`o200k.tiktoken.json` for `o200k.tiktoken`):
 
     {"pattern": "...", "special_tokens": {"<|endoftext|>": 199999}, "bos_token": null, "eos_token": "<|endoftext|>",
      "begins_with_bos": false}
 
-Only `pattern` must be there. A file of 128,000 ranks without such a JSON is Llama 3's: its pattern and its 256 special tokens as
+Only `pattern` is required. A file of 128,000 ranks without such a JSON file is Llama 3's: its pattern and 256 special tokens are as
 published in https://github.com/meta-llama/llama-models (models/llama3/tokenizer.py).
 """
 
@@ -26,7 +26,7 @@ from lcx.core.extras import library
 from lcx.data.tokenizers.special_tokens import places, read_json, split
 
 _LINE = re.compile(rb"([A-Za-z0-9+/]+={0,2}) (\d+)\s*")
-# The library's regex engine runs out of stack in longer runs; Llama 3's own code cuts them at the same length.
+# The library's regex engine runs out of stack on longer runs; Llama 3's own code cuts them at the same length.
 _LONG_RUN = re.compile(r"\s{25000}(?=\s)|\S{25000}(?=\S)")
 
 _LLAMA3_RANKS = 128_000
@@ -47,9 +47,9 @@ def looks_like_ranks(raw: bytes) -> bool:
 
 
 class Ranks:
-    """tiktoken ranks with their pattern and special tokens; in ordinary text a special token spelled out stays text.
+    """tiktoken ranks with their pattern and special tokens; in ordinary text a special token that is spelled out stays text.
 
-    Raises `UserError` for a file that cannot be read, for an unknown pattern and for a missing tiktoken.
+    Raises `UserError` if the file cannot be read, the pattern is unknown, or tiktoken is missing.
     """
 
     def __init__(self, path: str | pathlib.Path) -> None:
@@ -65,7 +65,7 @@ class Ranks:
                 self.path.name, pat_str=form["pattern"], mergeable_ranks=ranks, special_tokens=self._special
             )
         except ValueError as error:
-            raise UserError(f"{self.path}.json has a pattern that is no regular expression: {error}") from error
+            raise UserError(f"{self.path}.json has a pattern that is not a regular expression: {error}") from error
         self.vocab_size = self._encoding.n_vocab
         self.specials = {role: form[role] for role in ("bos_token", "eos_token") if form[role] is not None}
         self.bos_id, self.eos_id = (self._special.get(form[role]) for role in ("bos_token", "eos_token"))
@@ -94,7 +94,7 @@ class Ranks:
         return np.asarray(ids, np.int32), np.concatenate(covered)
 
     def decode(self, tokens: np.ndarray) -> str:
-        """Text, special tokens left out; malformed UTF-8 becomes replacement characters."""
+        """The text, without special tokens; malformed UTF-8 becomes replacement characters."""
         return self._encoding.decode([token for token in map(int, tokens) if token in self._ids])
 
     def characters(self, alphabet: str) -> np.ndarray:
@@ -102,7 +102,7 @@ class Ranks:
         ids = [self._ordinary(one) for one in alphabet]
         for one, found in zip(alphabet, ids, strict=True):
             if len(found) != 1:
-                raise UserError(f"tokenizer {str(self.path)!r} has no single token for {one!r}, which the retrieval tasks write")
+                raise UserError(f"tokenizer {str(self.path)!r} has no single token for {one!r}, which the retrieval tasks need")
         return np.asarray(ids, np.int32).reshape(-1)
 
 
@@ -117,18 +117,18 @@ def _parse(path: pathlib.Path, raw: bytes) -> dict[bytes, int]:
         except ValueError:
             token = None
         if not token:
-            raise UserError(f"{path}:{number} is not a token in base64 and its rank; the file is damaged, fetch it again")
+            raise UserError(f"{path}:{number} is not a base64 token and its rank; the file is damaged, download it again")
         ranks[token] = int(found[2])
     if len({*ranks.values()}) < len(ranks) or sorted(ranks.values()) != list(range(len(ranks))):
-        raise UserError(f"the {len(ranks)} ranks of {path} are not 0 to {len(ranks) - 1}; the file is damaged, fetch it again")
+        raise UserError(f"the {len(ranks)} ranks of {path} are not 0 to {len(ranks) - 1}; the file is damaged, download it again")
     missing = next((byte for byte in range(256) if bytes([byte]) not in ranks), None)
     if missing is not None:
-        raise UserError(f"{path} has no token for the byte 0x{missing:02X}, so not every text has tokens; fetch it again")
+        raise UserError(f"{path} has no token for the byte 0x{missing:02X}, so some texts cannot be tokenised; download it again")
     return ranks
 
 
 def _form(path: pathlib.Path, ranks: dict[bytes, int]) -> dict[str, Any]:
-    """The pattern and special tokens: of the JSON beside, else Llama 3's."""
+    """The pattern and special tokens, from the JSON file next to the ranks, or Llama 3's."""
     description = path.with_name(path.name + ".json")
     given = read_json(description)
     form = {"special_tokens": {}, "bos_token": None, "eos_token": None, "begins_with_bos": False, **given}
@@ -140,8 +140,8 @@ def _form(path: pathlib.Path, ranks: dict[bytes, int]) -> dict[str, Any]:
         return {"pattern": _LLAMA3_PATTERN, "special_tokens": special, "bos_token": bos, "eos_token": eos, "begins_with_bos": True}
     if not given:
         raise UserError(
-            f"{path} has {len(ranks):,} ranks and not Llama 3's 128,000, so its pattern and special tokens are not known; "
-            f"write them to {description.name} beside it, as in "
+            f"{path} has {len(ranks):,} ranks, not Llama 3's 128,000, so its pattern and special tokens are unknown; "
+            f"write them to {description.name} next to it, for example "
             '{"pattern": "...", "special_tokens": {"<|endoftext|>": 50256}, "eos_token": "<|endoftext|>"}'
         )
     for name in given:
@@ -149,18 +149,18 @@ def _form(path: pathlib.Path, ranks: dict[bytes, int]) -> dict[str, Any]:
             raise UserError(f"{description} has no field {name!r}{nearest(name, _FIELDS)}")
     special = form["special_tokens"]
     if not isinstance(form.get("pattern"), str):
-        raise UserError(f"{description} has no pattern; give the regular expression that splits a text before it is merged")
+        raise UserError(f"{description} has no pattern; add the regular expression that splits a text before tokens are merged")
     if not isinstance(special, dict) or any(type(id) is not int or id < len(ranks) for id in special.values()):
-        raise UserError(f"{description} must give special_tokens as tokens with ids of at least {len(ranks)}, the number of ranks")
+        raise UserError(f"{description}: special_tokens must map tokens to ids of at least {len(ranks)}, the number of ranks")
     if len({*special.values()}) < len(special):
         raise UserError(f"{description} gives two special_tokens the same id; each needs its own")
     for role in ("bos_token", "eos_token"):
         if form[role] is not None and form[role] not in special:
             raise UserError(
-                f"{description} has {role}={form[role]!r}, which is none of its special_tokens{nearest(form[role], special)}"
+                f"{description} has {role}={form[role]!r}, which is not one of its special_tokens{nearest(form[role], special)}"
             )
     if type(form["begins_with_bos"]) is not bool or (form["begins_with_bos"] and form["bos_token"] is None):
         raise UserError(
-            f"{description} has begins_with_bos={form['begins_with_bos']!r}; it is true or false, and true needs bos_token"
+            f"{description} has begins_with_bos={form['begins_with_bos']!r}; it must be true or false, and true needs bos_token"
         )
     return form

@@ -1,17 +1,17 @@
 """Text to token ids and back: bytes (embedded), `tokenizer.json`, SentencePiece models, tiktoken ranks (extra `hf`).
 
-Where tokens of begin (BOS) and end of a sequence (EOS) come from, all of it:
+Where begin-of-sequence (BOS) and end-of-sequence (EOS) tokens come from:
 
-- `encode` adds none. `add_bos_token`, `add_eos_token` and a `tokenizer.json`'s post-processor change nothing in it.
-- Training rows: `source.append_eos` closes each document with EOS, `packing.shared_bos` opens each row with BOS. Both are off
-  unless a config sets them; rows of retrieval tasks hold neither.
-- Chats: the chat template writes all of them (`lcx.data.chat.chat.chat`), and nothing is added to what it wrote.
-- Prompts: `prompt` puts BOS in front where `begins_with_bos` says that the model was made that way. That is: of a
-  `tokenizer.json`, what its post-processor does, as in transformers 5, which then ignores tokenizer_config.json; of a
-  SentencePiece model, `add_bos_token` of tokenizer_config.json, else yes where it has a BOS (as the code published with Llama,
-  Mistral and Gemma has it); of tiktoken ranks, `begins_with_bos` of the JSON beside them, and yes for Llama 3's; of bytes, when
-  `+bos` was asked for. Such a model should also train on rows with `packing.shared_bos`.
-- Nothing puts EOS behind a prompt, so `add_eos_token` has no meaning here.
+- `encode` adds none. `add_bos_token`, `add_eos_token` and the post-processor of a `tokenizer.json` have no effect on it.
+- Training rows: `source.append_eos` ends each document with EOS, `packing.shared_bos` starts each row with BOS. Both are off
+  unless a config sets them; rows of retrieval tasks have neither.
+- Chats: the chat template writes all of them (`lcx.data.chat.chat.chat`), and nothing is added to its text.
+- Prompts: `prompt` puts BOS in front if `begins_with_bos` says that the model was trained that way. For a `tokenizer.json` that
+  is what its post-processor does, as in transformers 5, which then ignores tokenizer_config.json; for a SentencePiece model it is
+  `add_bos_token` of tokenizer_config.json, or else true if it has a BOS (as in the code published with Llama, Mistral and Gemma);
+  for tiktoken ranks it is `begins_with_bos` of the JSON file next to them, and true for Llama 3's; for bytes it is true if `+bos`
+  was requested. Such a model should also train on rows with `packing.shared_bos`.
+- Nothing puts EOS after a prompt, so `add_eos_token` has no meaning here.
 
 In ordinary text a `tokenizer.json` turns special tokens that are spelled out (`</s>` in a web page) into their ids, as
 transformers does; with the other kinds they stay text. In a chat they become ids with every kind.
@@ -35,10 +35,10 @@ from lcx.data.tokenizers.tiktoken_ranks import Ranks, looks_like_ranks
 
 
 class Tokenizer(Protocol):
-    """What the rest of lcx asks of a tokenizer; `fingerprint` changes when any id would.
+    """What lcx needs from a tokenizer; `fingerprint` changes whenever any id would.
 
-    `begins_with_bos`: the model was made to see BOS in front of a prompt. `specials`: tokens by their role in a chat template
-    (`bos_token`, `eos_token`, ...). `folder`: where its files are, None for bytes.
+    `begins_with_bos`: the model was trained with BOS in front of a text. `specials`: tokens by their role in a chat template
+    (`bos_token`, `eos_token`, ...). `folder`: the folder of its files, None for bytes.
     """
 
     vocab_size: int
@@ -53,21 +53,21 @@ class Tokenizer(Protocol):
         """Token ids int32 `[n]` of `text`, no special tokens added."""
 
     def encode_chat(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """Ids int32 `[n]` of a text in which special tokens are spelled out, and the characters of each, int32 `[n, 2]`.
+        """Ids int32 `[n]` of a text with special tokens spelled out, and the characters of each, int32 `[n, 2]`.
 
-        Characters are given as the first one and the end; tokens that share a character both name it.
+        Characters are given as (start, end); tokens that share a character both include it.
         """
 
     def decode(self, tokens: np.ndarray) -> str:
-        """Text of token ids; special tokens give nothing."""
+        """Text of token ids; special tokens are left out."""
 
     def characters(self, alphabet: str) -> np.ndarray:
-        """Id of each character written by itself, int32 `[len(alphabet)]`; raises `UserError` where one needs several ids."""
+        """Id of each single character, int32 `[len(alphabet)]`; raises `UserError` if one needs several ids."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Bytes:
-    """One id per UTF-8 byte, then the special tokens that were asked for; a chat spells them `<s>` and `</s>`."""
+    """One id per UTF-8 byte, then the requested special tokens; a chat spells them `<s>` and `</s>`."""
 
     bos: bool = False
     eos: bool = False
@@ -75,7 +75,7 @@ class Bytes:
 
     @property
     def vocab_size(self) -> int:
-        """256 and one for each special token."""
+        """256 plus one for each special token."""
         return 256 + self.bos + self.eos
 
     @property
@@ -85,23 +85,23 @@ class Bytes:
 
     @property
     def eos_id(self) -> int | None:
-        """The id after the begin-of-sequence token's, or None."""
+        """The first id after the bytes and the begin-of-sequence token, or None."""
         return 256 + self.bos if self.eos else None
 
     @property
     def begins_with_bos(self) -> bool:
-        """True when a begin-of-sequence token was asked for."""
+        """True if a begin-of-sequence token was requested."""
         return self.bos
 
     @property
     def specials(self) -> dict[str, str]:
-        """The special tokens as a chat template writes them."""
+        """The special tokens by role, as a chat template writes them."""
         names = (("bos_token", "<s>", self.bos), ("eos_token", "</s>", self.eos))
         return {role: token for role, token, there in names if there}
 
     @property
     def fingerprint(self) -> str:
-        """The name itself: it says everything."""
+        """The tokenizer's name, which determines it completely."""
         return "bytes" + "+bos" * self.bos + "+eos" * self.eos
 
     def encode(self, text: str | bytes) -> np.ndarray:
@@ -128,7 +128,7 @@ class Bytes:
         """The byte of each character."""
         ids = self.encode(alphabet)
         if len(ids) != len(alphabet):
-            raise UserError(f"the alphabet {alphabet!r} holds characters of several bytes; keep to ASCII")
+            raise UserError(f"the alphabet {alphabet!r} has characters of several bytes; use ASCII only")
         return ids
 
 
@@ -136,11 +136,11 @@ _BYTES = {tokenizer.fingerprint: tokenizer for tokenizer in (Bytes(), Bytes(True
 
 
 def load(name: str) -> Tokenizer:
-    """The tokenizer that `name` says: `bytes` with `+bos` and `+eos` as wanted, or the path of a file or of its folder.
+    """The tokenizer called `name`: `bytes`, optionally with `+bos` and `+eos`, or the path of a file or of its folder.
 
-    A file is a `tokenizer.json`, a SentencePiece model or tiktoken ranks; what it is, is read from its content, since Llama 3's
-    `tokenizer.model` holds ranks. Of a folder, `tokenizer.json` is taken, else `tokenizer.model`, else the only `*.model` or
-    `*.tiktoken` in it. Raises `UserError` for an unknown name, a missing or unreadable file, and a missing library.
+    A file is a `tokenizer.json`, a SentencePiece model or tiktoken ranks; which of them is determined from its content, since Llama
+    3's `tokenizer.model` holds ranks. In a folder, `tokenizer.json` is preferred, then `tokenizer.model`, then the only `*.model`
+    or `*.tiktoken`. Raises `UserError` for an unknown name, a missing or unreadable file, and a missing library.
     """
     if name in _BYTES:
         return _BYTES[name]
@@ -158,9 +158,9 @@ def load(name: str) -> Tokenizer:
         return Ranks(path) if looks_like_ranks(raw) else SentencePiece(path)
     if path.suffix in (".json", ".model", ".tiktoken") or "/" in name:
         raise UserError(
-            f"tokenizer {name!r} is not there; give the path of a tokenizer.json, a SentencePiece or tiktoken file, or 'bytes'"
+            f"tokenizer {name!r} does not exist; give the path of a tokenizer.json, a SentencePiece or tiktoken file, or 'bytes'"
         )
-    raise UserError(f"tokenizer {name!r} is not known{nearest(name, [*_BYTES, 'path/to/tokenizer.json'])}")
+    raise UserError(f"unknown tokenizer {name!r}{nearest(name, [*_BYTES, 'path/to/tokenizer.json'])}")
 
 
 def _in_folder(folder: pathlib.Path) -> pathlib.Path:
@@ -170,11 +170,11 @@ def _in_folder(folder: pathlib.Path) -> pathlib.Path:
     found = sorted([*folder.glob("*.model"), *folder.glob("*.tiktoken")])
     if len(found) != 1:
         names = f"several: {', '.join(path.name for path in found)}" if found else "no tokenizer.json, *.model or *.tiktoken"
-        raise UserError(f"tokenizer {str(folder)!r} is a folder that holds {names}; give the path of the file")
+        raise UserError(f"tokenizer {str(folder)!r} is a directory with {names}; give the path of the file")
     return found[0]
 
 
 def prompt(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """Ids int32 `[n]` of a text to be continued, behind BOS where the model was made to see it there."""
+    """Ids int32 `[n]` of a text to be continued, with BOS in front if the model was trained that way."""
     ids = tokenizer.encode(text)
     return np.concatenate([[tokenizer.bos_id], ids]).astype(np.int32) if tokenizer.begins_with_bos else ids
