@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from lcx.recipes.recipe import defaults, part, recipe
@@ -54,7 +55,7 @@ def curve(folder: Path) -> list[dict[str, Any]]:
     corpus = folder / "corpus"
     corpus.mkdir()
     write_corpus(corpus)
-    train(recipe(config(corpus)).run, folder / "run")
+    train(recipe(config(corpus)).run, folder / "run", jax.devices()[:1])
     return [{name: row[name] for name in FIELDS} for row in metrics.read(folder / "run" / "metrics.jsonl")]
 
 
