@@ -28,14 +28,14 @@ def build(rows: int, length: int, devices: int = 1) -> tuple[Callable[[], float]
     arch, buffers = build_architecture(config, schemes, length)
     mesh = make_mesh(MeshConfig(fsdp=1, context=devices, ulysses=devices), jax.devices()[:devices])
     step = train_step(arch, specs(config, schemes, length), OptimConfig(schedule="constant", **OPTIMIZER), 10**6, mesh)
-    state = step.initialize(jax.random.key(0))
+    state = step.init_state(jax.random.key(0))
     host = map(host_batch, batches(rows, length))
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
 
     def run() -> float:
         nonlocal state
-        state, figures = step(state, step.put(next(host), rows), buffers)
-        return figures["loss"].item()
+        state, metrics = step(state, step.to_device(next(host), rows), buffers)
+        return metrics["loss"].item()
 
     return run, {"parameters": parameters, "versions": {name: version(name) for name in ("jax", "jaxlib", "numpy", "optax")}}
 

@@ -25,7 +25,7 @@ from lcx.interop.folder import HfFolder
 from lcx.interop.hf_config import read_json, values_of
 from lcx.model.config import ModelConfig, build_schemes
 from lcx.training import checkpoints
-from lcx.training.checkpoints import Initial, Loaded, Meta, Store, scheme_configs, stage_ends
+from lcx.training.checkpoints import InitialWeights, Loaded, Meta, Store, scheme_configs, stage_ends
 from lcx.training.stages import CheckpointConfig, RunConfig, StageConfig
 from lcx.training.workdir import CONFIG, begun, fingerprint, open_workdir
 
@@ -58,17 +58,17 @@ def load(
     return Loaded(source.params(dtype, mesh), run, _meta_of(run, source))
 
 
-def initial(init_from: str | None) -> Initial | None:
+def initial_weights(init_from: str | None) -> InitialWeights | None:
     """The weights that a run begins with, of either kind; None without any."""
     if init_from is None:
         return None
     keep = functools.partial(copy_hf_files, init_from)
     if not hf.is_folder(init_from):
-        return dataclasses.replace(checkpoints.initial(init_from), keep=keep)
+        return dataclasses.replace(checkpoints.initial_weights(init_from), keep=keep)
     source = HfFolder(init_from)
     run = _run_of(source, "float32")
     meta = _meta_of(run, source)
-    return Initial(init_from, meta, lambda mesh: Loaded(source.params("float32", mesh), run, meta), keep)
+    return InitialWeights(init_from, meta, lambda mesh: Loaded(source.params("float32", mesh), run, meta), keep)
 
 
 def stop_ids(path: str | Path) -> tuple[int, ...]:

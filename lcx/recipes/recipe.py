@@ -94,7 +94,7 @@ def run_recipe(chosen: Recipe, workdir: Path, command: Sequence[str]) -> None:
 
 def train_recipe(chosen: Recipe, workdir: Path) -> None:
     """Train alone, from weights of either kind."""
-    train(chosen.run, workdir, given=models.initial(chosen.run.init_from))
+    train(chosen.run, workdir, given=models.initial_weights(chosen.run.init_from))
 
 
 def evaluate_stage(chosen: Recipe, workdir: Path, label: str, stage: str) -> EvalResult:

@@ -19,7 +19,7 @@ from lcx.model.flops import step_flops
 from lcx.model.params import specs
 from lcx.positions.registry import from_config
 from lcx.positions.scheme import Scheme
-from lcx.training.checkpoints import Initial
+from lcx.training.checkpoints import InitialWeights
 from lcx.training.checks import check_stage, check_vocabulary
 from lcx.training.metrics import Meter, peak_flops
 from lcx.training.monitor import Probe, at_theta, best, probe_sums, read_probe, theta_of, thetas
@@ -40,7 +40,7 @@ class Attempt:
 
 
 @dataclasses.dataclass(frozen=True)
-class Origin:
+class PreviousStage:
     """What the weights at a stage's start were trained with: schemes by layer kind (or `default`) and length in tokens."""
 
     schemes: dict[str, Scheme]
@@ -53,7 +53,7 @@ class Origin:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class BuiltStage:
     """A stage made ready. `schemes` maps layer kinds (or `default`) to schemes, `buffers` and `specs` follow from them."""
 
     index: int
@@ -67,7 +67,7 @@ class Plan:
     step: TrainStep
     loader: Loader
     meter: Meter
-    before: Origin | None
+    previous: PreviousStage | None
 
     @property
     def theta(self) -> float | None:
@@ -77,17 +77,21 @@ class Plan:
     def batch(self, step: int) -> Batch:
         """Global arrays of the stage's step `step`."""
         rows = self.step.local_rows(self.stage.batch_size, self.stage.seq_len)
-        return self.step.put(self.loader.batch(step, rows), self.stage.batch_size)
+        return self.step.to_device(self.loader.batch(step, rows), self.stage.batch_size)
 
 
-class Planner:
-    """Makes plans; `decisions` is read anew for each, so a decision written down is in force from then on."""
+class StageBuilder:
+    """Builds stages; `decisions` is read anew for each, so a decision written down is in force from then on."""
 
     def __init__(
-        self, run: RunConfig, decisions: Decisions, devices: Sequence[jax.Device] | None = None, initial: Initial | None = None
+        self,
+        run: RunConfig,
+        decisions: Decisions,
+        devices: Sequence[jax.Device] | None = None,
+        initial: InitialWeights | None = None,
     ):
         self.run, self.decisions, self.initial = run, decisions, initial
-        self.origin = None if initial is None else Origin(initial.meta.schemes, initial.meta.length)
+        self.before_first = None if initial is None else PreviousStage(initial.meta.schemes, initial.meta.length)
         self.devices = list(jax.devices() if devices is None else devices)
         self.meshes = [make_mesh(run.mesh_of(stage), self.devices) for stage in run.stages]
         self._base = {kind: from_config(spec, f"positions.{kind}") for kind, spec in run.positions.items()}
@@ -100,15 +104,15 @@ class Planner:
         check_vocabulary(run.model, self.corpus.tokenizer.vocab_size, run.data.tokenizer)
         self.loaders = [self._loader(index, stage) for index, stage in enumerate(run.stages)]
 
-    def plan(self, index: int) -> Plan:
-        """The stage's plan under the decisions so far."""
+    def build(self, index: int) -> BuiltStage:
+        """The stage built under the decisions so far."""
         stage, mesh = self.run.stages[index], self.meshes[index]
         attempt, schemes = self.choose(index)
-        before = Origin(self.choose(index - 1)[1], self.run.stages[index - 1].length) if index else self.origin
+        previous = PreviousStage(self.choose(index - 1)[1], self.run.stages[index - 1].length) if index else self.before_first
         arch, buffers = build_architecture(self.run.model, build_schemes(self.run.model, schemes), stage.length)
         table = self._specs(schemes, stage)
         peak = peak_flops(mesh.devices.flat[0], self.run.metrics.peak_flops) * mesh.size
-        return Plan(
+        return BuiltStage(
             index=index,
             stage=stage,
             attempt=attempt,
@@ -124,48 +128,48 @@ class Planner:
                 flops=step_flops(self.run.model, stage.batch_size, stage.seq_len),
                 peak=peak,
             ),
-            before=before,
+            previous=previous,
         )
 
     def choose(self, index: int) -> tuple[Attempt, dict[str, Scheme]]:
         """The attempt that the decisions call for, and the schemes in force in it."""
-        current, attempt, before = self._base, Attempt(), self.origin
+        current, attempt, previous = self._base, Attempt(), self.before_first
         for i, stage in enumerate(self.run.stages[: index + 1]):
-            named = bool(stage.positions) or i == 0 and before is None
-            current = override(current, stage, before.length if before else stage.length)
-            attempt = self._attempt(stage, theta_of(current) if named else None, theta_of(current), before)
+            named = bool(stage.positions) or i == 0 and previous is None
+            current = override(current, stage, previous.length if previous else stage.length)
+            attempt = self._attempt(stage, theta_of(current) if named else None, theta_of(current), previous)
             if attempt.theta is not None:
                 current = at_theta(current, attempt.theta)
-            before = Origin(current, stage.length)
+            previous = PreviousStage(current, stage.length)
         return attempt, current
 
-    def probe(self, plan: Plan, params: Tree) -> Probe:
+    def probe(self, built: BuiltStage, params: Tree) -> Probe:
         """How `params` do on the stage's held-out probe."""
-        return self._probe(plan, params, plan.arch, plan.buffers, plan.stage.seq_len)
+        return self._probe(built, params, built.arch, built.buffers, built.stage.seq_len)
 
-    def reference(self, plan: Plan, params: Tree) -> Probe | None:
+    def reference(self, built: BuiltStage, params: Tree) -> Probe | None:
         """How they do at the length and with the scheme of the stage before; None in a first stage from scratch."""
-        if plan.before is None:
+        if built.previous is None:
             return None
-        schemes, length = build_schemes(self.run.model, plan.before.schemes), plan.before.length
+        schemes, length = build_schemes(self.run.model, built.previous.schemes), built.previous.length
         arch, buffers = build_architecture(self.run.model, schemes, length)
-        seq_len = self.run.stages[plan.index - 1].seq_len if plan.index else min(length, plan.stage.seq_len)
-        return self._probe(plan, params, arch, buffers, seq_len)
+        seq_len = self.run.stages[built.index - 1].seq_len if built.index else min(length, built.stage.seq_len)
+        return self._probe(built, params, arch, buffers, seq_len)
 
-    def _probe(self, plan: Plan, params: Tree, arch: Architecture, buffers: Tree, seq_len: int) -> Probe:
-        pieces = axis_size(plan.mesh, "batch")
+    def _probe(self, built: BuiltStage, params: Tree, arch: Architecture, buffers: Tree, seq_len: int) -> Probe:
+        pieces = axis_size(built.mesh, "batch")
         rows = max(2, -(-self.run.monitor.probe_rows // pieces) * pieces)
-        batch = plan.step.put(probe(self.run.data_of(plan.stage), seq_len, rows, self.run.seed, self.corpus), rows)
-        with jax.set_mesh(plan.mesh):
+        batch = built.step.to_device(probe(self.run.data_of(built.stage), seq_len, rows, self.run.seed, self.corpus), rows)
+        with jax.set_mesh(built.mesh):
             return read_probe(probe_sums(params, buffers, arch, batch))
 
-    def _attempt(self, stage: StageConfig, first: float | None, theta: float | None, before: Origin | None) -> Attempt:
+    def _attempt(self, stage: StageConfig, first: float | None, theta: float | None, previous: PreviousStage | None) -> Attempt:
         if not self.run.monitored(stage):
             return Attempt()
         ladder = list(stage.thetas)
-        if not ladder and before is not None and before.theta is not None and theta is not None:
-            ladder = thetas(self.run.monitor, (), first, (before.theta, before.length), stage.length)
-        if not ladder and before is None:
+        if not ladder and previous is not None and previous.theta is not None and theta is not None:
+            ladder = thetas(self.run.monitor, (), first, (previous.theta, previous.length), stage.length)
+        if not ladder and previous is None:
             raise UserError(
                 f"stages.{stage.name}.monitor=True has nothing to go by in a first stage from scratch; "
                 f"set stages.{stage.name}.thetas"

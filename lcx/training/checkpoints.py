@@ -255,7 +255,7 @@ class Loaded:
 
 
 @dataclasses.dataclass(frozen=True)
-class Initial:
+class InitialWeights:
     """Weights that a run begins with: their `name` in messages, their record, and `load(mesh)`, which reads them.
 
     `keep(workdir)` keeps in the run's workdir what else of the source will be needed.
@@ -267,9 +267,9 @@ class Initial:
     keep: Callable[[Path], None] = lambda _: None
 
 
-def initial(path: str | None) -> Initial | None:
+def initial_weights(path: str | None) -> InitialWeights | None:
     """The weights of a checkpoint that `init_from` names; None without one."""
-    return None if path is None else Initial(path, load_meta(path), lambda mesh: load_params(path, mesh=mesh))
+    return None if path is None else InitialWeights(path, load_meta(path), lambda mesh: load_params(path, mesh=mesh))
 
 
 def load_meta(path: str | Path) -> Meta:

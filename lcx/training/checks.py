@@ -64,7 +64,7 @@ def check_vocabulary(model: ModelConfig, vocab_size: int, tokenizer: str) -> Non
         )
 
 
-def remark(run: RunConfig) -> None:
+def warn_unusual(run: RunConfig) -> None:
     """Warn of what is allowed and seldom meant."""
     for before, stage in zip(run.stages, run.stages[1:], strict=False):
         if stage.seq_len < before.seq_len:

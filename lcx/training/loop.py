@@ -18,15 +18,16 @@ from lcx.core.errors import UserError
 from lcx.core.trees import Tree, num_elements
 from lcx.model.config import Architecture
 from lcx.positions.scheme import Scheme
-from lcx.training import metrics, monitor
-from lcx.training.builder import Plan, Planner
-from lcx.training.checkpoints import Initial, Meta, Store, initial, scheme_configs, stage_ends
-from lcx.training.checks import remark
-from lcx.training.prefetch import Feed, Stop
-from lcx.training.resume import Start, at_stage_start, begin, carry
+from lcx.training import metrics as metrics_log
+from lcx.training import monitor
+from lcx.training.builder import BuiltStage, StageBuilder
+from lcx.training.checkpoints import InitialWeights, Meta, Store, initial_weights, scheme_configs, stage_ends
+from lcx.training.checks import warn_unusual
+from lcx.training.prefetch import Prefetcher, Stop
+from lcx.training.resume import ResumePoint, continue_into, reread_stage_start, resume_point
 from lcx.training.stages import RunConfig
 from lcx.training.step import TrainState
-from lcx.training.workdir import alone, fingerprint, make_workdir, open_workdir
+from lcx.training.workdir import exclusive, fingerprint, make_workdir, open_workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Result:
 
 
 @dataclasses.dataclass
-class Watch:
+class StageHistory:
     """What the monitor has seen of the present stage."""
 
     losses: list[float] = dataclasses.field(default_factory=list)
@@ -51,7 +52,9 @@ class Watch:
     reference: monitor.Probe | None = None
 
 
-def train(run: RunConfig, workdir: str | Path, devices: Sequence[jax.Device] | None = None, given: Initial | None = None) -> Result:
+def train(
+    run: RunConfig, workdir: str | Path, devices: Sequence[jax.Device] | None = None, given: InitialWeights | None = None
+) -> Result:
     """Run all stages that the workdir has not seen the end of; the same call goes on after any interruption.
 
     `given` are the weights that `run.init_from` names (None: they are a checkpoint of lcx's, read when they are needed).
@@ -59,22 +62,22 @@ def train(run: RunConfig, workdir: str | Path, devices: Sequence[jax.Device] | N
     cannot work, a workdir of another run, a full disk, and too many non-finite steps in a row.
     """
     workdir = Path(workdir).absolute()
-    decisions = metrics.read(workdir / "decisions.jsonl")
-    given = given or initial(run.init_from)
-    planner = Planner(run, decisions, devices, given)
+    decisions = metrics_log.read(workdir / "decisions.jsonl")
+    given = given or initial_weights(run.init_from)
+    builder = StageBuilder(run, decisions, devices, given)
     main = jax.process_index() == 0
     make_workdir(workdir)
     with contextlib.ExitStack() as held:
         if main:
-            held.enter_context(alone(workdir))
+            held.enter_context(exclusive(workdir))
         open_workdir(workdir, run)
         if given is not None:
             given.keep(workdir)
-        remark(run)
+        warn_unusual(run)
         stop, store = held.enter_context(Stop()), held.enter_context(Store(workdir, run.checkpoint, stage_ends(run)))
-        writer = metrics.Writer(workdir, run.metrics, active=main)
+        writer = metrics_log.Writer(workdir, run.metrics, active=main)
         try:
-            return Trainer(planner, workdir, store, writer, decisions, stop).run()
+            return Trainer(builder, workdir, store, writer, decisions, stop).run()
         finally:
             writer.close()
 
@@ -83,123 +86,129 @@ class Trainer:
     """The state of a run in this process; `train` is the way in."""
 
     def __init__(
-        self, planner: Planner, workdir: Path, store: Store, writer: metrics.Writer, decisions: list[dict[str, Any]], stop: Stop
+        self,
+        builder: StageBuilder,
+        workdir: Path,
+        store: Store,
+        writer: metrics_log.Writer,
+        decisions: list[dict[str, Any]],
+        stop: Stop,
     ):
-        self.planner, self.config, self.workdir = planner, planner.run, workdir
+        self.builder, self.config, self.workdir = builder, builder.run, workdir
         self.store, self.writer, self.decisions, self.stop = store, writer, decisions, stop
         self.ends = stage_ends(self.config)
         self.config_fingerprint = fingerprint(self.config)
 
     def run(self) -> Result:
         """All stages that are left."""
-        start = begin(self.planner, self.store)
-        plan, state, at = self.planner.plan(start.index), start.state, start.stage_step
-        watch = _watch(start)
-        self.writer.truncate(lambda row: metrics.place_of(row) <= self._reached(start))
-        self._introduce(plan, state)
+        start = resume_point(self.builder, self.store)
+        built, state, at = self.builder.build(start.index), start.state, start.stage_step
+        history = _history(start)
+        self.writer.truncate(lambda row: metrics_log.place_of(row) <= self._reached(start))
+        self._introduce(built, state)
         while True:
-            if at < plan.stage.steps:
-                state, again = self._stage(plan, state, at, watch)
+            if at < built.stage.steps:
+                state, again = self._stage(built, state, at, history)
                 if again:
                     # Nothing of the failed attempt stays in memory beside what is read back.
                     del state
-                    self.store.drop_after(self._stage_start(plan))
-                    plan = self.planner.plan(plan.index)
-                    state, at, watch = at_stage_start(self.planner, self.store, plan.index), 0, Watch()
+                    self.store.drop_after(self._stage_start(built))
+                    built = self.builder.build(built.index)
+                    state, at, history = reread_stage_start(self.builder, self.store, built.index), 0, StageHistory()
                     continue
-            if plan.index + 1 == len(self.config.stages):
+            if built.index + 1 == len(self.config.stages):
                 break
-            plan = self.planner.plan(plan.index + 1)
-            state, at, watch = carry(state, plan, self.config.seed), 0, Watch()
+            built = self.builder.build(built.index + 1)
+            state, at, history = continue_into(state, built, self.config.seed), 0, StageHistory()
         self.store.wait()
         say(f"done: {self.ends[-1]} steps; metrics and checkpoints in {self.workdir}")
-        return Result(self.workdir, self.ends[-1], state.params, plan.arch, plan.buffers, plan.schemes, tuple(self.decisions))
+        return Result(self.workdir, self.ends[-1], state.params, built.arch, built.buffers, built.schemes, tuple(self.decisions))
 
-    def _reached(self, start: Start) -> tuple[int, int, int]:
+    def _reached(self, start: ResumePoint) -> tuple[int, int, int]:
         """The place up to which rows of metrics stand; a finished stage counts as the beginning of the next."""
         stages, index, at = self.config.stages, start.index, start.stage_step
         if at == stages[index].steps and index + 1 < len(stages):
             index, at = index + 1, 0
-        return index, self.planner.choose(index)[0].index, at
+        return index, self.builder.choose(index)[0].index, at
 
-    def _stage(self, plan: Plan, state: TrainState, at: int, watch: Watch) -> tuple[TrainState, bool]:
+    def _stage(self, built: BuiltStage, state: TrainState, at: int, history: StageHistory) -> tuple[TrainState, bool]:
         """Steps `at` to the end of a stage; True when the monitor wants the stage again from its start."""
-        stage, every = plan.stage, self.config.checkpoint.every
-        judged = self.config.monitor.steps if plan.attempt.watched else None
-        if judged is not None and watch.before is None:
-            watch.before = self.planner.probe(plan, state.params)
-            watch.reference = self.planner.reference(plan, state.params)
-        title = stage.name if not plan.attempt.index else f"{stage.name} (attempt {plan.attempt.index + 1})"
-        with Feed(plan.batch, at, stage.steps) as feed, Progress(title, stage.steps, at) as bar:
-            late = Late(self, plan, watch, bar)
+        stage, every = built.stage, self.config.checkpoint.every
+        judged = self.config.monitor.steps if built.attempt.watched else None
+        if judged is not None and history.before is None:
+            history.before = self.builder.probe(built, state.params)
+            history.reference = self.builder.reference(built, state.params)
+        title = stage.name if not built.attempt.index else f"{stage.name} (attempt {built.attempt.index + 1})"
+        with Prefetcher(built.batch, at, stage.steps) as batches, Progress(title, stage.steps, at) as bar:
+            pending = PendingMetrics(self, built, history, bar)
             for step in range(at, stage.steps):
-                batch, waited = feed.take()
-                state, figures = plan.step(state, batch, plan.buffers)
-                late.settle((step, figures, waited))
+                batch, waited = batches.next()
+                state, metrics = built.step(state, batch, built.buffers)
+                pending.flush((step, metrics, waited))
                 done = step + 1
                 if done == judged:
-                    late.settle()
-                    if self._judge(plan, state, watch):
+                    pending.flush()
+                    if self._judge(built, state, history):
                         return state, True
-                total = self._stage_start(plan) + done
+                total = self._stage_start(built) + done
                 stopping = self._stopping(total)
                 if stopping or done == stage.steps or (every is not None and total % every == 0):
-                    late.settle()
-                    self._save(plan, state, done, watch)
+                    pending.flush()
+                    self._save(built, state, done, history)
                 if stopping:
                     self._leave(total)
         return state, False
 
-    def _stage_start(self, plan: Plan) -> int:
-        return self.ends[plan.index] - plan.stage.steps
+    def _stage_start(self, built: BuiltStage) -> int:
+        return self.ends[built.index] - built.stage.steps
 
-    def _save(self, plan: Plan, state: TrainState, done: int, watch: Watch) -> None:
+    def _save(self, built: BuiltStage, state: TrainState, done: int, history: StageHistory) -> None:
         meta = Meta(
-            stage=plan.stage.name,
-            stage_index=plan.index,
-            attempt=plan.attempt.index,
+            stage=built.stage.name,
+            stage_index=built.index,
+            attempt=built.attempt.index,
             stage_step=done,
-            step=self._stage_start(plan) + done,
-            length=plan.stage.length,
+            step=self._stage_start(built) + done,
+            length=built.stage.length,
             seed=self.config.seed,
             config=self.config_fingerprint,
-            positions=scheme_configs(plan.schemes),
-            losses=tuple(watch.losses),
-            probe_before=_record(watch.before),
-            reference=_record(watch.reference),
+            positions=scheme_configs(built.schemes),
+            losses=tuple(history.losses),
+            probe_before=_record(history.before),
+            reference=_record(history.reference),
         )
         self.store.save(state, meta)
 
-    def _judge(self, plan: Plan, state: TrainState, watch: Watch) -> bool:
+    def _judge(self, built: BuiltStage, state: TrainState, history: StageHistory) -> bool:
         """Decide on the stage, write it down, say it; True when the run has to go back to the stage's start."""
-        after = self.planner.probe(plan, state.params)
-        decision = monitor.decide(self.config.monitor, watch.losses, watch.before, after, watch.reference)
+        after = self.builder.probe(built, state.params)
+        decision = monitor.decide(self.config.monitor, history.losses, history.before, after, history.reference)
         entry = {
-            "stage": plan.stage.name,
-            "stage_index": plan.index,
-            "attempt": plan.attempt.index,
-            "step": self._stage_start(plan) + len(watch.losses),
-            "theta": plan.theta,
+            "stage": built.stage.name,
+            "stage_index": built.index,
+            "attempt": built.attempt.index,
+            "step": self._stage_start(built) + len(history.losses),
+            "theta": built.theta,
             **dataclasses.asdict(decision),
-            "probe_before": _record(watch.before),
+            "probe_before": _record(history.before),
             "probe_after": _record(after),
-            "reference": _record(watch.reference),
+            "reference": _record(history.reference),
         }
         self.decisions.append(entry)
-        following = self.planner.choose(plan.index)[0]
+        following = self.builder.choose(built.index)[0]
         entry["next_theta"] = following.theta
         if jax.process_index() == 0:
-            metrics.append(self.workdir / "decisions.jsonl", entry)
-        theta = "its scheme" if plan.theta is None else f"theta {plan.theta:.4g}"
-        say(f"monitor: {plan.stage.name} at {theta}: {decision.verdict} ({decision.reason})")
+            metrics_log.append(self.workdir / "decisions.jsonl", entry)
+        theta = "its scheme" if built.theta is None else f"theta {built.theta:.4g}"
+        say(f"monitor: {built.stage.name} at {theta}: {decision.verdict} ({decision.reason})")
         if decision.verdict == "straight down":
             return False
         if following.watched:
-            say(f"monitor: back to the start of {plan.stage.name}, next theta {following.theta:.4g}")
+            say(f"monitor: back to the start of {built.stage.name}, next theta {following.theta:.4g}")
         else:
             scheme = "its scheme as it is" if following.theta is None else f"theta {following.theta:.4g}, whose probe was the best"
-            say(f"monitor: no theta is left to try for {plan.stage.name}; it goes on with {scheme}")
-        return following.index != plan.attempt.index
+            say(f"monitor: no theta is left to try for {built.stage.name}; it goes on with {scheme}")
+        return following.index != built.attempt.index
 
     def _stopping(self, total: int) -> bool:
         if jax.process_count() > 1:
@@ -213,52 +222,52 @@ class Trainer:
             raise KeyboardInterrupt
         raise SystemExit(128 + signal.SIGTERM)
 
-    def _introduce(self, plan: Plan, state: TrainState) -> None:
-        devices = " x ".join(f"{name}={size}" for name, size in plan.mesh.shape.items() if size > 1) or "1 device"
+    def _introduce(self, built: BuiltStage, state: TrainState) -> None:
+        devices = " x ".join(f"{name}={size}" for name, size in built.mesh.shape.items() if size > 1) or "1 device"
         stages = " -> ".join(f"{stage.name} ({stage.seq_len} x {stage.steps})" for stage in self.config.stages)
         say(f"{num_elements(state.params):,} parameters on {devices}; stages {stages}; workdir {self.workdir}")
 
 
-class Late:
+class PendingMetrics:
     """Figures of the step before the present one: read while the device already works on the next."""
 
-    def __init__(self, trainer: Trainer, plan: Plan, watch: Watch, bar: Progress):
-        self._trainer, self._plan, self._watch, self._bar = trainer, plan, watch, bar
+    def __init__(self, trainer: Trainer, built: BuiltStage, history: StageHistory, bar: Progress):
+        self._trainer, self._built, self._history, self._bar = trainer, built, history, bar
         self._pending: tuple[int, dict[str, jax.Array], float] | None = None
         self._before = time.perf_counter()
         self._plain = not console().is_terminal
 
-    def settle(self, following: tuple[int, dict[str, jax.Array], float] | None = None) -> None:
+    def flush(self, following: tuple[int, dict[str, jax.Array], float] | None = None) -> None:
         """Write the row that is pending, if any; `following` is pending from now on."""
         pending, self._pending = self._pending, following
         if pending is None:
             return
-        step, figures, waited = pending
-        plan, trainer = self._plan, self._trainer
-        jax.block_until_ready(figures)
+        step, metrics, waited = pending
+        built, trainer = self._built, self._trainer
+        jax.block_until_ready(metrics)
         now = time.perf_counter()
         seconds, self._before = now - self._before, now
         place = {
-            "step": trainer.ends[plan.index] - plan.stage.steps + step + 1,
-            "stage": plan.stage.name,
-            "stage_index": plan.index,
-            "attempt": plan.attempt.index,
+            "step": trainer.ends[built.index] - built.stage.steps + step + 1,
+            "stage": built.stage.name,
+            "stage_index": built.index,
+            "attempt": built.attempt.index,
             "stage_step": step + 1,
-            "seq_len": plan.stage.seq_len,
-            "theta": plan.theta,
+            "seq_len": built.stage.seq_len,
+            "theta": built.theta,
         }
-        row = metrics.row(place, figures, {**plan.meter.speed(seconds), "data_wait": waited})
+        row = metrics_log.row(place, metrics, {**built.meter.speed(seconds), "data_wait": waited})
         trainer.writer.write(row)
-        if plan.attempt.watched and len(self._watch.losses) < trainer.config.monitor.steps:
-            self._watch.losses.append(row["loss"])
-        left = f"  {(plan.stage.steps - step - 1) * seconds:,.0f} s left" if self._plain else ""
+        if built.attempt.watched and len(self._history.losses) < trainer.config.monitor.steps:
+            self._history.losses.append(row["loss"])
+        left = f"  {(built.stage.steps - step - 1) * seconds:,.0f} s left" if self._plain else ""
         self._bar.advance(f"loss {row['loss']:.3f}  {row['tokens_per_second']:,.0f} tok/s  MFU {row['mfu']:.0%}{left}")
         if not row["ok"]:
             self._report(row, step)
 
     def _report(self, row: dict[str, Any], step: int) -> None:
         """Name a dropped step and its batch; too many in a row end the run."""
-        made_of = _few(self._plan.loader.provenance(step))
+        made_of = _few(self._built.loader.provenance(step))
         what = f"step {row['step']} (stage {row['stage']}, batch {step}): loss {row['loss']}, gradient norm {row['grad_norm']}"
         if row["in_a_row"] >= self._trainer.config.max_bad_steps:
             raise UserError(
@@ -273,11 +282,11 @@ def _few(lines: Sequence[str], count: int = 3) -> str:
     return "; ".join(lines[:count]) + rest
 
 
-def _watch(start: Start) -> Watch:
+def _history(start: ResumePoint) -> StageHistory:
     if start.meta is None or start.meta.probe_before is None:
-        return Watch()
+        return StageHistory()
     reference = None if start.meta.reference is None else monitor.Probe(**start.meta.reference)
-    return Watch(list(start.meta.losses), monitor.Probe(**start.meta.probe_before), reference)
+    return StageHistory(list(start.meta.losses), monitor.Probe(**start.meta.probe_before), reference)
 
 
 def _record(probe: monitor.Probe | None) -> dict[str, float] | None:

@@ -89,9 +89,9 @@ class Meter:
         return {"tokens_per_second": self.tokens / seconds, "mfu": self.flops / seconds / self.peak}
 
 
-def row(place: Mapping[str, Any], figures: Mapping[str, jax.Array], timing: Mapping[str, float]) -> dict[str, Any]:
-    """One row of `metrics.jsonl`; waits until the device has the figures."""
-    values = {name: value.item() for name, value in jax.device_get(dict(figures)).items()}
+def row(place: Mapping[str, Any], metrics: Mapping[str, jax.Array], timing: Mapping[str, float]) -> dict[str, Any]:
+    """One row of `metrics.jsonl`; waits until the device has the metrics."""
+    values = {name: value.item() for name, value in jax.device_get(dict(metrics)).items()}
     perplexity = math.exp(min(values["loss"], 700.0)) if math.isfinite(values["loss"]) else math.inf
     memory = psutil.Process().memory_info().rss
     return {**place, **values, "perplexity": perplexity, **timing, "host_memory": memory, "time": time.time()}

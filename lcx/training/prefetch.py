@@ -17,22 +17,22 @@ from lcx.core.console import warn
 AHEAD = 2
 
 
-class Feed:
+class Prefetcher:
     """The batches of steps `start` to `stop - 1` in order, the next `AHEAD` in the making in one thread. A context manager."""
 
     def __init__(self, make: Callable[[int], Batch], start: int, stop: int):
         self._make, self._next, self._stop = make, start, stop
-        self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="feed")
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._waiting: deque[concurrent.futures.Future[Batch]] = deque()
 
-    def __enter__(self) -> "Feed":
+    def __enter__(self) -> "Prefetcher":
         self._fill()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def take(self) -> tuple[Batch, float]:
+    def next(self) -> tuple[Batch, float]:
         """The next batch and the seconds that were spent waiting for it."""
         begin = time.perf_counter()
         batch = self._waiting.popleft().result()

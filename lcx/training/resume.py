@@ -12,14 +12,14 @@ from lcx.core.console import say, warn
 from lcx.core.errors import UserError
 from lcx.core.param_spec import initialize
 from lcx.core.trees import Tree, paths
-from lcx.training.builder import Plan, Planner
+from lcx.training.builder import BuiltStage, StageBuilder
 from lcx.training.checkpoints import Meta, Store, stage_ends
 from lcx.training.step import TrainState
 from lcx.training.workdir import read_config
 
 
 @dataclasses.dataclass(frozen=True)
-class Start:
+class ResumePoint:
     """A state, the stage it belongs to, and how far that stage has come; `meta` is the checkpoint's, if it came from one."""
 
     state: TrainState
@@ -28,85 +28,85 @@ class Start:
     meta: Meta | None = None
 
 
-def begin(planner: Planner, store: Store) -> Start:
+def resume_point(builder: StageBuilder, store: Store) -> ResumePoint:
     """The state to go on from: own workdir, then `resume_from`, then `init_from`, then scratch."""
-    found = restore(planner, store)
+    found = restore_newest(builder, store)
     if found is not None:
         say(f"resuming at step {found.meta.step}, after step {found.meta.stage_step} of stage {found.meta.stage}")
         return found
-    if planner.run.resume_from is not None:
-        return _from_other(planner, Path(planner.run.resume_from))
-    return first(planner, planner.plan(0))
+    if builder.run.resume_from is not None:
+        return _from_other_run(builder, Path(builder.run.resume_from))
+    return from_initial_weights(builder, builder.build(0))
 
 
-def first(planner: Planner, plan: Plan) -> Start:
+def from_initial_weights(builder: StageBuilder, built: BuiltStage) -> ResumePoint:
     """The start of the first stage: given weights, or scratch."""
-    run = planner.run
-    given = planner.initial
+    run = builder.run
+    given = builder.initial
     if given is None:
-        return Start(plan.step.initialize(jax.random.key(run.seed)), 0, 0)
-    params = given.load(plan.mesh).params
+        return ResumePoint(built.step.init_state(jax.random.key(run.seed)), 0, 0)
+    params = given.load(built.mesh).params
     say(f"starting from the weights of {given.name} (stage {given.meta.stage}, step {given.meta.step})")
-    return Start(plan.step.start(fit(params, plan, run.seed, f"weights of {given.name}")), 0, 0)
+    return ResumePoint(built.step.state_from_params(fit(params, built, run.seed, f"weights of {given.name}")), 0, 0)
 
 
-def restore(planner: Planner, store: Store) -> Start | None:
+def restore_newest(builder: StageBuilder, store: Store) -> ResumePoint | None:
     """The newest checkpoint that still counts after the monitor's decisions; None when there is none."""
 
     def abstract(meta: Meta) -> TrainState:
-        return planner.plan(meta.stage_index).step.abstract_state()
+        return builder.build(meta.stage_index).step.abstract_state()
 
     def wanted(meta: Meta) -> bool:
         # Attempts that were rolled back left checkpoints which no longer belong to the run.
-        return meta.stage_step == 0 or meta.attempt >= planner.choose(meta.stage_index)[0].index
+        return meta.stage_step == 0 or meta.attempt >= builder.choose(meta.stage_index)[0].index
 
     found = store.restore(abstract, wanted)
     if found is None:
         return None
     state, meta = found
-    return Start(state, meta.stage_index, meta.stage_step, meta)
+    return ResumePoint(state, meta.stage_index, meta.stage_step, meta)
 
 
-def at_stage_start(planner: Planner, store: Store, index: int) -> TrainState:
+def reread_stage_start(builder: StageBuilder, store: Store, index: int) -> TrainState:
     """The state with which stage `index` begins, read back: what a rollback needs."""
-    plan = planner.plan(index)
+    built = builder.build(index)
     if index == 0:
-        return first(planner, plan).state
-    step = stage_ends(planner.run)[index - 1]
+        return from_initial_weights(builder, built).state
+    step = stage_ends(builder.run)[index - 1]
     if step not in store.steps:
         raise UserError(
-            f"{store.directory} has no checkpoint {step}, where stage {plan.stage.name} began; it cannot be rolled back"
+            f"{store.directory} has no checkpoint {step}, where stage {built.stage.name} began; it cannot be rolled back"
         )
-    before = planner.plan(index - 1)
-    return carry(store.read(step, before.step.abstract_state()), plan, planner.run.seed)
+    before = builder.build(index - 1)
+    return continue_into(store.read(step, before.step.abstract_state()), built, builder.run.seed)
 
 
-def carry(state: TrainState, plan: Plan, seed: int) -> TrainState:
+def continue_into(state: TrainState, built: BuiltStage, seed: int) -> TrainState:
     """The end of one stage as the beginning of the next: weights on its mesh, optimizer state kept or reset."""
     shapes = [x.shape for x in jax.tree.leaves(state.params)]
-    params = fit(state.params, plan, seed, "the weights of the stage before")
-    fresh = plan.step.start(params)
+    params = fit(state.params, built, seed, "the weights of the stage before")
+    fresh = built.step.state_from_params(params)
     same = shapes == [x.shape for x in jax.tree.leaves(params)]
     opt_state = fresh.opt_state
-    if plan.stage.keep_optimizer_state:
+    if built.stage.keep_optimizer_state:
         if same:
-            opt_state = jax.device_put(state.opt_state, plan.step.state_shardings.opt_state)
+            opt_state = jax.device_put(state.opt_state, built.step.state_shardings.opt_state)
         else:
-            warn(f"stages.{plan.stage.name}.keep_optimizer_state: parameters changed their shape, so the optimizer starts anew")
-    skipped = jax.device_put(state.skipped, plan.step.state_shardings.skipped)
+            warn(f"stages.{built.stage.name}.keep_optimizer_state: parameters changed their shape, so the optimizer starts anew")
+    skipped = jax.device_put(state.skipped, built.step.state_shardings.skipped)
     return fresh.replace(opt_state=opt_state, skipped=skipped)
 
 
-def fit(params: Tree, plan: Plan, seed: int, what: str) -> Tree:
+def fit(params: Tree, built: BuiltStage, seed: int, what: str) -> Tree:
     """`params` in the shapes that the stage's specs ask for.
 
     New leaves (a learned scheme that begins here) get first values, tables that grow with the length keep their rows and get
     first values behind them, leaves that are no longer used are dropped. Raises `UserError` for any other difference.
     """
-    wanted, given = dict(paths(plan.specs)), dict(paths(params))
+    wanted, given = dict(paths(built.specs)), dict(paths(params))
     if all(path in given and given[path].shape == spec.shape for path, spec in wanted.items()) and len(wanted) == len(given):
         return params
-    drawn = dict(paths(jax.jit(lambda key: initialize(plan.specs, key))(jax.random.key(seed))))
+    drawn = dict(paths(jax.jit(lambda key: initialize(built.specs, key))(jax.random.key(seed))))
     leaves = []
     for path, spec in wanted.items():
         old, new = given.get(path), drawn[path]
@@ -121,25 +121,25 @@ def fit(params: Tree, plan: Plan, seed: int, what: str) -> Tree:
         else:
             there = "absent" if old is None else f"of shape {old.shape}"
             raise UserError(f"{what} do not fit the model: {path} is {there} there and {spec.shape} here; use the same model sizes")
-    return jax.tree.unflatten(jax.tree.structure(plan.specs), leaves)
+    return jax.tree.unflatten(jax.tree.structure(built.specs), leaves)
 
 
-def _from_other(planner: Planner, path: Path) -> Start:
+def _from_other_run(builder: StageBuilder, path: Path) -> ResumePoint:
     """Full state of another run's newest checkpoint, at the same place of this run."""
     if not path.is_dir():
         raise UserError(f"resume_from={str(path)!r} is no folder; name another run's workdir")
     other = read_config(path)
     with Store(path, other.checkpoint, stage_ends(other)) as store:
-        found = store.restore(lambda meta: _place(planner, meta, path).step.abstract_state(), lambda _: True)
+        found = store.restore(lambda meta: _place(builder, meta, path).step.abstract_state(), lambda _: True)
     if found is None:
         raise UserError(f"resume_from={str(path)!r} holds no checkpoint; name a workdir that was trained in")
     state, meta = found
     say(f"going on from step {meta.step} of {path}")
-    return Start(state, meta.stage_index, meta.stage_step, None)
+    return ResumePoint(state, meta.stage_index, meta.stage_step, None)
 
 
-def _place(planner: Planner, meta: Meta, path: Path) -> Plan:
-    stages = planner.run.stages
+def _place(builder: StageBuilder, meta: Meta, path: Path) -> BuiltStage:
+    stages = builder.run.stages
     if meta.stage_index >= len(stages) or meta.stage_step > stages[meta.stage_index].steps:
         raise UserError(f"resume_from={str(path)!r} stands at step {meta.stage_step} of stage {meta.stage!r}, which this run lacks")
-    return planner.plan(meta.stage_index)
+    return builder.build(meta.stage_index)

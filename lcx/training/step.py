@@ -75,9 +75,9 @@ class TrainStep:
         self._open_step = compiled(functools.partial(self._train, gradients=True), out_shardings=(*out, self._param_shardings))
 
     def __call__(self, state: TrainState, batch: Batch, buffers: Mapping[str, Any]) -> tuple[TrainState, dict[str, jax.Array]]:
-        """The next state and this step's figures; `state` is donated.
+        """The next state and this step's metrics; `state` is donated.
 
-        `batch` holds `[B, T]` arrays from `put`, `buffers` what `model.config.build_architecture` gave. A step whose loss or
+        `batch` holds `[B, T]` arrays from `to_device`, `buffers` what `model.config.build_architecture` gave. A step whose loss or
         gradient is not finite, or whose weights are all zero, leaves parameters and optimizer as they were, and says so in `ok`.
         """
         with jax.set_mesh(self.mesh):
@@ -94,7 +94,7 @@ class TrainStep:
         indices = self._batch_sharding.addressable_devices_indices_map((rows, length)).values()
         return slice(min(i[0].start or 0 for i in indices), max(rows if i[0].stop is None else i[0].stop for i in indices))
 
-    def put(self, batch: Batch, rows: int) -> Batch:
+    def to_device(self, batch: Batch, rows: int) -> Batch:
         """Host arrays of this process's rows as global arrays `[rows, T]`, dealt to the mesh in its layout."""
         ring = self.mesh.shape["ring"]
         layout = row_layout(self.arch.config, batch.tokens.shape[1], self.mesh)
@@ -112,24 +112,26 @@ class TrainStep:
 
         return jax.tree.map(one, batch)
 
-    def initialize(self, key: jax.Array) -> TrainState:
+    def init_state(self, key: jax.Array) -> TrainState:
         """A fresh state, made in place on the mesh."""
         # This runs once; on CPU, optimizing its random bits would take longer than everything else in the start of a small run.
         options = {"xla_backend_optimization_level": 0} if self.mesh.devices.flat[0].platform == "cpu" else None
         make = jax.jit(
-            lambda key: self.fresh(initialize(self.specs, key)), out_shardings=self.state_shardings, compiler_options=options
+            lambda key: self._at_step_zero(initialize(self.specs, key)),
+            out_shardings=self.state_shardings,
+            compiler_options=options,
         )
         return make(key)
 
-    def start(self, params: Tree) -> TrainState:
+    def state_from_params(self, params: Tree) -> TrainState:
         """A state at step 0 with these parameters (any sharding) and a fresh optimizer; `params` is not to be used afterwards."""
         params = jax.device_put(params, self._param_shardings)
         rest = jax.jit(
-            lambda params: self.fresh(params).replace(params=None), out_shardings=self.state_shardings.replace(params=None)
+            lambda params: self._at_step_zero(params).replace(params=None), out_shardings=self.state_shardings.replace(params=None)
         )
         return rest(params).replace(params=params)
 
-    def fresh(self, params: Tree) -> TrainState:
+    def _at_step_zero(self, params: Tree) -> TrainState:
         """The state at step 0 around `params`."""
         # Three arrays, not one three times: donating one buffer twice is an error.
         zeros = [jnp.zeros((), jnp.int32) for _ in range(3)]
@@ -137,11 +139,11 @@ class TrainStep:
 
     def abstract_state(self) -> TrainState:
         """`ShapeDtypeStruct`s with shardings, for a restore that needs no initialised state beside it."""
-        shapes = jax.eval_shape(self.fresh, abstract(self.specs))
+        shapes = jax.eval_shape(self._at_step_zero, abstract(self.specs))
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.state_shardings)
 
     def _state_shardings(self) -> TrainState:
-        shapes = jax.eval_shape(self.fresh, abstract(self.specs))
+        shapes = jax.eval_shape(self._at_step_zero, abstract(self.specs))
         opt = optax.tree.map_params(
             self.transform,
             lambda _, sharding: sharding,
@@ -171,7 +173,7 @@ class TrainStep:
             skipped=state.skipped + bad,
             in_a_row=(state.in_a_row + bad) * bad,
         )
-        figures = {
+        metrics = {
             "loss": loss,
             "z_loss": sums.z / weight,
             "accuracy": sums.correct / weight,
@@ -183,8 +185,8 @@ class TrainStep:
             "in_a_row": after.in_a_row,
         }
         if sums.router_aux is not None:
-            figures["router_aux_loss"] = sums.router_aux / jnp.maximum(sums.tokens, 1.0)
-        return (after, figures, grads) if gradients else (after, figures)
+            metrics["router_aux_loss"] = sums.router_aux / jnp.maximum(sums.tokens, 1.0)
+        return (after, metrics, grads) if gradients else (after, metrics)
 
     def _sums_and_gradients(self, params: Tree, batch: Batch, buffers: Mapping[str, Any]) -> tuple[LossSums, Tree]:
         gradient = jax.value_and_grad(self._loss, has_aux=True)

@@ -19,7 +19,7 @@ from lcx.training.stages import RunConfig
 CONFIG = "config.json"
 LOCK = ".lock"
 
-FREE = (
+MUTABLE_FIELDS = (
     "mesh", "checkpoint", "metrics", "max_bad_steps",
     "model.remat", "model.layer_unroll", "model.mlp_tile", "model.loss_tile", "model.attention",
     "model.context_strategy", "model.context_layout",
@@ -30,7 +30,7 @@ FREE = (
 def open_workdir(workdir: Path, run: RunConfig) -> None:
     """Make the folder and keep the config in it; raises `UserError` when it holds another run.
 
-    Changes of `FREE` fields and stages added at the end are the same run; one that came to no checkpoint is none.
+    Changes of `MUTABLE_FIELDS` and stages added at the end are the same run; one that came to no checkpoint is none.
     """
     make_workdir(workdir)
     path = workdir / CONFIG
@@ -61,7 +61,7 @@ def begun(workdir: Path) -> bool:
 
 
 @contextlib.contextmanager
-def alone(workdir: Path) -> Iterator[None]:
+def exclusive(workdir: Path) -> Iterator[None]:
     """Holds the workdir for one training process of this host; raises `UserError` when another one has it.
 
     The lock goes with its process, however that ends. Where the file system has no locks, nothing is held.
@@ -101,7 +101,7 @@ def read_config(workdir: Path) -> RunConfig:
 
 def fingerprint(run: RunConfig) -> str:
     """Sixteen hex digits over everything that decides what the run computes."""
-    return configs.fingerprint({path: value for path, value in _leaves(configs.plain(run)) if not _free(path)})
+    return configs.fingerprint({path: value for path, value in _leaves(configs.plain(run)) if not _is_mutable(path)})
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def _compare(workdir: Path, there: dict[str, Any], here: dict[str, Any]) -> None
     differences = [
         f"{_named(path, names)} is {old.get(path, 'absent')!r} there and {new.get(path, 'absent')!r} here"
         for path in sorted({*old, *new})
-        if not _free(path) and old.get(path, "absent") != new.get(path, "absent")
+        if not _is_mutable(path) and old.get(path, "absent") != new.get(path, "absent")
     ]
     if differences:
         more = f" and {len(differences) - 1} more" if len(differences) > 1 else ""
@@ -135,12 +135,12 @@ def _named(path: str, names: dict[str, str]) -> str:
     return names.get(head, head) + path[len(head) :]
 
 
-def _free(path: str) -> bool:
+def _is_mutable(path: str) -> bool:
     parts = path.split(".")
     if parts[0] == "stages" and len(parts) > 2:
         parts = parts[2:] if parts[2] == "mesh" else parts
     path = ".".join(parts)
-    return any(path == name or path.startswith(name + ".") for name in FREE)
+    return any(path == name or path.startswith(name + ".") for name in MUTABLE_FIELDS)
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

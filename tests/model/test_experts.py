@@ -239,7 +239,7 @@ def make_step(config: ModelConfig, mesh: MeshConfig, accumulate: int = 1, steps:
     params, buffers, arch, table = build(config, ROPE, T)
     devices = jax.devices()[: mesh.fsdp * mesh.expert]
     step = train_step(arch, table, OptimConfig(lr=3e-3), steps, make_mesh(mesh, devices), accumulate)
-    return step, step.start(params), buffers
+    return step, step.state_from_params(params), buffers
 
 
 def test_the_balance_has_a_denominator_of_its_own():
@@ -247,7 +247,7 @@ def test_the_balance_has_a_denominator_of_its_own():
     batch = jax.tree.map(np.asarray, tokens())
     batch = batch.replace(weights=batch.weights * 0.01)
     step, state, buffers = make_step(TINY, MeshConfig(fsdp=1, expert=2), accumulate=2)
-    _, figures, gradients = step.with_gradients(state, step.put(batch, 8), buffers)
+    _, metrics, gradients = step.with_gradients(state, step.to_device(batch, 8), buffers)
     params, _, arch, _ = build(TINY, ROPE, T)
 
     def loss(params):
@@ -260,7 +260,7 @@ def test_the_balance_has_a_denominator_of_its_own():
         return nll + TINY.router_aux_weight * balance, balance
 
     (_, balance), want = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-    np.testing.assert_allclose(figures["router_aux_loss"], balance, rtol=1e-6)
+    np.testing.assert_allclose(metrics["router_aux_loss"], balance, rtol=1e-6)
     assert worst_error(jax.device_get(gradients), want)[0] <= 1e-5
 
 
@@ -268,11 +268,11 @@ def test_the_balance_has_a_denominator_of_its_own():
 def test_training_lowers_loss_and_balance(matmul):
     config = dataclasses.replace(TINY, expert_matmul=matmul, router_aux_weight=1.0)
     step, state, buffers = make_step(config, MeshConfig(fsdp=1))
-    batch = step.put(jax.tree.map(np.asarray, tokens()), 8)
+    batch = step.to_device(jax.tree.map(np.asarray, tokens()), 8)
     rows = []
     for _ in range(30):
-        state, figures = step(state, batch, buffers)
-        rows.append((figures["loss"].item(), figures["router_aux_loss"].item()))
+        state, metrics = step(state, batch, buffers)
+        rows.append((metrics["loss"].item(), metrics["router_aux_loss"].item()))
     assert rows[-1][0] < rows[0][0] - 1.0
     assert 2.0 <= rows[-1][1] < rows[0][1]
 
@@ -283,8 +283,8 @@ def test_a_weight_of_zero_computes_no_balance():
     assert jax.eval_shape(lambda *x: forward(*x[:2], arch, x[2]), params, buffers, tokens())[1] is None
     step, state, buffers = make_step(free, MeshConfig(fsdp=1))
     with jax.set_mesh(step.mesh):
-        _, figures = jax.eval_shape(step._train, state, tokens(), buffers)
-    assert "router_aux_loss" not in figures
+        _, metrics = jax.eval_shape(step._train, state, tokens(), buffers)
+    assert "router_aux_loss" not in metrics
 
 
 # Figures and refusals

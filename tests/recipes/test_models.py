@@ -79,7 +79,7 @@ def test_extension_is_evaluated_and_exported(source, tmp_path, capsys):
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (256, 257)
 
     # What stood beside the weights follows from run to run, so that the last one can be exported too.
-    models.initial(str(extended)).keep(tmp_path)
+    models.initial_weights(str(extended)).keep(tmp_path)
     assert (tmp_path / models.HF_FOLDER / "tokenizer.json").exists()
 
 

@@ -18,7 +18,7 @@ from lcx.training.checkpoints import load_params
 from lcx.training.loop import train
 from lcx.training.metrics import TIMING, read
 from lcx.training.stages import run_config
-from lcx.training.workdir import alone, open_workdir, read_config
+from lcx.training.workdir import exclusive, open_workdir, read_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,7 +56,7 @@ def test_a_whole_run(whole):
 def test_a_workdir_in_use_is_refused(whole, tmp_path):
     workdir = tmp_path / "copy"
     shutil.copytree(whole[0], workdir)
-    with alone(workdir), pytest.raises(UserError, match=rf"is in use by process {os.getpid()}; wait for it"):
+    with exclusive(workdir), pytest.raises(UserError, match=rf"is in use by process {os.getpid()}; wait for it"):
         go(workdir)
     same(workdir, go(workdir), whole)
 

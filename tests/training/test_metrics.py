@@ -10,8 +10,8 @@ PLACE = {"step": 3, "stage": "a", "stage_index": 0, "attempt": 0, "stage_step": 
 
 
 def test_a_row_is_plain_and_has_a_perplexity():
-    figures = {"loss": jax.numpy.float32(2.0), "ok": jax.numpy.bool_(True)}
-    found = row(PLACE, figures, Meter(1000, 1e9, 1e10).speed(0.5))
+    metrics = {"loss": jax.numpy.float32(2.0), "ok": jax.numpy.bool_(True)}
+    found = row(PLACE, metrics, Meter(1000, 1e9, 1e10).speed(0.5))
     assert found["perplexity"] == pytest.approx(7.389, rel=1e-3) and found["ok"] is True
     assert (found["tokens_per_second"], found["mfu"]) == (2000.0, 0.2)
     assert row(PLACE, {"loss": jax.numpy.float32("nan")}, {})["perplexity"] == float("inf")

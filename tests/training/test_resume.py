@@ -7,20 +7,20 @@ import tiny
 
 from lcx.core.errors import UserError
 from lcx.core.param_spec import initialize
-from lcx.training.builder import Planner
-from lcx.training.resume import carry, fit
+from lcx.training.builder import StageBuilder
+from lcx.training.resume import continue_into, fit
 from lcx.training.stages import run_config
 
 
-def planner(first, second=None, **longer):
+def stage_builder(first, second=None, **longer):
     positions = {} if second is None else {"default": second}
     values = tiny.config(positions={"default": first}, stages=tiny.stages(positions=positions, **longer))
-    return Planner(run_config(values), [], jax.devices()[:1])
+    return StageBuilder(run_config(values), [], jax.devices()[:1])
 
 
 def test_a_learned_table_grows_and_keeps_its_rows():
-    plans = planner("learned:max_length=64", "learned:max_length=128")
-    short, long = plans.plan(0), plans.plan(1)
+    builder = stage_builder("learned:max_length=64", "learned:max_length=128")
+    short, long = builder.build(0), builder.build(1)
     params = initialize(short.specs, jax.random.key(0))
     grown = fit(params, long, 1, "weights")
     (kind,) = grown["positions"]
@@ -31,30 +31,30 @@ def test_a_learned_table_grows_and_keeps_its_rows():
 
 
 def test_a_learned_scheme_begins_and_ends():
-    plans = planner("rope:theta=100", "learned:max_length=128")
-    params = initialize(plans.plan(0).specs, jax.random.key(0))
-    begun = fit(params, plans.plan(1), 1, "weights")
-    assert "positions" in begun and "positions" not in fit(begun, plans.plan(0), 1, "weights")
+    builder = stage_builder("rope:theta=100", "learned:max_length=128")
+    params = initialize(builder.build(0).specs, jax.random.key(0))
+    begun = fit(params, builder.build(1), 1, "weights")
+    assert "positions" in begun and "positions" not in fit(begun, builder.build(0), 1, "weights")
     np.testing.assert_array_equal(begun["embed"]["embedding"], params["embed"]["embedding"])
 
 
 def test_other_sizes_are_an_error():
-    plan = planner("rope:theta=100").plan(0)
-    params = initialize(plan.specs, jax.random.key(0))
+    built = stage_builder("rope:theta=100").build(0)
+    params = initialize(built.specs, jax.random.key(0))
     params["embed"]["embedding"] = params["embed"]["embedding"][:, :8]
     with pytest.raises(
         UserError, match=r"weights do not fit the model: embed/embedding is of shape \(256, 8\) there and \(256, 16\)"
     ):
-        fit(params, plan, 1, "weights")
+        fit(params, built, 1, "weights")
 
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_optimizer_state_is_kept_or_reset(keep):
-    plans = planner("rope:theta=100", 400.0, keep_optimizer_state=keep)
-    short, long = plans.plan(0), plans.plan(1)
-    state = short.step.start(initialize(short.specs, jax.random.key(0)))
+    builder = stage_builder("rope:theta=100", 400.0, keep_optimizer_state=keep)
+    short, long = builder.build(0), builder.build(1)
+    state = short.step.state_from_params(initialize(short.specs, jax.random.key(0)))
     state = state.replace(opt_state=jax.tree.map(lambda x: x + 1, state.opt_state), step=state.step + 8, skipped=state.skipped + 2)
-    after = carry(state, long, 0)
+    after = continue_into(state, long, 0)
     assert (after.step, after.skipped, after.in_a_row) == (0, 2, 0)
     moments = np.concatenate([np.ravel(x) for x in jax.tree.leaves(after.opt_state)])
     np.testing.assert_array_equal(moments, float(keep))

@@ -8,7 +8,7 @@ import tiny
 from lcx.core.configs import plain
 from lcx.core.errors import UserError
 from lcx.core.mesh import MeshConfig
-from lcx.training.builder import Planner
+from lcx.training.builder import StageBuilder
 from lcx.training.stages import RunConfig, run_config, schemes_through
 
 
@@ -96,11 +96,11 @@ def test_wrong_configs(changes, message):
 )
 def test_what_does_not_fit(changes, message):
     with pytest.raises(UserError, match=message):
-        Planner(run_config(tiny.config(**changes)), [], jax.devices()[: 8 if "mesh" in changes else 1])
+        StageBuilder(run_config(tiny.config(**changes)), [], jax.devices()[: 8 if "mesh" in changes else 1])
 
 
 def test_a_mesh_of_its_own_for_a_stage():
     values = tiny.config(stages=tiny.stages(mesh={"data": 2, "fsdp": 4}, batch_size=16), mesh={"fsdp": 8})
-    planner = Planner(run_config(values), [], jax.devices())
-    assert [dict(mesh.shape)["data"] for mesh in planner.meshes] == [1, 2]
-    assert planner.run.mesh_of(planner.run.stages[1]) == MeshConfig(data=2, fsdp=4)
+    builder = StageBuilder(run_config(values), [], jax.devices())
+    assert [dict(mesh.shape)["data"] for mesh in builder.meshes] == [1, 2]
+    assert builder.run.mesh_of(builder.run.stages[1]) == MeshConfig(data=2, fsdp=4)

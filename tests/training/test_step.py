@@ -44,7 +44,7 @@ def host_batch(step):
 
 
 def fresh(step):
-    return step.start(initialize(step.specs, jax.random.key(0)))
+    return step.state_from_params(initialize(step.specs, jax.random.key(0)))
 
 
 def run(step, buffers):
@@ -52,8 +52,8 @@ def run(step, buffers):
     state = fresh(step)
     losses, gradients = [], []
     for i in range(STEPS):
-        state, figures, grads = step.with_gradients(state, step.put(host_batch(i), ROWS), buffers)
-        losses.append(figures["loss"].item())
+        state, metrics, grads = step.with_gradients(state, step.to_device(host_batch(i), ROWS), buffers)
+        losses.append(metrics["loss"].item())
         gradients.append(jax.device_get(grads))
     return losses, gradients, state
 
@@ -133,8 +133,8 @@ def test_theta_compiles_nothing_again():
     for theta in (55.0, 1e4, 5e8):
         other, buffers, _ = laid_out(theta)
         assert other == arch
-        state, figures = step(state, step.put(host_batch(0), ROWS), buffers)
-        losses.append(figures["loss"].item())
+        state, metrics = step(state, step.to_device(host_batch(0), ROWS), buffers)
+        losses.append(metrics["loss"].item())
     assert step.compiles == 1
     assert len(set(losses)) == 3
 
@@ -143,8 +143,8 @@ def test_theta_compiles_nothing_again():
 def test_a_step_that_is_not_finite_keeps_the_state(poison):
     step, buffers = make_step(MeshConfig(fsdp=1))
     state = fresh(step)
-    state, figures = step(state, step.put(host_batch(0), ROWS), buffers)
-    assert figures["ok"] and figures["in_a_row"] == 0
+    state, metrics = step(state, step.to_device(host_batch(0), ROWS), buffers)
+    assert metrics["ok"] and metrics["in_a_row"] == 0
     before = jax.tree.map(np.array, (state.params, state.opt_state))
     batch = host_batch(1)
     if poison == "weights":
@@ -153,11 +153,11 @@ def test_a_step_that_is_not_finite_keeps_the_state(poison):
         batch = batch.replace(weights=np.zeros_like(batch.weights))
     bad = jax.tree.map(lambda x: x * jnp.nan if x.dtype == jnp.float32 else x, buffers) if poison == "buffers" else buffers
     for count in (1, 2):
-        state, figures = step(state, step.put(batch, ROWS), bad)
-        assert not figures["ok"] and figures["in_a_row"] == count and figures["skipped"] == count
+        state, metrics = step(state, step.to_device(batch, ROWS), bad)
+        assert not metrics["ok"] and metrics["in_a_row"] == count and metrics["skipped"] == count
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.array, (state.params, state.opt_state)))
-    state, figures = step(state, step.put(host_batch(2), ROWS), buffers)
-    assert figures["ok"] and figures["in_a_row"] == 0 and figures["skipped"] == 2
+    state, metrics = step(state, step.to_device(host_batch(2), ROWS), buffers)
+    assert metrics["ok"] and metrics["in_a_row"] == 0 and metrics["skipped"] == 2
     assert state.step == 4
 
 
@@ -166,6 +166,6 @@ def test_bfloat16_computes_on_float32_weights():
     scheme = {"global": from_config({"name": "rope", "theta": 100.0})}
     arch, buffers = build_architecture(model, scheme, LENGTH)
     step = train_step(arch, specs(model, scheme, LENGTH), OPTIM, STEPS, make_mesh(MeshConfig(fsdp=1), jax.devices()[:1]), 2)
-    state, figures = step(fresh(step), step.put(host_batch(0), ROWS), buffers)
+    state, metrics = step(fresh(step), step.to_device(host_batch(0), ROWS), buffers)
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.float32)}
-    np.testing.assert_allclose(figures["loss"].item(), reference()[0][0], rtol=1e-2)
+    np.testing.assert_allclose(metrics["loss"].item(), reference()[0][0], rtol=1e-2)
