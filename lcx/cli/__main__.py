@@ -1,4 +1,4 @@
-"""`python -m lcx.cli` is `lcx`."""
+"""Run `lcx` as `python -m lcx.cli`."""
 
 from lcx.cli.main import main
 

@@ -21,20 +21,20 @@ from lcx.core.errors import UserError
 
 
 def define(values: flags.FlagValues, workdir: bool = True) -> None:
-    """`--config` with overrides, and `--workdir` where the command keeps something."""
-    config_flags.DEFINE_config_file("config", None, "a Python file with get_config()", flag_values=values)
+    """Define `--config` with its overrides and, for commands that write a run, `--workdir`."""
+    config_flags.DEFINE_config_file("config", None, "Python file that defines get_config()", flag_values=values)
     if workdir:
         flags.DEFINE_string(
-            "workdir", None, "where the run is kept (default: runs/ and the name of the config)", flag_values=values
+            "workdir", None, "directory of the run (default: runs/ plus the name of the config)", flag_values=values
         )
 
 
 def chosen(values: flags.FlagValues, rest: Sequence[str]) -> ml_collections.ConfigDict:
-    """The config with the changes that the flags make."""
-    # Checkpointing logs every step of its own work at this level.
+    """The config with the overrides of the command line."""
+    # Orbax logs every step of its own work below this level.
     logging.getLogger("absl").setLevel(logging.WARNING)
     if rest:
-        raise UserError(f"there is an argument too many, {rest[0]!r}; values are given as --config.KEY=VALUE")
+        raise UserError(f"unexpected argument {rest[0]!r}; set config values with --config.KEY=VALUE")
     if values.config is None:
         raise UserError("--config is missing; name a file such as configs/quickstart.py")
     _remark(values.config)
@@ -46,18 +46,18 @@ def read(values: flags.FlagValues, rest: Sequence[str]) -> tuple[ml_collections.
     """The config and the workdir that the flags name."""
     config = chosen(values, rest)
     if values.workdir == "":
-        raise UserError("--workdir= is empty; name a folder, or leave it out")
+        raise UserError("--workdir= is empty; name a directory or omit the flag")
     name, variant = _file_and_variant(values)
     return config, Path(values.workdir or Path("runs") / "_".join(x for x in (Path(name).stem, variant) if x))
 
 
 def filename(values: flags.FlagValues) -> str:
-    """The config's file, without what follows a colon."""
+    """The path of the config file, without the variant after a colon."""
     return _file_and_variant(values)[0]
 
 
 def module(values: flags.FlagValues) -> ModuleType:
-    """The config file as a module, for what it offers besides `get_config`."""
+    """The config file as a module, for functions other than `get_config`."""
     return parse.module(filename(values))
 
 
@@ -68,7 +68,7 @@ def command() -> list[str]:
 
 
 def text(words: Sequence[str]) -> str:
-    """A command line that a shell reads back."""
+    """A command line, quoted for a shell."""
     return shlex.join(words)
 
 
@@ -78,13 +78,13 @@ def _file_and_variant(values: flags.FlagValues) -> tuple[str, str]:
 
 
 def _remark(config: ml_collections.ConfigDict) -> None:
-    """Says which overrides no stage will see, because every stage has a value of its own."""
+    """Warn of overrides that have no effect because every stage sets its own value."""
     for word in sys.argv:
         found = re.match(r"--?config\.(?:data\.)?((?:optim|parts)\.[^=]+)=", word)
         stages = config.get("stages") or {}
         if found and stages and all(_has(stage, found[1].split(".")) for stage in stages.values()):
             names = ", ".join(stages)
-            warn(f"{word} changes nothing: every stage has its own; write --config.stages.STAGE.{found[1]}, STAGE one of {names}")
+            warn(f"{word} has no effect: every stage sets its own; use --config.stages.STAGE.{found[1]} with STAGE one of {names}")
 
 
 def _has(tree: Any, path: Sequence[str]) -> bool:

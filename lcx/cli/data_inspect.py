@@ -1,4 +1,4 @@
-"""Show what a config's mixture really holds, counted from the rows that a stage trains on: lengths, shares, fill, samples.
+"""Show what a config's data mixture contains, counted over rows that a stage trains on: lengths, shares, fill, samples.
 
 lcx data inspect --config=configs/quickstart.py --stage=extend_4096 --rows=256 --plot=mixture.png
 """
@@ -25,19 +25,19 @@ from lcx.training.stages import RunConfig
 def define(values: flags.FlagValues) -> None:
     """The command's flags."""
     config_flags.define(values, workdir=False)
-    flags.DEFINE_string("stage", None, "the stage to look at (default: the last)", flag_values=values)
-    flags.DEFINE_integer("rows", 256, "rows to count, whole steps", flag_values=values)
-    flags.DEFINE_integer("samples", 3, "sample documents of each part", lower_bound=0, flag_values=values)
-    flags.DEFINE_string("plot", None, "file for a picture of the histogram and the shares, such as mixture.png", flag_values=values)
+    flags.DEFINE_string("stage", None, "stage to inspect (default: the last)", flag_values=values)
+    flags.DEFINE_integer("rows", 256, "rows to count, rounded up to whole steps", flag_values=values)
+    flags.DEFINE_integer("samples", 3, "sample documents to print from each part", lower_bound=0, flag_values=values)
+    flags.DEFINE_string("plot", None, "plot the length histograms and the shares to this PNG file", flag_values=values)
 
 
 def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
-    """Print the tables, draw the plot."""
+    """Print the tables and draw the plot."""
     run = recipe(config_flags.chosen(values, rest)).run
     if values.rows < 1:
-        raise UserError(f"--rows={values.rows} looks at nothing; give at least 1")
+        raise UserError(f"--rows={values.rows} must be at least 1")
     if values.plot is not None and (not values.plot.endswith(".png") or not Path(values.plot).absolute().parent.is_dir()):
-        raise UserError(f"--plot={values.plot} is no PNG in a folder that exists; name one such as mixture.png")
+        raise UserError(f"--plot={values.plot} must end in .png and its directory must exist, as in --plot=mixture.png")
     loader = _loader(run, values.stage)
     report = inspect(loader, values.rows, values.samples)
     say(f"stage {run.stages[loader.stage_index].name}: rows of {report.seq_len:,} tokens, {report.fill_ratio:.2%} filled")
@@ -56,9 +56,9 @@ def _loader(run: RunConfig, name: str | None) -> Loader:
 
 def _show(report: Report) -> None:
     table("parts of the mixture", COLUMNS, report.rows())
-    columns = ("length of the document", *(part.name for part in report.parts))
+    columns = ("document length", *(part.name for part in report.parts))
     table("documents by length", columns, report.documents_by_length())
-    table("share of all tokens by length", (*columns, "together"), report.shares_by_length())
+    table("share of all tokens by length", (*columns, "total"), report.shares_by_length())
     for part in report.parts:
         for sample in part.samples:
             say(f"\n{part.name} > {sample}")

@@ -1,4 +1,4 @@
-"""Tokenise a corpus once, into a dataset that runs read in place of the text. The same command goes on where one was stopped.
+"""Tokenise a corpus once into a dataset that runs read instead of the text. Rerun the same command to resume.
 
 lcx data prepare --kind=text --path='books/**/*.txt' --tokenizer=tokenizer.json --out=data/books
 """
@@ -21,30 +21,30 @@ from lcx.data.sources.prepare import Progress, prepare
 
 def define(values: flags.FlagValues) -> None:
     """The command's flags."""
-    flags.DEFINE_string("out", None, "folder of the dataset", flag_values=values)
+    flags.DEFINE_string("out", None, "directory to write the dataset to", flag_values=values)
     flags.DEFINE_string("kind", "stdlib", "stdlib, text, jsonl, parquet or tfds", flag_values=values)
-    flags.DEFINE_multi_string("path", [], "files, as a glob pattern; the name of a tfds dataset", flag_values=values)
+    flags.DEFINE_multi_string("path", [], "files, as a glob pattern, or the name of a tfds dataset", flag_values=values)
     flags.DEFINE_string(
-        "tokenizer", "bytes", "bytes, bytes+bos, bytes+eos, bytes+bos+eos, or a tokenizer's file or folder", flag_values=values
+        "tokenizer", "bytes", "bytes, bytes+bos, bytes+eos, bytes+bos+eos, or a tokenizer's path", flag_values=values
     )
     flags.DEFINE_string("field", "text", "key, column or feature that holds the text", flag_values=values)
     flags.DEFINE_string("split", "train", "split of a tfds dataset", flag_values=values)
     flags.DEFINE_string("data_dir", None, "where tfds keeps its datasets", flag_values=values)
-    flags.DEFINE_bool("include_tests", False, "also the test packages of the standard library", flag_values=values)
-    flags.DEFINE_bool("append_eos", False, "close each document with the end-of-sequence token", flag_values=values)
-    flags.DEFINE_integer("limit_bytes", None, "stop after so many bytes of text", flag_values=values)
+    flags.DEFINE_bool("include_tests", False, "also read the test packages of the standard library", flag_values=values)
+    flags.DEFINE_bool("append_eos", False, "end each document with the end-of-sequence token", flag_values=values)
+    flags.DEFINE_integer("limit_bytes", None, "stop after this many bytes of text", flag_values=values)
     flags.DEFINE_string("name", "lcx", "name of the dataset for TFDS", flag_values=values)
-    flags.DEFINE_integer("shard_tokens", 1 << 24, "tokens after which a shard is closed and safe", flag_values=values)
+    flags.DEFINE_integer("shard_tokens", 1 << 24, "tokens per shard; finished shards survive an interruption", flag_values=values)
 
 
 def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     """Prepare the dataset."""
     if rest:
-        raise UserError(f"there is an argument too many, {rest[0]!r}; files are given as --path=PATTERN")
+        raise UserError(f"unexpected argument {rest[0]!r}; name files with --path=PATTERN")
     if values.out is None:
-        raise UserError(f"--out is missing; name the folder to write, such as --out=data/{values.kind}")
+        raise UserError(f"--out is missing; name the directory to write, such as --out=data/{values.kind}")
     if values.kind == "array_record":
-        raise UserError(f"--kind=array_record is what this command writes{nearest('array_record', _text_kinds())}")
+        raise UserError(f"--kind=array_record is the format this command writes, not reads{nearest('array_record', _text_kinds())}")
     fields = [field.name for field in dataclasses.fields(SourceConfig) if field.name != "path"]
     given = {"path": tuple(values.path), **{name: values[name].value for name in fields}}
     source = configs.build(SourceConfig, given, "source")
@@ -57,7 +57,7 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
         report=_progress(time.perf_counter()),
     )
     say(f"dataset: {values.out}: {done.documents:,} documents, {done.tokens:,} tokens in {done.shards} shards")
-    say("in a config:")
+    say("to use it in a config:")
     say(f"    config.data.tokenizer = {values.tokenizer!r}")
     say(f"    config.data.parts.NAME.source = {{'kind': 'array_record', 'path': {values.out!r}}}")
 

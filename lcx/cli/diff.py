@@ -15,13 +15,13 @@ from lcx.recipes.compare import compare
 
 def define(values: flags.FlagValues) -> None:
     """The command's flags."""
-    flags.DEFINE_bool("all", False, "also list what is the same", flag_values=values)
+    flags.DEFINE_bool("all", False, "also list equal tensors", flag_values=values)
 
 
 def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
-    """Compare; ends with status 1 where the two differ."""
+    """Compare the two models; exit with status 1 if they differ."""
     if len(rest) != 2:
-        raise UserError(f"lcx diff takes two models, not {len(rest)}; write lcx diff ONE OTHER")
+        raise UserError(f"lcx diff takes two models but got {len(rest)}; use lcx diff ONE OTHER")
     same = compare(*rest, show_all=values.all)
     if not same:
         raise SystemExit(1)

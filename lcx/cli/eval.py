@@ -20,23 +20,21 @@ from lcx.recipes.recipe import evaluate_loaded, free_label
 
 def define(values: flags.FlagValues) -> None:
     """The command's flags."""
-    flags.DEFINE_string(
-        "checkpoint", None, "a run's workdir, one of its checkpoint folders, or a Hugging Face folder", flag_values=values
-    )
-    flags.DEFINE_string("stage", None, "take the weights at the end of this stage (default: the newest)", flag_values=values)
-    flags.DEFINE_integer("step", None, "take the weights at this step", flag_values=values)
-    flags.DEFINE_multi_string("positions", [], "a scheme to try zero-shot, such as yarn:factor=16", flag_values=values)
+    flags.DEFINE_string("checkpoint", None, "a run's workdir, one of its checkpoints, or a Hugging Face folder", flag_values=values)
+    flags.DEFINE_string("stage", None, "use the weights from the end of this stage (default: the newest)", flag_values=values)
+    flags.DEFINE_integer("step", None, "use the weights from this step", flag_values=values)
+    flags.DEFINE_multi_string("positions", [], "positional scheme to try zero-shot, such as yarn:factor=16", flag_values=values)
     flags.DEFINE_list("lengths", None, "lengths in tokens (default: 256 to 4096)", flag_values=values)
-    flags.DEFINE_integer("items", 20, "needles in each cell of the grid", flag_values=values)
-    flags.DEFINE_integer("generation_items", 0, "needles a cell that are answered by generation too", flag_values=values)
-    flags.DEFINE_integer("perplexity_tokens", 1 << 16, "held-out tokens scored at each length", flag_values=values)
-    flags.DEFINE_string("label", None, "the result is kept as eval/<label>.json of the run", flag_values=values)
+    flags.DEFINE_integer("items", 20, "needles per cell of the grid", flag_values=values)
+    flags.DEFINE_integer("generation_items", 0, "needles per cell to answer by generation as well", flag_values=values)
+    flags.DEFINE_integer("perplexity_tokens", 1 << 16, "held-out tokens to score at each length", flag_values=values)
+    flags.DEFINE_string("label", None, "write the result to eval/<label>.json in the run's workdir", flag_values=values)
 
 
 def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     """Evaluate."""
     parse.nothing_left(rest, "eval")
-    checkpoint = parse.needed(values, "checkpoint", "name a run's workdir, or a Hugging Face folder")
+    checkpoint = parse.needed(values, "checkpoint", "name a run's workdir or a Hugging Face folder")
     lengths = EvalConfig().lengths if values.lengths is None else tuple(_length(text) for text in values.lengths)
     evals = EvalConfig(
         lengths=lengths,
@@ -49,7 +47,7 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     loaded = models.load(checkpoint, step=values.step, stage=values.stage)
     named = values.label or "-".join([values.stage or models.short_name(checkpoint, loaded), *values.positions])
     if values.label in ("before", "after"):
-        raise UserError(f"--label={values.label} is where lcx run keeps its own evaluation; choose another")
+        raise UserError(f"--label={values.label} is reserved for the evaluations of lcx run; choose another")
     label = re.sub(r"[^\w.=-]+", "_", named).lstrip(".") or "eval"
     workdir = models.workdir_of(checkpoint)
     if values.label is None:
@@ -62,4 +60,4 @@ def _length(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise UserError(f"--lengths has {text!r}; write whole numbers of tokens, as in --lengths=256,1024")
+        raise UserError(f"invalid value {text!r} in --lengths: expected whole numbers of tokens, as in --lengths=256,1024")

@@ -1,4 +1,4 @@
-"""Continue prompts with a checkpoint, under its own or any other scheme. The text of a single prompt is written as it comes.
+"""Continue prompts with a checkpoint, under its own or any other positional scheme. The text of a single prompt is streamed.
 
 lcx generate --checkpoint=runs/quickstart --prompt='def main(' --max_new_tokens=64 --temperature=0.8 --top_p=0.95
 """
@@ -24,40 +24,40 @@ from lcx.recipes.generation import Completion, generate_text, read_prompts
 
 def define(values: flags.FlagValues) -> None:
     """The command's flags."""
-    flags.DEFINE_string("checkpoint", None, "a run's workdir or checkpoint folder, or a Hugging Face folder", flag_values=values)
-    flags.DEFINE_string("stage", None, "take the weights at the end of this stage (default: the newest)", flag_values=values)
+    flags.DEFINE_string("checkpoint", None, "a run's workdir, one of its checkpoints, or a Hugging Face folder", flag_values=values)
+    flags.DEFINE_string("stage", None, "use the weights from the end of this stage (default: the newest)", flag_values=values)
     flags.DEFINE_multi_string("prompt", [], "text to continue; may be repeated", flag_values=values)
     flags.DEFINE_multi_string(
-        "prompt_file", [], "a text file, one prompt as it stands; or .jsonl with a 'prompt' in each line", flag_values=values
+        "prompt_file", [], "a text file with one prompt, or a .jsonl file with a 'prompt' on each line", flag_values=values
     )
-    flags.DEFINE_integer("max_new_tokens", 128, "most tokens after each prompt", flag_values=values)
-    flags.DEFINE_float("temperature", 0.0, "0 takes the most likely token", flag_values=values)
-    flags.DEFINE_integer("top_k", None, "draw among the k most likely tokens (default: all)", flag_values=values)
-    flags.DEFINE_float("top_p", 1.0, "draw among the most likely tokens of this share together", flag_values=values)
-    flags.DEFINE_integer("seed", 0, "of the draws", flag_values=values)
-    flags.DEFINE_multi_string("stop", [], "text to stop before, as in --stop=$'\\n'; may be repeated", flag_values=values)
-    flags.DEFINE_integer("chunk", None, "prompt tokens that are read at a time (default: 512)", flag_values=values)
-    flags.DEFINE_string("positions", "none", "a scheme to try zero-shot, such as yarn:factor=16", flag_values=values)
-    flags.DEFINE_string("dtype", "float32", f"of the weights: {', '.join(models.DTYPES)}", flag_values=values)
-    flags.DEFINE_integer("context", 1, "devices that share the tokens of a row", flag_values=values)
-    flags.DEFINE_integer("tensor", 1, "devices that share the heads", flag_values=values)
+    flags.DEFINE_integer("max_new_tokens", 128, "maximum number of new tokens per prompt", flag_values=values)
+    flags.DEFINE_float("temperature", 0.0, "sampling temperature; 0 always takes the most likely token", flag_values=values)
+    flags.DEFINE_integer("top_k", None, "sample from the k most likely tokens (default: all)", flag_values=values)
+    flags.DEFINE_float("top_p", 1.0, "sample from the most likely tokens that reach this total probability", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "random seed of the sampling", flag_values=values)
+    flags.DEFINE_multi_string("stop", [], "stop before this text, as in --stop=$'\\n'; may be repeated", flag_values=values)
+    flags.DEFINE_integer("chunk", None, "prompt tokens to process at a time (default: 512)", flag_values=values)
+    flags.DEFINE_string("positions", "none", "positional scheme to try zero-shot, such as yarn:factor=16", flag_values=values)
+    flags.DEFINE_string("dtype", "float32", f"dtype of the weights: {', '.join(models.DTYPES)}", flag_values=values)
+    flags.DEFINE_integer("context", 1, "devices to split the tokens of a row over", flag_values=values)
+    flags.DEFINE_integer("tensor", 1, "devices to split the heads over", flag_values=values)
 
 
 def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     """Generate."""
     if rest:
-        raise UserError(f"there is an argument too many, {rest[0]!r}; prompts are given as --prompt=TEXT")
-    checkpoint = parse.needed(values, "checkpoint", "name a run's workdir, or a Hugging Face folder")
+        raise UserError(f"unexpected argument {rest[0]!r}; give prompts with --prompt=TEXT")
+    checkpoint = parse.needed(values, "checkpoint", "name a run's workdir or a Hugging Face folder")
     prompts = [*values.prompt, *(prompt for path in values.prompt_file for prompt in read_prompts(path))]
     if not prompts:
-        raise UserError("there is no prompt; give --prompt=TEXT or --prompt_file=FILE")
+        raise UserError("no prompt given; use --prompt=TEXT or --prompt_file=FILE")
     sampling = Sampling(values.temperature, values.top_k, values.top_p, values.seed)
     if values.temperature == 0 and (values.top_k is not None or values.top_p < 1):
-        raise UserError("--top_k and --top_p choose among tokens that are drawn; add --temperature=1, or leave them out")
-    # One device, unless a mesh is asked for: then all of them.
+        raise UserError("--top_k and --top_p only apply to sampling; add --temperature=1 or omit them")
+    # One device, unless a mesh is requested: then all of them.
     alone = values.context == values.tensor == 1
     if alone and values.host_devices > 1:
-        raise UserError(f"--host_devices={values.host_devices} has nothing to share; add --context=N or --tensor=N")
+        raise UserError(f"--host_devices={values.host_devices} has no effect without a mesh; add --context=N or --tensor=N")
     mesh = None if alone else make_mesh(MeshConfig(context=values.context, tensor=values.tensor))
     loaded = models.load(checkpoint, stage=values.stage, mesh=mesh, dtype=values.dtype)
     single = len(prompts) == 1
@@ -97,5 +97,5 @@ def _line(figures: Timings) -> str:
     decode = "" if figures.decode_rate is None else f", decode {figures.decode_rate:,.1f} tokens/s"
     return (
         f"{figures.prompt_tokens:,} prompt tokens, {figures.new_tokens:,} new; prefill {figures.prefill_rate:,.0f} tokens/s"
-        f"{decode} (without {figures.setup_seconds:.1f} s of compiling and laying out)"
+        f"{decode} (excluding {figures.setup_seconds:.1f} s of compilation and setup)"
     )

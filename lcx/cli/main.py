@@ -1,4 +1,4 @@
-"""`lcx COMMAND [flags]`: finds the command, parses its flags, calls it."""
+"""Entry point of `lcx COMMAND [flags]`: find the command, parse its flags and call it."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from lcx.core.errors import UserError
 from lcx.core.host import take_huge_pages
 
 COMMANDS = {
-    "run": "train the stages of a config, evaluate before and after, write the report",
+    "run": "train the stages of a config, evaluate before and after, and write the report",
     "train": "train the stages of a config; resumes from its workdir",
     "eval": "evaluate a checkpoint, under its own or any other positional scheme",
     "generate": "continue prompts with a checkpoint, under its own or any other positional scheme",
-    "report": "write report.html of a run again from its files",
-    "sweep": "run every point of a sweep that is not finished, then a table and a plot",
+    "report": "rewrite a run's report.html from its files",
+    "sweep": "run the unfinished points of a sweep, then print a table and draw a plot",
     "theta": "choose theta for a target length",
-    "import": "turn a Hugging Face folder into a run's checkpoint",
+    "import": "convert a Hugging Face folder to a run's checkpoint",
     "export": "write a run's weights as a Hugging Face folder",
     "diff": "compare two models tensor by tensor",
-    "data prepare": "tokenise a corpus once, into a dataset that runs read",
-    "data inspect": "print and plot what a config's mixture really holds",
+    "data prepare": "tokenise a corpus once into a dataset that runs read",
+    "data inspect": "print and plot what a config's data mixture contains",
 }
 """Command -> what it does. Each is a module of this package with `define(values)` and `main(values, rest)`."""
 
 MOST_DEVICES = 512
-"""What a machine may be split into: each device has threads of its own."""
+"""The most CPU devices that a machine may be split into: each one has its own threads."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The console script; exits with status 0, or 1 after one sentence about what was wrong."""
+    """The console script; exits with status 0, or with 1 after a one-sentence error."""
     if argv is None:
         take_huge_pages()
     argv = list(sys.argv[1:] if argv is None else argv)
     with friendly_errors(), parse.typed(argv):
         for word in argv:
             if any("\udc80" <= one <= "\udcff" for one in word):
-                raise UserError(f"{word!r} holds bytes that are no UTF-8 text; write them in a file, or as text")
+                raise UserError(f"argument {word!r} contains bytes that are not valid UTF-8; pass UTF-8 text instead")
         if not argv or argv[0] in ("-h", "--help", "-help", "help"):
             say(usage(COMMANDS))
             return
@@ -71,16 +71,16 @@ def usage(commands: dict[str, str]) -> str:
 
 
 def use_host_devices(argv: Sequence[str]) -> None:
-    """`--host_devices=N` acts before JAX starts, so it is read ahead of the other flags."""
+    """Apply `--host_devices=N`, which must take effect before JAX starts and so is read ahead of the other flags."""
     count = parse.given(argv, "host_devices") or ""
     if re.fullmatch(r"0*[1-9]\d*", count):
         if int(count) > MOST_DEVICES:
-            raise UserError(f"--host_devices={count} is more than {MOST_DEVICES}, the most that a machine is split into")
+            raise UserError(f"--host_devices={count} is too many; give at most {MOST_DEVICES}")
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}".strip()
 
 
 def _command(argv: Sequence[str]) -> tuple[str, list[str]]:
-    """The command that the words begin with, or a group of commands (`data`) of which help is wanted, and the words left."""
+    """The command, or the group of commands (`data`) whose help is requested, that the words begin with; and the other words."""
     for count in (2, 1):
         if (name := " ".join(argv[:count])) in COMMANDS:
             return name, list(argv[count:])
@@ -96,6 +96,6 @@ def _flags(module: ModuleType) -> flags.FlagValues:
     values = flags.FlagValues()
     module.define(values)
     flags.DEFINE_integer(
-        "host_devices", 1, "CPU devices to split this machine into, to try a mesh on", lower_bound=1, flag_values=values
+        "host_devices", 1, "split the CPU into this many devices, to try out a mesh", lower_bound=1, flag_values=values
     )
     return values

@@ -1,4 +1,4 @@
-"""Command lines to flag values: help that can be read, and one sentence for whatever is wrong with a flag or a config file."""
+"""Command lines to flag values, with readable help and a one-sentence error for any invalid flag or config file."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ CONFIG_HELP = "    --config.KEY=VALUE     change a value of the config, as in --
 
 
 def parse(values: flags.FlagValues, command: str, words: Sequence[str]) -> list[str]:
-    """Read the flags of a command line into `values`; gives the words that are no flags.
+    """Read the flags of a command line into `values`; returns the words that are not flags.
 
-    Raises `UserError` for unknown flags and wrong values, and for a config file that is missing, broken or lacks a key.
+    Raises `UserError` for unknown flags, invalid values, and a config file that is missing, broken or lacks a key.
     """
     if "config" in values and (path := given(words, "config")) is not None:
         config = load(path)
@@ -46,7 +46,7 @@ def parse(values: flags.FlagValues, command: str, words: Sequence[str]) -> list[
 
 @contextlib.contextmanager
 def typed(words: Sequence[str]) -> Iterator[None]:
-    """`sys.argv` as though `words` had been typed: ml_collections finds the overrides of a config there and nowhere else."""
+    """Set `sys.argv` to `words` for the time being: ml_collections looks for the overrides of a config only there."""
     before, sys.argv = sys.argv, [sys.argv[0], *words]
     try:
         yield
@@ -55,7 +55,7 @@ def typed(words: Sequence[str]) -> Iterator[None]:
 
 
 def load(path: str) -> ml_collections.ConfigDict:
-    """What the `get_config` of a config file returns; `path` may end in a colon and the variant that it is called with."""
+    """The result of a config file's `get_config`; `path` may end in a colon and a variant to call it with."""
     filename, colon, variant = path.partition(":")
     loaded = module(filename)
     if not hasattr(loaded, "get_config"):
@@ -74,10 +74,10 @@ def load(path: str) -> ml_collections.ConfigDict:
 def module(filename: str) -> ModuleType:
     """A config file as a module; raises `UserError` when it is missing or broken."""
     if not Path(filename).is_file():
-        raise UserError(f"--config={filename} is no file; name a config file, such as configs/quickstart.py")
+        raise UserError(f"--config={filename} does not exist or is not a file; name a config file such as configs/quickstart.py")
     spec = importlib.util.spec_from_file_location(Path(filename).stem, filename)
     if spec is None or spec.loader is None:
-        raise UserError(f"--config={filename} is no Python file; name a config file, such as configs/quickstart.py")
+        raise UserError(f"--config={filename} is not a Python file; name a config file such as configs/quickstart.py")
     loaded = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(loaded)
@@ -89,7 +89,7 @@ def module(filename: str) -> ModuleType:
 
 
 def help_text(command: str, about: str, values: flags.FlagValues) -> str:
-    """What a command does and its flags: name, what it means, default."""
+    """The help of a command: what it does, and each flag with its meaning and default."""
     lines = []
     for flag in {id(values[name]): values[name] for name in values}.values():
         text = " ".join(flag.help.split())
@@ -103,7 +103,7 @@ def help_text(command: str, about: str, values: flags.FlagValues) -> str:
 
 
 def given(words: Sequence[str], name: str) -> str | None:
-    """The value that a command line gives a flag, the last one where there are several."""
+    """The value of a flag on a command line: the last one if it is repeated, None if it is absent."""
     found = None
     for i, word in enumerate(words):
         flag, equals, value = word.partition("=")
@@ -113,20 +113,20 @@ def given(words: Sequence[str], name: str) -> str | None:
 
 
 def needed(values: flags.FlagValues, name: str, hint: str) -> str:
-    """The value of a flag that a command can't do without."""
+    """The value of a required flag; raises `UserError` with the `hint` if it is missing."""
     if not values[name].value:
         raise UserError(f"--{name} is missing; {hint}")
     return values[name].value
 
 
 def nothing_left(rest: Sequence[str], command: str) -> None:
-    """Raises `UserError` for a word that is no flag, where a command takes none."""
+    """Raises `UserError` for a word that is not a flag, for commands that take only flags."""
     if rest:
-        raise UserError(f"there is an argument too many, {rest[0]!r}; see lcx {command} --help")
+        raise UserError(f"unexpected argument {rest[0]!r}; see lcx {command} --help")
 
 
 def _quoted(word: str) -> str:
-    """`--config.positions.global.theta=1` with `['global']`: ml_collections reads a key as Python, where that is a keyword."""
+    """`--config.positions.global.theta=1` with `['global']`: ml_collections parses keys as Python, where `global` is a keyword."""
     key, equals, value = word.partition("=")
     if not re.match(r"--?(no)?config\.", key):
         return word
@@ -143,24 +143,24 @@ def _check_key(config: Any, key: str) -> None:
             config = config[part]
         elif isinstance(config, list | tuple) and part.isdigit():
             if int(part) >= len(config):
-                raise UserError(f"--config.{key}: {place} has {len(config)} entries and no number {part}; they count from 0")
+                raise UserError(f"--config.{key}: {place} has {len(config)} entries but no index {part}; indices start at 0")
             config = config[int(part)]
         elif config is not None:
-            raise UserError(f"--config.{key}: {place}={config!r} is a {type(config).__name__} and has no field {part!r}")
+            raise UserError(f"--config.{key}: {place}={config!r} is of type {type(config).__name__} and has no field {part!r}")
         else:
             raise UserError(f"--config.{key}: {place} is None; set it as a whole in the config file")
         place = f"{place}.{part}"
 
 
 def _blame(filename: str, error: Exception) -> NoReturn:
-    """One sentence with the line of the config file at which it went wrong."""
+    """Raise a one-sentence error that names the failing line of the config file."""
     line = error.lineno if isinstance(error, SyntaxError) and error.filename == filename else None
     for frame in traceback.extract_tb(error.__traceback__):
         if frame.filename == filename:
             line = frame.lineno
     what = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
     at = "" if line is None else f", line {line}"
-    raise UserError(f"--config={filename}{at}: {type(error).__name__}: {what}; mend the config file") from error
+    raise UserError(f"--config={filename}{at}: {type(error).__name__}: {what}; fix the config file") from error
 
 
 def _sentence(error: Exception, values: flags.FlagValues, command: str) -> str:
@@ -168,17 +168,17 @@ def _sentence(error: Exception, values: flags.FlagValues, command: str) -> str:
     if isinstance(error, flags.UnrecognizedFlagError):
         name = error.flagname.partition("=")[0].lstrip("-")
         if name.startswith("config.") and "config" in values:
-            return f"--{name} changes a value of a config, and --config is missing; name a file such as configs/quickstart.py"
-        known = {flag.name for flag in (values[known] for known in values)}
-        return f"lcx {command} has no flag --{name}{nearest(name, known)}"
+            return f"--{name} overrides a config value but --config is missing; name a file such as configs/quickstart.py"
+        known = {f"--{flag.name}" for flag in (values[known] for known in values)}
+        return f"unknown flag --{name} for lcx {command}{nearest(f'--{name}', known)}"
     if (found := re.match(r"flag --([^=]+)=(.*?): ", text)) and found[1] in values:
         name, value = found.groups()
         flag = values[name]
         wanted = {"bool": "true or false"}.get(flag.flag_type()) or getattr(flag.parser, "syntactic_help", "") or "another value"
-        usual = "" if flag.default in (None, [], "") else f", such as {flag.default}"
-        return f"--{name}={value} is not taken; it takes {wanted}{usual}"
+        usual = "" if flag.boolean or flag.default in (None, [], "") else f", such as {flag.default}"
+        return f"invalid value --{name}={value}: expected {wanted}{usual}"
     if found := re.match(r"Found (\S+) in argv before", text):
-        return f"{found[1]} stands before --config; name the config file first"
+        return f"{found[1]} comes before --config; name the config file first"
     if text.startswith("Missing value"):
-        return f"m{text[1:]}; write it behind an equals sign"
+        return f"m{text[1:]}; write it after an equals sign"
     return text[:1].lower() + text[1:]

@@ -1,4 +1,4 @@
-"""Write report.html and the plots of a run again, from the files in its workdir.
+"""Rewrite a run's report.html and plots from the files in its workdir.
 
 lcx report --workdir=runs/quickstart
 """
@@ -16,12 +16,12 @@ from lcx.report.report import write_report
 
 def define(values: flags.FlagValues) -> None:
     """The command's flags."""
-    flags.DEFINE_string("workdir", None, "the run", flag_values=values)
+    flags.DEFINE_string("workdir", None, "the run's workdir", flag_values=values)
 
 
 def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     """Write the report."""
     workdir = values.workdir or (rest[0] if len(rest) == 1 else None)
     if workdir is None:
-        raise UserError("--workdir is missing; name the folder of a run")
+        raise UserError("--workdir is missing; name the workdir of a run")
     say(f"report: {write_report(workdir)}")

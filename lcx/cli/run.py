@@ -1,4 +1,4 @@
-"""Train the stages of a config, evaluate the model before and after, write the report. The same command resumes.
+"""Train the stages of a config, evaluate the model before and after, and write the report. Rerun the same command to resume.
 
 lcx run --config=configs/quickstart.py --workdir=runs/quickstart [--config.KEY=VALUE ...]
 """

@@ -1,4 +1,4 @@
-"""Choose theta for a target length: the rules side by side, pairs that never turned in training, a staged schedule.
+"""Choose theta for a target length: the rules side by side, the pairs that never completed a turn in training, a staged schedule.
 
 lcx theta --from 8192 --theta 500000 --to 1048576 --head-dim 128 [--json]
 """
@@ -19,18 +19,18 @@ from lcx.positions.theta import ThetaReport, report
 def define(values: flags.FlagValues) -> None:
     """The command's flags."""
     flags.DEFINE_integer("from", 8192, "length in tokens that the model was trained at", flag_values=values)
-    flags.DEFINE_float("theta", 5e5, "rotary base that it was trained with", flag_values=values)
+    flags.DEFINE_float("theta", 5e5, "rotary base that the model was trained with", flag_values=values)
     flags.DEFINE_integer("to", 1048576, "target length in tokens", flag_values=values)
-    flags.DEFINE_integer("head_dim", 128, "rotary dims of a head", short_name="head-dim", flag_values=values)
-    flags.DEFINE_float("factor", 4.0, "growth from stage to stage", flag_values=values)
-    flags.DEFINE_bool("lower_bound", True, "search the lower bound too (seconds)", flag_values=values)
+    flags.DEFINE_integer("head_dim", 128, "rotary dimensions of a head", short_name="head-dim", flag_values=values)
+    flags.DEFINE_float("factor", 4.0, "growth factor from stage to stage", flag_values=values)
+    flags.DEFINE_bool("lower_bound", True, "also search for the lower bound (takes seconds)", flag_values=values)
     flags.DEFINE_bool("json", False, "print JSON instead of tables", flag_values=values)
 
 
 def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     """Print the report."""
     if rest:
-        raise UserError(f"lcx theta takes no argument {rest[0]!r}; see lcx theta --help")
+        raise UserError(f"unexpected argument {rest[0]!r}; see lcx theta --help")
     found = report(values["from"].value, values.theta, values.to, values.head_dim, values.factor, values.lower_bound)
     if values.json:
         print(json.dumps(plain(found), indent=2))
@@ -42,7 +42,7 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
 
 
 def sentences(found: ThetaReport) -> list[str]:
-    """The report's figures for the trained model and the target, a line each."""
+    """The report's figures for the trained model and the target, one per line."""
     pairs = found.untrained_pairs
     never = f"{len(pairs)} of {found.head_dim // 2} ({pairs[0]} to {pairs[-1]})" if pairs else "none"
     lines = [

@@ -1,4 +1,4 @@
-"""Train the stages of a config, without evaluations. The same command resumes.
+"""Train the stages of a config, without evaluating. Rerun the same command to resume.
 
 lcx train --config=configs/quickstart.py --workdir=runs/quickstart [--config.KEY=VALUE ...]
 """

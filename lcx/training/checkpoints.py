@@ -1,7 +1,7 @@
-"""Checkpoints of a run: written in the background, restored into abstract trees, the newest readable one taken.
+"""Checkpoints of a run: written in the background, restored into abstract trees from the newest one that is readable.
 
 Layout of a workdir: `config.json`, `checkpoints/<step>/{params,progress}`, `metrics.jsonl`, `decisions.jsonl`, `tensorboard/`.
-`<step>` counts the steps of the whole run. What is not an array (stage, loader position, schemes in force) stands in a
+`<step>` counts the steps of the whole run. What is not an array (stage, loader position, schemes in force) is in a
 checkpoint's custom metadata.
 """
 
@@ -38,11 +38,11 @@ FOLDER = "checkpoints"
 
 @dataclasses.dataclass(frozen=True)
 class Meta:
-    """Where a checkpoint stands in its run, and what a later reader needs to know to use it.
+    """Where in its run a checkpoint was taken, and what a later reader needs to use it.
 
     `stage_step` is also the loader's state: the next batch of stage `stage_index`. `attempt` counts the monitor's rollbacks of
-    the stage. `positions` holds the scheme in force of each layer kind, `length` the declared length. `losses`,
-    `probe_before` and `reference` are what the monitor has seen of the stage.
+    the stage. `positions` holds the scheme in force for each layer kind, `length` the declared length. `losses`,
+    `probe_before` and `reference` are what the monitor has recorded of the stage so far.
     """
 
     stage: str
@@ -60,7 +60,7 @@ class Meta:
 
     @property
     def place(self) -> tuple[int, int, int]:
-        """(stage, attempt, step of the stage), ordered as the run goes."""
+        """(stage, attempt, step within the stage), which sorts in the order of the run."""
         return self.stage_index, self.attempt, self.stage_step
 
     @property
@@ -70,14 +70,14 @@ class Meta:
 
 
 def scheme_configs(schemes: Mapping[str, Scheme]) -> dict[str, Any]:
-    """`Meta.positions` of schemes."""
+    """Schemes as stored in `Meta.positions`."""
     return {kind: to_config(scheme) for kind, scheme in schemes.items()}
 
 
 class Store:
     """The checkpoints of one workdir. `ends`: steps at which stages end, always kept. Use as a context manager.
 
-    `clean` removes what a killed run left half-written; a reader leaves it alone, a run may be writing it.
+    `clean` removes what a killed run left half-written; readers pass False, because a run may still be writing it.
     """
 
     def __init__(self, workdir: Path, config: CheckpointConfig, ends: Sequence[int] = (), clean: bool = True):
@@ -95,8 +95,8 @@ class Store:
         self._saving: tuple[int, Any] | None = None
 
     def __enter__(self) -> "Store":
-        # Errors reach the user as one sentence; the library's own account of them, with its traceback, would bury it. So would
-        # that of the reads which it gives up after the first has failed, and that may come at any time later.
+        # Errors reach the user as one sentence, which the library's own logs and tracebacks would bury. So would the errors of
+        # reads that it abandons after the first failure, which may be reported at any later time.
         self._level = absl.logging.get_verbosity()
         absl.logging.set_verbosity(absl.logging.FATAL)
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
@@ -107,14 +107,14 @@ class Store:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             self.wait()
-            # After a failure the library's threads may still have something to say: then they stay silenced.
+            # After a failure the library's threads may still log, so they stay silenced.
             if kind is None:
                 absl.logging.set_verbosity(self._level)
         except UserError:
             if kind is None:
                 raise
         finally:
-            # What failed was said already; closing would raise it once more.
+            # The failure has been reported already; closing would raise it again.
             with contextlib.suppress(Exception):
                 self._checkpointer.close()
 
@@ -124,14 +124,14 @@ class Store:
         return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
 
     def save(self, state: TrainState, meta: Meta) -> None:
-        """Begin to write a checkpoint; the state may be donated as soon as this returns.
+        """Start writing a checkpoint; the state may be donated as soon as this returns.
 
-        Raises `UserError` when the disk is (or became, since the last call) too full; earlier checkpoints stay as they are.
+        Raises `UserError` when this checkpoint or the one before it does not fit on the disk; earlier ones are untouched.
         """
         self._save({"params": state.params, "progress": _progress(state)}, meta)
 
     def save_params(self, params: Tree, meta: Meta) -> None:
-        """As `save`, for weights alone: others may begin with them, no run can go on from them."""
+        """Like `save`, for weights only: another run can start from them, but none can resume from them."""
         self._save({"params": params}, meta)
 
     def _save(self, trees: dict[str, Any], meta: Meta) -> None:
@@ -148,7 +148,7 @@ class Store:
         self._saving = (meta.step, response)
 
     def wait(self) -> None:
-        """Until the last checkpoint is complete on disk; raises `UserError` when it could not be written."""
+        """Wait until the last checkpoint is complete on disk; raises `UserError` when it could not be written."""
         if self._saving is None:
             return
         (step, response), self._saving = self._saving, None
@@ -159,15 +159,15 @@ class Store:
             raise self._failed(step, error) from error
 
     def meta(self, step: int) -> Meta:
-        """The record of a checkpoint."""
+        """The metadata of a checkpoint."""
         values = dict(self._checkpointer.checkpointables_metadata(step).custom_metadata)
         return Meta(**{**values, "losses": tuple(values["losses"])})
 
     def restore(self, abstract: Callable[[Meta], TrainState], wanted: Callable[[Meta], bool]) -> tuple[TrainState, Meta] | None:
-        """State and record of the newest checkpoint that can be read; None when there is none.
+        """State and metadata of the newest readable checkpoint; None when there is no checkpoint.
 
-        `abstract` gives the tree to restore into; checkpoints that `wanted` refuses are deleted. One that cannot be read is set
-        aside with a warning, and the one before is taken; raises `UserError` when none can be read.
+        `abstract` gives the tree to restore into; checkpoints that `wanted` rejects are deleted. An unreadable one is set
+        aside with a warning and the one before it is used; raises `UserError` when none can be read.
         """
         broken: dict[int, Exception] = {}
         for step in reversed(self.steps):
@@ -189,22 +189,22 @@ class Store:
             step, error = next(iter(broken.items()))
             raise UserError(
                 f"no checkpoint in {self.directory} can be read (step {step}: {_short(error)}); "
-                f"restore it from a copy, or delete {self.directory} to start over"
+                f"restore one from a backup, or delete {self.directory} to start over"
             )
         return None
 
     def read(self, step: int, abstract: TrainState) -> TrainState:
-        """The state of one checkpoint, placed as `abstract` says."""
+        """The state of one checkpoint, with the shardings of `abstract`."""
         trees = {"params": abstract.params, "progress": _progress(abstract)}
         found = self._checkpointer.load_checkpointables(step, trees)
         return TrainState(params=found["params"], **found["progress"])
 
     def read_params(self, step: int, abstract: Tree) -> Tree:
-        """The parameters alone of one checkpoint."""
+        """Only the parameters of one checkpoint."""
         return self._checkpointer.load_checkpointables(step, {"params": abstract})["params"]
 
     def drop_after(self, step: int) -> None:
-        """Delete checkpoints beyond `step`: the run goes back."""
+        """Delete the checkpoints after `step`, for a rollback."""
         self.wait()
         for later in [known for known in self.steps if known > step]:
             self._checkpointer.delete(later)
@@ -212,8 +212,8 @@ class Store:
     def _set_aside(self, step: int, error: Exception, used: int) -> None:
         aside = self.directory.parent / f"{FOLDER}.unreadable" / str(step)
         warn(
-            f"checkpoint {step} in {self.directory} cannot be read ({_short(error)}); going on from step {used}; it moves "
-            f"to {aside}"
+            f"checkpoint {step} in {self.directory} cannot be read ({_short(error)}); moving it to {aside} and resuming from "
+            f"step {used}"
         )
         if jax.process_index() == 0:
             shutil.rmtree(aside, ignore_errors=True)
@@ -225,19 +225,19 @@ class Store:
         needed, free = num_bytes(trees) // jax.process_count(), shutil.disk_usage(self.directory).free
         if free < needed:
             raise UserError(
-                f"checkpoint {step} needs {needed / 1e6:,.1f} MB and {self.directory} has {free / 1e6:,.1f} MB left; free some "
-                f"space and run the same command, {self._newest()}"
+                f"checkpoint {step} needs {needed / 1e6:,.1f} MB but {self.directory} has only {free / 1e6:,.1f} MB left; free disk "
+                f"space and rerun the same command; {self._newest()}"
             )
 
     def _failed(self, step: int, error: Exception) -> UserError:
         self._checkpointer.reload()
         return UserError(
-            f"checkpoint {step} could not be written to {self.directory} ({_short(error)}); make room or mend the disk and run the "
-            f"same command, {self._newest()}"
+            f"checkpoint {step} could not be written to {self.directory} ({_short(error)}); free disk space or fix the disk and "
+            f"rerun the same command; {self._newest()}"
         )
 
     def _newest(self) -> str:
-        return f"which goes on from step {self.steps[-1]}" if self.steps else "which starts over: no earlier checkpoint exists"
+        return f"it resumes from step {self.steps[-1]}" if self.steps else "it starts over, as there is no earlier checkpoint"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,9 +256,9 @@ class Loaded:
 
 @dataclasses.dataclass(frozen=True)
 class InitialWeights:
-    """Weights that a run begins with: their `name` in messages, their record, and `load(mesh)`, which reads them.
+    """Weights that a run starts from: their `name` in messages, their metadata, and `load(mesh)`, which reads them.
 
-    `keep(workdir)` keeps in the run's workdir what else of the source will be needed.
+    `keep(workdir)` copies into the run's workdir what else of the source will be needed.
     """
 
     name: str
@@ -268,42 +268,42 @@ class InitialWeights:
 
 
 def initial_weights(path: str | None) -> InitialWeights | None:
-    """The weights of a checkpoint that `init_from` names; None without one."""
+    """The weights of the checkpoint that `init_from` names; None if it names none."""
     return None if path is None else InitialWeights(path, load_meta(path), lambda mesh: load_params(path, mesh=mesh))
 
 
 def load_meta(path: str | Path) -> Meta:
-    """The record of the newest checkpoint of a workdir, or of a checkpoint folder, without its arrays."""
+    """The metadata of the newest checkpoint in a workdir, or of a checkpoint folder; reads no arrays."""
     workdir, step = locate(Path(path))
     run = read_config(workdir)
     with Store(workdir, CheckpointConfig(), stage_ends(run), clean=False) as store:
         if not store.steps or step is not None and step not in store.steps:
-            raise UserError(f"{path} holds no complete checkpoint; train first, or name another workdir")
+            raise UserError(f"{path} has no complete checkpoint; train first, or name another workdir")
         return store.meta(store.steps[-1] if step is None else step)
 
 
 def load_params(path: str | Path, step: int | None = None, stage: str | None = None, mesh: Mesh | None = None) -> Loaded:
     """Parameters from a workdir (newest, or at a `step`, or at the end of a `stage`) or from one of its checkpoint folders.
 
-    Placed on `mesh` (default: the first device). The newest that can be read is taken where none is named. Raises `UserError`
-    when there is no such checkpoint or it cannot be read.
+    Placed on `mesh` (default: the first device). Without a step or stage, the newest readable checkpoint is used. Raises
+    `UserError` when there is no such checkpoint or it cannot be read.
     """
     asked, (workdir, step) = step, locate(Path(path), step)
     run = read_config(workdir)
     for name, value in (("step", asked), ("stage", stage)):
         if value is not None and step not in (None, asked):
-            raise UserError(f"{path} names step {step}, and {name}={value} other weights; leave one of them out")
+            raise UserError(f"{path} names step {step}, which conflicts with {name}={value}; give only one of them")
     if stage is not None:
         names = [known.name for known in run.stages]
         if stage not in names:
-            raise UserError(f"the run in {workdir} has no stage {stage!r}; it has {', '.join(names)}")
+            raise UserError(f"the run in {workdir} has no stage {stage!r}; its stages are {', '.join(names)}")
         step = stage_ends(run)[names.index(stage)]
     with Store(workdir, CheckpointConfig(), stage_ends(run), clean=False) as store:
         if not store.steps:
-            raise UserError(f"{store.directory} holds no complete checkpoint; train first, or name another workdir")
+            raise UserError(f"{store.directory} has no complete checkpoint; train first, or name another workdir")
         if step is not None and step not in store.steps:
             wanted = f"at the end of stage {stage!r} (step {step})" if stage else f"of step {step}"
-            raise UserError(f"{store.directory} has no checkpoint {wanted}; it has {', '.join(map(str, store.steps))}")
+            raise UserError(f"{store.directory} has no checkpoint {wanted}; its steps are {', '.join(map(str, store.steps))}")
         return _read_newest(store, run, store.steps if step is None else [step], mesh)
 
 
@@ -338,16 +338,17 @@ def _read_newest(store: Store, run: RunConfig, steps: Sequence[int], mesh: Mesh 
             failures.append(f"step {step}: {_short(error)}")
             continue
         for failure in failures:
-            warn(f"a checkpoint in {store.directory} cannot be read ({failure}); taking step {step}")
+            warn(f"a checkpoint in {store.directory} cannot be read ({failure}); using step {step}")
         return loaded
     raise UserError(f"no checkpoint in {store.directory} can be read ({'; '.join(failures)})")
 
 
 def locate(path: Path, step: int | None = None) -> tuple[Path, int | None]:
-    """The workdir that a path names or lies in, and the step where it names one, else `step`."""
+    """The workdir that a path names or lies in, and the step of the checkpoint that it names, else `step`."""
     if not path.is_dir():
         raise UserError(
-            f"checkpoint {path} is no folder; name a run's workdir, a folder {FOLDER}/<step> in it, or a Hugging Face folder"
+            f"checkpoint {path} does not exist or is not a directory; name a run's workdir, one of its {FOLDER}/<step>, or a "
+            "Hugging Face folder"
         )
     if path.name == FOLDER:
         return path.parent, step
@@ -361,13 +362,13 @@ def _progress(state: TrainState) -> dict[str, Any]:
 
 
 def _without_late_reads(unraisable: sys.UnraisableHookArgs) -> None:
-    """Leave out what reads given up say once the library has closed their event loop; the rest as Python shows it."""
+    """Suppress errors of abandoned reads whose event loop the library has closed; show all others as Python does."""
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 
 
 def _short(error: BaseException) -> str:
-    """What first went wrong: what the library says of it in the end is about its own workings."""
+    """The root cause of an error: the outermost message is about the library's internals."""
     while cause := error.__cause__ or error.__context__:
         error = cause
     text = " ".join(str(error).split()) or type(error).__name__

@@ -16,7 +16,7 @@ from lcx.training.stages import RunConfig, StageConfig
 
 
 def check_stage(run: RunConfig, stage: StageConfig, mesh: Mesh, specs: Tree) -> None:
-    """Raises `UserError` where the sizes of a stage do not fit its mesh."""
+    """Raises `UserError` when the sizes of a stage do not fit its mesh."""
     check_batch(stage, mesh)
     check_divides(f"stages.{stage.name}.seq_len", stage.seq_len, mesh, "sequence")
     layout = row_layout(run.model, stage.seq_len, mesh)
@@ -30,19 +30,19 @@ def check_stage(run: RunConfig, stage: StageConfig, mesh: Mesh, specs: Tree) -> 
 
 
 def check_batch(stage: StageConfig, mesh: Mesh) -> None:
-    """Rows divide over microbatches and the mesh axes of the batch."""
+    """Raises `UserError` unless the rows divide over microbatches and the mesh axes of the batch."""
     pieces = axis_size(mesh, "batch")
     unit = pieces * stage.accumulate
     if stage.batch_size % unit:
         axes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in RULES["batch"])
         raise UserError(
-            f"stages.{stage.name}.batch_size={stage.batch_size} rows do not divide by {axes} times accumulate={stage.accumulate}, "
-            f"which is {unit}; nearest: {multiples(stage.batch_size, unit)}"
+            f"stages.{stage.name}.batch_size={stage.batch_size} must be divisible by {unit} ({axes} x "
+            f"accumulate={stage.accumulate}); nearest: {multiples(stage.batch_size, unit)}"
         )
 
 
 def check_model(model: ModelConfig, mesh: Mesh) -> None:
-    """Model sizes divide over the mesh axes that split them."""
+    """Raises `UserError` unless the model's sizes divide over the mesh axes that split them."""
     for field, logical in (
         ("num_heads", "heads"),
         ("num_kv_heads", "kv_heads"),
@@ -56,7 +56,7 @@ def check_model(model: ModelConfig, mesh: Mesh) -> None:
 
 
 def check_vocabulary(model: ModelConfig, vocab_size: int, tokenizer: str) -> None:
-    """The tokenizer's ids fit the model's embedding table."""
+    """Raises `UserError` unless the tokenizer's ids fit the model's embedding table."""
     if model.vocab_size < vocab_size:
         raise UserError(
             f"model.vocab_size={model.vocab_size} is below the {vocab_size} tokens of data.tokenizer={tokenizer!r}; "
@@ -65,7 +65,7 @@ def check_vocabulary(model: ModelConfig, vocab_size: int, tokenizer: str) -> Non
 
 
 def warn_unusual(run: RunConfig) -> None:
-    """Warn of what is allowed and seldom meant."""
+    """Warn of settings that are allowed but rarely intended."""
     for before, stage in zip(run.stages, run.stages[1:], strict=False):
         if stage.seq_len < before.seq_len:
             warn(f"stages.{stage.name}.seq_len={stage.seq_len} is shorter than {before.name}'s {before.seq_len}")

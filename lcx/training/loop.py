@@ -1,4 +1,4 @@
-"""Train a list of stages, from wherever the workdir stands to the end of the last one."""
+"""Train a list of stages, from the latest state in the workdir to the end of the last stage."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Result:
 
 @dataclasses.dataclass
 class StageHistory:
-    """What the monitor has seen of the present stage."""
+    """What the monitor has recorded of the current stage."""
 
     losses: list[float] = dataclasses.field(default_factory=list)
     before: monitor.Probe | None = None
@@ -55,9 +55,9 @@ class StageHistory:
 def train(
     run: RunConfig, workdir: str | Path, devices: Sequence[jax.Device] | None = None, given: InitialWeights | None = None
 ) -> Result:
-    """Run all stages that the workdir has not seen the end of; the same call goes on after any interruption.
+    """Run all stages that are not finished in the workdir; the same call resumes after any interruption.
 
-    `given` are the weights that `run.init_from` names (None: they are a checkpoint of lcx's, read when they are needed).
+    `given` are the weights that `run.init_from` names (None: a checkpoint written by lcx, read when needed).
     Ctrl-C saves and raises `KeyboardInterrupt`, SIGTERM saves and exits with status 143. Raises `UserError` for a config that
     cannot work, a workdir of another run, a full disk, and too many non-finite steps in a row.
     """
@@ -83,7 +83,7 @@ def train(
 
 
 class Trainer:
-    """The state of a run in this process; `train` is the way in."""
+    """The state of a run in this process; use `train` to run it."""
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class Trainer:
         self.config_fingerprint = fingerprint(self.config)
 
     def run(self) -> Result:
-        """All stages that are left."""
+        """Run all remaining stages."""
         start = resume_point(self.builder, self.store)
         built, state, at = self.builder.build(start.index), start.state, start.stage_step
         history = _history(start)
@@ -110,7 +110,7 @@ class Trainer:
             if at < built.stage.steps:
                 state, again = self._stage(built, state, at, history)
                 if again:
-                    # Nothing of the failed attempt stays in memory beside what is read back.
+                    # Free the memory of the failed attempt before the earlier state is read back.
                     del state
                     self.store.drop_after(self._stage_start(built))
                     built = self.builder.build(built.index)
@@ -125,14 +125,14 @@ class Trainer:
         return Result(self.workdir, self.ends[-1], state.params, built.arch, built.buffers, built.schemes, tuple(self.decisions))
 
     def _reached(self, start: ResumePoint) -> tuple[int, int, int]:
-        """The place up to which rows of metrics stand; a finished stage counts as the beginning of the next."""
+        """The place up to which rows of metrics are kept; a finished stage counts as the beginning of the next."""
         stages, index, at = self.config.stages, start.index, start.stage_step
         if at == stages[index].steps and index + 1 < len(stages):
             index, at = index + 1, 0
         return index, self.builder.choose(index)[0].index, at
 
     def _stage(self, built: BuiltStage, state: TrainState, at: int, history: StageHistory) -> tuple[TrainState, bool]:
-        """Steps `at` to the end of a stage; True when the monitor wants the stage again from its start."""
+        """Run steps `at` to the end of a stage; True when the monitor wants the stage run again from its start."""
         stage, every = built.stage, self.config.checkpoint.every
         judged = self.config.monitor.steps if built.attempt.watched else None
         if judged is not None and history.before is None:
@@ -180,7 +180,7 @@ class Trainer:
         self.store.save(state, meta)
 
     def _judge(self, built: BuiltStage, state: TrainState, history: StageHistory) -> bool:
-        """Decide on the stage, write it down, say it; True when the run has to go back to the stage's start."""
+        """Judge the stage, record and report the decision; True when the run has to return to the stage's start."""
         after = self.builder.probe(built, state.params)
         decision = monitor.decide(self.config.monitor, history.losses, history.before, after, history.reference)
         entry = {
@@ -217,7 +217,7 @@ class Trainer:
 
     def _leave(self, total: int) -> None:
         self.store.wait()
-        say(f"saved at step {total}; the same command goes on from there")
+        say(f"saved at step {total}; rerun the same command to resume")
         if self.stop.signal == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + signal.SIGTERM)
@@ -229,7 +229,7 @@ class Trainer:
 
 
 class PendingMetrics:
-    """Figures of the step before the present one: read while the device already works on the next."""
+    """Defers the figures of a step: they are read while the device already works on the next one."""
 
     def __init__(self, trainer: Trainer, built: BuiltStage, history: StageHistory, bar: Progress):
         self._trainer, self._built, self._history, self._bar = trainer, built, history, bar
@@ -238,7 +238,7 @@ class PendingMetrics:
         self._plain = not console().is_terminal
 
     def flush(self, following: tuple[int, dict[str, jax.Array], float] | None = None) -> None:
-        """Write the row that is pending, if any; `following` is pending from now on."""
+        """Write the pending row, if any; `following` becomes the pending one."""
         pending, self._pending = self._pending, following
         if pending is None:
             return
@@ -266,15 +266,15 @@ class PendingMetrics:
             self._report(row, step)
 
     def _report(self, row: dict[str, Any], step: int) -> None:
-        """Name a dropped step and its batch; too many in a row end the run."""
+        """Report a dropped step and its batch; raises `UserError` after too many in a row."""
         made_of = _few(self._built.loader.provenance(step))
         what = f"step {row['step']} (stage {row['stage']}, batch {step}): loss {row['loss']}, gradient norm {row['grad_norm']}"
         if row["in_a_row"] >= self._trainer.config.max_bad_steps:
             raise UserError(
-                f"{what}; that is the last of {row['in_a_row']} non-finite steps in a row, so the run stops: lower optim.lr, or "
-                f"look at the batch, made of {made_of}"
+                f"{what}; this is the last of {row['in_a_row']} non-finite steps in a row, so the run stops: lower optim.lr, or "
+                f"inspect the batch, which came from {made_of}"
             )
-        warn(f"{what}; parameters are kept as they were. The batch was made of {made_of}")
+        warn(f"{what}; parameters are left unchanged. The batch came from {made_of}")
 
 
 def _few(lines: Sequence[str], count: int = 3) -> str:

@@ -1,4 +1,4 @@
-"""What a run writes about itself, fetched from the device one step late: JSONL and TensorBoard."""
+"""A run's metrics as JSONL and TensorBoard events, fetched from the device one step late."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lcx.core.configs import positive
 from lcx.core.errors import UserError
 
 TIMING = ("time", "tokens_per_second", "mfu", "data_wait", "host_memory")
-"""Fields of a row that differ between two runs of the same thing; all others are bitwise the same."""
+"""Fields of a row that differ between two identical runs; all others are bitwise equal."""
 
 PEAK_FLOPS = {
     "TPU v4": 275e12,
@@ -36,7 +36,7 @@ PEAK_FLOPS = {
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
 }
-"""Dense bfloat16 operations per second of one device by the start of its kind, from the makers' data sheets."""
+"""Dense bfloat16 operations per second of one device, by the beginning of its kind, from the vendors' data sheets."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class MetricsConfig:
 
 
 def peak_flops(device: jax.Device, given: float | None = None) -> float:
-    """Operations per second that MFU is a share of: `given`, the data sheet's, or what a large matrix product reaches here."""
+    """Peak operations per second for MFU: `given`, the data sheet's, or what a large matrix product reaches on this machine."""
     if given is not None:
         return given
     kinds = sorted((kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)), key=len)
@@ -78,7 +78,7 @@ def _measure(device: jax.Device) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Meter:
-    """What turns the time of a step into tokens/s and MFU: both per step of one stage, over all devices."""
+    """Converts the time of a step to tokens/s and MFU; `tokens` and `flops` are per step, all fields over all devices."""
 
     tokens: int
     flops: float
@@ -98,7 +98,7 @@ def row(place: Mapping[str, Any], metrics: Mapping[str, jax.Array], timing: Mapp
 
 
 def place_of(entry: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Where in a run a row stands: (stage, attempt, step of the stage). Rows of a run are in this order."""
+    """The place of a row in its run: (stage, attempt, step within the stage). Rows of a run are in this order."""
     return entry["stage_index"], entry["attempt"], entry["stage_step"]
 
 
@@ -113,7 +113,7 @@ class Writer:
             self._events = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), flush_secs=30)
 
     def truncate(self, keep: Callable[[Mapping[str, Any]], bool]) -> None:
-        """Drop the rows that `keep` refuses, and a last line that was cut off: the restored run writes them again."""
+        """Drop the rows that `keep` rejects and a truncated last line: the restored run writes them again."""
         if not self._active or not self._path.exists():
             return
         kept = [json.dumps(entry) for entry in read(self._path) if keep(entry)]
@@ -145,13 +145,11 @@ def append(path: Path, entry: Mapping[str, Any]) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        raise UserError(
-            f"the disk that holds {path} is full ({error.strerror}); free some space and run the same command"
-        ) from error
+        raise UserError(f"the disk of {path} is full ({error.strerror}); free disk space and rerun the same command") from error
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL file, without a last one that was cut off; empty when there is no file."""
+    """Rows of a JSONL file, without a truncated last one; empty when the file does not exist."""
     if not path.exists():
         return []
     entries = []

@@ -1,4 +1,4 @@
-"""The early-perplexity monitor: is a stage going straight down in its first steps, or is its theta wrong?
+"""The early-perplexity monitor: does the loss of a stage go straight down in its first steps, or is its theta wrong?
 
 The statistic, over the logarithms y_0 ... y_{K-1} of the training loss (after `skip` steps of warm-up):
 
@@ -7,19 +7,19 @@ The statistic, over the logarithms y_0 ... y_{K-1} of the training loss (after `
 - straightness: fall / wobble.
 - swing: wobble / noise, where noise is the same robust deviation of successive differences over sqrt(2). It is 1 where only the
   batches differ from one another, and grows when the loss moves up and down over several steps.
-- up-pairs: of all pairs of steps, the share whose later loss is the higher one (Kendall 1938): 0 straight down, 0.5 no trend.
+- up-pairs: of all pairs of steps, the share in which the later loss is higher (Kendall 1938): 0 straight down, 0.5 no trend.
 
-Perplexity alone can look fine while retrieval fails, so a fixed held-out probe is read before the first step and after step K:
+Perplexity alone can look fine while retrieval fails, so a fixed held-out probe is evaluated before the first step and after step K:
 
 - text gain, needle gain: 1 - loss after / before, on text and on needle answers; needle accuracy: share of answer tokens predicted.
-- text excess, needle excess: loss after - loss of the same weights at the stage's start on the same probe at the length and with
-  the scheme of the stage before, in nats a token: what the model could do and cannot do at the new length (yet).
+- text excess, needle excess: loss after - loss of the stage's initial weights on the same probe at the length and with the scheme
+  of the previous stage, in nats per token: what the model could do before and cannot do at the new length (yet).
 
-The excesses matter most. A right theta may have hardly anything to fall: the stage begins where the last one ended. A wrong one
-begins high and falls at first, as steadily as one could wish, while the needles stay lost.
+The excesses matter most. With a good theta the loss may have little left to fall, as the stage begins where the last one ended.
+With a bad one it begins high and at first falls perfectly steadily, while the needles stay lost.
 
-A stage oscillates when its loss goes up more than down, or swings without falling, when text is lost, or when needles are. All
-thresholds are fields of `MonitorConfig`; `experiments/003_monitor` holds how often they are right.
+A stage counts as oscillating when its loss goes up more often than down, when it swings without falling, or when text or needles
+are lost. All thresholds are fields of `MonitorConfig`; `experiments/003_monitor` measures how often they are right.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ from lcx.positions.scheme import Scheme
 from lcx.positions.theta import retries
 
 FEWEST = 8
-"""Losses that a statistic needs at least."""
+"""The fewest losses that a statistic can be computed from."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MonitorConfig:
-    """When and how a stage is judged; the module says what the statistics are.
+    """When and how a stage is judged; the statistics are defined at the top of the module.
 
-    After `steps` steps, of which the first `skip` are not looked at. `probe_rows` rows of held-out text and needles. `retries`
-    is how many further thetas may be tried.
+    A stage is judged after `steps` steps, of which the first `skip` are ignored, and on `probe_rows` rows of held-out text and
+    needles. `retries` is how many further thetas may be tried.
     """
 
     enabled: bool = False
@@ -75,7 +75,7 @@ class MonitorConfig:
     def __post_init__(self) -> None:
         positive("monitor", steps=self.steps, retries=self.retries)
         if self.probe_rows < 2:
-            raise UserError(f"monitor.probe_rows={self.probe_rows} cannot hold both text and needles; give at least 2")
+            raise UserError(f"monitor.probe_rows={self.probe_rows} is too few for both text and needles; give at least 2")
         if not 0 <= self.skip <= self.steps - FEWEST:
             raise UserError(f"monitor.skip={self.skip} must leave at least {FEWEST} of monitor.steps={self.steps} steps")
 
@@ -93,7 +93,7 @@ class Curve:
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """What the held-out probe showed: losses in nats a token, accuracy of needle answers a token."""
+    """Results of the held-out probe: losses in nats per token, accuracy per token of the needle answers."""
 
     text_loss: float
     needle_loss: float
@@ -102,7 +102,7 @@ class Probe:
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """A verdict with everything that it was made from."""
+    """A verdict with everything that it is based on."""
 
     verdict: Literal["straight down", "oscillating"]
     reason: str
@@ -111,7 +111,7 @@ class Decision:
 
 
 def curve(losses: Sequence[float]) -> Curve:
-    """Statistics of training losses in nats, one per step, at least `FEWEST` of them; a loss that is not finite spoils all."""
+    """Statistics of training losses in nats, one per step, at least `FEWEST`; the worst ones if any loss is not finite."""
     y = np.asarray(losses, np.float64)
     if len(y) < FEWEST:
         raise ValueError(f"{len(y)} losses are too few; at least {FEWEST} are needed")
@@ -130,9 +130,9 @@ def _deviation(x: np.ndarray) -> float:
 
 
 def decide(config: MonitorConfig, losses: Sequence[float], before: Probe, after: Probe, reference: Probe | None = None) -> Decision:
-    """The verdict on a stage's first steps; `losses` holds one training loss a step, the skipped ones included.
+    """The verdict on a stage's first steps; `losses` has one training loss per step, including the skipped steps.
 
-    `reference` is the probe at the length and with the scheme of the stage before; without it gains stand in for excesses.
+    `reference` is the probe at the length and with the scheme of the previous stage; without it, gains replace excesses.
     """
     found = curve(losses[config.skip :])
     statistics = {
@@ -150,33 +150,33 @@ def decide(config: MonitorConfig, losses: Sequence[float], before: Probe, after:
     if wrong:
         return Decision("oscillating", "; ".join(wrong), statistics, thresholds)
     reason = (
-        f"{statistics['needle_accuracy']:.0%} of needle answers, gain {statistics['needle_gain']:.1%}; text gain "
-        f"{statistics['text_gain']:.1%}; {found.up_pairs:.0%} of the pairs go up"
+        f"needle accuracy {statistics['needle_accuracy']:.0%}, needle gain {statistics['needle_gain']:.1%}, text gain "
+        f"{statistics['text_gain']:.1%}; the loss goes up in {found.up_pairs:.0%} of step pairs"
     )
     return Decision("straight down", reason, statistics, thresholds)
 
 
 def curve_faults(config: MonitorConfig, values: Mapping[str, float]) -> list[str]:
-    """What speaks against a stage in its loss curve: sentences, none when nothing does."""
-    # `not a >= b` rather than `a < b`: a statistic that is not a number is a fault.
+    """The faults in a stage's loss curve, one sentence each; empty when there are none."""
+    # `not a >= b` rather than `a < b`, so that NaN is a fault.
     faults = []
     if not (values["straightness"] >= config.min_straightness or values["swing"] <= config.max_swing):
         faults.append(
-            f"the loss swings {values['swing']:.1f} times the noise of its batches, above {config.max_swing}, and falls at "
-            f"straightness {values['straightness']:.2f}, below {config.min_straightness}"
+            f"the loss swings by {values['swing']:.1f} times the noise of its batches, above {config.max_swing}, and its "
+            f"straightness is {values['straightness']:.2f}, below {config.min_straightness}"
         )
     if not values["up_pairs"] <= config.max_up_pairs:
-        faults.append(f"{values['up_pairs']:.0%} of the pairs go up, more than {config.max_up_pairs:.0%}")
+        faults.append(f"the loss goes up in {values['up_pairs']:.0%} of step pairs, more than {config.max_up_pairs:.0%}")
     return faults
 
 
 def probe_faults(config: MonitorConfig, values: Mapping[str, float]) -> list[str]:
-    """What speaks against a stage in its probe: sentences, none when nothing does."""
+    """The faults in a stage's probe, one sentence each; empty when there are none."""
     faults = []
     if "text_excess" in values:
         if not values["text_excess"] <= config.max_text_excess:
             faults.append(
-                f"held-out text is {values['text_excess']:.2f} nats above the stage before, more than {config.max_text_excess}"
+                f"held-out text is {values['text_excess']:.2f} nats above the previous stage, more than {config.max_text_excess}"
             )
     elif not values["text_gain"] >= config.min_text_gain:
         faults.append(f"held-out text gain {values['text_gain']:.1%} is below {config.min_text_gain:.1%}")
@@ -185,7 +185,7 @@ def probe_faults(config: MonitorConfig, values: Mapping[str, float]) -> list[str
     if "needle_excess" in values:
         if not values["needle_excess"] <= config.max_needle_excess:
             faults.append(
-                f"needles are {values['needle_excess']:.2f} nats above the stage before, more than {config.max_needle_excess}"
+                f"needles are {values['needle_excess']:.2f} nats above the previous stage, more than {config.max_needle_excess}"
             )
     elif not values["needle_gain"] >= config.min_needle_gain:
         faults.append(f"needle gain {values['needle_gain']:.1%} is below {config.min_needle_gain:.1%}")
@@ -195,7 +195,7 @@ def probe_faults(config: MonitorConfig, values: Mapping[str, float]) -> list[str
 def thetas(
     config: MonitorConfig, given: Sequence[float], first: float | None, trained: tuple[float, int], target: int
 ) -> list[float]:
-    """The thetas that a stage may try, in order: `given` where there are any, else `first` (the config's own, if it names one)
+    """The thetas that a stage may try, in order: `given` if there are any, else `first` (the config's own, if it names one)
     and those around the critical base of `trained` (theta, length) at `target`; at most `config.retries` after the first."""
     if given:
         return list(given)
@@ -209,12 +209,12 @@ def thetas(
 
 
 def theta_of(schemes: Mapping[str, Scheme]) -> float | None:
-    """The theta that a ladder turns: that of the first kind which is no local one and has one."""
+    """The theta that a ladder varies: that of the first layer kind that is not local and has one."""
     return next((schemes[kind].theta for kind in sorted(schemes) if _turns(kind, schemes[kind])), None)
 
 
 def at_theta(schemes: Mapping[str, Scheme], theta: float) -> dict[str, Scheme]:
-    """The schemes with another theta, local layers apart: a window never sees the new distances."""
+    """The schemes with another theta, except on local layers: a window never sees the new distances."""
     return {kind: with_theta(scheme, theta) if _turns(kind, scheme) else scheme for kind, scheme in schemes.items()}
 
 
@@ -223,7 +223,7 @@ def _turns(kind: str, scheme: Scheme) -> bool:
 
 
 def best(decisions: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Of decisions as written to `decisions.jsonl`, the one whose probe was best: by needle loss, then by text loss."""
+    """The decision (as written to `decisions.jsonl`) with the best probe: by needle loss, then by text loss."""
 
     def rank(decision: Mapping[str, Any]) -> tuple[float, float]:
         values = decision["probe_after"]
@@ -256,7 +256,7 @@ def probe_sums(params: Tree, buffers: Mapping[str, Any], arch: Architecture, bat
 
 
 def read_probe(sums: ProbeSums) -> Probe:
-    """Figures of the sums, fetched from the device."""
+    """The probe's results from its sums, fetched from the device."""
     nll, weight, correct = (np.asarray(jax.device_get(x), np.float64) for x in (sums.nll, sums.weight, sums.correct))
     text, needle = nll / np.maximum(weight, 1.0)
     return Probe(float(text), float(needle), float(correct[1] / max(weight[1], 1.0)))

@@ -18,10 +18,10 @@ from lcx.core.trees import Tree
 class OptimConfig:
     """AdamW (Loshchilov & Hutter, 1711.05101) and its schedule.
 
-    `lr` is the peak learning rate. `schedule` shapes it after `warmup_steps` of linear rise: `constant`; `cosine` and `linear`
+    `lr` is the peak learning rate. `schedule` shapes it after `warmup_steps` of linear warmup: `constant`; `cosine` and `linear`
     fall to `end_fraction * lr` at the stage's last step; `wsd` stays at the peak and falls linearly over the last
     `decay_fraction` of the stage. `clip_norm` bounds the global gradient norm (None: off). `z_loss` scales the squared
-    log-partition term. Weight decay spares norms, biases, sinks, learned positions and every vector.
+    log-partition term. Weight decay skips norms, biases, sinks, learned positions and all vectors.
     """
 
     lr: float = 1e-3
@@ -43,14 +43,14 @@ class OptimConfig:
                 raise UserError(f"optim.{name}={getattr(self, name)!r} must not be negative")
         for name in ("end_fraction", "decay_fraction"):
             if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"optim.{name}={getattr(self, name)!r} is a share of the stage; give a number from 0 to 1")
+                raise UserError(f"optim.{name}={getattr(self, name)!r} must be a fraction from 0 to 1")
         for name in ("b1", "b2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"optim.{name}={getattr(self, name)!r} must be at least 0 and below 1")
 
 
 class ScheduleState(NamedTuple):
-    """Nothing is remembered: the step comes from outside."""
+    """Empty: the step is passed in from outside."""
 
 
 def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
@@ -97,7 +97,7 @@ def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformationEx
 
 
 def _scale_by_stage(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
-    """Scale by minus the schedule at the stage's own step, which dropped steps advance too (optax counts updates)."""
+    """Scale by minus the schedule at the stage's own step, which dropped steps advance too (optax counts only updates)."""
 
     def update(updates: Tree, state: ScheduleState, params: Tree = None, *, step: jax.Array, **_: Any) -> tuple:
         rate = -jnp.asarray(schedule(step), jnp.float32)

@@ -1,4 +1,4 @@
-"""Batches made ahead while the device computes, and signals that ask a run to stop."""
+"""Batches prepared while the device computes, and signals that ask a run to stop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ AHEAD = 2
 
 
 class Prefetcher:
-    """The batches of steps `start` to `stop - 1` in order, the next `AHEAD` in the making in one thread. A context manager."""
+    """The batches of steps `start` to `stop - 1` in order; one thread prepares the next `AHEAD`. A context manager."""
 
     def __init__(self, make: Callable[[int], Batch], start: int, stop: int):
         self._make, self._next, self._stop = make, start, stop
@@ -68,4 +68,4 @@ class Stop:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
-        warn(f"{signal.Signals(number).name}: saving after this step; Ctrl-C once more stops at once")
+        warn(f"{signal.Signals(number).name}: saving after this step; press Ctrl-C again to stop immediately")
