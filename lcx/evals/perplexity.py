@@ -40,7 +40,7 @@ def spans(documents: Subset, length: int, count: int, seed: int = 0) -> tuple[np
     room = (documents.num_tokens - 1) // length
     if room < 1:
         raise UserError(
-            f"the held-out documents hold {documents.num_tokens:,} tokens and evals.lengths asks for {length:,}; "
+            f"the held-out documents hold {documents.num_tokens:,} tokens but evals.lengths needs {length:,}; "
             "raise data.heldout_fraction, add documents, or evaluate shorter lengths"
         )
     starts = np.sort(rng.permutation(room)[:count]) * length
@@ -77,7 +77,7 @@ def perplexity(
     """
     longest = text.shape[1] - 1
     if not lengths or max(lengths) > longest:
-        raise UserError(f"evals.lengths={tuple(lengths)} must be lengths up to the spans' {longest} tokens")
+        raise UserError(f"evals.lengths={tuple(lengths)} must not exceed the spans' {longest} tokens")
     final = max(1, min(lengths) // 2) if final is None else min(final, *lengths)
     points, by_position = [], None
     for length in sorted(lengths):

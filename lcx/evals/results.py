@@ -190,7 +190,7 @@ def _load(path: str | os.PathLike[str]) -> Mapping[str, object]:
     try:
         values = json.loads(pathlib.Path(path).read_text())
     except FileNotFoundError:
-        raise UserError(f"no evaluation at {path}; `lcx eval` writes one") from None
+        raise UserError(f"{path} does not exist; `lcx eval` writes it") from None
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); delete it and evaluate again") from None
     if not isinstance(values, Mapping):

@@ -134,7 +134,7 @@ def evaluate(
     """Measure a checkpoint trained up to `trained` tokens; with a workdir, write `eval/<label>.json` there.
 
     `schemes` maps layer kinds to the scheme that the checkpoint was last trained under. Under `zero_shot` specs the factor is
-    length / trained, chosen anew at each length unless the spec fixes it.
+    length / trained, chosen at each length unless the spec fixes it.
     """
     started = time.perf_counter()
     for spec in config.zero_shot:

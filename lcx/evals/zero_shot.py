@@ -37,7 +37,7 @@ def refuse_learned(spec: str, schemes: Mapping[str, Scheme], config: ModelConfig
     for kind, scheme in schemes.items():
         if not is_local(kind) and (learned := scheme.param_specs(config.heads, length)):
             raise UserError(
-                f"positions={spec!r} learns {', '.join(learned)}, which the checkpoint does not hold; "
+                f"positions={spec!r} learns {', '.join(learned)}, which the checkpoint does not have; "
                 "try a scheme without parameters, such as yarn, or train with this one"
             )
 

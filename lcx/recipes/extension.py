@@ -49,7 +49,7 @@ class ExtensionConfig:
         sizes = ("target", "trained", "theta", "steps", "tokens_per_step", "accumulate")
         positive("config", **{name: getattr(self, name) for name in sizes})
         if self.target > 2**31 - 1:
-            raise UserError(f"config.target={self.target:,} is more positions than an int32 counts; at most {2**31 - 1:,}")
+            raise UserError(f"config.target={self.target:,} exceeds the number of int32 positions; give at most {2**31 - 1:,}")
         if not self.growth > 1:
             raise UserError(f"config.growth={self.growth} must be above 1: every stage is longer than the one before")
 
@@ -74,18 +74,20 @@ def defaults() -> ml_collections.ConfigDict:
 def complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """The recipe of a config made by `defaults`: with model, positions, tokenizer, stages and evaluated lengths.
 
-    Raises `UserError` for a source that can't be read and a target that is no extension.
+    Raises `UserError` for a source that can't be read and a target that does not exceed its length.
     """
     values = config.to_dict()
     names = [field.name for field in dataclasses.fields(ExtensionConfig)]
     wanted = configs.build(ExtensionConfig, {name: values.pop(name) for name in names}, "config")
     source = Path(str(wanted.source)).expanduser()
     if not hf.is_folder(source):
-        raise UserError(f"config.source={wanted.source!r} is no Hugging Face folder; it needs a config.json with a model_type")
+        raise UserError(
+            f"config.source={wanted.source!r} is not a Hugging Face model; the directory needs a config.json with a model_type"
+        )
     described = read_file(source)
     trained = wanted.trained or described.length
     if wanted.target <= trained:
-        raise UserError(f"config.target={wanted.target} is no longer than the {trained} tokens that {source} was trained for")
+        raise UserError(f"config.target={wanted.target} must exceed the {trained} tokens that {source} was trained for")
     values["model"] = {**configs.plain(described.model), **values["model"]}
     values["positions"] = scheme_configs(described.schemes)
     values["init_from"] = str(source)

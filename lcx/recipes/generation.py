@@ -79,12 +79,12 @@ def generate_text(
     """
     rows = [_encode(tokenizer, prompt, i, model.vocab_size) for i, prompt in enumerate(prompts)]
     if not rows:
-        raise UserError("there is no prompt; give one at least")
+        raise UserError("no prompt given; give at least one")
     if "" in stop:
-        raise UserError("a stop string is empty; leave it out, or name text to stop at")
+        raise UserError("a stop string is empty; omit it, or give text to stop at")
     length = max(map(len, rows)) + max_new_tokens
     if length > 2**31 - 1:
-        raise UserError(f"max_new_tokens={max_new_tokens:,} is more positions than an int32 counts; lower it")
+        raise UserError(f"max_new_tokens={max_new_tokens:,} exceeds the number of int32 positions; lower it")
     chosen = _schemes(model, schemes, check(positions), trained, length)
     arch, buffers = build_architecture(model, chosen, length)
     own = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
@@ -126,8 +126,8 @@ def _encode(tokenizer: Tokenizer, prompt: str, number: int, vocab_size: int) -> 
     tokens = tokenizers.prompt(tokenizer, prompt)
     if tokens.max() >= vocab_size:
         raise UserError(
-            f"prompt {number + 1} has token {tokens.max()}, and the model's vocabulary ends at {vocab_size - 1}; "
-            "the tokenizer is another model's"
+            f"prompt {number + 1} has token {tokens.max()}, but the model's vocabulary ends at {vocab_size - 1}; "
+            "the tokenizer belongs to another model"
         )
     return tokens
 
@@ -137,8 +137,8 @@ def _schemes(
 ) -> Mapping[str, Scheme]:
     if trained is not None and length > trained and positions.strip() == "none":
         warn(
-            f"prompt and new tokens are {length:,}, and the weights were trained up to {trained:,}: beyond it a model may lose its "
-            "way; --positions tries another scheme"
+            f"prompt and new tokens add up to {length:,}, but the weights were trained up to {trained:,} tokens; beyond that "
+            "quality may drop; --positions tries another scheme"
         )
     chosen = at_length(schemes, positions, trained or length, length)
     refuse_learned(positions, {kind: x for kind, x in chosen.items() if x != schemes[kind]}, model, length)
@@ -211,7 +211,9 @@ def read_prompts(path: str) -> list[str]:
     """
     file = Path(path)
     if not file.is_file():
-        raise UserError(f"prompt file {path} is no file; name a text file, or a .jsonl file of lines such as {LINE}")
+        raise UserError(
+            f"prompt file {path} does not exist or is not a file; name a text file, or a .jsonl file with lines such as {LINE}"
+        )
     try:
         text = file.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:

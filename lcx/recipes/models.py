@@ -34,7 +34,7 @@ STAGE = "imported"
 """Name of the stage of a run that holds nothing but imported weights."""
 
 HF_FOLDER = "hf"
-"""Folder of a workdir with what stood beside the weights that the run began with: what an export needs."""
+"""Directory of a workdir for the files that came with the run's initial weights: an export needs them."""
 
 
 def load(
@@ -46,13 +46,13 @@ def load(
     """
     choice("dtype", dtype, DTYPES)
     if step is not None and stage is not None:
-        raise UserError(f"--step={step} and --stage={stage} both name weights; leave one of them out")
+        raise UserError(f"--step={step} and --stage={stage} conflict; give only one of them")
     if not hf.is_folder(path):
         loaded = checkpoints.load_params(path, step=step, stage=stage, mesh=mesh)
         return dataclasses.replace(loaded, params=cast(loaded.params, jnp.dtype(dtype)))
     for name, value, only in (("step", step, 0), ("stage", stage, STAGE)):
         if value is not None and value != only:
-            raise UserError(f"{path} is a Hugging Face folder, which has no {name} {value!r}; leave it out")
+            raise UserError(f"{path} is a Hugging Face model, which has no {name} {value!r}; omit it")
     source = HfFolder(path)
     run = _run_of(source, dtype)
     return Loaded(source.params(dtype, mesh), run, _meta_of(run, source))
@@ -109,13 +109,13 @@ def import_model(source: str | Path, workdir: Path, mesh: Mesh | None = None, dt
     source = Path(source)
     if not source.is_dir():
         hint = "; fetch a model first, for example with huggingface_hub's `hf download`" if not source.exists() else ""
-        raise UserError(f"{source} is no folder{hint}")
+        raise UserError(f"{source} does not exist or is not a directory{hint}")
     given = HfFolder(source)
     dtype = _dtype(dtype, given.dtype)
     if (workdir / CONFIG).exists():
-        raise UserError(f"{workdir} holds a run already; name another --workdir")
+        raise UserError(f"{workdir} already holds a run; name another --workdir")
     if (workdir / checkpoints.FOLDER).exists():
-        raise UserError(f"{workdir} holds checkpoints that no config tells of; name another --workdir, or delete it")
+        raise UserError(f"{workdir} holds checkpoints without a config.json; name another --workdir, or delete it")
     run = _run_of(given, dtype)
     _check_tokenizer(run)
     if hf.tokenizer_files(source):
@@ -151,8 +151,8 @@ def export_model(
     name = loaded.run.data.tokenizer
     if base is not None and not is_tokenizer_of(name, base):
         raise UserError(
-            f"{checkpoint} was trained with the tokenizer {name!r}, and the model that it began with has another one, which would "
-            "stand beside the weights; train it with that model's own"
+            f"{checkpoint} was trained with the tokenizer {name!r}, but the model it was trained from has another one, which would "
+            "be exported with the weights; train with that model's own"
         )
     tokenizer = None if base else tokenizers.load(name)
     values = hf.save(
@@ -164,7 +164,7 @@ def export_model(
     if tokenizer is not None:
         _write_tokenizer(name, tokenizer, out)
     if not hf.tokenizer_files(out):
-        warn(f"the tokenizer {name!r} was not exported; put its files into {out}")
+        warn(f"the tokenizer {name!r} was not exported; copy its files into {out}")
     say(
         f"exported {num_elements(loaded.params):,} parameters as {dtype}, {values['architectures'][0]}, into {out}: step "
         f"{loaded.meta.step} of stage {loaded.meta.stage}, for {loaded.meta.length:,} tokens"
@@ -179,8 +179,8 @@ def _check_tokenizer(run: RunConfig) -> None:
     size = tokenizers.load(run.data.tokenizer).vocab_size
     if size > run.model.vocab_size:
         raise UserError(
-            f"the tokenizer in {run.data.tokenizer} has ids up to {size - 1}, and the model's vocabulary ends at "
-            f"{run.model.vocab_size - 1}; it is another model's, put this one's there"
+            f"the tokenizer in {run.data.tokenizer} has ids up to {size - 1}, but the model's vocabulary ends at "
+            f"{run.model.vocab_size - 1}; it belongs to another model, so replace it with this model's own"
         )
 
 
@@ -227,7 +227,7 @@ def is_tokenizer_of(name: str, folder: Path) -> bool:
 
 
 def _write_tokenizer(name: str, tokenizer: tokenizers.Tokenizer, out: Path) -> None:
-    """Put a run's tokenizer beside an exported model."""
+    """Copy a run's tokenizer into an exported model's directory."""
     if tokenizer.folder is None:
         byte_tokenizer.write(out, "+bos" in name, "+eos" in name)
         return

@@ -80,7 +80,7 @@ def recipe(config: ml_collections.ConfigDict) -> Recipe:
 
 
 def run_recipe(chosen: Recipe, workdir: Path, command: Sequence[str]) -> None:
-    """Train, evaluate, report. What is there already is not done again, so the same command goes on after any interruption."""
+    """Train, evaluate and report. Finished parts are not repeated, so the same command resumes after any interruption."""
     train_recipe(chosen, workdir)
     record_environment(workdir, command)
     if chosen.base_stage is not None:

@@ -58,7 +58,7 @@ def prod(*sweeps: Sequence[Overrides]) -> list[Overrides]:
 def zip_(*sweeps: Sequence[Overrides]) -> list[Overrides]:
     """First with first, second with second; raises `UserError` when the lengths differ."""
     if len({len(sweep) for sweep in sweeps}) > 1:
-        raise UserError(f"zip_ takes sweeps of one length; these have {', '.join(str(len(sweep)) for sweep in sweeps)}")
+        raise UserError(f"zip_ needs sweeps of equal length; got lengths {', '.join(str(len(sweep)) for sweep in sweeps)}")
     return [_join(parts) for parts in zip(*sweeps, strict=True)]
 
 
@@ -89,7 +89,7 @@ def names(points: Sequence[Overrides]) -> list[str]:
         out.append(name if len(name) <= 100 and name == text else f"{name[:80]}-{configs.fingerprint(point)[:8]}")
     if len(set(out)) < len(out):
         twice = next(name for name in out if out.count(name) > 1)
-        raise UserError(f"the sweep has the point {twice!r} twice; join sweeps with chain, which keeps one")
+        raise UserError(f"point {twice!r} occurs twice in the sweep; join sweeps with chain, which keeps one")
     return out
 
 
@@ -108,8 +108,8 @@ def _check_start(points: Sequence[Overrides], base: Mapping[str, Any]) -> None:
     for start in {point.get("init_from", base.get("init_from")) for point in points} - {None}:
         if not pathlib.Path(start).is_dir():
             raise UserError(
-                f"init_from={start!r} is no folder; make these weights first, as the head of the sweep's file says, or name "
-                "others with --config.init_from=..."
+                f"init_from={start!r} is not a directory; train these weights first, as the header of the sweep's file says, or "
+                "name others with --config.init_from=..."
             )
 
 
@@ -259,7 +259,7 @@ def _execute(argv: list[str], log: pathlib.Path, timeout: float | None) -> str:
 
 @contextlib.contextmanager
 def _passing_on(process: subprocess.Popen) -> Iterator[None]:
-    """While the point runs, a SIGTERM to the sweep ends the point too: left alone it would write on beside the next invocation."""
+    """While the point runs, a SIGTERM to the sweep ends the point too, so that it does not write during the next one."""
 
     def end(number: int, _: object) -> None:
         process.terminate()
@@ -284,7 +284,7 @@ def _finished(folder: pathlib.Path, name: str, overrides: Overrides) -> PointRes
         return None
     if configs.plain(result.overrides) != configs.plain(overrides):
         raise UserError(
-            f"{folder} holds a point with other overrides than {name!r} now has; use another workdir for the changed sweep"
+            f"{folder} holds a point with overrides that differ from those of {name!r}; use another workdir for the changed sweep"
         )
     return result
 
@@ -326,7 +326,7 @@ def _dotted(path: str) -> str:
 
 
 def _flag(path: str) -> str:
-    """A path as flags read it, as Python: `positions["global"]`, since `positions.global` is no expression."""
+    """A path as flags read it, as Python: `positions["global"]`, since `positions.global` is not an expression."""
     first, *rest = path.split(".")
     return first + "".join(f'["{part}"]' if keyword.iskeyword(part) else f".{part}" for part in rest)
 

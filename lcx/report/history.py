@@ -103,7 +103,7 @@ def load(workdir: str | os.PathLike[str]) -> Run:
         environment=_json(workdir / "environment.json"),
     )
     if not run.metrics and not run.evals:
-        raise UserError(f"workdir {workdir} holds no metrics.jsonl and no eval/*.json; train or evaluate there first")
+        raise UserError(f"workdir {workdir} has neither metrics.jsonl nor eval/*.json; train or evaluate there first")
     return run
 
 
@@ -153,7 +153,7 @@ def _rows(path: pathlib.Path) -> list[Mapping[str, Any]]:
             row = json.loads(line)
         except json.JSONDecodeError:
             if i + 1 < len(lines):
-                warn(f"{path}:{i + 1} is not JSON; the line is left out")
+                warn(f"{path}:{i + 1} is not JSON; skipping the line")
             continue
         if isinstance(row, dict):
             rows.append(row)

@@ -214,8 +214,8 @@ def _zero_shot(run: Run) -> str:
             cells.append((value, f"{100 * shares[length]:.0f}%") if length in shares else value)
         rows.append((cells, "strong" if name == "extended" else ""))
     note = (
-        "Perplexity, and beside it the share of needles found. "
-        "The factor of each scheme is length / trained length, chosen anew at each length unless named."
+        "Perplexity, with the share of needles found in grey. "
+        "The factor of each scheme is length / trained length, chosen at each length unless given."
     )
     return _table(("scheme", *(f"{length:,}" for length in lengths)), rows) + f"<p class=note>{html.escape(note)}</p>"
 
@@ -235,7 +235,7 @@ def _reproduce(run: Run) -> str:
 
 
 def _table(heads: Sequence[str], rows: Iterable[tuple[Sequence[Cell], str]]) -> str:
-    """Rows are (cells, class); a cell is text, or text and something softer beside it."""
+    """Rows are (cells, class); a cell is text, or text with a muted note."""
 
     def inside(cell: Cell) -> str:
         return html.escape(cell) if isinstance(cell, str) else f"{html.escape(cell[0])}<span>{html.escape(cell[1])}</span>"

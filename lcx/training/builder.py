@@ -81,7 +81,7 @@ class BuiltStage:
 
 
 class StageBuilder:
-    """Builds stages; `decisions` is read anew for each, so a decision written down is in force from then on."""
+    """Builds stages; `decisions` is read for each, so a recorded decision is in force from then on."""
 
     def __init__(
         self,
@@ -171,7 +171,7 @@ class StageBuilder:
             ladder = thetas(self.run.monitor, (), first, (previous.theta, previous.length), stage.length)
         if not ladder and previous is None:
             raise UserError(
-                f"stages.{stage.name}.monitor=True has nothing to go by in a first stage from scratch; "
+                f"stages.{stage.name}.monitor=True has nothing to compare with in a first stage from scratch; "
                 f"set stages.{stage.name}.thetas"
             )
         return attempt_of([row for row in self.decisions if row["stage"] == stage.name], ladder or [None])
@@ -196,7 +196,7 @@ def attempt_of(rows: Decisions, ladder: Sequence[float | None]) -> Attempt:
     if len(rows) < len(ladder):
         return Attempt(len(rows), ladder[len(rows)], True)
     chosen = best(rows)
-    # The last attempt goes on where it stands; an earlier one has to be run again.
+    # The last attempt continues; an earlier one has to be rerun.
     again = chosen["attempt"] != rows[-1]["attempt"]
     return Attempt(len(rows) if again else len(rows) - 1, chosen["theta"], False)
 

@@ -225,8 +225,8 @@ class Store:
         needed, free = num_bytes(trees) // jax.process_count(), shutil.disk_usage(self.directory).free
         if free < needed:
             raise UserError(
-                f"checkpoint {step} needs {needed / 1e6:,.1f} MB but {self.directory} has only {free / 1e6:,.1f} MB left; free disk "
-                f"space and rerun the same command; {self._newest()}"
+                f"checkpoint {step} needs {needed / 1e6:,.1f} MB but {self.directory} has only {free / 1e6:,.1f} MB left; free "
+                f"disk space and rerun the same command; {self._newest()}"
             )
 
     def _failed(self, step: int, error: Exception) -> UserError:

@@ -32,7 +32,7 @@ def resume_point(builder: StageBuilder, store: Store) -> ResumePoint:
     """The state to go on from: own workdir, then `resume_from`, then `init_from`, then scratch."""
     found = restore_newest(builder, store)
     if found is not None:
-        say(f"resuming at step {found.meta.step}, after step {found.meta.stage_step} of stage {found.meta.stage}")
+        say(f"resuming from step {found.meta.step}, after step {found.meta.stage_step} of stage {found.meta.stage}")
         return found
     if builder.run.resume_from is not None:
         return _from_other_run(builder, Path(builder.run.resume_from))
@@ -75,7 +75,7 @@ def reread_stage_start(builder: StageBuilder, store: Store, index: int) -> Train
     step = stage_ends(builder.run)[index - 1]
     if step not in store.steps:
         raise UserError(
-            f"{store.directory} has no checkpoint {step}, where stage {built.stage.name} began; it cannot be rolled back"
+            f"{store.directory} has no checkpoint {step}, where stage {built.stage.name} began, so the stage cannot be rolled back"
         )
     before = builder.build(index - 1)
     return continue_into(store.read(step, before.step.abstract_state()), built, builder.run.seed)
@@ -92,7 +92,7 @@ def continue_into(state: TrainState, built: BuiltStage, seed: int) -> TrainState
         if same:
             opt_state = jax.device_put(state.opt_state, built.step.state_shardings.opt_state)
         else:
-            warn(f"stages.{built.stage.name}.keep_optimizer_state: parameters changed their shape, so the optimizer starts anew")
+            warn(f"stages.{built.stage.name}.keep_optimizer_state: parameters changed shape, so the optimizer starts from scratch")
     skipped = jax.device_put(state.skipped, built.step.state_shardings.skipped)
     return fresh.replace(opt_state=opt_state, skipped=skipped)
 
@@ -120,26 +120,28 @@ def fit(params: Tree, built: BuiltStage, seed: int, what: str) -> Tree:
             leaves.append(jnp.concatenate([old[:rows], new[rows:]]))
         else:
             there = "absent" if old is None else f"of shape {old.shape}"
-            raise UserError(f"{what} do not fit the model: {path} is {there} there and {spec.shape} here; use the same model sizes")
+            raise UserError(f"{what} do not fit the model: {path} is {there} there but {spec.shape} here; use the same model sizes")
     return jax.tree.unflatten(jax.tree.structure(built.specs), leaves)
 
 
 def _from_other_run(builder: StageBuilder, path: Path) -> ResumePoint:
     """Full state of another run's newest checkpoint, at the same place of this run."""
     if not path.is_dir():
-        raise UserError(f"resume_from={str(path)!r} is no folder; name another run's workdir")
+        raise UserError(f"resume_from={str(path)!r} is not a directory; name another run's workdir")
     other = read_config(path)
     with Store(path, other.checkpoint, stage_ends(other)) as store:
         found = store.restore(lambda meta: _place(builder, meta, path).step.abstract_state(), lambda _: True)
     if found is None:
-        raise UserError(f"resume_from={str(path)!r} holds no checkpoint; name a workdir that was trained in")
+        raise UserError(f"resume_from={str(path)!r} has no checkpoint; name a workdir in which a run has trained")
     state, meta = found
-    say(f"going on from step {meta.step} of {path}")
+    say(f"resuming from step {meta.step} of {path}")
     return ResumePoint(state, meta.stage_index, meta.stage_step, None)
 
 
 def _place(builder: StageBuilder, meta: Meta, path: Path) -> BuiltStage:
     stages = builder.run.stages
     if meta.stage_index >= len(stages) or meta.stage_step > stages[meta.stage_index].steps:
-        raise UserError(f"resume_from={str(path)!r} stands at step {meta.stage_step} of stage {meta.stage!r}, which this run lacks")
+        raise UserError(
+            f"resume_from={str(path)!r} is at step {meta.stage_step} of stage {meta.stage!r}, which this run does not have"
+        )
     return builder.build(meta.stage_index)

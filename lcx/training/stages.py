@@ -72,12 +72,14 @@ class StageConfig:
         if self.max_position is not None and self.max_position < self.seq_len:
             raise UserError(f"stages.{self.name}.max_position={self.max_position} is below seq_len={self.seq_len}")
         if self.length > 2**31 - 1:
-            raise UserError(f"stages.{self.name}: {self.length:,} positions are more than an int32 counts; at most {2**31 - 1:,}")
+            raise UserError(
+                f"stages.{self.name}: {self.length:,} positions exceed the number of int32 positions; give at most {2**31 - 1:,}"
+            )
         if self.batch_size % self.accumulate:
             divisors = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
             raise UserError(
-                f"stages.{self.name}.batch_size={self.batch_size} does not divide into accumulate={self.accumulate} microbatches; "
-                f"these do: {divisors}"
+                f"stages.{self.name}.batch_size={self.batch_size} must be divisible by accumulate={self.accumulate}; "
+                f"its divisors are {divisors}"
             )
 
     @property
@@ -113,19 +115,19 @@ class RunConfig:
         if self.seed < 0:
             raise UserError(f"config.seed={self.seed} must not be negative")
         if not self.stages:
-            raise UserError("stages is empty; name at least one stage with seq_len, steps and batch_size")
+            raise UserError("stages is empty; define at least one stage with seq_len, steps and batch_size")
         names = [stage.name for stage in self.stages]
         for name in names:
             if names.count(name) > 1:
                 raise UserError(f"stages has {name!r} twice; stage names must differ")
             if not name or set(name) & set("/\\ "):
-                raise UserError(f"stages: {name!r} is no name; leave out blanks and slashes")
+                raise UserError(f"stage name {name!r} is invalid; names may hold neither blanks nor slashes")
         for stage in self.stages:  # wrong overrides are answered here, not when their stage begins
             self.optim_of(stage)
             self.data_of(stage)
             if self.monitored(stage) and self.monitor.steps >= stage.steps:
                 raise UserError(
-                    f"stages.{stage.name}.steps={stage.steps} leaves nothing after the monitor's {self.monitor.steps} steps; "
+                    f"stages.{stage.name}.steps={stage.steps} must exceed the monitor's {self.monitor.steps} steps; "
                     f"lower monitor.steps or set stages.{stage.name}.monitor=False"
                 )
 
@@ -172,7 +174,7 @@ def run_config(values: Mapping[str, Any] | ml_collections.ConfigDict) -> RunConf
     if isinstance(stages, Mapping):
         values["stages"] = _in_order(stages, list(order) if order else None)
     elif order:
-        raise UserError("stage_order is for stages given by name; a list of stages is its own order")
+        raise UserError("stage_order applies to stages given by name; a list of stages has an order already")
     return configs.build(RunConfig, values)
 
 
@@ -186,10 +188,12 @@ def _in_order(stages: Mapping[str, Any], order: list[str] | None) -> list[StageC
         return sorted(built.values(), key=lambda stage: (stage.seq_len, stage.name))
     for name in order:
         if "," in name:
-            raise UserError(f"config.stage_order={name!r} is one name; write a list as --config.stage_order=\"('base','longer')\"")
+            raise UserError(
+                f"config.stage_order={name!r} is a single name; give a list, as in --config.stage_order=\"('base','longer')\""
+            )
         configs.choice("config.stage_order", name, built)
     if left := sorted(set(built) - set(order)):
-        raise UserError(f"config.stage_order={order} leaves out {', '.join(left)}; name every stage, or delete it from stages")
+        raise UserError(f"config.stage_order={order} leaves out {', '.join(left)}; list every stage, or delete it from stages")
     return [built[name] for name in order]
 
 

@@ -95,7 +95,7 @@ class TrainStep:
         return slice(min(i[0].start or 0 for i in indices), max(rows if i[0].stop is None else i[0].stop for i in indices))
 
     def to_device(self, batch: Batch, rows: int) -> Batch:
-        """Host arrays of this process's rows as global arrays `[rows, T]`, dealt to the mesh in its layout."""
+        """Host arrays of this process's rows as global arrays `[rows, T]`, in the mesh's sequence layout."""
         ring = self.mesh.shape["ring"]
         layout = row_layout(self.arch.config, batch.tokens.shape[1], self.mesh)
         batch = arrange(batch, layout, ring).replace(layout=layout)
@@ -138,7 +138,7 @@ class TrainStep:
         return TrainState(params, self.transform.init(params), *zeros)
 
     def abstract_state(self) -> TrainState:
-        """`ShapeDtypeStruct`s with shardings, for a restore that needs no initialised state beside it."""
+        """`ShapeDtypeStruct`s with shardings, for a restore that needs no initialised state."""
         shapes = jax.eval_shape(self._at_step_zero, abstract(self.specs))
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.state_shardings)
 

@@ -46,11 +46,11 @@ def open_workdir(workdir: Path, run: RunConfig) -> None:
 def make_workdir(workdir: Path) -> None:
     """Make the folder; raises `UserError` where that can't be."""
     if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"workdir {workdir} is a file; name a folder")
+        raise UserError(f"workdir {workdir} is a file; name a directory")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"workdir {workdir} cannot be made ({error.strerror}); name another --workdir") from error
+        raise UserError(f"workdir {workdir} cannot be created ({error.strerror}); name another --workdir") from error
     if not os.access(workdir, os.W_OK):
         raise UserError(f"workdir {workdir} cannot be written to; name another --workdir")
 
@@ -95,7 +95,7 @@ def read_config(workdir: Path) -> RunConfig:
     """The config of the run in a workdir; raises `UserError` when there is none."""
     path = workdir / CONFIG
     if not path.exists():
-        raise UserError(f"{workdir} holds no run ({CONFIG} is missing); name the workdir of a training run")
+        raise UserError(f"{workdir} does not hold a run ({CONFIG} is missing); name the workdir of a training run")
     return configs.build(RunConfig, _read(path), str(path))
 
 
@@ -108,9 +108,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text())
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); the training command writes it again once it is deleted") from error
+        raise UserError(f"{path} is damaged ({error}); delete it and rerun the training command, which rewrites it") from error
     if not isinstance(values, dict):
-        raise UserError(f"{path} is damaged (it holds no mapping); the training command writes it again once it is deleted")
+        raise UserError(f"{path} is damaged (not a JSON object); delete it and rerun the training command, which rewrites it")
     return values
 
 
@@ -120,13 +120,13 @@ def _compare(workdir: Path, there: dict[str, Any], here: dict[str, Any]) -> None
     old, new = dict(_leaves(there)), dict(_leaves(here))
     names = {f"stages.{i}": f"stages.{stage['name']}" for i, stage in enumerate(here["stages"])}
     differences = [
-        f"{_named(path, names)} is {old.get(path, 'absent')!r} there and {new.get(path, 'absent')!r} here"
+        f"{_named(path, names)} is {old.get(path, 'absent')!r} there but {new.get(path, 'absent')!r} here"
         for path in sorted({*old, *new})
         if not _is_mutable(path) and old.get(path, "absent") != new.get(path, "absent")
     ]
     if differences:
         more = f" and {len(differences) - 1} more" if len(differences) > 1 else ""
-        raise UserError(f"workdir {workdir} holds a run of another config: {differences[0]}{more}; name another --workdir")
+        raise UserError(f"workdir {workdir} holds a run with another config: {differences[0]}{more}; name another --workdir")
 
 
 def _named(path: str, names: dict[str, str]) -> str:
