@@ -47,7 +47,7 @@ def test_spans_join_documents_only_where_none_is_long_enough():
     held = documents(30, 30, 30)
     text, joined = spans(held, 40, 5)
     assert joined and text.shape == (2, 41)
-    with pytest.raises(UserError, match="hold 90 tokens and evals.lengths asks for 100"):
+    with pytest.raises(UserError, match="hold 90 tokens but evals.lengths needs 100"):
         spans(held, 100, 1)
 
 
@@ -122,7 +122,7 @@ def test_a_smaller_stride_gives_every_token_more_context():
     wanted = [1 / (i + 1) if i < 32 else 1 / (24 + (i - 32) % 8 + 1) for i in range(128)]
     assert fine.nll == pytest.approx(np.mean(wanted), rel=1e-6)
     assert fine.nll < coarse.nll and fine.tokens == coarse.tokens == 128
-    with pytest.raises(UserError, match="up to the spans' 128 tokens"):
+    with pytest.raises(UserError, match="must not exceed the spans' 128 tokens"):
         perplexity(context_scorer, text, [256])
 
 

@@ -71,7 +71,7 @@ def test_result_comes_back_from_json(tmp_path):
 
 
 def test_wrong_files_are_answered(tmp_path):
-    with pytest.raises(UserError, match="no evaluation at"):
+    with pytest.raises(UserError, match="does not exist; `lcx eval` writes it"):
         results.read(tmp_path / "none.json")
     (tmp_path / "cut.json").write_text('{"label": ')
     with pytest.raises(UserError, match="cut.json is not JSON"):

@@ -168,5 +168,5 @@ def test_wrong_parts_are_answered(data):
         gather(data, dataclasses.replace(CONFIG, task="needle"))
     with pytest.raises(UserError, match="is a text part; the parts with a retrieval task are: needles"):
         gather(data, dataclasses.replace(CONFIG, task="text"))
-    with pytest.raises(UserError, match="tokens and evals.lengths asks for 100,000"):
+    with pytest.raises(UserError, match="tokens but evals.lengths needs 100,000"):
         gather(data, dataclasses.replace(CONFIG, lengths=(100_000,)))

@@ -137,7 +137,7 @@ def test_a_length_beyond_training_is_remarked_and_other_positions_are_taken(para
 @pytest.mark.parametrize(
     "prompts, options, says",
     [
-        ([], {}, "there is no prompt; give one at least"),
+        ([], {}, "no prompt given; give at least one"),
         (["a", ""], {}, "prompt 2 is empty; write at least one character"),
         (["a"], {"stop": ["", "b"]}, "a stop string is empty"),
         (["a"], {"positions": "yarm"}, "'yarm' is unknown; did you mean 'yarn'"),
@@ -163,5 +163,7 @@ def test_a_prompt_begins_with_bos_once_and_only_where_the_model_was_made_so():
     assert _encode(Bytes(), "ab", 0, 300).tolist() == [97, 98]
     with pytest.raises(UserError, match="prompt 1 is empty"):
         _encode(Bytes(bos=True), "", 0, 300)
-    with pytest.raises(UserError, match="prompt 1 has token 256, and the model's vocabulary ends at 99"):
+    with pytest.raises(
+        UserError, match="prompt 1 has token 256, but the model's vocabulary ends at 99; the tokenizer belongs to another model"
+    ):
         _encode(Bytes(bos=True), "ab", 0, 100)

@@ -88,9 +88,12 @@ def test_extension_is_evaluated_and_exported(source, tmp_path, capsys):
     [
         (dict(source=None), "config.source is missing"),
         (dict(target=None), "config.target is missing"),
-        (dict(target=TRAINED), "is no longer than the 64 tokens"),
+        (dict(target=TRAINED), "must exceed the 64 tokens"),
         (dict(growth=1.0), "config.growth=1.0 must be above 1"),
-        (dict(source="nowhere"), "config.source='nowhere' is no Hugging Face folder"),
+        (
+            dict(source="nowhere"),
+            "config.source='nowhere' is not a Hugging Face model; the directory needs a config.json with a model_type",
+        ),
         (dict(steps=0), "steps=0 must be"),
     ],
 )
@@ -160,7 +163,7 @@ def test_ends_of_texts_that_a_folder_names(tmp_path):
 def test_a_tokenizer_of_another_model(source, tmp_path):
     hf_models.make("llama", tmp_path / "small", num_hidden_layers=1, vocab_size=100)
     byte_tokenizer.write(tmp_path / "small", bos=True, eos=True)
-    with pytest.raises(UserError, match="has ids up to 257, and the model's vocabulary ends at 99; it is another model's"):
+    with pytest.raises(UserError, match="has ids up to 257, but the model's vocabulary ends at 99; it belongs to another model"):
         models.import_model(tmp_path / "small", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -168,7 +171,7 @@ def test_a_tokenizer_of_another_model(source, tmp_path):
 def test_wrong_names_of_weights(source, tmp_path):
     with pytest.raises(UserError, match="which has no stage 'base'"):
         models.load(source, stage="base")
-    with pytest.raises(UserError, match="dtype='float8' is not"):
+    with pytest.raises(UserError, match="dtype='float8' is unknown"):
         models.load(source, dtype="float8")
     with pytest.raises(UserError, match="is there already"):
         models.export_model(source, source)

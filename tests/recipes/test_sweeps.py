@@ -23,7 +23,7 @@ def test_combinators():
     assert zip_(lr, seed) == [{"optim.lr": 1e-3, "seed": 0}, {"optim.lr": 1e-4, "seed": 1}]
     assert chain(lr, param("optim.lr", 1e-4, 1e-5)) == [{"optim.lr": x} for x in (1e-3, 1e-4, 1e-5)]
     assert prod() == [{}]
-    with pytest.raises(UserError, match="zip_ takes sweeps of one length; these have 2, 3"):
+    with pytest.raises(UserError, match="zip_ needs sweeps of equal length; got lengths 2, 3"):
         zip_(lr, param("seed", 0, 1, 2))
     with pytest.raises(UserError, match="sets 'seed' twice in one point"):
         prod(seed, seed)
@@ -59,7 +59,7 @@ def test_unknown_paths_are_answered_with_the_nearest():
 
 def test_missing_first_weights_are_said_once(tmp_path):
     base = {**BASE.to_dict(), "init_from": str(tmp_path / "base")}
-    with pytest.raises(UserError, match=r"base' is no folder; make these weights first"):
+    with pytest.raises(UserError, match=r"base' is not a directory; train these weights first"):
         run_sweep(param("seed", 0, 1), base, tmp_path, cli_argv("configs/x.py"))
     assert not (tmp_path / "points").exists()
 
@@ -134,7 +134,7 @@ def test_a_point_that_takes_too_long_or_cannot_start_is_recorded(tmp_path):
 def test_a_finished_point_is_not_taken_for_another(tmp_path):
     run_sweep(param("seed", 0), BASE, tmp_path, runner, collect=numbers)
     (result := tmp_path / "points" / "seed=0" / "result.json").write_text(result.read_text().replace('"seed": 0', '"seed": 9'))
-    with pytest.raises(UserError, match="holds a point with other overrides"):
+    with pytest.raises(UserError, match="holds a point with overrides that differ"):
         run_sweep(param("seed", 0), BASE, tmp_path, runner, collect=numbers)
 
 

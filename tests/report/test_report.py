@@ -104,7 +104,7 @@ def test_part_of_a_run_makes_a_report_too(tmp_path):
     (tmp_path / "eval" / "after.json").unlink()
     assert "Training loss" not in write_report(tmp_path).read_text().split("<img")[0]
     (tmp_path / "metrics.jsonl").unlink()
-    with pytest.raises(UserError, match="holds no metrics.jsonl and no eval"):
+    with pytest.raises(UserError, match="has neither metrics.jsonl nor eval"):
         write_report(tmp_path)
     with pytest.raises(UserError, match="does not exist"):
         write_report(tmp_path / "none")

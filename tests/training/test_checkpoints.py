@@ -95,6 +95,6 @@ def test_a_disk_without_room_is_seen_before_anything_is_written(tmp_path):
     huge = jax.ShapeDtypeStruct((1 << 50,), jnp.float32)
     with Store(tmp_path, CheckpointConfig()) as store:
         store.save(state(1), meta(1))
-        with pytest.raises(UserError, match=r"checkpoint 2 needs .* MB left; free some space .* goes on from step 1"):
+        with pytest.raises(UserError, match=r"checkpoint 2 needs .* MB left; free disk space .* resumes from step 1"):
             store.save(state(2).replace(params={"w": huge}), meta(2))
         assert store.steps == [1]

@@ -43,7 +43,7 @@ def test_other_sizes_are_an_error():
     params = initialize(built.specs, jax.random.key(0))
     params["embed"]["embedding"] = params["embed"]["embedding"][:, :8]
     with pytest.raises(
-        UserError, match=r"weights do not fit the model: embed/embedding is of shape \(256, 8\) there and \(256, 16\)"
+        UserError, match=r"weights do not fit the model: embed/embedding is of shape \(256, 8\) there but \(256, 16\)"
     ):
         fit(params, built, 1, "weights")
 

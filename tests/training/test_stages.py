@@ -60,13 +60,13 @@ def test_mixture_and_parts_change_one_stage():
         ({"stages": tiny.stages(steps=0)}, r"stages.longer.steps=0 must be above 0"),
         (
             {"stages": tiny.stages(accumulate=3)},
-            r"batch_size=4 does not divide into accumulate=3 microbatches; these do: \[1, 2, 4\]",
+            r"batch_size=4 must be divisible by accumulate=3; its divisors are \[1, 2, 4\]",
         ),
         ({"stages": tiny.stages(max_position=64)}, "max_position=64 is below seq_len=128"),
         ({"stages": tiny.stages(optim={"learning_rate": 1.0})}, "stages.longer.optim has no field 'learning_rate'"),
         ({"stages": tiny.stages(mixture={"txt": 1.0})}, "'txt' is unknown; did you mean 'text'"),
         ({"stages": tiny.stages(seq_leng=3)}, "has no field 'seq_leng'; did you mean 'seq_len'"),
-        ({"monitor": {"enabled": True, "steps": 10, "skip": 0}}, "leaves nothing after the monitor's 10 steps"),
+        ({"monitor": {"enabled": True, "steps": 10, "skip": 0}}, "must exceed the monitor's 10 steps"),
         ({"optim": {"schedule": "cosin"}}, "config.optim.schedule='cosin' is unknown; did you mean 'cosine'"),
     ],
 )
@@ -83,7 +83,7 @@ def test_wrong_configs(changes, message):
         ({"stages": tiny.stages(positions={"default": -4.0})}, "theta=-4.0"),
         (
             {"mesh": {"data": 8, "fsdp": 1}},
-            "batch_size=4 rows do not divide by data=8 x fsdp=1 x expert=1 times accumulate=2, which is 16",
+            "batch_size=4 must be divisible by 16 \\(data=8 x fsdp=1 x expert=1 x accumulate=2\\)",
         ),
         ({"mesh": {"tensor": 4, "fsdp": 2}}, "model.num_heads=2 must be divisible by 4 .mesh axes tensor=4"),
         ({"mesh": {"fsdp": 3}}, "need 3 devices and 8 are available"),
