@@ -1,1 +1,1 @@
-"""Hugging Face checkpoints in and out: configs, weights, and what stands beside them."""
+"""Import and export of Hugging Face checkpoints: configs, weights, and the files next to them."""

@@ -1,4 +1,4 @@
-"""lcx's byte tokenizer in the form that transformers reads."""
+"""lcx's byte tokenizer in the format of transformers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BOS, EOS = "<s>", "</s>"
 
 
 def write(out: Path, bos: bool, eos: bool) -> None:
-    """Put tokenizer.json and tokenizer_config.json into a folder: one id per byte, then the special tokens that there are."""
+    """Write tokenizer.json and tokenizer_config.json to a folder: one id per byte, then the special tokens, if any."""
     tokenizers = library("tokenizers", f"{out}/tokenizer.json")
     vocab = {character: byte for byte, character in enumerate(_characters())}
     special = [token for token, wanted in ((BOS, bos), (EOS, eos)) if wanted]
@@ -26,7 +26,7 @@ def write(out: Path, bos: bool, eos: bool) -> None:
 
 
 def _characters() -> list[str]:
-    """The printable character that stands for each byte in byte-level vocabularies (GPT-2's): itself, or one from 256 on."""
+    """The printable character that represents each byte in byte-level vocabularies (GPT-2's): itself, or one from 256 on."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = (byte for byte in range(256) if byte not in printable)
     stand_ins = {byte: 256 + i for i, byte in enumerate(others)}

@@ -1,7 +1,7 @@
-"""The model families that lcx reads and writes in Hugging Face's form: one row each, used in both directions.
+"""The model families that lcx reads and writes in Hugging Face's format: one row each, used in both directions.
 
-A row says which keys of config.json the family has, what transformers takes where one is missing, which options of
-`ModelConfig` the family fixes, and how its tensors are called.
+A row says which keys of config.json the family has, the defaults of transformers for missing ones, which options of
+`ModelConfig` the family fixes, and the names of its tensors.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LLAMA_NAMES = {
     "layers/pre_attention_norm": "input_layernorm",
     "layers/pre_mlp_norm": "post_attention_layernorm",
 }
-"""Path of a parameter without its last part -> Hugging Face's module, that of a layer without `model.layers.<n>.`."""
+"""Path of a parameter without its last part -> Hugging Face's module; without `model.layers.<n>.` for a layer's modules."""
 
 _QK_NORMS = {"layers/attention/query_norm": "self_attn.q_norm", "layers/attention/key_norm": "self_attn.k_norm"}
 _POST_NORMS = {
@@ -64,10 +64,10 @@ _PHI3_NAMES = {
 class Family:
     """A row of the table.
 
-    `optional` maps the keys of config.json that the family has beside `REQUIRED` to what transformers takes where they are
-    missing. `kinds` gives the kind of every layer. `options` are fields of `ModelConfig` that the family fixes. Of parameters
-    whose names in `names` are the same, the tensor holds one after the other, in the order of the table; `{expert}` in a name
-    stands for the expert's number.
+    `optional` maps the keys of config.json that the family has besides `REQUIRED` to the defaults that transformers uses if they
+    are missing. `kinds` returns the kind of every layer. `options` are fields of `ModelConfig` that the family fixes. If several
+    parameters have the same name in `names`, their tensor is the concatenation in the order of the table; `{expert}` in a name is
+    replaced by the expert's number.
     """
 
     architecture: str
@@ -76,17 +76,17 @@ class Family:
     names: Mapping[str, str] = dataclasses.field(default_factory=lambda: LLAMA_NAMES)
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Fields of `ModelConfig` whose key is another than in other families."""
+    """Fields of `ModelConfig` whose key differs from that of other families."""
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Other names of keys, which are written too."""
+    """Alternative names of keys, which are also written."""
     theta: float = 10000.0
-    """transformers' theta where a config has none."""
+    """The theta that transformers uses if a config has none."""
     nested: bool = False
-    """Full and sliding layers have a rotary each."""
+    """Full and sliding layers have separate rotary embeddings."""
 
 
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
-"""Keys without which nobody means a model: sizes."""
+"""Keys that every config must have: sizes."""
 
 ROPE_KEYS = (
     "rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq", "partial_rotary_factor",
@@ -102,7 +102,7 @@ NO_EFFECT = frozenset((
     "router_aux_loss_coef", "tokenizer_class", "unsloth_version", "unsloth_fixed", "neftune_noise_alpha", "output_router_logits",
     "router_jitter_noise",
 ))  # fmt: skip
-"""Keys that do not change what a model computes when it is evaluated, or say what lcx finds out elsewhere."""
+"""Keys that do not change what a model computes in evaluation, or whose information lcx takes from elsewhere."""
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False,),
@@ -113,7 +113,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "mlp_only_layers": (None, []),
     "decoder_sparse_step": (1,),
 }
-"""Keys of which lcx has nothing but these values."""
+"""Keys for which lcx supports only these values."""
 
 
 def _all_alike(values: Values) -> list[str]:

@@ -1,4 +1,4 @@
-"""A Hugging Face model folder read whole and written whole: config.json, weights, and what stands beside them."""
+"""Reading and writing of a complete Hugging Face model folder: config.json, weights, and the files next to them."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from lcx.model.params import specs
 from lcx.positions.scheme import Scheme
 
 MAX_SHARD_BYTES = 2 << 30
-"""Size of an exported file: so much of the weights is held beside the model while it is written."""
+"""Maximum size of an exported file, which is how much memory writing takes in addition to the model."""
 
 _BESIDE = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template", "generation_config")
 _BESIDE_ENDS = (".json", ".model", ".txt", ".jinja", ".tiktoken")
 
 
 class HfFolder:
-    """A folder with a config.json and safetensors files, its tensors compared with what the config asks for.
+    """A folder with a config.json and safetensors files, whose tensors are compared with what the config requires.
 
-    Raises `UserError` for anything that lcx would not compute exactly, and for files that do not fit together.
+    Raises `UserError` for anything that lcx would not compute exactly, and for files that do not match each other.
     """
 
     def __init__(self, folder: str | Path):
@@ -49,7 +49,7 @@ class HfFolder:
 
     @property
     def dtype(self) -> str:
-        """numpy's name of the type in which the weights are stored (the embedding's)."""
+        """numpy's name of the dtype of the stored weights (the embedding's)."""
         return self.shards.dtype(f"{self.described.family.names['embed']}.weight")
 
     def params(self, dtype: str | None = None, mesh: Mesh | None = None) -> Tree:
@@ -58,31 +58,31 @@ class HfFolder:
 
 
 def is_folder(path: str | Path) -> bool:
-    """Does a folder look like a Hugging Face model's?"""
+    """Whether a folder looks like a Hugging Face model's."""
     folder = Path(path)
     if not (folder / configs.FILE).is_file() or (folder / "checkpoints").exists():
         return False
     try:
-        # A run's has stages.
+        # The config.json of a run has stages.
         return "stages" not in configs.values_of(folder)
     except UserError:
         return True
 
 
 def beside(folder: Path) -> list[Path]:
-    """What stands beside the weights and is needed with them: tokenizer, chat template, generation settings."""
+    """The files next to the weights that are needed with them: tokenizer, chat template, generation settings."""
     found = (path for path in folder.iterdir() if path.name.startswith(_BESIDE) and path.suffix in _BESIDE_ENDS)
     return sorted(path for path in found if path.is_file())
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """The files beside the weights that hold a tokenizer itself."""
+    """The files next to the weights that contain the tokenizer itself."""
     own = ("tokenizer.json", "tokenizer.model")
     return [path for path in beside(folder) if path.name in own or path.suffix in (".model", ".tiktoken")]
 
 
 def keep(folder: Path, into: Path) -> None:
-    """Copy what an export from `into` needs of a model's folder: all but the weights."""
+    """Copy to `into` what an export needs from a model's folder: everything except the weights."""
     part = _part(into)
     for path in (folder / configs.FILE, *beside(folder)):
         shutil.copyfile(path, part / path.name)
@@ -105,14 +105,14 @@ def save(
 
     `schemes` holds the scheme of each layer kind. `base` is the folder that the model came from, or a copy by `keep`: its
     config.json's other keys, tokenizer, chat template and generation settings are kept; without it `bos_id` and `eos_id` are the
-    tokenizer's. Raises `UserError` when `out` is there already, and for what Hugging Face has no place for.
+    tokenizer's. Raises `UserError` if `out` already exists, and for what Hugging Face cannot represent.
     """
     above = check_new(out)
     values = configs.write(model, schemes, length, dtype, configs.values_of(base) if base else None, bos_id, eos_id)
     slots = weights.slots(specs(model, schemes, length), FAMILIES[values["model_type"]], model.num_layers)
     leaves = dict(paths(params))
     if jax.process_index() != 0:
-        # One process writes; the others give it what they hold.
+        # One process writes; the others send it what they hold.
         for parts in slots.values():
             weights.tensor(leaves, parts, dtype)
         return values
@@ -122,7 +122,7 @@ def save(
     try:
         if sum(sizes.values()) > (free := shutil.disk_usage(above).free):
             needed = f"{sum(sizes.values()) / 1e9:,.1f} GB and the disk has {free / 1e9:,.1f} GB left"
-            raise UserError(f"{out} needs {needed}; free some space or name another disk")
+            raise UserError(f"{out} needs {needed}; free some space or choose another disk")
         write(part, sizes, lambda name: weights.tensor(leaves, slots[name], dtype), max_shard_bytes)
         for path in beside(base) if base else ():
             shutil.copyfile(path, part / path.name)
@@ -134,21 +134,21 @@ def save(
 
 
 def check_new(out: Path) -> Path:
-    """The folder that a new one will be made in; raises `UserError` where that can't be, or would cover something."""
+    """The existing folder in which a new one will be created; raises `UserError` if `out` exists or cannot be created."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is there already; name a new folder, or delete it first")
+        raise UserError(f"{out} already exists; choose a new folder, or delete it first")
     above = next(path for path in out.absolute().parents if path.exists())
     if not above.is_dir():
-        raise UserError(f"{out} cannot be made: {above} is a file; name another folder")
+        raise UserError(f"{out} cannot be created: {above} is a file; choose another folder")
     return above
 
 
 def _part(out: Path) -> Path:
-    """An empty folder beside `out` that takes its place when it is whole: one that was not finished is no model to anyone."""
+    """An empty folder next to `out` that replaces it when complete, so that an unfinished one is never mistaken for a model."""
     part = out.absolute().with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
         part.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"{out} cannot be made ({error.strerror}); name another folder") from error
+        raise UserError(f"{out} cannot be created ({error.strerror}); choose another folder") from error
     return part

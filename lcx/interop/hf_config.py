@@ -1,6 +1,6 @@
-"""config.json of a Hugging Face model read into lcx's configs, and written from them.
+"""Conversion between the config.json of a Hugging Face model and lcx's configs.
 
-Nothing is skipped: a key that lcx does not know stops the reading with its name, and what was written is read back and compared.
+Nothing is skipped: reading fails with the name of any key that lcx does not know, and what was written is read back and compared.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ACTIVATIONS = {
     "relu": "relu",
     "relu2": "relu_squared",
 }
-"""transformers' name of an activation -> `ModelConfig.activation`."""
+"""Name of an activation in transformers -> `ModelConfig.activation`."""
 
 FIELDS = {
     "vocab_size": "vocab_size",
@@ -56,18 +56,18 @@ FIELDS = {
     "experts_per_token": "num_experts_per_tok",
     "normalize_expert_weights": "norm_topk_prob",
 }
-"""Fields of `ModelConfig` whose value stands under one key of config.json as it is."""
+"""Fields of `ModelConfig` whose value is stored unchanged under one key of config.json."""
 
 COMPUTATION = (
     "compute_dtype", "remat", "layer_unroll", "mlp_tile", "loss_tile", "attention", "context_strategy", "context_layout",
     "router_aux_weight", "expert_matmul",
 )  # fmt: skip
-"""Fields of `ModelConfig` that say how it is computed or trained, which a checkpoint does not."""
+"""Fields of `ModelConfig` about how it is computed or trained, which a checkpoint does not record."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Described:
-    """What a config.json says: a family's name, a model, the scheme of each layer kind, the length it was trained for."""
+    """The contents of a config.json: the family's name, the model, the scheme of each layer kind, the length it was trained for."""
 
     model_type: str
     model: ModelConfig
@@ -76,12 +76,12 @@ class Described:
 
     @property
     def family(self) -> Family:
-        """The row of the table."""
+        """The family's row of the table."""
         return FAMILIES[self.model_type]
 
 
 def read_file(folder: Path) -> Described:
-    """What the config.json of a folder describes; raises `UserError` where lcx could not compute exactly that."""
+    """The model described by a folder's config.json; raises `UserError` if lcx cannot compute exactly that."""
     return read(values_of(folder), str(folder / FILE))
 
 
@@ -89,31 +89,31 @@ def values_of(folder: Path) -> dict[str, Any]:
     """The config.json of a folder."""
     path = folder / FILE
     if not path.exists():
-        raise UserError(f"{folder} has no {FILE}, so it holds no Hugging Face model")
+        raise UserError(f"{folder} has no {FILE}, so it is not a Hugging Face model")
     return read_json(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; raises `UserError` where there is none."""
+    """The object in a JSON file; raises `UserError` if it is anything else."""
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON that can be read ({error})") from error
+        raise UserError(f"{path} cannot be read as JSON ({error})") from error
     if not isinstance(values, dict):
-        raise UserError(f"{path} holds no JSON object")
+        raise UserError(f"{path} is not a JSON object")
     return values
 
 
 def read(values: Mapping[str, Any], where: str = FILE) -> Described:
-    """What a config.json describes, given as a mapping; `where` begins its errors."""
+    """The model described by a config.json, given as a mapping; errors start with `where`."""
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         hint = nearest(str(model_type), FAMILIES)
-        raise UserError(f"{where}: model_type={model_type!r} is not an architecture that lcx has{hint}")
+        raise UserError(f"{where}: model_type={model_type!r} is not an architecture that lcx supports{hint}")
     family = FAMILIES[model_type]
     architectures = values.get("architectures") or [family.architecture]
     if architectures != [family.architecture]:
-        raise UserError(f"{where}: architectures={architectures!r} is not the language model {[family.architecture]!r}")
+        raise UserError(f"{where}: architectures={architectures!r} is not supported; expected {[family.architecture]!r}")
     _check_keys(values, family, where)
     full = {**family.optional, **{ours: values[theirs] for theirs, ours in family.aliases.items() if theirs in values}, **values}
     for key in (*REQUIRED, *family.optional):
@@ -145,14 +145,14 @@ def write(
 ) -> dict[str, Any]:
     """config.json of a model with the scheme of each of its layer kinds, for rows of up to `length` tokens.
 
-    `base` is the config.json that the model came with: keys which lcx has no opinion on are kept. Without it, `bos_id` and
+    `base` is the config.json that the model came with: keys that lcx does not set are kept. Without it, `bos_id` and
     `eos_id` are the tokenizer's. Rotary settings are written both as `rope_parameters` and under the older keys. `dtype` is numpy's
-    name of the weights' type. Raises `UserError` when no family has all of the model's options, or Hugging Face has no such
-    positions.
+    name of the weights' type. Raises `UserError` if no family has all of the model's options, or if Hugging Face has no equivalent
+    of its positions.
     """
     schemes = {kind: _resolved(schemes[kind], model, length) for kind in model.kinds}
     wanted = Described("", model, dict(schemes), length)
-    # Where these are missing, transformers takes the ids of the family's own tokenizer, and ends texts at one of them.
+    # If these are missing, transformers uses the ids of the family's own tokenizer, and ends texts at one of them.
     base = base or {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": None}
     reasons = []
     for model_type in [base["model_type"]] if "model_type" in base else FAMILIES:
@@ -164,20 +164,20 @@ def write(
         if reason is None:
             return values
         reasons.append(f"{model_type}: {reason}")
-    raise UserError(f"no Hugging Face family that lcx writes has this model ({'; '.join(reasons)})")
+    raise UserError(f"none of the Hugging Face families that lcx writes can represent this model ({'; '.join(reasons)})")
 
 
 def _check_keys(values: Mapping[str, Any], family: Family, where: str) -> None:
     known = {*REQUIRED, *ROPE_KEYS, *family.optional, *family.aliases, *NO_EFFECT, *NEUTRAL}
     for key, value in values.items():
         if key in NEUTRAL and key not in family.optional and value not in NEUTRAL[key]:
-            raise UserError(f"{where}: {key}={value!r} is not supported; only {' or '.join(map(repr, NEUTRAL[key]))} is")
+            raise UserError(f"{where}: {key}={value!r} is not supported; expected {' or '.join(map(repr, NEUTRAL[key]))}")
         if key == "quantization_config" and value is not None:
-            raise UserError(f"{where}: {key}={value!r} is not supported; name the checkpoint that was quantised")
+            raise UserError(f"{where}: {key}={value!r} is not supported; use the original checkpoint before quantisation")
         if key not in known and value is not None:
             raise UserError(
                 f"{where}: {key}={value!r} is not supported for {values['model_type']}; "
-                "if it does not change what the model computes, take it out of the file"
+                "if it does not change what the model computes, remove it from the file"
             )
     for key in REQUIRED:
         if values.get(key) is None:
@@ -190,7 +190,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "final_logit_softcapping": (float, int), "tie_word_embeddings": (bool,), "attention_bias": (bool,), "mlp_bias": (bool,),
     "use_sliding_window": (bool,), "norm_topk_prob": (bool,),
 }  # fmt: skip
-"""Types of the keys that are not whole numbers."""
+"""Types of the keys that are not integers."""
 
 
 def _check_type(key: str, value: Any, family: Family, where: str) -> None:
@@ -198,15 +198,15 @@ def _check_type(key: str, value: Any, family: Family, where: str) -> None:
     if value is None and key not in REQUIRED:
         return
     if not isinstance(value, allowed) or isinstance(value, bool) and bool not in allowed:
-        raise UserError(f"{where}: {key}={value!r} must be of type {allowed[0].__name__}")
+        raise UserError(f"{where}: {key}={value!r}: expected {allowed[0].__name__}")
     if allowed == (int,) and value < 1 and key not in ("max_window_layers",):
         raise UserError(f"{where}: {key}={value} must be at least 1")
     if float in allowed and not 0 < value < math.inf:
         raise UserError(f"{where}: {key}={value} must be a number above 0")
     if allowed == (int,) and value > 2**31 - 1:
-        raise UserError(f"{where}: {key}={value:,} is more than an int32 counts; at most {2**31 - 1:,}")
+        raise UserError(f"{where}: {key}={value:,} does not fit into an int32; use at most {2**31 - 1:,}")
     if isinstance(value, list) and family.optional.get(key) is None and not value:
-        raise UserError(f"{where}: {key} is an empty list")
+        raise UserError(f"{where}: {key} must not be empty")
 
 
 def _model(full: Mapping[str, Any], family: Family, where: str) -> ModelConfig:
@@ -216,7 +216,7 @@ def _model(full: Mapping[str, Any], family: Family, where: str) -> ModelConfig:
     fields.setdefault("head_dim", D // N)
     act = "hidden_activation" if "hidden_activation" in family.optional else "hidden_act"
     if full[act] not in ACTIVATIONS:
-        raise UserError(f"{where}: {act}={full[act]!r} is not an activation that lcx has{nearest(str(full[act]), ACTIVATIONS)}")
+        raise UserError(f"{where}: {act}={full[act]!r} is not a supported activation{nearest(str(full[act]), ACTIVATIONS)}")
     fields["activation"] = ACTIVATIONS[full[act]]
     if full.get("attention_bias"):
         fields |= {"qkv_bias": True, "out_bias": True}
@@ -224,22 +224,22 @@ def _model(full: Mapping[str, Any], family: Family, where: str) -> ModelConfig:
         fields["query_scale"] = full["query_pre_attn_scalar"] ** -0.5
     kinds = family.kinds(full)
     if len(kinds) != full["num_hidden_layers"]:
-        raise UserError(f"{where}: {len(kinds)} layers have a type and num_hidden_layers={full['num_hidden_layers']}")
+        raise UserError(f"{where}: layer_types lists {len(kinds)} layers, but num_hidden_layers={full['num_hidden_layers']}")
     if full.get("layer_types") and (other := set(full["layer_types"]) - {"full_attention", "sliding_attention"}):
-        raise UserError(f"{where}: layer_types has {sorted(other)[0]!r}; lcx has full_attention and sliding_attention")
+        raise UserError(f"{where}: layer_types has {sorted(other)[0]!r}; lcx supports full_attention and sliding_attention")
     if any(is_local(kind) for kind in kinds):
         fields["window"] = full["sliding_window"]
     return ModelConfig(**fields, **family.options, pattern=_period(kinds))
 
 
 def _period(kinds: Sequence[str]) -> tuple[str, ...]:
-    """The shortest pattern that gives these kinds when it is repeated."""
+    """The shortest pattern that yields these kinds when repeated."""
     lengths = range(1, len(kinds) + 1)
     return tuple(next(kinds[:n] for n in lengths if all(kind == kinds[i % n] for i, kind in enumerate(kinds))))
 
 
 def _rope_keys(full: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """What `positions.hf` reads, with what a family with two rotaries takes for granted."""
+    """The keys that `positions.hf` reads, including those that a family with two rotary embeddings implies."""
     values = dict(full)
     if family.nested and not _nested(values.get("rope_parameters")):
         values.setdefault("rope_local_base_freq", 10000.0)
@@ -252,22 +252,22 @@ def _nested(parameters: Any) -> bool:
 
 
 def _resolved(scheme: Scheme, model: ModelConfig, length: int) -> Scheme:
-    """The scheme with what it takes from the declared length written down, in a form that Hugging Face has."""
+    """The scheme with the values that depend on the declared length filled in, in a form that Hugging Face has."""
     if isinstance(scheme, Ntk):
         theta = ntk_base(scheme.theta, scheme.stretch(length), int(model.head_dim * scheme.partial))
         kept = ("partial", "layout", "original_length", "temperature")
         return Rope(theta=theta, **{name: getattr(scheme, name) for name in kept})
     if isinstance(scheme, Stretched) and scheme.factor is None:
-        # Dynamic NTK grows with the length whatever its factor.
+        # Dynamic NTK grows with the length, whatever its factor.
         return dataclasses.replace(scheme, factor=1.0 if isinstance(scheme, Dynamic) else scheme.stretch(length))
     return scheme
 
 
 def _values(model_type: str, wanted: Described, dtype: str, base: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json as a family has it; what the family can't say is left out, and found by reading it back."""
+    """config.json in a family's form; what the family cannot express is left out, and detected by reading it back."""
     model, family = wanted.model, FAMILIES[model_type]
     said = {key: getattr(model, name) for name, key in {**FIELDS, **family.fields}.items()}
-    # A size that no layer has: of dense layers, where all have experts.
+    # A size that no layer uses: that of dense layers, if all have experts.
     said.setdefault("intermediate_size", base.get("intermediate_size", model.mlp_dim))
     names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
     local = [is_local(kind) for kind in model.layer_kinds]
@@ -300,20 +300,20 @@ def _values(model_type: str, wanted: Described, dtype: str, base: Mapping[str, A
 
 
 def _rope(wanted: Described, family: Family) -> dict[str, Any]:
-    """Rotary keys of a config.json in both forms, and the length."""
+    """The rotary keys of a config.json in both forms, and the length."""
     by_type: dict[str, Scheme] = {}
     for kind in wanted.model.kinds:
         scheme = wanted.schemes[kind]
         key = "sliding_attention" if is_local(kind) else "full_attention"
         if not isinstance(scheme, Nope) and by_type.setdefault(key, scheme) != scheme:
-            raise UserError(f"layers of one type have different positions ({key}), which Hugging Face has no place for")
+            raise UserError(f"layers of one type have different positions ({key}), which Hugging Face cannot represent")
     full = by_type.get("full_attention") or next(iter(by_type.values()), Rope())
     local = by_type.get("sliding_attention", full)
-    # Before they are compared: a scheme without such a form is the better reason.
+    # Before comparing: a scheme without such a form makes the better error message.
     flat, local_flat = full.to_hf(), local.to_hf()
     if not family.nested and local != full:
-        raise UserError(f"sliding and full layers have different positions, which {family.architecture} has no place for")
-    # Hugging Face's dynamic NTK stretches from this length; elsewhere it says how far the model goes.
+        raise UserError(f"sliding and full layers have different positions, which {family.architecture} cannot represent")
+    # Hugging Face's dynamic NTK extends from this length; otherwise it is the longest length of the model.
     length = full.original_length if isinstance(full, Dynamic) else wanted.length
     values: dict[str, Any] = {"max_position_embeddings": length, "rope_theta": flat["rope_theta"]}
     if isinstance(full, LongRope):
@@ -331,7 +331,7 @@ def _rope(wanted: Described, family: Family) -> dict[str, Any]:
 
 
 def _difference(wanted: Described, found: Described) -> str | None:
-    """What a model read back would compute otherwise; None when nothing."""
+    """The first difference in what a model read back would compute; None if there is none."""
     for field in dataclasses.fields(ModelConfig):
         if field.name in COMPUTATION or field.name in ("pattern", "query_scale"):
             continue
@@ -352,7 +352,7 @@ def _difference(wanted: Described, found: Described) -> str | None:
 
 
 def _same(scheme: Scheme, other: Scheme, model: ModelConfig, length: int) -> bool:
-    """Do two schemes compute the same at this length?"""
+    """Whether two schemes compute the same at this length."""
     if scheme.spec(length) != other.spec(length):
         return False
     one, two = (x.buffers(model.heads, length) for x in (scheme, other))

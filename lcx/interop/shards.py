@@ -1,6 +1,6 @@
-"""Folders of safetensors files: what is in them, pieces of their tensors, and new ones.
+"""Folders of safetensors files: listing and reading their tensors, in whole or in part, and writing new ones.
 
-Nothing but safetensors is read: a pickled checkpoint runs code when it is loaded.
+Only safetensors files are read: a pickled checkpoint can run code when it is loaded.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ SINGLE = "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""Safetensors' names of the floating types -> numpy's."""
+"""Names of floating-point types in safetensors -> names in numpy."""
 
 
 class Shards:
-    """The tensors of a model's folder, single file or indexed shards, opened when they are asked for.
+    """The tensors of a model's folder, a single file or indexed shards, opened on demand.
 
-    Raises `UserError` for a folder without safetensors, a broken file, and an index that does not tell what the files hold.
+    Raises `UserError` for a folder without safetensors, a broken file, and an index that does not match the contents of the files.
     """
 
     def __init__(self, folder: str | Path):
@@ -55,25 +55,25 @@ class Shards:
         return sorted(set(self._where.values()))
 
     def dtype(self, name: str) -> str:
-        """numpy's name of a tensor's type; raises `UserError` for one that holds no floating numbers."""
+        """numpy's name of a tensor's type; raises `UserError` if it is not a floating-point type."""
         stored = self._dtypes[name]
         if stored not in DTYPES:
             raise UserError(
                 f"{self._where[name]}: {name} is stored as {stored}, and lcx reads {', '.join(DTYPES)}; "
-                "quantised checkpoints have to be dequantised first"
+                "quantised checkpoints must be dequantised first"
             )
         return DTYPES[stored]
 
     def read(self, name: str) -> np.ndarray:
-        """A whole tensor, as stored; raises `UserError` when it holds a number that is not finite."""
+        """A whole tensor, as stored; raises `UserError` if it contains a number that is not finite."""
         with self.open(name) as piece:
             return piece((slice(None),) * len(self._shapes[name]))
 
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[Callable[[tuple[slice, ...]], np.ndarray]]:
-        """For a `with`: gives pieces of a tensor, as stored; raises `UserError` for numbers that are not finite.
+        """Context manager for reading pieces of a tensor, as stored; raises `UserError` for numbers that are not finite.
 
-        The library maps the whole file, and every page of it that was read counts as ours until the end of the `with`.
+        The library maps the whole file, and every page that was read counts as memory of this process until the end of the `with`.
         """
         self.dtype(name)
         with _open(self._where[name]) as file:
@@ -82,7 +82,7 @@ class Shards:
             def piece(box: tuple[slice, ...]) -> np.ndarray:
                 found = stored[box]
                 if not finite(found):
-                    raise UserError(f"{self._where[name]}: {name} holds NaN or infinity; the checkpoint is broken, fetch it anew")
+                    raise UserError(f"{self._where[name]}: {name} contains NaN or infinity; the file is broken, download it again")
                 return found
 
             yield piece
@@ -93,28 +93,26 @@ class Shards:
             wanted = {name: self.folder / file for name, file in where.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{index} is no index of safetensors files: it needs a 'weight_map' of tensor names to files"
+                f"{index} is not an index of safetensors files: it needs a 'weight_map' from tensor names to files"
             ) from error
         files = sorted(set(wanted.values()))
         for file in files:
             if file.suffix in PICKLES:
                 raise _pickled(file)
             if file.parent != self.folder:
-                raise UserError(f"{index} names a file outside of its folder, {str(file)!r}")
+                raise UserError(f"{index} refers to a file outside its folder, {str(file)!r}")
             if not file.exists():
-                raise UserError(f"{index} names {file.name}, which is not there; fetch the missing shard")
+                raise UserError(f"{index} lists {file.name}, which does not exist; download the missing shard")
         self._read_headers(files)
         for name, file in wanted.items():
             if name not in self._where:
                 raise UserError(
-                    f"{index} puts {name} into {file.name}, which does not hold it; the index is wrong or a shard is old"
+                    f"{index} lists {name} in {file.name}, which does not contain it; the index is wrong or a shard is outdated"
                 )
             if self._where[name] != file:
-                raise UserError(
-                    f"{index} puts {name} into {file.name}, and it stands in {self._where[name].name}; the index is wrong"
-                )
+                raise UserError(f"{index} lists {name} in {file.name}, but it is in {self._where[name].name}; the index is wrong")
         if unlisted := sorted(set(self._where) - set(wanted)):
-            raise UserError(f"{index} leaves out {some(unlisted)}, which the shards hold; the index is wrong")
+            raise UserError(f"{index} does not list {some(unlisted)}, which the shards contain; the index is wrong")
 
     def _read_headers(self, files: Iterable[Path]) -> None:
         twice = []
@@ -128,22 +126,22 @@ class Shards:
                     self._shapes[name] = tuple(found.get_shape())
                     self._dtypes[name] = found.get_dtype()
         if twice:
-            raise UserError(f"{self.folder} holds tensors twice: {some(twice)}; delete the shards that do not belong to the model")
+            raise UserError(f"{self.folder} has duplicate tensors: {some(twice)}; delete shards that do not belong to the model")
 
     def _none_found(self) -> None:
         pickled = sorted(path for path in self.folder.iterdir() if path.suffix in PICKLES)
         if pickled:
             raise _pickled(pickled[0])
         others = sorted(path.name for path in self.folder.glob("*.safetensors"))
-        hint = f"; it holds {some(others)} without {INDEX}" if others else ""
+        hint = f"; it contains {some(others)} without {INDEX}" if others else ""
         raise UserError(f"{self.folder} has no {SINGLE} and no {INDEX}{hint}")
 
 
 def write(folder: Path, sizes: Mapping[str, int], tensor: Callable[[str], np.ndarray], max_bytes: int) -> None:
-    """Write tensors into shards of at most `max_bytes` (one tensor at least), and their index where there are several.
+    """Write tensors into shards of at most `max_bytes` (but at least one tensor each), and their index if there are several.
 
-    `sizes` maps names to bytes, in the order of the files; `tensor` gives each when its shard's turn comes, so that no more than a
-    shard is held.
+    `sizes` maps names to bytes, in the order of the files; `tensor` returns each one when its shard is written, so that no more
+    than one shard is held in memory.
     """
     from safetensors.numpy import save_file
 
@@ -157,7 +155,7 @@ def write(folder: Path, sizes: Mapping[str, int], tensor: Callable[[str], np.nda
         filled += size
     files = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for file, names in zip(files, shards, strict=True):
-        # "pt" is what transformers asks for; it says how the names are to be read, not who wrote them.
+        # transformers requires "pt", which says how to interpret the names, not which program wrote them.
         save_file({name: np.ascontiguousarray(tensor(name)) for name in names}, folder / file, metadata={"format": "pt"})
     if len(files) > 1:
         where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
@@ -170,25 +168,25 @@ def _open(path: Path) -> Any:
     try:
         return safetensors.safe_open(path, framework="np")
     except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is no whole safetensors file ({error}); fetch it anew") from error
+        raise UserError(f"{path} is not a complete safetensors file ({error}); download it again") from error
 
 
 def _pickled(path: Path) -> UserError:
     return UserError(
-        f"{path} is a pickle, which can run any code when it is loaded, so lcx does not read it; "
+        f"{path} is a pickle, which can run arbitrary code when loaded, so lcx does not read it; "
         "save the model with safetensors (transformers: model.save_pretrained)"
     )
 
 
 def finite(x: np.ndarray) -> bool:
-    """Are all numbers of an array finite?"""
+    """Whether all numbers of an array are finite."""
     if x.dtype.itemsize == 2:
-        # Exponents of all ones are what infinities and NaNs have; numpy has no fast test for these types.
+        # Infinities and NaNs have an exponent of all ones; numpy has no fast test for these types.
         ones = 0x7F80 if x.dtype == ml_dtypes.bfloat16 else 0x7C00
         return not x.size or int(np.max(x.view(np.uint16) & 0x7FFF)) < ones
     return bool(np.isfinite(x).all())
 
 
 def some(names: list[str], most: int = 5) -> str:
-    """The first few of many, for an error."""
+    """The first few of many names, for an error."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,8 +1,8 @@
-"""Weights between Hugging Face's tensors and lcx's parameter tree, one table for both directions.
+"""Conversion between Hugging Face's tensors and lcx's parameter tree, with one table for both directions.
 
-A linear map stands in Hugging Face's files as `[outputs, inputs]`, here as `[inputs, outputs]` with heads as an axis of their own
-and layers stacked. Reading goes a few rows at a time, straight into what becomes the devices' arrays, so that a process holds what
-its devices hold and little more.
+A linear map is stored in Hugging Face's files as `[outputs, inputs]`, here as `[inputs, outputs]` with heads as a separate axis
+and layers stacked. Reading proceeds a few rows at a time, directly into the buffers that become the devices' arrays, so that a
+process holds what its devices hold and little more.
 
 Legend: L layers.
 """
@@ -30,25 +30,25 @@ from lcx.interop.families import Family
 from lcx.interop.shards import Shards, finite, some
 
 Box = tuple[tuple[int, int], ...]
-"""First and last of a piece along every axis."""
+"""Start and end of a piece along every axis."""
 
 _AT_ONCE = 1 << 24
-"""Numbers of a tensor that are read at once."""
+"""How many numbers of a tensor are read at once."""
 
 _TURNED = 16
-"""Rows that are turned at once: what they become in the other direction still fills whole cache lines, six times as fast as all."""
+"""Rows transposed at once: enough to fill whole cache lines in the other direction, and six times as fast as all at once."""
 
 _UNUSED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-"""Tensors that old checkpoints hold and nothing reads."""
+"""Tensors that old checkpoints contain and nothing reads."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """The numbers of one layer of one parameter, `shape` there, and their place in the tensor `name`.
+    """The numbers of one layer of one parameter, with shape `shape` in lcx, and their place in the tensor `name`.
 
-    `index` is the layer's number, and the expert's behind it; empty for what is not stacked. `inputs` counts the leading axes of
-    `shape` that are a linear map's inputs, 0 where the tensor is stored as it is (with its axes flattened, if it is a bias). The
-    rows are those from `first` on, of `rows`.
+    `index` is the layer's number, followed by the expert's; empty for parameters that are not stacked. `inputs` is the number of
+    leading axes of `shape` that are a linear map's inputs, 0 if the tensor is stored unchanged (with its axes flattened, if it is a
+    bias). The slot's rows start at `first`, out of `rows`.
     """
 
     path: str
@@ -62,7 +62,7 @@ class Slot:
 
     @property
     def own_rows(self) -> int:
-        """Rows of the tensor that are this slot's."""
+        """Number of rows of the tensor that belong to this slot."""
         return self.shape[0] if self.table else math.prod(self.shape[self.inputs :])
 
     @property
@@ -73,9 +73,9 @@ class Slot:
         return (self.rows, math.prod(self.shape[: self.inputs])) if self.inputs else (self.rows,)
 
     def fill(self, shards: Shards, pieces: Mapping[Box, np.ndarray]) -> None:
-        """Read the numbers that arrays stand for, each the piece of the slot in its box, into them.
+        """Read into each array of `pieces` the part of the slot in its box.
 
-        The rows that are needed come a few at a time, each once however many pieces share them. A box may cut the leading axes of
+        The needed rows are read a few at a time, each once however many pieces share them. A box may cut the leading axes of
         the inputs and of the outputs.
         """
         spans = {box: self._spans(box) for box in pieces}
@@ -97,11 +97,11 @@ class Slot:
 
     @property
     def flat(self) -> bool:
-        """Has the tensor two axes?"""
+        """Whether the tensor has two axes."""
         return bool(self.inputs) or self.table
 
     def _spans(self, box: Box) -> tuple[slice, slice]:
-        """Rows and columns of the slot's part of the tensor that a box covers."""
+        """Rows and columns of the slot's part of the tensor covered by a box."""
         if self.table:
             return slice(*box[0]), slice(*box[1])
         ins, outs = self.shape[: self.inputs], self.shape[self.inputs :]
@@ -109,13 +109,13 @@ class Slot:
         return rows, _span(box[0], ins[1:]) if self.inputs else slice(0, 1)
 
     def _flat(self, piece: np.ndarray) -> np.ndarray:
-        """A piece as a matrix of inputs by outputs, or as the tensor has it."""
+        """A piece as a matrix of inputs by outputs, or in the tensor's own shape."""
         if self.table:
             return piece
         return piece.reshape(math.prod(piece.shape[: self.inputs]), -1) if self.inputs else piece.reshape(-1)
 
     def stored(self, x: np.ndarray) -> np.ndarray:
-        """The slot's numbers, of its shape, as rows of the tensor."""
+        """The slot's numbers, given in its shape, as rows of the tensor."""
         if self.table:
             return x
         outs = len(self.shape) - self.inputs
@@ -124,9 +124,9 @@ class Slot:
 
 
 def slots(table: Tree, family: Family, num_layers: int) -> dict[str, list[Slot]]:
-    """Tensor name -> its slots, in the order in which they fill it, for a table of `model.params.specs`.
+    """Tensor name -> its slots in the order in which they fill it, for a table of `model.params.specs`.
 
-    Raises `UserError` for a parameter that the family has no tensor for.
+    Raises `UserError` for a parameter for which the family has no tensor.
     """
     found: dict[str, list[Slot]] = {}
     order = {path: i for i, path in enumerate(family.names)}
@@ -140,20 +140,20 @@ def slots(table: Tree, family: Family, num_layers: int) -> dict[str, list[Slot]]
 
 
 def check(shards: Shards, wanted: Mapping[str, list[Slot]], tied: bool) -> None:
-    """Raises `UserError` that lists tensors which are missing, not the model's, or of another shape."""
+    """Raises `UserError` listing tensors that are missing, do not belong to the model, or have another shape."""
     extra = {name for name in shards.shapes if name not in wanted and not _UNUSED.fullmatch(name)}
     if tied and "lm_head.weight" in extra and _is_copy(shards):
         extra.discard("lm_head.weight")
     if tied and "lm_head.weight" in extra:
         raise UserError(
-            f"{shards.folder}: config.json says tie_word_embeddings=true, and the files hold an lm_head.weight that is not the "
-            "embedding; set it to false, or take the tensor out"
+            f"{shards.folder}: config.json says tie_word_embeddings=true, but the files have an lm_head.weight other than the "
+            "embedding; set it to false, or remove the tensor"
         )
     lists = {
         "missing": [name for name in wanted if name not in shards.shapes],
         "not of this architecture": sorted(extra),
-        "misshapen": [
-            f"{name} {shape_text(shards.shapes[name])} where {shape_text(parts[0].tensor_shape)} is due"
+        "of the wrong shape": [
+            f"{name} {shape_text(shards.shapes[name])} instead of {shape_text(parts[0].tensor_shape)}"
             for name, parts in wanted.items()
             if name in shards.shapes and shards.shapes[name] != parts[0].tensor_shape
         ],
@@ -161,15 +161,15 @@ def check(shards: Shards, wanted: Mapping[str, list[Slot]], tied: bool) -> None:
     wrong = [f"{what}: {some(names, 8)}" for what, names in lists.items() if names]
     if wrong:
         raise UserError(
-            f"{shards.folder}: the tensors are not those that its config.json describes; {'; '.join(wrong)}. "
-            "Was config.json changed, or is a file of another model among them?"
+            f"{shards.folder}: the tensors do not match its config.json; {'; '.join(wrong)}. "
+            "Was config.json changed, or does a file belong to another model?"
         )
 
 
 def load(shards: Shards, table: Tree, wanted: Mapping[str, list[Slot]], dtype: str, mesh: Mesh | None = None) -> Tree:
-    """The parameters of a table in numpy's `dtype`, each placed on `mesh` (None: the first device) as the table says.
+    """The parameters of a table in numpy's `dtype`, each placed on `mesh` (None: the first device) as specified in the table.
 
-    Every process reads what its own devices hold. Numbers that are not finite raise `UserError`.
+    Every process reads only what its own devices hold. Raises `UserError` for numbers that are not finite.
     """
     by_path: dict[str, list[Slot]] = {}
     for parts in wanted.values():
@@ -192,7 +192,7 @@ def tensor(params: Mapping[str, jax.Array], parts: list[Slot], dtype: str) -> np
 def _slots(path: str, spec: ParamSpec, layer: int | None, family: Family) -> Iterator[Slot]:
     module, _, last = path.rpartition("/")
     if module not in family.names:
-        raise UserError(f"the parameter {path} has no place in {family.architecture}")
+        raise UserError(f"the parameter {path} does not exist in {family.architecture}")
     name, ending = family.names[module], "bias" if last == "bias" else "weight"
     prefix = "" if layer is None else f"model.layers.{layer}."
     inputs = 0 if last != "kernel" else 2 if module.endswith("attention/out") else 1
@@ -205,7 +205,7 @@ def _slots(path: str, spec: ParamSpec, layer: int | None, family: Family) -> Ite
 
 
 def _filled(parts: list[Slot]) -> list[Slot]:
-    """Slots of one tensor with the rows that each has."""
+    """Slots of one tensor, with the rows of each filled in."""
     rows, placed = sum(slot.own_rows for slot in parts), []
     for slot in parts:
         first = sum(known.own_rows for known in placed)
@@ -214,7 +214,7 @@ def _filled(parts: list[Slot]) -> list[Slot]:
 
 
 def _leaf(shards: Shards, spec: ParamSpec, parts: list[Slot], dtype: Any, sharding: Any) -> jax.Array:
-    """One parameter, read layer by layer into a buffer for each different piece that this process holds."""
+    """One parameter, read layer by layer into one buffer for each distinct piece that this process holds."""
     places = {device: _box(index, spec.shape) for device, index in sharding.addressable_devices_indices_map(spec.shape).items()}
     buffers = {box: _aligned(tuple(b - a for a, b in box), dtype) for box in places.values()}
 
@@ -235,17 +235,17 @@ def _leaf(shards: Shards, spec: ParamSpec, parts: list[Slot], dtype: Any, shardi
 
 
 def _cast(x: np.ndarray, dtype: Any, name: str) -> np.ndarray:
-    """Numbers in another type; raises `UserError` where they are not finite in it."""
+    """Converts numbers to another type; raises `UserError` if they are not finite in it."""
     with np.errstate(over="ignore"):
         found = x.astype(jnp.dtype(dtype))
     if not finite(found):
-        reach = f"has numbers that {jnp.dtype(dtype).name} does not reach; choose another dtype"
-        raise UserError(f"{name} {reach if finite(x) else 'holds NaN or infinity'}")
+        reach = f"has numbers out of range for {jnp.dtype(dtype).name}; choose another dtype"
+        raise UserError(f"{name} {reach if finite(x) else 'contains NaN or infinity'}")
     return found
 
 
 def _assign(out: np.ndarray, rows: slice, x: np.ndarray, turned: bool) -> None:
-    """Rows of a tensor into a piece; as whole numbers where no conversion is due, which numpy copies faster."""
+    """Copies rows of a tensor into a piece; as integers if no conversion is needed, which numpy copies faster."""
     if x.dtype == out.dtype:
         whole = np.dtype(f"u{x.dtype.itemsize}")
         out, x = out.view(whole), x.view(whole)
@@ -258,7 +258,7 @@ def _assign(out: np.ndarray, rows: slice, x: np.ndarray, turned: bool) -> None:
 
 
 def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An array that begins where a CPU device can take it as it is, without another copy."""
+    """An array aligned so that a CPU device can use it without another copy."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
@@ -276,7 +276,7 @@ def _box(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
 
 
 def _span(piece: tuple[int, int], inner: tuple[int, ...]) -> slice:
-    """What a piece of the leading axis covers of the flattened axes."""
+    """The part of the flattened axes that a piece of the leading axis covers."""
     size = math.prod(inner)
     return slice(piece[0] * size, piece[1] * size)
 
@@ -290,7 +290,7 @@ def _on_host(x: jax.Array) -> np.ndarray:
 
 
 def _is_copy(shards: Shards) -> bool:
-    """Is a tied model's output the embedding once more?"""
+    """Whether a tied model's output weights are a copy of the embedding."""
     names = ("lm_head.weight", "model.embed_tokens.weight")
     if any(name not in shards.shapes for name in names) or len({shards.shapes[name] for name in names}) > 1:
         return False
@@ -301,5 +301,5 @@ def _is_copy(shards: Shards) -> bool:
 
 
 def shape_text(shape: tuple[int, ...]) -> str:
-    """A shape as people write it."""
+    """A shape in readable form."""
     return "x".join(map(str, shape)) or "scalar"

@@ -1,14 +1,14 @@
 """The key-value cache: slots shared by the devices of a context, as many as each kind of layer needs.
 
-The dealing: a row's tokens are counted from 0, padding included. Of the n devices that share the sequence, number s goes to device
-s % n, there into slot s // n. So whatever the chunks, every device has its share of each chunk, of each window and of the decoded
-tokens, which go round in turn. A chunk comes in dealt the same way (`deal`): each device writes its own tokens into its own slots,
-and none travels. Masks compare `order`, which travels with the slots, never a slot's number.
+Distribution over devices: a row's tokens are counted from 0, padding included. With n devices sharing the sequence, token s goes to
+device s % n, into its slot s // n. So whatever the chunks, every device has its share of each chunk, of each window and of the
+decoded tokens, which go round in turn. A chunk arrives distributed in the same way (`deal`): each device writes its own tokens into
+its own slots, and none travels. Masks compare `order`, which is stored with the slots, never a slot's number.
 
-Layers under a window of w tokens, visited by chunks of at most T, keep w - 1 + T slots (rounded up to the devices) as a ring:
-number s overwrites number s - slots, which then has left the window of every query to come, the chunk's first included. That takes
-a row's `order` to advance by at least one a number, as it does where both are the place in the row. A mask with a prefix sees
-marked keys beyond any window: its layers keep all slots.
+Layers with a window of w tokens, visited by chunks of at most T, keep w - 1 + T slots (rounded up to the devices) as a ring buffer:
+token s overwrites token s - slots, which by then has left the window of every query to come, including the chunk's first. That
+requires a row's `order` to increase by at least one per token, as it does where both are the place in the row. A mask with a
+prefix sees marked keys beyond any window, so its layers keep all slots.
 
 Legend: B batch, T tokens of a chunk, S slots, K key-value heads, H head dim, L layers of a kind, n devices.
 """
@@ -34,17 +34,17 @@ from lcx.core.trees import Tree
 from lcx.model.config import Architecture
 
 Layers = jax.Array | tuple[jax.Array, ...]
-"""Something that every layer of a kind has, stacked or each for itself."""
+"""A value for every layer of a kind, stacked or as a tuple with one per layer."""
 
 
 @flax.struct.dataclass
 class Cache:
     """By layer kind: keys and values `[L, B, S, K, H]` in the compute dtype, with the index `[B, S]` of every slot.
 
-    Beside parameters whose layers come one tree each (`transformer.unstack`), a tuple of L arrays `[B, S, K·H]`. Empty slots are
-    padding. `slots` is how many tokens of a row there is room for, `context` how many devices share them. `rotated` names the kinds
-    whose keys are stored rotated (schemes of one region); the others' are raw, and rotated anew for each region. `scheme` is the
-    fingerprint of schemes and frequencies that the keys were made under.
+    For parameters with one tree per layer (`transformer.unstack`), keys and values are tuples of L arrays `[B, S, K·H]`. Empty
+    slots are padding. `slots` is the number of tokens of a row that fit, `context` the number of devices that share them. `rotated`
+    names the kinds whose keys are stored rotated (schemes with one region); those of other kinds are stored unrotated and rotated
+    for each region. `scheme` is the fingerprint of the schemes and frequencies under which the keys were computed.
     """
 
     keys: dict[str, Layers]
@@ -57,7 +57,7 @@ class Cache:
 
 
 def slots_of(arch: Architecture, kind: str, slots: int, chunk: int) -> int:
-    """Slots that layers of a kind need for rows of `slots` tokens that come in chunks of at most `chunk`."""
+    """Slots that layers of a kind need for rows of `slots` tokens that arrive in chunks of at most `chunk`."""
     mask, size = arch.attention(kind).mask, context_size()
     ring = mask.causal and mask.window is not None and not mask.prefix
     needed = min(slots, mask.window - 1 + chunk) if ring else slots
@@ -65,11 +65,11 @@ def slots_of(arch: Architecture, kind: str, slots: int, chunk: int) -> int:
 
 
 def empty_cache(arch: Architecture, buffers: Tree, rows: int, slots: int, chunk: int | None = None, stacked: bool = True) -> Cache:
-    """A cache for `rows` sequences of up to `slots` tokens, made in place on the mesh that is set.
+    """A cache for `rows` sequences of up to `slots` tokens, created in place on the current mesh.
 
-    `chunk` is the most tokens that will be added at a time (None: any number); the smaller, the fewer slots a window takes.
-    `stacked` says whether the layers of the parameters are; those of the cache have to be likewise. Raises `UserError` for a
-    cache larger than the memory of a host whose CPU computes.
+    `chunk` is the largest number of tokens added at a time (None: any number); the smaller, the fewer slots a window takes.
+    `stacked` says whether the layers of the parameters are stacked; those of the cache must match. Raises `UserError` for a
+    cache larger than the host's memory if its CPU computes.
     """
     config, counted = arch.config, arch.config.layer_kinds.count
 
@@ -80,11 +80,11 @@ def empty_cache(arch: Architecture, buffers: Tree, rows: int, slots: int, chunk:
     size = sum(2 * math.prod(shape(kind)) * dtype.itemsize for kind in config.kinds)
     if target_platform() == "cpu" and size > (memory := psutil.virtual_memory().total):
         raise UserError(
-            f"a cache of {slots:,} tokens for each of {rows} prompts takes {size / 1e9:,.0f} GB, and this machine has "
-            f"{memory / 1e9:,.0f}; lower max_new_tokens, or give fewer prompts at a time"
+            f"a cache of {slots:,} tokens for each of {rows} prompts needs {size / 1e9:,.0f} GB, and this machine has "
+            f"{memory / 1e9:,.0f} GB; lower max_new_tokens, or give fewer prompts at a time"
         )
 
-    # A cache is donated, so every array is a buffer of its own.
+    # A cache is donated, so every array needs its own buffer.
     def heads() -> dict[str, Layers]:
         if stacked:
             return {kind: _full(_HEADS, shape(kind), 0, dtype) for kind in config.kinds}
@@ -113,7 +113,7 @@ def _full(axes: tuple[str | None, ...], shape: tuple[int, ...], value: int, dtyp
 
 
 def keep_placed(cache: Cache) -> Cache:
-    """The cache pinned to where `empty_cache` put it, so that a donated one is written in place."""
+    """The cache constrained to the placement that `empty_cache` gave it, so that a donated one is written in place."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return cache
@@ -126,41 +126,41 @@ def keep_placed(cache: Cache) -> Cache:
 
 
 def scheme_fingerprint(arch: Architecture, buffers: Tree) -> str:
-    """Changes with any frequency, region or constant: keys cached under one fingerprint mean nothing under another."""
+    """A fingerprint that changes with any frequency, region or constant: keys cached under one are invalid under another."""
     leaves = jax.tree_util.tree_leaves_with_path(buffers)
     return fingerprint([[jax.tree_util.keystr(path), np.asarray(leaf).tolist()] for path, leaf in leaves], repr(arch.schemes))
 
 
 def check_room(arch: Architecture, cache: Cache, tokens: int, start: int) -> None:
-    """Raises `UserError` when `tokens` tokens from number `start` on can't be dealt, or have no slots in this cache."""
+    """Raises `UserError` if `tokens` tokens from number `start` on cannot be distributed, or have no slots in this cache."""
     if cache.context != context_size():
-        raise UserError(f"the cache was made for a context of {cache.context} devices, and {context_size()} are set; prefill again")
+        raise UserError(f"the cache is for a context of {cache.context} devices, and the mesh has {context_size()}; prefill again")
     check_chunk("a chunk", tokens)
     if start + tokens > cache.slots:
-        raise UserError(f"tokens {start} to {start + tokens} do not fit a cache of {cache.slots} slots; make it longer")
+        raise UserError(f"tokens {start} to {start + tokens} do not fit into a cache of {cache.slots} slots; create a longer one")
     for kind, index in cache.index.items():
         needed, held = slots_of(arch, kind, cache.slots, tokens), index.order.shape[1]
         if held < needed:
             raise UserError(
                 f"a chunk of {tokens} tokens needs {needed} slots in {kind!r} layers, whose window of {arch.config.window} has "
-                f"{held} in this cache; make it with chunk={tokens}"
+                f"{held} in this cache; create it with chunk={tokens}"
             )
 
 
 def check_chunk(what: str, tokens: int) -> None:
-    """Raises `UserError` naming the nearest sizes when `tokens` tokens can't be dealt to the devices of the context.
+    """Raises `UserError` naming the nearest sizes if `tokens` tokens cannot be distributed over the devices of the context.
 
     Fewer tokens than devices (decoded ones) are computed by all of them.
     """
     size = context_size()
     if tokens > size and tokens % size:
         raise UserError(
-            f"{what} of {tokens} tokens does not divide over the context of {size} devices; nearest: {multiples(tokens, size)}"
+            f"{what} of {tokens} tokens must be divisible by the {size} devices of the context; try {multiples(tokens, size)}"
         )
 
 
 def deal(tree: Any, start: int) -> Any:
-    """Arrays `[B, T, ...]` of tokens `start …` in row order, so that a plain split along T gives each device those of its slots."""
+    """Arrays `[B, T, ...]` of tokens `start …` arranged so that a plain split along T gives each device those of its slots."""
     size = context_size()
 
     def one(x: jax.Array) -> jax.Array:
@@ -182,25 +182,25 @@ def _few(tree: Any, size: int) -> bool:
 
 
 def layer_of(layers: Layers, nth: jax.Array | int, heads: int) -> jax.Array:
-    """What the `nth` layer of a kind with `heads` KV heads holds, `[B, S, K, H]`."""
+    """The contents `[B, S, K, H]` of the `nth` layer of a kind with `heads` KV heads."""
     if isinstance(layers, tuple):
         return layers[nth].reshape(*layers[nth].shape[:2], heads, -1)
     return jax.lax.dynamic_index_in_dim(layers, nth, keepdims=False)
 
 
 def write_layer(old: Layers, new: jax.Array, nth: jax.Array | int, start: jax.Array) -> Layers:
-    """As `write`, for layers that are stacked or each for itself."""
+    """Like `write`, for layers that are stacked or in a tuple."""
     if not isinstance(old, tuple):
         return write(old, new, nth, start)
     flat = new.reshape(*new.shape[:2], -1)
-    # A loop of one turn: XLA's CPU backend would fuse the update into each of its readers, and copy all slots for each.
+    # A loop of one iteration: otherwise XLA's CPU backend fuses the update into each of its readers, and copies all slots for each.
     once = jnp.minimum(start, 0) + 1
     written = jax.lax.fori_loop(0, once, lambda _, x: write(x[None], flat, 0, start)[0], old[nth])
     return (*old[:nth], written, *old[nth + 1 :])
 
 
 def write(old: jax.Array, new: jax.Array, layer: jax.Array | int, start: jax.Array) -> jax.Array:
-    """`new` `[B, T, ...]`, dealt, as tokens `start …` of layer `layer` of `old` `[L, B, S, ...]`."""
+    """Writes `new` `[B, T, ...]`, arranged by `deal`, as tokens `start …` of layer `layer` of `old` `[L, B, S, ...]`."""
     mesh, size = jax.sharding.get_abstract_mesh(), context_size()
     new = new.astype(old.dtype)
     if size == 1:
@@ -223,22 +223,23 @@ def write(old: jax.Array, new: jax.Array, layer: jax.Array | int, start: jax.Arr
 
 
 def write_index(old: Index, new: Index, start: jax.Array) -> Index:
-    """As `write`, for the index of a kind's slots; without `new.prefix` no key is marked."""
+    """Like `write`, for the index of a kind's slots; without `new.prefix` no key is marked."""
     unmarked = jnp.zeros_like(new.order) if new.prefix is None else new.prefix
     new = new.replace(prefix=None if old.prefix is None else unmarked, layout=old.layout)
     return jax.tree.map(lambda old, new: write(old[None], new, 0, start)[0], old, new)
 
 
 def _put(old: jax.Array, new: jax.Array, layer: jax.Array | int, at: jax.Array, mine: jax.Array | bool) -> jax.Array:
-    """`new` `[B, T, ...]` into slots `at …` of a layer of `old` `[L, B, S, ...]`, round the end if need be; if it is `mine` at all.
+    """Writes `new` `[B, T, ...]` into slots `at …` of a layer of `old` `[L, B, S, ...]`, wrapping around at the end, if `mine` is
+    true.
 
-    Two plain updates, before the end and after it: a scatter would go token by token.
+    Uses two plain updates, before the end and after it: a scatter would go token by token.
     """
     size, slots = new.shape[1], old.shape[2]
     at = at % slots
 
     def place(old: jax.Array, first: jax.Array | int, shift: jax.Array) -> jax.Array:
-        """Token i into slot `first + shift + i`, as far as that is one of the T slots from `first` on."""
+        """Token i into slot `first + shift + i`, if that is one of the T slots from `first` on."""
         where = (layer, 0, first, *(0,) * (old.ndim - 3))
         before = jax.lax.dynamic_slice(old, where, (1, *new.shape))
         token = jnp.arange(size, dtype=jnp.int32) - shift

@@ -1,4 +1,4 @@
-"""What a decoder-only transformer is, as one frozen record, and how positional schemes are laid over its layers."""
+"""The configuration of a decoder-only transformer, and the assignment of positional schemes to its layers."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from lcx.positions.scheme import Heads, Scheme, SchemeSpec
 class ModelConfig:
     """Sizes and options of a decoder-only transformer; the defaults are Llama's.
 
-    `pattern` names the kind of each layer and repeats over the depth. A kind that starts with `local` sees a sliding window of
-    `window` tokens. Positional schemes are chosen per kind, outside of this record.
+    `pattern` names the kind of each layer and repeats over the depth. A kind whose name starts with `local` has a sliding window
+    of `window` tokens. Positional schemes are chosen per kind, outside this class.
     """
 
     vocab_size: int = 256
@@ -40,15 +40,15 @@ class ModelConfig:
     mlp_bias: bool = False
     # mixture of experts
     num_experts: int | None = None
-    """Feed-forward layers of `mlp_dim` in each layer, of which a router picks some for each token. None: one, and no router."""
+    """Number of feed-forward blocks of `mlp_dim` in each layer, of which a router picks some per token. None: one, no router."""
     experts_per_token: int = 2
     normalize_expert_weights: bool = True
-    """Divide a token's expert weights, which the router's softmax gives, by their sum (Mixtral; `norm_topk_prob` of Qwen 3)."""
+    """Divide a token's expert weights, which come from the router's softmax, by their sum (Mixtral; `norm_topk_prob` of Qwen 3)."""
     router_aux_weight: float = 0.0
-    """Scales the load-balancing loss (`experts.balance_loss`) in training; 0: it is not computed."""
+    """Scales the load-balancing loss (`experts.balance_loss`) in training; 0: not computed."""
     expert_matmul: Literal["auto", "ragged", "dense"] = "auto"
-    """How tokens meet their experts; none is ever dropped. `ragged`: sorted by expert, in one grouped product. `dense`: every
-    expert runs over every token. `auto`: dense on a CPU, which has no grouped product, else ragged."""
+    """How tokens are matched with their experts; none is ever dropped. `ragged`: sorted by expert, in one grouped product. `dense`:
+    every expert runs over every token. `auto`: dense on a CPU, which has no grouped product, otherwise ragged."""
     # norms
     norm_eps: float = 1e-6
     norm_offset: float = 0.0
@@ -61,17 +61,17 @@ class ModelConfig:
     qkv_bias: bool = False
     out_bias: bool = False
     query_scale: float | None = None
-    """Multiplies the scores; None is head_dim ** -0.5."""
+    """Multiplies the scores; None means head_dim ** -0.5."""
     attention_softcap: float | None = None
     sinks: bool = False
-    """One learned logit per head that joins the softmax without a value."""
+    """One learned logit per head that takes part in the softmax without a value."""
     prefix_attention: bool = False
     attention: Literal["auto", "dense", "blockwise", "flash"] = "auto"
     context_strategy: Literal["auto", "ring", "gather"] = "auto"
-    """How the devices of a split sequence meet each other's keys (`attention.parallel.context`). `auto`: neighbours only for
-    a window, a ring where a device has tokens enough to hide it, else all-gather."""
+    """How the devices that share a sequence access each other's keys (`attention.parallel.context`). `auto`: only
+    neighbours for a window, a ring if a device has enough tokens to hide it, otherwise all-gather."""
     context_layout: Literal["auto", "contiguous", "zigzag", "striped"] = "auto"
-    """How the tokens of a row are dealt to those devices. `auto`: zigzag, or contiguous if all layers are local."""
+    """How the tokens of a row are distributed over those devices. `auto`: zigzag, or contiguous if all layers are local."""
     # embedding and output
     tied_embeddings: bool = False
     embedding_scale: bool = False
@@ -80,34 +80,32 @@ class ModelConfig:
     # computation
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["auto", "none", "attention", "dots", "block", "offload"] = "auto"
-    """What a layer keeps for its backward pass; the rest is computed again. `none`: everything. `attention`: its input and what
-    attention gave, at the price of four small matrix products. `dots`: the results of products with weights. `block`: its input.
-    `offload`: as `attention`, but in the host's memory, from where the backward pass fetches it (on a CPU that is the same memory).
-    `auto`: attention where a row has at least 8,192 tokens, else none."""
+    """What a layer keeps for its backward pass; the rest is recomputed. `none`: everything. `attention`: its input and the output
+    of attention, at the price of four small matrix products. `dots`: the results of products with weights. `block`: its input.
+    `offload`: like `attention`, but in host memory, from which the backward pass fetches it (on a CPU that is the same memory).
+    `auto`: attention if a row has at least 8,192 tokens, otherwise none."""
     layer_unroll: int | None = None
-    """Periods of the pattern in one turn of the scan over layers. None: up to 8 on a CPU, where every turn copies its weights and
-    activations (a step of 4 layers takes a quarter less time), unless `remat` computes anything again; else 1, which compiles
-    fastest."""
+    """Periods of the pattern per iteration of the scan over layers. None: up to 8 on a CPU, where every iteration copies its
+    weights and activations (a step of 4 layers takes a quarter less time), unless `remat` recomputes anything; otherwise 1, which
+    compiles fastest."""
     mlp_tile: int | None = 4096
-    """Tokens of a row that go through the feed-forward layer at once; longer rows go tile by tile, and the backward pass computes
-    a tile's two wide products again instead of keeping them (Arctic, arXiv 2506.13996). On a CPU tiles are smaller where the layer
-    is wide, so that they fit its cache. None: always whole rows."""
+    """Tokens of a row that go through the feed-forward layer at once; longer rows are processed tile by tile, and the backward pass
+    recomputes a tile's two wide products instead of keeping them (Arctic, arXiv 2506.13996). On a CPU tiles are smaller if the
+    layer is wide, so that they fit into its cache. None: always whole rows."""
     loss_tile: int = 1 << 25
-    """Most logits that exist at once on a device during the loss; the vocabulary is cut into tiles to keep to it."""
+    """Maximum number of logits on a device at once during the loss; the vocabulary is cut into tiles to stay below it."""
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "model_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "window")
         positive("model", **{name: getattr(self, name) for name in (*sizes, "layer_unroll", "mlp_tile", "loss_tile")})
         if self.num_heads % self.num_kv_heads:
             divisors = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
-            raise UserError(
-                f"model.num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}; these do: {divisors}"
-            )
+            raise UserError(f"model.num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}; use one of {divisors}")
         self._check_experts()
         if not self.pattern:
             raise UserError("model.pattern=() needs at least one layer kind, for example ('global',)")
         if any(is_local(kind) for kind in self.pattern) and self.window is None:
-            raise UserError(f"model.pattern={self.pattern} has local layers, so model.window needs a size in tokens")
+            raise UserError(f"model.pattern={self.pattern} has local layers; set model.window to a number of tokens")
 
     def _check_experts(self) -> None:
         positive("model", num_experts=self.num_experts, experts_per_token=self.experts_per_token)
@@ -119,7 +117,7 @@ class ModelConfig:
             return
         if self.experts_per_token > self.num_experts:
             raise UserError(
-                f"model.experts_per_token={self.experts_per_token} is more than model.num_experts={self.num_experts}; lower it"
+                f"model.experts_per_token={self.experts_per_token} is above model.num_experts={self.num_experts}; lower it"
             )
         if self.mlp_bias:
             raise UserError("model.mlp_bias=True is not supported with model.num_experts: experts have no biases; set it to False")
@@ -131,7 +129,7 @@ class ModelConfig:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Layer kinds that occur, in order of first appearance."""
+        """The layer kinds in use, in order of first appearance."""
         return tuple(dict.fromkeys(self.pattern[: self.num_layers]))
 
     @property
@@ -141,18 +139,18 @@ class ModelConfig:
 
 
 def row_layout(config: ModelConfig, length: int, mesh: Mesh) -> Layout:
-    """How rows of `length` tokens are dealt to the devices of a mesh."""
+    """How rows of `length` tokens are distributed over the devices of a mesh."""
     return choose_layout(config.context_layout, length, mesh.shape["ring"], all(is_local(kind) for kind in config.kinds))
 
 
 def is_local(kind: str) -> bool:
-    """True for layer kinds under a sliding window."""
+    """True for layer kinds with a sliding window."""
     return kind.startswith("local")
 
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """A model and the static specs of its positional schemes: all that a compiled program depends on."""
+    """A model and the static schemes of its positional schemes: everything that a compiled program depends on."""
 
     config: ModelConfig
     schemes: tuple[tuple[str, SchemeSpec], ...]
@@ -179,8 +177,8 @@ class Architecture:
 def build_schemes(config: ModelConfig, positions: Mapping[str, Any]) -> dict[str, Scheme]:
     """The scheme of each layer kind from a mapping of kind to scheme, spec string or field mapping.
 
-    The key `default` serves kinds that are not named. Raises `UserError` for a name that is no kind of this model and for a
-    kind that is left without a scheme.
+    The key `default` serves kinds that are not named. Raises `UserError` for a name that is not a kind of this model and for a
+    kind without a scheme.
     """
     for kind in positions:
         if kind != "default":
@@ -195,10 +193,10 @@ def build_schemes(config: ModelConfig, positions: Mapping[str, Any]) -> dict[str
 
 
 def build_architecture(config: ModelConfig, schemes: Mapping[str, Scheme], length: int) -> tuple[Architecture, dict[str, Any]]:
-    """Static architecture and the arrays of its schemes for a declared length (tokens, generated ones included).
+    """Static architecture and the arrays of its schemes for a declared length (in tokens, including generated ones).
 
-    The arrays are a pytree `{kind: {"rotations": ..., ...}}` whose structure does not depend on theta, so that programs compiled
-    for one theta serve all.
+    The arrays are a pytree `{kind: {"rotations": ..., ...}}` whose structure does not depend on theta, so programs compiled for one
+    theta work for all.
     """
     specs = tuple((kind, schemes[kind].spec(length)) for kind in config.kinds)
     buffers = {kind: schemes[kind].buffers(config.heads, length) for kind in config.kinds}

@@ -1,4 +1,4 @@
-"""Generation with a key-value cache: chunked prefill, then blocks of single tokens, on one device or a mesh that is set.
+"""Generation with a key-value cache: chunked prefill, then blocks of single tokens, on one device or the current mesh.
 
 Legend: B batch, T tokens of a chunk, S cache slots, K key-value heads, H head dim, D model, V vocabulary.
 """
@@ -41,20 +41,20 @@ from lcx.positions.rotary import rotate, tables
 from lcx.positions.scheme import Region, SchemeSpec
 
 CHUNK = 512
-"""Tokens that are prefilled at a time unless said otherwise."""
+"""Default number of tokens that are prefilled at a time."""
 
 BLOCK = 8
-"""Tokens of a row that are decoded between two looks of the host."""
+"""Number of tokens per row that are decoded between two checks by the host."""
 
 OnToken = Callable[[int, Mapping[int, int]], Iterable[int] | None]
-"""`(step, {row: token})`: the new token of every row that has not ended. Rows that it returns end with that token."""
+"""`(step, {row: token})`: called with the new token of every unfinished row; rows that it returns end with that token."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Timings:
-    """Tokens of all rows, and seconds on the clock; the first new token of a row belongs to the prefill.
+    """Tokens of all rows, and wall-clock seconds; the first new token of a row counts towards the prefill.
 
-    What it took to compile, and to lay out weights and cache, is apart.
+    Time for compiling, and for preparing weights and cache, is separate.
     """
 
     rows: int
@@ -71,23 +71,23 @@ class Timings:
 
     @property
     def decode_rate(self) -> float | None:
-        """New tokens per second after each row's first; None where there were none."""
+        """New tokens per second after each row's first; None if there were none."""
         later = self.new_tokens - self.rows
         return later / self.decode_seconds if later else None
 
 
 def extend(params: Tree, buffers: Tree, arch: Architecture, cache: Cache, tokens: jax.Array, index: Index, start: int) -> tuple:
-    """Run a chunk of tokens `[B, T]`, numbers `start … start + T` of their rows; gives (hidden `[B, T, D]`, cache).
+    """Run a chunk of tokens `[B, T]`, numbers `start … start + T` of their rows; returns (hidden `[B, T, D]`, cache).
 
-    Under a mesh whose context has n devices (`jax.set_mesh`), T is a multiple of n or at most n. Chunks follow one another and
-    the cache is consumed. Tokens of segment `PADDING` are stored and never seen; keys marked by `index.prefix` are seen by their
-    own chunk and later ones. Raises `UserError` when the slots do not exist, the chunk can't be dealt or the cache was made under
-    other frequencies.
+    On a mesh whose context has n devices (`jax.set_mesh`), T must be a multiple of n or at most n. Chunks must be consecutive, and
+    the cache is consumed. Tokens of segment `PADDING` are stored but never seen; keys marked by `index.prefix` are seen by their
+    own chunk and later ones. Raises `UserError` if there are not enough slots, the chunk cannot be distributed or the cache was
+    filled under other frequencies.
     """
     check_room(arch, cache, tokens.shape[1], start)
     if cache.scheme != scheme_fingerprint(arch, buffers):
-        raise UserError("the cache was filled under other positional frequencies; prefill again under the present ones")
-    # Tokens that all devices compute are not dealt: every decoding step is one program, whosever turn it is.
+        raise UserError("the cache was filled with other positional frequencies; prefill again with the current ones")
+    # Tokens that all devices compute are not distributed: every decoding step is the same program, whichever device stores it.
     turn = 0 if tokens.shape[1] % context_size() else start % context_size()
     return _extend(params, buffers, arch, cache, tokens, index, jnp.int32(start), turn)
 
@@ -96,7 +96,7 @@ def extend(params: Tree, buffers: Tree, arch: Architecture, cache: Cache, tokens
 def _extend(
     params: Tree, buffers: Tree, arch: Architecture, cache: Cache, tokens: jax.Array, index: Index, start: jax.Array, turn: int
 ) -> tuple:
-    """`turn`: the device that `start` goes to."""
+    """`turn`: the device that stores token `start`."""
     params = cast_params(params, arch.config)
     tokens, index = deal((tokens, index), turn)
     slots = {kind: write_index(old, index, start) for kind, old in cache.index.items()}
@@ -124,7 +124,7 @@ def _extend(
 
 
 def rotate_keys(scheme: SchemeSpec, k: jax.Array, tables_: Tree) -> tuple[jax.Array, SchemeSpec]:
-    """Keys rotated for the only region of `scheme`, and the form that attention over such keys takes."""
+    """Keys rotated for the only region of `scheme`, and the scheme to use for attention over such keys."""
     (region,) = scheme.regions
     if region.k_rotation is None:
         return k, scheme
@@ -135,7 +135,7 @@ def rotate_keys(scheme: SchemeSpec, k: jax.Array, tables_: Tree) -> tuple[jax.Ar
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    """Prompts side by side, padded on the left to whole chunks: tokens `[B, W]`, their index, and the padding `[B, 1]` of each."""
+    """A batch of prompts, left-padded to whole chunks: tokens `[B, W]`, their index, and the padding `[B, 1]` of each."""
 
     tokens: np.ndarray
     index: Index
@@ -160,16 +160,16 @@ def generate(
     on_token: OnToken | None = None,
     report: Callable[[Timings], None] | None = None,
 ) -> list[np.ndarray]:
-    """A continuation of each prompt, int32 `[at most max_new_tokens]`; a row ends behind the first of `stop_ids`.
+    """A continuation of each prompt, int32 `[at most max_new_tokens]`; a row ends with the first of `stop_ids`.
 
-    `prompts` are int arrays of any lengths >= 1; shorter ones are padded on the left, out of sight. `buffers` must be laid out for
-    the longest prompt plus `max_new_tokens`. At most `chunk` tokens are prefilled at a time (None: 512, rounded up to the context).
-    `on_token` hears of every new token, `BLOCK` steps at a time, and may end rows; neither that nor the rest of the batch changes
-    what a row draws. `report` is called once, at the end.
+    `prompts` are int arrays of any lengths >= 1; shorter ones are padded on the left, invisibly. `buffers` must be built for the
+    longest prompt plus `max_new_tokens`. At most `chunk` tokens are prefilled at a time (None: 512, rounded up to the context).
+    `on_token` is called for every new token, `BLOCK` steps at a time, and may end rows; neither that nor the rest of the batch
+    changes what a row draws. `report` is called once, at the end.
 
-    Under a mesh that is set (`jax.set_mesh`, weights placed on it as in training) rows are split over its batch axes where their
-    number divides, and tokens and cache over its context (`model.cache`), whose size must divide `chunk`. Raises `UserError` where
-    a number does not fit.
+    On a mesh (`jax.set_mesh`, with weights placed on it as in training) rows are split over its batch axes if their number is
+    divisible, and tokens and cache over its context (`model.cache`), by whose size `chunk` must be divisible. Raises `UserError`
+    if a size does not fit.
     """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
@@ -205,14 +205,14 @@ def generate(
 def _side_by_side(prompts: Sequence[np.ndarray], chunk: int | None) -> _Rows:
     lengths = np.array([len(prompt) for prompt in prompts])
     if not len(lengths) or lengths.min() < 1:
-        raise UserError("every prompt needs at least one token")
+        raise UserError("every prompt must have at least one token")
     size, longest = context_size(), int(lengths.max())
     if chunk is None:
         chunk = _round_up(CHUNK, size)
     if chunk < 1:
         raise UserError(f"chunk={chunk} must be at least 1")
     check_chunk("a chunk", chunk)
-    # As many chunks as it takes, but of equal size: what they hold beyond the longest prompt is computed for nothing.
+    # As many chunks as needed, but of equal size: anything beyond the longest prompt is wasted work.
     chunk = -(-longest // -(-longest // chunk))
     chunk = chunk if chunk <= size else _round_up(chunk, size)
     width = _round_up(longest, chunk)
@@ -229,7 +229,7 @@ def _round_up(x: int, multiple: int) -> int:
 
 
 class _Collected:
-    """The tokens of each row until it has ended, as they come."""
+    """Collects the tokens of each row until it ends."""
 
     def __init__(self, rows: int, stop_ids: Sequence[int], on_token: OnToken | None):
         self.tokens: list[list[int]] = [[] for _ in range(rows)]
@@ -241,7 +241,7 @@ class _Collected:
         return not self.ended.all()
 
     def add(self, block: np.ndarray) -> None:
-        """Tokens `[B, steps]`; those behind the end of a row are dropped."""
+        """Adds tokens `[B, steps]`; those after the end of a row are dropped."""
         for column in block.T:
             if not self.live:
                 return
@@ -256,7 +256,7 @@ class _Collected:
 
 
 class _Clock:
-    """Seconds of what follows one another, those of setting up apart where anybody wants to know."""
+    """Times consecutive parts, and separately their setup if timings are wanted."""
 
     def __init__(self, wanted: bool):
         self._wanted, self._since = wanted, time.perf_counter()
@@ -264,18 +264,18 @@ class _Clock:
         self.setup, self.laps = 0.0, []
 
     def begin(self, *awaited: Tree) -> None:
-        """All before this was setting up."""
+        """Ends the setup: all time before this call counts as such."""
         if self._wanted:
             jax.block_until_ready(awaited)
             self.lap()
             self.setup = self.laps.pop()
 
     def run(self, step: Callable, *args) -> tuple | jax.Array:
-        """`step(*args)`; the shapes of a function's arguments are the same at each call."""
+        """Runs `step(*args)`; the shapes of a function's arguments must be the same in each call."""
         if self._wanted and step not in self._compiled:
             jax.block_until_ready(args)
             start = time.perf_counter()
-            # The call finds what is compiled here.
+            # The call below finds what is compiled here.
             step.lower(*args).compile()
             self._compiled.add(step)
             seconds = time.perf_counter() - start
@@ -292,7 +292,7 @@ class _Clock:
 
 @functools.partial(jax.jit, static_argnames=("arch", "stacked"))
 def _prepare(params: Tree, arch: Architecture, stacked: bool) -> Tree:
-    """Weights as every step wants them: in the compute dtype, on a CPU one array a layer."""
+    """Weights as every step needs them: in the compute dtype, and on a CPU one array per layer."""
     params = cast_params(params, arch.config)
     return params if stacked else unstack(params)
 
@@ -305,7 +305,7 @@ def _first(params: Tree, hidden: jax.Array, arch: Architecture, numbers: Tree, s
 def _next(
     params: Tree, hidden: jax.Array, arch: Architecture, numbers: Tree, sampling: SamplingSpec, step: jax.Array | int
 ) -> jax.Array:
-    """On every device of every host: all of them go on from it."""
+    """On every device of every host, since all of them continue from it."""
     return _everywhere(draw(logits(params, hidden[:, -1], arch.config), sampling, numbers, step))
 
 
@@ -320,9 +320,9 @@ def _decode(
     params: Tree, buffers: Tree, arch: Architecture, cache: Cache, token: jax.Array, ended: jax.Array, stop_ids: jax.Array,
     offset: jax.Array, number: jax.Array, step: jax.Array, limit: jax.Array, numbers: Tree, sampling: SamplingSpec,
 ) -> tuple:  # fmt: skip
-    """Up to `limit` tokens behind `token` `[B]`, which is number `number` of its row; fewer when all rows have ended.
+    """Up to `limit` tokens after `token` `[B]`, which is number `number` of its row; fewer if all rows have ended.
 
-    `step` tokens of each row were drawn before. Gives (tokens `[B, BLOCK]`, how many of them, the last, cache).
+    `step` tokens of each row were drawn before. Returns (tokens `[B, BLOCK]`, how many of them, the last, cache).
     """
 
     def turn(carry: tuple) -> tuple:

@@ -1,11 +1,11 @@
 """Mixture of experts: a router sends each token through a few of a layer's feed-forward layers; no token is ever dropped.
 
-On a mesh the experts are dealt to the devices of the `expert` axis, which also splits the rows. A device gathers the tokens of its
-peers on that axis, computes what its own experts give to them, and the parts are summed where the tokens came from: of n devices
-with N tokens of D numbers each, every one receives (n - 1)·N·D numbers forth and as many back, in the forward pass and again in the
-backward pass, and holds up to n·N·min(K, E/n) rows, which is what it takes when all tokens choose the same experts.
+On a mesh the experts are distributed over the devices of the `expert` axis, which also splits the rows. A device gathers the tokens
+of its peers on that axis, computes the contributions of its own experts, and these are summed where the tokens came from: of n
+devices with N tokens of D numbers each, every one receives (n - 1)·N·D numbers and the same again for the way back, in the forward
+pass and again in the backward pass, and holds up to n·N·min(K, E/n) rows, the number needed if all tokens choose the same experts.
 
-Legend: B batch, T tokens, N tokens in one list, D model, F feed-forward, E experts, K experts of a token, R rows, each a token for
+Legend: B batch, T tokens, N tokens in one list, D model, F feed-forward, E experts, K experts per token, R rows, each a token for
 one of its experts.
 """
 
@@ -39,7 +39,7 @@ class Routing(NamedTuple):
 def route(logits: jax.Array, config: ModelConfig) -> Routing:
     """The K most likely experts of each token, weighted by their probability; `logits` float32 `[B, T, E]`.
 
-    Dividing by the sum of the chosen is the softmax over the chosen alone (Jiang et al., 2401.04088).
+    Dividing by the sum over the chosen experts equals a softmax over those alone (Jiang et al., 2401.04088).
     """
 
     def choose(logits: jax.Array) -> Routing:
@@ -51,7 +51,7 @@ def route(logits: jax.Array, config: ModelConfig) -> Routing:
 
     if (mesh := _mesh()) is None:
         return choose(logits)
-    # Left to itself the compiler gathers the tokens of all devices for `top_k`.
+    # Otherwise the compiler gathers the tokens of all devices for `top_k`.
     tokens = fitting_spec(_TOKENS, logits.shape, mesh)
     return jax.shard_map(choose, mesh=mesh, in_specs=tokens, out_specs=Routing(tokens, tokens, tokens))(logits)
 
@@ -60,13 +60,13 @@ _TOKENS = ("batch", "sequence", None)
 
 
 def _mesh() -> AbstractMesh | None:
-    """The mesh that is set, if it has several devices."""
+    """The current mesh if it has several devices, otherwise None."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.size == 1 else mesh
 
 
 def load(routing: Routing, real: jax.Array) -> jax.Array:
-    """How many of the tokens marked in `real` `[B, T]` chose each expert, and the sum of its probabilities: float32 `[2, E]`."""
+    """How many of the tokens marked in `real` `[B, T]` chose each expert, and the expert's total probability: float32 `[2, E]`."""
     count = routing.probabilities.shape[-1]
     chosen = jnp.sum(routing.experts[..., None] == jnp.arange(count)[None, None, None], axis=-2, dtype=jnp.float32)
     both = jnp.stack([chosen, routing.probabilities])
@@ -74,7 +74,7 @@ def load(routing: Routing, real: jax.Array) -> jax.Array:
 
 
 def balance_loss(load_: jax.Array, tokens: jax.Array) -> jax.Array:
-    """E · Σ_e (share of `tokens` that chose e) · (mean probability of e), of one layer; K when all are alike (2101.03961, eq. 4).
+    """E · Σ_e (share of `tokens` that chose e) · (mean probability of e), of one layer; K if the load is even (2101.03961, eq. 4).
 
     The shares carry no gradient.
     """
@@ -90,9 +90,9 @@ def mix(
     activation: Activation,
     feed_forward: Callable[..., jax.Array],
 ) -> jax.Array:
-    """The weighted sum of what its experts make of each token, `[B, T, D] -> [B, T, D]`, on the mesh that is set.
+    """The weighted sum of the outputs of each token's experts, `[B, T, D] -> [B, T, D]`, on the current mesh.
 
-    `params` holds `up`, `down` and perhaps `gate` with kernels `[E, ins, outs]`. `feed_forward(params, x)` is one expert.
+    `params` holds `up`, `down` and optionally `gate` with kernels `[E, ins, outs]`. `feed_forward(params, x)` is one expert.
     """
     params = {name: params[name]["kernel"] for name in ("up", "gate", "down") if name in params}
     dense = config.expert_matmul == "dense" or (config.expert_matmul == "auto" and target_platform() == "cpu")
@@ -107,13 +107,13 @@ def mix(
 
 
 def _over_mesh(mesh: AbstractMesh, run: Callable[..., jax.Array], params: Tree, x: jax.Array, routing: Routing) -> jax.Array:
-    """`run` on the tokens and experts of each device. Rows or tokens that the mesh can't split are computed by all devices."""
+    """`run` on the tokens and experts of each device. Rows or tokens that the mesh cannot split are computed by all devices."""
     tokens = fitting_spec(_TOKENS, x.shape, mesh)
     axes = {name: ("experts", "mlp", None) if name == "down" else ("experts", None, "mlp") for name in params}
     kernels = {name: fitting_spec(axes[name], kernel.shape, mesh) for name, kernel in params.items()}
     experts_split, features_split, _ = (entry is not None for entry in kernels["down"])
     gathered = experts_split and tokens[0] is not None
-    # Parts of a sum leave on an axis of their own: a sum inside would cost the backward pass one more.
+    # Partial sums are returned along an axis of their own: summing inside would cost the backward pass another sum.
     parts = (("tensor",) if features_split else ()) + (("expert",) if experts_split and not gathered else ())
 
     def here(params: Tree, x: jax.Array, weights: jax.Array, experts: jax.Array) -> jax.Array:
@@ -137,7 +137,7 @@ def _over_mesh(mesh: AbstractMesh, run: Callable[..., jax.Array], params: Tree, 
 
 
 def _dense(params: Tree, x: jax.Array, weights: jax.Array, experts: jax.Array, feed_forward: Callable[..., jax.Array]) -> jax.Array:
-    """Every expert on every token `[N, D]`, one expert after the other; also the oracle of `_ragged`."""
+    """Every expert on every token `[N, D]`, one expert after another; also the oracle for `_ragged`."""
     count = params["down"].shape[0]
     chosen = experts[:, None, :] == jnp.arange(count)[None, :, None]
     shares = jnp.sum(jnp.where(chosen, weights[:, None, :], 0.0), axis=-1)
@@ -153,8 +153,9 @@ def _dense(params: Tree, x: jax.Array, weights: jax.Array, experts: jax.Array, f
 
 
 class _Rows(NamedTuple):
-    """Tokens dealt to experts: `sizes` `[E]` rows for each, in order. `token` `[R]` is each row's, `choice` `[R]` which of its K.
-    `row` `[N, K]` is where each pair stands; `here` `[N, K]` and `used` `[R]` mark pairs and rows of the experts that are here."""
+    """Tokens assigned to experts: `sizes` `[E]` rows for each, in order. `token` `[R]` is each row's token, `choice` `[R]` which of
+    its K choices. `row` `[N, K]` is the row of each pair; `here` `[N, K]` and `used` `[R]` mark pairs and rows of the local
+    experts."""
 
     sizes: jax.Array
     token: jax.Array
@@ -165,7 +166,7 @@ class _Rows(NamedTuple):
 
 
 def _deal(experts: jax.Array, count: int) -> _Rows:
-    """Rows in the order of their experts 0 … count - 1; any other number in `experts` `[N, K]` is an expert of another device."""
+    """Rows in the order of their experts 0 … count - 1; any other number in `experts` `[N, K]` is an expert on another device."""
     N, K = experts.shape
     here = (experts >= 0) & (experts < count)
     sizes = jnp.sum(experts.reshape(1, -1) == jnp.arange(count)[:, None], axis=1, dtype=jnp.int32)
@@ -177,13 +178,13 @@ def _deal(experts: jax.Array, count: int) -> _Rows:
 
 @jax.custom_vjp
 def _send(x: jax.Array, rows: _Rows) -> jax.Array:
-    """Tokens `[N, D]` to their rows `[R, D]`; rows that are not used hold zeros."""
+    """Copies tokens `[N, D]` to their rows `[R, D]`; unused rows hold zeros."""
     return jnp.where(rows.used[:, None], x[rows.token], 0)
 
 
 @jax.custom_vjp
 def _fetch(y: jax.Array, rows: _Rows) -> jax.Array:
-    """The sum of each token's rows, `[R, D]` to `[N, D]`, in float32 and back; what stands in rows not used does not matter."""
+    """The sum of each token's rows, `[R, D]` to `[N, D]`, summed in float32; the contents of unused rows do not matter."""
     # A gather for each of the K: the transpose of `_send`'s gather would be a scatter, which adds up row by row.
     parts = (
         jnp.where(rows.here[:, k, None], y.at[rows.row[:, k]].get(mode="clip"), 0).astype(jnp.float32)
@@ -194,7 +195,7 @@ def _fetch(y: jax.Array, rows: _Rows) -> jax.Array:
 
 @jax.custom_vjp
 def _share(weights: jax.Array, rows: _Rows) -> jax.Array:
-    """The weights `[N, K]` of the pairs in their rows `[R]`."""
+    """The weights `[N, K]` of the pairs, in the order of their rows `[R]`."""
     return weights[rows.token, rows.choice]
 
 
@@ -210,10 +211,10 @@ def _ragged(params: Tree, x: jax.Array, weights: jax.Array, experts: jax.Array, 
     """Each token `[N, D]` through its own experts, sorted by expert; rows are weighted before `down`, where F is often below D."""
     rows = _deal(experts, params["down"].shape[0])
     names = [name for name in ("up", "gate") if name in params]
-    # Whatever the grouped product leaves in rows that it has no group for, forward and backward, ends here.
+    # Discards whatever the grouped product leaves in rows without a group, forward and backward.
     used = rows.used[:, None]
 
-    # Checkpointed as in `transformer._project`: what is computed again is the gather and the elementwise work, no product.
+    # Checkpointed as in `transformer._project`: the gather and the elementwise work are recomputed, but no product.
     @jax.checkpoint
     def project(x: jax.Array) -> list[jax.Array]:
         sent = _send(x, rows)
@@ -230,13 +231,13 @@ def _ragged(params: Tree, x: jax.Array, weights: jax.Array, experts: jax.Array, 
 
 @jax.custom_vjp
 def _grouped(rows: jax.Array, kernels: jax.Array, sizes: jax.Array) -> jax.Array:
-    """Rows `[R, ins]` times the kernel `[E, ins, outs]` of their group. Rows behind the last group may hold anything."""
+    """Rows `[R, ins]` times the kernel `[E, ins, outs]` of their group. Rows after the last group may hold anything."""
     with _precision(rows):
         return jax.lax.ragged_dot(rows, kernels, sizes)
 
 
 def _precision(x: jax.Array) -> AbstractContextManager:
-    """Products of bfloat16 are exact in float32; asked for more, the kernels for TPUs do not compile."""
+    """Products of bfloat16 are exact in float32; with a higher precision the kernels for TPUs do not compile."""
     return jax.default_matmul_precision("default") if x.dtype == jnp.bfloat16 else contextlib.nullcontext()
 
 

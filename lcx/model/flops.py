@@ -1,7 +1,7 @@
 """Floating-point operations, counted by walking a jaxpr with trip counts.
 
-XLA's own counter sees the body of a loop once; this one multiplies it by the trips. Loops whose trip count is only known at
-run time (the blocks that a mask leaves visible) take theirs from the caller.
+XLA's own counter counts the body of a loop once; this one multiplies it by the trip count. Loops whose trip count is only known
+at run time (over the blocks that a mask leaves visible) take it from the caller.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lcx.model.config import ModelConfig, is_local
 def count(function: Callable[..., Any], *args: Any, while_trips: int = 1) -> int:
     """Multiply-adds of matrix products in `function(*args)`, times two. Arguments may be abstract.
 
-    A loop with a run-time trip count is taken to run `while_trips` times; of a Pallas kernel all blocks count, also those that it
+    A loop with a run-time trip count is assumed to run `while_trips` times; all blocks of a Pallas kernel count, even those that it
     skips.
     """
     return _jaxpr(jax.make_jaxpr(function)(*args).jaxpr, while_trips)
@@ -62,7 +62,7 @@ def _dot(equation: jex.JaxprEqn) -> int:
 
 
 def _ragged_dot(equation: jex.JaxprEqn) -> int:
-    """Every row meets one group, whether groups are told apart in the result's rows or summed over within each."""
+    """Every row is multiplied by one group, whether groups are separate rows of the result or are summed over."""
     numbers = equation.params["ragged_dot_dimension_numbers"]
     (contract, _), _ = numbers.dot_dimension_numbers
     left, groups = equation.invars[0].aval.shape, equation.invars[2].aval.shape[-1]
@@ -73,9 +73,9 @@ def _ragged_dot(equation: jex.JaxprEqn) -> int:
 
 
 def forward_flops(config: ModelConfig, rows: int, length: int) -> int:
-    """Operations of one forward pass over `rows` × `length` tokens, matrix products only; of experts, those that are chosen.
+    """Operations of one forward pass over `rows` × `length` tokens, matrix products only; of the experts, only the chosen ones.
 
-    Attention is charged for the pairs that a causal mask (and a local layer's window) leaves visible, exactly.
+    Attention is counted for the pairs that a causal mask (and a local layer's window) leaves visible, exactly.
     """
     N, K, H, D, F = config.num_heads, config.num_kv_heads, config.head_dim, config.model_dim, config.mlp_dim
     projections = D * H * (2 * N + 2 * K)

@@ -1,4 +1,4 @@
-"""The one place where a weight matrix is applied, forward and backward in the forms that compilers are fast at."""
+"""The only place where weight matrices are applied, forward and backward in the forms that compilers handle fastest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lcx.core.trees import Tree
 def linear(params: Tree, x: jax.Array, contract: int = 1) -> jax.Array:
     """`x` times `params["kernel"]` over the last `contract` axes of x, plus the bias if there is one.
 
-    The one place where a weight matrix is applied. Kernels are `[*ins, *outs]`, biases `[*outs]`.
+    The only place where a weight matrix is applied. Kernels are `[*ins, *outs]`, biases `[*outs]`.
     """
     kernel = params["kernel"]
     y = _matmul(contract, x, kernel)
@@ -29,8 +29,8 @@ def _matmul(contract: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """`x` times `kernel` over the last `contract` axes of x, forward and backward as plain matrix products.
 
     XLA's CPU backend is several times slower on products with several free axes. And JAX's own transpose asks for the kernel's
-    gradient transposed: XLA then writes x or dy transposed, strided, and computes what produced it a second time, so that a
-    feed-forward layer takes twice as long.
+    gradient transposed: XLA then writes x or dy transposed, with strides, and recomputes what produced it, so that a feed-forward
+    layer takes twice as long.
     """
     size, outs = x.shape[: x.ndim - contract], kernel.shape[contract:]
     return (_flat(x, contract) @ _matrix(kernel, contract)).reshape(*size, *outs)
@@ -51,8 +51,8 @@ def _matmul_backward(contract: int, saved: tuple, dy: jax.Array) -> tuple:
 def _outer(x: jax.Array, dy: jax.Array) -> jax.Array:
     """`[..., D]` and `[..., F]` to `[D, F]`, summed over the leading axes.
 
-    On a CPU one of the two has to be turned for a plain product, and a strided copy of a wide array takes longer than the product:
-    so it is the narrow one, and the barrier keeps what computed it out of the copy.
+    On a CPU one of the two has to be transposed for a plain product, and a strided copy of a wide array takes longer than the
+    product, so the narrow one is transposed, and the barrier keeps what computed it out of the copy.
     """
     rows = tuple(range(x.ndim - 1))
     if target_platform() != "cpu":

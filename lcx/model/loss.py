@@ -1,4 +1,4 @@
-"""Next-token loss, tiled over the vocabulary so that the logits of a long sequence never exist at once.
+"""Next-token loss, tiled over the vocabulary so that the logits of a long sequence never exist all at once.
 
 Legend: B batch, T tokens, D model, V vocabulary, C vocabulary entries in a tile.
 """
@@ -19,11 +19,11 @@ from lcx.model.config import Architecture, ModelConfig
 
 @flax.struct.dataclass
 class LossSums:
-    """Sums over the tokens of a batch, float32 scalars; divide by `weight` once, after every device and microbatch is in.
+    """Sums over the tokens of a batch, float32 scalars; divide by `weight` once, after summing over all devices and microbatches.
 
     `nll` is Σ w·ℓ in nats, `weight` Σ w, `z` Σ w·lse² (the z-loss, which has the same denominator), `correct` Σ w·[the target is
-    the most likely token]. With a weight for the experts' balance, `router_aux` is Σ n·(load-balancing loss) over the microbatches,
-    `tokens` Σ n, its own denominator, where n counts a microbatch's tokens that are no padding.
+    the most likely token]. If the experts' balance has a weight, `router_aux` is Σ n·(load-balancing loss) over the microbatches
+    and `tokens` Σ n, its own denominator, where n is the number of tokens of a microbatch that are not padding.
     """
 
     nll: jax.Array
@@ -59,7 +59,7 @@ def loss_sums(params: Tree, hidden: jax.Array, batch: Batch, arch: Architecture,
 
 
 def real_tokens(batch: Batch) -> jax.Array:
-    """How many tokens are no padding, a float32 scalar."""
+    """The number of tokens that are not padding, a float32 scalar."""
     return jnp.sum(batch.segments != PADDING, dtype=jnp.float32)
 
 

@@ -17,7 +17,7 @@ from lcx.positions.scheme import Scheme
 def specs(config: ModelConfig, schemes: Mapping[str, Scheme], length: int) -> Tree:
     """Nested dict of `ParamSpec`.
 
-    `length` is the declared length that schemes with a learned table are built for. Parameters of learned schemes stand under
+    `length` is the declared length that schemes with a learned table are built for. Parameters of learned schemes are stored under
     `positions/<layer kind>` and are shared by the layers of that kind.
     """
     tree: Tree = {
@@ -34,7 +34,7 @@ def specs(config: ModelConfig, schemes: Mapping[str, Scheme], length: int) -> Tr
 
 
 def _embedding_init(config: ModelConfig) -> Init:
-    # A tied table is read as output weights, and a scaled one is multiplied by sqrt(D): both want deviation 1/sqrt(D).
+    # A tied table is read as output weights, and a scaled one is multiplied by sqrt(D): both need deviation 1/sqrt(D).
     return fan_in(config.model_dim) if config.tied_embeddings or config.embedding_scale else Init("truncated", 0.5)
 
 

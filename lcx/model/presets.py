@@ -14,7 +14,7 @@ from lcx.model.config import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A model and the positional scheme of each of its layer kinds (as `model.config.build_schemes` takes them)."""
+    """A model and the positional scheme of each of its layer kinds (as accepted by `model.config.build_schemes`)."""
 
     model: ModelConfig
     positions: dict[str, Any]
@@ -96,13 +96,13 @@ FAMILIES: dict[str, Family] = {
 
 
 def family(name: str) -> Family:
-    """The preset of this name; raises `UserError` with the nearest when there is none."""
+    """The preset of this name; raises `UserError` naming the nearest if there is none."""
     return FAMILIES[choice("family", name, FAMILIES)]
 
 
 def shrink(config: ModelConfig, **sizes: Any) -> ModelConfig:
-    """The same options at laptop sizes: float32, nothing recomputed, two key-value groups where the family groups its heads, two of
-    four experts where it has some."""
+    """The same options at laptop sizes: float32, nothing recomputed, two key-value groups if the family groups its heads, and two
+    of four experts if it has experts."""
     kv_heads = 4 if config.num_kv_heads == config.num_heads else 2
     small = dict(vocab_size=256, model_dim=64, num_layers=len(config.pattern) + 1, num_heads=4, num_kv_heads=kv_heads, head_dim=16)
     small |= dict(mlp_dim=128, window=None if config.window is None else 8, compute_dtype="float32", remat="none")

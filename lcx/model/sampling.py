@@ -19,7 +19,7 @@ from lcx.core.trees import Tree
 
 @dataclasses.dataclass(frozen=True)
 class SamplingSpec:
-    """The static side of a `Sampling`: all that a compiled program depends on."""
+    """The static part of a `Sampling`: everything that a compiled program depends on."""
 
     greedy: bool
     top_k: int | None
@@ -31,9 +31,9 @@ class Sampling:
     """How the next token is chosen; the default is the most likely one.
 
     Logits are divided by `temperature` (0: the most likely token, whatever else is set), then all below the `top_k` largest are
-    left out (None: none), then the least likely whose probabilities add up to at most 1 - `top_p`. Equal to the processors of
-    transformers in that order; of equally likely tokens at the border of `top_p` as many stay, those of higher ids. Raises
-    `UserError` for values out of range.
+    excluded (None: none), then the least likely whose probabilities add up to at most 1 - `top_p`. Same as the processors of
+    transformers in that order; among equally likely tokens at the border of `top_p` the same number is kept, those with higher
+    ids. Raises `UserError` for values out of range.
     """
 
     temperature: float = 0.0
@@ -43,23 +43,23 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
-            raise UserError(f"temperature={self.temperature!r} must be a number of at least 0; 0 takes the most likely token")
+            raise UserError(f"temperature={self.temperature!r} must be a number of at least 0; 0 picks the most likely token")
         if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k={self.top_k} must be at least 1; left out, all tokens may be drawn")
+            raise UserError(f"top_k={self.top_k} must be at least 1; omit it to draw from all tokens")
         if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p={self.top_p!r} must be above 0 and at most 1; 1 leaves nothing out")
+            raise UserError(f"top_p={self.top_p!r} must be above 0 and at most 1; 1 excludes nothing")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed={self.seed} must be from 0 to {2**32 - 1}")
 
     @property
     def spec(self) -> SamplingSpec:
-        """What a program is compiled for; other temperatures, shares and seeds compile nothing again."""
+        """The part for which a program is compiled; other temperatures, probabilities and seeds do not recompile."""
         greedy = self.temperature == 0
         return SamplingSpec(greedy, None if greedy else self.top_k, not greedy and self.top_p < 1)
 
     @property
     def numbers(self) -> Tree:
-        """The rest of it, scalars."""
+        """The remaining settings as scalars."""
         return {
             "temperature": np.float32(self.temperature or 1.0),
             "top_p": np.float32(self.top_p),
@@ -73,11 +73,11 @@ GREEDY = Sampling()
 def draw(logits_BV: jax.Array, spec: SamplingSpec, numbers: Tree, step: jax.Array | int) -> jax.Array:
     """The next token of each row, int32 `[B]`, from float32 logits; for use inside `jax.jit`.
 
-    The noise depends on seed, number of the row and `step` (tokens drawn before) alone: neither on the other rows nor on the mesh.
+    The noise depends only on the seed, the row's number and `step` (tokens drawn before), not on the other rows or the mesh.
     """
     if spec.greedy:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    # Another default generator may draw otherwise under vmap.
+    # Another default generator may draw differently under vmap.
     key = jax.random.key(numbers["seed"], impl="threefry2x32")
 
     def noise(row: jax.Array) -> jax.Array:
@@ -88,7 +88,7 @@ def draw(logits_BV: jax.Array, spec: SamplingSpec, numbers: Tree, step: jax.Arra
 
 
 def warp(logits_BV: jax.Array, spec: SamplingSpec, numbers: Tree) -> jax.Array:
-    """The logits `[B, V]` that are drawn from, float32: divided by the temperature, minus infinity where a token is left out."""
+    """The float32 logits `[B, V]` to draw from: divided by the temperature, minus infinity for excluded tokens."""
     x = logits_BV.astype(jnp.float32) / numbers["temperature"]
     if spec.top_k is not None and spec.top_k < x.shape[-1]:
         ranks = _ranks(x)
@@ -98,7 +98,7 @@ def warp(logits_BV: jax.Array, spec: SamplingSpec, numbers: Tree) -> jax.Array:
 
 
 def _nucleus(x: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Of equal tokens at the border those of lower ids go first, as from a stable sort."""
+    """Excludes tokens outside `top_p`; among equal ones at the border those with lower ids go first, as in a stable sort."""
     ranks, p, most = _ranks(x), jax.nn.softmax(x, axis=-1), 1 - top_p
 
     def below(rank: jax.Array) -> jax.Array:
@@ -112,13 +112,13 @@ def _nucleus(x: jax.Array, top_p: jax.Array) -> jax.Array:
 
 
 def _ranks(x: jax.Array) -> jax.Array:
-    """uint32 in the order of the float32 `x`."""
-    bits = jax.lax.bitcast_convert_type(x + 0.0, jnp.uint32)  # without minus zero, which is no less than zero
+    """uint32 numbers in the same order as the float32 `x`."""
+    bits = jax.lax.bitcast_convert_type(x + 0.0, jnp.uint32)  # without minus zero, which is not less than zero
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
 def _largest(holds: Callable[[jax.Array], jax.Array], rows: int) -> jax.Array:
-    """The largest rank, uint32 `[B, 1]`, for which `holds` is true, as it is for all below; bit by bit.
+    """The largest rank, uint32 `[B, 1]`, for which `holds` is true, as it is for all smaller ones; found bit by bit.
 
     Thirty-two passes over the vocabulary: a sort takes fifty times longer on a CPU.
     """

@@ -32,23 +32,23 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 CPU_UNROLL = 8
-"""Periods in one turn of the scan over layers on a CPU (`ModelConfig.layer_unroll`). Not where anything is computed again: outside
+"""Periods per iteration of the scan over layers on a CPU (`ModelConfig.layer_unroll`). Not used if anything is recomputed: outside
 a loop XLA's CPU backend finds the first result and keeps it after all."""
 
 CPU_WIDE = 2**20
-"""Elements of a feed-forward layer's inner activations that a CPU works on at once, 4 MiB: they stay in its cache. A step of 4,096
+"""Elements of a feed-forward layer's inner activations that a CPU processes at once, 4 MiB: they stay in its cache. A step of 4,096
 tokens needs a quarter less memory, and no more time although it computes two products again."""
 
 LONG = 8192
-"""Tokens of a row from which on `remat="auto"` computes again what is cheap to compute."""
+"""Number of tokens in a row from which `remat="auto"` recomputes what is cheap to compute."""
 
 INPUT = "layer input"
-"""Name of what enters a period of layers, for rematerialisation policies."""
+"""Name of the input to a period of layers, for rematerialisation policies."""
 
 Norm = Callable[[jax.Array], jax.Array]
 
 Attend = Callable[..., tuple[jax.Array, Tree]]
-"""`(kind, nth, layer, state, q_BTNH, k_BTKH, v_BTKH) -> (o_BTNH, state)`: how a layer's queries meet keys.
+"""`(kind, nth, layer, state, q_BTNH, k_BTKH, v_BTKH) -> (o_BTNH, state)`: how a layer's queries attend to keys.
 
 The layer is the `nth` of its kind (an int or int32 scalar). `state` is what `layers` carries from layer to layer: nothing in
 training, the whole cache in decoding.
@@ -59,14 +59,14 @@ def hidden(params: Tree, buffers: Tree, arch: Architecture, batch: Batch) -> jax
     """Final hidden states `[B, T, D]` in the compute dtype, after the last norm.
 
     `params` follows `model.params.specs`; `buffers` comes from `model.config.build_architecture`. Activations are constrained
-    to the mesh that is set (`jax.set_mesh`), if any.
+    to the current mesh (`jax.set_mesh`), if any.
     """
     return _forward(params, buffers, arch, batch, None)[0]
 
 
 def forward(params: Tree, buffers: Tree, arch: Architecture, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
-    """As `hidden`, and the mean over layers of the experts' load-balancing loss over tokens that are no padding, a float32 scalar;
-    None where its weight is 0."""
+    """Like `hidden`, with the mean over layers of the experts' load-balancing loss over tokens that are not padding, a float32
+    scalar; None if its weight is 0."""
     real = batch.segments != PADDING if arch.config.router_aux_weight else None
     x, total = _forward(params, buffers, arch, batch, real)
     return x, None if total is None else total / arch.config.num_layers
@@ -101,7 +101,7 @@ def cast_params(params: Tree, config: ModelConfig) -> Tree:
     # Parameters of positional biases stay float32: they are added to float32 scores.
     if "positions" in params:
         low["positions"] = params["positions"]
-    # So does the router, whose rounding would send tokens to other experts (2101.03961, section 2.4).
+    # So does the router, since rounding it would send tokens to other experts (2101.03961, section 2.4).
     if config.num_experts is not None:
         trees = (low["layers"], params["layers"])
         for ours, given in zip(*trees, strict=True) if isinstance(params["layers"], tuple) else [trees]:
@@ -145,9 +145,9 @@ def layers(
 ) -> tuple[jax.Array, Tree, jax.Array | None]:
     """Run all layers over `x` `[B, T, D]`: a scan over whole periods of the pattern, the rest unrolled.
 
-    `state` goes through `attend_` from layer to layer, as a carry of the scan: what changes in it is written in place. Layers that
-    come one tree each (`unstack`), for decoding, are unrolled. Also gives the sum over layers of the load-balancing loss over the
-    tokens marked in `real` `[B, T]`; None without them.
+    `state` goes through `attend_` from layer to layer, as a carry of the scan: changes to it are written in place. Layers with one
+    tree each (`unstack`), for decoding, are unrolled. Also returns the sum over layers of the load-balancing loss over the tokens
+    marked in `real` `[B, T]`; None without them.
     """
     if isinstance(stacked, tuple):
         kinds = config.layer_kinds
@@ -176,9 +176,9 @@ def layers(
 
 
 def unstack(params: Tree) -> Tree:
-    """Parameters whose layers are a tuple of one tree each: arrays of their own instead of slices of `[L, ...]`.
+    """Parameters whose layers are a tuple with one tree each: separate arrays instead of slices of `[L, ...]`.
 
-    For programs that read every weight for a few tokens. XLA's CPU backend copies a slice before it multiplies by it, which takes
+    For programs that read every weight for a few tokens: XLA's CPU backend copies a slice before it multiplies by it, which takes
     several times longer than the product.
     """
     count = jax.tree.leaves(params["layers"])[0].shape[0]
@@ -223,9 +223,9 @@ def _period(
 def block(
     layer: Tree, x: jax.Array, config: ModelConfig, attend_: Callable[..., tuple], real: jax.Array | None = None
 ) -> tuple[jax.Array, Tree, jax.Array | None]:
-    """One transformer layer: attention and feed-forward, each a residual branch with the norms that the config asks for.
+    """One transformer layer: attention and feed-forward, each a residual branch with the norms of the config.
 
-    Also gives the layer's state and load-balancing loss, as `layers` does.
+    Also returns the layer's state and load-balancing loss, as `layers` does.
     """
     state = balance = None
     for name in ("attention", "mlp"):
@@ -259,7 +259,7 @@ def mlp(
     params: Tree, x: jax.Array, config: ModelConfig, norm: Norm | None = None, real: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array | None]:
     """Feed-forward branch `[B, T, D] -> [B, T, D]` over `norm(x)`, gated or plain, one or a mixture of experts; long rows tile by
-    tile (`config.mlp_tile`). Also gives the experts' load-balancing loss over the tokens marked in `real`; None without them."""
+    tile (`config.mlp_tile`). Also returns the experts' load-balancing loss over the tokens marked in `real`; None without them."""
     B, T, _ = x.shape
     count = _mlp_tiles(T, config)
 
@@ -282,7 +282,7 @@ def _mlp_tiles(length: int, config: ModelConfig) -> int:
     most = config.mlp_tile
     if most is not None and target_platform() == "cpu":
         most = max(1, min(most, CPU_WIDE // config.mlp_dim))
-    # A row that is split over devices is cut already, and cutting it again would move it between them.
+    # A row that is split over devices is already cut, and cutting it again would move it between them.
     if most is None or length <= most or context_size() > 1:
         return 1
     least = -(-length // most)
@@ -303,7 +303,7 @@ def _mlp(params: Tree, x: jax.Array, config: ModelConfig, norm: Norm | None) -> 
 def _experts(
     params: Tree, x: jax.Array, config: ModelConfig, norm: Norm | None, real: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The mixture, and how the router loads its experts with the tokens marked in `real`."""
+    """The mixture's output, and the router's load on its experts from the tokens marked in `real`."""
     y = x if norm is None else norm(x)
 
     @jax.checkpoint
@@ -320,7 +320,7 @@ def _project(weights: list[Tree], x: jax.Array, norm: Norm | None) -> list[jax.A
     """`norm(x)` through each of several linear maps.
 
     Like `down` above: checkpointed, and yet no matrix product is computed twice, because the backward pass of a product needs
-    its input only. What is recomputed is the elementwise work before it, what is not kept is its result.
+    only its input. The elementwise work before it is recomputed, and its result is not kept.
     """
 
     @jax.checkpoint
@@ -340,7 +340,7 @@ def rms_norm(params: Tree, x: jax.Array, config: ModelConfig) -> jax.Array:
 
 
 def constrain(x: jax.Array) -> jax.Array:
-    """Pin activations `[B, T, ...]` to rows × sequence of the mesh that is set, where they divide; without one, nothing happens."""
+    """Constrain activations `[B, T, ...]` to rows × sequence of the current mesh, where divisible; does nothing without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x

@@ -80,17 +80,17 @@ def _quantised(tensors):
 
 
 WRONG_FILES = {
-    "pickle": ("single", _pickled, r"pytorch_model\.bin is a pickle, which can run any code"),
+    "pickle": ("single", _pickled, r"pytorch_model\.bin is a pickle, which can run arbitrary code"),
     "pickle in the index": ("sharded", lambda f: _index(f, lambda m: m.update({"x": "x.bin"})), r"x\.bin is a pickle"),
     "no weights": ("single", lambda f: (f / SINGLE).unlink(), "has no model.safetensors and no model.safetensors.index.json"),
-    "truncated": ("single", _truncate, "model.safetensors is no whole safetensors file"),
-    "truncated shard": ("sharded", _truncate, r"model-0000\d-of-0000\d.safetensors is no whole safetensors file"),
-    "index is no index": ("sharded", lambda f: (f / INDEX).write_text("{}"), "is no index of safetensors files"),
-    "index is no JSON": ("sharded", lambda f: (f / INDEX).write_text("{"), "is no index of safetensors files"),
-    "missing shard": ("sharded", lambda f: sorted(f.glob("*.safetensors"))[0].unlink(), "which is not there; fetch the missing"),
-    "index escapes": ("sharded", lambda f: _index(f, lambda m: m.update({"x": "../x.safetensors"})), "outside of its folder"),
-    "index swapped": ("sharded", lambda f: _index(f, _swap), "and it stands in model-0000"),
-    "index too short": ("sharded", lambda f: _index(f, lambda m: m.pop("model.norm.weight")), "leaves out model.norm.weight"),
+    "truncated": ("single", _truncate, "model.safetensors is not a complete safetensors file"),
+    "truncated shard": ("sharded", _truncate, r"model-0000\d-of-0000\d.safetensors is not a complete safetensors file"),
+    "index is no index": ("sharded", lambda f: (f / INDEX).write_text("{}"), "is not an index of safetensors files"),
+    "index is no JSON": ("sharded", lambda f: (f / INDEX).write_text("{"), "is not an index of safetensors files"),
+    "missing shard": ("sharded", lambda f: sorted(f.glob("*.safetensors"))[0].unlink(), "does not exist; download the missing"),
+    "index escapes": ("sharded", lambda f: _index(f, lambda m: m.update({"x": "../x.safetensors"})), "outside its folder"),
+    "index swapped": ("sharded", lambda f: _index(f, _swap), "but it is in model-0000"),
+    "index too short": ("sharded", lambda f: _index(f, lambda m: m.pop("model.norm.weight")), "does not list model.norm.weight"),
     "missing tensor": (
         "single",
         lambda f: _change(f, lambda t: t.pop("model.layers.1.input_layernorm.weight")),
@@ -101,11 +101,11 @@ WRONG_FILES = {
         lambda f: _change(f, lambda t: t.update({"model.layers.2.mlp.up_proj.weight": np.zeros((2, 2))})),
         "not of this architecture: model.layers.2.mlp.up_proj.weight",
     ),
-    "misshapen": ("single", lambda f: _change(f, _shape), "up_proj.weight 95x64 where 96x64 is due"),
-    "NaN": ("single", lambda f: _change(f, _nan), "model.norm.weight holds NaN or infinity"),
-    "NaN in bfloat16": ("single", lambda f: _change(f, _nan_bfloat16), "lm_head.weight holds NaN or infinity"),
+    "misshapen": ("single", lambda f: _change(f, _shape), "up_proj.weight 95x64 instead of 96x64"),
+    "NaN": ("single", lambda f: _change(f, _nan), "model.norm.weight contains NaN or infinity"),
+    "NaN in bfloat16": ("single", lambda f: _change(f, _nan_bfloat16), "lm_head.weight contains NaN or infinity"),
     "quantised": ("single", lambda f: _change(f, _quantised), "model.norm.weight is stored as I8"),
-    "not JSON": ("single", lambda f: (f / "config.json").write_text("{"), "config.json is not JSON that can be read"),
+    "not JSON": ("single", lambda f: (f / "config.json").write_text("{"), "config.json cannot be read as JSON"),
     "no config": ("single", lambda f: (f / "config.json").unlink(), "has no config.json"),
 }  # fmt: skip
 
@@ -121,7 +121,7 @@ def test_wrong_files(folder, damage, message):
 def test_duplicate_tensors(folder):
     one = sorted(folder.glob("*.safetensors"))[0]
     save_file({**load_file(one), "model.norm.weight": np.ones(64, np.float32)}, one)
-    with pytest.raises(UserError, match=r"holds tensors twice: model\.norm\.weight"):
+    with pytest.raises(UserError, match=r"has duplicate tensors: model\.norm\.weight"):
         HfFolder(folder)
 
 
@@ -138,7 +138,7 @@ def test_tied_output_that_is_a_copy(tmp_path):
     _change(tmp_path, lambda tensors: tensors.update({"lm_head.weight": embedding.copy()}))
     HfFolder(tmp_path)
     _change(tmp_path, lambda tensors: tensors.update({"lm_head.weight": embedding + 1}))
-    with pytest.raises(UserError, match="says tie_word_embeddings=true, and the files hold an lm_head.weight"):
+    with pytest.raises(UserError, match="says tie_word_embeddings=true, but the files have an lm_head.weight"):
         HfFolder(tmp_path)
 
 
@@ -148,34 +148,34 @@ LLAMA = {
 }  # fmt: skip
 
 WRONG_CONFIGS = {
-    "model_type='lama' is not an architecture that lcx has; did you mean 'llama'": {"model_type": "lama"},
+    "model_type='lama' is not an architecture that lcx supports; did you mean 'llama'": {"model_type": "lama"},
     "model_type=None is not an architecture": {"model_type": None},
     r"architectures=\['LlamaForSequenceClassification'\] is not": {"architectures": ["LlamaForSequenceClassification"]},
-    r"architectures=5 is not the language model \['LlamaForCausalLM'\]": {"architectures": 5},
+    r"architectures=5 is not supported; expected \['LlamaForCausalLM'\]": {"architectures": 5},
     r"model_type=\['llama'\] is not an architecture": {"model_type": ["llama"]},
-    "rope_parameters='x' .* is no mapping": {"rope_parameters": "x"},
-    "do not say the same; leave one": {
+    "rope_parameters='x' .* is not a mapping": {"rope_parameters": "x"},
+    "disagree; keep only one": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
         "rope_scaling": {"type": "linear", "factor": 4.0},
     },
-    "rope_theta='1e4' .* is no number": {"rope_theta": "1e4"},
+    "rope_theta='1e4' .* is not a number": {"rope_theta": "1e4"},
     "theta=0.0": {"rope_parameters": {"rope_type": "default", "rope_theta": 0}},
     "rms_norm_eps=-1.0 must be a number above 0": {"rms_norm_eps": -1.0},
-    "max_position_embeddings=1,000,000,000,000 is more than an int32 counts": {"max_position_embeddings": 10**12},
-    "quantization_config=.* is not supported; name the checkpoint that was quantised": {"quantization_config": {"bits": 4}},
+    "max_position_embeddings=1,000,000,000,000 does not fit into an int32": {"max_position_embeddings": 10**12},
+    "quantization_config=.* is not supported; use the original checkpoint": {"quantization_config": {"bits": 4}},
     "dual_chunk_attention_config=.* is not supported": {"dual_chunk_attention_config": {"chunk_size": 1}},
     "sliding_window=32 is not supported for llama": {"sliding_window": 32},
-    "is_encoder_decoder=True is not supported; only False is": {"is_encoder_decoder": True},
+    "is_encoder_decoder=True is not supported; expected False": {"is_encoder_decoder": True},
     "hidden_size is missing": {"hidden_size": None},
-    "hidden_size='64' must be of type int": {"hidden_size": "64"},
+    "hidden_size='64': expected int": {"hidden_size": "64"},
     "num_hidden_layers=0 must be at least 1": {"num_hidden_layers": 0},
-    "tie_word_embeddings=1 must be of type bool": {"tie_word_embeddings": 1},
-    "hidden_act='swiglu' is not an activation": {"hidden_act": "swiglu"},
-    "num_kv_heads=3 does not divide num_heads=4": {"num_key_value_heads": 3},
+    "tie_word_embeddings=1: expected bool": {"tie_word_embeddings": 1},
+    "hidden_act='swiglu' is not a supported activation": {"hidden_act": "swiglu"},
+    "num_kv_heads=3 must divide num_heads=4": {"num_key_value_heads": 3},
     "rope_type='lynear' .* is unknown": {"rope_scaling": {"rope_type": "lynear", "factor": 2.0}},
     "rope_type='llama3' .* needs the key": {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}},
     r"layer_types has 'chunked_attention'": {"model_type": "qwen3", "layer_types": ["full_attention", "chunked_attention"]},
-    "1 layers have a type and num_hidden_layers=2": {"model_type": "qwen3", "layer_types": ["full_attention"]},
+    "layer_types lists 1 layers, but num_hidden_layers=2": {"model_type": "qwen3", "layer_types": ["full_attention"]},
 }
 
 

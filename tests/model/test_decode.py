@@ -139,5 +139,5 @@ def test_a_full_cache_is_refused():
     params, buffers, arch = build(CONFIG, {"default": "rope:theta=500"}, length=32)
     cache = empty_cache(arch, buffers, 1, 8)
     two = jnp.zeros((1, 2), jnp.int32)
-    with pytest.raises(UserError, match="tokens 7 to 9 do not fit a cache of 8 slots"):
+    with pytest.raises(UserError, match="tokens 7 to 9 do not fit into a cache of 8 slots"):
         extend(params, buffers, arch, cache, two, Index(two, two, two + 1), 7)

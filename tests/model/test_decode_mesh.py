@@ -113,7 +113,7 @@ def test_a_prefix_is_seen_beyond_the_window():
 def test_chunks_that_cannot_be_dealt_name_those_that_can():
     params, buffers, arch, table = build(CONFIG, {"default": "nope"}, LENGTH)
     params, made = place(params, table, MeshConfig(fsdp=1, context=8))
-    message = "a chunk of 20 tokens does not divide over the context of 8 devices; nearest: 16 and 24"
+    message = "a chunk of 20 tokens must be divisible by the 8 devices of the context; try 16 or 24"
     with jax.set_mesh(made), pytest.raises(UserError, match=message):
         generate(params, buffers, arch, PROMPTS, NEW, chunk=20)
 
@@ -122,7 +122,7 @@ def test_a_ring_that_is_too_small_for_a_chunk_is_refused():
     params, buffers, arch, _ = build(CONFIG, {"default": "nope"}, LENGTH)
     cache = empty_cache(arch, buffers, 1, 40, 4)
     order = jnp.arange(8, dtype=jnp.int32)[None]
-    message = "a chunk of 8 tokens needs 13 slots in 'local' layers, whose window of 6 has 9 in this cache; make it with chunk=8"
+    message = "a chunk of 8 tokens needs 13 slots in 'local' layers, whose window of 6 has 9 in this cache; create it with chunk=8"
     with pytest.raises(UserError, match=message):
         extend(params, buffers, arch, cache, order, Index(order, order, order + 1), 0)
 
@@ -132,7 +132,7 @@ def test_a_cache_of_another_context_is_refused():
     with jax.set_mesh(place(params, table, MeshConfig(fsdp=1, context=8))[1]):
         cache = empty_cache(arch, buffers, 1, 40)
     order = jnp.arange(8, dtype=jnp.int32)[None]
-    with pytest.raises(UserError, match="made for a context of 8 devices, and 1 are set; prefill again"):
+    with pytest.raises(UserError, match="for a context of 8 devices, and the mesh has 1; prefill again"):
         extend(params, buffers, arch, cache, order, Index(order, order, order + 1), 0)
 
 

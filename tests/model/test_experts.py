@@ -327,7 +327,7 @@ def test_presets_have_the_published_sizes(name, billions, active):
     ("changes", "message"),
     [
         ({"num_experts": 0}, "model.num_experts=0 must be above 0"),
-        ({"experts_per_token": 9}, "model.experts_per_token=9 is more than model.num_experts=8; lower it"),
+        ({"experts_per_token": 9}, "model.experts_per_token=9 is above model.num_experts=8; lower it"),
         ({"router_aux_weight": -1.0}, "model.router_aux_weight=-1.0 must not be negative"),
         ({"num_experts": None}, "model.router_aux_weight=0.1 balances experts; set model.num_experts too"),
         ({"mlp_bias": True}, "model.mlp_bias=True is not supported with model.num_experts"),

@@ -148,7 +148,7 @@ def test_numbers_beyond_a_dtype_are_not_exported(tmp_path):
     model = hf_models.make("llama", tmp_path / "source", num_hidden_layers=1)
     model.model.norm.weight.data[3] = 1e6
     model.save_pretrained(tmp_path / "source")
-    with pytest.raises(UserError, match=r"model\.norm\.weight has numbers that float16 does not reach"):
+    with pytest.raises(UserError, match=r"model\.norm\.weight has numbers out of range for float16"):
         models.export_model(tmp_path / "source", tmp_path / "out", dtype="float16")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
@@ -173,7 +173,7 @@ def test_wrong_names_of_weights(source, tmp_path):
         models.load(source, stage="base")
     with pytest.raises(UserError, match="dtype='float8' is unknown"):
         models.load(source, dtype="float8")
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         models.export_model(source, source)
     with pytest.raises(UserError, match="is no folder"):
         models.import_model(tmp_path / "nothing", tmp_path / "run")
