@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -17,39 +16,14 @@ from lcx.data.loader import Corpus, Loader, probe
 from lcx.model.config import Architecture, build_architecture, build_schemes
 from lcx.model.flops import step_flops
 from lcx.model.params import specs
-from lcx.positions.registry import from_config
 from lcx.positions.scheme import Scheme
 from lcx.training.checkpoints import InitialWeights
 from lcx.training.checks import check_stage, check_vocabulary
+from lcx.training.ladder import Attempt, Decisions, PreviousStage, choose, theta_of
 from lcx.training.metrics import Meter, peak_flops
-from lcx.training.monitor import Probe, at_theta, best, probe_sums, read_probe, theta_of, thetas
-from lcx.training.stages import RunConfig, StageConfig, override
+from lcx.training.monitor import Probe, probe_sums, read_probe
+from lcx.training.stages import RunConfig, StageConfig
 from lcx.training.step import TrainStep, train_step
-
-Decisions = Sequence[Mapping[str, Any]]
-"""Rows of `decisions.jsonl`."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Attempt:
-    """One go at a stage: number `index`, at `theta` (None: the scheme as configured), judged by the monitor if `watched`."""
-
-    index: int = 0
-    theta: float | None = None
-    watched: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class PreviousStage:
-    """What the weights at a stage's start were trained with: schemes by layer kind (or `default`) and length in tokens."""
-
-    schemes: dict[str, Scheme]
-    length: int
-
-    @property
-    def theta(self) -> float | None:
-        """The theta on the layers that see the whole context; None without a rotary scheme."""
-        return theta_of(self.schemes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +68,6 @@ class StageBuilder:
         self.before_first = None if initial is None else PreviousStage(initial.meta.schemes, initial.meta.length)
         self.devices = list(jax.devices() if devices is None else devices)
         self.meshes = [make_mesh(run.mesh_of(stage), self.devices) for stage in run.stages]
-        self._base = {kind: from_config(spec, f"positions.{kind}") for kind, spec in run.positions.items()}
         for index, (stage, mesh) in enumerate(zip(run.stages, self.meshes, strict=True)):
             schemes = self.choose(index)[1]
             check_stage(run, stage, mesh, self._specs(schemes, stage))
@@ -133,15 +106,7 @@ class StageBuilder:
 
     def choose(self, index: int) -> tuple[Attempt, dict[str, Scheme]]:
         """The attempt that the decisions call for, and the schemes in force in it."""
-        current, attempt, previous = self._base, Attempt(), self.before_first
-        for i, stage in enumerate(self.run.stages[: index + 1]):
-            named = bool(stage.positions) or i == 0 and previous is None
-            current = override(current, stage, previous.length if previous else stage.length)
-            attempt = self._attempt(stage, theta_of(current) if named else None, theta_of(current), previous)
-            if attempt.theta is not None:
-                current = at_theta(current, attempt.theta)
-            previous = PreviousStage(current, stage.length)
-        return attempt, current
+        return choose(self.run, self.decisions, index, self.before_first)
 
     def probe(self, built: BuiltStage, params: Tree) -> Probe:
         """How `params` do on the stage's held-out probe."""
@@ -163,19 +128,6 @@ class StageBuilder:
         with jax.set_mesh(built.mesh):
             return read_probe(probe_sums(params, buffers, arch, batch))
 
-    def _attempt(self, stage: StageConfig, first: float | None, theta: float | None, previous: PreviousStage | None) -> Attempt:
-        if not self.run.monitored(stage):
-            return Attempt()
-        ladder = list(stage.thetas)
-        if not ladder and previous is not None and previous.theta is not None and theta is not None:
-            ladder = thetas(self.run.monitor, (), first, (previous.theta, previous.length), stage.length)
-        if not ladder and previous is None:
-            raise UserError(
-                f"stages.{stage.name}.monitor=True has nothing to compare with in a first stage from scratch; "
-                f"set stages.{stage.name}.thetas"
-            )
-        return attempt_of([row for row in self.decisions if row["stage"] == stage.name], ladder or [None])
-
     def _specs(self, schemes: Mapping[str, Scheme], stage: StageConfig) -> Tree:
         return specs(self.run.model, build_schemes(self.run.model, schemes), stage.length)
 
@@ -187,18 +139,6 @@ class StageBuilder:
             )
         except UserError as error:
             raise UserError(f"stages.{stage.name}: {error}") from error
-
-
-def attempt_of(rows: Decisions, ladder: Sequence[float | None]) -> Attempt:
-    """The attempt that a stage's decisions call for: the accepted one, the next theta, or the best when all have failed."""
-    if rows and rows[-1]["verdict"] == "straight down":
-        return Attempt(rows[-1]["attempt"], rows[-1]["theta"], False)
-    if len(rows) < len(ladder):
-        return Attempt(len(rows), ladder[len(rows)], True)
-    chosen = best(rows)
-    # The last attempt continues; an earlier one has to be rerun.
-    again = chosen["attempt"] != rows[-1]["attempt"]
-    return Attempt(len(rows) if again else len(rows) - 1, chosen["theta"], False)
 
 
 def _corpus(run: RunConfig) -> Corpus:

@@ -93,23 +93,25 @@ class Store:
             cleanup_tmp_directories=clean,
         )
         self._saving: tuple[int, Any] | None = None
+        self._silence, self._failures = contextlib.ExitStack(), 0
 
     def __enter__(self) -> "Store":
         # Errors reach the user as one sentence, which the library's own logs and tracebacks would bury. So would the errors of
-        # reads that it abandons after the first failure, which may be reported at any later time.
-        self._level = absl.logging.get_verbosity()
+        # reads that it abandons after the first failure.
+        undo, asyncio = self._silence, logging.getLogger("asyncio")
+        undo.callback(absl.logging.set_verbosity, absl.logging.get_verbosity())
+        undo.callback(asyncio.setLevel, asyncio.level)
+        undo.callback(setattr, sys, "unraisablehook", sys.unraisablehook)
+        undo.enter_context(warnings.catch_warnings())
         absl.logging.set_verbosity(absl.logging.FATAL)
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-        warnings.filterwarnings("ignore", r"coroutine '\w+\._\w+' was never awaited", RuntimeWarning)
+        asyncio.setLevel(logging.CRITICAL)
         sys.unraisablehook = _without_late_reads
+        warnings.filterwarnings("ignore", r"coroutine '\w+\._\w+' was never awaited", RuntimeWarning)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             self.wait()
-            # After a failure the library's threads may still log, so they stay silenced.
-            if kind is None:
-                absl.logging.set_verbosity(self._level)
         except UserError:
             if kind is None:
                 raise
@@ -117,6 +119,10 @@ class Store:
             # The failure has been reported already; closing would raise it again.
             with contextlib.suppress(Exception):
                 self._checkpointer.close()
+            # After a failure the library's threads may still log, at any time until the process ends, so they stay silenced.
+            if kind is not None or self._failures:
+                self._silence.pop_all()
+            self._silence.close()
 
     @property
     def steps(self) -> list[int]:
@@ -196,12 +202,19 @@ class Store:
     def read(self, step: int, abstract: TrainState) -> TrainState:
         """The state of one checkpoint, with the shardings of `abstract`."""
         trees = {"params": abstract.params, "progress": _progress(abstract)}
-        found = self._checkpointer.load_checkpointables(step, trees)
+        found = self._load(step, trees)
         return TrainState(params=found["params"], **found["progress"])
 
     def read_params(self, step: int, abstract: Tree) -> Tree:
         """Only the parameters of one checkpoint."""
-        return self._checkpointer.load_checkpointables(step, {"params": abstract})["params"]
+        return self._load(step, {"params": abstract})["params"]
+
+    def _load(self, step: int, trees: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return self._checkpointer.load_checkpointables(step, trees)
+        except Exception:
+            self._failures += 1
+            raise
 
     def drop_after(self, step: int) -> None:
         """Delete the checkpoints after `step`, for a rollback."""
@@ -230,6 +243,7 @@ class Store:
             )
 
     def _failed(self, step: int, error: Exception) -> UserError:
+        self._failures += 1
         self._checkpointer.reload()
         return UserError(
             f"checkpoint {step} could not be written to {self.directory} ({_short(error)}); free disk space or fix the disk and "

@@ -106,20 +106,17 @@ class Trainer:
         history = _history(start)
         self.writer.truncate(lambda row: metrics_log.place_of(row) <= self._reached(start))
         self._introduce(built, state)
-        while True:
-            if at < built.stage.steps:
-                state, again = self._stage(built, state, at, history)
-                if again:
-                    # Free the memory of the failed attempt before the earlier state is read back.
-                    del state
-                    self.store.drop_after(self._stage_start(built))
-                    built = self.builder.build(built.index)
-                    state, at, history = reread_stage_start(self.builder, self.store, built.index), 0, StageHistory()
-                    continue
-            if built.index + 1 == len(self.config.stages):
-                break
-            built = self.builder.build(built.index + 1)
-            state, at, history = continue_into(state, built, self.config.seed), 0, StageHistory()
+        for index in range(start.index, len(self.config.stages)):
+            if index > start.index:
+                built = self.builder.build(index)
+                state, at, history = continue_into(state, built, self.config.seed), 0, StageHistory()
+            state, accepted = self._stage(built, state, at, history)
+            while not accepted:
+                # Free the memory of the failed attempt before the earlier state is read back.
+                del state
+                self.store.drop_after(self._stage_start(built))
+                built = self.builder.build(index)
+                state, accepted = self._stage(built, reread_stage_start(self.builder, self.store, index), 0, StageHistory())
         self.store.wait()
         say(f"done: {self.ends[-1]} steps; metrics and checkpoints in {self.workdir}")
         return Result(self.workdir, self.ends[-1], state.params, built.arch, built.buffers, built.schemes, tuple(self.decisions))
@@ -132,7 +129,9 @@ class Trainer:
         return index, self.builder.choose(index)[0].index, at
 
     def _stage(self, built: BuiltStage, state: TrainState, at: int, history: StageHistory) -> tuple[TrainState, bool]:
-        """Run steps `at` to the end of a stage; True when the monitor wants the stage run again from its start."""
+        """Run steps `at` to the end of a stage; False with the state when the monitor wants the stage run again from its start."""
+        if at == built.stage.steps:
+            return state, True
         stage, every = built.stage, self.config.checkpoint.every
         judged = self.config.monitor.steps if built.attempt.watched else None
         if judged is not None and history.before is None:
@@ -149,7 +148,7 @@ class Trainer:
                 if done == judged:
                     pending.flush()
                     if self._judge(built, state, history):
-                        return state, True
+                        return state, False
                 total = self._stage_start(built) + done
                 stopping = self._stopping(total)
                 if stopping or done == stage.steps or (every is not None and total % every == 0):
@@ -157,7 +156,7 @@ class Trainer:
                     self._save(built, state, done, history)
                 if stopping:
                     self._leave(total)
-        return state, False
+        return state, True
 
     def _stage_start(self, built: BuiltStage) -> int:
         return self.ends[built.index] - built.stage.steps

@@ -42,9 +42,6 @@ from lcx.core.trees import Tree
 from lcx.model.config import Architecture
 from lcx.model.loss import token_losses
 from lcx.model.transformer import hidden
-from lcx.positions.registry import with_theta
-from lcx.positions.scheme import Scheme
-from lcx.positions.theta import retries
 
 FEWEST = 8
 """The fewest losses that a statistic can be computed from."""
@@ -190,46 +187,6 @@ def probe_faults(config: MonitorConfig, values: Mapping[str, float]) -> list[str
     elif not values["needle_gain"] >= config.min_needle_gain:
         faults.append(f"needle gain {values['needle_gain']:.1%} is below {config.min_needle_gain:.1%}")
     return faults
-
-
-def thetas(
-    config: MonitorConfig, given: Sequence[float], first: float | None, trained: tuple[float, int], target: int
-) -> list[float]:
-    """The thetas that a stage may try, in order: `given` if there are any, else `first` (the config's own, if it names one)
-    and those around the critical base of `trained` (theta, length) at `target`; at most `config.retries` after the first."""
-    if given:
-        return list(given)
-    theta, length = trained
-    around = retries(theta, length, target) if target > length else []
-    ladder = [] if first is None else [first]
-    for candidate in around:
-        if all(abs(candidate / known - 1) > 0.05 for known in ladder):
-            ladder.append(candidate)
-    return ladder[: config.retries + 1]
-
-
-def theta_of(schemes: Mapping[str, Scheme]) -> float | None:
-    """The theta that a ladder varies: that of the first layer kind that is not local and has one."""
-    return next((schemes[kind].theta for kind in sorted(schemes) if _turns(kind, schemes[kind])), None)
-
-
-def at_theta(schemes: Mapping[str, Scheme], theta: float) -> dict[str, Scheme]:
-    """The schemes with another theta, except on local layers: a window never sees the new distances."""
-    return {kind: with_theta(scheme, theta) if _turns(kind, scheme) else scheme for kind, scheme in schemes.items()}
-
-
-def _turns(kind: str, scheme: Scheme) -> bool:
-    return not kind.startswith("local") and getattr(scheme, "theta", None) is not None
-
-
-def best(decisions: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The decision (as written to `decisions.jsonl`) with the best probe: by needle loss, then by text loss."""
-
-    def rank(decision: Mapping[str, Any]) -> tuple[float, float]:
-        values = decision["probe_after"]
-        return tuple(x if math.isfinite(x) else math.inf for x in (values["needle_loss"], values["text_loss"]))
-
-    return min(decisions, key=rank)
 
 
 @flax.struct.dataclass

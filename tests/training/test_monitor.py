@@ -7,8 +7,8 @@ import pytest
 
 from lcx.core.errors import UserError
 from lcx.positions.registry import from_config
-from lcx.training.builder import Attempt, attempt_of
-from lcx.training.monitor import MonitorConfig, Probe, at_theta, best, curve, decide, theta_of, thetas
+from lcx.training.ladder import Attempt, at_theta, attempt_of, best, theta_of, thetas
+from lcx.training.monitor import MonitorConfig, Probe, curve, decide
 
 CONFIG = MonitorConfig(steps=40, skip=0)
 BEFORE = Probe(text_loss=2.5, needle_loss=3.0, needle_accuracy=0.1)
