@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcx.attention.attend import AttentionSpec, attend, resolve
+from lcx.attention.attend import attend
+from lcx.attention.plan import AttentionSpec, choose_kernel
 from lcx.attention.tiles import visited_pairs
 from lcx.core.batch import Index
 from lcx.core.mask import Mask
@@ -108,7 +109,7 @@ def main() -> None:
         if importlib.util.find_spec("tokamax") and T <= TOKAMAX_LIMIT:
             steps["tokamax causal"] = tokamax(shape, buffers)
         sizes = {"batch": B, "heads": N, "kv_heads": N, "head_dim": shape[3], "dtype": buffers[0].dtype}
-        plan = resolve(AttentionSpec(Mask(), SchemeSpec(), scale=1.0), T, T, jax.default_backend(), **sizes)
+        plan = choose_kernel(AttentionSpec(Mask(), SchemeSpec(), scale=1.0), T, T, jax.default_backend(), **sizes)
         row = {"shape": shape, "plan": plan.reason, "seconds": measure(steps, arguments.repeats)}
         if plan.blocks is not None:
             visited, total = visited_pairs(Mask(), Index.dense(1, T), Index.dense(1, T), plan.blocks.q, plan.blocks.k)

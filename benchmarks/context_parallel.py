@@ -29,8 +29,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.table import Table
 
-from lcx.attention.attend import AttentionSpec, attend
+from lcx.attention.attend import attend
 from lcx.attention.parallel.sequence_layout import arrange, restore
+from lcx.attention.plan import AttentionSpec
 from lcx.core.batch import Index
 from lcx.core.host import take_huge_pages
 from lcx.core.mask import Mask

@@ -1,139 +1,27 @@
-"""Chooses a kernel for a layer, and adds rotation, pieces, query_scale and sinks around it.
+"""One layer's attention: query scaling, kernel or mesh strategy, and sinks.
 
 Legend: B batch, T query tokens, S key tokens, N heads, K KV heads, H head dim, R rotary pairs.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import math
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
-from lcx.attention.pallas.gpu_walk import width
-from lcx.attention.pallas.tiling import Platform
-from lcx.attention.parallel.context import Strategy, over_devices, over_mesh, resolve_context
+from lcx.attention.parallel.context import choose_strategy, context_parallel_attention, shard_map_attention
 from lcx.attention.parallel.split_kv import split_kv
 from lcx.attention.parallel.ulysses import check_heads
 from lcx.attention.partial import Partial, apply_sinks
-from lcx.attention.shard import Kernel, Keys, Local, Queries, forward
-from lcx.attention.tiles import Blocks
+from lcx.attention.plan import AttentionSpec, shard_spec
+from lcx.attention.shard import KVShard, QueryShard, ShardSpec, shard_attention
 from lcx.core.batch import Index
-from lcx.core.configs import choice
 from lcx.core.errors import UserError
-from lcx.core.mask import Mask
-from lcx.core.mesh import axis_size, compute_capability, context_size, target_platform
+from lcx.core.mesh import axis_size, context_size
 from lcx.positions.rotary import Tables
-from lcx.positions.scheme import SchemeSpec
-
-DENSE_LIMIT = 2**19
-"""Logits (B·N·T·S) up to which the dense kernel is used: its float32 array is then 2 MiB, which fits the cache of a core. Beyond
-that, tiles are faster even on short rows: forward and backward of 8 rows of 256 tokens take about half the time."""
-
-FLASH_SIDE = 1024
-"""Queries of a KV head, and keys, in a tile of the flash kernel: its float32 logits take 4 MiB of a TPU's on-chip memory, and
-a tile takes longer to compute than a grid step to start."""
-
-GPU_SIDE = 64
-"""Queries of a head, and keys, in a tile of the flash kernel on a GPU for heads of up to `GPU_HEAD` bytes; half as many beyond.
-Compiled by Triton 3.9 for compute capabilities 8.0 and 9.0, a program uses at most 97 KiB of shared memory for heads of up to 128
-in bfloat16, and spills few registers; tiles of 128 queries spill hundreds of bytes."""
-
-GPU_HEAD = 256
-"""Bytes of a head, padded to a power of two: 128 numbers in bfloat16. Flash supports at most twice that on a GPU."""
-
-CPU_TILE = 2**19
-"""Logits in a tile on a CPU, as far as heads and rows can be grouped to fill it: enough to keep its threads busy beyond the
-overhead of a loop iteration."""
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionSpec:
-    """Static description of one kind of layer; `block_q` and `block_k` override the chosen tile sizes, `strategy` the one chosen
-    for a sequence that is split over the mesh. `interpret` names the platform whose flash kernel is interpreted without such a
-    device, for tests."""
-
-    mask: Mask
-    scheme: SchemeSpec
-    scale: float
-    softcap: float | None = None
-    kernel: Kernel | Literal["auto"] = "auto"
-    block_q: int | None = None
-    block_k: int | None = None
-    strategy: Strategy | Literal["auto"] = "auto"
-    interpret: Platform | None = None
-
-    def __post_init__(self) -> None:
-        if self.kernel not in ("dense", "flat", "blockwise", "flash", "auto"):
-            raise UserError(f"attention kernel {self.kernel!r} is unknown; choose dense, blockwise, flash or auto")
-        choice("context strategy", self.strategy, ("auto", *get_args(Strategy)))
-        for name in ("block_q", "block_k"):
-            size = getattr(self, name)
-            if size is not None and size < 1:
-                raise UserError(f"{name}={size} must be at least 1")
-
-
-class Plan(NamedTuple):
-    """The decision of `resolve`: `blocks` is None for the dense and the flat kernel."""
-
-    kernel: Kernel
-    blocks: Blocks | None
-    reason: str
-
-
-def resolve(
-    spec: AttentionSpec,
-    T: int,
-    S: int,
-    platform: str,
-    *,
-    batch: int = 1,
-    heads: int = 1,
-    kv_heads: int = 1,
-    chunk: int | None = None,
-    devices: int = 1,
-    tensor: int = 1,
-    head_dim: int = 128,
-    dtype: Any = jnp.bfloat16,
-    capability: str | None = None,
-) -> Plan:
-    """Kernel and tile sizes for `T` queries and `S` keys on a platform ("cpu", "gpu", "tpu"), with a sentence that explains why.
-
-    If only `chunk` tokens at a time are consecutive (a zigzag layout), no tile crosses the seam, as it would span the row.
-    `devices` that work at the same time share a CPU's caches, and get smaller tiles. `tensor` of them share the heads.
-    `head_dim`, the `dtype` of q and the compute `capability` (None: unknown) matter for a GPU's flash kernel.
-    """
-    logits = batch * heads * T * S
-    kernel, why = spec.kernel, "requested"
-    if kernel == "auto" and T == 1 and platform == "cpu" and tensor == 1:
-        return Plan("flat", None, "flat: one query per row reads all keys in their stored layout")
-    target, number = spec.interpret or platform, jnp.dtype(dtype)
-    unfit = _unfit(spec, target, head_dim, number, capability)
-    if kernel == "auto":
-        small = logits <= DENSE_LIMIT
-        kernel = "dense" if small else "flash" if target in get_args(Platform) else "blockwise"
-        why = f"{logits:,} logits are {'at most' if small else 'more than'} {DENSE_LIMIT:,}"
-        unfit = unfit or (_slow_on_gpus(T, number) if target == "gpu" else None)
-    if kernel in ("dense", "flat"):
-        return Plan(kernel, None, f"{kernel}: {why}")
-    if kernel == "flash" and target not in get_args(Platform):
-        raise UserError(f"attention kernel 'flash' runs on TPUs and GPUs, not on a {platform}; choose blockwise, dense or auto")
-    if kernel == "flash" and unfit:
-        kernel, why = "blockwise", f"{why}; {unfit}"
-    if kernel == "flash" and target == "gpu":
-        blocks = _gpu_blocks(spec, chunk or T, chunk or S, head_dim, number)
-    elif kernel == "flash":
-        blocks = _flash_blocks(spec, chunk or T, chunk or S, heads // kv_heads)
-    else:
-        blocks = _blocks(spec, chunk or T, chunk or S, platform, batch, heads, kv_heads, devices)
-    if chunk is not None:
-        part = _power_part if kernel == "flash" and target == "gpu" else _part
-        blocks = dataclasses.replace(blocks, q=part(chunk, blocks.q), k=part(chunk, blocks.k))
-    return Plan(kernel, blocks, f"{kernel}: {why}; tiles of {blocks.q} queries by {blocks.k} keys suit {platform}")
 
 
 def attend(
@@ -164,156 +52,56 @@ def attend(
     q = q_BTNH
     if query_scale is not None:
         q = (q.astype(jnp.float32) * query_scale[:, :, None, None]).astype(q.dtype)
-    queries, keys = Queries(q, q_index, q_tables), Keys(k_BSKH, v_BSKH, k_index, k_tables)
+    queries, keys = QueryShard(q, q_index, q_tables), KVShard(k_BSKH, v_BSKH, k_index, k_tables)
     wide = jnp.promote_types(q.dtype, jnp.float32)
     mesh = jax.sharding.get_abstract_mesh()
     if context_size() > 1:
-        o, lse = (_over_slots if cached else _over_mesh)(spec, mesh, queries, keys, bias_params)
+        o, lse = (_cached_context_parallel if cached else _context_parallel)(spec, mesh, queries, keys, bias_params)
     else:
-        local = _local(spec, q, T, S, N, K)
-        run = functools.partial(forward, out_dtype=wide if len(spec.scheme.regions) > 1 or sinks is not None else q.dtype)
-        if local.kernel == "flash" and mesh.size > 1:
+        shard = shard_spec(spec, q, T, S, N, K)
+        run = functools.partial(shard_attention, out_dtype=wide if len(spec.scheme.regions) > 1 or sinks is not None else q.dtype)
+        if shard.kernel == "flash" and mesh.size > 1:
             # The compiler cannot split a Pallas call by itself.
-            split = functools.partial(over_devices, mesh, local.kernel, lambda shared, *args: run(shared(local), *args))
+            split = functools.partial(
+                shard_map_attention, mesh, shard.kernel, lambda share_heads, *args: run(share_heads(shard), *args)
+            )
             o, lse = split(queries, keys, bias_params)
         else:
-            o, lse = run(local, queries, keys, bias_params)
+            o, lse = run(shard, queries, keys, bias_params)
     if sinks is not None:
         o, _ = apply_sinks(o, lse, sinks)
     return o.astype(q_BTNH.dtype)
 
 
-def _local(spec: AttentionSpec, q: jax.Array, T: int, S: int, N: int, K: int, chunk: int | None = None, devices: int = 1) -> Local:
-    """The kernel for a device's share of the work, for queries with q's rows, head dim and dtype; `chunk`: number of consecutive
-    tokens in its rows."""
-    mesh, platform = jax.sharding.get_abstract_mesh(), target_platform()
-    tensor = 1 if mesh.empty else axis_size(mesh, "heads")
-    sizes = {"batch": q.shape[0], "heads": N, "kv_heads": K, "head_dim": q.shape[3]}
-    plan = resolve(
-        spec, T, S, platform, **sizes, dtype=q.dtype, chunk=chunk, devices=devices, tensor=tensor, capability=compute_capability()
-    )
-    where = (spec.interpret or platform, spec.interpret is not None)
-    return Local(spec.mask, spec.scheme, spec.scale, spec.softcap, plan.blocks, _tile_dtype(q.dtype), plan.kernel, *where)
-
-
-def _over_mesh(spec: AttentionSpec, mesh: AbstractMesh, queries: Queries, keys: Keys, bias_params: Any) -> Partial:
+def _context_parallel(spec: AttentionSpec, mesh: AbstractMesh, queries: QueryShard, keys: KVShard, bias_params: Any) -> Partial:
     B, T, N, _ = queries.q.shape
     S, K = keys.k.shape[1:3]
-    pieces, layout = mesh.shape["ring"], keys.index.layout
+    ring_size, layout = mesh.shape["ring"], keys.index.layout
     if T % axis_size(mesh, "sequence") or S != T:
         raise UserError(f"{T} queries and {S} keys must be divisible by the {axis_size(mesh, 'sequence')} devices of mesh.context")
     check_heads(N, mesh.shape["ulysses"])
-    plan = resolve_context(spec.strategy, spec.mask, layout, T, pieces, N // K)
-    chunk = T // (2 * pieces) if layout == "zigzag" else None
+    plan = choose_strategy(spec.strategy, spec.mask, layout, T, ring_size, N // K)
+    chunk = T // (2 * ring_size) if layout == "zigzag" else None
 
-    def local(tokens: int, heads: int, kv_heads: int) -> Local:
-        return _local(spec, queries.q, tokens, tokens, heads, kv_heads, chunk, mesh.size)
+    def shard_for(tokens: int, heads: int, kv_heads: int) -> ShardSpec:
+        return shard_spec(spec, queries.q, tokens, tokens, heads, kv_heads, chunk, mesh.size)
 
-    return over_mesh(mesh, plan, local, queries, keys, bias_params)
+    return context_parallel_attention(mesh, plan, shard_for, queries, keys, bias_params)
 
 
-def _over_slots(spec: AttentionSpec, mesh: AbstractMesh, queries: Queries, keys: Keys, bias_params: Any) -> Partial:
+def _cached_context_parallel(
+    spec: AttentionSpec, mesh: AbstractMesh, queries: QueryShard, keys: KVShard, bias_params: Any
+) -> Partial:
     B, T, N, _ = queries.q.shape
     S, K = keys.k.shape[1:3]
     size = axis_size(mesh, "sequence")
-    local, spread = _local(spec, queries.q, T, S // size, N, K, None, mesh.size), T % size == 0
-    return over_devices(
-        mesh, local.kernel, lambda shared, *args: split_kv(shared(local), spread, *args), queries, keys, bias_params, spread
+    shard, spread = shard_spec(spec, queries.q, T, S // size, N, K, None, mesh.size), T % size == 0
+    return shard_map_attention(
+        mesh,
+        shard.kernel,
+        lambda share_heads, *args: split_kv(share_heads(shard), spread, *args),
+        queries,
+        keys,
+        bias_params,
+        spread,
     )
-
-
-def _tile_dtype(dtype: Any) -> Any:
-    """CPUs multiply float32 tiles fastest; accelerators use the given dtype."""
-    return jnp.promote_types(dtype, jnp.float32) if target_platform() == "cpu" else dtype
-
-
-def _blocks(spec: AttentionSpec, T: int, S: int, platform: str, batch: int, heads: int, kv_heads: int, devices: int) -> Blocks:
-    """Tile sizes. On a CPU a tile's logits stay in its caches; an accelerator processes all rows and heads at once."""
-    group = heads // kv_heads
-    if platform == "cpu":
-        # Eight is the limit: smaller tiles than these cost more than they save.
-        longest, budget = max(T, S), CPU_TILE // min(devices, 8)
-        # If each device has its own part of the work, tiles need not be large enough for the threads of all of them; for eight,
-        # larger ones are as fast.
-        side = 128 if longest <= 256 else 256 if longest <= 1024 or 1 < devices < 8 else 512
-    else:
-        side, budget = 512, 2**62
-    if spec.mask.window is not None:
-        # For a window of w keys, blocks of side b visit about w + 2b keys: small blocks pay off for small windows.
-        side = min(side, max(64, _power(spec.mask.window)))
-    block_k = spec.block_k or min(side, _round_up(S, 16))
-    # A row of 512 in one tile of queries: products are large enough for two threads, which gains more than the masked half costs.
-    wide = 512 if platform == "cpu" and devices == 1 and side == 256 and max(T, S) <= 512 else side
-    block_q = spec.block_q or min(max(wide // group, 64), _round_up(T, 16))
-    if spec.scheme.bias is not None:
-        share = kv_heads
-    else:
-        share = _divisor(kv_heads, budget // (group * block_q * block_k))
-    rows = _divisor(batch, budget // (share * group * block_q * block_k))
-    return Blocks(block_q, block_k, rows, share)
-
-
-def _flash_blocks(spec: AttentionSpec, T: int, S: int, group: int) -> Blocks:
-    side = FLASH_SIDE if spec.mask.window is None else min(FLASH_SIDE, max(128, _power(spec.mask.window)))
-    block_q = spec.block_q or min(max(side // group // 16 * 16, 16), _round_up(T, 16))
-    return Blocks(block_q, spec.block_k or min(side, _round_up(S, 16)))
-
-
-def _gpu_blocks(spec: AttentionSpec, T: int, S: int, head_dim: int, dtype: jnp.dtype) -> Blocks:
-    """Triton's tiles: sides are powers of two, and at least 16, which a product requires."""
-    side = GPU_SIDE if width(head_dim) * dtype.itemsize <= GPU_HEAD else GPU_SIDE // 2
-    for name in ("block_q", "block_k"):
-        given = getattr(spec, name)
-        if given is not None and (given < 16 or given & (given - 1)):
-            raise UserError(
-                f"{name}={given} must be a power of two of at least 16 for attention kernel 'flash' on a gpu; "
-                f"try {max(16, _power(given) // 2)} or {max(32, _power(given))}"
-            )
-    return Blocks(spec.block_q or min(side, max(16, _power(T))), spec.block_k or min(side, max(16, _power(S))))
-
-
-def _unfit(spec: AttentionSpec, target: str, head_dim: int, dtype: jnp.dtype, capability: str | None) -> str | None:
-    """Why flash does not support a layer, or None if it does."""
-    if not (spec.scheme.bias is None or spec.scheme.bias.linear):
-        return f"flash supports no bias except ALiBi's, and this is {type(spec.scheme.bias).__name__}"
-    most = 2 * GPU_HEAD // dtype.itemsize
-    if target == "gpu" and width(head_dim) > most:
-        return f"flash supports heads of at most {most} in {dtype.name} on a gpu, and these have {head_dim}"
-    # Older ones have no bfloat16 products. AMD's would need other tiles than those that were examined.
-    if target == "gpu" and capability is not None and (not capability[0].isdigit() or float(capability) < 8.0):
-        return f"flash needs an NVIDIA gpu of compute capability 8.0 or higher, and this is {capability}"
-    return None
-
-
-def _slow_on_gpus(T: int, dtype: jnp.dtype) -> str | None:
-    """Why flash would be slower on a GPU than the compiler's own products, or None if it would not."""
-    if T == 1:
-        return "flash would use one query of a whole tile on a gpu"
-    # Exact float32 products use no tensor cores; blockwise multiplies with them unless `jax_default_matmul_precision` forbids.
-    return "flash would use no tensor cores for float32 on a gpu" if dtype.itemsize > 2 else None
-
-
-def _power_part(x: int, most: int) -> int:
-    """Like `_part`, for powers of two from 16 on."""
-    part = min(x & -x, most)
-    return part if part >= 16 and 2 * part >= min(x, most) else most
-
-
-def _part(x: int, most: int) -> int:
-    """The largest divisor of x that is at most `most`, or `most` if that divisor is less than half of it."""
-    part = _divisor(x, most)
-    return part if 2 * part >= min(x, most) else most
-
-
-def _power(x: int) -> int:
-    """The least power of two that is at least x."""
-    return 1 << max(0, math.ceil(math.log2(x)))
-
-
-def _round_up(x: int, multiple: int) -> int:
-    return -(-x // multiple) * multiple
-
-
-def _divisor(x: int, most: int) -> int:
-    """The largest divisor of x that is at most `most`, at least 1."""
-    return max(d for d in range(1, x + 1) if x % d == 0 and d <= max(1, most))

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lcx.attention.dense import MASKED
-from lcx.attention.partial import Partial, PullBack, together
+from lcx.attention.partial import AttentionVjp, Partial, with_barrier
 from lcx.attention.tiles import Blocks, block_bounds, fold, fold_index, row_terms, unfold, visits
 from lcx.core.batch import Index
 from lcx.core.mask import Bounds, Mask, visible
@@ -83,7 +83,7 @@ def blockwise(
     return _attend(rule, q_BTNH, k_BSKH, v_BSKH, q_index, k_index, bias_params)
 
 
-def blockwise_backward(
+def blockwise_vjp(
     q_BTNH: jax.Array,
     q_index: Index,
     mask: Mask,
@@ -97,24 +97,24 @@ def blockwise_backward(
     tile_dtype: Any = None,
     whole: Partial,
     cotangent: Partial,
-) -> PullBack:
+) -> AttentionVjp:
     """The pull-back to any keys, with `dbias_params` after dv.
 
     `whole` is (o, lse) of the queries over all their keys, of which the given keys may be a part; `cotangent` is its cotangent. The
     queries' side is cut into tiles here, once, however many keys pass by.
     """
     rule = _rule(mask, bias, scale, softcap, blocks, tile_dtype or q_BTNH.dtype, whole[0].dtype)
-    return _pull_back(rule, q_BTNH, q_index, kv_heads, bias_params, whole, cotangent)
+    return _kernel_vjp(rule, q_BTNH, q_index, kv_heads, bias_params, whole, cotangent)
 
 
-def _pull_back(rule: _Rule, q_BTNH, q_index, kv_heads: int, bias_params, whole: Partial, cotangent: Partial) -> PullBack:
-    queries = _lay_out(rule, q_BTNH, q_index, kv_heads, whole, cotangent)
+def _kernel_vjp(rule: _Rule, q_BTNH, q_index, kv_heads: int, bias_params, whole: Partial, cotangent: Partial) -> AttentionVjp:
+    queries = _query_residuals(rule, q_BTNH, q_index, kv_heads, whole, cotangent)
 
-    def through(k: jax.Array, v: jax.Array, k_index: Index, beside: Any) -> tuple[tuple[Any, ...], Any]:
-        return together(_backward(rule, queries, bias_params, k, v, k_index), beside)
+    def step(k: jax.Array, v: jax.Array, k_index: Index, in_flight: Any) -> tuple[tuple[Any, ...], Any]:
+        return with_barrier(_backward(rule, queries, bias_params, k, v, k_index), in_flight)
 
-    finish = functools.partial(unfold, block=rule.blocks.q, blocks=rule.blocks, shape=q_BTNH.shape)
-    return PullBack(jnp.zeros(queries.q.shape, rule.wide), through, finish)
+    finalize = functools.partial(unfold, block=rule.blocks.q, blocks=rule.blocks, shape=q_BTNH.shape)
+    return AttentionVjp(jnp.zeros(queries.q.shape, rule.wide), step, finalize)
 
 
 def _rule(mask, bias, scale, softcap, blocks, tile_dtype, out_dtype) -> _Rule:
@@ -133,9 +133,9 @@ def _attend_fwd(rule, q, k, v, q_index, k_index, bias_params):
 
 def _attend_bwd(rule, residuals, cotangents):
     q, k, v, q_index, k_index, bias_params, *whole = residuals
-    pull = _pull_back(rule, q, q_index, k.shape[2], bias_params, whole, cotangents)
-    (dq, dk, dv, dbias), _ = pull.through(k, v, k_index, ())
-    return pull.finish(dq).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, _like(dbias, bias_params)
+    pull = _kernel_vjp(rule, q, q_index, k.shape[2], bias_params, whole, cotangents)
+    (dq, dk, dv, dbias), _ = pull.step(k, v, k_index, ())
+    return pull.finalize(dq).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, _like(dbias, bias_params)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
@@ -173,7 +173,7 @@ def _take(tree: Any, i: jax.Array) -> Any:
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False), tree)
 
 
-def _walk(rule: _Rule, q_index: Index, k_bounds: Bounds, tile: Callable, carry: Any) -> Any:
+def _visit_tiles(rule: _Rule, q_index: Index, k_bounds: Bounds, tile: Callable, carry: Any) -> Any:
     """Runs `tile(masked, j, carry)` over the key blocks j that the query block may see: fully visible first, then masked."""
     q_bounds = block_bounds(jax.tree.map(lambda x: x[None], q_index))
     order, whole, end = visits(rule.mask, q_bounds, k_bounds)
@@ -218,7 +218,7 @@ def _forward(rule: _Rule, q_BTNH, k_BSKH, v_BSKH, q_index, k_index, bias_params)
 
             rows = q.shape[:-1]
             start = (jnp.full(rows, MASKED, rule.wide), jnp.zeros(rows, rule.wide), jnp.zeros(q.shape, rule.wide))
-            top, total, acc = _walk(rule, q_index, k_bounds, tile, start)
+            top, total, acc = _visit_tiles(rule, q_index, k_bounds, tile, start)
             empty = total == 0.0
             total = jnp.where(empty, 1.0, total)
             lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))
@@ -241,7 +241,7 @@ class _QueryTiles(NamedTuple):
     index: Index
 
 
-def _lay_out(rule: _Rule, q_BTNH, q_index, kv_heads: int, whole: Partial, cotangent: Partial) -> _QueryTiles:
+def _query_residuals(rule: _Rule, q_BTNH, q_index, kv_heads: int, whole: Partial, cotangent: Partial) -> _QueryTiles:
     at_q = functools.partial(fold, block=rule.blocks.q, blocks=rule.blocks, kv_heads=kv_heads)
     lse, delta = (at_q(x[..., None])[..., 0] for x in row_terms(whole, cotangent, rule.wide))
     q, q_index = _fold_queries(rule, q_BTNH, q_index, kv_heads)
@@ -275,7 +275,7 @@ def _backward(rule: _Rule, queries: _QueryTiles, bias_params, k_BSKH, v_BSKH, k_
                 dkT = _add_at(dkT, j, _matmul(qT, ds, rule))
                 return dq, dkT, _add_at(dvT, j, _matmul(doT, p, rule)), dbias
 
-            dq, *carry = _walk(rule, q_index, k_bounds, tile, (jnp.zeros(q.shape, rule.wide), *carry))
+            dq, *carry = _visit_tiles(rule, q_index, k_bounds, tile, (jnp.zeros(q.shape, rule.wide), *carry))
             return tuple(carry), dq
 
         start = (jnp.zeros(kT.shape, rule.wide), jnp.zeros(kT.shape, rule.wide), dbias)

@@ -15,22 +15,31 @@ Partial = tuple[jax.Array, jax.Array]
 """Normalised output `o_BTNH` and log-sum-exp `lse_BTN` (float32; -inf and o = 0 for a query that saw nothing)."""
 
 
-class PullBack(NamedTuple):
-    """The gradients of some queries through any keys, one part of the keys at a time.
+class AttentionVjp(NamedTuple):
+    """The backward pass of some queries through any keys, one part of the keys at a time.
 
-    `through(k_BSKH, v_BSKH, k_index, beside)` returns `((dq, dk, dv, dbias), beside)`, float32 or wider, with dq in the kernel's
-    own layout, in which parts are summed, beginning with `start`; `finish` converts the sum to `[B, T, N, H]`. `beside` is returned
-    unchanged: (arrays that must be available when the kernel for dk and dv is done, others), in transfer while it works.
+    With o and lse of the queries over *all* their keys and the cotangents do and dlse, for one part of the keys:
+
+        S  = cap(scale · q·kᵀ) + bias         logits of the part; cap(x) = softcap · tanh(x / softcap)
+        P  = exp(S − lse)                     the part's share of the probabilities: no other part is needed
+        D  = rowsum(do · o) − dlse            one number per query and head, computed once
+        dS = P · (do·vᵀ − D)                  cotangent of the logits, and of the bias
+        dv = Pᵀ·do    dq = scale · (dS · cap′)·k    dk = scale · (dS · cap′)ᵀ·q
+
+    Order of calls: build once per queries; `dq = init`; for each part `(dq_part, dk, dv, dbias), in_flight = step(k_BSKH, v_BSKH,
+    k_index, in_flight)` and `dq += dq_part`, float32 or wider, in the kernel's own layout; last `finalize(dq)`, `[B, T, N, H]`.
+    `in_flight` is returned unchanged: (arrays that must be available when the kernel for dk and dv is done, others), transferred
+    while it works.
     """
 
-    start: jax.Array
-    through: Callable[..., tuple[tuple[Any, ...], Any]]
-    finish: Callable[[jax.Array], jax.Array]
+    init: jax.Array
+    step: Callable[..., tuple[tuple[Any, ...], Any]]
+    finalize: Callable[[jax.Array], jax.Array]
 
 
-def together(gradients: tuple[Any, ...], beside: Any) -> tuple[tuple[Any, ...], Any]:
+def with_barrier(gradients: tuple[Any, ...], in_flight: Any) -> tuple[tuple[Any, ...], Any]:
     """Both, with a barrier so that neither is used before the other is available."""
-    return jax.lax.optimization_barrier((gradients, beside)) if jax.tree.leaves(beside) else (gradients, beside)
+    return jax.lax.optimization_barrier((gradients, in_flight)) if jax.tree.leaves(in_flight) else (gradients, in_flight)
 
 
 def merge(one: Partial, two: Partial) -> Partial:

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from jax.sharding import Mesh
 
-from lcx.attention.attend import AttentionSpec
-from lcx.attention.parallel.sequence_layout import Layout, choose_layout
+from lcx.attention.parallel.sequence_layout import SequenceLayout, choose_layout
+from lcx.attention.plan import AttentionSpec
 from lcx.core.configs import choice, positive
 from lcx.core.errors import UserError
 from lcx.core.mask import Mask
@@ -138,7 +138,7 @@ class ModelConfig:
         return tuple(self.pattern[i % len(self.pattern)] for i in range(self.num_layers))
 
 
-def row_layout(config: ModelConfig, length: int, mesh: Mesh) -> Layout:
+def row_layout(config: ModelConfig, length: int, mesh: Mesh) -> SequenceLayout:
     """How rows of `length` tokens are distributed over the devices of a mesh."""
     return choose_layout(config.context_layout, length, mesh.shape["ring"], all(is_local(kind) for kind in config.kinds))
 

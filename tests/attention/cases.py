@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lcx.attention.attend import AttentionSpec, attend
+from lcx.attention.attend import attend
+from lcx.attention.plan import AttentionSpec
 from lcx.core.batch import SHARED, Index
 from lcx.core.mask import Mask
 from lcx.positions.bias import Alibi, AlibiBias, T5Bias

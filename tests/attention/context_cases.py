@@ -12,8 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lcx.attention.attend import AttentionSpec, attend
+from lcx.attention.attend import attend
 from lcx.attention.parallel.sequence_layout import arrange, restore
+from lcx.attention.plan import AttentionSpec
 from lcx.core.mask import Mask
 from lcx.core.mesh import MeshConfig, make_mesh
 from lcx.positions.bias import T5, Alibi
@@ -109,7 +110,7 @@ def program(case: dict[str, Any], strategy: str, kernel: str) -> Any:
     return run
 
 
-def over_mesh(case: dict[str, Any], inputs: dict[str, Any], cotangent: jax.Array, optimize: bool = True) -> Any:
+def context_parallel_attention(case: dict[str, Any], inputs: dict[str, Any], cotangent: jax.Array, optimize: bool = True) -> Any:
     """(o, gradients) of a case on its mesh, in row order."""
     config = mesh_of(case)
     ring = config.context // config.ulysses
@@ -145,7 +146,7 @@ def oracle(case: tuple[tuple[str, Any], ...]) -> Any:
 def errors(case: dict[str, Any], optimize: bool = True) -> dict[str, float]:
     """Largest |split − dense| of the output, and of each gradient over max(1, max|reference|); NaN counts as infinite."""
     inputs, cotangent = inputs_of(case)
-    o, gradients = over_mesh(case, inputs, cotangent, optimize)
+    o, gradients = context_parallel_attention(case, inputs, cotangent, optimize)
     names = ("mask", "scheme", "grouping", "segments", "softcap", "sink")
     reference, expected = oracle(tuple((name, case[name]) for name in names))
     return distances(o, reference, gradients, expected)

@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 
-from lcx.attention.attend import AttentionSpec, attend
+from lcx.attention.attend import attend
 from lcx.attention.pallas.flash import flash
 from lcx.attention.parallel.sequence_layout import arrange, restore
+from lcx.attention.plan import AttentionSpec
 from lcx.attention.tiles import Blocks
 from lcx.core.batch import Index
 from lcx.core.mask import Band, Mask

@@ -7,19 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcx.attention.attend import attend, resolve
+from lcx.attention.attend import attend
 from lcx.attention.parallel import context
-from lcx.attention.parallel.context import resolve_context
-from lcx.attention.parallel.ring import Hops
-from lcx.attention.parallel.sequence_layout import LAYOUTS, arrange, check_length, choose_layout, restore
+from lcx.attention.parallel.context import choose_strategy
+from lcx.attention.parallel.ring import RingSchedule
+from lcx.attention.parallel.sequence_layout import SEQUENCE_LAYOUTS, arrange, check_length, choose_layout, restore
 from lcx.attention.parallel.ulysses import check_heads
+from lcx.attention.plan import choose_kernel
 from lcx.attention.tiles import visited_pairs
 from lcx.core.batch import Index
 from lcx.core.errors import UserError
 from lcx.core.mask import Mask
 from lcx.core.mesh import MeshConfig, make_mesh
 from tests.attention.cases import index, within
-from tests.attention.context_cases import OPTIONS, T, allowed, errors, inputs_of, over_mesh, program
+from tests.attention.context_cases import OPTIONS, T, allowed, context_parallel_attention, errors, inputs_of, program
 from tests.attention.test_plan import spec
 from tests.covering import pairs_of, pairwise
 
@@ -55,7 +56,7 @@ def test_heads_that_are_sent_twice_keep_their_bias():
 def test_heads_in_groups_equal_dense(strategy, monkeypatch):
     """What host devices do with long shards: the whole ring for some heads, then for the next ones."""
     monkeypatch.setattr(context, "CPU_HOP", 1)
-    assert context.host_parts(Hops(3), False, 2, 12, 24, 6) == Hops(3, groups=6)
+    assert context.host_parts(RingSchedule(3), False, 2, 12, 24, 6) == RingSchedule(3, groups=6)
     found = errors({**CASE, "strategy": strategy[0], "layout": "contiguous", "mask": strategy[1]}, optimize=False)
     assert within(found), found
 
@@ -83,7 +84,7 @@ def test_gradients_do_not_depend_on_the_ring():
     results = []
     for size in (2, 3, 4, 6, 8):
         case = {**CASE, "size": size}
-        results.append(over_mesh(case, *inputs_of(case), optimize=False))
+        results.append(context_parallel_attention(case, *inputs_of(case), optimize=False))
     for other in results[1:]:
         for got, wanted in zip(jax.tree.leaves(other), jax.tree.leaves(results[0]), strict=True):
             np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5 * max(1.0, np.abs(wanted).max()))
@@ -99,21 +100,21 @@ def test_bfloat16_is_no_worse_on_a_larger_ring():
         exact = jax.device_get(program(case, "auto", "dense")(wide[0], index("packed", "reset", T), wide[1]))
     worst = {}
     for size in (2, 8):
-        found = over_mesh({**case, "size": size}, inputs, cotangent, optimize=False)
+        found = context_parallel_attention({**case, "size": size}, inputs, cotangent, optimize=False)
         pairs = zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True)
         worst[size] = [float(np.sqrt(np.mean(np.square(np.asarray(x, np.float64) - y)))) for x, y in pairs]
     assert all(eight <= 1.2 * two for two, eight in zip(worst[2], worst[8], strict=True)), worst
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("pieces", [1, 2, 3, 8])
-def test_layouts_are_permutations_and_restored(layout, pieces):
+@pytest.mark.parametrize("layout", SEQUENCE_LAYOUTS)
+@pytest.mark.parametrize("ring_size", [1, 2, 3, 8])
+def test_layouts_are_permutations_and_restored(layout, ring_size):
     x = np.arange(2 * 48 * 3).reshape(2, 48, 3)
-    dealt = arrange(x, layout, pieces)
+    dealt = arrange(x, layout, ring_size)
     assert isinstance(dealt, np.ndarray)
     assert sorted(dealt[0, :, 0]) == sorted(x[0, :, 0])
-    np.testing.assert_array_equal(restore(dealt, layout, pieces), x)
-    np.testing.assert_array_equal(np.asarray(arrange(jnp.asarray(x), layout, pieces)), dealt)
+    np.testing.assert_array_equal(restore(dealt, layout, ring_size), x)
+    np.testing.assert_array_equal(np.asarray(arrange(jnp.asarray(x), layout, ring_size)), dealt)
 
 
 def test_layouts_deal_as_they_say():
@@ -128,7 +129,7 @@ def test_zigzag_shares_the_work_evenly(ring):
     length = 16384
     where = arrange(Index.dense(1, length), "zigzag", ring)
     chunk = length // (2 * ring)
-    blocks = resolve(spec(kernel="blockwise"), length // ring, length // ring, "cpu", chunk=min(chunk, 512)).blocks
+    blocks = choose_kernel(spec(kernel="blockwise"), length // ring, length // ring, "cpu", chunk=min(chunk, 512)).blocks
     shard = length // ring
     work, total = [], 0
     for device in range(ring):
@@ -149,15 +150,15 @@ def test_layout_follows_the_layers_and_the_length():
 
 
 def test_strategy_follows_the_tokens_of_a_device_and_says_why():
-    few = resolve_context("auto", Mask(), "zigzag", 8192, 8, group=4)
+    few = choose_strategy("auto", Mask(), "zigzag", 8192, 8, group=4)
     assert few.strategy == "gather" and "1,024 tokens per device with 4 heads per KV head are too few to hide a ring" in few.reason
-    many = resolve_context("auto", Mask(), "zigzag", 65536, 8, group=4)
+    many = choose_strategy("auto", Mask(), "zigzag", 65536, 8, group=4)
     assert many.strategy == "ring" and many.hops.before == 7
-    near = resolve_context("auto", Mask(window=1024), "contiguous", 65536, 8, group=4)
+    near = choose_strategy("auto", Mask(window=1024), "contiguous", 65536, 8, group=4)
     assert near.strategy == "window" and (near.hops.before, near.hops.after) == (1, 0)
-    sides = resolve_context("auto", Mask(window=1024), "zigzag", 65536, 8, group=4)
+    sides = choose_strategy("auto", Mask(window=1024), "zigzag", 65536, 8, group=4)
     assert sides.strategy == "window" and (sides.hops.before, sides.hops.after) == (1, 1)
-    assert resolve_context("auto", Mask(window=1024), "striped", 65536, 8, group=4).strategy == "ring"
+    assert choose_strategy("auto", Mask(window=1024), "striped", 65536, 8, group=4).strategy == "ring"
 
 
 @pytest.mark.parametrize(
@@ -165,7 +166,7 @@ def test_strategy_follows_the_tokens_of_a_device_and_says_why():
 )
 def test_a_window_that_is_none_is_refused(mask, layout):
     with pytest.raises(UserError, match="strategy 'window' needs a window that ends within the ring"):
-        resolve_context("window", mask, layout, 48, 4, group=1)
+        choose_strategy("window", mask, layout, 48, 4, group=1)
 
 
 def test_lengths_and_heads_that_do_not_divide_name_those_that_do():

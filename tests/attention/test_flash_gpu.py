@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 
-from lcx.attention.attend import AttentionSpec, attend
+from lcx.attention.attend import attend
 from lcx.attention.dense import dense
 from lcx.attention.pallas.flash import flash
-from lcx.attention.pallas.gpu_walk import plan_walk, walk
+from lcx.attention.pallas.gpu_walk import tile_ranges, visit_tiles
 from lcx.attention.pallas.tiling import Rule
+from lcx.attention.plan import AttentionSpec
 from lcx.attention.tiles import Blocks
 from lcx.core.batch import SHARED, Index
 from lcx.core.mask import Band, Mask, visible
@@ -75,13 +76,13 @@ def rows(case):
 def test_walk_visits_what_is_seen_once_and_masks_what_is_seen_in_part(case, mask, keys_pass):
     index, side, count = rows(case), 8, 12
     rule = Rule(mask, False, 1.0, None, Blocks(side, side), jnp.float32, "gpu", True)
-    known = jax.jit(lambda index: plan_walk(rule, index, index, keys_pass))(index)
+    known = jax.jit(lambda index: tile_ranges(rule, index, index, keys_pass))(index)
 
     def visited(b, i):
         def tile(masked, j, carry):
             return carry.at[j, int(masked)].add(1)
 
-        return walk(rule, known, (2, count, count), b, i, keys_pass, tile, jnp.zeros((count, 2), jnp.int32))
+        return visit_tiles(rule, known, (2, count, count), b, i, keys_pass, tile, jnp.zeros((count, 2), jnp.int32))
 
     every = jax.jit(jax.vmap(jax.vmap(visited, (None, 0)), (0, None)))(jnp.arange(2), jnp.arange(count))
     seen = np.asarray(visible(mask, index, index)).reshape(2, count, side, count, side)

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcx.attention.attend import AttentionSpec, attend, resolve
+from lcx.attention.attend import attend
 from lcx.attention.dense import dense
+from lcx.attention.plan import AttentionSpec, choose_kernel
 from lcx.attention.tiles import Blocks
 from lcx.core.batch import Index
 from lcx.core.errors import UserError
@@ -23,48 +24,48 @@ def spec(**options):
 
 
 def test_choice_depends_on_size_and_says_so():
-    small = resolve(spec(), 64, 64, "cpu", batch=2, heads=4, kv_heads=2)
+    small = choose_kernel(spec(), 64, 64, "cpu", batch=2, heads=4, kv_heads=2)
     assert small.kernel == "dense" and small.blocks is None and "32,768 logits" in small.reason
-    large = resolve(spec(), 16384, 16384, "cpu", heads=8, kv_heads=8)
+    large = choose_kernel(spec(), 16384, 16384, "cpu", heads=8, kv_heads=8)
     assert large.kernel == "blockwise" and "2,147,483,648 logits" in large.reason and "suit cpu" in large.reason
-    assert resolve(spec(kernel="dense"), 16384, 16384, "cpu").reason == "dense: requested"
-    assert resolve(spec(kernel="blockwise"), 64, 64, "cpu").kernel == "blockwise"
+    assert choose_kernel(spec(kernel="dense"), 16384, 16384, "cpu").reason == "dense: requested"
+    assert choose_kernel(spec(kernel="blockwise"), 64, 64, "cpu").kernel == "blockwise"
 
 
 def test_single_queries_read_a_cache_as_it_lies_on_a_cpu():
-    assert resolve(spec(), 1, 4096, "cpu", heads=8, kv_heads=2).kernel == "flat"
-    assert resolve(spec(), 1, 4096, "cpu", heads=8, kv_heads=2, tensor=2).kernel == "dense"
-    assert resolve(spec(), 2, 4096, "cpu", heads=8, kv_heads=2).kernel == "dense"
-    assert resolve(spec(), 1, 4096, "gpu", heads=8, kv_heads=2).kernel == "dense"
+    assert choose_kernel(spec(), 1, 4096, "cpu", heads=8, kv_heads=2).kernel == "flat"
+    assert choose_kernel(spec(), 1, 4096, "cpu", heads=8, kv_heads=2, tensor=2).kernel == "dense"
+    assert choose_kernel(spec(), 2, 4096, "cpu", heads=8, kv_heads=2).kernel == "dense"
+    assert choose_kernel(spec(), 1, 4096, "gpu", heads=8, kv_heads=2).kernel == "dense"
 
 
 def test_flash_serves_tpus_and_no_bias_but_alibi():
     sizes = {"heads": 32, "kv_heads": 8}
-    plain = resolve(spec(), 16384, 16384, "tpu", **sizes)
+    plain = choose_kernel(spec(), 16384, 16384, "tpu", **sizes)
     assert plain.kernel == "flash" and (plain.blocks.q, plain.blocks.k) == (256, 1024) and "suit tpu" in plain.reason
-    assert resolve(spec(scheme=SchemeSpec(bias=AlibiBias())), 16384, 16384, "tpu", **sizes).kernel == "flash"
-    learned = resolve(spec(scheme=SchemeSpec(bias=T5Bias(8, 20, True)), kernel="flash"), 16384, 16384, "tpu", **sizes)
+    assert choose_kernel(spec(scheme=SchemeSpec(bias=AlibiBias())), 16384, 16384, "tpu", **sizes).kernel == "flash"
+    learned = choose_kernel(spec(scheme=SchemeSpec(bias=T5Bias(8, 20, True)), kernel="flash"), 16384, 16384, "tpu", **sizes)
     assert learned.kernel == "blockwise" and "flash supports no bias except ALiBi's, and this is T5Bias" in learned.reason
-    assert resolve(spec(), 64, 64, "tpu").kernel == "dense"
-    assert resolve(spec(kernel="flash", interpret="tpu"), 64, 64, "cpu").kernel == "flash"
+    assert choose_kernel(spec(), 64, 64, "tpu").kernel == "dense"
+    assert choose_kernel(spec(kernel="flash", interpret="tpu"), 64, 64, "cpu").kernel == "flash"
     with pytest.raises(UserError, match="'flash' runs on TPUs and GPUs, not on a cpu; choose blockwise, dense or auto"):
-        resolve(spec(kernel="flash"), 64, 64, "cpu")
+        choose_kernel(spec(kernel="flash"), 64, 64, "cpu")
 
 
 def test_flash_serves_gpus_in_tiles_that_are_powers_of_two():
     sizes = {"heads": 32, "kv_heads": 8}
-    plain = resolve(spec(), 16384, 16384, "gpu", **sizes)
+    plain = choose_kernel(spec(), 16384, 16384, "gpu", **sizes)
     assert plain.kernel == "flash" and (plain.blocks.q, plain.blocks.k) == (64, 64) and "suit gpu" in plain.reason
-    assert resolve(spec(), 16384, 16384, "gpu", capability="12.0", **sizes) == plain
-    wide = resolve(spec(scheme=SchemeSpec(bias=AlibiBias())), 16384, 16384, "gpu", head_dim=256, **sizes)
+    assert choose_kernel(spec(), 16384, 16384, "gpu", capability="12.0", **sizes) == plain
+    wide = choose_kernel(spec(scheme=SchemeSpec(bias=AlibiBias())), 16384, 16384, "gpu", head_dim=256, **sizes)
     assert wide.kernel == "flash" and (wide.blocks.q, wide.blocks.k) == (32, 32)
-    dealt = resolve(spec(), 96 * 64, 96 * 64, "gpu", chunk=96, **sizes)
+    dealt = choose_kernel(spec(), 96 * 64, 96 * 64, "gpu", chunk=96, **sizes)
     assert (dealt.blocks.q, dealt.blocks.k) == (32, 32)
-    assert resolve(spec(kernel="flash"), 20, 7, "gpu").blocks == Blocks(32, 16)
-    assert resolve(spec(), 64, 64, "gpu").kernel == "dense"
-    assert resolve(spec(kernel="flash", interpret="gpu"), 64, 64, "cpu").kernel == "flash"
+    assert choose_kernel(spec(kernel="flash"), 20, 7, "gpu").blocks == Blocks(32, 16)
+    assert choose_kernel(spec(), 64, 64, "gpu").kernel == "dense"
+    assert choose_kernel(spec(kernel="flash", interpret="gpu"), 64, 64, "cpu").kernel == "flash"
     with pytest.raises(UserError, match="block_q=48 must be a power of two of at least 16 .* on a gpu; try 32 or 64"):
-        resolve(spec(kernel="flash", block_q=48), 64, 64, "gpu")
+        choose_kernel(spec(kernel="flash", block_q=48), 64, 64, "gpu")
 
 
 @pytest.mark.parametrize(
@@ -78,9 +79,9 @@ def test_flash_serves_gpus_in_tiles_that_are_powers_of_two():
     ],
 )
 def test_gpus_take_blockwise_where_flash_does_not_serve_or_pay(options, T, why):
-    plan = resolve(spec(), T, 2**20, "gpu", heads=32, kv_heads=8, **options)
+    plan = choose_kernel(spec(), T, 2**20, "gpu", heads=32, kv_heads=8, **options)
     assert plan.kernel == "blockwise" and why in plan.reason
-    asked = resolve(spec(kernel="flash"), T, 2**20, "gpu", heads=32, kv_heads=8, **options)
+    asked = choose_kernel(spec(kernel="flash"), T, 2**20, "gpu", heads=32, kv_heads=8, **options)
     assert asked.kernel == ("blockwise" if {"head_dim", "capability"} & set(options) else "flash")
 
 
@@ -89,13 +90,13 @@ def test_gpus_take_blockwise_where_flash_does_not_serve_or_pay(options, T, why):
 @pytest.mark.parametrize("window", [None, 64])
 def test_blocks_divide_whatever_the_sizes(platform, scheme, window):
     for batch, heads, kv_heads, tokens in [(1, 8, 8, 16384), (6, 12, 4, 1000), (3, 4, 1, 33)]:
-        plan = resolve(
+        plan = choose_kernel(
             spec(kernel="blockwise", scheme=scheme, mask=Mask(window=window)),
             tokens, tokens, platform, batch=batch, heads=heads, kv_heads=kv_heads,
         )  # fmt: skip
         assert batch % plan.blocks.rows == 0 and kv_heads % plan.blocks.heads == 0
         assert scheme.bias is None or plan.blocks.heads == kv_heads
-    chosen = resolve(spec(kernel="blockwise", block_q=48, block_k=80), 4096, 4096, platform).blocks
+    chosen = choose_kernel(spec(kernel="blockwise", block_q=48, block_k=80), 4096, 4096, platform).blocks
     assert (chosen.q, chosen.k) == (48, 80)
 
 

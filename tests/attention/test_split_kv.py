@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from lcx.attention.attend import AttentionSpec, attend
+from lcx.attention.attend import attend
 from lcx.attention.parallel.split_kv import merge_over
+from lcx.attention.plan import AttentionSpec
 from lcx.core.mesh import SEQUENCE, MeshConfig, make_mesh
 from lcx.positions.rotary import tables
 from tests.attention.cases import HEADS, B, H, N, index
@@ -40,7 +41,7 @@ def test_split_slots_equal_dense(case):
     asking = where.slice(S - count, count)
     q, k, v = (jax.random.normal(key, (B, S, N, H)) for key in jax.random.split(jax.random.key(size), 3))
     q, k, v = q[:, -count:], k[:, :, :kv_heads], v[:, :, :kv_heads]
-    scheme, constants = SCHEMES[scheme].spec(S), SCHEMES[scheme].buffers(HEADS, S)
+    static, constants = SCHEMES[scheme].spec(S), SCHEMES[scheme].buffers(HEADS, S)
     learned = {"table": jax.random.normal(jax.random.key(7), (8, N))} if scheme == "t5" else {}
     extra = {
         "bias_params": {**constants.get("bias", {}), **learned},
@@ -50,8 +51,8 @@ def test_split_slots_equal_dense(case):
 
     def run(kernel, q, k, v, asking, where):
         options = {"kernel": kernel, "interpret": "tpu" if kernel == "flash" else None, "block_q": 16, "block_k": 8}
-        spec = AttentionSpec(MASKS[mask], scheme, scale=0.5, softcap=5.0, **options)
-        turns = {"q_tables": tables(scheme, constants, asking.positions), "k_tables": tables(scheme, constants, where.positions)}
+        spec = AttentionSpec(MASKS[mask], static, scale=0.5, softcap=5.0, **options)
+        turns = {"q_tables": tables(static, constants, asking.positions), "k_tables": tables(static, constants, where.positions)}
         return attend(spec, q, k, v, asking, where, cached=True, **turns, **extra)
 
     wanted = run("dense", q, k, v, asking, where)

@@ -14,8 +14,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lcx.attention.blockwise import SAVED
 from lcx.attention.pallas import gpu_backward, gpu_forward, tpu_backward, tpu_forward
-from lcx.attention.pallas.tiling import Platform, Rule, join_heads, lay_out
-from lcx.attention.partial import Partial, PullBack
+from lcx.attention.pallas.tiling import Platform, Rule, join_heads, query_residuals
+from lcx.attention.partial import AttentionVjp, Partial
 from lcx.attention.tiles import Blocks
 from lcx.core.batch import Index
 from lcx.core.mask import Mask
@@ -47,7 +47,7 @@ def flash(
     return _attend(rule, q_BTNH, k_BSKH, v_BSKH, q_index, k_index, slopes)
 
 
-def flash_backward(
+def flash_vjp(
     q_BTNH: jax.Array,
     q_index: Index,
     mask: Mask,
@@ -61,26 +61,26 @@ def flash_backward(
     interpret: bool = False,
     whole: Partial,
     cotangent: Partial,
-) -> PullBack:
-    """The pull-back to any keys, with `dslopes` after dv; `whole` and `cotangent` as in `blockwise_backward`."""
+) -> AttentionVjp:
+    """The pull-back to any keys, with `dslopes` after dv; `whole` and `cotangent` as in `blockwise_vjp`."""
     rule = Rule(mask, slopes is not None, scale, softcap, blocks, jnp.dtype(jnp.float32), platform, interpret)
-    return _pull_back(rule, q_BTNH, q_index, slopes, kv_heads, whole, cotangent)
+    return _kernel_vjp(rule, q_BTNH, q_index, slopes, kv_heads, whole, cotangent)
 
 
 def _forward(rule: Rule, *args) -> Partial:
     return (gpu_forward if rule.platform == "gpu" else tpu_forward).forward(rule, *args)
 
 
-def _pull_back(rule: Rule, q_BTNH, q_index, slopes, kv_heads: int, whole: Partial, cotangent: Partial) -> PullBack:
+def _kernel_vjp(rule: Rule, q_BTNH, q_index, slopes, kv_heads: int, whole: Partial, cotangent: Partial) -> AttentionVjp:
     if rule.platform == "gpu":
-        backward, ready = gpu_backward.backward, gpu_backward.lay_out(rule, q_BTNH, q_index, slopes, whole, cotangent)
+        backward, ready = gpu_backward.backward, gpu_backward.query_residuals(rule, q_BTNH, q_index, slopes, whole, cotangent)
     else:
-        backward, ready = tpu_backward.backward, lay_out(rule, q_BTNH, q_index, slopes, kv_heads, whole, cotangent)
+        backward, ready = tpu_backward.backward, query_residuals(rule, q_BTNH, q_index, slopes, kv_heads, whole, cotangent)
 
-    def finish(dq: jax.Array) -> jax.Array:
+    def finalize(dq: jax.Array) -> jax.Array:
         return join_heads(dq[..., : q_BTNH.shape[3]], rule.blocks.q, q_BTNH.shape)
 
-    return PullBack(jnp.zeros(ready.queries.q.shape, jnp.float32), functools.partial(backward, rule, ready), finish)
+    return AttentionVjp(jnp.zeros(ready.queries.q.shape, jnp.float32), functools.partial(backward, rule, ready), finalize)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -95,10 +95,10 @@ def _attend_fwd(rule, q, k, v, q_index, k_index, slopes):
 
 def _attend_bwd(rule, residuals, cotangent):
     q, k, v, q_index, k_index, slopes, whole = residuals
-    pull = _pull_back(rule, q, q_index, slopes, k.shape[2], whole, cotangent)
-    (dq, dk, dv, dslopes), _ = pull.through(k, v, k_index, ())
+    pull = _kernel_vjp(rule, q, q_index, slopes, k.shape[2], whole, cotangent)
+    (dq, dk, dv, dslopes), _ = pull.step(k, v, k_index, ())
     dslopes = None if slopes is None else dslopes.astype(slopes.dtype)
-    return pull.finish(dq).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, dslopes
+    return pull.finalize(dq).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, dslopes
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

@@ -14,24 +14,24 @@ from jax.experimental import pallas as pl
 
 from lcx.attention.pallas import gpu_walk as gpu
 from lcx.attention.pallas import tiling
-from lcx.attention.pallas.tiling import Ready, Rule
-from lcx.attention.partial import Partial, together
+from lcx.attention.pallas.tiling import QueryResiduals, Rule
+from lcx.attention.partial import Partial, with_barrier
 
 
-def lay_out(rule: Rule, q_BTNH, q_index, slopes_N, whole: Partial, cotangent: Partial) -> Ready:
+def query_residuals(rule: Rule, q_BTNH, q_index, slopes_N, whole: Partial, cotangent: Partial) -> QueryResiduals:
     """Tiles of the queries' side, for any keys."""
-    return gpu.widen_queries(tiling.lay_out(rule, q_BTNH, q_index, slopes_N, q_BTNH.shape[2], whole, cotangent))
+    return gpu.widen_queries(tiling.query_residuals(rule, q_BTNH, q_index, slopes_N, q_BTNH.shape[2], whole, cotangent))
 
 
-def backward(rule: Rule, ready: Ready, k_BSKH, v_BSKH, k_index, beside: Any) -> tuple[tuple[jax.Array, ...], Any]:
-    """float32 gradients `(dq, dk, dv, dslopes)` through these keys, dq in tiles, dslopes `[N]`; and `beside` unchanged."""
+def backward(rule: Rule, ready: QueryResiduals, k_BSKH, v_BSKH, k_index, in_flight: Any) -> tuple[tuple[jax.Array, ...], Any]:
+    """float32 gradients `(dq, dk, dv, dslopes)` through these keys, dq in tiles, dslopes `[N]`; and `in_flight` unchanged."""
     queries, *more = ready
-    tiles, q_index = gpu.cut_wide(rule, queries, k_BSKH, v_BSKH, k_index), queries.index
+    tiles, q_index = gpu.make_wide_tiles(rule, queries, k_BSKH, v_BSKH, k_index), queries.index
     counts = (tiles.q.shape[0], tiles.q.shape[2], tiles.k.shape[2])
 
     def run(kernel, name: str, keys_pass: bool, like: tuple[jax.Array, ...]) -> list:
         outputs = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in like]
-        known = gpu.plan_walk(rule, q_index, k_index, keys_pass)
+        known = gpu.tile_ranges(rule, q_index, k_index, keys_pass)
         return gpu.call(functools.partial(kernel, rule, counts), rule, name, tiles, known, keys_pass, tuple(more), outputs)
 
     dq, *dslopes = run(_queries, "flash_backward_queries", True, (tiles.q, ready.lse) if rule.linear else (tiles.q,))
@@ -39,7 +39,7 @@ def backward(rule: Rule, ready: Ready, k_BSKH, v_BSKH, k_index, beside: Any) -> 
     dk, dv = (tiling.join_heads(x[..., : k_BSKH.shape[3]], rule.blocks.k, k_BSKH.shape) for x in (dk, dv))
     # Rows beyond the last token have probabilities of 0.
     dslopes = jnp.sum(dslopes[0], axis=(0, 2, 3, 4)) if rule.linear else jnp.zeros(tiles.slopes.shape, jnp.float32)
-    return together((dq, dk, dv, dslopes), beside)
+    return with_barrier((dq, dk, dv, dslopes), in_flight)
 
 
 def _slope(rule: Rule, masked: bool, q_axis: int, q, k, v, q_tokens, k_tokens, slope, do, lse, delta) -> tuple:
@@ -65,7 +65,7 @@ def _queries(rule, counts, *refs):
         return acc + tiling.product(ds.astype(key.dtype), key, 1, 0), *slope_acc
 
     start = jnp.zeros(q.shape, jnp.float32), *(jnp.zeros(q.shape[:1], jnp.float32) for _ in outputs[1:])
-    acc, *slope_acc = gpu.walk(rule, known, counts, b, i, True, tile, start)
+    acc, *slope_acc = gpu.visit_tiles(rule, known, counts, b, i, True, tile, start)
     outputs[0][...] = acc
     for ref, x in zip(outputs[1:], slope_acc, strict=True):
         ref[0, :] = x
@@ -87,7 +87,7 @@ def _keys(rule, counts, *refs):
             dv_acc = dv_acc + tiling.product(p.astype(cotangent.dtype), cotangent, 1, 0)
             return dk_acc + tiling.product(ds.astype(query.dtype), query, 1, 0), dv_acc
 
-        return gpu.walk(rule, known, counts, b, j, False, tile, carry)
+        return gpu.visit_tiles(rule, known, counts, b, j, False, tile, carry)
 
     start = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     dk[...], dv[...] = jax.lax.fori_loop(0, group, head, start)

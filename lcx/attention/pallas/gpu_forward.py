@@ -21,8 +21,8 @@ from lcx.attention.partial import Partial
 def forward(rule: Rule, q_BTNH, k_BSKH, v_BSKH, q_index, k_index, slopes_N) -> Partial:
     """`(o_BTNH, lse_BTN)` of the queries over these keys."""
     *_, N, H = q_BTNH.shape
-    tiles = gpu.cut_wide(rule, tiling.cut_queries(rule, q_BTNH, q_index, slopes_N, N), k_BSKH, v_BSKH, k_index)
-    known = gpu.plan_walk(rule, q_index, k_index, keys_pass=True)
+    tiles = gpu.make_wide_tiles(rule, tiling.make_query_tiles(rule, q_BTNH, q_index, slopes_N, N), k_BSKH, v_BSKH, k_index)
+    known = gpu.tile_ranges(rule, q_index, k_index, keys_pass=True)
     block = tiles.q.shape[3]
     outputs = [
         jax.ShapeDtypeStruct(tiles.q.shape, rule.out_dtype),
@@ -30,7 +30,7 @@ def forward(rule: Rule, q_BTNH, k_BSKH, v_BSKH, q_index, k_index, slopes_N) -> P
     ]
     kernel = functools.partial(_kernel, rule, (tiles.q.shape[0], tiles.q.shape[2], tiles.k.shape[2]))
     o, lse = gpu.call(kernel, rule, "flash_forward", tiles, known, True, (), outputs)
-    return tiling.join_heads(o[..., :H], block, q_BTNH.shape), tiling.join_numbers(lse, block, q_BTNH.shape[:3])
+    return tiling.join_heads(o[..., :H], block, q_BTNH.shape), tiling.join_rows(lse, block, q_BTNH.shape[:3])
 
 
 def _kernel(rule, counts, *refs):
@@ -51,7 +51,7 @@ def _kernel(rule, counts, *refs):
         return new_top, total * shrink + jnp.sum(p, axis=1), acc
 
     start = jnp.full((rows,), MASKED, jnp.float32), jnp.zeros((rows,), jnp.float32), jnp.zeros((rows, H), jnp.float32)
-    top, total, acc = gpu.walk(rule, known, counts, b, i, True, tile, start)
+    top, total, acc = gpu.visit_tiles(rule, known, counts, b, i, True, tile, start)
     empty = total == 0.0
     share = jnp.where(empty, 1.0, total)
     o[...] = (acc / share[:, None]).astype(o.dtype)

@@ -1,8 +1,8 @@
-"""Shared by the passes of the GPU kernel, in addition to `cut`: a program's loop over the tiles that pass it, and a tile of logits.
+"""Shared by the passes of the GPU kernel, besides `tiling`: a program's loop over the tiles that pass it, and a tile of logits.
 
-Legend: see `cut`, but with every query head by itself: tiles of queries `[B, N, T/block_q, block_q, H]`. A program owns one tile
-and loops over all that pass, so that no two programs add to the same result, and results are the same in every run. Triton needs
-tile sides that are powers of two: heads are zero-padded to `width(H)`, and `dispatch` chooses suitable block sizes.
+Legend: see `tiling`, but with every query head by itself: query tiles `[B, N, T/block_q, block_q, H]`. A program owns one tile
+and loops over all that pass, so that no two programs add to the same result, and results are the same in every run. Triton
+needs tile sides that are powers of two: heads are zero-padded to `width(H)`, and `attention.plan` chooses suitable block sizes.
 """
 
 from __future__ import annotations
@@ -14,12 +14,25 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from lcx.attention.pallas.tiling import FIELDS, Ready, Rule, Tiles, cut, extremes, flat, index_of, logits_of, pairs, product, read
+from lcx.attention.pallas.tiling import (
+    FIELDS,
+    QueryResiduals,
+    Rule,
+    Tiles,
+    extremes,
+    flat,
+    index_of,
+    logits_of,
+    make_tiles,
+    pairs,
+    product,
+    read,
+)
 from lcx.core.batch import Index
 from lcx.core.mask import may_see, sees_all
 
 
-class Walk(NamedTuple):
+class TileRanges(NamedTuple):
     """What is known about the tiles before the programs start, as flat int32 arrays.
 
     The extremes of every block; and for every block that stays, which blocks pass: it sees none before `first`, none from `stop`
@@ -34,7 +47,7 @@ class Walk(NamedTuple):
     stop: jax.Array
 
 
-def plan_walk(rule: Rule, q_index: Index, k_index: Index, keys_pass: bool) -> Walk:
+def tile_ranges(rule: Rule, q_index: Index, k_index: Index, keys_pass: bool) -> TileRanges:
     """The walks of a call in which the blocks of one side stay while the blocks of the other (`keys_pass`: the keys) pass."""
     q, k = extremes(rule, q_index, k_index)
     some = pairs(may_see, rule, q, k, keys_pass)
@@ -47,10 +60,10 @@ def plan_walk(rule: Rule, q_index: Index, k_index: Index, keys_pass: bool) -> Wa
     end = jnp.maximum(first, jnp.max(jnp.where(whole, place + 1, 0), axis=2))
     gap = ~whole & (place < end[..., None])
     start = jnp.minimum(end, jnp.maximum(first, jnp.max(jnp.where(gap, place + 1, 0), axis=2)))
-    return Walk(flat(q), flat(k), *(x.reshape(-1) for x in (first, start, end, stop)))
+    return TileRanges(flat(q), flat(k), *(x.reshape(-1) for x in (first, start, end, stop)))
 
 
-def walk(rule: Rule, known: tuple, counts: tuple[int, int, int], b, i, keys_pass: bool, tile: Callable, carry: Any) -> Any:
+def visit_tiles(rule: Rule, known: tuple, counts: tuple[int, int, int], b, i, keys_pass: bool, tile: Callable, carry: Any) -> Any:
     """`tile(masked, j, carry)` over the blocks j that pass block i of row b; `counts`: rows, blocks of queries and of keys.
 
     Fully visible blocks come first, in a loop without a branch, whose loads Triton moves ahead of the products.
@@ -105,19 +118,26 @@ def widen(x: jax.Array) -> jax.Array:
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width(x.shape[-1]) - x.shape[-1])])
 
 
-def widen_queries(ready: Ready) -> Ready:
-    """`Ready` with the heads of q and do padded to `width`."""
+def widen_queries(ready: QueryResiduals) -> QueryResiduals:
+    """`QueryResiduals` with the heads of q and do padded to `width`."""
     return ready._replace(queries=ready.queries._replace(q=widen(ready.queries.q)), do=widen(ready.do))
 
 
-def cut_wide(rule: Rule, queries: Any, k_BSKH: jax.Array, v_BSKH: jax.Array, k_index: Index) -> Tiles:
-    """`cut`, with heads padded to `width` and one slope per head."""
-    tiles = cut(rule, queries, k_BSKH, v_BSKH, k_index)
+def make_wide_tiles(rule: Rule, queries: Any, k_BSKH: jax.Array, v_BSKH: jax.Array, k_index: Index) -> Tiles:
+    """`make_tiles`, with heads padded to `width` and one slope per head."""
+    tiles = make_tiles(rule, queries, k_BSKH, v_BSKH, k_index)
     return tiles._replace(q=widen(tiles.q), k=widen(tiles.k), v=widen(tiles.v), slopes=tiles.slopes[:, 0, 0])
 
 
 def call(
-    kernel: Any, rule: Rule, name: str, tiles: Tiles, known: Walk, keys_pass: bool, more: tuple, outputs: list[jax.ShapeDtypeStruct]
+    kernel: Any,
+    rule: Rule,
+    name: str,
+    tiles: Tiles,
+    known: TileRanges,
+    keys_pass: bool,
+    more: tuple,
+    outputs: list[jax.ShapeDtypeStruct],
 ) -> list:
     """Runs `kernel` over the grid (block that stays, head of those that stay, row of the batch).
 

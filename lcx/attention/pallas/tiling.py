@@ -65,39 +65,39 @@ class QueryTiles(NamedTuple):
     index: Index
 
 
-def cut_queries(rule: Rule, q_BTNH: jax.Array, q_index: Index, slopes_N: jax.Array | None, kv_heads: int) -> QueryTiles:
+def make_query_tiles(rule: Rule, q_BTNH: jax.Array, q_index: Index, slopes_N: jax.Array | None, kv_heads: int) -> QueryTiles:
     """Tiles of the queries; the tail is zeros of segment 0, hence padding."""
     group = q_BTNH.shape[2] // kv_heads
     slopes = jnp.zeros(kv_heads * group, jnp.float32) if slopes_N is None else slopes_N.astype(jnp.float32)
     slopes = jnp.repeat(slopes.reshape(kv_heads, 1, group), rule.blocks.q, axis=2)
-    return QueryTiles(cut_heads(q_BTNH, rule.blocks.q, kv_heads), _tokens(q_index, rule.blocks.q, group), slopes, q_index)
+    return QueryTiles(split_heads(q_BTNH, rule.blocks.q, kv_heads), _tokens(q_index, rule.blocks.q, group), slopes, q_index)
 
 
-def cut(rule: Rule, queries: QueryTiles, k_BSKH: jax.Array, v_BSKH: jax.Array, k_index: Index) -> Tiles:
+def make_tiles(rule: Rule, queries: QueryTiles, k_BSKH: jax.Array, v_BSKH: jax.Array, k_index: Index) -> Tiles:
     """The arguments of a kernel in tiles."""
-    k, v = (cut_heads(x.astype(queries.q.dtype), rule.blocks.k, k_BSKH.shape[2]) for x in (k_BSKH, v_BSKH))
+    k, v = (split_heads(x.astype(queries.q.dtype), rule.blocks.k, k_BSKH.shape[2]) for x in (k_BSKH, v_BSKH))
     return Tiles(queries.q, k, v, queries.tokens, _tokens(k_index, rule.blocks.k, 1), queries.slopes)
 
 
-def cut_heads(x_BTNH: jax.Array, block: int, kv_heads: int) -> jax.Array:
+def split_heads(x_BTNH: jax.Array, block: int, kv_heads: int) -> jax.Array:
     """`[B, T, N, H]` as tiles `[B, K, T/block, G·block, H]`."""
     tiles = fold(x_BTNH, block, Blocks(block, block), kv_heads)
     return tiles.reshape(x_BTNH.shape[0], kv_heads, tiles.shape[1], *tiles.shape[4:])
 
 
-def cut_numbers(x_BTN: jax.Array, block: int, kv_heads: int) -> jax.Array:
+def split_rows(x_BTN: jax.Array, block: int, kv_heads: int) -> jax.Array:
     """`[B, T, N]` as rows of lanes `[B, K, T/block, 1, G·block]`."""
-    return jnp.swapaxes(cut_heads(x_BTN[..., None], block, kv_heads), -1, -2)
+    return jnp.swapaxes(split_heads(x_BTN[..., None], block, kv_heads), -1, -2)
 
 
 def join_heads(tiles: jax.Array, block: int, shape: tuple[int, ...]) -> jax.Array:
-    """The inverse of `cut_heads`: tiles back to `shape` = `[B, T, N, H]`."""
+    """The inverse of `split_heads`: tiles back to `shape` = `[B, T, N, H]`."""
     B, K, count, *tile = tiles.shape
     return unfold(tiles.reshape(B * K, count, 1, 1, *tile), block, Blocks(block, block), shape)
 
 
-def join_numbers(tiles: jax.Array, block: int, shape: tuple[int, ...]) -> jax.Array:
-    """The inverse of `cut_numbers`: rows of lanes back to `shape` = `[B, T, N]`."""
+def join_rows(tiles: jax.Array, block: int, shape: tuple[int, ...]) -> jax.Array:
+    """The inverse of `split_rows`: rows of lanes back to `shape` = `[B, T, N]`."""
     return join_heads(jnp.swapaxes(tiles, -1, -2), block, (*shape, 1))[..., 0]
 
 
@@ -139,7 +139,7 @@ def read(ref, B: int, count: int, b: jax.Array, i: jax.Array) -> Bounds:
     return Bounds(**{name: x != 0 if name.startswith(("any", "all")) else x for name, x in values.items()})
 
 
-class Ready(NamedTuple):
+class QueryResiduals(NamedTuple):
     """What the backward pass needs from the queries, in tiles: the cotangents of o, log-sum-exp, and D (see `row_terms`)."""
 
     queries: QueryTiles
@@ -148,12 +148,12 @@ class Ready(NamedTuple):
     delta: jax.Array
 
 
-def lay_out(rule: Rule, q_BTNH, q_index, slopes_N, kv_heads: int, whole: Partial, cotangent: Partial) -> Ready:
+def query_residuals(rule: Rule, q_BTNH, q_index, slopes_N, kv_heads: int, whole: Partial, cotangent: Partial) -> QueryResiduals:
     """Tiles of the queries' side, for any keys."""
     block = rule.blocks.q
-    lse, delta = (cut_numbers(x, block, kv_heads) for x in row_terms(whole, cotangent, jnp.float32))
-    do = cut_heads(cotangent[0].astype(q_BTNH.dtype), block, kv_heads)
-    return Ready(cut_queries(rule, q_BTNH, q_index, slopes_N, kv_heads), do, lse, delta)
+    lse, delta = (split_rows(x, block, kv_heads) for x in row_terms(whole, cotangent, jnp.float32))
+    do = split_heads(cotangent[0].astype(q_BTNH.dtype), block, kv_heads)
+    return QueryResiduals(make_query_tiles(rule, q_BTNH, q_index, slopes_N, kv_heads), do, lse, delta)
 
 
 def index_of(mask: Mask, fields: list[jax.Array]) -> Index:

@@ -1,6 +1,6 @@
 """The backward pass of the TPU kernel: one kernel for dq, which loops over keys, and one for dk and dv, which loops over queries.
 
-Tiles of probabilities are recomputed from q, k and the log-sum-exp (arXiv 2307.08691). Legend: see `cut`.
+Tiles of probabilities are recomputed from q, k and the log-sum-exp (arXiv 2307.08691). Legend: see `tiling`.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from jax.experimental import pallas as pl
 
 from lcx.attention.pallas import tiling
 from lcx.attention.pallas import tpu_grid as grid
-from lcx.attention.pallas.tiling import Ready, Rule
+from lcx.attention.pallas.tiling import QueryResiduals, Rule
 
 
-def backward(rule: Rule, ready: Ready, k_BSKH, v_BSKH, k_index, beside: Any) -> tuple[tuple[jax.Array, ...], Any]:
-    """float32 gradients `(dq, dk, dv, dslopes)` through these keys, dq in tiles, dslopes `[N]`; and `beside` unchanged."""
+def backward(rule: Rule, ready: QueryResiduals, k_BSKH, v_BSKH, k_index, in_flight: Any) -> tuple[tuple[jax.Array, ...], Any]:
+    """float32 gradients `(dq, dk, dv, dslopes)` through these keys, dq in tiles, dslopes `[N]`; and `in_flight` unchanged."""
     queries, *more = ready
-    tiles, q_index, block = tiling.cut(rule, queries, k_BSKH, v_BSKH, k_index), queries.index, rule.blocks.q
+    tiles, q_index, block = tiling.make_tiles(rule, queries, k_BSKH, v_BSKH, k_index), queries.index, rule.blocks.q
 
     def like(x: jax.Array) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, jnp.float32)
@@ -28,23 +28,23 @@ def backward(rule: Rule, ready: Ready, k_BSKH, v_BSKH, k_index, beside: Any) -> 
     rows, H = tiles.q.shape[3:]
     dq, dslopes = grid.call(
         functools.partial(_queries, rule, tiles.sizes), rule, "flash_backward_queries", tiles,
-        grid.steps(rule, q_index, k_index, keys_pass=True), True, tuple(more),
+        grid.grid_ranges(rule, q_index, k_index, keys_pass=True), True, tuple(more),
         [("q", like(tiles.q)), ("q", like(ready.lse))], [(H, rows), (1, rows)],
     )  # fmt: skip
     dk, dv = grid.call(
         functools.partial(_keys, rule, tiles.sizes), rule, "flash_backward_keys", tiles,
-        grid.steps(rule, q_index, k_index, keys_pass=False), False, tuple(more),
+        grid.grid_ranges(rule, q_index, k_index, keys_pass=False), False, tuple(more),
         [("k", like(tiles.k)), ("k", like(tiles.v))], [tiles.k.shape[3:], tiles.k.shape[3:]],
     )  # fmt: skip
-    if beside:
+    if in_flight:
         # Before the results are used in any way: otherwise the compiler would hide transfers behind that instead of behind the
         # kernel. What is not needed so soon is left to hide behind the kernel for dq, which runs later.
-        (dk, dv), soon = jax.lax.optimization_barrier(((dk, dv), beside[0]))
-        beside = (soon, *beside[1:])
+        (dk, dv), soon = jax.lax.optimization_barrier(((dk, dv), in_flight[0]))
+        in_flight = (soon, *in_flight[1:])
     dk, dv = (tiling.join_heads(x, rule.blocks.k, k_BSKH.shape) for x in (dk, dv))
     B, T = q_index.order.shape
-    dslopes = jnp.sum(tiling.join_numbers(dslopes, block, (B, T, k_BSKH.shape[2] * rows // block)), axis=(0, 1))
-    return (dq, dk, dv, dslopes), beside
+    dslopes = jnp.sum(tiling.join_rows(dslopes, block, (B, T, k_BSKH.shape[2] * rows // block)), axis=(0, 1))
+    return (dq, dk, dv, dslopes), in_flight
 
 
 def _slope(rule: Rule, masked: bool, q, k, v, q_tokens, k_tokens, slopes, do, lse, delta) -> tuple:

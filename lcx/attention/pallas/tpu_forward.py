@@ -1,6 +1,6 @@
 """The forward pass of the TPU kernel: an online softmax, looping over keys for each block of queries (arXiv 2307.08691).
 
-Legend: see `cut`.
+Legend: see `tiling`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from lcx.attention.partial import Partial
 
 def forward(rule: Rule, q_BTNH, k_BSKH, v_BSKH, q_index, k_index, slopes_N) -> Partial:
     """`(o_BTNH, lse_BTN)` of the queries over these keys."""
-    tiles = tiling.cut(rule, tiling.cut_queries(rule, q_BTNH, q_index, slopes_N, k_BSKH.shape[2]), k_BSKH, v_BSKH, k_index)
-    known = grid.steps(rule, q_index, k_index, keys_pass=True)
+    tiles = tiling.make_tiles(
+        rule, tiling.make_query_tiles(rule, q_BTNH, q_index, slopes_N, k_BSKH.shape[2]), k_BSKH, v_BSKH, k_index
+    )
+    known = grid.grid_ranges(rule, q_index, k_index, keys_pass=True)
     rows, H = tiles.q.shape[3:]
     outputs = [
         ("q", jax.ShapeDtypeStruct(tiles.q.shape, rule.out_dtype)),
@@ -29,7 +31,7 @@ def forward(rule: Rule, q_BTNH, k_BSKH, v_BSKH, q_index, k_index, slopes_N) -> P
     ]
     kernel = functools.partial(_kernel, rule, tiles.sizes)
     o, lse = grid.call(kernel, rule, "flash_forward", tiles, known, True, (), outputs, [(1, rows), (1, rows), (H, rows)])
-    return tiling.join_heads(o, rule.blocks.q, q_BTNH.shape), tiling.join_numbers(lse, rule.blocks.q, q_BTNH.shape[:3])
+    return tiling.join_heads(o, rule.blocks.q, q_BTNH.shape), tiling.join_rows(lse, rule.blocks.q, q_BTNH.shape[:3])
 
 
 def _kernel(

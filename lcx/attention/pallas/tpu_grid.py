@@ -22,7 +22,7 @@ VMEM = 64 * 2**20
 """Bytes of on-chip memory that a kernel may request: half of that of v5e and v6e, all of that of v5p."""
 
 
-class Steps(NamedTuple):
+class GridRanges(NamedTuple):
     """What is known before a grid step, as flat int32 arrays in scalar memory: the extremes of every block, and for every block
     that stays, the first and last of the passing blocks that it has work with."""
 
@@ -32,7 +32,7 @@ class Steps(NamedTuple):
     last: jax.Array
 
 
-def steps(rule: Rule, q_index: Index, k_index: Index, keys_pass: bool) -> Steps:
+def grid_ranges(rule: Rule, q_index: Index, k_index: Index, keys_pass: bool) -> GridRanges:
     """The scalars of a call in which the blocks of one side stay while the blocks of the other (`keys_pass`: the keys) pass."""
     q, k = extremes(rule, q_index, k_index)
     some = pairs(may_see, rule, q, k, keys_pass)
@@ -41,7 +41,7 @@ def steps(rule: Rule, q_index: Index, k_index: Index, keys_pass: bool) -> Steps:
     first = jnp.min(jnp.where(some, place, count - 1), axis=2)
     last = jnp.max(jnp.where(some, place, 0), axis=2)
     # A block with nothing to do gets a range of one.
-    return Steps(flat(q), flat(k), jnp.minimum(first, last).reshape(-1), last.reshape(-1))
+    return GridRanges(flat(q), flat(k), jnp.minimum(first, last).reshape(-1), last.reshape(-1))
 
 
 def visit(rule: Rule, sizes: tuple[int, ...], q_bounds, k_bounds, b, i, j, tile: Callable[[bool], None]) -> None:
@@ -70,7 +70,7 @@ def logits(rule: Rule, masked: bool, q, k, q_tokens, k_tokens, slopes) -> tuple[
 
 
 def call(
-    kernel: Any, rule: Rule, name: str, tiles: Tiles, known: Steps, keys_pass: bool, more: tuple, outputs: list, scratch: list
+    kernel: Any, rule: Rule, name: str, tiles: Tiles, known: GridRanges, keys_pass: bool, more: tuple, outputs: list, scratch: list
 ) -> list:
     """Runs `kernel` over the grid (b, h, block that stays, block that passes).
 

@@ -13,11 +13,11 @@ import jax
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from lcx.attention.parallel.gather import gather
-from lcx.attention.parallel.ring import Hops, ring
-from lcx.attention.parallel.sequence_layout import Layout
+from lcx.attention.parallel.ring import RingSchedule, ring
+from lcx.attention.parallel.sequence_layout import SequenceLayout
 from lcx.attention.parallel.ulysses import share_of_bias, ulysses
 from lcx.attention.partial import Partial
-from lcx.attention.shard import Kernel, Keys, Local, Queries
+from lcx.attention.shard import Kernel, KVShard, QueryShard, ShardSpec
 from lcx.core.errors import UserError
 from lcx.core.mask import Mask
 from lcx.core.mesh import RULES, SEQUENCE, axis_size, target_platform
@@ -33,24 +33,24 @@ CPU_HOP = 2**21
 of them."""
 
 
-class ContextPlan(NamedTuple):
-    """The decision of `resolve_context`: the devices whose keys are needed, and in how many slices."""
+class ContextChoice(NamedTuple):
+    """The decision of `choose_strategy`: the devices whose keys are needed, and in how many slices."""
 
     strategy: Strategy
-    hops: Hops
+    hops: RingSchedule
     reason: str
 
 
-def resolve_context(
-    strategy: Strategy | Literal["auto"], mask: Mask, layout: Layout, length: int, pieces: int, group: int
-) -> ContextPlan:
-    """How `pieces` devices of the ring share rows of `length` tokens under a mask, and why; `group` is N / K.
+def choose_strategy(
+    strategy: Strategy | Literal["auto"], mask: Mask, layout: SequenceLayout, length: int, ring_size: int, group: int
+) -> ContextChoice:
+    """How `ring_size` devices of the ring share rows of `length` tokens under a mask, and why; `group` is N / K.
 
     Raises `UserError` if the requested strategy cannot be exact.
     """
-    shard = length // pieces
-    whole = Hops(pieces - 1)
-    near = _window_hops(mask, layout, shard, pieces)
+    shard = length // ring_size
+    whole = RingSchedule(ring_size - 1)
+    near = _window_hops(mask, layout, shard, ring_size)
     if strategy == "window" and near is None:
         raise UserError(
             "strategy 'window' needs a window that ends within the ring, no prefix, and a contiguous or zigzag layout "
@@ -66,11 +66,11 @@ def resolve_context(
         )
     hops = near if strategy == "window" else whole
     # When gathering, a slice of every shard adds up to what one device holds. A ring needs large messages.
-    slices = next(n for n in range(min(pieces, shard), 0, -1) if shard % n == 0) if strategy == "gather" else 1
-    return ContextPlan(strategy, dataclasses.replace(hops, slices=slices), f"{strategy}: {why}")
+    slices = next(n for n in range(min(ring_size, shard), 0, -1) if shard % n == 0) if strategy == "gather" else 1
+    return ContextChoice(strategy, dataclasses.replace(hops, slices=slices), f"{strategy}: {why}")
 
 
-def host_parts(hops: Hops, biased: bool, rows: int, tokens: int, heads: int, kv_heads: int) -> Hops:
+def host_parts(hops: RingSchedule, biased: bool, rows: int, tokens: int, heads: int, kv_heads: int) -> RingSchedule:
     """How host devices that hold `rows` of `tokens` tokens walk a ring: by groups of heads; or by halves of the keys if there is a
     bias, which is computed for all heads at once, or if no other device has keys."""
     if biased or not hops.before + hops.after:
@@ -79,14 +79,14 @@ def host_parts(hops: Hops, biased: bool, rows: int, tokens: int, heads: int, kv_
     return dataclasses.replace(hops, groups=max(fits, default=1))
 
 
-def _window_hops(mask: Mask, layout: Layout, shard: int, pieces: int) -> Hops | None:
+def _window_hops(mask: Mask, layout: SequenceLayout, shard: int, ring_size: int) -> RingSchedule | None:
     """The neighbours that a window reaches; None if it reaches all devices, or one that is not a neighbour."""
     if mask.window is None or mask.prefix or layout == "striped":
         return None
     reach = -(-(mask.window - 1) // (shard // 2 if layout == "zigzag" else shard))
     # Of a device's two zigzag chunks one has its predecessor on the device before, the other on the device after.
-    hops = Hops(reach, 0 if mask.causal and layout == "contiguous" else reach)
-    return hops if hops.before + hops.after < pieces - 1 else None
+    hops = RingSchedule(reach, 0 if mask.causal and layout == "contiguous" else reach)
+    return hops if hops.before + hops.after < ring_size - 1 else None
 
 
 class _Split(NamedTuple):
@@ -97,7 +97,7 @@ class _Split(NamedTuple):
     heads: PartitionSpec
 
 
-def _split(mesh: AbstractMesh, kernel: Kernel, queries: Queries, keys: Keys) -> _Split:
+def _split(mesh: AbstractMesh, kernel: Kernel, queries: QueryShard, keys: KVShard) -> _Split:
     """The sequence axes only; or the whole mesh for a kernel that the compiler cannot split over rows and heads by itself."""
     if kernel != "flash":
         return _Split(set(SEQUENCE), PartitionSpec(None, SEQUENCE), PartitionSpec(None, SEQUENCE))
@@ -108,29 +108,29 @@ def _split(mesh: AbstractMesh, kernel: Kernel, queries: Queries, keys: Keys) -> 
     return _Split(set(mesh.axis_names), PartitionSpec(rows, SEQUENCE), PartitionSpec(rows, SEQUENCE, heads))
 
 
-def over_devices(
+def shard_map_attention(
     mesh: AbstractMesh,
     kernel: Kernel,
     run: Callable[..., Partial],
-    queries: Queries,
-    keys: Keys,
+    queries: QueryShard,
+    keys: KVShard,
     bias_params: Any,
     spread: bool = True,
 ) -> Partial:
-    """`run(shared, queries, keys, bias_params)` on the rows, tokens and heads of each device, for global arrays.
+    """`run(share_heads, queries, keys, bias_params)` on the rows, tokens and heads of each device, for global arrays.
 
-    `shared(local)` is `local` restricted to a device's share of the heads. Without `spread` every device has all query tokens.
+    `share_heads(shard)` is `shard` restricted to a device's share of the heads. Without `spread` every device has all query tokens.
     """
     split = _split(mesh, kernel, queries, keys)
     asking = split if spread else split._replace(tokens=_whole(split.tokens), heads=_whole(split.heads))
 
-    def shared(local: Local) -> Local:
-        return share_of_bias(local, "tensor") if len(split.heads) > 2 and split.heads[2] else local
+    def share_heads(shard: ShardSpec) -> ShardSpec:
+        return share_of_bias(shard, "tensor") if len(split.heads) > 2 and split.heads[2] else shard
 
-    q_specs = Queries(asking.heads, asking.tokens, asking.tokens)
-    k_specs = Keys(split.heads, split.heads, split.tokens, split.tokens)
+    q_specs = QueryShard(asking.heads, asking.tokens, asking.tokens)
+    k_specs = KVShard(split.heads, split.heads, split.tokens, split.tokens)
     return jax.shard_map(
-        lambda *args: run(shared, *args),
+        lambda *args: run(share_heads, *args),
         mesh=mesh, in_specs=(q_specs, k_specs, PartitionSpec()), out_specs=asking.heads, axis_names=split.axes, check_vma=False,
     )(queries, keys, bias_params)  # fmt: skip
 
@@ -140,30 +140,30 @@ def _whole(spec: PartitionSpec) -> PartitionSpec:
     return PartitionSpec(*(None if axes == SEQUENCE else axes for axes in spec))
 
 
-def over_mesh(
+def context_parallel_attention(
     mesh: AbstractMesh,
-    plan: ContextPlan,
-    local: Callable[[int, int, int], Local],
-    queries: Queries,
-    keys: Keys,
+    plan: ContextChoice,
+    shard_for: Callable[[int, int, int], ShardSpec],
+    queries: QueryShard,
+    keys: KVShard,
     bias_params: Any,
 ) -> Partial:
     """`(o_BTNH, lse_BTN)` in float32 or wider of global arrays whose sequence is split over `SEQUENCE`.
 
-    Every device computes the results of its own tokens. `local(tokens, heads, kv_heads)` returns the static arguments for the sizes
-    that a device processes at a time.
+    Every device computes the results of its own tokens. `shard_for(tokens, heads, kv_heads)` returns the static arguments for the
+    sizes that a device processes at a time.
     """
-    pieces, share = mesh.shape["ring"], mesh.shape["ulysses"]
+    ring_size, share = mesh.shape["ring"], mesh.shape["ulysses"]
     exchange = share > 1
-    one = local(queries.q.shape[1] // pieces, queries.q.shape[2] // share, max(1, keys.k.shape[2] // share))
+    one = shard_for(queries.q.shape[1] // ring_size, queries.q.shape[2] // share, max(1, keys.k.shape[2] // share))
     biased = one.scheme.bias is not None
 
-    def run(shared: Callable[[Local], Local], queries: Queries, keys: Keys, bias_params: Any) -> Partial:
-        def attention(queries: Queries, keys: Keys) -> Partial:
+    def run(share_heads: Callable[[ShardSpec], ShardSpec], queries: QueryShard, keys: KVShard, bias_params: Any) -> Partial:
+        def attention(queries: QueryShard, keys: KVShard) -> Partial:
             (B, T, N, _), K, hops = queries.q.shape, keys.k.shape[2], plan.hops
             if plan.strategy != "gather" and target_platform() == "cpu":
                 hops = host_parts(hops, biased, B, T, N, K)
-            here = shared(local(T, N // hops.groups, K // hops.groups))
+            here = share_heads(shard_for(T, N // hops.groups, K // hops.groups))
             if exchange:
                 here = share_of_bias(here, "ulysses")
             if plan.strategy == "gather":
@@ -172,4 +172,4 @@ def over_mesh(
 
         return ulysses(attention, "ulysses", queries, keys) if exchange else attention(queries, keys)
 
-    return over_devices(mesh, one.kernel, run, queries, keys, bias_params)
+    return shard_map_attention(mesh, one.kernel, run, queries, keys, bias_params)

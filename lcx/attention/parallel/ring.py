@@ -21,21 +21,21 @@ from jax.ad_checkpoint import checkpoint_name
 from lcx.attention.blockwise import SAVED
 from lcx.attention.partial import Partial, merge
 from lcx.attention.shard import (
-    Keys,
-    Local,
-    Queries,
-    backward,
+    KVShard,
+    QueryShard,
+    ShardSpec,
     cotangents,
-    forward,
+    map_head_groups,
     nothing_seen,
-    over_heads,
-    over_slices,
-    wide_zeros,
+    scan_key_slices,
+    shard_attention,
+    shard_vjp,
+    zeros_fp32,
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class Hops:
+class RingSchedule:
     """From how many devices before and after its own a device receives keys. A whole ring is (n - 1, 0).
 
     Keys travel in `slices` parts, one after another, or the whole ring is walked once for each of `groups` groups of heads: what is
@@ -49,84 +49,84 @@ class Hops:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def ring(local: Local, axis: str, hops: Hops, queries: Queries, keys: Keys, bias_params: Any) -> Partial:
+def ring(shard: ShardSpec, axis: str, hops: RingSchedule, queries: QueryShard, keys: KVShard, bias_params: Any) -> Partial:
     """`(o_BTNH, lse_BTN)` in float32 or wider of this device's queries over the keys of `hops` devices along mesh axis `axis`."""
-    return _forward(local, axis, hops, queries, keys, bias_params)
+    return _forward(shard, axis, hops, queries, keys, bias_params)
 
 
-def _forward(local: Local, axis: str, hops: Hops, queries: Queries, keys: Keys, bias_params: Any) -> Partial:
+def _forward(shard: ShardSpec, axis: str, hops: RingSchedule, queries: QueryShard, keys: KVShard, bias_params: Any) -> Partial:
     if hops.groups > 1:
 
         def some(q: jax.Array, k: jax.Array, v: jax.Array) -> Partial:
-            return _forward(local, axis, _one_group(hops), queries.replace(q=q), keys.replace(k=k, v=v), bias_params)
+            return _forward(shard, axis, _one_group(hops), queries.replace(q=q), keys.replace(k=k, v=v), bias_params)
 
-        return over_heads(some, hops.groups, nothing_seen(queries), (queries.q, keys.k, keys.v))
+        return map_head_groups(some, hops.groups, nothing_seen(queries), (queries.q, keys.k, keys.v))
     wide = jnp.promote_types(queries.q.dtype, jnp.float32)
 
-    def visit(so_far: Partial, here: Keys, following: Any) -> tuple[Partial, Any]:
-        part = forward(local, queries, here, bias_params, wide)
+    def visit(so_far: Partial, here: KVShard, following: Any) -> tuple[Partial, Any]:
+        part = shard_attention(shard, queries, here, bias_params, wide)
         # Keeps the compiler from moving the transfer after the kernel, where only the merge would be left to hide it.
         following, part = jax.lax.optimization_barrier((following, part))
         return merge(so_far, part), following
 
-    def part(result: Partial, keys: Keys) -> tuple[Partial, None]:
-        for shift, first, last in _legs(hops):
-            result = _walk(axis, shift, first, last, keys, visit, result)
+    def part(result: Partial, keys: KVShard) -> tuple[Partial, None]:
+        for shift, first, last in _directions(hops):
+            result = _pass_around(axis, shift, first, last, keys, visit, result)
         return result, None
 
-    return over_slices(part, nothing_seen(queries), keys, hops.slices)[0]
+    return scan_key_slices(part, nothing_seen(queries), keys, hops.slices)[0]
 
 
-def _ring_forward(local: Local, axis: str, hops: Hops, queries: Queries, keys: Keys, bias_params: Any) -> tuple:
-    whole = tuple(checkpoint_name(x, SAVED) for x in _forward(local, axis, hops, queries, keys, bias_params))
+def _ring_forward(shard: ShardSpec, axis: str, hops: RingSchedule, queries: QueryShard, keys: KVShard, bias_params: Any) -> tuple:
+    whole = tuple(checkpoint_name(x, SAVED) for x in _forward(shard, axis, hops, queries, keys, bias_params))
     return whole, (queries, keys, bias_params, whole)
 
 
-def _ring_backward(local: Local, axis: str, hops: Hops, saved: tuple, cotangent: Partial) -> tuple:
+def _ring_backward(shard: ShardSpec, axis: str, hops: RingSchedule, saved: tuple, cotangent: Partial) -> tuple:
     queries, keys, bias_params, whole = saved
     if hops.groups > 1:
 
         def some(q: jax.Array, k: jax.Array, v: jax.Array, o: jax.Array, lse: jax.Array, do: jax.Array, dlse: jax.Array) -> tuple:
             part = queries.replace(q=q), keys.replace(k=k, v=v), bias_params, (o, lse)
-            dqueries, dkeys, _ = _ring_backward(local, axis, _one_group(hops), part, (do, dlse))
+            dqueries, dkeys, _ = _ring_backward(shard, axis, _one_group(hops), part, (do, dlse))
             return dqueries.q, dkeys.k, dkeys.v
 
         inputs = queries.q, keys.k, keys.v
-        dq, *dkv = over_heads(some, hops.groups, tuple(map(jnp.zeros_like, inputs)), (*inputs, *whole, *cotangent))
-        return cotangents(queries, keys, bias_params, dq, dkv, wide_zeros(bias_params))
+        dq, *dkv = map_head_groups(some, hops.groups, tuple(map(jnp.zeros_like, inputs)), (*inputs, *whole, *cotangent))
+        return cotangents(queries, keys, bias_params, dq, dkv, zeros_fp32(bias_params))
     wide = whole[0].dtype
-    pull = backward(local, queries, keys.k.shape[2], bias_params, whole, cotangent)
+    pull = shard_vjp(shard, queries, keys.k.shape[2], bias_params, whole, cotangent)
 
-    def part(state: tuple, keys: Keys) -> tuple[tuple, tuple]:
+    def part(state: tuple, keys: KVShard) -> tuple[tuple, tuple]:
         dkv = None
-        for shift, first, last in _legs(hops):
+        for shift, first, last in _directions(hops):
 
-            def visit(state: tuple, here: Keys, following: Any, shift: int = shift) -> tuple[tuple, Any]:
+            def visit(state: tuple, here: KVShard, following: Any, shift: int = shift) -> tuple[tuple, Any]:
                 dq, dbias, pending = state
                 arrived = _send(axis, shift, pending)
-                (dq_part, dk, dv, dbias_part), (following, arrived) = pull.through(here, (following, arrived))
+                (dq_part, dk, dv, dbias_part), (following, arrived) = pull.step(here, (following, arrived))
                 pending = arrived + jnp.stack((dk, dv)).astype(wide)
                 return (*jax.tree.map(jnp.add, (dq, dbias), (dq_part, dbias_part)), pending), following
 
             nothing = jnp.zeros((2, *keys.k.shape), wide)  # dk and dv travel as one array: see `_send`
-            *state, pending = _walk(axis, shift, first, last, keys, visit, (*state, nothing))
+            *state, pending = _pass_around(axis, shift, first, last, keys, visit, (*state, nothing))
             # The last keys that were visited are `last` devices from home.
             home = _send(axis, -shift * last, pending) if last else pending
             dkv = home if dkv is None else jax.tree.map(jnp.add, dkv, home)
         return tuple(state), tuple(dkv)
 
-    (dq, dbias), dkv = over_slices(part, (pull.start, wide_zeros(bias_params)), keys, hops.slices)
-    return cotangents(queries, keys, bias_params, pull.finish(dq), dkv, dbias)
+    (dq, dbias), dkv = scan_key_slices(part, (pull.init, zeros_fp32(bias_params)), keys, hops.slices)
+    return cotangents(queries, keys, bias_params, pull.finalize(dq), dkv, dbias)
 
 
 ring.defvjp(_ring_forward, _ring_backward)
 
 
-def _one_group(hops: Hops) -> Hops:
+def _one_group(hops: RingSchedule) -> RingSchedule:
     return dataclasses.replace(hops, groups=1)
 
 
-def _legs(hops: Hops) -> list[tuple[int, int, int]]:
+def _directions(hops: RingSchedule) -> list[tuple[int, int, int]]:
     """(direction in which keys move, first and last distance visited)."""
     return [(1, 0, hops.before)] + ([(-1, 1, hops.after)] if hops.after else [])
 
@@ -137,10 +137,10 @@ def _send(axis: str, shift: int, tree: Any) -> Any:
     A TPU has five transfers in progress at a time, and one that has to wait for another is not hidden behind a kernel. So the index
     travels as one array, as do sine and cosine, and dk and dv. Keys and values, the largest, would have to be copied for it.
     """
-    if isinstance(tree, Keys):
+    if isinstance(tree, KVShard):
         rest = _send(axis, shift, (tree.index, tree.tables))
         k, v = (_permute(axis, shift, x) for x in (tree.k, tree.v))
-        return Keys(k, v, *rest)
+        return KVShard(k, v, *rest)
     leaves, structure = jax.tree.flatten(tree)
     groups: dict[Any, list[int]] = {}
     for i, leaf in enumerate(leaves):
@@ -160,7 +160,7 @@ def _permute(axis: str, shift: int, x: jax.Array) -> jax.Array:
     return jax.lax.ppermute(x, axis, [(i, (i + shift) % size) for i in range(size)])
 
 
-def _walk(axis: str, shift: int, first: int, last: int, keys: Keys, visit: Callable, state: Any) -> Any:
+def _pass_around(axis: str, shift: int, first: int, last: int, keys: KVShard, visit: Callable, state: Any) -> Any:
     """`visit(state, keys, following)` for the keys `first` to `last` devices away; the next ones are in transfer meanwhile."""
     here = _send(axis, shift * first, keys) if first else keys
 

@@ -14,38 +14,38 @@ import numpy as np
 from lcx.core.errors import UserError
 from lcx.core.mesh import multiples
 
-Layout = Literal["contiguous", "zigzag", "striped"]
+SequenceLayout = Literal["contiguous", "zigzag", "striped"]
 
-LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+SEQUENCE_LAYOUTS: tuple[SequenceLayout, ...] = get_args(SequenceLayout)
 
 
-def choose_layout(asked: Layout | Literal["auto"], length: int, pieces: int, windowed: bool) -> Layout:
-    """The layout for rows of `length` tokens on a ring of `pieces` devices.
+def choose_layout(asked: SequenceLayout | Literal["auto"], length: int, ring_size: int, windowed: bool) -> SequenceLayout:
+    """The layout for rows of `length` tokens on a ring of `ring_size` devices.
 
     auto: zigzag, which balances causal attention; contiguous if all layers have a window (`windowed`), since they only need
     neighbours, and if there is no ring; striped, also balanced, if the length is not divisible into zigzag chunks.
     """
     if asked != "auto":
         return asked
-    if pieces == 1 or windowed:
+    if ring_size == 1 or windowed:
         return "contiguous"
-    return "striped" if length % unit("zigzag", pieces) else "zigzag"
+    return "striped" if length % unit("zigzag", ring_size) else "zigzag"
 
 
-def unit(layout: Layout, pieces: int) -> int:
+def unit(layout: SequenceLayout, ring_size: int) -> int:
     """The number by which T must be divisible: two chunks per piece for zigzag, one token per piece for the others."""
-    return 2 * pieces if layout == "zigzag" else pieces
+    return 2 * ring_size if layout == "zigzag" else ring_size
 
 
-def check_length(what: str, length: int, layout: Layout, pieces: int) -> None:
-    """Raises `UserError` naming the nearest lengths if a row of `length` cannot be split into `pieces`."""
-    size = unit(layout, pieces)
+def check_length(what: str, length: int, layout: SequenceLayout, ring_size: int) -> None:
+    """Raises `UserError` naming the nearest lengths if a row of `length` cannot be split into `ring_size`."""
+    size = unit(layout, ring_size)
     if length % size:
         chunks = f"2·ring={size} (zigzag chunks)" if layout == "zigzag" else f"{size} ({layout} shards)"
         raise UserError(f"{what}={length} must be divisible by {chunks}; try {multiples(length, size)}")
 
 
-def arrange(tree: Any, layout: Layout, pieces: int) -> Any:
+def arrange(tree: Any, layout: SequenceLayout, ring_size: int) -> Any:
     """Arrays `[B, T, ...]` in row order, host or device, rearranged so that piece i of a plain split along T holds its own tokens.
 
     contiguous: tokens in order. zigzag: of 2n chunks, piece i gets chunks i and 2n - 1 - i, so that under a causal mask all pieces
@@ -55,28 +55,28 @@ def arrange(tree: Any, layout: Layout, pieces: int) -> Any:
 
     def one(x: Any) -> Any:
         B, T, *rest = x.shape
-        check_length("a row's length", T, layout, pieces)
+        check_length("a row's length", T, layout, ring_size)
         if layout == "zigzag":
-            chunks = x.reshape(B, 2, pieces, T // (2 * pieces), *rest)
+            chunks = x.reshape(B, 2, ring_size, T // (2 * ring_size), *rest)
             chunks = _module(x).stack([chunks[:, 0], chunks[:, 1, ::-1]], axis=2)
             return chunks.reshape(x.shape)
-        return x.reshape(B, T // pieces, pieces, *rest).swapaxes(1, 2).reshape(x.shape)
+        return x.reshape(B, T // ring_size, ring_size, *rest).swapaxes(1, 2).reshape(x.shape)
 
-    return tree if layout == "contiguous" or pieces == 1 else jax.tree.map(one, tree)
+    return tree if layout == "contiguous" or ring_size == 1 else jax.tree.map(one, tree)
 
 
-def restore(tree: Any, layout: Layout, pieces: int) -> Any:
+def restore(tree: Any, layout: SequenceLayout, ring_size: int) -> Any:
     """The inverse of `arrange`, for outputs `[B, T, ...]`."""
 
     def one(x: Any) -> Any:
         B, T, *rest = x.shape
         if layout == "zigzag":
-            chunks = x.reshape(B, pieces, 2, T // (2 * pieces), *rest)
+            chunks = x.reshape(B, ring_size, 2, T // (2 * ring_size), *rest)
             chunks = _module(x).stack([chunks[:, :, 0], chunks[:, ::-1, 1]], axis=1)
             return chunks.reshape(x.shape)
-        return x.reshape(B, pieces, T // pieces, *rest).swapaxes(1, 2).reshape(x.shape)
+        return x.reshape(B, ring_size, T // ring_size, *rest).swapaxes(1, 2).reshape(x.shape)
 
-    return tree if layout == "contiguous" or pieces == 1 else jax.tree.map(one, tree)
+    return tree if layout == "contiguous" or ring_size == 1 else jax.tree.map(one, tree)
 
 
 def _module(x: Any) -> Any:

@@ -16,21 +16,21 @@ import jax
 import jax.numpy as jnp
 
 from lcx.attention.partial import Partial
-from lcx.attention.shard import Keys, Local, Queries, forward
+from lcx.attention.shard import KVShard, QueryShard, ShardSpec, shard_attention
 from lcx.core.mesh import SEQUENCE
 
 
-def split_kv(local: Local, spread: bool, queries: Queries, keys: Keys, bias_params: Any) -> Partial:
+def split_kv(shard: ShardSpec, spread: bool, queries: QueryShard, keys: KVShard, bias_params: Any) -> Partial:
     """`(o_BTNH, lse_BTN)` in float32 or wider of the queries over the slots of all devices of the mesh's sequence axes.
 
     If `spread`, a device has its share of the queries and gets their results; otherwise every device has and gets all of them.
-    `local` holds the static arguments for all queries over a device's slots. Any assignment of tokens to slots is correct: the
+    `shard` holds the static arguments for all queries over a device's slots. Any assignment of tokens to slots is correct: the
     index identifies each slot's token.
     """
     wide = jnp.promote_types(queries.q.dtype, jnp.float32)
     if spread:
         queries = jax.tree.map(lambda x: jax.lax.all_gather(x, SEQUENCE, axis=1, tiled=True), queries)
-    return merge_over(SEQUENCE, forward(local, queries, keys, bias_params, wide), spread)
+    return merge_over(SEQUENCE, shard_attention(shard, queries, keys, bias_params, wide), spread)
 
 
 def merge_over(axes: tuple[str, ...], part: Partial, scatter: bool) -> Partial:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from lcx.attention.partial import Partial
-from lcx.attention.shard import Keys, Local, Queries
+from lcx.attention.shard import KVShard, QueryShard, ShardSpec
 from lcx.core.errors import UserError
 from lcx.positions.scheme import BiasFn
 
@@ -59,14 +59,14 @@ class HeadShare(BiasFn):
         return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(self.axis) * heads, heads, axis=axis)
 
 
-def share_of_bias(local: Local, axis: str) -> Local:
-    """`local` for the heads of this device of mesh axis `axis`; unchanged without a bias."""
-    if local.scheme.bias is None:
-        return local
-    return dataclasses.replace(local, scheme=dataclasses.replace(local.scheme, bias=HeadShare(local.scheme.bias, axis)))
+def share_of_bias(shard: ShardSpec, axis: str) -> ShardSpec:
+    """`shard` for the heads of this device of mesh axis `axis`; unchanged without a bias."""
+    if shard.scheme.bias is None:
+        return shard
+    return dataclasses.replace(shard, scheme=dataclasses.replace(shard.scheme, bias=HeadShare(shard.scheme.bias, axis)))
 
 
-def ulysses(attention: Callable[[Queries, Keys], Partial], axis: str, queries: Queries, keys: Keys) -> Partial:
+def ulysses(attention: Callable[[QueryShard, KVShard], Partial], axis: str, queries: QueryShard, keys: KVShard) -> Partial:
     """`attention` over the tokens of all devices of mesh axis `axis`, on this device's share of the heads."""
     size = jax.lax.axis_size(axis)
     copies = kv_copies(keys.k.shape[2], size)
@@ -81,7 +81,7 @@ def ulysses(attention: Callable[[Queries, Keys], Partial], axis: str, queries: Q
     def everyone(tree: Any) -> Any:
         return jax.tree.map(lambda x: jax.lax.all_gather(x, axis, axis=1, tiled=True), tree)
 
-    q_side = Queries(heads_for_tokens(queries.q), *everyone((queries.index, queries.tables)))
-    k_side = Keys(heads_for_tokens(k), heads_for_tokens(v), *everyone((keys.index, keys.tables)))
+    q_side = QueryShard(heads_for_tokens(queries.q), *everyone((queries.index, queries.tables)))
+    k_side = KVShard(heads_for_tokens(k), heads_for_tokens(v), *everyone((keys.index, keys.tables)))
     o, lse = attention(q_side, k_side)
     return tokens_for_heads(o), tokens_for_heads(lse)
