@@ -17,9 +17,10 @@ from lcx.core.configs import build
 from lcx.core.param_spec import initialize
 from lcx.data.config import DataConfig
 from lcx.data.loader import Loader
-from lcx.model.config import ModelConfig, build_architecture, build_schemes
+from lcx.model.architecture import build_architecture, build_schemes
+from lcx.model.config import ModelConfig
 from lcx.model.params import specs
-from lcx.model.transformer import hidden
+from lcx.model.transformer import hidden_states
 from lcx.positions.registry import SCHEMES
 from tests.positions.test_registry import TEXTS
 
@@ -107,7 +108,7 @@ def reach(params, buffers, arch, batch: Batch) -> jax.Array:
 
     # Rows are apart, so one gradient serves all of them.
     def forward(embedding):
-        return hidden({**params, "embed": {"embedding": embedding}}, buffers, arch, own)
+        return hidden_states({**params, "embed": {"embedding": embedding}}, buffers, arch, own)[0]
 
     states, pull = jax.vjp(forward, params["embed"]["embedding"])
 
@@ -155,7 +156,7 @@ def test_the_packings_are_what_they_say(packed):
 
 @functools.partial(jax.jit, static_argnums=2)
 def states(params, buffers, arch, batch):
-    return hidden(params, buffers, arch, batch)
+    return hidden_states(params, buffers, arch, batch)[0]
 
 
 @pytest.mark.parametrize("name", IDENTITIES)

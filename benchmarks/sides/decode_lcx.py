@@ -13,7 +13,8 @@ from decode_side import MODEL, THETA, Generate, prompts, serve, weights
 from side import NORM_EPS
 
 from lcx.core.trees import Tree
-from lcx.model.config import ModelConfig, build_architecture
+from lcx.model.architecture import build_architecture
+from lcx.model.config import ModelConfig
 from lcx.model.decode import generate
 from lcx.positions.rotary import Rope
 

@@ -14,7 +14,8 @@ from side import MODEL, NORM_EPS, OPTIMIZER, THETA, batches, serve
 
 from lcx.core.batch import Batch
 from lcx.core.mesh import MeshConfig, make_mesh
-from lcx.model.config import ModelConfig, build_architecture
+from lcx.model.architecture import build_architecture
+from lcx.model.config import ModelConfig
 from lcx.model.params import specs
 from lcx.positions.rotary import Rope
 from lcx.training.optimizer import OptimConfig

@@ -18,7 +18,7 @@ import jax
 from lcx.core import configs as configs
 from lcx.core.console import say, table
 from lcx.data.loader import Corpus, probe
-from lcx.model.config import build_architecture, build_schemes
+from lcx.model.architecture import build_architecture, build_schemes
 from lcx.positions.theta import critical_base
 from lcx.report import markdown
 from lcx.training import metrics, monitor

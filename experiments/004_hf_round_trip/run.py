@@ -24,7 +24,7 @@ from lcx.core.mesh import MeshConfig, make_mesh
 from lcx.evals import needles
 from lcx.evals.suite import EvalConfig, gather
 from lcx.interop.hf_config import read_file
-from lcx.model.config import build_architecture, build_schemes
+from lcx.model.architecture import build_architecture, build_schemes
 from lcx.model.decode import generate
 from lcx.recipes import extension, models
 from lcx.recipes.recipe import defaults, part, recipe, run_recipe

@@ -15,7 +15,7 @@ from lcx.core.console import say
 from lcx.core.errors import UserError
 from lcx.core.mesh import MeshConfig, make_mesh
 from lcx.data.tokenizers import tokenizers
-from lcx.model.config import build_schemes
+from lcx.model.architecture import build_schemes
 from lcx.model.decode import Timings
 from lcx.model.sampling import Sampling
 from lcx.recipes import models

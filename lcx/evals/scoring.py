@@ -18,9 +18,10 @@ from lcx.attention.parallel.sequence_layout import arrange, restore
 from lcx.core.batch import Batch
 from lcx.core.mesh import context_size, mesh_of
 from lcx.core.trees import Tree
-from lcx.model.config import Architecture, ModelConfig, build_architecture, row_layout
+from lcx.model.architecture import Architecture, build_architecture, row_layout
+from lcx.model.config import ModelConfig
 from lcx.model.loss import token_losses
-from lcx.model.transformer import hidden
+from lcx.model.transformer import hidden_states
 from lcx.positions.scheme import Scheme
 
 
@@ -48,12 +49,12 @@ def score(params: Tree, buffers: Tree, tokens: jax.Array, arch: Architecture, la
     batch = Batch.from_tokens(tokens)
     mesh = jax.sharding.get_abstract_mesh()
     if context_size() == 1:
-        states = hidden(params, buffers, arch, batch)[:, -last:]
+        states = hidden_states(params, buffers, arch, batch)[0][:, -last:]
         losses = token_losses(params, states, batch.targets[:, -last:], arch)
         return losses.nll, losses.correct
     ring, layout = mesh.shape["ring"], row_layout(arch.config, batch.tokens.shape[1], mesh)
     batch = arrange(batch, layout, ring).replace(layout=layout)
-    losses = token_losses(params, hidden(params, buffers, arch, batch), batch.targets, arch)
+    losses = token_losses(params, hidden_states(params, buffers, arch, batch)[0], batch.targets, arch)
     nll, correct = restore((losses.nll, losses.correct), layout, ring)
     return nll[:, -last:], correct[:, -last:]
 

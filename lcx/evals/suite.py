@@ -28,7 +28,8 @@ from lcx.evals.perplexity import bytes_per_token, perplexity, spans
 from lcx.evals.results import EvalResult, NeedleGrid, PerplexityCurve
 from lcx.evals.scoring import Scorer, model_scorer
 from lcx.evals.zero_shot import at_length, check, refuse_learned
-from lcx.model.config import ModelConfig, build_architecture
+from lcx.model.architecture import build_architecture
+from lcx.model.config import ModelConfig
 from lcx.model.decode import generate
 from lcx.positions.scheme import Scheme
 

@@ -31,7 +31,7 @@ from lcx.core.configs import fingerprint
 from lcx.core.errors import UserError
 from lcx.core.mesh import SEQUENCE, context_size, fitting_spec, multiples, target_platform
 from lcx.core.trees import Tree
-from lcx.model.config import Architecture
+from lcx.model.architecture import Architecture
 
 Layers = jax.Array | tuple[jax.Array, ...]
 """A value for every layer of a kind, stacked or as a tuple with one per layer."""

@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
-from jax.sharding import Mesh
-
-from lcx.attention.parallel.sequence_layout import SequenceLayout, choose_layout
-from lcx.attention.plan import AttentionSpec
-from lcx.core.configs import choice, positive
+from lcx.core.configs import positive
 from lcx.core.errors import UserError
-from lcx.core.mask import Mask
-from lcx.positions.registry import from_config
-from lcx.positions.scheme import Heads, Scheme, SchemeSpec
+from lcx.positions.scheme import Heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,66 +131,6 @@ class ModelConfig:
         return tuple(self.pattern[i % len(self.pattern)] for i in range(self.num_layers))
 
 
-def row_layout(config: ModelConfig, length: int, mesh: Mesh) -> SequenceLayout:
-    """How rows of `length` tokens are distributed over the devices of a mesh."""
-    return choose_layout(config.context_layout, length, mesh.shape["ring"], all(is_local(kind) for kind in config.kinds))
-
-
 def is_local(kind: str) -> bool:
     """True for layer kinds with a sliding window."""
     return kind.startswith("local")
-
-
-@dataclasses.dataclass(frozen=True)
-class Architecture:
-    """A model and the static schemes of its positional schemes: everything that a compiled program depends on."""
-
-    config: ModelConfig
-    schemes: tuple[tuple[str, SchemeSpec], ...]
-
-    def scheme(self, kind: str) -> SchemeSpec:
-        """The static positional scheme of a layer kind."""
-        return dict(self.schemes)[kind]
-
-    def attention(self, kind: str) -> AttentionSpec:
-        """How layers of a kind attend."""
-        config = self.config
-        mask = Mask(causal=True, window=config.window if is_local(kind) else None, prefix=config.prefix_attention)
-        scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
-        return AttentionSpec(
-            mask=mask,
-            scheme=self.scheme(kind),
-            scale=scale,
-            softcap=config.attention_softcap,
-            kernel=config.attention,
-            strategy=config.context_strategy,
-        )
-
-
-def build_schemes(config: ModelConfig, positions: Mapping[str, Any]) -> dict[str, Scheme]:
-    """The scheme of each layer kind from a mapping of kind to scheme, spec string or field mapping.
-
-    The key `default` serves kinds that are not named. Raises `UserError` for a name that is not a kind of this model and for a
-    kind without a scheme.
-    """
-    for kind in positions:
-        if kind != "default":
-            choice("positions", kind, config.kinds)
-    schemes = {}
-    for kind in config.kinds:
-        chosen = positions.get(kind, positions.get("default"))
-        if chosen is None:
-            raise UserError(f"positions has no scheme for {kind!r} layers; set positions.{kind} or positions.default")
-        schemes[kind] = from_config(chosen, f"positions.{kind}")
-    return schemes
-
-
-def build_architecture(config: ModelConfig, schemes: Mapping[str, Scheme], length: int) -> tuple[Architecture, dict[str, Any]]:
-    """Static architecture and the arrays of its schemes for a declared length (in tokens, including generated ones).
-
-    The arrays are a pytree `{kind: {"rotations": ..., ...}}` whose structure does not depend on theta, so programs compiled for one
-    theta work for all.
-    """
-    specs = tuple((kind, schemes[kind].spec(length)) for kind in config.kinds)
-    buffers = {kind: schemes[kind].buffers(config.heads, length) for kind in config.kinds}
-    return Architecture(config, specs), buffers

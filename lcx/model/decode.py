@@ -20,6 +20,7 @@ from lcx.core.batch import Index
 from lcx.core.errors import UserError
 from lcx.core.mesh import context_size, target_platform
 from lcx.core.trees import Tree
+from lcx.model.architecture import Architecture
 from lcx.model.cache import (
     Cache,
     check_chunk,
@@ -33,10 +34,10 @@ from lcx.model.cache import (
     write_index,
     write_layer,
 )
-from lcx.model.config import Architecture
 from lcx.model.loss import logits
+from lcx.model.norm import rms_norm
 from lcx.model.sampling import GREEDY, Sampling, SamplingSpec, draw
-from lcx.model.transformer import KindContext, cast_params, embed, layers, rms_norm, unstack
+from lcx.model.transformer import LayerInputs, cast_params, embed, scan_layers, unrolled_layers, unstack
 from lcx.positions.rotary import rotate, tables
 from lcx.positions.scheme import Region, SchemeSpec
 
@@ -100,11 +101,13 @@ def _extend(
     params = cast_params(params, arch.config)
     tokens, index = deal((tokens, index), turn)
     slots = {kind: write_index(old, index, start) for kind, old in cache.index.items()}
-    context = {kind: KindContext.build(arch, kind, params, buffers, index) for kind in slots}
+    inputs = {kind: LayerInputs.build(arch, kind, params, buffers, index) for kind in slots}
     raw = {kind: tables(arch.scheme(kind), buffers[kind], at.positions) for kind, at in slots.items() if kind not in cache.rotated}
 
-    def cached(kind: str, nth: jax.Array | int, layer: Tree, state: tuple, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
-        here, spec = context[kind], arch.attention(kind)
+    def cached_attention(
+        kind: str, nth: jax.Array | int, layer: Tree, state: tuple, q: jax.Array, k: jax.Array, v: jax.Array
+    ) -> tuple:
+        here, spec = inputs[kind], arch.attention(kind)
         if kind in cache.rotated:
             k, scheme = rotate_keys(spec.scheme, k, here.tables)
             spec = dataclasses.replace(spec, scheme=scheme)
@@ -118,7 +121,10 @@ def _extend(
         return out, state
 
     x = embed(params, buffers, arch, tokens, index.positions)
-    x, (keys, values), _ = layers(params["layers"], x, arch.config, cached, (cache.keys, cache.values))
+    if isinstance(params["layers"], tuple):
+        x, (keys, values) = unrolled_layers(params["layers"], x, arch.config, cached_attention, (cache.keys, cache.values))
+    else:
+        x, (keys, values), _ = scan_layers(params["layers"], x, arch.config, cached_attention, (cache.keys, cache.values))
     hidden = collect(rms_norm(params["final_norm"], x, arch.config), turn)
     return hidden, keep_placed(cache.replace(keys=keys, values=values, index=slots))
 

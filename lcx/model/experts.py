@@ -65,21 +65,21 @@ def _mesh() -> AbstractMesh | None:
     return None if mesh.empty or mesh.size == 1 else mesh
 
 
-def load(routing: Routing, real: jax.Array) -> jax.Array:
-    """How many of the tokens marked in `real` `[B, T]` chose each expert, and the expert's total probability: float32 `[2, E]`."""
+def count_load(routing: Routing, token_mask: jax.Array) -> jax.Array:
+    """How many tokens marked in `token_mask` `[B, T]` chose each expert, and its total probability: float32 `[2, E]`."""
     count = routing.probabilities.shape[-1]
     chosen = jnp.sum(routing.experts[..., None] == jnp.arange(count)[None, None, None], axis=-2, dtype=jnp.float32)
     both = jnp.stack([chosen, routing.probabilities])
-    return jnp.sum(both * real.astype(jnp.float32)[None, :, :, None], axis=(1, 2))
+    return jnp.sum(both * token_mask.astype(jnp.float32)[None, :, :, None], axis=(1, 2))
 
 
-def balance_loss(load_: jax.Array, tokens: jax.Array) -> jax.Array:
+def balance_loss(expert_load: jax.Array, tokens: jax.Array) -> jax.Array:
     """E · Σ_e (share of `tokens` that chose e) · (mean probability of e), of one layer; K if the load is even (2101.03961, eq. 4).
 
     The shares carry no gradient.
     """
-    chosen, probability = load_ / jnp.maximum(tokens, 1.0)
-    return load_.shape[-1] * jnp.sum(chosen * probability)
+    chosen, probability = expert_load / jnp.maximum(tokens, 1.0)
+    return expert_load.shape[-1] * jnp.sum(chosen * probability)
 
 
 def mix(
@@ -165,7 +165,7 @@ class _Rows(NamedTuple):
     used: jax.Array
 
 
-def _deal(experts: jax.Array, count: int) -> _Rows:
+def _sort_by_expert(experts: jax.Array, count: int) -> _Rows:
     """Rows in the order of their experts 0 … count - 1; any other number in `experts` `[N, K]` is an expert on another device."""
     N, K = experts.shape
     here = (experts >= 0) & (experts < count)
@@ -177,15 +177,15 @@ def _deal(experts: jax.Array, count: int) -> _Rows:
 
 
 @jax.custom_vjp
-def _send(x: jax.Array, rows: _Rows) -> jax.Array:
+def _dispatch(x: jax.Array, rows: _Rows) -> jax.Array:
     """Copies tokens `[N, D]` to their rows `[R, D]`; unused rows hold zeros."""
     return jnp.where(rows.used[:, None], x[rows.token], 0)
 
 
 @jax.custom_vjp
-def _fetch(y: jax.Array, rows: _Rows) -> jax.Array:
+def _combine(y: jax.Array, rows: _Rows) -> jax.Array:
     """The sum of each token's rows, `[R, D]` to `[N, D]`, summed in float32; the contents of unused rows do not matter."""
-    # A gather for each of the K: the transpose of `_send`'s gather would be a scatter, which adds up row by row.
+    # A gather for each of the K: the transpose of `_dispatch`'s gather would be a scatter, which adds up row by row.
     parts = (
         jnp.where(rows.here[:, k, None], y.at[rows.row[:, k]].get(mode="clip"), 0).astype(jnp.float32)
         for k in range(rows.row.shape[1])
@@ -194,39 +194,39 @@ def _fetch(y: jax.Array, rows: _Rows) -> jax.Array:
 
 
 @jax.custom_vjp
-def _share(weights: jax.Array, rows: _Rows) -> jax.Array:
+def _gather_weights(weights: jax.Array, rows: _Rows) -> jax.Array:
     """The weights `[N, K]` of the pairs, in the order of their rows `[R]`."""
     return weights[rows.token, rows.choice]
 
 
-_send.defvjp(lambda x, rows: (_send(x, rows), rows), lambda rows, dy: (_fetch(dy, rows), None))
-_fetch.defvjp(lambda y, rows: (_fetch(y, rows), rows), lambda rows, dx: (_send(dx, rows), None))
-_share.defvjp(
-    lambda weights, rows: (_share(weights, rows), rows),
+_dispatch.defvjp(lambda x, rows: (_dispatch(x, rows), rows), lambda rows, dy: (_combine(dy, rows), None))
+_combine.defvjp(lambda y, rows: (_combine(y, rows), rows), lambda rows, dx: (_dispatch(dx, rows), None))
+_gather_weights.defvjp(
+    lambda weights, rows: (_gather_weights(weights, rows), rows),
     lambda rows, d: (jnp.where(rows.here, d.at[rows.row].get(mode="clip"), 0.0), None),
 )
 
 
 def _ragged(params: Tree, x: jax.Array, weights: jax.Array, experts: jax.Array, activation: Activation) -> jax.Array:
     """Each token `[N, D]` through its own experts, sorted by expert; rows are weighted before `down`, where F is often below D."""
-    rows = _deal(experts, params["down"].shape[0])
+    rows = _sort_by_expert(experts, params["down"].shape[0])
     names = [name for name in ("up", "gate") if name in params]
     # Discards whatever the grouped product leaves in rows without a group, forward and backward.
     used = rows.used[:, None]
 
-    # Checkpointed as in `transformer._project`: the gather and the elementwise work are recomputed, but no product.
+    # Checkpointed as in `linear.project`: the gather and the elementwise work are recomputed, but no product.
     @jax.checkpoint
     def project(x: jax.Array) -> list[jax.Array]:
-        sent = _send(x, rows)
+        sent = _dispatch(x, rows)
         return [jnp.where(used, _grouped(sent, params[name], rows.sizes), 0) for name in names]
 
     @jax.checkpoint
     def down(weights: jax.Array, up: jax.Array, gate: jax.Array | None = None) -> jax.Array:
         inner = activation(up) if gate is None else activation(gate) * up
-        inner = jnp.where(used, inner.astype(jnp.float32) * _share(weights, rows)[:, None], 0.0)
+        inner = jnp.where(used, inner.astype(jnp.float32) * _gather_weights(weights, rows)[:, None], 0.0)
         return _grouped(inner.astype(x.dtype), params["down"], rows.sizes)
 
-    return _fetch(down(weights, *project(x)), rows)
+    return _combine(down(weights, *project(x)), rows)
 
 
 @jax.custom_vjp

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,21 @@ def linear(params: Tree, x: jax.Array, contract: int = 1) -> jax.Array:
     if (bias := params.get("bias")) is not None:
         y = y + bias.reshape((1,) * (x.ndim - contract) + bias.shape)
     return y
+
+
+def project(weights: list[Tree], x: jax.Array, norm: Callable[[jax.Array], jax.Array] | None) -> list[jax.Array]:
+    """`norm(x)` through each of several linear maps.
+
+    Like `mlp.down`: checkpointed, and yet no matrix product is computed twice, because the backward pass of a product needs
+    only its input. The elementwise work before it is recomputed, and its result is not kept.
+    """
+
+    @jax.checkpoint
+    def run(x: jax.Array) -> list[jax.Array]:
+        y = x if norm is None else norm(x)
+        return [linear(params, y) for params in weights]
+
+    return run(x)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -14,7 +14,8 @@ import numpy as np
 
 from lcx.core.batch import PADDING, Batch
 from lcx.core.trees import Tree
-from lcx.model.config import Architecture, ModelConfig
+from lcx.model.architecture import Architecture
+from lcx.model.config import ModelConfig
 
 
 @flax.struct.dataclass
@@ -44,8 +45,8 @@ class TokenLosses:
 
 
 def loss_sums(params: Tree, hidden: jax.Array, batch: Batch, arch: Architecture, router_aux: jax.Array | None = None) -> LossSums:
-    """Weighted sums of the next-token loss; `hidden` is `[B, T, D]`, `router_aux` a scalar or None, from `transformer.forward`."""
-    tokens = None if router_aux is None else real_tokens(batch)
+    """Weighted sums of the next-token loss; `hidden` is `[B, T, D]`, `router_aux` a scalar or None of `hidden_states`."""
+    tokens = None if router_aux is None else unpadded_tokens(batch)
     losses = token_losses(params, hidden, batch.targets, arch)
     weights = batch.weights.astype(jnp.float32)
     return LossSums(
@@ -58,7 +59,7 @@ def loss_sums(params: Tree, hidden: jax.Array, batch: Batch, arch: Architecture,
     )
 
 
-def real_tokens(batch: Batch) -> jax.Array:
+def unpadded_tokens(batch: Batch) -> jax.Array:
     """The number of tokens that are not padding, a float32 scalar."""
     return jnp.sum(batch.segments != PADDING, dtype=jnp.float32)
 

@@ -5,6 +5,7 @@ Legend: B batch, T tokens, N heads, K key-value heads, H head dim, D model, F fe
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -16,28 +17,18 @@ from jax.ad_checkpoint import checkpoint_name
 from lcx.attention.attend import attend
 from lcx.attention.blockwise import SAVED
 from lcx.core.batch import PADDING, Batch, Index
-from lcx.core.mesh import context_size, fitting_spec, target_platform
+from lcx.core.mesh import fitting_spec, target_platform
 from lcx.core.trees import Tree, cast
-from lcx.model import experts
-from lcx.model.config import Architecture, ModelConfig
-from lcx.model.linear import linear
+from lcx.model.architecture import Architecture
+from lcx.model.config import ModelConfig
+from lcx.model.linear import linear, project
+from lcx.model.mlp import mlp
+from lcx.model.norm import Norm, rms_norm
 from lcx.positions.rotary import tables
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": jax.nn.silu,
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-    "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
-}
 
 CPU_UNROLL = 8
 """Periods per iteration of the scan over layers on a CPU (`ModelConfig.layer_unroll`). Not used if anything is recomputed: outside
 a loop XLA's CPU backend finds the first result and keeps it after all."""
-
-CPU_WIDE = 2**20
-"""Elements of a feed-forward layer's inner activations that a CPU processes at once, 4 MiB: they stay in its cache. A step of 4,096
-tokens needs a quarter less memory, and no more time although it computes two products again."""
 
 LONG = 8192
 """Number of tokens in a row from which `remat="auto"` recomputes what is cheap to compute."""
@@ -45,44 +36,29 @@ LONG = 8192
 INPUT = "layer input"
 """Name of the input to a period of layers, for rematerialisation policies."""
 
-Norm = Callable[[jax.Array], jax.Array]
-
-Attend = Callable[..., tuple[jax.Array, Tree]]
+AttentionFn = Callable[..., tuple[jax.Array, Tree]]
 """`(kind, nth, layer, state, q_BTNH, k_BTKH, v_BTKH) -> (o_BTNH, state)`: how a layer's queries attend to keys.
 
-The layer is the `nth` of its kind (an int or int32 scalar). `state` is what `layers` carries from layer to layer: nothing in
+The layer is the `nth` of its kind (an int or int32 scalar). `state` is what `scan_layers` carries from layer to layer: nothing in
 training, the whole cache in decoding.
 """
 
 
-def hidden(params: Tree, buffers: Tree, arch: Architecture, batch: Batch) -> jax.Array:
-    """Final hidden states `[B, T, D]` in the compute dtype, after the last norm.
+def hidden_states(params: Tree, buffers: Tree, arch: Architecture, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
+    """Final hidden states `[B, T, D]` in the compute dtype, after the last norm, and the experts' load-balancing loss.
 
-    `params` follows `model.params.specs`; `buffers` comes from `model.config.build_architecture`. Activations are constrained
-    to the current mesh (`jax.set_mesh`), if any.
+    The latter is a float32 scalar, the mean over layers for the tokens that are not padding; None if its weight is 0. `params`
+    follows `model.params.specs`; `buffers` comes from `model.architecture.build_architecture`. Activations are constrained to the
+    current mesh (`jax.set_mesh`), if any.
     """
-    return _forward(params, buffers, arch, batch, None)[0]
-
-
-def forward(params: Tree, buffers: Tree, arch: Architecture, batch: Batch) -> tuple[jax.Array, jax.Array | None]:
-    """Like `hidden`, with the mean over layers of the experts' load-balancing loss over tokens that are not padding, a float32
-    scalar; None if its weight is 0."""
-    real = batch.segments != PADDING if arch.config.router_aux_weight else None
-    x, total = _forward(params, buffers, arch, batch, real)
-    return x, None if total is None else total / arch.config.num_layers
-
-
-def _forward(
-    params: Tree, buffers: Tree, arch: Architecture, batch: Batch, real: jax.Array | None
-) -> tuple[jax.Array, jax.Array | None]:
     params = cast_params(params, arch.config)
     index = batch.index
-    context = {kind: KindContext.build(arch, kind, params, buffers, index) for kind in arch.config.kinds}
+    inputs = {kind: LayerInputs.build(arch, kind, params, buffers, index) for kind in arch.config.kinds}
 
-    def local(
+    def attention_fn(
         kind: str, nth: jax.Array | int, layer: Tree, state: None, q: jax.Array, k: jax.Array, v: jax.Array
     ) -> tuple[jax.Array, None]:
-        here = context[kind]
+        here = inputs[kind]
         out = attend(
             arch.attention(kind), q, k, v, index, index,
             q_tables=here.tables, k_tables=here.tables, bias_params=here.bias, query_scale=here.query_scale,
@@ -90,9 +66,10 @@ def _forward(
         )  # fmt: skip
         return out, state
 
+    token_mask = batch.segments != PADDING if arch.config.router_aux_weight else None
     x = embed(params, buffers, arch, batch.tokens, index.positions)
-    x, _, total = layers(params["layers"], x, arch.config, local, real=real)
-    return rms_norm(params["final_norm"], x, arch.config), total
+    x, _, total = scan_layers(params["layers"], x, arch.config, attention_fn, token_mask=token_mask)
+    return rms_norm(params["final_norm"], x, arch.config), None if total is None else total / arch.config.num_layers
 
 
 def cast_params(params: Tree, config: ModelConfig) -> Tree:
@@ -109,14 +86,16 @@ def cast_params(params: Tree, config: ModelConfig) -> Tree:
     return low
 
 
-class KindContext:
-    """What the layers of one kind share in a forward pass: rotary tables, bias parameters, temperatures."""
+@dataclasses.dataclass(frozen=True)
+class LayerInputs:
+    """What the layers of one kind share in a forward pass: rotary tables, bias parameters, query scales `[B, T]`."""
 
-    def __init__(self, tables: Tree, bias: Tree | None, query_scale: jax.Array | None):
-        self.tables, self.bias, self.query_scale = tables, bias, query_scale
+    tables: Tree
+    bias: Tree | None
+    query_scale: jax.Array | None
 
     @classmethod
-    def build(cls, arch: Architecture, kind: str, params: Tree, buffers: Tree, index: Index) -> "KindContext":
+    def build(cls, arch: Architecture, kind: str, params: Tree, buffers: Tree, index: Index) -> "LayerInputs":
         """For queries and keys at `index`."""
         scheme, constants = arch.scheme(kind), buffers[kind]
         bias = {**constants.get("bias", {}), **params.get("positions", {}).get(kind, {})} if scheme.bias is not None else None
@@ -140,25 +119,25 @@ def embed(params: Tree, buffers: Tree, arch: Architecture, tokens: jax.Array, po
     return constrain(x)
 
 
-def layers(
-    stacked: Tree, x: jax.Array, config: ModelConfig, attend_: Attend, state: Tree = None, real: jax.Array | None = None
+def scan_layers(
+    stacked: Tree,
+    x: jax.Array,
+    config: ModelConfig,
+    attention_fn: AttentionFn,
+    state: Tree = None,
+    token_mask: jax.Array | None = None,
 ) -> tuple[jax.Array, Tree, jax.Array | None]:
     """Run all layers over `x` `[B, T, D]`: a scan over whole periods of the pattern, the rest unrolled.
 
-    `state` goes through `attend_` from layer to layer, as a carry of the scan: changes to it are written in place. Layers with one
-    tree each (`unstack`), for decoding, are unrolled. Also returns the sum over layers of the load-balancing loss over the tokens
-    marked in `real` `[B, T]`; None without them.
+    `stacked` holds the weights of all layers, `[L, ...]`. `state` goes through `attention_fn` from layer to layer, a carry of the
+    scan: changes to it are written in place. Also returns the sum over layers of the load-balancing loss over the tokens
+    marked in `token_mask` `[B, T]`; None without them.
     """
-    if isinstance(stacked, tuple):
-        kinds = config.layer_kinds
-        for i, (kind, layer) in enumerate(zip(kinds, stacked, strict=True)):
-            x, state, _ = block(layer, x, config, functools.partial(attend_, kind, kinds[:i].count(kind), layer, state))
-        return x, state, None
     period = len(config.pattern)
     whole = config.num_layers // period
     policy = config.remat if config.remat != "auto" else "attention" if x.shape[1] >= LONG else "none"
-    step = remat(functools.partial(_period, config=config, attend_=attend_, real=real), policy)
-    carry, done = (x, state, None if real is None else jnp.zeros((), jnp.float32)), 0
+    step = remat(functools.partial(_period, config=config, attention_fn=attention_fn, token_mask=token_mask), policy)
+    carry, done = (x, state, None if token_mask is None else jnp.zeros((), jnp.float32)), 0
     if whole > 1:
         done = whole * period
         grouped = jax.tree.map(lambda w: w[:done].reshape(whole, period, *w.shape[1:]), stacked)
@@ -173,6 +152,16 @@ def layers(
         rest = jax.tree.map(functools.partial(_slice, start=start, size=len(kinds)), stacked)
         carry = step(carry, (rest, start // period), kinds=kinds)
     return carry
+
+
+def unrolled_layers(
+    layers: tuple[Tree, ...], x: jax.Array, config: ModelConfig, attention_fn: AttentionFn, state: Tree
+) -> tuple[jax.Array, Tree]:
+    """As `scan_layers`, for layers with one tree each (`unstack`), one after another; for decoding, without the balance."""
+    kinds = config.layer_kinds
+    for i, (kind, layer) in enumerate(zip(kinds, layers, strict=True)):
+        x, state, _ = block(layer, x, config, functools.partial(attention_fn, kind, kinds[:i].count(kind), layer, state))
+    return x, state
 
 
 def unstack(params: Tree) -> Tree:
@@ -208,42 +197,50 @@ def remat(step: Callable[..., Any], policy: str) -> Callable[..., Any]:
 
 
 def _period(
-    carry: tuple, group: tuple, *, kinds: tuple[str, ...], config: ModelConfig, attend_: Attend, real: jax.Array | None
+    carry: tuple,
+    group: tuple,
+    *,
+    kinds: tuple[str, ...],
+    config: ModelConfig,
+    attention_fn: AttentionFn,
+    token_mask: jax.Array | None,
 ) -> tuple:
     (x, state, total), (weights, turn) = carry, group
     x = checkpoint_name(x, INPUT)
     for i, kind in enumerate(kinds):
         layer = jax.tree.map(lambda w, i=i: w[i], weights)
         nth = turn * config.pattern.count(kind) + kinds[:i].count(kind)
-        x, state, balance = block(layer, x, config, functools.partial(attend_, kind, nth, layer, state), real)
+        x, state, balance = block(layer, x, config, functools.partial(attention_fn, kind, nth, layer, state), token_mask)
         total = None if total is None else total + balance
     return x, state, total
 
 
 def block(
-    layer: Tree, x: jax.Array, config: ModelConfig, attend_: Callable[..., tuple], real: jax.Array | None = None
+    layer: Tree, x: jax.Array, config: ModelConfig, attention_fn: Callable[..., tuple], token_mask: jax.Array | None = None
 ) -> tuple[jax.Array, Tree, jax.Array | None]:
     """One transformer layer: attention and feed-forward, each a residual branch with the norms of the config.
 
-    Also returns the layer's state and load-balancing loss, as `layers` does.
+    Also returns the layer's state and load-balancing loss, as `scan_layers` does.
     """
-    state = balance = None
-    for name in ("attention", "mlp"):
-        norm = functools.partial(rms_norm, layer[f"pre_{name}_norm"], config=config) if config.pre_norm else None
-        if name == "attention":
-            y, state = attention(layer["attention"], x, config, attend_, norm)
-        else:
-            y, balance = mlp(layer["mlp"], x, config, norm, real)
-        y = rms_norm(layer[f"post_{name}_norm"], y, config) if config.post_norm else y
+
+    def pre_norm(name: str) -> Norm | None:
+        return functools.partial(rms_norm, layer[name], config=config) if config.pre_norm else None
+
+    with jax.named_scope("attention"):
+        y, state = attention(layer["attention"], x, config, attention_fn, pre_norm("pre_attention_norm"))
+        y = rms_norm(layer["post_attention_norm"], y, config) if config.post_norm else y
         x = constrain(x + y)
-    return x, state, balance
+    with jax.named_scope("mlp"):
+        y, balance = mlp(layer["mlp"], x, config, pre_norm("pre_mlp_norm"), token_mask)
+        y = rms_norm(layer["post_mlp_norm"], y, config) if config.post_norm else y
+        return constrain(x + y), state, balance
 
 
 def attention(
-    params: Tree, x: jax.Array, config: ModelConfig, attend_: Callable[..., tuple], norm: Norm | None = None
+    params: Tree, x: jax.Array, config: ModelConfig, attention_fn: Callable[..., tuple], norm: Norm | None = None
 ) -> tuple[jax.Array, Tree]:
     """Attention branch `[B, T, D] -> [B, T, D]` over `norm(x)`, and the layer's state after it."""
-    q, k, v = _project([params[name] for name in ("query", "key", "value")], x, norm)
+    q, k, v = project([params[name] for name in ("query", "key", "value")], x, norm)
     if config.qk_norm == "head":
         q, k = rms_norm(params["query_norm"], q, config), rms_norm(params["key_norm"], k, config)
     elif config.qk_norm == "full":
@@ -251,92 +248,8 @@ def attention(
             rms_norm(params[name], y.reshape(*y.shape[:-2], -1), config).reshape(y.shape)
             for name, y in (("query_norm", q), ("key_norm", k))
         )
-    out, state = attend_(q, k, v)
+    out, state = attention_fn(q, k, v)
     return linear(params["out"], out, contract=2), state
-
-
-def mlp(
-    params: Tree, x: jax.Array, config: ModelConfig, norm: Norm | None = None, real: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array | None]:
-    """Feed-forward branch `[B, T, D] -> [B, T, D]` over `norm(x)`, gated or plain, one or a mixture of experts; long rows tile by
-    tile (`config.mlp_tile`). Also returns the experts' load-balancing loss over the tokens marked in `real`; None without them."""
-    B, T, _ = x.shape
-    count = _mlp_tiles(T, config)
-
-    def branch(part: tuple[jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array | None]:
-        tokens, marks = part
-        if config.num_experts is None:
-            return _mlp(params, tokens, config, norm), None
-        return _experts(params, tokens, config, norm, marks)
-
-    if count == 1:
-        y, load = branch((x, real))
-    else:
-        tiles = jax.tree.map(lambda a: a.reshape(B, count, T // count, *a.shape[2:]).swapaxes(0, 1), (x, real))
-        y, load = jax.lax.map(jax.checkpoint(branch, prevent_cse=False), tiles)
-        y, load = y.swapaxes(0, 1).reshape(x.shape), None if load is None else jnp.sum(load, axis=0)
-    return y, None if load is None else experts.balance_loss(load, jnp.sum(real, dtype=jnp.float32))
-
-
-def _mlp_tiles(length: int, config: ModelConfig) -> int:
-    most = config.mlp_tile
-    if most is not None and target_platform() == "cpu":
-        most = max(1, min(most, CPU_WIDE // config.mlp_dim))
-    # A row that is split over devices is already cut, and cutting it again would move it between them.
-    if most is None or length <= most or context_size() > 1:
-        return 1
-    least = -(-length // most)
-    return next((n for n in range(least, 2 * least) if length % n == 0), 1)
-
-
-def _mlp(params: Tree, x: jax.Array, config: ModelConfig, norm: Norm | None) -> jax.Array:
-    activation = ACTIVATIONS[config.activation]
-    inner = _project([params[name] for name in (("up", "gate") if config.gated else ("up",))], x, norm)
-
-    @jax.checkpoint
-    def down(up: jax.Array, gate: jax.Array | None = None) -> jax.Array:
-        return linear(params["down"], activation(up) if gate is None else activation(gate) * up)
-
-    return down(*inner)
-
-
-def _experts(
-    params: Tree, x: jax.Array, config: ModelConfig, norm: Norm | None, real: jax.Array | None
-) -> tuple[jax.Array, jax.Array | None]:
-    """The mixture's output, and the router's load on its experts from the tokens marked in `real`."""
-    y = x if norm is None else norm(x)
-
-    @jax.checkpoint
-    def router(y: jax.Array) -> experts.Routing:
-        with jax.default_matmul_precision("highest"):
-            return experts.route(linear(params["router"], y.astype(jnp.float32)), config)
-
-    routing = router(y)
-    out = experts.mix(params, y, routing, config, ACTIVATIONS[config.activation], lambda params, y: _mlp(params, y, config, None))
-    return out, None if real is None else experts.load(routing, real)
-
-
-def _project(weights: list[Tree], x: jax.Array, norm: Norm | None) -> list[jax.Array]:
-    """`norm(x)` through each of several linear maps.
-
-    Like `down` above: checkpointed, and yet no matrix product is computed twice, because the backward pass of a product needs
-    only its input. The elementwise work before it is recomputed, and its result is not kept.
-    """
-
-    @jax.checkpoint
-    def project(x: jax.Array) -> list[jax.Array]:
-        y = x if norm is None else norm(x)
-        return [linear(params, y) for params in weights]
-
-    return project(x)
-
-
-def rms_norm(params: Tree, x: jax.Array, config: ModelConfig) -> jax.Array:
-    """Root-mean-square norm over the last axis, computed in float32, returned in x's dtype (Zhang & Sennrich, 1910.07467)."""
-    wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + config.norm_eps)
-    scale = params["scale"].astype(jnp.float32) + config.norm_offset
-    return (wide * scale.reshape((1,) * (x.ndim - 1) + scale.shape)).astype(x.dtype)
 
 
 def constrain(x: jax.Array) -> jax.Array:

@@ -19,7 +19,8 @@ from lcx.core.trees import Tree
 from lcx.data.tokenizers import tokenizers
 from lcx.data.tokenizers.tokenizers import Tokenizer
 from lcx.evals.zero_shot import at_length, check, refuse_learned
-from lcx.model.config import ModelConfig, build_architecture
+from lcx.model.architecture import build_architecture
+from lcx.model.config import ModelConfig
 from lcx.model.decode import Timings, generate
 from lcx.model.sampling import GREEDY, Sampling
 from lcx.positions.scheme import Scheme

@@ -23,7 +23,8 @@ from lcx.interop import byte_tokenizer
 from lcx.interop import folder as hf
 from lcx.interop.folder import HfFolder
 from lcx.interop.hf_config import read_json, values_of
-from lcx.model.config import ModelConfig, build_schemes
+from lcx.model.architecture import build_schemes
+from lcx.model.config import ModelConfig
 from lcx.training import checkpoints
 from lcx.training.checkpoints import InitialWeights, Loaded, Meta, Store, scheme_configs, stage_ends
 from lcx.training.stages import CheckpointConfig, RunConfig, StageConfig

@@ -18,7 +18,8 @@ from lcx.data.config import PartConfig
 from lcx.evals import results
 from lcx.evals.results import EvalResult
 from lcx.evals.suite import EvalConfig, evaluate
-from lcx.model.config import ModelConfig, build_schemes
+from lcx.model.architecture import build_schemes
+from lcx.model.config import ModelConfig
 from lcx.recipes import models
 from lcx.report.history import record_environment
 from lcx.report.report import write_report

@@ -13,7 +13,7 @@ from lcx.core.errors import UserError
 from lcx.core.mesh import axis_size, make_mesh
 from lcx.core.trees import Tree
 from lcx.data.loader import Corpus, Loader, probe
-from lcx.model.config import Architecture, build_architecture, build_schemes
+from lcx.model.architecture import Architecture, build_architecture, build_schemes
 from lcx.model.flops import step_flops
 from lcx.model.params import specs
 from lcx.positions.scheme import Scheme

@@ -11,7 +11,8 @@ from lcx.core.errors import UserError
 from lcx.core.mesh import RULES, axis_size, check_divides, multiples
 from lcx.core.param_spec import paths_of
 from lcx.core.trees import Tree
-from lcx.model.config import ModelConfig, row_layout
+from lcx.model.architecture import row_layout
+from lcx.model.config import ModelConfig
 from lcx.training.stages import RunConfig, StageConfig
 
 

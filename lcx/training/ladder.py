@@ -80,7 +80,8 @@ def _ladder(
     ladder = list(stage.thetas)
     if not ladder and previous is None:
         raise UserError(
-            f"stages.{stage.name}.monitor=True has nothing to compare with in a first stage from scratch; set stages.{stage.name}.thetas"
+            f"stages.{stage.name}.monitor=True has nothing to compare with in a first stage from scratch; "
+            f"set stages.{stage.name}.thetas"
         )
     if not ladder and previous.theta is not None and theta is not None:
         ladder = thetas(run.monitor, (), theta if named else None, (previous.theta, previous.length), stage.length)

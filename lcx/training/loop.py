@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from lcx.core.console import Progress, console, say, warn
 from lcx.core.errors import UserError
 from lcx.core.trees import Tree, num_elements
-from lcx.model.config import Architecture
+from lcx.model.architecture import Architecture
 from lcx.positions.scheme import Scheme
 from lcx.training import metrics as metrics_log
 from lcx.training import monitor

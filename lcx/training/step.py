@@ -25,9 +25,9 @@ from lcx.core.batch import Batch
 from lcx.core.mesh import named_sharding, partition_spec
 from lcx.core.param_spec import ParamSpec, abstract, initialize, paths_of, shardings
 from lcx.core.trees import Tree
-from lcx.model.config import Architecture, row_layout
-from lcx.model.loss import LossSums, loss_sums, real_tokens
-from lcx.model.transformer import forward
+from lcx.model.architecture import Architecture, row_layout
+from lcx.model.loss import LossSums, loss_sums, unpadded_tokens
+from lcx.model.transformer import hidden_states
 from lcx.training.optimizer import OptimConfig, learning_rate, optimizer
 
 Table = tuple[tuple[str, ParamSpec], ...]
@@ -77,8 +77,8 @@ class TrainStep:
     def __call__(self, state: TrainState, batch: Batch, buffers: Mapping[str, Any]) -> tuple[TrainState, dict[str, jax.Array]]:
         """The next state and this step's metrics; `state` is donated.
 
-        `batch` holds `[B, T]` arrays from `to_device`, `buffers` what `model.config.build_architecture` gave. A step whose loss or
-        gradient is not finite, or whose weights are all zero, leaves parameters and optimizer as they were, and says so in `ok`.
+        `batch` holds `[B, T]` arrays from `to_device`, `buffers` is from `model.architecture.build_architecture`. A step whose loss
+        or gradient is not finite, or whose weights are all zero, leaves parameters and optimizer as they were, and says so in `ok`.
         """
         with jax.set_mesh(self.mesh):
             return self._step(state, batch, buffers)
@@ -159,8 +159,9 @@ class TrainStep:
         weight = jnp.maximum(sums.weight, jnp.finfo(jnp.float32).tiny)
         loss, norm = sums.nll / weight, optax.global_norm(grads)
         ok = jnp.isfinite(loss) & jnp.isfinite(norm) & (sums.weight > 0)
-        updates, opt_state = self.transform.update(grads, state.opt_state, state.params, step=state.step)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = self.transform.update(grads, state.opt_state, state.params, step=state.step)
+            params = optax.apply_updates(state.params, updates)
 
         def keep(new: Tree, old: Tree) -> Tree:
             return jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)
@@ -192,7 +193,7 @@ class TrainStep:
         gradient = jax.value_and_grad(self._loss, has_aux=True)
         balanced = self.arch.config.router_aux_weight > 0
         # What Σ w·ℓ has to be divided by, over what the load-balancing loss has to be.
-        rate = jnp.sum(batch.weights, dtype=jnp.float32) / jnp.maximum(real_tokens(batch), 1.0) if balanced else None
+        rate = jnp.sum(batch.weights, dtype=jnp.float32) / jnp.maximum(unpadded_tokens(batch), 1.0) if balanced else None
         if self.accumulate == 1:
             (_, sums), grads = gradient(params, batch, buffers, rate)
         else:
@@ -209,8 +210,9 @@ class TrainStep:
         return sums, jax.tree.map(lambda g: g.astype(jnp.float32) / weight, self._shard(grads))
 
     def _loss(self, params: Tree, batch: Batch, buffers: Mapping[str, Any], rate: jax.Array | None) -> tuple[jax.Array, LossSums]:
-        states, router_aux = forward(params, buffers, self.arch, batch)
-        sums = loss_sums(params, states, batch, self.arch, router_aux)
+        states, router_aux = hidden_states(params, buffers, self.arch, batch)
+        with jax.named_scope("loss"):
+            sums = loss_sums(params, states, batch, self.arch, router_aux)
         # Both sums have Σ w as denominator, which is divided out once, after the last microbatch; `rate` gives a third one its own.
         total = sums.nll + self.optim.z_loss * sums.z
         return (total if rate is None else total + self.arch.config.router_aux_weight * rate * sums.router_aux), sums

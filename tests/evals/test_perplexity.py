@@ -10,10 +10,11 @@ from lcx.data.sources.sources import InMemorySource, Subset
 from lcx.data.tokenizers.tokenizers import Bytes
 from lcx.evals.perplexity import bytes_per_token, cover, loss_by_position, perplexity, spans
 from lcx.evals.scoring import Scores, model_scorer, score_rows
-from lcx.model.config import ModelConfig, build_architecture, build_schemes
+from lcx.model.architecture import build_architecture, build_schemes
+from lcx.model.config import ModelConfig
 from lcx.model.loss import logits
 from lcx.model.params import specs
-from lcx.model.transformer import hidden
+from lcx.model.transformer import hidden_states
 
 CONFIG = ModelConfig(vocab_size=64, model_dim=32, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16, mlp_dim=64)
 
@@ -78,7 +79,7 @@ def test_equals_a_direct_computation_with_dense_attention():
     dense = dataclasses.replace(CONFIG, attention="dense")
     for point in curve.points:
         arch, buffers = build_architecture(dense, schemes, point.length)
-        full = jax.jit(lambda buffers, batch, arch=arch: logits(params, hidden(params, buffers, arch, batch), dense))
+        full = jax.jit(lambda buffers, batch, arch=arch: logits(params, hidden_states(params, buffers, arch, batch)[0], dense))
         wanted, final = np.zeros((3, 64)), None
         for start, first in cover(64, point.length, min(16, point.length)):
             batch = Batch.from_tokens(text[:, start : start + point.length + 1])

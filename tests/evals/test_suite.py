@@ -14,7 +14,8 @@ from lcx.data.config import DataConfig, PartConfig, SourceConfig
 from lcx.evals import needles, results, suite
 from lcx.evals.scoring import model_scorer, score
 from lcx.evals.suite import EvalConfig, _generated, evaluate, gather
-from lcx.model.config import ModelConfig, build_architecture, build_schemes
+from lcx.model.architecture import build_architecture, build_schemes
+from lcx.model.config import ModelConfig
 from lcx.model.decode import generate
 from lcx.model.params import specs
 

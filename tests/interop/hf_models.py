@@ -18,9 +18,9 @@ import transformers
 
 from lcx.core.batch import Batch
 from lcx.interop.folder import HfFolder
-from lcx.model.config import build_architecture
+from lcx.model.architecture import build_architecture
 from lcx.model.loss import logits
-from lcx.model.transformer import hidden
+from lcx.model.transformer import hidden_states
 
 TRAINED = 64
 """Length that the small models say they were trained for."""
@@ -100,4 +100,4 @@ def lcx_logits(folder: Path, ids: np.ndarray) -> np.ndarray:
     source = HfFolder(folder)
     arch, buffers = build_architecture(source.described.model, source.described.schemes, ids.shape[1])
     params = source.params("float32")
-    return np.asarray(logits(params, hidden(params, buffers, arch, batch(ids)), arch.config))
+    return np.asarray(logits(params, hidden_states(params, buffers, arch, batch(ids))[0], arch.config))

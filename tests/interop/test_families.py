@@ -10,9 +10,9 @@ from lcx.interop.families import FAMILIES
 from lcx.interop.folder import HfFolder, keep, save
 from lcx.interop.hf_config import read_file
 from lcx.interop.shards import Shards
-from lcx.model.config import build_architecture
+from lcx.model.architecture import build_architecture
 from lcx.model.loss import loss_sums
-from lcx.model.transformer import hidden
+from lcx.model.transformer import hidden_states
 from tests.interop import hf_models
 from tests.interop.hf_models import TRAINED
 
@@ -137,7 +137,7 @@ def test_gradients(name, tmp_path):
     batch = hf_models.batch(ids)
 
     def loss(params):
-        sums = loss_sums(params, hidden(params, buffers, arch, batch), batch, arch)
+        sums = loss_sums(params, hidden_states(params, buffers, arch, batch)[0], batch, arch)
         return sums.nll / sums.weight
 
     found = jax.grad(loss)(source.params())

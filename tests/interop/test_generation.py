@@ -8,7 +8,7 @@ import torch
 
 from lcx.interop.families import FAMILIES
 from lcx.interop.folder import HfFolder
-from lcx.model.config import build_architecture
+from lcx.model.architecture import build_architecture
 from lcx.model.decode import generate
 from tests.interop import hf_models
 from tests.interop.test_families import CASES

@@ -15,12 +15,13 @@ from lcx.core.batch import Batch, Index
 from lcx.core.mesh import MeshConfig, make_mesh
 from lcx.core.param_spec import initialize, shardings
 from lcx.core.trees import Tree
+from lcx.model.architecture import Architecture, build_architecture, build_schemes
 from lcx.model.cache import empty_cache
-from lcx.model.config import Architecture, ModelConfig, build_architecture, build_schemes
+from lcx.model.config import ModelConfig
 from lcx.model.decode import extend
 from lcx.model.loss import logits
 from lcx.model.params import specs
-from lcx.model.transformer import hidden
+from lcx.model.transformer import hidden_states
 
 
 def build(config: ModelConfig, positions: dict[str, Any], length: int) -> tuple[Tree, Tree, Architecture, Tree]:
@@ -50,7 +51,7 @@ def forward(params: Tree, buffers: Tree, arch: Architecture, rows: list[np.ndarr
 
 
 def _whole(params: Tree, buffers: Tree, arch: Architecture, batch: Batch) -> jax.Array:
-    return logits(params, hidden(params, buffers, arch, batch), arch.config)
+    return logits(params, hidden_states(params, buffers, arch, batch)[0], arch.config)
 
 
 def by_chunks(params: Tree, buffers: Tree, arch: Architecture, rows: list[np.ndarray], chunk: int, new: int) -> list[np.ndarray]:

@@ -7,12 +7,13 @@ import pytest
 
 from lcx.core.batch import Batch, Index
 from lcx.core.errors import UserError
+from lcx.model.architecture import build_architecture
 from lcx.model.cache import empty_cache
-from lcx.model.config import ModelConfig, build_architecture
+from lcx.model.config import ModelConfig
 from lcx.model.decode import _decode, extend, generate
 from lcx.model.loss import logits
 from lcx.model.sampling import Sampling
-from lcx.model.transformer import hidden, unstack
+from lcx.model.transformer import hidden_states, unstack
 from lcx.positions.registry import parse
 from tests.model.test_transformer import build
 
@@ -28,7 +29,7 @@ def by_hand(params, buffers, arch, prompt):
 
     @jax.jit
     def scores(batch):
-        return logits(params, hidden(params, buffers, arch, batch), arch.config)
+        return logits(params, hidden_states(params, buffers, arch, batch)[0], arch.config)
 
     row = list(prompt)
     for _ in range(NEW):

@@ -16,7 +16,7 @@ from lcx.model.cache import collect, deal, empty_cache
 from lcx.model.config import ModelConfig
 from lcx.model.decode import _extend, extend, generate
 from lcx.model.loss import logits
-from lcx.model.transformer import hidden, unstack
+from lcx.model.transformer import hidden_states, unstack
 from tests.model.decode_cases import build, by_chunks, forward, furthest, place
 
 CONFIG = ModelConfig(
@@ -97,7 +97,7 @@ def test_a_prefix_is_seen_beyond_the_window():
     tokens = np.random.default_rng(0).integers(0, 256, (1, 25))
     marked = (jnp.arange(24, dtype=jnp.int32) < 5).astype(jnp.int32)[None]
     batch = Batch.from_tokens(tokens).replace(prefix=marked)
-    wanted = np.asarray(hidden(params, buffers, arch, batch))
+    wanted = np.asarray(hidden_states(params, buffers, arch, batch)[0])
     split, made = place(params, table, MeshConfig(fsdp=1, context=4))
     with jax.set_mesh(made):
         cache = empty_cache(arch, buffers, 1, 24, 8)
@@ -167,7 +167,7 @@ def test_prefill_of_65536_tokens_holds_no_array_of_queries_by_keys():
 def test_prefill_of_65536_tokens_ends_in_the_logits_of_training():
     params, buffers, arch, table = build(TINY, {"default": "rope:theta=5e6"}, LONG)
     row = np.random.default_rng(0).integers(0, 256, LONG + 1)
-    states = jax.jit(hidden, static_argnames="arch")(params, buffers, arch, Batch.from_tokens(row[None]))
+    states = jax.jit(hidden_states, static_argnames="arch")(params, buffers, arch, Batch.from_tokens(row[None]))[0]
     wanted = np.asarray(logits(params, states[:, -16:], arch.config))
     split, made = place(params, table, MeshConfig(fsdp=1, context=8))
     index, chunk = Index.dense(1, LONG), 4096

@@ -16,13 +16,15 @@ from lcx.core.mesh import MeshConfig, make_mesh, named_sharding
 from lcx.core.param_spec import abstract, initialize
 from lcx.core.trees import num_elements, worst_error
 from lcx.model import flops
-from lcx.model.config import ModelConfig, build_schemes
+from lcx.model.architecture import build_schemes
+from lcx.model.config import ModelConfig
 from lcx.model.decode import generate
 from lcx.model.experts import outer_by_group
 from lcx.model.loss import loss_sums
+from lcx.model.mlp import mlp
 from lcx.model.params import specs
 from lcx.model.presets import FAMILIES
-from lcx.model.transformer import cast_params, forward, mlp
+from lcx.model.transformer import cast_params, hidden_states
 from lcx.training.optimizer import OptimConfig
 from lcx.training.step import train_step
 from tests.attention.test_ahead_tpu import chips
@@ -56,7 +58,7 @@ def agrees(config: ModelConfig, wanted: dict) -> None:
     gradients, dx = pull(cotangent)
     found = {"y": y, "x": dx, **{name: gradients[name]["kernel"] for name in gradients}}
     for name, marks in (("balance", np.ones_like(mask)), ("balance, masked", mask)):
-        found[name] = mlp(layer_weights(), x, config, real=jnp.asarray(marks > 0))[1]
+        found[name] = mlp(layer_weights(), x, config, token_mask=jnp.asarray(marks > 0))[1]
     for name in wanted:
         want = np.asarray(wanted[name])
         np.testing.assert_allclose(found[name], want, rtol=1e-5, atol=1e-5 * np.max(np.abs(want)), err_msg=name)
@@ -93,7 +95,7 @@ def test_sorted_tokens_give_what_all_experts_on_all_tokens_give(name, chosen):
     x = jnp.abs(jax.random.normal(jax.random.key(1), (2, 10, config.model_dim)))
 
     def run(matmul, params, x):
-        y, balance = mlp(params, x, dataclasses.replace(config, expert_matmul=matmul), real=jnp.ones((2, 10), bool))
+        y, balance = mlp(params, x, dataclasses.replace(config, expert_matmul=matmul), token_mask=jnp.ones((2, 10), bool))
         return jnp.sum(jnp.sin(y)) + balance, (y, balance)
 
     (got, want) = (
@@ -132,7 +134,7 @@ def tokens(rows: int = 8, seed: int = 0) -> Batch:
 @functools.partial(jax.jit, static_argnums=2)
 def losses_and_gradients(params, buffers, arch, batch):
     def loss(params):
-        states, router_aux = forward(params, buffers, arch, batch)
+        states, router_aux = hidden_states(params, buffers, arch, batch)
         sums = loss_sums(params, states, batch, arch, router_aux)
         return sums.nll + sums.router_aux, sums
 
@@ -224,9 +226,9 @@ def test_bfloat16_layers_route_as_float32_layers(matmul):
     cast = cast_params(params, low)["layers"]["mlp"]
     assert (cast["router"]["kernel"].dtype, cast["up"]["kernel"].dtype) == (jnp.float32, jnp.bfloat16)
     x = jax.random.normal(jax.random.key(0), (2, 16, D)).astype(jnp.bfloat16)
-    real = jnp.ones((2, 16), bool)
-    got, balance = mlp(cast, x, low, real=real)
-    want, exact = mlp(params["layers"]["mlp"], x.astype(jnp.float32), LAYER, real=real)
+    token_mask = jnp.ones((2, 16), bool)
+    got, balance = mlp(cast, x, low, token_mask=token_mask)
+    want, exact = mlp(params["layers"]["mlp"], x.astype(jnp.float32), LAYER, token_mask=token_mask)
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(got.astype(jnp.float32), want, atol=0.02 * float(jnp.max(jnp.abs(want))))
     np.testing.assert_allclose(balance, exact, rtol=1e-6)
@@ -254,7 +256,7 @@ def test_the_balance_has_a_denominator_of_its_own():
         nll = balance = 0.0
         for i in range(2):
             half = jax.tree.map(lambda x, i=i: x[i::2], batch)
-            states, router_aux = forward(params, buffers, arch, half)
+            states, router_aux = hidden_states(params, buffers, arch, half)
             nll += loss_sums(params, states, half, arch).nll / np.sum(batch.weights)
             balance += router_aux * np.sum(half.segments != PADDING) / np.sum(batch.segments != PADDING)
         return nll + TINY.router_aux_weight * balance, balance
@@ -280,7 +282,7 @@ def test_training_lowers_loss_and_balance(matmul):
 def test_a_weight_of_zero_computes_no_balance():
     free = dataclasses.replace(TINY, router_aux_weight=0.0)
     params, buffers, arch, _ = build(free, ROPE, T)
-    assert jax.eval_shape(lambda *x: forward(*x[:2], arch, x[2]), params, buffers, tokens())[1] is None
+    assert jax.eval_shape(lambda *x: hidden_states(*x[:2], arch, x[2]), params, buffers, tokens())[1] is None
     step, state, buffers = make_step(free, MeshConfig(fsdp=1))
     with jax.set_mesh(step.mesh):
         _, metrics = jax.eval_shape(step._train, state, tokens(), buffers)
@@ -295,7 +297,7 @@ def test_flops_are_those_of_the_chosen_experts():
     params, buffers, arch, _ = build(config, ROPE, T)
 
     def loss(params, batch):
-        return loss_sums(params, forward(params, buffers, arch, batch)[0], batch, arch).nll
+        return loss_sums(params, hidden_states(params, buffers, arch, batch)[0], batch, arch).nll
 
     # Dense attention computes all T * T pairs of every head, the formula charges the T(T+1)/2 that are visible.
     unseen = 4 * config.num_layers * config.num_heads * config.head_dim * (T * T - flops.visible_pairs(T, None))

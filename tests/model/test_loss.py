@@ -7,7 +7,8 @@ import pytest
 
 from lcx.core.batch import Batch
 from lcx.core.trees import worst_error
-from lcx.model.config import Architecture, ModelConfig
+from lcx.model.architecture import Architecture
+from lcx.model.config import ModelConfig
 from lcx.model.loss import logits, loss_sums, token_losses
 
 B, T, D, V = 2, 24, 16, 50

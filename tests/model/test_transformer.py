@@ -11,12 +11,13 @@ from lcx.core.batch import Batch
 from lcx.core.param_spec import initialize
 from lcx.core.trees import worst_error
 from lcx.model import flops
-from lcx.model.config import Architecture, ModelConfig, build_architecture, build_schemes
+from lcx.model.architecture import Architecture, build_architecture, build_schemes
+from lcx.model.config import ModelConfig
 from lcx.model.linear import linear
 from lcx.model.loss import loss_sums
 from lcx.model.params import specs
 from lcx.model.presets import FAMILIES, shrink
-from lcx.model.transformer import hidden, layers
+from lcx.model.transformer import hidden_states, scan_layers
 from lcx.positions.registry import with_theta
 
 T = 32
@@ -39,7 +40,7 @@ def tokens(rows: int = 2, length: int = T) -> np.ndarray:
 
 
 def loss(params, buffers, arch, batch):
-    return loss_sums(params, hidden(params, buffers, arch, batch), batch, arch).nll
+    return loss_sums(params, hidden_states(params, buffers, arch, batch)[0], batch, arch).nll
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -52,7 +53,7 @@ def test_families_run_and_see_no_future(name):
 
     def at_place(embedding):
         changed = {**params, "embed": {"embedding": embedding}}
-        return jnp.sum(jnp.sin(hidden(changed, buffers, arch, batch)[0, place]))
+        return jnp.sum(jnp.sin(hidden_states(changed, buffers, arch, batch)[0][0, place]))
 
     gradient = jax.jit(jax.grad(at_place))(params["embed"]["embedding"])
     reach = np.abs(np.asarray(gradient)[np.asarray(batch.tokens[0])]).sum(-1)
@@ -73,13 +74,15 @@ def test_scan_over_periods_equals_single_layers():
         met, i = state
         return q * (2.0 if kind == "local" else 0.5) + seen[kind] + nth + i, (met.at[i].set(seen[kind] + nth), i + 1)
 
-    together, after, _ = layers(params["layers"], x, arch.config, attend, (jnp.zeros(5), 0))
+    together, after, _ = scan_layers(params["layers"], x, arch.config, attend, (jnp.zeros(5), 0))
     np.testing.assert_array_equal(after[0], [10, 20, 11, 21, 12])
     apart = x
     for i, kind in enumerate(arch.config.layer_kinds):
         one = dataclasses.replace(arch.config, num_layers=1, pattern=(kind,))
         weights = jax.tree.map(lambda w, i=i: w[i : i + 1], params["layers"])
-        apart, *_ = layers(weights, apart, one, lambda *args, i=i: attend(args[0], i // 2, args[2], (jnp.zeros(5), i), *args[4:]))
+        apart, *_ = scan_layers(
+            weights, apart, one, lambda *args, i=i: attend(args[0], i // 2, args[2], (jnp.zeros(5), i), *args[4:])
+        )
     np.testing.assert_allclose(together, apart, rtol=1e-5, atol=1e-5)
 
 

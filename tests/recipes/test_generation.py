@@ -9,7 +9,8 @@ import pytest
 from lcx.core.errors import UserError
 from lcx.core.param_spec import initialize
 from lcx.data.tokenizers.tokenizers import Bytes, HuggingFace
-from lcx.model.config import ModelConfig, build_architecture, build_schemes
+from lcx.model.architecture import build_architecture, build_schemes
+from lcx.model.config import ModelConfig
 from lcx.model.decode import generate
 from lcx.model.params import specs
 from lcx.model.sampling import Sampling

@@ -12,7 +12,8 @@ from lcx.core.batch import Batch
 from lcx.core.mesh import MeshConfig, make_mesh
 from lcx.core.param_spec import initialize, paths_of
 from lcx.core.trees import worst_error
-from lcx.model.config import ModelConfig, build_architecture
+from lcx.model.architecture import build_architecture
+from lcx.model.config import ModelConfig
 from lcx.model.params import specs
 from lcx.positions.registry import from_config
 from lcx.training.optimizer import OptimConfig

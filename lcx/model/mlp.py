@@ -1,0 +1,93 @@
+"""The feed-forward branch of a layer: gated or plain, one block or a mixture of experts.
+
+Legend: B batch, T tokens, D model, F feed-forward.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from lcx.core.mesh import context_size, target_platform
+from lcx.core.trees import Tree
+from lcx.model import experts
+from lcx.model.config import ModelConfig
+from lcx.model.linear import linear, project
+from lcx.model.norm import Norm
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+    "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),
+}
+
+CPU_WIDE = 2**20
+"""Elements of a feed-forward layer's inner activations that a CPU processes at once, 4 MiB: they stay in its cache. A step of 4,096
+tokens needs a quarter less memory, and no more time although it computes two products again."""
+
+
+def mlp(
+    params: Tree, x: jax.Array, config: ModelConfig, norm: Norm | None = None, token_mask: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array | None]:
+    """Feed-forward branch `[B, T, D] -> [B, T, D]` over `norm(x)`, gated or plain, one or a mixture of experts; long rows tile by
+    tile (`config.mlp_tile`). Also returns the experts' load-balancing loss over the tokens marked in `token_mask`; None without
+    them."""
+    B, T, _ = x.shape
+    count = _mlp_tiles(T, config)
+
+    def branch(part: tuple[jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array | None]:
+        tokens, marks = part
+        if config.num_experts is None:
+            return _mlp(params, tokens, config, norm), None
+        return _experts(params, tokens, config, norm, marks)
+
+    if count == 1:
+        y, expert_load = branch((x, token_mask))
+    else:
+        tiles = jax.tree.map(lambda a: a.reshape(B, count, T // count, *a.shape[2:]).swapaxes(0, 1), (x, token_mask))
+        y, expert_load = jax.lax.map(jax.checkpoint(branch, prevent_cse=False), tiles)
+        y, expert_load = y.swapaxes(0, 1).reshape(x.shape), None if expert_load is None else jnp.sum(expert_load, axis=0)
+    return y, None if expert_load is None else experts.balance_loss(expert_load, jnp.sum(token_mask, dtype=jnp.float32))
+
+
+def _mlp_tiles(length: int, config: ModelConfig) -> int:
+    most = config.mlp_tile
+    if most is not None and target_platform() == "cpu":
+        most = max(1, min(most, CPU_WIDE // config.mlp_dim))
+    # A row that is split over devices is already cut, and cutting it again would move it between them.
+    if most is None or length <= most or context_size() > 1:
+        return 1
+    least = -(-length // most)
+    return next((n for n in range(least, 2 * least) if length % n == 0), 1)
+
+
+def _mlp(params: Tree, x: jax.Array, config: ModelConfig, norm: Norm | None) -> jax.Array:
+    activation = ACTIVATIONS[config.activation]
+    inner = project([params[name] for name in (("up", "gate") if config.gated else ("up",))], x, norm)
+
+    @jax.checkpoint
+    def down(up: jax.Array, gate: jax.Array | None = None) -> jax.Array:
+        return linear(params["down"], activation(up) if gate is None else activation(gate) * up)
+
+    return down(*inner)
+
+
+def _experts(
+    params: Tree, x: jax.Array, config: ModelConfig, norm: Norm | None, token_mask: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """The mixture's output, and the router's expert_load on its experts from the tokens marked in `token_mask`."""
+    y = x if norm is None else norm(x)
+
+    @jax.checkpoint
+    def router(y: jax.Array) -> experts.Routing:
+        with jax.default_matmul_precision("highest"):
+            return experts.route(linear(params["router"], y.astype(jnp.float32)), config)
+
+    routing = router(y)
+    out = experts.mix(params, y, routing, config, ACTIVATIONS[config.activation], lambda params, y: _mlp(params, y, config, None))
+    return out, None if token_mask is None else experts.count_load(routing, token_mask)
