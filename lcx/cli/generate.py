@@ -55,10 +55,10 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     if values.temperature == 0 and (values.top_k is not None or values.top_p < 1):
         raise UserError("--top_k and --top_p only apply to sampling; add --temperature=1 or omit them")
     # One device, unless a mesh is requested: then all of them.
-    alone = values.context == values.tensor == 1
-    if alone and values.host_devices > 1:
+    one_device = values.context == values.tensor == 1
+    if one_device and values.host_devices > 1:
         raise UserError(f"--host_devices={values.host_devices} has no effect without a mesh; add --context=N or --tensor=N")
-    mesh = None if alone else make_mesh(MeshConfig(context=values.context, tensor=values.tensor))
+    mesh = None if one_device else make_mesh(MeshConfig(context=values.context, tensor=values.tensor))
     loaded = models.load(checkpoint, stage=values.stage, mesh=mesh, dtype=values.dtype)
     single = len(prompts) == 1
     figures: list[Timings] = []
@@ -73,7 +73,7 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
         positions=values.positions,
         sampling=sampling,
         stop=values.stop,
-        stop_ids=models.stop_ids(checkpoint),
+        stop_ids=loaded.stop_ids,
         chunk=values.chunk,
         on_text=_write if single else None,
         on_end=None if single else _show,

@@ -245,6 +245,6 @@ def probe(config: DataConfig, seq_len: int, rows: int, seed: int, corpus: Corpus
     corpus = Corpus(config) if corpus is None else corpus
     halves = []
     for part, count in ((text, rows - rows // 2), (needles, rows // 2)):
-        alone = dataclasses.replace(config, parts={"probe": dataclasses.replace(part, **plain)})
-        halves.append(Loader(alone, seq_len, count, seed, corpus=corpus, split="heldout").batch(0))
+        single = dataclasses.replace(config, parts={"probe": dataclasses.replace(part, **plain)})
+        halves.append(Loader(single, seq_len, count, seed, corpus=corpus, split="heldout").batch(0))
     return jax.tree.map(lambda *x: np.concatenate(x), *halves)

@@ -28,8 +28,8 @@ from lcx.positions.scheme import Scheme
 MAX_SHARD_BYTES = 2 << 30
 """Maximum size of an exported file, which is how much memory writing takes in addition to the model."""
 
-_BESIDE = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template", "generation_config")
-_BESIDE_ENDS = (".json", ".model", ".txt", ".jinja", ".tiktoken")
+_COMPANIONS = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template", "generation_config")
+_COMPANION_ENDS = (".json", ".model", ".txt", ".jinja", ".tiktoken")
 
 
 class HfFolder:
@@ -69,22 +69,22 @@ def is_folder(path: str | Path) -> bool:
         return True
 
 
-def beside(folder: Path) -> list[Path]:
+def files_with_weights(folder: Path) -> list[Path]:
     """The files next to the weights that are needed with them: tokenizer, chat template, generation settings."""
-    found = (path for path in folder.iterdir() if path.name.startswith(_BESIDE) and path.suffix in _BESIDE_ENDS)
+    found = (path for path in folder.iterdir() if path.name.startswith(_COMPANIONS) and path.suffix in _COMPANION_ENDS)
     return sorted(path for path in found if path.is_file())
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
     """The files next to the weights that contain the tokenizer itself."""
     own = ("tokenizer.json", "tokenizer.model")
-    return [path for path in beside(folder) if path.name in own or path.suffix in (".model", ".tiktoken")]
+    return [path for path in files_with_weights(folder) if path.name in own or path.suffix in (".model", ".tiktoken")]
 
 
 def keep(folder: Path, into: Path) -> None:
     """Copy to `into` what an export needs from a model's folder: everything except the weights."""
     part = _part(into)
-    for path in (folder / configs.FILE, *beside(folder)):
+    for path in (folder / configs.FILE, *files_with_weights(folder)):
         shutil.copyfile(path, part / path.name)
     os.replace(part, into)
 
@@ -124,7 +124,7 @@ def save(
             needed = f"{sum(sizes.values()) / 1e9:,.1f} GB and the disk has {free / 1e9:,.1f} GB left"
             raise UserError(f"{out} needs {needed}; free some space or choose another disk")
         write(part, sizes, lambda name: weights.tensor(leaves, slots[name], dtype), max_shard_bytes)
-        for path in beside(base) if base else ():
+        for path in files_with_weights(base) if base else ():
             shutil.copyfile(path, part / path.name)
         (part / configs.FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         os.replace(part, out)

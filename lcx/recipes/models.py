@@ -50,13 +50,13 @@ def load(
         raise UserError(f"--step={step} and --stage={stage} conflict; give only one of them")
     if not hf.is_folder(path):
         loaded = checkpoints.load_params(path, step=step, stage=stage, mesh=mesh)
-        return dataclasses.replace(loaded, params=cast(loaded.params, jnp.dtype(dtype)))
+        return dataclasses.replace(loaded, params=cast(loaded.params, jnp.dtype(dtype)), stop_ids=stop_ids(path))
     for name, value, only in (("step", step, 0), ("stage", stage, STAGE)):
         if value is not None and value != only:
             raise UserError(f"{path} is a Hugging Face model, which has no {name} {value!r}; omit it")
     source = HfFolder(path)
     run = _run_of(source, dtype)
-    return Loaded(source.params(dtype, mesh), run, _meta_of(run, source))
+    return Loaded(source.params(dtype, mesh), run, _meta_of(run, source), stop_ids(path))
 
 
 def initial_weights(init_from: str | None) -> InitialWeights | None:
@@ -232,5 +232,5 @@ def _write_tokenizer(name: str, tokenizer: tokenizers.Tokenizer, out: Path) -> N
     if tokenizer.folder is None:
         byte_tokenizer.write(out, "+bos" in name, "+eos" in name)
         return
-    for file in hf.beside(tokenizer.folder):
+    for file in hf.files_with_weights(tokenizer.folder):
         shutil.copyfile(file, out / file.name)

@@ -256,11 +256,15 @@ class Store:
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """Weights for evaluation: `params` on their mesh, the run's config, and the schemes and length they were trained with."""
+    """Weights for evaluation: `params` on their mesh, the run's config, and the schemes and length they were trained with.
+
+    `stop_ids` are tokens at which the model's texts end besides the tokenizer's end-of-sequence token.
+    """
 
     params: Tree
     run: RunConfig
     meta: Meta
+    stop_ids: tuple[int, ...] = ()
 
     @property
     def schemes(self) -> dict[str, Scheme]:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from lcx.core.errors import UserError
-from lcx.data.tokenizers.special_tokens import beside
+from lcx.data.tokenizers.special_tokens import files_next_to
 from lcx.data.tokenizers.tokenizers import Tokenizer
 
 _BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -111,7 +111,7 @@ def load(tokenizer: Tokenizer, path: str | None = None) -> Chat:
     if own.is_file():
         return Chat(tokenizer, Template(_text(own), tokenizer.specials, str(own)))
     config = tokenizer.folder / "tokenizer_config.json"
-    found = beside(tokenizer.folder).values.get("chat_template")
+    found = files_next_to(tokenizer.folder).values.get("chat_template")
     if isinstance(found, list):
         named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
         found = named.get("default")

@@ -9,7 +9,7 @@ import numpy as np
 
 from lcx.core.errors import UserError
 from lcx.core.extras import library
-from lcx.data.tokenizers.special_tokens import beside, character, with_usual
+from lcx.data.tokenizers.special_tokens import files_next_to, character, with_usual
 
 
 class HuggingFace:
@@ -32,7 +32,7 @@ class HuggingFace:
         self._tokenizer.no_padding()
         # Ids may have gaps; the vocabulary size is set by the largest one.
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        self.specials = with_usual(beside(self.folder).roles, self._tokenizer.token_to_id)
+        self.specials = with_usual(files_next_to(self.folder).roles, self._tokenizer.token_to_id)
         self.bos_id, self.eos_id = (self._role(role) for role in ("bos_token", "eos_token"))
         self.fingerprint = hashlib.sha256(raw).hexdigest()[:16]
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from lcx.core.errors import UserError
 from lcx.core.extras import library
-from lcx.data.tokenizers.special_tokens import beside, character, read_json, split, with_usual
+from lcx.data.tokenizers.special_tokens import files_next_to, character, read_json, split, with_usual
 
 
 class SentencePiece:
@@ -36,7 +36,7 @@ class SentencePiece:
                 "use the file that came with the model"
             ) from error
         size = self._model.vocab_size()
-        near = beside(self.folder)
+        near = files_next_to(self.folder)
         added = {**read_json(self.folder / "added_tokens.json"), **near.added_tokens()}
         self._added = {token: int(number) for token, number in added.items() if int(number) >= size}
         control = (number for number in range(size) if self._model.is_control(number))

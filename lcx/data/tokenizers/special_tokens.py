@@ -44,7 +44,7 @@ class TokenizerFiles:
         return {entry["content"]: int(number) for number, entry in added.items()}
 
 
-def beside(folder: pathlib.Path) -> TokenizerFiles:
+def files_next_to(folder: pathlib.Path) -> TokenizerFiles:
     """The files next to a tokenizer in `folder`; raises `UserError` if one is not a JSON object."""
     values, mapped = read_json(folder / "tokenizer_config.json"), read_json(folder / "special_tokens_map.json")
     roles = {}

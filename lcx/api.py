@@ -1,0 +1,136 @@
+"""What a notebook needs of lcx, in a handful of functions; `import lcx` offers them as `lcx.load` and so on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+from jax.sharding import Mesh
+
+from lcx.cli import parse
+from lcx.core.configs import nearest
+from lcx.core.errors import UserError
+from lcx.data.tokenizers import tokenizers
+from lcx.evals.results import EvalResult
+from lcx.evals.suite import EvalConfig
+from lcx.model.architecture import build_schemes
+from lcx.model.sampling import Sampling
+from lcx.positions.registry import from_config
+from lcx.positions.scheme import Scheme
+from lcx.positions.theta import report as theta_report
+from lcx.recipes import models
+from lcx.recipes.generation import Completion, generate_text
+from lcx.recipes.recipe import evaluate_loaded, recipe, train_recipe
+from lcx.training.checkpoints import Loaded
+
+__all__ = ["evaluate", "export", "generate", "load", "scheme", "theta_report", "train"]
+
+
+def load(
+    path: str | Path, *, stage: str | None = None, step: int | None = None, dtype: str = "float32", mesh: Mesh | None = None
+) -> Loaded:
+    """The weights of a run's workdir, of one of its checkpoint folders, or of a Hugging Face folder.
+
+    `stage` or `step` chooses a checkpoint of a run (default: the newest); `dtype` is float32, bfloat16 or float16; `mesh` defaults
+    to the first device. Raises `UserError` if nothing can be read there.
+    """
+    return models.load(path, step=step, stage=stage, mesh=mesh, dtype=dtype)
+
+
+def generate(
+    model: Loaded,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    positions: str = "none",
+    chunk: int | None = None,
+    on_text: Callable[[int, str], None] | None = None,
+) -> list[Completion]:
+    """Continue each of `prompts`; temperature 0 takes the most likely token.
+
+    A text ends before a string of `stop`, at an end token of the model, or after `max_new_tokens`. `positions` tries a scheme
+    zero-shot. `on_text(prompt, piece)` is called as text becomes certain.
+    """
+    if isinstance(prompts, str):
+        raise UserError("prompts must be a list of texts, not a single text; write [prompt]")
+    return generate_text(
+        model.params, model.run.model, build_schemes(model.run.model, model.schemes), tokenizers.load(model.run.data.tokenizer),
+        prompts, max_new_tokens, trained=model.meta.length, positions=positions,
+        sampling=Sampling(temperature, top_k, top_p, seed), stop=stop, stop_ids=model.stop_ids, chunk=chunk, on_text=on_text,
+    )  # fmt: skip
+
+
+def evaluate(
+    model: Loaded,
+    *,
+    lengths: Sequence[int] = EvalConfig().lengths,
+    positions: Sequence[str] = (),
+    items: int = 20,
+    generation_items: int = 0,
+    perplexity_tokens: int = 1 << 16,
+    workdir: str | Path | None = None,
+    label: str = "eval",
+) -> EvalResult:
+    """Needles and perplexity at each of `lengths` (tokens), under the model's own scheme and under each of `positions`.
+
+    `items` needles a cell, `generation_items` of them by generation too, `perplexity_tokens` held-out tokens at each length. Writes
+    `eval/<label>.json` only where a `workdir` is given.
+    """
+    config = EvalConfig(
+        lengths=tuple(lengths), needle_items=items, zero_shot=tuple(positions), zero_shot_items=items,
+        generation_items=generation_items, perplexity_tokens=perplexity_tokens,
+    )  # fmt: skip
+    return evaluate_loaded(model, config, label, None if workdir is None else Path(workdir))
+
+
+def train(
+    config: str | Path | ml_collections.ConfigDict, workdir: str | Path, overrides: Mapping[str, Any] | None = None
+) -> Loaded:
+    """Train the stages of a config, without evaluations, and return the model at the end; the same call resumes.
+
+    `config` is a config file as on the command line ("configs/quickstart.py:smoke"), or the `ConfigDict` of its `get_config()`.
+    `overrides` maps keys to values, as `--config.KEY=VALUE` does: `{"stages.extend_4096.steps": 200}`.
+    """
+    complete = None
+    if not isinstance(config, ml_collections.ConfigDict):
+        complete = getattr(parse.module(str(config).partition(":")[0]), "complete", None)
+        config = parse.load(str(config))
+    for key, value in (overrides or {}).items():
+        _override(config, key, value)
+    train_recipe(recipe(config if complete is None else complete(config)), Path(workdir))
+    return models.load(workdir)
+
+
+def export(
+    path: str | Path, out: str | Path, *, stage: str | None = None, step: int | None = None, dtype: str | None = None
+) -> Path:
+    """Write the weights of a run as a new Hugging Face folder `out`, and return it.
+
+    `dtype` None is that of the model that the run started from, else float32.
+    """
+    models.export_model(path, Path(out), step=step, stage=stage, dtype=dtype)
+    return Path(out)
+
+
+def scheme(spec: str | Mapping[str, Any]) -> Scheme:
+    """The positional scheme of a text such as "yarn:factor=16", or of a mapping with a `name`."""
+    return from_config(spec)
+
+
+def _override(config: ml_collections.ConfigDict, key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    place = config
+    for name in (*parents, last):
+        if not isinstance(place, ml_collections.ConfigDict) or name not in place:
+            allowed = place.keys() if isinstance(place, ml_collections.ConfigDict) else ()
+            raise UserError(f"overrides[{key!r}]: the config has no field {name!r}{nearest(name, allowed)}")
+        if name is not last:
+            place = place[name]
+    place[last] = value
