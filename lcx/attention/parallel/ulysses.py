@@ -43,7 +43,7 @@ class HeadShare(BiasFn):
 
     def __call__(self, bias_params: Any, q_positions: jax.Array, k_positions: jax.Array) -> jax.Array:
         """float32 `[B, N / u, T, S]`."""
-        return self._share(self.whole(bias_params, q_positions, k_positions), 1)
+        return self._heads_here(self.whole(bias_params, q_positions, k_positions), 1)
 
     @property
     def linear(self) -> bool:
@@ -52,9 +52,9 @@ class HeadShare(BiasFn):
 
     def slopes(self, bias_params: Any) -> jax.Array:
         """float32 `[N / u]`."""
-        return self._share(self.whole.slopes(bias_params), 0)
+        return self._heads_here(self.whole.slopes(bias_params), 0)
 
-    def _share(self, x: jax.Array, axis: int) -> jax.Array:
+    def _heads_here(self, x: jax.Array, axis: int) -> jax.Array:
         heads = x.shape[axis] // jax.lax.axis_size(self.axis)
         return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(self.axis) * heads, heads, axis=axis)
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from lcx.core.errors import UserError
 from lcx.core.extras import library
-from lcx.data.tokenizers.special_tokens import files_next_to, character, with_usual
+from lcx.data.tokenizers.special_tokens import character, files_next_to, with_usual
 
 
 class HuggingFace:

@@ -10,7 +10,7 @@ import numpy as np
 
 from lcx.core.errors import UserError
 from lcx.core.extras import library
-from lcx.data.tokenizers.special_tokens import files_next_to, character, read_json, split, with_usual
+from lcx.data.tokenizers.special_tokens import character, files_next_to, read_json, split, with_usual
 
 
 class SentencePiece:
