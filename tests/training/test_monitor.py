@@ -63,7 +63,7 @@ def test_a_stage_is_measured_against_the_one_before():
     wrong = decide(CONFIG, falling(0.05), Probe(1.897, 4.233, 0.109), Probe(1.717, 2.162, 0.305), reference)
     right = decide(CONFIG, flat, Probe(1.774, 1.313, 0.641), Probe(1.699, 0.354, 0.875), reference)
     assert (wrong.verdict, right.verdict) == ("oscillating", "straight down")
-    assert "needles are 1.87 nats above the stage before" in wrong.reason
+    assert "needles are 1.87 nats above the previous stage" in wrong.reason
     assert decide(CONFIG, flat, BEFORE, Probe(2.0, 0.3, 0.95), reference).reason.startswith("held-out text is 0.24 nats above")
 
 
