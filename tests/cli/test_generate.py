@@ -8,7 +8,7 @@ import pytest
 from lcx.cli.main import main
 from tests.cli.test_wrong_inputs import CONFIG
 
-SPEEDS = r"prefill [\d,]+ tokens/s, decode [\d,.]+ tokens/s \(without [\d.]+ s of compiling and laying out\)"
+SPEEDS = r"prefill [\d,]+ tokens/s, decode [\d,.]+ tokens/s \(excluding [\d.]+ s of compilation and setup\)"
 FIGURES = rf"\d+ prompt tokens, \d+ new; {SPEEDS}"
 
 
@@ -51,4 +51,4 @@ def test_a_mesh_gives_the_same_text(lcx):
 
 
 def test_more_than_was_trained_is_remarked(lcx):
-    assert "are 133, and the weights were trained up to 128" in lcx("--prompt=" + "y" * 130, "--max_new_tokens=3").err
+    assert "add up to 133, but the weights were trained up to 128" in lcx("--prompt=" + "y" * 130, "--max_new_tokens=3").err

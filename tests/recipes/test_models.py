@@ -175,7 +175,7 @@ def test_wrong_names_of_weights(source, tmp_path):
         models.load(source, dtype="float8")
     with pytest.raises(UserError, match="already exists"):
         models.export_model(source, source)
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="does not exist or is not a directory"):
         models.import_model(tmp_path / "nothing", tmp_path / "run")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="has no config.json"):

@@ -81,7 +81,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path):
     child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ})
     assert child.returncode == 1, child.stderr
     assert "not reached" not in child.stdout
-    assert "error: checkpoint 2 could not be written" in child.stderr and "goes on from step 1" in child.stderr
+    assert "error: checkpoint 2 could not be written" in child.stderr and "it resumes from step 1" in child.stderr
     assert "Traceback" not in child.stderr
     with Store(tmp_path, CheckpointConfig()) as store:
         found, record = store.restore(abstract, lambda m: True)

@@ -132,7 +132,7 @@ def test_a_checkpoint_moves_between_meshes(tmp_path):
 def test_a_workdir_of_another_config(whole):
     with pytest.raises(UserError, match=r"another config: seed is 0 there but 1 here"):
         go(whole[0], seed=1)
-    with pytest.raises(UserError, match=r"stages\.longer\.steps is 10 there and 11 here"):
+    with pytest.raises(UserError, match=r"stages\.longer\.steps is 10 there but 11 here"):
         go(whole[0], stages=tiny.stages(steps=11))
 
 
@@ -154,7 +154,7 @@ def test_parameters_for_evaluation(whole):
         load_params(workdir, stage="bass")
     with pytest.raises(UserError, match="its steps are 8, 16, 18"):
         load_params(workdir, step=5)
-    with pytest.raises(UserError, match="holds no run"):
+    with pytest.raises(UserError, match="does not hold a run"):
         load_params(workdir / "checkpoints" / "16" / "params")
 
 
