@@ -14,6 +14,7 @@ from collections.abc import Mapping
 
 from lcx.core import configs as configs
 from lcx.core.errors import UserError
+from lcx.core.files import write_atomically
 
 
 def wilson(correct: int, items: int, z: float = 1.959963985) -> tuple[float, float]:
@@ -168,12 +169,7 @@ class EvalResult:
 
 def write(result: EvalResult, path: str | os.PathLike[str]) -> pathlib.Path:
     """Write the result as JSON; the file appears whole or not at all."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(configs.plain(result), indent=1) + "\n")
-    partial.replace(path)
-    return path
+    return write_atomically(path, json.dumps(configs.plain(result), indent=1) + "\n")
 
 
 def read(path: str | os.PathLike[str]) -> EvalResult:

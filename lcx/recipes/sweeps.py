@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import difflib
+import io
 import itertools
 import json
 import keyword
@@ -30,6 +31,7 @@ from typing import Any
 from lcx.core import configs as configs
 from lcx.core.console import say, table
 from lcx.core.errors import UserError
+from lcx.core.files import write_atomically
 from lcx.report import history, style, sweep_plots
 from lcx.report.sweep_plots import PointResult
 
@@ -182,19 +184,18 @@ def collect_run(workdir: pathlib.Path) -> dict[str, Any]:
 
 def write_results(outcomes: Sequence[PointResult], workdir: pathlib.Path) -> None:
     """`results.json` with everything and `results.csv` with a row for each point."""
-    _write(workdir / "results.json", json.dumps([configs.plain(outcome) for outcome in outcomes], indent=1) + "\n")
+    write_atomically(workdir / "results.json", json.dumps([configs.plain(outcome) for outcome in outcomes], indent=1) + "\n")
     paths = list(dict.fromkeys(path for outcome in outcomes for path in outcome.overrides))
     numbers = list(dict.fromkeys(key for outcome in outcomes for key in outcome.scalars()))
-    partial = workdir / "results.csv.partial"
-    with partial.open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["name", "status", *paths, *numbers, "seconds", "reason"])
-        for outcome in outcomes:
-            values = [_text(outcome.overrides[path]) if path in outcome.overrides else "" for path in paths]
-            scalars = outcome.scalars()
-            found = [scalars.get(key, "") for key in numbers]
-            rows.writerow([outcome.name, outcome.status, *values, *found, round(outcome.seconds, 1), outcome.reason])
-    partial.replace(workdir / "results.csv")
+    written = io.StringIO()
+    rows = csv.writer(written)
+    rows.writerow(["name", "status", *paths, *numbers, "seconds", "reason"])
+    for outcome in outcomes:
+        values = [_text(outcome.overrides[path]) if path in outcome.overrides else "" for path in paths]
+        scalars = outcome.scalars()
+        found = [scalars.get(key, "") for key in numbers]
+        rows.writerow([outcome.name, outcome.status, *values, *found, round(outcome.seconds, 1), outcome.reason])
+    write_atomically(workdir / "results.csv", written.getvalue())
 
 
 def show(outcomes: Sequence[PointResult]) -> None:
@@ -221,7 +222,7 @@ def _run_point(
             reason = f"it ended well but its results cannot be read: {error}"
     seconds = time.perf_counter() - started
     outcome = PointResult(name, dict(overrides), "failed" if reason else "finished", reason, seconds, numbers)
-    _write(folder / ("failed.json" if reason else "result.json"), json.dumps(configs.plain(outcome), indent=1) + "\n")
+    write_atomically(folder / ("failed.json" if reason else "result.json"), json.dumps(configs.plain(outcome), indent=1) + "\n")
     if not reason:
         (folder / "failed.json").unlink(missing_ok=True)
     return outcome
@@ -350,10 +351,3 @@ def _text(value: Any) -> str:
     if isinstance(value, float) and math.isfinite(value) and value.is_integer() and abs(value) < 1e15:
         return str(int(value))
     return str(value)
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)

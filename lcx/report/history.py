@@ -19,6 +19,7 @@ from typing import Any
 
 from lcx.core.console import warn
 from lcx.core.errors import UserError
+from lcx.core.files import write_atomically
 from lcx.evals import results
 from lcx.evals.results import EvalResult
 from lcx.report.plots import StageCurve
@@ -124,10 +125,7 @@ def record_environment(workdir: str | os.PathLike[str], command: Sequence[str]) 
         "devices": f"{len(devices)} x {devices[0].device_kind}",
         "processes": jax.process_count(),
     }
-    path = pathlib.Path(workdir) / "environment.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values, indent=1) + "\n")
-    return path
+    return write_atomically(pathlib.Path(workdir) / "environment.json", json.dumps(values, indent=1) + "\n")
 
 
 def _number(value: Any, missing: float = 0.0) -> float:

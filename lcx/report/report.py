@@ -14,6 +14,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from lcx.core.files import write_atomically
 from lcx.evals.results import EvalResult, NeedleGrid, PerplexityCurve, wilson
 from lcx.report import history, plots, style
 from lcx.report.history import Run, Stage
@@ -32,11 +33,7 @@ def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
     figures = pictures(run)
     for name, figure in figures.items():
         style.save(figure, workdir / "plots" / f"{name}.png")
-    path = workdir / "report.html"
-    partial = path.with_suffix(".partial")
-    partial.write_text(render(run, figures))
-    partial.replace(path)
-    return path
+    return write_atomically(workdir / "report.html", render(run, figures))
 
 
 def pictures(run: Run) -> dict[str, Figure]:

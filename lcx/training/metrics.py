@@ -7,7 +7,6 @@ import errno
 import functools
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ import psutil
 
 from lcx.core.configs import positive
 from lcx.core.errors import UserError
+from lcx.core.files import write_atomically
 
 TIMING = ("time", "tokens_per_second", "mfu", "data_wait", "host_memory")
 """Fields of a row that differ between two identical runs; all others are bitwise equal."""
@@ -117,9 +117,7 @@ class Writer:
         if not self._active or not self._path.exists():
             return
         kept = [json.dumps(entry) for entry in read(self._path) if keep(entry)]
-        fresh = self._path.with_suffix(".tmp")
-        fresh.write_text("".join(line + "\n" for line in kept))
-        os.replace(fresh, self._path)
+        write_atomically(self._path, "".join(line + "\n" for line in kept))
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """Append a row; raises `UserError` when the disk is full."""

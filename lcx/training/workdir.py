@@ -13,6 +13,7 @@ import jax
 
 from lcx.core import configs as configs
 from lcx.core.errors import UserError
+from lcx.core.files import write_atomically
 from lcx.training import metrics
 from lcx.training.stages import RunConfig
 
@@ -38,9 +39,7 @@ def open_workdir(workdir: Path, run: RunConfig) -> None:
         # Read as a config, so that fields which are younger than the run have their defaults.
         _compare(workdir, configs.plain(read_config(workdir)), configs.plain(run))
     if jax.process_index() == 0:
-        fresh = path.with_suffix(".tmp")
-        fresh.write_text(json.dumps(configs.plain(run), indent=1) + "\n")
-        os.replace(fresh, path)
+        write_atomically(path, json.dumps(configs.plain(run), indent=1) + "\n")
 
 
 def make_workdir(workdir: Path) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 
 from lcx.core.configs import plain
 from lcx.core.errors import UserError
+from lcx.core.files import write_atomically
 from lcx.data.config import SourceConfig
 from lcx.data.sources import documents, records
 from lcx.data.sources.sources import eos_tail, text_hash
@@ -101,7 +102,7 @@ def _claim(folder: pathlib.Path, identity: dict) -> bool:
             return meta["complete"]
     elif foreign := sorted(entry.name for entry in folder.iterdir() if entry.name != "index"):
         raise UserError(f"{folder} contains {foreign[0]!r}, which is not part of an lcx dataset; use a new folder")
-    records.write_atomically(path, _json({**identity, "complete": False}))
+    write_atomically(path, _json({**identity, "complete": False}))
     return False
 
 
@@ -184,9 +185,9 @@ class _Writer:
         size = sum(path.stat().st_size for path in paths)
         described = records.tfds_files(self._identity["name"], self._shard_lengths, size, np.dtype(self._identity["dtype"]))
         for name, content in described.items():
-            records.write_atomically(self._folder / name, _json(content))
+            write_atomically(self._folder / name, _json(content))
         progress = dataclasses.asdict(self.progress)
-        records.write_atomically(self._folder / records.META, _json({**self._identity, **progress, "complete": True}))
+        write_atomically(self._folder / records.META, _json({**self._identity, **progress, "complete": True}))
 
     def _count(self, lengths: list[int], hashes: list[int]) -> None:
         self._shard_lengths.append(len(lengths))

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from lcx.core.files import write_atomically
 
 META = "lcx.json"
 
@@ -31,16 +32,6 @@ def shard_path(folder: pathlib.Path, name: str, shard: int) -> pathlib.Path:
 def index_path(folder: pathlib.Path, shard: int) -> pathlib.Path:
     """Path of a shard's index."""
     return folder / "index" / f"{shard:05d}.npz"
-
-
-def write_atomically(path: pathlib.Path, content: bytes) -> None:
-    """Writes a file so that it holds all of `content` or, if the process is killed, is left as it was before."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def write_index(path: pathlib.Path, names: Sequence[str], lengths: Sequence[int], hashes: Sequence[int]) -> None:
