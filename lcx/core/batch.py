@@ -22,7 +22,7 @@ class Index:
     """What attention knows about each token: int32 arrays, each `[B, T]`.
 
     `order` is the row index before any permutation; masks and windows compare it. `positions` is what positional schemes
-    see. `segments` is the document id (`PADDING` and `SHARED` are reserved). `prefix` (or None) is 1 for keys that every query
+    see. `segments` is the document id (`PADDING` and `SHARED` are reserved). `is_prefix` (or None) is 1 for keys that every query
     of their document sees, whatever the order. `layout` says how rows are distributed over the devices that share them
     (`attention.parallel.sequence_layout`); strategies may rely on it, masks never do.
     """
@@ -30,7 +30,7 @@ class Index:
     order: jax.Array
     positions: jax.Array
     segments: jax.Array
-    prefix: jax.Array | None = None
+    is_prefix: jax.Array | None = None
     layout: str = flax.struct.field(pytree_node=False, default="contiguous")
 
     @classmethod
@@ -46,34 +46,34 @@ class Index:
 
 @flax.struct.dataclass
 class Batch:
-    """Training or scoring rows: int32 `[B, T]` each, `weights` float32 `[B, T]`.
+    """Training or scoring rows: int32 `[B, T]` each, `loss_weights` float32 `[B, T]`.
 
-    `targets[b, t]` is the token that follows `tokens[b, t]` in its row (shifted before any permutation); `weights` scales its
+    `targets[b, t]` is the token that follows `tokens[b, t]` in its row (shifted before any permutation); `loss_weights` scales its
     loss, 0 where there is nothing to predict. `layout` as in `Index`.
     """
 
     tokens: jax.Array
     targets: jax.Array
-    weights: jax.Array
+    loss_weights: jax.Array
     order: jax.Array
     positions: jax.Array
     segments: jax.Array
-    prefix: jax.Array | None = None
+    is_prefix: jax.Array | None = None
     layout: str = flax.struct.field(pytree_node=False, default="contiguous")
 
     @property
     def index(self) -> Index:
         """The attention index of the rows."""
-        return Index(self.order, self.positions, self.segments, self.prefix, self.layout)
+        return Index(self.order, self.positions, self.segments, self.is_prefix, self.layout)
 
     @classmethod
-    def from_tokens(cls, tokens: np.ndarray | jax.Array, weights: np.ndarray | jax.Array | None = None) -> "Batch":
+    def from_tokens(cls, tokens: np.ndarray | jax.Array, loss_weights: np.ndarray | jax.Array | None = None) -> "Batch":
         """Rows of `T + 1` tokens, one document each, as a batch of `T` predictions.
 
-        `tokens` is int `[B, T + 1]`; `weights` float32 `[B, T + 1]` belongs to the token that is predicted (default 1).
+        `tokens` is int `[B, T + 1]`; `loss_weights` float32 `[B, T + 1]` belongs to the token that is predicted (default 1).
         """
         tokens = jnp.asarray(tokens, jnp.int32)
         rows, length = tokens.shape[0], tokens.shape[1] - 1
-        weights = jnp.ones_like(tokens, jnp.float32) if weights is None else jnp.asarray(weights, jnp.float32)
+        loss_weights = jnp.ones_like(tokens, jnp.float32) if loss_weights is None else jnp.asarray(loss_weights, jnp.float32)
         index = Index.dense(rows, length)
-        return cls(tokens[:, :-1], tokens[:, 1:], weights[:, 1:], index.order, index.positions, index.segments)
+        return cls(tokens[:, :-1], tokens[:, 1:], loss_weights[:, 1:], index.order, index.positions, index.segments)

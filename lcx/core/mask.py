@@ -37,7 +37,7 @@ class Mask:
     """A static visibility rule; hashable, so that it can key a compiled program.
 
     `causal`: keys after the query in `order` are hidden. `window`: keys at an order distance of `window` or more are hidden
-    (both sides when not causal). `prefix`: keys marked by `Index.prefix` are seen by their whole document regardless of
+    (both sides when not causal). `prefix`: keys marked by `Index.is_prefix` are seen by their whole document regardless of
     order and window. `band` restricts the rule to one piece of a positional scheme. Segments always apply.
     """
 
@@ -61,8 +61,8 @@ def sees(mask: Mask, q: Index, k: Index) -> jax.Array:
         reach &= distance >= 0
     if mask.window is not None:
         reach &= (distance < mask.window) & (distance > -mask.window)
-    if mask.prefix and k.prefix is not None:
-        reach |= k.prefix > 0
+    if mask.prefix and k.is_prefix is not None:
+        reach |= k.is_prefix > 0
     if not mask.band.everything:
         if mask.band.chunk > 1:
             distance = q.positions // mask.band.chunk - k.positions // mask.band.chunk
@@ -111,7 +111,7 @@ def bounds(index: Index, block: int) -> Bounds:
         return jnp.max(jnp.where(keep, x, low), axis=2)
 
     order, positions = blocks(index.order), blocks(index.positions)
-    prefix = jnp.zeros_like(real) if index.prefix is None else blocks(index.prefix) > 0
+    prefix = jnp.zeros_like(real) if index.is_prefix is None else blocks(index.is_prefix) > 0
     return Bounds(
         order_min=smallest(order, real),
         order_max=largest(order, real),

@@ -23,7 +23,7 @@ from lcx.data.tokenizers import tokenizers
 
 # Last element of the key of a random stream, so that no two uses share a stream.
 _PLAN, _TASK, _KEEP, _REMAP, _SHUFFLE = range(5)
-_KEYS = ("tokens", "targets", "weights", "order", "positions", "segments")
+_KEYS = ("tokens", "targets", "loss_weights", "order", "positions", "segments")
 
 
 class Corpus:
@@ -79,7 +79,7 @@ class Loader:
         """Rows `rows` of step `step`, as NumPy arrays `[B, T]`: weights float32, all others int32."""
         part, row = self.addresses(step, rows)
         shape = (len(part), self.seq_len)
-        out = {key: np.zeros(shape, np.float32 if key == "weights" else np.int32) for key in _KEYS}
+        out = {key: np.zeros(shape, np.float32 if key == "loss_weights" else np.int32) for key in _KEYS}
         out["order"][:] = np.arange(self.seq_len, dtype=np.int32)
         for index in np.unique(part):
             own = np.flatnonzero(part == index)
@@ -125,7 +125,7 @@ class TextPart:
     def build(self, rows: np.ndarray) -> Mapping[str, np.ndarray]:
         """Arrays `[n, T]` of the named rows."""
         out = packing.assemble(self.plan, rows, self.source, self.seq_len, self.config.packing, self.bos_id)
-        out["weights"] *= np.float32(self.config.loss_weight)
+        out["loss_weights"] *= np.float32(self.config.loss_weight)
         return out
 
     def describe(self, row: int) -> str:
@@ -152,7 +152,7 @@ class TaskPart:
         return {
             "tokens": samples.tokens[:, :-1],
             "targets": samples.tokens[:, 1:],
-            "weights": samples.weights[:, 1:] * np.float32(self.config.loss_weight),
+            "loss_weights": samples.loss_weights[:, 1:] * np.float32(self.config.loss_weight),
             "segments": np.ones((len(rows), self.seq_len), np.int32),
             "positions": np.broadcast_to(np.arange(self.seq_len, dtype=np.int32), (len(rows), self.seq_len)),
         }

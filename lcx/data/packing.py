@@ -151,7 +151,7 @@ def assemble(plan: Plan, rows: np.ndarray, source: Subset, seq_len: int, config:
     out = {
         "tokens": _scatter(shape, place, tokens, 0),
         "targets": _scatter(shape, place, targets, 0),
-        "weights": _scatter(shape, place, weights, np.float32(0)),
+        "loss_weights": _scatter(shape, place, weights, np.float32(0)),
         "segments": _scatter(shape, place, np.repeat(number, lengths), PADDING),
         "positions": columns.copy(),
     }
@@ -166,10 +166,10 @@ def assemble(plan: Plan, rows: np.ndarray, source: Subset, seq_len: int, config:
 def _targets(tokens, source, document, start, end, last, row, masked) -> tuple[np.ndarray, np.ndarray]:
     """Next token and weight of each token; `last` int64 `[S]` is the index of each span's last token in `tokens`."""
     targets = np.append(tokens[1:], np.int32(0))
-    weights = np.append(source.weights(document, start, end)[1:], np.float32(0))
+    weights = np.append(source.loss_weights(document, start, end)[1:], np.float32(0))
     goes_on = end < source.lengths[document]
     following = document[goes_on], end[goes_on], end[goes_on] + 1
-    targets[last[goes_on]], weights[last[goes_on]] = source.gather(*following), source.weights(*following)
+    targets[last[goes_on]], weights[last[goes_on]] = source.gather(*following), source.loss_weights(*following)
     neighbour = np.append(row[1:] == row[:-1], False) & (not masked)
     weights[last[~goes_on & ~neighbour]] = 0
     targets[last[~goes_on & ~neighbour]] = 0

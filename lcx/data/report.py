@@ -120,7 +120,7 @@ def inspect(loader: Loader, rows: int, samples: int = 3) -> Report:
         batch = loader.batch(step)
         for index in np.unique(part):
             own = part == index
-            tallies[index].add(row[own], batch.segments[own], batch.weights[own], batch.tokens[own])
+            tallies[index].add(row[own], batch.segments[own], batch.loss_weights[own], batch.tokens[own])
     return Report(loader.seq_len, edges, tuple(tally.report(samples) for tally in tallies))
 
 

@@ -36,13 +36,13 @@ DIGITS = "0123456789"
 class Samples:
     """Rows of a task.
 
-    `tokens` int32 `[R, T + 1]`; `weights` float32 `[R, T + 1]`, of the token that is predicted; `answers` bool `[R, T + 1]`,
+    `tokens` int32 `[R, T + 1]`; `loss_weights` float32 `[R, T + 1]`, of the token that is predicted; `answers` bool `[R, T + 1]`,
     the values that queries ask for. The last query's answer is the `answer_length` tokens starting at `answer_start` in every row;
     `depths` float64 `[R]` says where the needle that holds it begins: 0 first, 1 last possible place before the queries.
     """
 
     tokens: np.ndarray
-    weights: np.ndarray
+    loss_weights: np.ndarray
     answers: np.ndarray
     answer_start: int
     answer_length: int
@@ -52,7 +52,7 @@ class Samples:
         """The rows as a `Batch` of NumPy arrays `[R, T]`, one document each."""
         rows, length = self.tokens.shape[0], self.tokens.shape[1] - 1
         order = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length)).copy()
-        return Batch(self.tokens[:, :-1], self.tokens[:, 1:], self.weights[:, 1:], order, order.copy(), np.ones_like(order))
+        return Batch(self.tokens[:, :-1], self.tokens[:, 1:], self.loss_weights[:, 1:], order, order.copy(), np.ones_like(order))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,21 +160,21 @@ class Task:
         body, key_length = text.shape[1], config.key_length
         queries = self._line(self._query, _take(keys, chosen), self._equals, _take(values, chosen))
         tokens = np.concatenate([text, queries.reshape(rows, -1)], 1)
-        weights = np.full(tokens.shape, config.haystack_weight, np.float32)
-        weights[:, body:] = config.query_weight
+        loss_weights = np.full(tokens.shape, config.haystack_weight, np.float32)
+        loss_weights[:, body:] = config.query_weight
         at = (np.arange(rows) * tokens.shape[1])[:, None, None] + starts[:, :, None] + np.arange(lines.text.shape[2])
         real = np.arange(lines.text.shape[2]) < lines.lengths[:, :, None]
         tokens.reshape(-1)[at[real]] = lines.text[real]
-        weights.reshape(-1)[at[real]] = config.needle_weight
+        loss_weights.reshape(-1)[at[real]] = config.needle_weight
         answers = np.zeros(tokens.shape, bool)
         block = answers[:, body:].reshape(rows, asked, self.line_length)
         block[:, :, key_length + 2 : -1] = True
         answers[:, body:] = block.reshape(rows, -1)
-        weights[answers] = config.answer_weight
+        loss_weights[answers] = config.answer_weight
         holder = np.take_along_axis(holders, chosen[:, -1:], 1)
         depths = np.take_along_axis(starts, holder, 1)[:, 0] / max(body - self.line_length, 1)
         start = tokens.shape[1] - 1 - config.value_length
-        return Samples(tokens, weights, answers, start, config.value_length, depths)
+        return Samples(tokens, loss_weights, answers, start, config.value_length, depths)
 
     def _lines(self, draw: _Draw, present: int) -> tuple[Lines, np.ndarray, np.ndarray, np.ndarray]:
         """Lines in the order of their places, and for each chain the queried key, its value and the line that holds the value."""

@@ -223,9 +223,9 @@ def write(old: jax.Array, new: jax.Array, layer: jax.Array | int, start: jax.Arr
 
 
 def write_index(old: Index, new: Index, start: jax.Array) -> Index:
-    """Like `write`, for the index of a kind's slots; without `new.prefix` no key is marked."""
-    unmarked = jnp.zeros_like(new.order) if new.prefix is None else new.prefix
-    new = new.replace(prefix=None if old.prefix is None else unmarked, layout=old.layout)
+    """Like `write`, for the index of a kind's slots; without `new.is_prefix` no key is marked."""
+    unmarked = jnp.zeros_like(new.order) if new.is_prefix is None else new.is_prefix
+    new = new.replace(is_prefix=None if old.is_prefix is None else unmarked, layout=old.layout)
     return jax.tree.map(lambda old, new: write(old[None], new, 0, start)[0], old, new)
 
 

@@ -81,7 +81,7 @@ def extend(params: Tree, buffers: Tree, arch: Architecture, cache: Cache, tokens
     """Run a chunk of tokens `[B, T]`, numbers `start … start + T` of their rows; returns (hidden `[B, T, D]`, cache).
 
     On a mesh whose context has n devices (`jax.set_mesh`), T must be a multiple of n or at most n. Chunks must be consecutive, and
-    the cache is consumed. Tokens of segment `PADDING` are stored but never seen; keys marked by `index.prefix` are seen by their
+    the cache is consumed. Tokens of segment `PADDING` are stored but never seen; keys marked by `index.is_prefix` are seen by their
     own chunk and later ones. Raises `UserError` if there are not enough slots, the chunk cannot be distributed or the cache was
     filled under other frequencies.
     """

@@ -48,7 +48,7 @@ def loss_sums(params: Tree, hidden: jax.Array, batch: Batch, arch: Architecture,
     """Weighted sums of the next-token loss; `hidden` is `[B, T, D]`, `router_aux` a scalar or None of `hidden_states`."""
     tokens = None if router_aux is None else unpadded_tokens(batch)
     losses = token_losses(params, hidden, batch.targets, arch)
-    weights = batch.weights.astype(jnp.float32)
+    weights = batch.loss_weights.astype(jnp.float32)
     return LossSums(
         nll=jnp.sum(losses.nll * weights),
         weight=jnp.sum(weights),

@@ -207,7 +207,7 @@ def probe_sums(params: Tree, buffers: Mapping[str, Any], arch: Architecture, bat
     halves = jnp.stack([1 - needle, needle])
 
     def both(x: jax.Array) -> jax.Array:
-        return halves @ jnp.sum(x * batch.weights, axis=1)
+        return halves @ jnp.sum(x * batch.loss_weights, axis=1)
 
     return ProbeSums(both(losses.nll), both(jnp.ones_like(losses.nll)), both(losses.correct.astype(jnp.float32)))
 

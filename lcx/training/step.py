@@ -193,7 +193,7 @@ class TrainStep:
         gradient = jax.value_and_grad(self._loss, has_aux=True)
         balanced = self.arch.config.router_aux_weight > 0
         # What Σ w·ℓ has to be divided by, over what the load-balancing loss has to be.
-        rate = jnp.sum(batch.weights, dtype=jnp.float32) / jnp.maximum(unpadded_tokens(batch), 1.0) if balanced else None
+        rate = jnp.sum(batch.loss_weights, dtype=jnp.float32) / jnp.maximum(unpadded_tokens(batch), 1.0) if balanced else None
         if self.accumulate == 1:
             (_, sums), grads = gradient(params, batch, buffers, rate)
         else:

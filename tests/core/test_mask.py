@@ -50,7 +50,7 @@ def random_index(rng, rows=3, length=24, permute=False):
 @pytest.mark.parametrize("mask", MASKS[::5], ids=str)
 def test_visible_is_the_rule(mask):
     index = random_index(np.random.default_rng(1), length=14)
-    tokens = np.stack([index.order, index.positions, index.segments, index.prefix], axis=-1)
+    tokens = np.stack([index.order, index.positions, index.segments, index.is_prefix], axis=-1)
     expected = [[[by_hand(mask, q, k) for k in row] for q in row] for row in tokens]
     np.testing.assert_array_equal(visible(mask, index, index), expected)
 

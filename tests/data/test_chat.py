@@ -388,11 +388,11 @@ def test_targets_of_the_models_turns_have_weight(method, masked, seq_len, chats)
     learned = []
     for step in range(given.parts[0].size):
         batch = given.batch(step)
-        learned += batch.targets[batch.weights > 0].tolist()
-        assert set(np.unique(batch.weights)) <= {0, 0.5}
-        assert (batch.weights[batch.segments == PADDING] == 0).all()
+        learned += batch.targets[batch.loss_weights > 0].tolist()
+        assert set(np.unique(batch.loss_weights)) <= {0, 0.5}
+        assert (batch.loss_weights[batch.segments == PADDING] == 0).all()
         # A target with weight is the token that stands next in the row, wherever the row goes on.
-        inside = batch.weights[0, :-1] > 0
+        inside = batch.loss_weights[0, :-1] > 0
         np.testing.assert_array_equal(batch.targets[0, :-1][inside], batch.tokens[0, 1:][inside])
     expected = "".join(f"{x * 5}|{x}!|" for x in "ABCDEFGHIJ").encode()
     # Across a cut of the row a target is still the document's next token, so nothing is lost.
@@ -405,7 +405,7 @@ def test_one_conversation_in_a_row(chats):
     text = "\0u:aaa|a:AAAAA|u:?|a:A!|"
     tokens = batch.tokens[row, : len(text)]
     assert tokens[0] == 256 and bytes(tokens[1:].tolist()).decode() == text[1:]
-    learned = "".join(text[i + 1] if batch.weights[row, i] else "." for i in range(len(text) - 1))
+    learned = "".join(text[i + 1] if batch.loss_weights[row, i] else "." for i in range(len(text) - 1))
     assert learned == "........" + "AAAAA|" + "......" + "A!|"
 
 
@@ -418,7 +418,7 @@ def test_parts_of_text_and_tasks_beside_chats(chats):
     batch, lines = given.batch(0), given.provenance(0)
     assert {line.split("[")[0] for line in lines} == {"text", "task", "chat"}
     for row, line in enumerate(lines):
-        share = batch.weights[row][batch.segments[row] != PADDING].astype(bool).mean()
+        share = batch.loss_weights[row][batch.segments[row] != PADDING].astype(bool).mean()
         low, high = {"text": (0.9, 1.0), "task": (0.01, 0.99), "chat": (0.2, 0.6)}[line.split("[")[0]]
         assert low < share <= high, line
 

@@ -82,9 +82,9 @@ def test_shapes_types_and_orders(config, corpus):
     for name in ("tokens", "targets", "order", "positions", "segments"):
         assert getattr(batch, name).dtype == np.int32
         assert getattr(batch, name).shape == (7, 100)
-    assert batch.weights.dtype == np.float32
+    assert batch.loss_weights.dtype == np.float32
     np.testing.assert_array_equal(batch.order, np.broadcast_to(np.arange(100), (7, 100)))
-    assert (batch.weights[batch.segments == PADDING] == 0).all()
+    assert (batch.loss_weights[batch.segments == PADDING] == 0).all()
     assert batch.tokens.max() <= 256
     assert (batch.tokens[batch.segments == SHARED] == 256).all()
 
@@ -158,7 +158,7 @@ def test_short_documents_are_thinned_and_long_ones_kept(config, corpus):
 def test_loss_weight_of_a_part(config, corpus):
     part = dataclasses.replace(config.parts["code"], loss_weight=0.25)
     batch = Loader(dataclasses.replace(config, parts={"code": part}), 64, 4, seed=0, corpus=corpus).batch(0)
-    assert set(np.unique(batch.weights)) <= {0, 0.25}
+    assert set(np.unique(batch.loss_weights)) <= {0, 0.25}
 
 
 @pytest.mark.parametrize("kind", ["text", "multikey"])
@@ -181,7 +181,7 @@ def test_probe_is_fixed_and_held_out(config, corpus):
     one, two = (probe(config, 256, 7, seed=5, corpus=c) for c in (corpus, None))
     assert equal(one, two)
     assert one.tokens.shape == (7, 256)
-    answers = one.weights[4:]
+    answers = one.loss_weights[4:]
     assert (answers.sum(1) == 2 * 4).all()
     assert set(np.unique(answers)) == {0, 1}
     held = corpus.select(config.parts["code"].source, "heldout")
@@ -195,8 +195,8 @@ def test_probe_of_text_only_and_of_needles_only(config, corpus):
     for name in ("code", "needles"):
         alone = dataclasses.replace(config, parts={name: config.parts[name]})
         batch = probe(alone, 256, 4, seed=0, corpus=corpus)
-        assert (batch.weights[:2].sum(1) > 200).all()
-        assert (batch.weights[2:].sum(1) <= 16).all()
+        assert (batch.loss_weights[:2].sum(1) > 200).all()
+        assert (batch.loss_weights[2:].sum(1) <= 16).all()
 
 
 def test_defaults_build_and_survive_a_config_dict():

@@ -130,14 +130,14 @@ def test_rows_of_every_combination(method, masked, reset, anchor):
     source, seq_len = corpus(rng.integers(1, 26, 25).tolist()), 17
     made = plan(method, source.lengths, seq_len - anchor, rng)
     rows = rng.permutation(len(made))
-    buffers = assemble(made, rows, source, seq_len, config, BOS)
-    assert {key: value.dtype.name for key, value in buffers.items()} == dict.fromkeys(buffers, "int32") | {"weights": "float32"}
+    arrays = assemble(made, rows, source, seq_len, config, BOS)
+    assert {key: value.dtype.name for key, value in arrays.items()} == dict.fromkeys(arrays, "int32") | {"loss_weights": "float32"}
     for r, line in enumerate(reference(made, rows, source, seq_len, config)):
         for t, wanted in enumerate(line):
-            found = {key: buffers[key][r, t] for key in buffers}
+            found = {key: arrays[key][r, t] for key in arrays}
             assert found["tokens"] == wanted["token"]
             assert found["segments"] == wanted["segment"]
-            assert found["weights"] == wanted["weight"]
+            assert found["loss_weights"] == wanted["weight"]
             assert found["targets"] == wanted["target"]
             if wanted["position"] is not None:
                 assert found["positions"] == wanted["position"]
@@ -150,12 +150,12 @@ def test_who_sees_whom(method, masked, reset, anchor):
     rng = np.random.default_rng(2)
     source, seq_len = corpus(rng.integers(1, 20, 12).tolist()), 16
     made = plan(method, source.lengths, seq_len - anchor, rng)
-    buffers = assemble(made, np.arange(len(made)), source, seq_len, config, BOS)
-    order = np.broadcast_to(np.arange(seq_len, dtype=np.int32), buffers["tokens"].shape)
-    index = Index(order, buffers["positions"], buffers["segments"])
+    arrays = assemble(made, np.arange(len(made)), source, seq_len, config, BOS)
+    order = np.broadcast_to(np.arange(seq_len, dtype=np.int32), arrays["tokens"].shape)
+    index = Index(order, arrays["positions"], arrays["segments"])
     seen = np.asarray(visible(Mask(), index, index))
-    document = np.searchsorted(source.cumulative, buffers["tokens"], "right")
-    real, shared = buffers["segments"] != PADDING, buffers["segments"] == SHARED
+    document = np.searchsorted(source.cumulative, arrays["tokens"], "right")
+    real, shared = arrays["segments"] != PADDING, arrays["segments"] == SHARED
     same = document[:, :, None] == document[:, None, :] if masked else np.ones_like(seen)
     allowed = (same & ~shared[:, :, None] & ~shared[:, None, :]) | shared[:, None, :]
     past = order[:, :, None] >= order[:, None, :]

@@ -107,7 +107,7 @@ def test_a_loader_gives_the_same_batches_over_both(prepared):
         values = {"parts": {"a": {"source": source}, "b": {"kind": "multikey", "source": source}}}
         batches.append(Loader(build(DataConfig, values), 256, 4, seed=1).batch(3))
     np.testing.assert_array_equal(batches[0].tokens, batches[1].tokens)
-    np.testing.assert_array_equal(batches[0].weights, batches[1].weights)
+    np.testing.assert_array_equal(batches[0].loss_weights, batches[1].loss_weights)
 
 
 def test_larger_vocabularies_and_end_tokens(tmp_path):

@@ -78,7 +78,7 @@ def test_lengths_equal_independent_counts(loader):
 
 def test_loss_counts(loader):
     report = inspect(loader, rows=50)
-    weights = np.concatenate([loader.batch(step).weights for step in range(5)])
+    weights = np.concatenate([loader.batch(step).loss_weights for step in range(5)])
     assert sum(part.loss_weight for part in report.parts) == pytest.approx(float(weights.sum()))
     assert sum(part.trained for part in report.parts) == int((weights > 0).sum())
 

@@ -60,7 +60,7 @@ def test_rows_are_valid_and_have_one_answer(kind, length, haystack):
     samples = task.sample(np.random.default_rng(length), length, haystack, 40)
     present, asked = task.counts(length)
     for row in range(40):
-        tokens, weights, answers = samples.tokens[row], samples.weights[row], samples.answers[row]
+        tokens, weights, answers = samples.tokens[row], samples.loss_weights[row], samples.answers[row]
         assert tokens.shape == (length + 1,)
         needles, starts, queries = read(task, tokens)
         hops = task.config.hops if kind == "variable_tracking" else 0
@@ -169,7 +169,7 @@ def test_batch_of_samples(haystack):
     samples = Task("multikey", TaskConfig(), BYTES).sample(np.random.default_rng(0), 128, haystack, 2)
     batch = samples.batch()
     np.testing.assert_array_equal(batch.tokens[:, 1:], batch.targets[:, :-1])
-    np.testing.assert_array_equal(batch.weights > 5, samples.answers[:, 1:])
+    np.testing.assert_array_equal(batch.loss_weights > 5, samples.answers[:, 1:])
 
 
 def test_other_tokenizers_have_exact_lengths(tmp_path):

@@ -90,7 +90,7 @@ def batch(ids: np.ndarray) -> Batch:
     weights = jnp.ones((B, T), jnp.float32).at[:, -1].set(0)
     targets = np.roll(ids, -1, axis=1)
     return Batch(
-        tokens=jnp.asarray(ids), targets=jnp.asarray(targets), weights=weights, order=order, positions=order,
+        tokens=jnp.asarray(ids), targets=jnp.asarray(targets), loss_weights=weights, order=order, positions=order,
         segments=jnp.ones((B, T), jnp.int32),
     )  # fmt: skip
 

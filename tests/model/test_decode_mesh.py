@@ -96,7 +96,7 @@ def test_a_prefix_is_seen_beyond_the_window():
     params, buffers, arch, table = build(config, {"default": "rope:theta=500"}, LENGTH)
     tokens = np.random.default_rng(0).integers(0, 256, (1, 25))
     marked = (jnp.arange(24, dtype=jnp.int32) < 5).astype(jnp.int32)[None]
-    batch = Batch.from_tokens(tokens).replace(prefix=marked)
+    batch = Batch.from_tokens(tokens).replace(is_prefix=marked)
     wanted = np.asarray(hidden_states(params, buffers, arch, batch)[0])
     split, made = place(params, table, MeshConfig(fsdp=1, context=4))
     with jax.set_mesh(made):

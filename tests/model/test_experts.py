@@ -128,7 +128,7 @@ def tokens(rows: int = 8, seed: int = 0) -> Batch:
     batch = Batch.from_tokens(np.random.default_rng(seed).integers(0, 256, (rows, T + 1)))
     # Padding of another length in each row: it is routed, and must not count in the balance.
     padded = np.arange(T)[None] >= T - np.arange(rows)[:, None]
-    return batch.replace(segments=jnp.where(padded, PADDING, batch.segments), weights=batch.weights * ~padded)
+    return batch.replace(segments=jnp.where(padded, PADDING, batch.segments), loss_weights=batch.loss_weights * ~padded)
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -247,7 +247,7 @@ def make_step(config: ModelConfig, mesh: MeshConfig, accumulate: int = 1, steps:
 def test_the_balance_has_a_denominator_of_its_own():
     """Its gradient does not depend on the loss weights, and microbatches count by their tokens that are no padding."""
     batch = jax.tree.map(np.asarray, tokens())
-    batch = batch.replace(weights=batch.weights * 0.01)
+    batch = batch.replace(loss_weights=batch.loss_weights * 0.01)
     step, state, buffers = make_step(TINY, MeshConfig(fsdp=1, expert=2), accumulate=2)
     _, metrics, gradients = step.with_gradients(state, step.to_device(batch, 8), buffers)
     params, _, arch, _ = build(TINY, ROPE, T)
@@ -257,7 +257,7 @@ def test_the_balance_has_a_denominator_of_its_own():
         for i in range(2):
             half = jax.tree.map(lambda x, i=i: x[i::2], batch)
             states, router_aux = hidden_states(params, buffers, arch, half)
-            nll += loss_sums(params, states, half, arch).nll / np.sum(batch.weights)
+            nll += loss_sums(params, states, half, arch).nll / np.sum(batch.loss_weights)
             balance += router_aux * np.sum(half.segments != PADDING) / np.sum(batch.segments != PADDING)
         return nll + TINY.router_aux_weight * balance, balance
 

@@ -30,7 +30,7 @@ def plain_sums(params, hidden, batch, arch):
     logp = jax.nn.log_softmax(logits(params, hidden, arch.config))
     lse = jax.nn.logsumexp(logits(params, hidden, arch.config), axis=-1)
     nll = -jnp.take_along_axis(logp, batch.targets[..., None], axis=-1)[..., 0]
-    return jnp.sum(nll * batch.weights), jnp.sum(lse**2 * batch.weights)
+    return jnp.sum(nll * batch.loss_weights), jnp.sum(lse**2 * batch.loss_weights)
 
 
 @pytest.mark.parametrize("tied", [False, True])

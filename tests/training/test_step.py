@@ -149,9 +149,9 @@ def test_a_step_that_is_not_finite_keeps_the_state(poison):
     before = jax.tree.map(np.array, (state.params, state.opt_state))
     batch = host_batch(1)
     if poison == "weights":
-        batch = batch.replace(weights=np.where(batch.weights > 0.5, np.nan, batch.weights).astype(np.float32))
+        batch = batch.replace(loss_weights=np.where(batch.loss_weights > 0.5, np.nan, batch.loss_weights).astype(np.float32))
     elif poison == "none":
-        batch = batch.replace(weights=np.zeros_like(batch.weights))
+        batch = batch.replace(loss_weights=np.zeros_like(batch.loss_weights))
     bad = jax.tree.map(lambda x: x * jnp.nan if x.dtype == jnp.float32 else x, buffers) if poison == "buffers" else buffers
     for count in (1, 2):
         state, metrics = step(state, step.to_device(batch, ROWS), bad)

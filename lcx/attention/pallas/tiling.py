@@ -21,7 +21,7 @@ from lcx.core.batch import Index
 from lcx.core.mask import Bounds, Mask, bounds, sees
 
 Platform = Literal["tpu", "gpu"]
-FIELDS = ("order", "positions", "segments", "prefix")
+FIELDS = ("order", "positions", "segments", "is_prefix")
 BOUNDS = tuple(field.name for field in dataclasses.fields(Bounds))
 
 
@@ -108,7 +108,7 @@ def _blocks_of(index: Index, block: int) -> Index:
 
 def _tokens(index: Index, block: int, copies: int) -> jax.Array:
     blocks = _blocks_of(index, block)
-    prefix = jnp.zeros_like(blocks.order) if blocks.prefix is None else blocks.prefix
+    prefix = jnp.zeros_like(blocks.order) if blocks.is_prefix is None else blocks.is_prefix
     fields = jnp.stack([blocks.order, blocks.positions, blocks.segments, prefix], axis=2).astype(jnp.int32)
     return jnp.tile(fields, (1, 1, 1, copies))
 

@@ -36,14 +36,14 @@ class Source(Protocol):
     def gather(self, documents: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
         """Tokens int32 of the spans `[S]`, concatenated."""
 
-    def weights(self, documents: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    def loss_weights(self, documents: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
         """Loss weights float32 of the spans' tokens, each at the place of its own token; called only for weighted sources."""
 
 
 class InMemorySource:
     """A source that keeps all tokens in one array, in the smallest dtype that fits the vocabulary.
 
-    `weights` are each document's loss weights, float32; None means 1 everywhere.
+    `loss_weights` are each document's loss weights, float32; None means 1 everywhere.
     """
 
     def __init__(
@@ -52,23 +52,23 @@ class InMemorySource:
         tokens: Sequence[np.ndarray],
         hashes: Sequence[int],
         vocab_size: int,
-        weights: Sequence[np.ndarray] | None = None,
+        loss_weights: Sequence[np.ndarray] | None = None,
     ) -> None:
         self.names = list(names)
         self.lengths = np.asarray([len(x) for x in tokens], np.int64)
         self.hashes = np.asarray(hashes, np.uint64)
         self._flat = np.concatenate(tokens).astype(np.min_scalar_type(vocab_size - 1))
         self._offsets = np.cumsum(self.lengths) - self.lengths
-        self._weights = None if weights is None else np.concatenate(weights)
-        self.weighted = weights is not None
+        self._loss_weights = None if loss_weights is None else np.concatenate(loss_weights)
+        self.weighted = loss_weights is not None
 
     def gather(self, documents: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
         """Tokens int32 of the spans, concatenated."""
         return self._flat[ranges(self._offsets[documents] + starts, ends - starts)].astype(np.int32)
 
-    def weights(self, documents: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    def loss_weights(self, documents: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
         """Loss weights float32 of the spans' tokens."""
-        return self._weights[ranges(self._offsets[documents] + starts, ends - starts)]
+        return self._loss_weights[ranges(self._offsets[documents] + starts, ends - starts)]
 
 
 class Subset:
@@ -97,11 +97,11 @@ class Subset:
         """Whether some tokens have a loss weight other than 1."""
         return self.source.weighted
 
-    def weights(self, documents: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    def loss_weights(self, documents: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
         """Loss weights float32 of the spans' tokens."""
         if not self.weighted:
             return np.ones(int((ends - starts).sum()), np.float32)
-        return self.source.weights(self.ids[documents], starts, ends)
+        return self.source.loss_weights(self.ids[documents], starts, ends)
 
     @property
     def num_tokens(self) -> int:
@@ -174,7 +174,7 @@ def load(config: SourceConfig, tokenizer: Tokenizer, chat_template: str | None =
 
 
 def _load_chats(config: SourceConfig, template: chat.Chat) -> InMemorySource:
-    names, tokens, hashes, weights = [], [], [], []
+    names, tokens, hashes, loss_weights = [], [], [], []
     for name, text in documents.read(config):
         try:
             conversation = json.loads(text)
@@ -188,8 +188,8 @@ def _load_chats(config: SourceConfig, template: chat.Chat) -> InMemorySource:
         names.append(name)
         tokens.append(ids)
         hashes.append(text_hash(text))
-        weights.append(own)
-    return InMemorySource(names, tokens, hashes, template.tokenizer.vocab_size, weights)
+        loss_weights.append(own)
+    return InMemorySource(names, tokens, hashes, template.tokenizer.vocab_size, loss_weights)
 
 
 def split(source: Source, fraction: float, which: Split) -> Subset:
