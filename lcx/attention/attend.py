@@ -42,7 +42,7 @@ def attend(
     """One layer's attention from raw (not rotated) queries and keys to `o_BTNH` in q's dtype.
 
     `q_tables` and `k_tables` come from `positions.rotary.tables`. `query_scale` is float32 `[B, T]` and multiplies q;
-    `sinks` `[N]` enter the denominator once, after the pieces are merged. All arrays except the indices are differentiable.
+    `sinks` `[N]` enter the denominator once, after the regions are merged. All arrays except the indices are differentiable.
 
     `cached`: the keys are the slots of a cache. On a mesh that splits sequences they stay where they are
     (`attention.parallel.split_kv`), and there is no gradient.

@@ -1,6 +1,6 @@
-"""Shared by the passes of the TPU kernel, in addition to `cut`: the grid, what a step of it sees of the mask, and a tile of logits.
+"""Shared by the passes of the TPU kernel, besides `tiling`: the grid, what a step of it sees of the mask, and a tile of logits.
 
-Legend: see `cut`. A tile of logits is transposed, `[block_k, rows]`: everything that belongs to a query (its log-sum-exp, order
+Legend: see `tiling`. A tile of logits is transposed, `[block_k, rows]`: everything that belongs to a query (its log-sum-exp, order
 and segment) is then one row of lanes, which takes no extra memory, and a maximum over keys is one over sublanes.
 """
 

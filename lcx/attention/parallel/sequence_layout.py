@@ -1,6 +1,6 @@
 """How the tokens of a row are distributed over the devices that share it.
 
-Legend: B batch, T tokens in a row, n pieces that the row is split into.
+Legend: B batch, T tokens in a row, n devices of the ring that share the row.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ def check_length(what: str, length: int, layout: SequenceLayout, ring_size: int)
 
 
 def arrange(tree: Any, layout: SequenceLayout, ring_size: int) -> Any:
-    """Arrays `[B, T, ...]` in row order, host or device, rearranged so that piece i of a plain split along T holds its own tokens.
+    """Arrays `[B, T, ...]` in row order, host or device, rearranged so that part i of a plain split along T is device i's.
 
-    contiguous: tokens in order. zigzag: of 2n chunks, piece i gets chunks i and 2n - 1 - i, so that under a causal mask all pieces
-    have the same work. striped: piece i gets tokens i, i + n, ... (arXiv 2311.09431). Uses reshape and flip: a gather would become
-    a serial loop on a TPU. Shift labels first.
+    contiguous: tokens in order. zigzag: of 2n chunks, device i gets chunks i and 2n - 1 - i, so that under a causal mask all
+    devices have the same work. striped: device i gets tokens i, i + n, ... (arXiv 2311.09431). Uses reshape and flip: a gather
+    would become a serial loop on a TPU. Shift labels first.
     """
 
     def one(x: Any) -> Any:
