@@ -9,15 +9,17 @@ from lcx.attention.parallel.ulysses import check_heads
 from lcx.core.console import warn
 from lcx.core.errors import UserError
 from lcx.core.mesh import RULES, axis_size, check_divides, multiples
-from lcx.core.param_spec import paths_of
+from lcx.core.param_spec import abstract, paths_of
 from lcx.core.trees import Tree
 from lcx.model.architecture import row_layout
 from lcx.model.config import ModelConfig
+from lcx.training.optimizer import check_patterns
 from lcx.training.stages import RunConfig, StageConfig
 
 
 def check_stage(run: RunConfig, stage: StageConfig, mesh: Mesh, specs: Tree) -> None:
     """Raises `UserError` when the sizes of a stage do not fit its mesh."""
+    check_patterns(run.optim_of(stage), abstract(specs))
     check_batch(stage, mesh)
     check_divides(f"stages.{stage.name}.seq_len", stage.seq_len, mesh, "sequence")
     layout = row_layout(run.model, stage.seq_len, mesh)

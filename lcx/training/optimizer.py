@@ -1,29 +1,37 @@
-"""The optimizer as one optax chain: clipping, AdamW with a decay mask, and a schedule over the steps of a stage."""
+"""The optimizer as one optax chain: clipping, a direction from the table, decay, and a schedule over the steps of a stage."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from lcx.core.configs import positive
+from lcx.core.configs import choice, nearest, positive
 from lcx.core.errors import UserError
-from lcx.core.trees import Tree
+from lcx.core.trees import Tree, paths
+from lcx.training.optimizers.table import OPTIMIZERS
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW (Loshchilov & Hutter, 1711.05101) and its schedule.
+    """The optimizer, by its `name` in `optimizers.table`, and its schedule.
 
     `lr` is the peak learning rate. `schedule` shapes it after `warmup_steps` of linear warmup: `constant`; `cosine` and `linear`
     fall to `end_fraction * lr` at the stage's last step; `wsd` stays at the peak and falls linearly over the last
     `decay_fraction` of the stage. `clip_norm` bounds the global gradient norm (None: off). `z_loss` scales the squared
     log-partition term. Weight decay skips norms, biases, sinks, learned positions and all vectors.
+
+    Patterns are regular expressions searched for in parameter paths such as `layers/attention/query/kernel`: `freeze` leaves
+    parameters as they are (no gradient, no optimizer state), `decay_exclude` takes more of them out of weight decay, and
+    `lr_scale` holds (pattern, factor) pairs for the learning rate, of which the first that matches counts.
     """
 
+    name: str = "adamw"
     lr: float = 1e-3
     schedule: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
     warmup_steps: int = 0
@@ -35,8 +43,20 @@ class OptimConfig:
     weight_decay: float = 0.1
     clip_norm: float | None = 1.0
     z_loss: float = 0.0
+    lr_scale: tuple[tuple[str, float], ...] = ()
+    decay_exclude: tuple[str, ...] = ()
+    freeze: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        choice("optim.name", self.name, OPTIMIZERS)
+        for field, pattern in self.patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(f"optim.{field}: {pattern!r} is not a regular expression ({error})") from error
+        for pattern, factor in self.lr_scale:
+            if not factor >= 0:
+                raise UserError(f"optim.lr_scale={factor!r} for {pattern!r} must not be negative")
         positive("optim", lr=self.lr, eps=self.eps, clip_norm=self.clip_norm)
         for name in ("warmup_steps", "weight_decay", "z_loss"):
             if not getattr(self, name) >= 0:
@@ -47,6 +67,12 @@ class OptimConfig:
         for name in ("b1", "b2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"optim.{name}={getattr(self, name)!r} must be at least 0 and below 1")
+
+    @property
+    def patterns(self) -> list[tuple[str, str]]:
+        """All patterns, with the field that each is from."""
+        scaled = [("lr_scale", pattern) for pattern, _ in self.lr_scale]
+        return scaled + [(name, pattern) for name in ("decay_exclude", "freeze") for pattern in getattr(self, name)]
 
 
 class ScheduleState(NamedTuple):
@@ -75,25 +101,51 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([rise, main], [warmup])
 
 
-def decay_mask(params: Tree) -> Tree:
-    """True for the weights that decay: matrices, not norms, biases, sinks, vectors or learned positions."""
+def check_patterns(config: OptimConfig, params: Tree) -> None:
+    """Raises `UserError` for a pattern that matches no parameter, and where all parameters are frozen."""
+    names = [path for path, _ in paths(params)]
+    for field, pattern in config.patterns:
+        if not any(re.search(pattern, name) for name in names):
+            raise UserError(f"optim.{field}: {pattern!r} matches no parameter{nearest(pattern, names)}")
+    if all(_matches(config.freeze, name) for name in names):
+        raise UserError(f"optim.freeze={config.freeze} freezes all parameters; leave some to train")
+
+
+def frozen(config: OptimConfig, params: Tree) -> Tree:
+    """True for the parameters that `config.freeze` names."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: _matches(config.freeze, _joined(path)), params)
+
+
+def decay_mask(params: Tree, exclude: Sequence[str] = ()) -> Tree:
+    """True for the weights that decay: matrices, not norms, biases, sinks, vectors, learned positions or what `exclude` names."""
 
     def decays(path: tuple, leaf: Any) -> bool:
         names = [str(getattr(key, "key", key)) for key in path]
-        return leaf.ndim > 1 and names[0] != "positions" and names[-1] not in ("scale", "bias", "sinks")
+        return (
+            leaf.ndim > 1
+            and names[0] != "positions"
+            and names[-1] not in ("scale", "bias", "sinks")
+            and not _matches(exclude, "/".join(names))
+        )
 
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
 def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformationExtraArgs:
     """The chain for a stage of `steps`; `update` takes the stage's step as the keyword `step`."""
+    # Each extra link is there only where it is asked for, so that the optimizer state keeps its structure without it.
+    scale = [_scale_by_path(config.lr_scale)] if config.lr_scale else []
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
-    return optax.chain(
+    chain = optax.chain(
         clip,
-        optax.scale_by_adam(config.b1, config.b2, config.eps),
-        optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
+        OPTIMIZERS[config.name](config.b1, config.b2, config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=lambda params: decay_mask(params, config.decay_exclude)),
         _scale_by_stage(learning_rate(config, steps)),
+        *scale,
     )
+    if not config.freeze:
+        return chain
+    return optax.partition({False: chain, True: optax.set_to_zero()}, lambda params: frozen(config, params))
 
 
 def _scale_by_stage(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
@@ -104,3 +156,21 @@ def _scale_by_stage(schedule: optax.Schedule) -> optax.GradientTransformationExt
         return jax.tree.map(lambda u: rate.astype(u.dtype) * u, updates), state
 
     return optax.GradientTransformationExtraArgs(lambda _: ScheduleState(), update)
+
+
+def _scale_by_path(scales: Sequence[tuple[str, float]]) -> optax.GradientTransformation:
+    """Multiply each update by the factor of the first pattern that its path matches."""
+
+    def one(path: tuple, update: jax.Array) -> jax.Array:
+        name = _joined(path)
+        return next((update * factor for pattern, factor in scales if re.search(pattern, name)), update)
+
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(one, updates))
+
+
+def _joined(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _matches(patterns: Sequence[str], name: str) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns)

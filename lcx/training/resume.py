@@ -89,10 +89,12 @@ def continue_into(state: TrainState, built: BuiltStage, seed: int) -> TrainState
     same = shapes == [x.shape for x in jax.tree.leaves(params)]
     opt_state = fresh.opt_state
     if built.stage.keep_optimizer_state:
-        if same:
-            opt_state = jax.device_put(state.opt_state, built.step.state_shardings.opt_state)
-        else:
+        if not same:
             warn(f"stages.{built.stage.name}.keep_optimizer_state: parameters changed shape, so the optimizer starts from scratch")
+        elif jax.tree.structure(state.opt_state) != jax.tree.structure(opt_state):
+            warn(f"stages.{built.stage.name}.keep_optimizer_state: the optimizer is another one, so it starts from scratch")
+        else:
+            opt_state = jax.device_put(state.opt_state, built.step.state_shardings.opt_state)
     skipped = jax.device_put(state.skipped, built.step.state_shardings.skipped)
     return fresh.replace(opt_state=opt_state, skipped=skipped)
 

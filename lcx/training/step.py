@@ -24,11 +24,11 @@ from lcx.attention.parallel.sequence_layout import arrange
 from lcx.core.batch import Batch
 from lcx.core.mesh import named_sharding, partition_spec
 from lcx.core.param_spec import ParamSpec, abstract, initialize, paths_of, shardings
-from lcx.core.trees import Tree
+from lcx.core.trees import Tree, paths
 from lcx.model.architecture import Architecture, row_layout
 from lcx.model.loss import LossSums, loss_sums, unpadded_tokens
 from lcx.model.transformer import hidden_states
-from lcx.training.optimizer import OptimConfig, learning_rate, optimizer
+from lcx.training.optimizer import OptimConfig, frozen, learning_rate, optimizer
 
 Table = tuple[tuple[str, ParamSpec], ...]
 """A spec tree as `(path, spec)` pairs: hashable, so that it can key a compiled step."""
@@ -144,13 +144,19 @@ class TrainStep:
 
     def _state_shardings(self) -> TrainState:
         shapes = jax.eval_shape(self._at_step_zero, abstract(self.specs))
-        opt = optax.tree.map_params(
-            self.transform,
-            lambda _, sharding: sharding,
-            shapes.opt_state,
-            self._param_shardings,
-            transform_non_params=lambda _: self._replicated,
-        )
+        by_path = {
+            path: (leaf.shape, sharding)
+            for (path, leaf), (_, sharding) in zip(paths(shapes.params), paths(self._param_shardings), strict=True)
+        }
+
+        def one(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+            # A moment lies where its parameter does: its path ends in the parameter's, and it has the same shape.
+            words = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+            ends = ("/".join(words[i:]) for i in range(len(words)))
+            shape, sharding = next((by_path[end] for end in ends if end in by_path), (None, None))
+            return sharding if shape == leaf.shape else self._replicated
+
+        opt = jax.tree_util.tree_map_with_path(one, shapes.opt_state)
         return TrainState(self._param_shardings, opt, self._replicated, self._replicated, self._replicated)
 
     def _train(self, state: TrainState, batch: Batch, buffers: Mapping[str, Any], gradients: bool = False) -> tuple:
@@ -210,6 +216,9 @@ class TrainStep:
         return sums, jax.tree.map(lambda g: g.astype(jnp.float32) / weight, self._shard(grads))
 
     def _loss(self, params: Tree, batch: Batch, buffers: Mapping[str, Any], rate: jax.Array | None) -> tuple[jax.Array, LossSums]:
+        if self.optim.freeze:
+            still = frozen(self.optim, params)
+            params = jax.tree.map(lambda x, fixed: jax.lax.stop_gradient(x) if fixed else x, params, still)
         states, router_aux = hidden_states(params, buffers, self.arch, batch)
         with jax.named_scope("loss"):
             sums = loss_sums(params, states, batch, self.arch, router_aux)

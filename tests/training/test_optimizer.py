@@ -1,4 +1,4 @@
-"""Schedules at their corners, and what decays."""
+"""Schedules at their corners, what decays, and each optimizer of the table in the real step."""
 
 import jax
 import jax.numpy as jnp
@@ -6,13 +6,18 @@ import numpy as np
 import optax
 import pytest
 
+from lcx.core.batch import Batch
 from lcx.core.errors import UserError
-from lcx.core.param_spec import abstract
+from lcx.core.mesh import MeshConfig, make_mesh
+from lcx.core.param_spec import abstract, paths_of
 from lcx.core.trees import paths
+from lcx.model.architecture import build_architecture
 from lcx.model.config import ModelConfig
 from lcx.model.params import specs
 from lcx.positions.registry import from_config
-from lcx.training.optimizer import OptimConfig, decay_mask, learning_rate, optimizer
+from lcx.training.optimizer import OptimConfig, check_patterns, decay_mask, learning_rate, optimizer
+from lcx.training.optimizers.table import OPTIMIZERS
+from lcx.training.step import TrainStep
 
 
 @pytest.mark.parametrize(
@@ -51,3 +56,65 @@ def test_impossible_values():
     for values in ({"lr": 0.0}, {"end_fraction": 2.0}, {"b1": 1.0}, {"warmup_steps": -1}):
         with pytest.raises(UserError, match=next(iter(values))):
             OptimConfig(**values)
+
+
+MODEL = ModelConfig(vocab_size=32, model_dim=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=32)
+
+
+def trained(config, steps=8, devices=1):
+    """Losses of `steps` steps on one batch, with the parameters before and after and the optimizer state."""
+    schemes = {"global": from_config({"name": "rope", "theta": 100.0})}
+    arch, buffers = build_architecture(MODEL, schemes, 16)
+    step = TrainStep(
+        arch, tuple(paths_of(specs(MODEL, schemes, 16))), config, steps, make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
+    )
+    state = step.init_state(jax.random.key(0))
+    before, losses = jax.tree.map(np.asarray, state.params), []
+    tokens = np.random.default_rng(0).integers(0, 32, (4, 16)).astype(np.int32)
+    batch = step.to_device(jax.tree.map(np.asarray, Batch.from_tokens(tokens)), 4)
+    for _ in range(steps):
+        state, metrics = step(state, batch, buffers)
+        losses.append(metrics["loss"].item())
+    return losses, before, state
+
+
+@pytest.mark.parametrize(("name", "lr"), [("adamw", 1e-2), ("muon", 1e-2), ("adafactor", 3e-2), ("lion", 2e-3)])
+def test_each_optimizer_learns(name, lr):
+    losses, _, _ = trained(OptimConfig(name=name, lr=lr))
+    assert losses[-1] < 0.95 * losses[0]
+
+
+@pytest.mark.parametrize("name", ["muon", "adafactor"])
+def test_a_mesh_equals_one_device(name):
+    config = OptimConfig(name=name, lr=1e-2)
+    np.testing.assert_allclose(trained(config, 3)[0], trained(config, 3, devices=2)[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_frozen_parameters_stay_and_have_no_state(name):
+    _, before, after = trained(OptimConfig(name=name, freeze=("embed", "attention/query")), 3)
+    for (path, old), new in zip(paths(before), jax.tree.leaves(after.params), strict=True):
+        still = path.startswith("embed") or "attention/query" in path
+        assert np.array_equal(old, new) == still, path
+    assert not [path for path, _ in paths(after.opt_state) if "embed/embedding" in path or "query" in path]
+
+
+def test_a_factor_on_the_learning_rate():
+    config = OptimConfig(lr=0.1, schedule="constant", lr_scale=(("head", 0.5), ("h", 3.0)), decay_exclude=("head",), clip_norm=None)
+    params = {name: {"kernel": jnp.ones((3, 2))} for name in ("body", "head", "hidden")}
+    grads = jax.tree.map(lambda x: 2 * x, params)
+    transform = optimizer(config, 10)
+    got, _ = transform.update(grads, transform.init(params), params, step=jnp.int32(0))
+    np.testing.assert_allclose([got[name]["kernel"][0, 0] for name in params], [-0.11, -0.05, -0.33], rtol=1e-5)
+
+
+def test_patterns_that_cannot_work():
+    params = abstract(specs(MODEL, {"global": from_config({"name": "rope", "theta": 100.0})}, 16))
+    with pytest.raises(UserError, match="matches no parameter; did you mean 'layers/attention/query/kernel'"):
+        check_patterns(OptimConfig(freeze=("layers/atention/query/kernel",)), params)
+    with pytest.raises(UserError, match="freezes all parameters"):
+        check_patterns(OptimConfig(freeze=(".",)), params)
+    with pytest.raises(UserError, match=r"optim.decay_exclude: '\(' is not a regular expression"):
+        OptimConfig(decay_exclude=("(",))
+    with pytest.raises(UserError, match="did you mean 'muon'"):
+        OptimConfig(name="muom")

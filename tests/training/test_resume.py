@@ -1,5 +1,7 @@
 """Weights that have to fit another stage: tables that grow, schemes that begin, sizes that differ."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import tiny
 from lcx.core.errors import UserError
 from lcx.core.param_spec import initialize
 from lcx.training.builder import StageBuilder
+from lcx.training.loop import train
 from lcx.training.resume import continue_into, fit
 from lcx.training.stages import run_config
 
@@ -58,3 +61,21 @@ def test_optimizer_state_is_kept_or_reset(keep):
     assert (after.step, after.skipped, after.in_a_row) == (0, 2, 0)
     moments = np.concatenate([np.ravel(x) for x in jax.tree.leaves(after.opt_state)])
     np.testing.assert_array_equal(moments, float(keep))
+
+
+@pytest.mark.parametrize("name", ["muon"])
+def test_every_optimizer_resumes(name, tmp_path):
+    values = tiny.config(optim={"name": name, "lr": 3e-3, "freeze": ("embed",)})
+    whole = train(run_config(values), tmp_path / "whole", jax.devices()[:1])
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "18")
+    again = train(run_config(values), tmp_path / "cut", jax.devices()[:1])
+    jax.tree.map(np.testing.assert_array_equal, whole.params, again.params)
+
+
+def test_another_optimizer_starts_from_scratch(capfd):
+    builder = stage_builder("rope:theta=100", 400.0, keep_optimizer_state=True, optim={"name": "lion"})
+    short, long = builder.build(0), builder.build(1)
+    after = continue_into(short.step.state_from_params(initialize(short.specs, jax.random.key(0))), long, 0)
+    assert jax.tree.structure(after.opt_state) == jax.tree.structure(long.step.abstract_state().opt_state)
+    assert "the optimizer is another one" in " ".join(capfd.readouterr().err.split())

@@ -1,0 +1,10 @@
+"""AdamW (Loshchilov & Hutter, 1711.05101)."""
+
+from __future__ import annotations
+
+import optax
+
+
+def adamw(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """Adam's direction; decay and learning rate follow for all optimizers alike."""
+    return optax.scale_by_adam(b1, b2, eps)
