@@ -70,6 +70,13 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
+    def note(self, text: str) -> None:
+        """What is being done where no step can be counted, such as compilation."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, figures=text)
+        elif self._every:
+            self._console.print(rich.markup.escape(f"{self._title}: {text}"))
+
     def advance(self, figures: str = "", steps: int = 1) -> None:
         """Record `steps` more completed steps, with `figures` to show next to the bar."""
         before, self._done = self._done, self._done + steps

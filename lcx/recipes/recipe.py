@@ -23,9 +23,10 @@ from lcx.model.config import ModelConfig
 from lcx.recipes import models
 from lcx.report.history import record_environment
 from lcx.report.report import write_report
-from lcx.training.checkpoints import Loaded, load_params
+from lcx.training.checkpoints import FOLDER, Loaded, load_params, stage_ends
 from lcx.training.loop import train
 from lcx.training.stages import RunConfig, StageConfig, run_config
+from lcx.training.workdir import CONFIG, read_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +83,9 @@ def recipe(config: ml_collections.ConfigDict) -> Recipe:
 
 def run_recipe(chosen: Recipe, workdir: Path, command: Sequence[str]) -> None:
     """Train, evaluate and report. Finished parts are not repeated, so the same command resumes after any interruption."""
+    if is_finished(chosen, workdir):
+        say(f"{workdir} is finished: {stage_ends(chosen.run)[-1]} steps; report: {workdir / 'report.html'}")
+        return
     train_recipe(chosen, workdir)
     record_environment(workdir, command)
     if chosen.base_stage is not None:
@@ -91,6 +95,21 @@ def run_recipe(chosen: Recipe, workdir: Path, command: Sequence[str]) -> None:
     after = dataclasses.replace(chosen, evals=dataclasses.replace(chosen.evals, zero_shot=()))
     evaluate_stage(after, workdir, "after", chosen.run.stages[-1].name)
     say(f"report: {write_report(workdir)}")
+
+
+def is_finished(chosen: Recipe, workdir: Path) -> bool:
+    """Whether the workdir holds the end of this very run, its evaluations and its report; nothing is read but their settings."""
+    ends, names = stage_ends(chosen.run), [stage.name for stage in chosen.run.stages]
+    files = (workdir / CONFIG, workdir / FOLDER / str(ends[-1]), workdir / "report.html")
+    if not all(path.exists() for path in files) or configs.plain(read_config(workdir)) != configs.plain(chosen.run):
+        return False
+    after = dataclasses.replace(chosen, evals=dataclasses.replace(chosen.evals, zero_shot=()))
+    wanted = [(after, "after", ends[-1])]
+    if chosen.base_stage is not None:
+        wanted.append((chosen, "before", ends[names.index(chosen.base_stage)]))
+    elif chosen.run.init_from is not None:
+        wanted.append((chosen, "before", None))
+    return all(_known(of, workdir, label, step) is not None for of, label, step in wanted)
 
 
 def train_recipe(chosen: Recipe, workdir: Path) -> None:
@@ -121,10 +140,10 @@ def free_label(workdir: Path, label: str, evals: EvalConfig) -> str:
     return next(filter(free, itertools.chain([label], (f"{label}-{i}" for i in itertools.count(2)))))
 
 
-def _known(chosen: Recipe, workdir: Path, label: str, step: int) -> EvalResult | None:
-    """The result that is there already, if it is of this step and these settings."""
+def _known(chosen: Recipe, workdir: Path, label: str, step: int | None) -> EvalResult | None:
+    """The result that is there already, if it is of this step (None: of any) and these settings."""
     found = _result(workdir, label)
-    return found if found is not None and _is_of(found, chosen.evals) and found.step == step else None
+    return found if found is not None and _is_of(found, chosen.evals) and step in (None, found.step) else None
 
 
 def _result(workdir: Path, label: str) -> EvalResult | None:

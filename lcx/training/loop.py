@@ -142,7 +142,14 @@ class Trainer:
             pending = PendingMetrics(self, built, history, bar)
             for step in range(at, stage.steps):
                 batch, waited = batches.next()
+                new = not built.step.is_compiled_for(batch)
+                if new:
+                    bar.note("compiling")
+                begin = time.perf_counter()
                 state, metrics = built.step(state, batch, built.buffers)
+                if new:
+                    # The call returns when the program is compiled, and before it has run.
+                    pending.exclude(time.perf_counter() - begin)
                 pending.flush((step, metrics, waited))
                 done = step + 1
                 if done == judged:
@@ -235,6 +242,11 @@ class PendingMetrics:
         self._pending: tuple[int, dict[str, jax.Array], float] | None = None
         self._before = time.perf_counter()
         self._plain = not console().is_terminal
+
+    def exclude(self, seconds: float) -> None:
+        """Leave `seconds` that the next step spent on compilation out of its time."""
+        self._before += seconds
+        self._bar.note(f"compiled in {seconds:,.0f} s")
 
     def flush(self, following: tuple[int, dict[str, jax.Array], float] | None = None) -> None:
         """Write the pending row, if any; `following` becomes the pending one."""

@@ -58,6 +58,7 @@ class TrainStep:
     def __init__(self, arch: Architecture, table: Table, optim: OptimConfig, steps: int, mesh: Mesh, accumulate: int = 1):
         self.arch, self.optim, self.mesh, self.accumulate = arch, optim, mesh, accumulate
         self.compiles = 0
+        self._compiled_for: set[tuple[tuple[int, ...], str]] = set()
         self.specs = flax.traverse_util.unflatten_dict(dict(table), sep="/")
         self.transform = optimizer(optim, steps)
         self._schedule = learning_rate(optim, steps)
@@ -81,7 +82,13 @@ class TrainStep:
         or gradient is not finite, or whose weights are all zero, leaves parameters and optimizer as they were, and says so in `ok`.
         """
         with jax.set_mesh(self.mesh):
-            return self._step(state, batch, buffers)
+            after = self._step(state, batch, buffers)
+        self._compiled_for.add((batch.tokens.shape, batch.layout))
+        return after
+
+    def is_compiled_for(self, batch: Batch) -> bool:
+        """Whether a call with such a batch compiles nothing."""
+        return (batch.tokens.shape, batch.layout) in self._compiled_for
 
     def with_gradients(self, state: TrainState, batch: Batch, buffers: Mapping[str, Any]) -> tuple[TrainState, dict, Tree]:
         """As a call, and the float32 gradient of (Σ w·ℓ + z-loss) / Σ w (+ the experts' balance) before clipping; for tests and
