@@ -114,8 +114,8 @@ def context_parallel_attention(case: dict[str, Any], inputs: dict[str, Any], cot
     """(o, gradients) of a case on its mesh, in row order."""
     config = mesh_of(case)
     ring = config.context // config.ulysses
-    deal = functools.partial(arrange, layout=case["layout"], pieces=ring)
-    back = functools.partial(restore, layout=case["layout"], pieces=ring)
+    deal = functools.partial(arrange, layout=case["layout"], ring_size=ring)
+    back = functools.partial(restore, layout=case["layout"], ring_size=ring)
     where = deal(index(case["segments"], "reset", T)).replace(layout=case["layout"])
     rows = {name: deal(inputs[name]) for name in "qkv"}
     with jax.set_mesh(make_mesh(config, jax.devices()[: case["size"]])):
