@@ -10,7 +10,6 @@ import ml_collections
 from jax.sharding import Mesh
 
 from lcx.cli import parse
-from lcx.core.configs import nearest
 from lcx.core.errors import UserError
 from lcx.data.tokenizers import tokenizers
 from lcx.evals.results import EvalResult
@@ -103,7 +102,8 @@ def train(
         complete = getattr(parse.module(str(config).partition(":")[0]), "complete", None)
         config = parse.load(str(config))
     for key, value in (overrides or {}).items():
-        _override(config, key, value)
+        parse.check_key(config, key)
+        config.update_from_flattened_dict({key: value})
     train_recipe(recipe(config if complete is None else complete(config)), Path(workdir))
     return models.load(workdir)
 
@@ -122,15 +122,3 @@ def export(
 def scheme(spec: str | Mapping[str, Any]) -> Scheme:
     """The positional scheme of a text such as "yarn:factor=16", or of a mapping with a `name`."""
     return from_config(spec)
-
-
-def _override(config: ml_collections.ConfigDict, key: str, value: Any) -> None:
-    *parents, last = key.split(".")
-    place = config
-    for name in (*parents, last):
-        if not isinstance(place, ml_collections.ConfigDict) or name not in place:
-            allowed = place.keys() if isinstance(place, ml_collections.ConfigDict) else ()
-            raise UserError(f"overrides[{key!r}]: the config has no field {name!r}{nearest(name, allowed)}")
-        if name is not last:
-            place = place[name]
-    place[last] = value

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import jax
 
-from lcx.core import configs as configs
+from lcx.core import configs
 from lcx.core.console import say, table
 from lcx.data.loader import Corpus, probe
 from lcx.model.architecture import build_architecture, build_schemes

@@ -21,6 +21,7 @@ from lcx.core.configs import choice
 from lcx.core.errors import UserError
 from lcx.core.mask import Mask
 from lcx.core.mesh import axis_size, compute_capability, target_platform
+from lcx.core.numbers import round_up
 from lcx.positions.scheme import SchemeSpec
 
 DENSE_LIMIT = 2**19
@@ -165,10 +166,10 @@ def tiles_blockwise(
     if spec.mask.window is not None:
         # For a window of w keys, blocks of side b visit about w + 2b keys: small blocks pay off for small windows.
         side = min(side, max(64, _power(spec.mask.window)))
-    block_k = spec.block_k or min(side, _round_up(S, 16))
+    block_k = spec.block_k or min(side, round_up(S, 16))
     # A row of 512 in one tile of queries: products are large enough for two threads, which gains more than the masked half costs.
     wide = 512 if platform == "cpu" and devices == 1 and side == 256 and max(T, S) <= 512 else side
-    block_q = spec.block_q or min(max(wide // group, 64), _round_up(T, 16))
+    block_q = spec.block_q or min(max(wide // group, 64), round_up(T, 16))
     if spec.scheme.bias is not None:
         share = kv_heads
     else:
@@ -180,8 +181,8 @@ def tiles_blockwise(
 def tiles_tpu(spec: AttentionSpec, T: int, S: int, group: int) -> Blocks:
     """Tiles of `FLASH_SIDE` queries by keys, smaller where the window is; `group` is N / K."""
     side = FLASH_SIDE if spec.mask.window is None else min(FLASH_SIDE, max(128, _power(spec.mask.window)))
-    block_q = spec.block_q or min(max(side // group // 16 * 16, 16), _round_up(T, 16))
-    return Blocks(block_q, spec.block_k or min(side, _round_up(S, 16)))
+    block_q = spec.block_q or min(max(side // group // 16 * 16, 16), round_up(T, 16))
+    return Blocks(block_q, spec.block_k or min(side, round_up(S, 16)))
 
 
 def tiles_gpu(spec: AttentionSpec, T: int, S: int, head_dim: int, dtype: jnp.dtype) -> Blocks:
@@ -233,10 +234,6 @@ def _part(x: int, most: int) -> int:
 def _power(x: int) -> int:
     """The least power of two that is at least x."""
     return 1 << max(0, math.ceil(math.log2(x)))
-
-
-def _round_up(x: int, multiple: int) -> int:
-    return -(-x // multiple) * multiple
 
 
 def _divisor(x: int, most: int) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from absl import flags
 
-from lcx.core import configs as configs
+from lcx.core import configs
 from lcx.core.configs import nearest
 from lcx.core.console import say
 from lcx.core.errors import UserError

@@ -33,7 +33,7 @@ def parse(values: flags.FlagValues, command: str, words: Sequence[str]) -> list[
         config = load(path)
         for word in words:
             if match := re.match(r"--?(?:no)?config\.([^=]+)", word):
-                _check_key(config, match[1])
+                check_key(config, match[1])
     # ml_collections logs what it also raises.
     logging.getLogger("absl").setLevel(logging.ERROR)
     words = [_quoted(word) for word in words]
@@ -134,7 +134,8 @@ def _quoted(word: str) -> str:
     return first + "".join(f"[{part!r}]" if keyword.iskeyword(part) else f".{part}" for part in parts) + equals + value
 
 
-def _check_key(config: Any, key: str) -> None:
+def check_key(config: Any, key: str) -> None:
+    """Raises `UserError` with the nearest field where a config has nothing under a dotted key."""
     place = "config"
     for part in re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", key).split("."):
         if isinstance(config, Mapping | ml_collections.ConfigDict):

@@ -16,7 +16,12 @@ Tree = Any
 def paths(tree: Tree) -> Iterator[tuple[str, Any]]:
     """Leaves with their path joined by `/`, in the tree's own order."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf
+        yield joined(path), leaf
+
+
+def joined(path: tuple[Any, ...]) -> str:
+    """A leaf's path, as `jax.tree_util` gives it, joined by `/`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def num_bytes(tree: Tree) -> int:

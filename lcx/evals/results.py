@@ -12,7 +12,7 @@ import os
 import pathlib
 from collections.abc import Mapping
 
-from lcx.core import configs as configs
+from lcx.core import configs
 from lcx.core.errors import UserError
 from lcx.core.files import write_atomically
 

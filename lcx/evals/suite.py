@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from lcx.core import configs as configs
+from lcx.core import configs
 from lcx.core.console import Progress, say
 from lcx.core.errors import UserError
 from lcx.core.mesh import mesh_of

@@ -19,6 +19,7 @@ from lcx.attention.attend import attend
 from lcx.core.batch import Index
 from lcx.core.errors import UserError
 from lcx.core.mesh import context_size, target_platform
+from lcx.core.numbers import round_up
 from lcx.core.trees import Tree
 from lcx.model.architecture import Architecture
 from lcx.model.cache import (
@@ -214,24 +215,20 @@ def _side_by_side(prompts: Sequence[np.ndarray], chunk: int | None) -> _Rows:
         raise UserError("every prompt must have at least one token")
     size, longest = context_size(), int(lengths.max())
     if chunk is None:
-        chunk = _round_up(CHUNK, size)
+        chunk = round_up(CHUNK, size)
     if chunk < 1:
         raise UserError(f"chunk={chunk} must be at least 1")
     check_chunk("a chunk", chunk)
     # As many chunks as needed, but of equal size: anything beyond the longest prompt is wasted work.
     chunk = -(-longest // -(-longest // chunk))
-    chunk = chunk if chunk <= size else _round_up(chunk, size)
-    width = _round_up(longest, chunk)
+    chunk = chunk if chunk <= size else round_up(chunk, size)
+    width = round_up(longest, chunk)
     order = np.broadcast_to(np.arange(width, dtype=np.int32), (len(prompts), width))
     offset = (width - lengths)[:, None].astype(np.int32)
     tokens = np.stack([np.pad(np.asarray(p, np.int32), (width - len(p), 0)) for p in prompts])
     real = order >= offset
     index = Index(jnp.asarray(order), jnp.asarray(np.maximum(order - offset, 0)), jnp.asarray(real.astype(np.int32)))
     return _Rows(tokens, index, offset, chunk)
-
-
-def _round_up(x: int, multiple: int) -> int:
-    return -(-x // multiple) * multiple
 
 
 class _Collected:

@@ -9,7 +9,7 @@ from typing import Any
 import ml_collections
 from ml_collections.config_dict import placeholder
 
-from lcx.core import configs as configs
+from lcx.core import configs
 from lcx.core.configs import positive
 from lcx.core.errors import UserError
 from lcx.interop import folder as hf

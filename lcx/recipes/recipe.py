@@ -10,7 +10,7 @@ from typing import Any
 
 import ml_collections
 
-from lcx.core import configs as configs
+from lcx.core import configs
 from lcx.core.configs import choice
 from lcx.core.console import say
 from lcx.core.mesh import make_mesh
@@ -92,8 +92,7 @@ def run_recipe(chosen: Recipe, workdir: Path, command: Sequence[str]) -> None:
         evaluate_stage(chosen, workdir, "before", chosen.base_stage)
     elif chosen.run.init_from is not None:
         evaluate_source(chosen, workdir)
-    after = dataclasses.replace(chosen, evals=dataclasses.replace(chosen.evals, zero_shot=()))
-    evaluate_stage(after, workdir, "after", chosen.run.stages[-1].name)
+    evaluate_stage(_extended(chosen), workdir, "after", chosen.run.stages[-1].name)
     say(f"report: {write_report(workdir)}")
 
 
@@ -103,13 +102,17 @@ def is_finished(chosen: Recipe, workdir: Path) -> bool:
     files = (workdir / CONFIG, workdir / FOLDER / str(ends[-1]), workdir / "report.html")
     if not all(path.exists() for path in files) or configs.plain(read_config(workdir)) != configs.plain(chosen.run):
         return False
-    after = dataclasses.replace(chosen, evals=dataclasses.replace(chosen.evals, zero_shot=()))
-    wanted = [(after, "after", ends[-1])]
+    wanted = [(_extended(chosen), "after", ends[-1])]
     if chosen.base_stage is not None:
         wanted.append((chosen, "before", ends[names.index(chosen.base_stage)]))
     elif chosen.run.init_from is not None:
         wanted.append((chosen, "before", None))
     return all(_known(of, workdir, label, step) is not None for of, label, step in wanted)
+
+
+def _extended(chosen: Recipe) -> Recipe:
+    """The recipe as its extended model is evaluated: under its own scheme alone."""
+    return dataclasses.replace(chosen, evals=dataclasses.replace(chosen.evals, zero_shot=()))
 
 
 def train_recipe(chosen: Recipe, workdir: Path) -> None:

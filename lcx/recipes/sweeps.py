@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from lcx.core import configs as configs
+from lcx.core import configs
 from lcx.core.console import say, table
 from lcx.core.errors import UserError
 from lcx.core.files import write_atomically

@@ -13,7 +13,7 @@ import optax
 
 from lcx.core.configs import choice, nearest, positive
 from lcx.core.errors import UserError
-from lcx.core.trees import Tree, paths
+from lcx.core.trees import Tree, joined, paths
 from lcx.training.optimizers.table import OPTIMIZERS
 
 
@@ -113,20 +113,16 @@ def check_patterns(config: OptimConfig, params: Tree) -> None:
 
 def frozen(config: OptimConfig, params: Tree) -> Tree:
     """True for the parameters that `config.freeze` names."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: _matches(config.freeze, _joined(path)), params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: _matches(config.freeze, joined(path)), params)
 
 
 def decay_mask(params: Tree, exclude: Sequence[str] = ()) -> Tree:
     """True for the weights that decay: matrices, not norms, biases, sinks, vectors, learned positions or what `exclude` names."""
 
     def decays(path: tuple, leaf: Any) -> bool:
-        names = [str(getattr(key, "key", key)) for key in path]
-        return (
-            leaf.ndim > 1
-            and names[0] != "positions"
-            and names[-1] not in ("scale", "bias", "sinks")
-            and not _matches(exclude, "/".join(names))
-        )
+        name = joined(path)
+        spared = name.startswith("positions/") or name.rpartition("/")[2] in ("scale", "bias", "sinks")
+        return leaf.ndim > 1 and not spared and not _matches(exclude, name)
 
     return jax.tree_util.tree_map_with_path(decays, params)
 
@@ -162,14 +158,10 @@ def _scale_by_path(scales: Sequence[tuple[str, float]]) -> optax.GradientTransfo
     """Multiply each update by the factor of the first pattern that its path matches."""
 
     def one(path: tuple, update: jax.Array) -> jax.Array:
-        name = _joined(path)
+        name = joined(path)
         return next((update * factor for pattern, factor in scales if re.search(pattern, name)), update)
 
     return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(one, updates))
-
-
-def _joined(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _matches(patterns: Sequence[str], name: str) -> bool:

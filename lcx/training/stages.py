@@ -8,7 +8,7 @@ from typing import Any
 
 import ml_collections
 
-from lcx.core import configs as configs
+from lcx.core import configs
 from lcx.core.configs import positive
 from lcx.core.errors import UserError
 from lcx.core.mesh import MeshConfig

@@ -24,7 +24,7 @@ from lcx.attention.parallel.sequence_layout import arrange
 from lcx.core.batch import Batch
 from lcx.core.mesh import named_sharding, partition_spec
 from lcx.core.param_spec import ParamSpec, abstract, initialize, paths_of, shardings
-from lcx.core.trees import Tree, paths
+from lcx.core.trees import Tree, joined, paths
 from lcx.model.architecture import Architecture, row_layout
 from lcx.model.loss import LossSums, loss_sums, unpadded_tokens
 from lcx.model.transformer import hidden_states
@@ -158,7 +158,7 @@ class TrainStep:
 
         def one(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
             # A moment lies where its parameter does: its path ends in the parameter's, and it has the same shape.
-            words = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+            words = joined(path).split("/")
             ends = ("/".join(words[i:]) for i in range(len(words)))
             shape, sharding = next((by_path[end] for end in ends if end in by_path), (None, None))
             return sharding if shape == leaf.shape else self._replicated

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from lcx.core import configs as configs
+from lcx.core import configs
 from lcx.core.errors import UserError
 from lcx.core.files import write_atomically
 from lcx.training import metrics

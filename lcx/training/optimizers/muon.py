@@ -9,7 +9,7 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers
 
-from lcx.core.trees import Tree
+from lcx.core.trees import Tree, joined
 
 RMS = 0.2
 """Root mean square of AdamW's steps (Liu et al., 2502.16982)."""
@@ -26,7 +26,7 @@ def matrices(params: Tree) -> Tree:
     """Which axes of a kernel are the matrix's inputs and outputs; the others (layers, experts) stack matrices. None: Adam."""
 
     def axes(path: tuple, leaf: jax.Array) -> MuonDimensionNumbers | None:
-        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        names = joined(path).split("/")
         if names[0] != "layers" or names[-1] != "kernel" or names[-2] == "router":
             return None
         if "attention" in names:  # [L, D, N, H] for queries, keys and values, [L, N, H, D] for the output
