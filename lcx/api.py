@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 from lcx.cli import parse
 from lcx.core.errors import UserError
 from lcx.data.tokenizers import tokenizers
+from lcx.evals.config import EvalConfig
 from lcx.evals.results import EvalResult
-from lcx.evals.suite import EvalConfig
 from lcx.model.architecture import build_schemes
 from lcx.model.sampling import Sampling
 from lcx.positions.registry import from_config
@@ -72,18 +72,19 @@ def evaluate(
     lengths: Sequence[int] = EvalConfig().lengths,
     positions: Sequence[str] = (),
     items: int = 20,
+    tasks: Sequence[str] = EvalConfig().tasks,
     generation_items: int = 0,
     perplexity_tokens: int = 1 << 16,
     workdir: str | Path | None = None,
     label: str = "eval",
 ) -> EvalResult:
-    """Needles and perplexity at each of `lengths` (tokens), under the model's own scheme and under each of `positions`.
+    """The `tasks` at each of `lengths` (tokens), under the model's own scheme and under each of `positions`.
 
     `items` needles a cell, `generation_items` of them by generation too, `perplexity_tokens` held-out tokens at each length. Writes
     `eval/<label>.json` only where a `workdir` is given.
     """
     config = EvalConfig(
-        lengths=tuple(lengths), needle_items=items, zero_shot=tuple(positions), zero_shot_items=items,
+        tasks=tuple(tasks), lengths=tuple(lengths), needle_items=items, zero_shot=tuple(positions), zero_shot_items=items,
         generation_items=generation_items, perplexity_tokens=perplexity_tokens,
     )  # fmt: skip
     return evaluate_loaded(model, config, label, None if workdir is None else Path(workdir))

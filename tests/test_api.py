@@ -17,7 +17,7 @@ def test_a_model_is_trained_read_evaluated_and_asked(tmp_path):
     base = lcx.load(workdir, stage="base")
     assert base.meta.step == 2
     result = lcx.evaluate(base, lengths=(32, 64), positions=("yarn",), items=1, perplexity_tokens=256)
-    assert [curve.scheme for curve in result.perplexity] == ["none", "yarn"]
+    assert result.select(task="perplexity").values("scheme") == ["none", "yarn"]
     (completion,) = lcx.generate(base, ["import "], max_new_tokens=5)
     assert len(completion.tokens) == 5 and completion.ended == "length"
 

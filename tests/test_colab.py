@@ -83,8 +83,9 @@ def test_positions(environment):
 
 EXTENSION = """{
     "theta": new_theta, "stages": [one.curve.name for one in run.stages()], "losses": [one.final_loss for one in run.stages()],
-    "before": before.grid().by_length(), "after": after.grid().by_length(), "items": after.grid().items, "answers": answers,
-    "perplexity": [point.perplexity for point in after.curve().points], "schemes": list(shares),
+    "before": before.select(task="needles", scheme="none").by_length(), "after": after.select(task="needles").by_length(),
+    "items": after.rows[0].n, "answers": answers, "schemes": list(shares),
+    "perplexity": list(after.select(metric="nll").by_length().values()),
     "thetas": [one.curve.theta for one in run.stages()], "answer": answer, "needle": needle,
 }"""
 

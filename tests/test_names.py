@@ -15,6 +15,7 @@ RETIRED = frozenset(
     lay_out layout_on schemes_of KindContext attend_ Attend _deal _fetch _share real_tokens
     Late settle Feed Watch remark alone FREE Origin Initial Start Planner
     Memory Selection Beside KEPT keep_beside
+    NeedleGrid PerplexityCurve PerplexityPoint PositionLoss model_scorer score_rows ScorerFor
     """.split()  # noqa: SIM905
 )
 

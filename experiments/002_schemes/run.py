@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lcx.evals import results
-from lcx.evals.results import EvalResult, wilson
+from lcx.evals.results import EvalResult, perplexity, wilson
 from lcx.recipes.recipe import evaluate_loaded, recipe
 from lcx.report import markdown, style
 from lcx.training.checkpoints import load_params
@@ -49,13 +49,12 @@ def rows_of(found: Sequence[dict], before: EvalResult, module: Mapping) -> list[
             continue
         (spec,) = result["overrides"].values()
         # "none" is the same as plain rotary: the base model as it is.
-        grid = next(grid for grid in before.needles if grid.scheme == spec)
-        curve = next(curve for curve in before.perplexity if curve.scheme == spec)
+        grid, curve = before.select(task="needles", scheme=spec), before.select(metric="nll", scheme=spec)
         after = {int(n): share for n, share in result["numbers"]["needles_by_length"].items()}
         rows.append(
             {
                 "scheme": spec, "before": grid.by_length(), "after": after, "items": items,
-                "perplexity_before": {point.length: point.perplexity for point in curve.points},
+                "perplexity_before": {length: perplexity(nll) for length, nll in curve.by_length().items()},
                 "perplexity_after": {int(n): value for n, value in result["numbers"]["perplexity_by_length"].items()},
                 "loss": result["numbers"]["loss"],
             }

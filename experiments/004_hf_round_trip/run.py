@@ -10,7 +10,6 @@ greedy generation and as transformers' find it, of the model before and after it
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 from pathlib import Path
 
@@ -21,11 +20,13 @@ import transformers
 
 from lcx.core.configs import plain
 from lcx.core.mesh import MeshConfig, make_mesh
-from lcx.evals import needles
-from lcx.evals.suite import EvalConfig, gather
+from lcx.evals.backends.local import LocalBackend
+from lcx.evals.base import Item
+from lcx.evals.config import EvalConfig
+from lcx.evals.runner import gather
+from lcx.evals.tasks.needles import GeneratedNeedles
 from lcx.interop.hf_config import read_file
-from lcx.model.architecture import build_architecture, build_schemes
-from lcx.model.decode import generate
+from lcx.model.architecture import build_schemes
 from lcx.recipes import extension, models
 from lcx.recipes.recipe import defaults, part, recipe, run_recipe
 from lcx.report import markdown
@@ -127,32 +128,29 @@ def grids(folder: Path) -> dict[str, list[list[int]]]:
     """Needles found by each side's greedy generation, `[depth][length]`, and how many of the answers differ."""
     loaded = models.load(folder)
     model, run = loaded.run.model, loaded.run
-    evals = EvalConfig(lengths=GRID, needle_items=ITEMS, perplexity_tokens=0)
-    items = gather(loaded.run.data, evals).items
+    evals = EvalConfig(lengths=GRID, generation_items=ITEMS, perplexity_tokens=0)
+    task = GeneratedNeedles.build(gather(loaded.run.data, evals))
     network = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    schemes, counts = build_schemes(run.model, loaded.schemes), {"lcx": {}, "transformers": {}}
+    differ = 0
+    for length in GRID:
+        items = task.items(length, ITEMS)
+        ours = LocalBackend(loaded.params, model, schemes, length).generate(items, len(items[0].answer))
+        answers = {"lcx": ours, "transformers": [continuation(network, item) for item in items]}
+        found = {side: np.asarray([task.score(*pair) for pair in zip(items, made, strict=True)]) for side, made in answers.items()}
+        differ += int(np.sum(found["lcx"] != found["transformers"]))
+        for side, scores in found.items():
+            counts[side][length] = scores.reshape(len(evals.depths), ITEMS).sum(1).astype(int).tolist()
+    cells = {side: [list(row) for row in zip(*columns.values(), strict=True)] for side, columns in counts.items()}
+    return {**cells, "answers that differ": differ}
 
-    def ours(arch, buffers, prompts: list[np.ndarray], new: int) -> np.ndarray:
-        return np.stack(generate(loaded.params, buffers, arch, prompts, new))
 
-    def theirs(prompts: list[np.ndarray], new: int) -> np.ndarray:
-        rows = []
-        for prompt in prompts:
-            ids = torch.tensor(prompt[None]).long()
-            with torch.no_grad():
-                out = network.generate(
-                    ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new, eos_token_id=None, pad_token_id=0
-                )
-            rows.append(out[0, len(prompt) :].numpy())
-        return np.stack(rows)
-
-    found: dict[str, dict[int, np.ndarray]] = {"lcx": {}, "transformers": {}}
-    for length, asked in items.items():
-        arch, buffers = build_architecture(model, build_schemes(run.model, loaded.schemes), length)
-        found["lcx"][length] = needles.generated(functools.partial(ours, arch, buffers), asked, evals.tokens_per_forward)
-        found["transformers"][length] = needles.generated(theirs, asked, evals.tokens_per_forward)
-    cells = {side: needles.grid(rows, items, evals.depths, "generation", side, None).correct for side, rows in found.items()}
-    differ = sum(int(np.sum(found["lcx"][n] != found["transformers"][n])) for n in items)
-    return {**{side: [list(row) for row in counts] for side, counts in cells.items()}, "answers that differ": differ}
+def continuation(network, item: Item) -> np.ndarray:
+    """The reference implementation's greedy continuation of an item's prompt, as long as its answer."""
+    ids = torch.tensor(item.prompt[None]).long()
+    length = {"do_sample": False, "max_new_tokens": len(item.answer), "eos_token_id": None, "pad_token_id": 0}
+    with torch.no_grad():
+        return network.generate(ids, attention_mask=torch.ones_like(ids), **length)[0, len(item.prompt) :].numpy()
 
 
 def main() -> None:

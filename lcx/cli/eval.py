@@ -13,7 +13,8 @@ from absl import flags
 from lcx.cli import parse
 from lcx.core.console import say
 from lcx.core.errors import UserError
-from lcx.evals.suite import EvalConfig
+from lcx.evals.config import EvalConfig
+from lcx.evals.runner import chosen_tasks
 from lcx.recipes import models
 from lcx.recipes.recipe import evaluate_loaded, free_label
 
@@ -25,6 +26,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("step", None, "use the weights from this step", flag_values=values)
     flags.DEFINE_multi_string("positions", [], "positional scheme to try zero-shot, such as yarn:factor=16", flag_values=values)
     flags.DEFINE_list("lengths", None, "lengths in tokens (default: 256 to 4096)", flag_values=values)
+    flags.DEFINE_list("tasks", list(EvalConfig().tasks), "what to measure", flag_values=values)
     flags.DEFINE_integer("items", 20, "needles per cell of the grid", flag_values=values)
     flags.DEFINE_integer("generation_items", 0, "needles per cell to answer by generation as well", flag_values=values)
     flags.DEFINE_integer("perplexity_tokens", 1 << 16, "held-out tokens to score at each length", flag_values=values)
@@ -37,6 +39,7 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     checkpoint = parse.needed(values, "checkpoint", "name a run's workdir or a Hugging Face folder")
     lengths = EvalConfig().lengths if values.lengths is None else tuple(_length(text) for text in values.lengths)
     evals = EvalConfig(
+        tasks=tuple(values.tasks),
         lengths=lengths,
         needle_items=values.items,
         zero_shot=tuple(values.positions),
@@ -44,6 +47,7 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
         generation_items=values.generation_items,
         perplexity_tokens=values.perplexity_tokens,
     )
+    chosen_tasks(evals)
     loaded = models.load(checkpoint, step=values.step, stage=values.stage)
     named = values.label or "-".join([values.stage or models.short_name(checkpoint, loaded), *values.positions])
     if values.label in ("before", "after"):

@@ -64,6 +64,13 @@ def positive(path: str, **values: float | None) -> None:
             raise UserError(f"{path}.{name}={value!r} must be above 0")
 
 
+def not_negative(path: str, **values: float) -> None:
+    """Raises `UserError` for the first negative value."""
+    for name, value in values.items():
+        if not value >= 0:
+            raise UserError(f"{path}.{name}={value!r} must not be negative")
+
+
 def to_config_dict(instance: Any) -> ml_collections.ConfigDict:
     """The dataclass as a `ConfigDict` with the same keys, as a starting point for a config file; `build` reads it back.
 

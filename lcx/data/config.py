@@ -8,16 +8,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from lcx.core.configs import positive
+from lcx.core.configs import choice, not_negative, positive
 from lcx.core.errors import UserError
-
-TASKS = ("passkey", "multikey", "variable_tracking", "key_value")
-
-
-def _not_negative(path: str, **values: float) -> None:
-    for name, value in values.items():
-        if not value >= 0:
-            raise UserError(f"{path}.{name}={value!r} must not be negative")
+from lcx.data.tasks.base import TaskConfig
+from lcx.data.tasks.table import TASKS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,44 +69,10 @@ class PackingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class TaskConfig:
-    """Settings of a retrieval task; `lcx.data.tasks` describes how its rows are written.
-
-    Counts are per row: `needles` (chains, for variable tracking) and `queries`, each raised to `..._per_1024` times the
-    row's length in units of 1,024 tokens if that is more. A key has `key_length` letters and a value `value_length` digits;
-    `hops` is the number of renamings in variable tracking. Loss weights: `answer_weight` on the digits to be answered,
-    `needle_weight` on the needles' own lines, `query_weight` on the rest of the query lines, `haystack_weight` elsewhere.
-    """
-
-    needles: int = 4
-    queries: int = 4
-    needles_per_1024: float = 0.0
-    queries_per_1024: float = 0.0
-    hops: int = 2
-    key_length: int = 2
-    value_length: int = 4
-    answer_weight: float = 6.0
-    needle_weight: float = 0.0
-    query_weight: float = 0.0
-    haystack_weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        positive("task", needles=self.needles, queries=self.queries, hops=self.hops)
-        positive("task", key_length=self.key_length, value_length=self.value_length, answer_weight=self.answer_weight)
-        _not_negative("task", needles_per_1024=self.needles_per_1024, queries_per_1024=self.queries_per_1024)
-        _not_negative(
-            "task", needle_weight=self.needle_weight, query_weight=self.query_weight, haystack_weight=self.haystack_weight
-        )
-        if self.key_length > 8 or self.value_length > 12:
-            raise UserError(
-                f"task.key_length={self.key_length} must be at most 8 and task.value_length={self.value_length} at most 12"
-            )
-
-
-@dataclasses.dataclass(frozen=True)
 class PartConfig:
     """One part of a mixture: packed text (or chats, by its source), or rows of a retrieval task with the source as haystack.
 
+    `kind`: `text`, or a row of `lcx.data.tasks.table`.
     `weight`: share of the rows, relative to the other parts' weights. `loss_weight` multiplies the part's loss weights.
     Length upsampling per source, as in arXiv:2402.10171: documents below `short_tokens` are kept with probability `short_keep`,
     longer ones always; `min_tokens` and `max_tokens` exclude documents of other lengths entirely.
@@ -120,7 +80,7 @@ class PartConfig:
     `max_position`.
     """
 
-    kind: Literal["text", "passkey", "multikey", "variable_tracking", "key_value"] = "text"
+    kind: str = "text"
     weight: float = 1.0
     loss_weight: float = 1.0
     source: SourceConfig = SourceConfig()
@@ -133,7 +93,8 @@ class PartConfig:
     remap: Literal["none", "pose", "randomized"] = "none"
 
     def __post_init__(self) -> None:
-        _not_negative("part", weight=self.weight, loss_weight=self.loss_weight)
+        choice("kind", self.kind, ("text", *TASKS))
+        not_negative("part", weight=self.weight, loss_weight=self.loss_weight)
         positive("part", short_tokens=self.short_tokens, min_tokens=self.min_tokens, max_tokens=self.max_tokens)
         if not 0 <= self.short_keep <= 1:
             raise UserError(f"part.short_keep={self.short_keep} must be a probability from 0 to 1")

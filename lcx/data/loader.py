@@ -18,7 +18,8 @@ from lcx.core.errors import UserError
 from lcx.data import mixture, packing, remap
 from lcx.data.config import DataConfig, PartConfig, SourceConfig
 from lcx.data.sources import sources
-from lcx.data.tasks import Task
+from lcx.data.tasks.base import RetrievalTask
+from lcx.data.tasks.table import make_task
 from lcx.data.tokenizers import tokenizers
 
 # Last element of the key of a random stream, so that no two uses share a stream.
@@ -140,7 +141,7 @@ class TaskPart:
     config: PartConfig
     seq_len: int
     source: sources.Subset
-    task: Task
+    task: RetrievalTask
     key: tuple[int, ...]
     size: None = None
 
@@ -205,7 +206,7 @@ def _make_part(loader: Loader, name: str, split: sources.Split, key: tuple[int, 
         chosen = loader.corpus.select(config.source, split)
         source = sources.lengths_between(chosen, config.min_tokens, config.max_tokens)
         if config.is_task:
-            part = TaskPart(config, seq_len, source, Task(config.kind, config.task, tokenizer), (*key, _TASK))
+            part = TaskPart(config, seq_len, source, make_task(config.kind, config.task, tokenizer), (*key, _TASK))
             part.build(np.arange(1))
         else:
             kept = _keep(source, config, np.random.default_rng((*key, _KEEP)))

@@ -1,7 +1,4 @@
-"""What an evaluation found, as plain records that go to JSON and back.
-
-A `EvalResult` is one checkpoint: needle grids and perplexity curves, each under one positional scheme.
-"""
+"""What an evaluation found: rows that go to JSON and back, and the views of them that pictures and tables need."""
 
 from __future__ import annotations
 
@@ -11,13 +8,14 @@ import math
 import os
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 from lcx.core import configs
 from lcx.core.errors import UserError
 from lcx.core.files import write_atomically
 
 
-def wilson(correct: int, items: int, z: float = 1.959963985) -> tuple[float, float]:
+def wilson(correct: float, items: int, z: float = 1.959963985) -> tuple[float, float]:
     """Wilson score interval of a proportion (Wilson 1927), 95% by default; (0, 1) when there are no items."""
     if items <= 0:
         return 0.0, 1.0
@@ -28,148 +26,108 @@ def wilson(correct: int, items: int, z: float = 1.959963985) -> tuple[float, flo
     return (0.0 if correct <= 0 else max(0.0, centre - half)), (1.0 if correct >= items else min(1.0, centre + half))
 
 
-@dataclasses.dataclass(frozen=True)
-class NeedleGrid:
-    """Needles found over depth x length: `correct[depth][length]` of `items` in each cell.
+def perplexity(nll: float) -> float:
+    """exp of a mean loss in nats per token; infinite beyond what a float holds."""
+    return math.exp(nll) if nll < 700 else math.inf
 
-    `lengths` in tokens, answer included; `depths` from 0 (start of the context) to 1 (just before the question). `method` is
-    "teacher_forced" (every answer token equals the argmax) or "generation" (greedy). `scheme` says how positions were encoded.
-    `trained` is the longest length that the checkpoint has seen.
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """One number: the mean `value` of a task's `metric` over `n` items, or tokens for losses.
+
+    `length` in tokens, answer included. `scheme` says how positions were encoded; "none" is the checkpoint as it was trained.
+    `depth` is where the answer stands, from 0 (start of the context) to 1 (just before the question); `positions` the range
+    `first <= p < end` of positions in the window that a loss is the mean over; None: does not apply. `low` and `high` are the 95%
+    interval.
     """
 
-    lengths: tuple[int, ...]
-    depths: tuple[float, ...]
-    correct: tuple[tuple[int, ...], ...]
-    items: int
-    method: str = "teacher_forced"
-    scheme: str = "none"
-    trained: int | None = None
-
-    def accuracy(self) -> list[list[float]]:
-        """Share found, `[depth][length]`."""
-        return [[count / self.items for count in row] for row in self.correct]
-
-    def by_length(self) -> dict[int, float]:
-        """Mean over depths for each length."""
-        total = self.items * len(self.depths)
-        return {length: sum(row[i] for row in self.correct) / total for i, length in enumerate(self.lengths)}
-
-    def mean(self, above: int = 0) -> float:
-        """Mean over all cells whose length is above `above`; NaN when there are none."""
-        shares = [share for length, share in self.by_length().items() if length > above]
-        return sum(shares) / len(shares) if shares else math.nan
-
-    def worst(self, above: int = 0) -> float:
-        """The worst cell whose length is above `above`; NaN when there are none."""
-        cells = [row[i] for row in self.correct for i, length in enumerate(self.lengths) if length > above]
-        return min(cells) / self.items if cells else math.nan
-
-    def interval(self, depth: int | None = None, length: int | None = None, above: int = 0) -> tuple[float, float]:
-        """95% Wilson interval of one cell, row or column (by index), or of all cells whose length is above `above`."""
-        rows = self.correct if depth is None else (self.correct[depth],)
-        counts = [count for row in rows for i, count in enumerate(row) if self.lengths[i] > above and length in (None, i)]
-        return wilson(sum(counts), self.items * len(counts))
-
-    def effective_length(self, threshold: float = 0.856) -> int:
-        """Longest length such that it and every shorter one average above `threshold` (RULER's 85.6%); 0 when none does."""
-        reached = 0
-        for length, share in sorted(self.by_length().items()):
-            if not share > threshold:
-                break
-            reached = length
-        return reached
-
-
-@dataclasses.dataclass(frozen=True)
-class PerplexityPoint:
-    """Held-out loss at one length, in nats per token.
-
-    `nll` is the mean over `tokens` tokens in windows of `length` that move on by `stride`; every token counts once, with the
-    longest context that some window gives it. `final_nll` is the mean over the last `final_tokens / spans` tokens of each span,
-    seen with `length` tokens before the span's end: the same tokens at every length, so it falls if and only if more context
-    helps.
-    """
-
+    task: str
+    metric: str
     length: int
-    stride: int
-    tokens: int
-    nll: float
-    final_tokens: int
-    final_nll: float
-
-    @property
-    def perplexity(self) -> float:
-        """exp of the token-weighted mean loss; infinite past what a float holds."""
-        return _exp(self.nll)
-
-    @property
-    def final_perplexity(self) -> float:
-        """exp of the mean loss over the spans' last tokens."""
-        return _exp(self.final_nll)
-
-
-@dataclasses.dataclass(frozen=True)
-class PositionLoss:
-    """Mean loss (nats per token) of the tokens at positions `edges[i] <= p < edges[i + 1]` of windows of `length`."""
-
-    length: int
-    edges: tuple[int, ...]
-    nll: tuple[float, ...]
-    tokens: tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class PerplexityCurve:
-    """Perplexity against length under one scheme; `bytes_per_token` turns nats per token into bits per byte."""
-
-    points: tuple[PerplexityPoint, ...]
-    positions: PositionLoss
-    bytes_per_token: float = 1.0
+    value: float
+    n: int
+    depth: float | None = None
+    positions: tuple[int, int] | None = None
+    low: float | None = None
+    high: float | None = None
     scheme: str = "none"
-    trained: int | None = None
-    joined: bool = False
-
-    def at(self, length: int) -> PerplexityPoint:
-        """The point at `length`; raises `UserError` when it was not measured."""
-        for point in self.points:
-            if point.length == length:
-                return point
-        raise UserError(
-            f"perplexity at length={length} was not measured; measured: {', '.join(str(p.length) for p in self.points)}"
-        )
-
-    def bits_per_byte(self, length: int) -> float:
-        """Loss at `length` in bits per byte of text."""
-        return self.at(length).nll / math.log(2) / self.bytes_per_token
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalResult:
-    """All that was measured on one checkpoint: `label` names it, `trained` is its length, `step` where it stands in the run.
+    """All that was measured on one checkpoint, or a selection of it.
 
-    Grids and curves carry the scheme under which they were made; "none" is the checkpoint as it was trained.
+    `label` names it, `trained` is the longest length that it was trained at, `step` where it stands in the run. `settings` are
+    the evaluation's, and `notes` sentences that a reader of the numbers should know.
     """
 
     label: str
     trained: int
     step: int | None = None
-    needles: tuple[NeedleGrid, ...] = ()
-    perplexity: tuple[PerplexityCurve, ...] = ()
+    rows: tuple[Measurement, ...] = ()
     seconds: float = 0.0
     settings: dict[str, object] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
-    def grid(self, scheme: str = "none", method: str | None = None) -> NeedleGrid | None:
-        """The first needle grid under `scheme` (and by `method`), if one was made."""
-        return next((g for g in self.needles if g.scheme == scheme and method in (None, g.method)), None)
+    def select(self, **fields: object) -> EvalResult | None:
+        """The rows whose fields have these values, as in `select(task="needles", scheme="none")`; None if there are none."""
+        rows = tuple(row for row in self.rows if all(getattr(row, name) == value for name, value in fields.items()))
+        return dataclasses.replace(self, rows=rows) if rows else None
 
-    def curve(self, scheme: str = "none") -> PerplexityCurve | None:
-        """The perplexity curve under `scheme`, if one was made."""
-        return next((c for c in self.perplexity if c.scheme == scheme), None)
+    def values(self, field: str) -> list[Any]:
+        """The different values of a field among the rows, in the order of their first appearance."""
+        return list(dict.fromkeys(getattr(row, field) for row in self.rows))
+
+    def value(self, **fields: object) -> float:
+        """The mean of the rows whose fields have these values; raises `UserError` if there are none."""
+        found = self.select(**fields)
+        if found is None:
+            asked = ", ".join(f"{name}={value!r}" for name, value in fields.items())
+            lengths = ", ".join(map(str, self.values("length"))) or "none"
+            raise UserError(f"{self.label} has no measurement with {asked}; measured lengths: {lengths}")
+        return found.mean()
+
+    def table(self) -> list[list[float]]:
+        """Values by depth and length, `[depth][length]`."""
+        return [[self.value(depth=depth, length=length) for length in self.values("length")] for depth in self.values("depth")]
+
+    def by_length(self) -> dict[int, float]:
+        """Mean over all else for each length, shortest first."""
+        return {length: self.value(length=length) for length in sorted(self.values("length"))}
+
+    def mean(self, above: int = 0) -> float:
+        """Mean, weighted by items, of the rows whose length is above `above`; NaN when there are none."""
+        total, items = self._total(above)
+        return total / items if items else math.nan
+
+    def worst(self, above: int = 0) -> float:
+        """The lowest value at a length above `above`; NaN when there are none."""
+        return min((row.value for row in self.rows if row.length > above), default=math.nan)
+
+    def interval(self, above: int = 0) -> tuple[float, float]:
+        """95% Wilson interval of a share over all rows whose length is above `above`."""
+        total, items = self._total(above)
+        return wilson(round(total), items)
+
+    def effective_length(self, threshold: float = 0.856) -> int:
+        """Longest length such that it and every shorter one average above `threshold` (RULER's 85.6%); 0 when none does."""
+        reached = 0
+        for length, share in self.by_length().items():
+            if not share > threshold:
+                break
+            reached = length
+        return reached
+
+    def _total(self, above: int) -> tuple[float, int]:
+        rows = [row for row in self.rows if row.length > above]
+        return math.fsum(row.value * row.n for row in rows), sum(row.n for row in rows)
 
 
 def write(result: EvalResult, path: str | os.PathLike[str]) -> pathlib.Path:
-    """Write the result as JSON; the file appears whole or not at all."""
-    return write_atomically(path, json.dumps(configs.plain(result), indent=1) + "\n")
+    """Write the result as JSON, what does not apply to a row left out; the file appears whole or not at all."""
+    values = configs.plain(result)
+    values["rows"] = [{key: value for key, value in row.items() if value is not None} for row in values["rows"]]
+    return write_atomically(path, json.dumps(values, indent=1) + "\n")
 
 
 def read(path: str | os.PathLike[str]) -> EvalResult:
@@ -177,9 +135,41 @@ def read(path: str | os.PathLike[str]) -> EvalResult:
     return from_mapping(_load(path), str(path))
 
 
-def from_mapping(values: Mapping[str, object], where: str = "result") -> EvalResult:
-    """A result from the plain values of its JSON."""
-    return configs.build(EvalResult, values, where)
+def from_mapping(values: Mapping[str, Any], where: str = "result") -> EvalResult:
+    """A result from the plain values of its JSON, also of the form that it had before it was made of rows."""
+    values = dict(values)
+    rows = [*map(_needles, values.pop("needles", ())), *map(_perplexity, values.pop("perplexity", ()))]
+    return configs.build(EvalResult, {"rows": [row for some in rows for row in some], **values}, where)
+
+
+def _needles(grid: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a grid `correct[depth][length]` of the former layout."""
+    task, n = "generated_needles" if grid["method"] == "generation" else "needles", grid["items"]
+    return [
+        {
+            "task": task, "metric": "accuracy", "length": length, "value": count / n, "n": n, "depth": depth,
+            "low": wilson(count, n)[0], "high": wilson(count, n)[1], "scheme": grid["scheme"],
+        }
+        for i, length in enumerate(grid["lengths"])
+        for depth, count in zip(grid["depths"], (row[i] for row in grid["correct"]), strict=True)
+    ]  # fmt: skip
+
+
+def _perplexity(curve: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a curve of the former layout."""
+    named = {"task": "perplexity", "scheme": curve["scheme"]}
+    rows, by_position = [], curve["positions"]
+    for point in curve["points"]:
+        bits = point["nll"] / math.log(2) / curve["bytes_per_token"]
+        for metric, value, n in (("nll", point["nll"], point["tokens"]), ("bits_per_byte", bits, point["tokens"])):
+            rows.append({**named, "metric": metric, "length": point["length"], "value": value, "n": n})
+        final = {"metric": "final_nll", "value": point["final_nll"], "n": point["final_tokens"]}
+        rows.append({**named, **final, "length": point["length"]})
+    edges = zip(by_position["edges"][:-1], by_position["edges"][1:], by_position["nll"], by_position["tokens"], strict=True)
+    for first, end, value, n in edges:
+        where = {"positions": (first, end), "length": by_position["length"]}
+        rows.append({**named, **where, "metric": "nll_by_position", "value": value, "n": n})
+    return rows
 
 
 def _load(path: str | os.PathLike[str]) -> Mapping[str, object]:
@@ -192,7 +182,3 @@ def _load(path: str | os.PathLike[str]) -> Mapping[str, object]:
     if not isinstance(values, Mapping):
         raise UserError(f"{path} does not hold an evaluation; delete it and evaluate again")
     return values
-
-
-def _exp(nats: float) -> float:
-    return math.exp(nats) if nats < 700 else math.inf

@@ -16,8 +16,9 @@ from lcx.core.console import say
 from lcx.core.mesh import make_mesh
 from lcx.data.config import PartConfig
 from lcx.evals import results
+from lcx.evals.config import EvalConfig
 from lcx.evals.results import EvalResult
-from lcx.evals.suite import EvalConfig, evaluate
+from lcx.evals.runner import chosen_tasks, evaluate
 from lcx.model.architecture import build_schemes
 from lcx.model.config import ModelConfig
 from lcx.recipes import models
@@ -74,6 +75,7 @@ def recipe(config: ml_collections.ConfigDict) -> Recipe:
     """The checked recipe of a config; raises `UserError` for anything that is wrong with it."""
     values = config.to_dict()
     evals = configs.build(EvalConfig, values.pop("evals", {}), "config.evals")
+    chosen_tasks(evals)
     base_stage = values.pop("base_stage", None)
     run = run_config(values)
     if base_stage is not None:
@@ -155,7 +157,8 @@ def _result(workdir: Path, label: str) -> EvalResult | None:
 
 
 def _is_of(found: EvalResult, evals: EvalConfig) -> bool:
-    return found.settings.get("evals") == configs.plain(evals)
+    # A result of an earlier version lacks the settings that came later, which had their defaults.
+    return {**configs.plain(EvalConfig()), **found.settings.get("evals", {})} == configs.plain(evals)
 
 
 def evaluate_loaded(loaded: Loaded, evals: EvalConfig, label: str, workdir: Path | None) -> EvalResult:

@@ -32,6 +32,7 @@ from lcx.core import configs
 from lcx.core.console import say, table
 from lcx.core.errors import UserError
 from lcx.core.files import write_atomically
+from lcx.evals.results import perplexity
 from lcx.report import history, style, sweep_plots
 from lcx.report.sweep_plots import PointResult
 
@@ -173,12 +174,13 @@ def collect_run(workdir: pathlib.Path) -> dict[str, Any]:
     stages = [stage for stage in run.stages() if stage.curve.kept]
     if stages:
         numbers |= {"loss": stages[-1].final_loss, "train_seconds": sum(stage.seconds for stage in run.stages())}
-    if run.after is not None and (grid := run.after.grid()) is not None:
+    own = run.after.select(scheme="none") if run.after else None
+    if own and (grid := own.select(task="needles")):
         numbers |= {"needles": grid.mean(), "worst_cell": grid.worst(), "effective_length": grid.effective_length()}
         numbers["needles_by_length"] = {str(length): share for length, share in grid.by_length().items()}
-    if run.after is not None and (curve := run.after.curve()) is not None:
-        numbers["perplexity"] = curve.points[-1].perplexity
-        numbers["perplexity_by_length"] = {str(point.length): point.perplexity for point in curve.points}
+    if own and (curve := own.select(task="perplexity", metric="nll")):
+        by_length = {str(length): perplexity(nll) for length, nll in curve.by_length().items()}
+        numbers |= {"perplexity": list(by_length.values())[-1], "perplexity_by_length": by_length}
     return numbers
 
 

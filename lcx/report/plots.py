@@ -10,7 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lcx.evals.results import NeedleGrid, PerplexityCurve
+from lcx.evals import results
+from lcx.evals.results import EvalResult
 from lcx.report import style
 
 
@@ -27,12 +28,12 @@ class StageCurve:
 
 
 @style.typography()
-def needles(grids: Mapping[str, NeedleGrid]) -> Figure:
+def needles(grids: Mapping[str, EvalResult]) -> Figure:
     """Needle heatmaps side by side on one scale: x token limit, y depth in percent with 0 at the top; titles are the keys."""
-    rows = max(len(grid.depths) for grid in grids.values())
-    columns = sum(len(grid.lengths) for grid in grids.values())
-    figure = style.new_figure(min(10.0, 2.2 + 0.75 * max(columns, 6)), 1.5 + 0.36 * max(rows, 5))
-    panels = figure.subplots(1, len(grids), squeeze=False, width_ratios=[len(g.lengths) for g in grids.values()])[0]
+    rows = max(len(grid.values("depth")) for grid in grids.values())
+    widths = [len(grid.values("length")) for grid in grids.values()]
+    figure = style.new_figure(min(10.0, 2.2 + 0.75 * max(sum(widths), 6)), 1.5 + 0.36 * max(rows, 5))
+    panels = figure.subplots(1, len(grids), squeeze=False, width_ratios=widths)[0]
     for i, (panel, (title, grid)) in enumerate(zip(panels, grids.items(), strict=True)):
         draw_needles(panel, grid, title, first=i == 0)
     _score_bar(figure, panels)
@@ -40,7 +41,7 @@ def needles(grids: Mapping[str, NeedleGrid]) -> Figure:
 
 
 @style.typography()
-def perplexity(curves: Mapping[str, PerplexityCurve], trained: int | None = None, final: bool = False) -> Figure:
+def perplexity(curves: Mapping[str, EvalResult], trained: int | None = None, final: bool = False) -> Figure:
     """Held-out perplexity against length, one line for each curve, named at its end; `final` draws the last tokens' instead."""
     figure = style.new_figure(9.0, 4.6)
     draw_perplexity(figure.subplots(), curves, trained, final)
@@ -48,14 +49,14 @@ def perplexity(curves: Mapping[str, PerplexityCurve], trained: int | None = None
 
 
 @style.typography()
-def positions(curves: Mapping[str, PerplexityCurve], trained: int | None = None) -> Figure:
+def positions(curves: Mapping[str, EvalResult], trained: int | None = None) -> Figure:
     """Mean held-out loss against the token's position in its window, one line for each curve."""
     figure = style.new_figure(9.0, 4.6)
     axes = figure.subplots()
     ends, values = [], []
     for i, (name, curve) in enumerate(curves.items()):
-        middle = [math.sqrt(max(a, 0.5) * b) for a, b in zip(curve.positions.edges[:-1], curve.positions.edges[1:], strict=True)]
-        pairs = [(x, y) for x, y in zip(middle, curve.positions.nll, strict=True) if math.isfinite(y)]
+        bins = [row for row in curve.rows if row.positions is not None]
+        pairs = [(math.sqrt(max(row.positions[0], 0.5) * row.positions[1]), row.value) for row in bins if math.isfinite(row.value)]
         if not pairs:
             continue
         x, y = zip(*pairs, strict=True)
@@ -63,7 +64,7 @@ def positions(curves: Mapping[str, PerplexityCurve], trained: int | None = None)
         axes.plot(x, y, color=colour, zorder=3)
         ends.append((x[-1], y[-1], name, colour))
         values += y
-    longest = max(curve.positions.length for curve in curves.values())
+    longest = max(max(curve.values("length")) for curve in curves.values())
     style.length_axis(axes, [2**k for k in range(math.ceil(math.log2(longest)) + 1)], "position in the window, tokens")
     style.value_axis(axes, *_extent(values), "loss, nats per token")
     style.grid_lines(axes)
@@ -83,17 +84,17 @@ def losses(stages: Sequence[StageCurve]) -> Figure:
 
 @style.typography()
 def summary(
-    before: NeedleGrid,
-    after: NeedleGrid,
-    curves: Mapping[str, PerplexityCurve],
+    before: EvalResult,
+    after: EvalResult,
+    curves: Mapping[str, EvalResult],
     stages: Sequence[StageCurve],
     titles: tuple[str, str] = ("before", "after"),
 ) -> Figure:
     """The picture for the README's first screen: needles before and after, and below them perplexity and the loss by stage."""
-    rows = max(len(before.depths), len(after.depths))
+    rows = max(len(grid.values("depth")) for grid in (before, after))
     figure = style.new_figure(10.0, 5.0 + 0.3 * max(rows, 5))
     top, bottom = figure.subfigures(2, 1, height_ratios=[1.0 + 0.32 * max(rows, 5), 3.3], hspace=0.04)
-    panels = top.subplots(1, 2, width_ratios=[len(before.lengths), len(after.lengths)])
+    panels = top.subplots(1, 2, width_ratios=[len(grid.values("length")) for grid in (before, after)])
     for i, (panel, grid, title) in enumerate(zip(panels, (before, after), titles, strict=True)):
         draw_needles(panel, grid, title, first=i == 0)
     _score_bar(top, panels)
@@ -109,9 +110,9 @@ def summary(
     return figure
 
 
-def draw_needles(axes: Axes, grid: NeedleGrid, title: str, first: bool = True) -> None:
+def draw_needles(axes: Axes, grid: EvalResult, title: str, first: bool = True) -> None:
     """One heatmap into `axes`, with the share found printed in each cell and a line where training ended."""
-    shares = 100 * np.asarray(grid.accuracy())
+    shares = 100 * np.asarray(grid.table())
     axes.imshow(shares, cmap=style.SCORES, vmin=0, vmax=100, aspect="auto", interpolation="nearest")
     rows, columns = shares.shape
     for edge in np.arange(0.5, columns - 1):
@@ -122,31 +123,31 @@ def draw_needles(axes: Axes, grid: NeedleGrid, title: str, first: bool = True) -
         for column in range(columns):
             colour = style.ink_on(style.SCORES(shares[row, column] / 100))
             axes.text(column, row, f"{shares[row, column]:.0f}", ha="center", va="center", fontsize=9.5, color=colour)
-    axes.set_xticks(range(columns), [style.tokens(x) for x in grid.lengths])
-    axes.set_yticks(range(rows), [f"{100 * depth:.0f}%" for depth in grid.depths])
+    axes.set_xticks(range(columns), [style.tokens(x) for x in grid.values("length")])
+    axes.set_yticks(range(rows), [f"{100 * depth:.0f}%" for depth in grid.values("depth")])
     axes.tick_params(labelleft=first)
     axes.spines[:].set_visible(False)
     axes.set_xlabel("token limit")
     if first:
         axes.set_ylabel("depth of the needle")
     axes.set_title(title, pad=22)
-    if grid.trained is not None:
-        seen = sum(length <= grid.trained for length in grid.lengths)
-        edge = seen - 0.5
-        axes.axvline(edge, color=style.INK, linewidth=1.6, clip_on=False, ymax=1.035)
-        axes.annotate(
-            f"trained to {style.tokens(grid.trained)}", (edge, 1.0), xycoords=("data", "axes fraction"), textcoords="offset points",
-            xytext=(4, 4) if seen <= columns / 2 else (-4, 4), ha="left" if seen <= columns / 2 else "right", va="bottom",
-            fontsize=9, color=style.INK,
-        )  # fmt: skip
+    seen = sum(length <= grid.trained for length in grid.values("length"))
+    edge = seen - 0.5
+    axes.axvline(edge, color=style.INK, linewidth=1.6, clip_on=False, ymax=1.035)
+    axes.annotate(
+        f"trained to {style.tokens(grid.trained)}", (edge, 1.0), xycoords=("data", "axes fraction"), textcoords="offset points",
+        xytext=(4, 4) if seen <= columns / 2 else (-4, 4), ha="left" if seen <= columns / 2 else "right", va="bottom",
+        fontsize=9, color=style.INK,
+    )  # fmt: skip
 
 
-def draw_perplexity(axes: Axes, curves: Mapping[str, PerplexityCurve], trained: int | None = None, final: bool = False) -> None:
+def draw_perplexity(axes: Axes, curves: Mapping[str, EvalResult], trained: int | None = None, final: bool = False) -> None:
     """Perplexity against length into `axes`."""
     ends, values, lengths = [], [], set()
     for i, (name, curve) in enumerate(curves.items()):
-        pairs = [(p.length, p.final_perplexity if final else p.perplexity) for p in curve.points]
-        pairs = [(x, y) for x, y in pairs if math.isfinite(y)]
+        chosen = curve.select(metric="final_nll" if final else "nll")
+        losses = chosen.by_length() if chosen else {}
+        pairs = [(x, y) for x, nll in losses.items() if math.isfinite(y := results.perplexity(nll))]
         if not pairs:
             continue
         x, y = zip(*pairs, strict=True)

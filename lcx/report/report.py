@@ -15,7 +15,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from lcx.core.files import write_atomically
-from lcx.evals.results import EvalResult, NeedleGrid, PerplexityCurve, wilson
+from lcx.evals.results import EvalResult, perplexity, wilson
 from lcx.report import history, plots, style
 from lcx.report.history import Run, Stage
 from lcx.report.page import page
@@ -55,25 +55,33 @@ def pictures(run: Run) -> dict[str, Figure]:
     return figures
 
 
-def needle_grids(run: Run) -> dict[str, NeedleGrid]:
-    """Grids of the checkpoints' own scheme, before and after, titled."""
-    grids: dict[str, NeedleGrid] = {}
+def needle_grids(run: Run) -> dict[str, EvalResult]:
+    """Needles under the checkpoints' own scheme, before and after, titled."""
+    grids: dict[str, EvalResult] = {}
     before, after = run.before, run.after
-    if before and (grid := before.grid()):
-        grids[f"Before: trained at {style.tokens(before.trained)}"] = grid
-    if after and (grid := after.grid()):
-        factor = f"extended {_factor(after.trained / before.trained)} to" if before else "trained at"
-        grids[f"After: {factor} {style.tokens(after.trained)}"] = grid
+    if grid := _needles(before):
+        grids[f"Before: trained at {style.tokens(grid.trained)}"] = grid
+    if grid := _needles(after):
+        factor = f"extended {_factor(grid.trained / before.trained)} to" if before else "trained at"
+        grids[f"After: {factor} {style.tokens(grid.trained)}"] = grid
     return grids
 
 
-def perplexity_curves(run: Run) -> dict[str, PerplexityCurve]:
+def perplexity_curves(run: Run) -> dict[str, EvalResult]:
     """The base checkpoint under every scheme tried, then the extended one as `extended`."""
-    base = run.before or run.after
-    curves = {scheme_name(curve.scheme): curve for curve in base.perplexity} if base else {}
-    if run.before and run.after and (curve := run.after.curve()):
-        curves["extended"] = curve
+    losses = _losses(run.before or run.after)
+    curves = {scheme_name(spec): losses.select(scheme=spec) for spec in losses.values("scheme")} if losses else {}
+    if run.before and (after := _losses(run.after, scheme="none")):
+        curves["extended"] = after
     return curves
+
+
+def _needles(result: EvalResult | None, scheme: str = "none") -> EvalResult | None:
+    return None if result is None else result.select(task="needles", scheme=scheme)
+
+
+def _losses(result: EvalResult | None, **fields: str) -> EvalResult | None:
+    return None if result is None else result.select(task="perplexity", **fields)
 
 
 def scheme_name(spec: str) -> str:
@@ -119,24 +127,24 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     """(caption, value, small print) of the key figures."""
     tiles: list[tuple[str, str, str]] = []
     before, after = run.before, run.after
-    if after and (grid := after.grid()):
+    old, grid = _needles(before), _needles(after)
+    if grid:
         above = before.trained if before else 0
-        low, high = grid.interval(above=above)
+        low, high = grid.interval(above)
         small = f"95% interval {100 * low:.0f}–{100 * high:.0f}%; worst cell {_percent(grid.worst(above))}"
-        old = before.grid() if before else None
         value = _percent(grid.mean(above)) if old is None else f"{_percent(old.mean(above))} → {_percent(grid.mean(above))}"
         tiles.append((f"needles beyond {above:,} tokens" if above else "needles found", value, small))
-        threshold = _threshold(after)
+        threshold = _setting(after, "effective_threshold", 0.856)
         values = [g.effective_length(threshold) for g in (old, grid) if g is not None]
         small = f"longest with more than {_percent(threshold)} of needles"
         tiles.append(("effective length", " → ".join(f"{v:,}" for v in values), small))
-    if after and (curve := after.curve()):
-        point = curve.points[-1]
-        old_curve = before.curve() if before else None
-        values = [c.points[-1].perplexity for c in (old_curve, curve) if c is not None]
-        first = curve.points[0]
-        small = f"{style.number(first.perplexity)} at {first.length:,}; {curve.bits_per_byte(point.length):.3f} bits per byte"
-        tiles.append((f"perplexity at {point.length:,}", " → ".join(style.number(v) for v in values), small))
+    old, curve = (_losses(result, scheme="none", metric="nll") for result in (before, after))
+    if curve:
+        first, longest = min(curve.values("length")), max(curve.values("length"))
+        bits = _losses(after, scheme="none", metric="bits_per_byte").value(length=longest)
+        values = [list(c.by_length().values())[-1] for c in (old, curve) if c is not None]
+        small = f"{style.number(perplexity(curve.value(length=first)))} at {first:,}; {bits:.3f} bits per byte"
+        tiles.append((f"perplexity at {longest:,}", " → ".join(style.number(perplexity(v)) for v in values), small))
     stages = run.stages()
     if stages:
         seconds, tokens = sum(s.seconds for s in stages), sum(s.tokens for s in stages)
@@ -146,31 +154,30 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
 
 
 def _needle_note(run: Run) -> str:
-    grid = run.after.grid() if run.after else None
+    grid = _needles(run.after)
     if grid is None:
         return ""
-    method = {"teacher_forced": "every answer token is the most likely one given all before it", "generation": "greedy generation"}
-    rows = [g for result in run.evals for g in result.needles if g.method == "generation"]
-    extra = "".join(f" By generation at {g.trained:,}: {_percent(g.mean())} of {g.items} a cell." for g in rows if g.trained)
+    items = grid.rows[0].n
+    made = [found for result in run.evals if (found := result.select(task="generated_needles"))]
+    extra = "".join(f" By generation at {g.trained:,}: {_percent(g.mean())} of {g.rows[0].n} a cell." for g in made)
     return html.escape(
-        f"Share of needles found, of {grid.items} in each cell, with fresh keys and values in held-out text. "
-        f"Found means: {method.get(grid.method, grid.method)}. Lengths include the answer. "
-        f"The 95% interval of a cell is ±{100 * _half(wilson(grid.items // 2, grid.items)):.0f} points at its widest.{extra}"
+        f"Share of needles found, of {items} in each cell, with fresh keys and values in held-out text. "
+        "Found means: every answer token is the most likely one given all before it. Lengths include the answer. "
+        f"The 95% interval of a cell is ±{100 * _half(wilson(items // 2, items)):.0f} points at its widest.{extra}"
     )
 
 
 def _perplexity_note(run: Run) -> str:
-    curve = run.after.curve() if run.after else None
-    if curve is None:
+    curve, last = (_losses(run.after, scheme="none", metric=metric) for metric in ("nll", "final_nll"))
+    if curve is None or last is None:
         return ""
-    strides = {point.stride == point.length for point in curve.points}
-    stride = "the whole window" if strides == {True} else "up to " + f"{max(p.stride for p in curve.points):,} tokens"
-    last = ", ".join(f"{p.length:,}: {p.final_perplexity:.4g}" for p in curve.points)
-    joined = " Held-out documents were joined, since none is that long." if curve.joined else ""
-    first = curve.points[0]
+    stride = _setting(run.after, "stride", None)
+    moves = "the whole window" if stride is None else f"up to {stride:,} tokens"
+    finals = ", ".join(f"{length:,}: {perplexity(nll):.4g}" for length, nll in last.by_length().items())
     return html.escape(
-        f"The same {first.tokens:,} held-out tokens at each length; the window is the length, and it moves on by {stride}; "
-        f"weighted by token. Extended model on the last {first.final_tokens:,} of them, which see the full window: {last}.{joined}"
+        f"The same {curve.rows[0].n:,} held-out tokens at each length; the window is the length, and it moves on by {moves}; "
+        f"weighted by token. Extended model on the last {last.rows[0].n:,} of them, which see the full window: {finals}. "
+        + " ".join(run.after.notes)
     )
 
 
@@ -195,21 +202,22 @@ def _decision(row: Any) -> str:
 
 
 def _zero_shot(run: Run) -> str:
-    base = run.before or run.after
-    if base is None or len(base.perplexity) < 2:
+    base, curves = run.before or run.after, perplexity_curves(run)
+    schemes = base.values("scheme") if base else []
+    if len(schemes) < 2 or not curves:
         return ""
-    lengths = [point.length for point in base.perplexity[0].points]
-    curves = perplexity_curves(run)
+    lengths = sorted(next(iter(curves.values())).select(metric="nll").values("length"))
     rows = []
     for name, curve in curves.items():
-        source = run.after if name == "extended" else base
-        grid = source.grid("none" if name == "extended" else curve.scheme) if source else None
+        extended = name == "extended"
+        losses = curve.select(metric="nll").by_length()
+        grid = _needles(run.after if extended else base, curve.rows[0].scheme)
         shares = grid.by_length() if grid else {}
         cells: list[Cell] = [name]
         for length in lengths:
-            value = next((style.number(p.perplexity) for p in curve.points if p.length == length), "–")
+            value = style.number(perplexity(losses[length])) if length in losses else "–"
             cells.append((value, f"{100 * shares[length]:.0f}%") if length in shares else value)
-        rows.append((cells, "strong" if name == "extended" else ""))
+        rows.append((cells, "strong" if extended else ""))
     note = (
         "Perplexity, with the share of needles found in grey. "
         "The factor of each scheme is length / trained length, chosen at each length unless given."
@@ -250,10 +258,9 @@ def _image(figure: Figure, name: str) -> str:
     return f"<figure><img alt='{html.escape(name)}' src='data:image/png;base64,{data}'></figure>"
 
 
-def _threshold(result: EvalResult) -> float:
+def _setting(result: EvalResult, name: str, default: Any) -> Any:
     settings = result.settings.get("evals")
-    value = settings.get("effective_threshold") if isinstance(settings, dict) else None
-    return float(value) if isinstance(value, int | float) else 0.856
+    return settings.get(name, default) if isinstance(settings, dict) else default
 
 
 def _stages(stages: Sequence[Stage], above: int = 0) -> str:

@@ -9,9 +9,9 @@ import tokenizers as library
 
 from lcx.core.configs import build
 from lcx.core.errors import UserError
-from lcx.data.config import TASKS, TaskConfig
 from lcx.data.sources import sources
-from lcx.data.tasks import Task
+from lcx.data.tasks.base import TaskConfig
+from lcx.data.tasks.table import TASKS, make_task
 from lcx.data.tokenizers import tokenizers
 
 BYTES = tokenizers.load("bytes")
@@ -56,7 +56,7 @@ CONFIGS = {
 @pytest.mark.parametrize("kind", TASKS)
 @pytest.mark.parametrize("length", [200, 257, 1000])
 def test_rows_are_valid_and_have_one_answer(kind, length, haystack):
-    task = Task(kind, CONFIGS[kind], BYTES)
+    task = make_task(kind, CONFIGS[kind], BYTES)
     samples = task.sample(np.random.default_rng(length), length, haystack, 40)
     present, asked = task.counts(length)
     for row in range(40):
@@ -92,7 +92,7 @@ def test_rows_are_valid_and_have_one_answer(kind, length, haystack):
 @pytest.mark.parametrize("kind", ["passkey", "multikey", "key_value"])
 @pytest.mark.parametrize("depth", [0.0, 0.1, 0.5, 0.77, 1.0])
 def test_needle_at_the_depth_asked_for(kind, depth, haystack):
-    task = Task(kind, CONFIGS[kind], BYTES)
+    task = make_task(kind, CONFIGS[kind], BYTES)
     for length in (64, 256, 1023):
         counts = {} if kind != "multikey" else {"needles": 3}
         samples = task.sample(np.random.default_rng(3), length, haystack, 20, depth=depth, **counts)
@@ -107,7 +107,7 @@ def test_needle_at_the_depth_asked_for(kind, depth, haystack):
 
 
 def test_several_queries_end_with_the_needle_at_the_depth(haystack):
-    task = Task("multikey", TaskConfig(needles=5), BYTES)
+    task = make_task("multikey", TaskConfig(needles=5), BYTES)
     samples = task.sample(np.random.default_rng(0), 256, haystack, 50, depth=0.3, queries=3)
     for tokens in samples.tokens:
         needles, starts, queries = read(task, tokens)
@@ -118,7 +118,7 @@ def test_several_queries_end_with_the_needle_at_the_depth(haystack):
 
 def test_crowded_rows_at_every_depth(haystack):
     """As full as a row can be: lines on both sides of the fixed one still never overlap."""
-    task = Task("multikey", TaskConfig(needles=5, queries=1), BYTES)
+    task = make_task("multikey", TaskConfig(needles=5, queries=1), BYTES)
     size = task.line_length
     for length in (6 * size - 1, 6 * size + 7, 7 * size):
         for depth in (0.0, 1.0) if length < 6 * size + 7 else (0.0, 0.05, 0.4, 0.5, 0.9, 1.0):
@@ -131,7 +131,7 @@ def test_crowded_rows_at_every_depth(haystack):
 
 
 def test_places_and_keys_spread_evenly(haystack):
-    task = Task("multikey", TaskConfig(needles=2, queries=1), BYTES)
+    task = make_task("multikey", TaskConfig(needles=2, queries=1), BYTES)
     samples = task.sample(np.random.default_rng(0), 512, haystack, 4000)
     counts, _ = np.histogram(samples.depths, bins=8, range=(0, 1))
     assert counts.min() > 0.8 * 500
@@ -141,7 +141,7 @@ def test_places_and_keys_spread_evenly(haystack):
 
 
 def test_rows_depend_on_their_own_numbers_alone(haystack):
-    task = Task("multikey", TaskConfig(), BYTES)
+    task = make_task("multikey", TaskConfig(), BYTES)
     uniforms = np.random.default_rng(5).random((6, task.uniforms(300)))
     together = task.rows(uniforms, 300, haystack)
     alone = task.rows(uniforms[4:5], 300, haystack)
@@ -153,20 +153,20 @@ def test_rows_depend_on_their_own_numbers_alone(haystack):
 
 def test_extreme_numbers_stay_in_range(haystack):
     for kind in TASKS:
-        task = Task(kind, CONFIGS[kind], BYTES)
+        task = make_task(kind, CONFIGS[kind], BYTES)
         for extreme in (0.0, np.nextafter(1, 0)):
             uniforms = np.full((1, task.uniforms(200)), extreme)
             assert read(task, task.rows(uniforms, 200, haystack).tokens[0])[2]
 
 
 def test_counts_grow_with_the_length():
-    task = Task("multikey", TaskConfig(needles=3, queries=2, needles_per_1024=8, queries_per_1024=4), BYTES)
+    task = make_task("multikey", TaskConfig(needles=3, queries=2, needles_per_1024=8, queries_per_1024=4), BYTES)
     assert task.counts(128) == (3, 2)
     assert task.counts(4096) == (32, 16)
 
 
 def test_batch_of_samples(haystack):
-    samples = Task("multikey", TaskConfig(), BYTES).sample(np.random.default_rng(0), 128, haystack, 2)
+    samples = make_task("multikey", TaskConfig(), BYTES).sample(np.random.default_rng(0), 128, haystack, 2)
     batch = samples.batch()
     np.testing.assert_array_equal(batch.tokens[:, 1:], batch.targets[:, :-1])
     np.testing.assert_array_equal(batch.loss_weights > 5, samples.answers[:, 1:])
@@ -183,7 +183,7 @@ def test_other_tokenizers_have_exact_lengths(tmp_path):
     loaded = tokenizers.load(str(tmp_path))
     ids = loaded.encode("a line of text, nothing else. " * 100)
     haystack = sources.Subset(sources.InMemorySource(["h"], [ids], [0], loaded.vocab_size), np.arange(1))
-    task = Task("multikey", TaskConfig(), loaded)
+    task = make_task("multikey", TaskConfig(), loaded)
     tokens = task.sample(np.random.default_rng(0), 200, haystack).tokens[0]
     text = loaded.decode(tokens)
     assert len(re.findall(r"#[a-z]{2}=[0-9]{4}\n", text)) == 4
@@ -204,22 +204,22 @@ def test_other_tokenizers_have_exact_lengths(tmp_path):
 )
 def test_what_does_not_fit(kind, settings, length, message, haystack):
     with pytest.raises(UserError, match=message):
-        Task(kind, TaskConfig(**settings), BYTES).sample(np.random.default_rng(0), length, haystack)
+        make_task(kind, TaskConfig(**settings), BYTES).sample(np.random.default_rng(0), length, haystack)
 
 
 def test_wrong_depths_and_kinds(haystack):
     with pytest.raises(UserError, match="from 0 to 1"):
-        Task("multikey", TaskConfig(), BYTES).sample(np.random.default_rng(0), 256, haystack, depth=1.5)
+        make_task("multikey", TaskConfig(), BYTES).sample(np.random.default_rng(0), 256, haystack, depth=1.5)
     with pytest.raises(UserError, match="remove depth"):
-        Task("variable_tracking", TaskConfig(), BYTES).sample(np.random.default_rng(0), 256, haystack, depth=0.5)
+        make_task("variable_tracking", TaskConfig(), BYTES).sample(np.random.default_rng(0), 256, haystack, depth=0.5)
     with pytest.raises(UserError, match="did you mean 'multikey'"):
-        Task("multkey", TaskConfig(), BYTES)
+        make_task("multkey", TaskConfig(), BYTES)
     with pytest.raises(UserError, match="task.needles=0"):
         build(TaskConfig, {"needles": 0})
 
 
 def test_a_batch_of_short_rows_is_cheap(haystack):
-    task = Task("multikey", TaskConfig(needles=3, queries=3), BYTES)
+    task = make_task("multikey", TaskConfig(needles=3, queries=3), BYTES)
     rng, times = np.random.default_rng(0), []
     for _ in range(20):
         begun = time.thread_time()

@@ -3,12 +3,13 @@ import re
 import numpy as np
 import pytest
 
-from lcx.data.config import TaskConfig
 from lcx.data.sources.sources import InMemorySource, Subset
-from lcx.data.tasks import Task
+from lcx.data.tasks.base import TaskConfig
+from lcx.data.tasks.table import make_task
 from lcx.data.tokenizers.tokenizers import Bytes
-from lcx.evals import needles
-from lcx.evals.scoring import Scores
+from lcx.evals.base import Scores
+from lcx.evals.results import EvalResult, wilson
+from lcx.evals.tasks.needles import GeneratedNeedles, Needles
 
 DEPTHS = (0.0, 0.5, 1.0)
 
@@ -18,89 +19,86 @@ def haystack() -> Subset:
     return Subset(InMemorySource(["text"], [np.frombuffer(text, np.uint8)], [1], 256), np.arange(1))
 
 
-def items(length: int, count: int = 6, seed: int = 0, kind: str = "multikey") -> needles.Items:
-    return needles.write_items(Task(kind, TaskConfig(needles=3), Bytes()), haystack(), length, DEPTHS, count, seed)
+def needles(kind: str = "multikey", seed: int = 0, of: type[Needles] = Needles) -> Needles:
+    return of(make_task(kind, TaskConfig(needles=3), Bytes()), haystack(), DEPTHS, seed, (6, 2))
 
 
-def recall(row: np.ndarray, sees: int) -> bytes:
-    """What a reader that sees the last `sees` tokens answers to the question that ends the row before the answer."""
-    text = bytes(row.astype(np.uint8))
+def recall(prompt: np.ndarray, sees: int) -> bytes:
+    """What a reader that sees the last `sees` tokens of a row, its answer of five included, writes after the prompt."""
+    text = bytes(prompt.astype(np.uint8))
     key = re.search(rb"\?([a-z]+)=$", text).group(1)
     found = re.search(b"#" + key + rb"=(\d+)\n", text[-sees:])
     return found.group(1) if found else b"xxxx"
 
 
-def reader(sees: int):
-    def scorer_for(length: int):
-        def scorer(rows: np.ndarray, last: int) -> Scores:
-            correct = np.zeros((len(rows), rows.shape[1] - 1), bool)
-            for i, row in enumerate(rows):
-                answer = np.frombuffer(recall(row[:-5], sees), np.uint8)
-                correct[i, -5:-1] = answer == row[-5:-1]
-            return Scores(np.zeros((len(rows), last), np.float32), correct[:, -last:])
+class Reader:
+    """A backend that reads the last `sees` tokens of the prompt."""
 
-        return scorer
+    def __init__(self, sees: int = 10**6) -> None:
+        self.sees = sees
 
-    return scorer_for
+    def generate(self, items, new_tokens):
+        assert new_tokens == 4
+        return [np.frombuffer(recall(item.prompt, self.sees), np.uint8).astype(np.int32) for item in items]
 
-
-def guesser(length: int):
-    rng = np.random.default_rng(0)
-
-    def scorer(rows: np.ndarray, last: int) -> Scores:
-        guesses = rng.integers(48, 58, rows.shape)
-        return Scores(np.zeros((len(rows), last), np.float32), (guesses == rows)[:, -last:])
-
-    return scorer
+    def loglikelihood(self, items):
+        answers = zip(items, self.generate(items, 4), strict=True)
+        return [Scores(np.zeros(4, np.float32), answer == item.answer) for item, answer in answers]
 
 
-def grid_of(scorer_for, lengths, count=6):
-    made = {n: items(n, count) for n in lengths}
-    found = {n: needles.teacher_forced(scorer_for, made[n], 1000) for n in lengths}
-    return needles.grid(found, made, DEPTHS, "teacher_forced", "none", 256)
+class Guesser:
+    """A backend that takes digits at random."""
+
+    def __init__(self) -> None:
+        self.rng = np.random.default_rng(0)
+
+    def generate(self, items, new_tokens):
+        return [self.rng.integers(48, 58, new_tokens) for _ in items]
+
+    def loglikelihood(self, items):
+        return [Scores(np.zeros(4, np.float32), self.rng.integers(48, 58, 4) == item.answer) for item in items]
+
+
+def measured(backend, lengths, count=6, task=None) -> EvalResult:
+    task = task or needles()
+    return EvalResult("test", 256, rows=tuple(row for length in lengths for row in task.measure(backend, length, count)))
 
 
 def test_a_reader_that_copies_finds_everything():
-    grid = grid_of(reader(10**6), (128, 256, 512))
-    assert grid.correct == ((6, 6, 6),) * 3
-    assert grid.lengths == (128, 256, 512) and grid.items == 6 and grid.effective_length() == 512
+    found = measured(Reader(), (128, 256, 512))
+    assert found.table() == [[1, 1, 1]] * 3 and {row.n for row in found.rows} == {6}
+    assert found.values("length") == [128, 256, 512] and found.effective_length() == 512
+    assert {(row.low, row.high) for row in found.rows} == {wilson(6, 6)}
 
 
 def test_a_guesser_finds_nothing():
-    assert grid_of(guesser, (128, 256), count=50).mean() < 0.02
+    assert measured(Guesser(), (128, 256), count=50).mean() < 0.02
+    assert measured(Guesser(), (128, 256), 50, needles(of=GeneratedNeedles)).mean() < 0.02
 
 
 def test_a_reader_of_the_last_tokens_finds_what_stands_there():
     """Depth 0 is the far end of the context, depth 1 the near one, and length is the whole context."""
-    grid = grid_of(reader(150), (128, 256, 512))
-    assert grid.correct == ((6, 0, 0), (6, 6, 0), (6, 6, 6))
+    assert measured(Reader(150), (128, 256, 512)).table() == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
 
 
 def test_items_are_whole_fresh_and_end_with_their_answer():
-    made = items(256, count=4)
-    assert made.tokens.shape == (12, 257) and made.reach == 5
-    assert np.array_equal(np.unique(made.answer.sum(1)), [4])
-    assert made.answer[:, 252:256].all()  # the answer's last token is the 256th
-    assert len({bytes(row.astype(np.uint8)) for row in made.tokens}) == 12
-    assert np.array_equal(items(256, count=4).tokens, made.tokens)
-    assert not np.any(np.all(items(256, count=4, seed=1).tokens == made.tokens, axis=1))
-    longer = items(256, count=7)
-    assert np.array_equal(longer.tokens[longer.cell == 1][:4], made.tokens[made.cell == 1])
-    for row, cell in zip(made.tokens, made.cell, strict=True):
-        key = re.search(rb"\?([a-z]+)=\d+\n$", bytes(row.astype(np.uint8))).group(1)
-        place = bytes(row.astype(np.uint8)).index(b"#" + key + b"=")
-        assert place == pytest.approx(DEPTHS[cell] * (257 - 9 - 9), abs=1)
+    made = needles().items(256, 4)
+    assert [(len(item.prompt), len(item.answer)) for item in made] == [(252, 4)] * 12  # the answer's last token is the 256th
+    texts = [bytes(np.concatenate([item.prompt, item.answer]).astype(np.uint8)) for item in made]
+    assert len(set(texts)) == 12
+    again, other, longer = ([bytes(i.prompt) for i in needles(seed=s).items(256, n)] for s, n in ((0, 4), (1, 4), (0, 7)))
+    prompts = [bytes(item.prompt) for item in made]
+    assert again == prompts and not set(other) & set(prompts)
+    assert longer[7:11] == prompts[4:8]
+    for item, text in zip(made, texts, strict=True):
+        key = re.search(rb"\?([a-z]+)=\d+$", text).group(1)
+        assert text.index(b"#" + key + b"=") == pytest.approx(item.depth * (257 - 9 - 9), abs=1)
 
 
 def test_generation_is_compared_with_the_answer_alone():
-    made = items(256)
-    given: list[int] = []
-
-    def copies(prompts: list[np.ndarray], new_tokens: int) -> np.ndarray:
-        given.append(len(prompts))
-        assert new_tokens == 4 and all(len(prompt) == 252 for prompt in prompts)
-        return np.stack([np.frombuffer(recall(prompt, 10**6), np.uint8) for prompt in prompts]).astype(np.int32)
-
-    assert needles.generated(copies, made, tokens_per_forward=1300).all()
-    assert given == [5, 5, 5, 3]
-    assert not needles.generated(lambda prompts, n: np.full((len(prompts), n), 48, np.int32), made, 1300).any()
+    task = needles(of=GeneratedNeedles)
+    assert measured(Reader(), (256,), task=task).table() == [[1], [1], [1]]
+    (item, *_), longer = task.items(256, 1), np.frombuffer(b"0", np.uint8)
+    assert task.score(item, np.concatenate([item.answer, longer])) == 1
+    assert task.score(item, np.concatenate([longer, item.answer])) == 0
+    assert (task.count(zero_shot=False), task.count(zero_shot=True)) == (6, 2)

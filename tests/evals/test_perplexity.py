@@ -1,5 +1,4 @@
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -8,8 +7,10 @@ from lcx.core.errors import UserError
 from lcx.core.param_spec import initialize
 from lcx.data.sources.sources import InMemorySource, Subset
 from lcx.data.tokenizers.tokenizers import Bytes
-from lcx.evals.perplexity import bytes_per_token, cover, loss_by_position, perplexity, spans
-from lcx.evals.scoring import Scores, model_scorer, score_rows
+from lcx.evals.backends.local import LocalBackend
+from lcx.evals.base import Item, Scores
+from lcx.evals.results import EvalResult
+from lcx.evals.tasks.perplexity import Perplexity, bytes_per_token, cover, loss_by_position, spans
 from lcx.model.architecture import build_architecture, build_schemes
 from lcx.model.config import ModelConfig
 from lcx.model.loss import logits
@@ -73,82 +74,86 @@ def test_equals_a_direct_computation_with_dense_attention():
     params = jax.tree.map(lambda x: 3 * x, params)  # far from uniform
     text = np.random.default_rng(2).integers(0, 64, (3, 65)).astype(np.int32)
     blockwise = dataclasses.replace(CONFIG, attention="blockwise")
-    curve = perplexity(
-        lambda n: model_scorer(params, blockwise, schemes, n), text, [16, 64], stride=16, final=5, tokens_per_forward=100
-    )
+    task = Perplexity(text, final=5, stride=16)
+    rows = [row for n in (16, 64) for row in task.measure(LocalBackend(params, blockwise, schemes, n, 100), n, 3)]
+    curve = EvalResult("test", 64, rows=tuple(rows))
     dense = dataclasses.replace(CONFIG, attention="dense")
-    for point in curve.points:
-        arch, buffers = build_architecture(dense, schemes, point.length)
+    for length in (16, 64):
+        arch, buffers = build_architecture(dense, schemes, length)
         full = jax.jit(lambda buffers, batch, arch=arch: logits(params, hidden_states(params, buffers, arch, batch)[0], dense))
         wanted, final = np.zeros((3, 64)), None
-        for start, first in cover(64, point.length, min(16, point.length)):
-            batch = Batch.from_tokens(text[:, start : start + point.length + 1])
+        for start, first in cover(64, length, min(16, length)):
+            batch = Batch.from_tokens(text[:, start : start + length + 1])
             raw = full(buffers, batch)
             nll = -np.take_along_axis(np.asarray(jax.nn.log_softmax(raw)), np.asarray(batch.targets)[:, :, None], 2)[:, :, 0]
-            wanted[:, start + first : start + point.length] = nll[:, first:]
+            wanted[:, start + first : start + length] = nll[:, first:]
             final = nll[:, -5:].mean()
-        assert point.nll == pytest.approx(wanted.mean(), rel=2e-6)
-        assert point.final_nll == pytest.approx(final, rel=2e-6)
-        assert (point.tokens, point.final_tokens, point.stride) == (3 * 64, 15, 16)
-    assert curve.positions.length == 64
-    assert jnp.isfinite(curve.points[0].perplexity)
+        assert curve.value(metric="nll", length=length) == pytest.approx(wanted.mean(), rel=2e-6)
+        assert curve.value(metric="final_nll", length=length) == pytest.approx(final, rel=2e-6)
+        assert [row.n for row in curve.select(length=length).rows][:2] == [3 * 64, 15]
+    assert curve.select(metric="nll_by_position").values("length") == [64]
 
 
-def context_scorer(length: int):
+class ContextBackend:
     """A model whose loss is 1 / (tokens seen before), so that more context is always better."""
 
-    def scorer(rows: np.ndarray, last: int) -> Scores:
-        nll = np.broadcast_to(1.0 / np.arange(1, rows.shape[1]), (len(rows), rows.shape[1] - 1)).astype(np.float32)
-        return Scores(nll[:, -last:], nll[:, -last:] < 0.5)
+    def loglikelihood(self, items):
+        losses = [1.0 / np.arange(len(item.prompt), len(item.prompt) + len(item.answer)) for item in items]
+        return [Scores(nll.astype(np.float32), nll < 0.5) for nll in losses]
 
-    return scorer
+
+def curve_of(text, lengths, final, stride=None) -> EvalResult:
+    task = Perplexity(text, final, stride)
+    rows = [row for length in lengths for row in task.measure(ContextBackend(), length, len(text))]
+    return EvalResult("test", 0, rows=tuple(rows))
 
 
 def test_lengths_are_compared_on_the_same_tokens():
-    text = np.zeros((2, 129), np.int32)
-    curve = perplexity(context_scorer, text, [128, 32, 64])
-    assert [p.length for p in curve.points] == [32, 64, 128]
-    assert [p.tokens for p in curve.points] == [256] * 3
-    assert [p.final_tokens for p in curve.points] == [32] * 3
-    for point in curve.points:
-        losses = 1.0 / np.arange(1, point.length + 1)
-        assert point.nll == pytest.approx(losses.mean(), rel=1e-6)
-        assert point.final_nll == pytest.approx(losses[-16:].mean(), rel=1e-6)
+    curve = curve_of(np.zeros((2, 129), np.int32), (32, 64, 128), final=16)
+    assert [row.n for row in curve.select(metric="nll").rows] == [256] * 3
+    assert [row.n for row in curve.select(metric="final_nll").rows] == [32] * 3
+    for length in (32, 64, 128):
+        losses = 1.0 / np.arange(1, length + 1)
+        assert curve.value(metric="nll", length=length) == pytest.approx(losses.mean(), rel=1e-6)
+        assert curve.value(metric="final_nll", length=length) == pytest.approx(losses[-16:].mean(), rel=1e-6)
 
 
 def test_a_smaller_stride_gives_every_token_more_context():
     text = np.zeros((1, 129), np.int32)
-    (coarse,) = perplexity(context_scorer, text, [32]).points
-    (fine,) = perplexity(context_scorer, text, [32], stride=8).points
+    coarse, fine = (curve_of(text, (32,), 16, stride).select(metric="nll") for stride in (None, 8))
     wanted = [1 / (i + 1) if i < 32 else 1 / (24 + (i - 32) % 8 + 1) for i in range(128)]
-    assert fine.nll == pytest.approx(np.mean(wanted), rel=1e-6)
-    assert fine.nll < coarse.nll and fine.tokens == coarse.tokens == 128
+    assert fine.mean() == pytest.approx(np.mean(wanted), rel=1e-6)
+    assert fine.mean() < coarse.mean() and fine.rows[0].n == coarse.rows[0].n == 128
     with pytest.raises(UserError, match="must not exceed the spans' 128 tokens"):
-        perplexity(context_scorer, text, [256])
+        curve_of(text, (256,), 16)
 
 
 def test_loss_by_position_bins_hold_every_token_once():
     nll = np.random.default_rng(0).random((3, 100))
     found = loss_by_position(nll)
-    assert found.edges[0] == 0 and found.edges[-1] == 100 and list(found.edges) == sorted(set(found.edges))
-    assert sum(found.tokens) == 300
-    assert sum(n * t for n, t in zip(found.nll, found.tokens, strict=True)) == pytest.approx(nll.sum())
-    assert found.edges[1] == 4 and found.nll[0] == pytest.approx(nll[:, :4].mean())
+    edges = [row.positions[0] for row in found] + [found[-1].positions[1]]
+    assert edges[0] == 0 and edges[-1] == 100 and edges == sorted(set(edges))
+    assert [row.positions[1] for row in found] == edges[1:]
+    assert sum(row.n for row in found) == 300
+    assert sum(row.value * row.n for row in found) == pytest.approx(nll.sum())
+    assert edges[1] == 4 and found[0].value == pytest.approx(nll[:, :4].mean())
 
 
-def test_every_pass_has_one_shape():
-    shapes = []
+def test_every_pass_has_one_shape(monkeypatch):
+    schemes = build_schemes(CONFIG, {"default": "rope:theta=100"})
+    backend, shapes = LocalBackend({}, CONFIG, schemes, 8, tokens_per_forward=24), []
 
-    def scorer(rows: np.ndarray, last: int) -> Scores:
-        shapes.append(rows.shape)
-        return Scores(rows[:, -last:].astype(np.float32), rows[:, -last:] > 0)
+    def score(rows, last):
+        shapes.append((rows.shape, last))
+        return rows[:, 1:][:, -last:].astype(np.float32), rows[:, 1:][:, -last:] > 0
 
+    monkeypatch.setattr(backend, "_score", score)
     rows = np.arange(7 * 9).reshape(7, 9)
-    scores = score_rows(scorer, rows, tokens_per_forward=24, last=4)
-    assert np.array_equal(scores.nll, rows[:, -4:])
-    assert shapes == [(3, 9)] * 3
-    score_rows(scorer, rows[:1], tokens_per_forward=1)
-    assert shapes[-1] == (1, 9)
+    found = backend.loglikelihood([Item(row[:5], row[5:]) for row in rows])
+    assert np.array_equal(np.stack([score.nll for score in found]), rows[:, 5:])
+    short = backend.loglikelihood([Item(rows[1, :2], rows[1, 2:4])])
+    assert np.array_equal(short[0].nll, rows[1, 2:4])
+    assert shapes == [((3, 9), 8)] * 4
 
 
 def test_bytes_per_token():

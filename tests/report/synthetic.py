@@ -1,28 +1,41 @@
 """A made-up run with known numbers, for the pictures and the report."""
 
-import dataclasses
 import json
 import math
 import pathlib
 
 from lcx.evals import results
-from lcx.evals.results import EvalResult, NeedleGrid, PerplexityCurve, PerplexityPoint, PositionLoss
+from lcx.evals.results import EvalResult, Measurement, wilson
 from lcx.report.plots import StageCurve
 
 LENGTHS = (256, 512, 1024, 4096)
 DEPTHS = (0.0, 0.5, 1.0)
 
-BEFORE = NeedleGrid(LENGTHS, DEPTHS, ((20, 0, 1, 0), (19, 5, 0, 0), (20, 11, 2, 0)), 20, trained=256)
-AFTER = NeedleGrid(LENGTHS, DEPTHS, ((20, 20, 20, 19), (20, 20, 18, 20), (20, 20, 20, 20)), 20, trained=4096)
 
-
-def curve(scheme: str, perplexities: tuple[float, ...], trained: int = 256) -> PerplexityCurve:
-    points = tuple(
-        PerplexityPoint(length, length, 8192, math.log(p), 256, math.log(p) - 0.1)
-        for length, p in zip(LENGTHS, perplexities, strict=True)
+def needles(counts: tuple[tuple[int, ...], ...], trained: int = 256, items: int = 20, scheme: str = "none") -> EvalResult:
+    """Counts of needles found, `[depth][length]`."""
+    rows = (
+        Measurement("needles", "accuracy", length, count / items, items, depth, None, *wilson(count, items), scheme)
+        for depth, row in zip(DEPTHS, counts, strict=True)
+        for length, count in zip(LENGTHS, row, strict=True)
     )
-    positions = PositionLoss(4096, (0, 1, 16, 256, 4096), (2.0, 1.5, 1.25, math.log(perplexities[-1])), (2, 30, 480, 7680))
-    return PerplexityCurve(points, positions, 1.0, scheme, trained)
+    return EvalResult("needles", trained, rows=tuple(rows))
+
+
+BEFORE_COUNTS, AFTER_COUNTS = ((20, 0, 1, 0), (19, 5, 0, 0), (20, 11, 2, 0)), ((20, 20, 20, 19), (20, 20, 18, 20), (20, 20, 20, 20))
+BEFORE, AFTER = needles(BEFORE_COUNTS), needles(AFTER_COUNTS, trained=4096)
+
+
+def curve(scheme: str, perplexities: tuple[float, ...], trained: int = 256) -> EvalResult:
+    rows = []
+    for length, value in zip(LENGTHS, perplexities, strict=True):
+        nll = math.log(value)
+        for metric, loss, n in (("nll", nll, 8192), ("final_nll", nll - 0.1, 256), ("bits_per_byte", nll / math.log(2), 8192)):
+            rows.append(Measurement("perplexity", metric, length, loss, n, scheme=scheme))
+    edges = zip((0, 1, 16, 256), (1, 16, 256, 4096), (2.0, 1.5, 1.25, math.log(perplexities[-1])), (2, 30, 480, 7680), strict=True)
+    for first, end, loss, n in edges:
+        rows.append(Measurement("perplexity", "nll_by_position", 4096, loss, n, None, (first, end), scheme=scheme))
+    return EvalResult("perplexity", trained, rows=tuple(rows))
 
 
 CURVES = {
@@ -40,9 +53,10 @@ STAGES = (
 
 
 def write_run(workdir: pathlib.Path) -> None:
-    yarn = dataclasses.replace(BEFORE, scheme="yarn", items=20, correct=((20, 7, 3, 1),) * 3)
-    before = EvalResult("before", 256, 40, (BEFORE, yarn), (CURVES["none"], CURVES["yarn"], CURVES["theta"]), 3.0)
-    after = EvalResult("after", 4096, 60, (AFTER,), (CURVES["extended"],), 2.0)
+    yarn = needles(((20, 7, 3, 1),) * 3, scheme="yarn")
+    rows = BEFORE.rows + yarn.rows + CURVES["none"].rows + CURVES["yarn"].rows + CURVES["theta"].rows
+    before = EvalResult("before", 256, 40, rows, 3.0)
+    after = EvalResult("after", 4096, 60, AFTER.rows + CURVES["extended"].rows, 2.0)
     results.write(before, workdir / "eval" / "before.json")
     results.write(after, workdir / "eval" / "after.json")
     config = {

@@ -8,7 +8,7 @@ import pytest
 from lcx.data.report import PartReport, Report
 from lcx.report import plots, style
 from lcx.report.mixture_plot import mixture
-from tests.report.synthetic import AFTER, BEFORE, CURVES, STAGES
+from tests.report.synthetic import AFTER, AFTER_COUNTS, BEFORE, BEFORE_COUNTS, CURVES, STAGES
 
 
 def text_of(axes) -> list[str]:
@@ -18,8 +18,8 @@ def text_of(axes) -> list[str]:
 def test_needles_show_every_cell_on_one_scale():
     figure = plots.needles({"before": BEFORE, "after": AFTER})
     left, right = figure.axes[:2]
-    for axes, grid in ((left, BEFORE), (right, AFTER)):
-        shares = 100 * np.asarray(grid.correct) / grid.items
+    for axes, counts in ((left, BEFORE_COUNTS), (right, AFTER_COUNTS)):
+        shares = 100 * np.asarray(counts) / 20
         image = axes.images[0]
         assert np.allclose(image.get_array(), shares)
         assert image.get_clim() == (0, 100)
@@ -41,18 +41,18 @@ def test_the_colours_are_those_of_the_field():
 def test_perplexity_lines_hold_the_data_and_their_names():
     axes = plots.perplexity(CURVES, trained=256).axes[0]
     for curve in CURVES.values():
-        wanted = [p.perplexity for p in curve.points]
+        wanted = [math.exp(nll) for nll in curve.select(metric="nll").by_length().values()]
         assert any(len(line.get_ydata()) == 4 and np.allclose(line.get_ydata(), wanted) for line in axes.lines)
     assert set(CURVES) <= set(text_of(axes)) and "base trained at 256" in text_of(axes)
     assert axes.get_xscale() == axes.get_yscale() == "log"
     assert [f"{x:.0f}" for x in axes.get_xticks()] == ["256", "512", "1024", "4096"]
     final = plots.perplexity(CURVES, final=True).axes[0]
-    assert any(np.allclose(line.get_ydata()[0], CURVES["none"].points[0].final_perplexity) for line in final.lines)
+    assert any(np.allclose(line.get_ydata()[0], math.exp(math.log(4.25) - 0.1)) for line in final.lines)
 
 
 def test_infinite_perplexity_is_left_out():
-    point = dataclasses.replace(CURVES["none"].points[-1], nll=math.inf)
-    broken = dataclasses.replace(CURVES["none"], points=(*CURVES["none"].points[:-1], point))
+    *others, last = CURVES["none"].select(metric="nll").rows
+    broken = dataclasses.replace(CURVES["none"], rows=(*others, dataclasses.replace(last, value=math.inf)))
     axes = plots.perplexity({"none": broken}).axes[0]
     assert len(axes.lines[0].get_ydata()) == 3
 
@@ -60,7 +60,7 @@ def test_infinite_perplexity_is_left_out():
 def test_positions_are_drawn_where_they_are():
     axes = plots.positions(CURVES, 256).axes[0]
     x, y = axes.lines[0].get_data()
-    assert np.allclose(y, CURVES["none"].positions.nll)
+    assert np.allclose(y, (2.0, 1.5, 1.25, math.log(467.0)))
     assert all(a < b for a, b in zip(x, x[1:], strict=False)) and 256 < x[-1] < 4096
 
 

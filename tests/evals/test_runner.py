@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 import json
 
 import jax
@@ -11,12 +10,15 @@ from lcx.core.errors import UserError
 from lcx.core.mesh import MeshConfig, make_mesh, mesh_of
 from lcx.core.param_spec import initialize, shardings
 from lcx.data.config import DataConfig, PartConfig, SourceConfig
-from lcx.evals import needles, results, suite
-from lcx.evals.scoring import model_scorer, score
-from lcx.evals.suite import EvalConfig, _generated, evaluate, gather
-from lcx.model.architecture import build_architecture, build_schemes
+from lcx.evals import results, runner
+from lcx.evals.backends.local import LocalBackend, score
+from lcx.evals.base import Item
+from lcx.evals.config import EvalConfig
+from lcx.evals.runner import evaluate, gather
+from lcx.evals.tasks.needles import GeneratedNeedles, Needles
+from lcx.evals.tasks.perplexity import Perplexity
+from lcx.model.architecture import build_schemes
 from lcx.model.config import ModelConfig
-from lcx.model.decode import generate
 from lcx.model.params import specs
 
 MODEL = ModelConfig(model_dim=32, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=16, mlp_dim=32)
@@ -47,12 +49,13 @@ def test_evaluates_every_scheme_and_writes_json(params, data, tmp_path):
         params, MODEL, SCHEMES, data, CONFIG, trained=64, label="before", step=7, workdir=tmp_path, announce=said.append
     )
     names = ["none", "linear", "ntk", "rope:theta=critical"]
-    assert [grid.scheme for grid in result.needles] == names == [curve.scheme for curve in result.perplexity]
-    assert [grid.items for grid in result.needles] == [3, 2, 2, 2]
-    assert {point.tokens for curve in result.perplexity for point in curve.points} == {512}
-    base, *others = (curve.at(64).nll for curve in result.perplexity)
+    needles, losses = result.select(task="needles"), result.select(task="perplexity", metric="nll")
+    assert needles.values("scheme") == names == losses.values("scheme")
+    assert [needles.select(scheme=name).values("n") for name in names] == [[3], [2], [2], [2]]
+    assert losses.values("n") == [512]
+    base, *others = (losses.value(scheme=name, length=64) for name in names)
     assert others == pytest.approx([base] * 3, rel=1e-6)  # at the trained length every factor is 1
-    assert len({round(curve.at(128).nll, 6) for curve in result.perplexity}) == 4
+    assert len({round(losses.value(scheme=name, length=128), 6) for name in names}) == 4
     assert results.read(tmp_path / "eval" / "before.json") == dataclasses.replace(
         result, settings=json.loads(json.dumps(result.settings))
     )
@@ -70,7 +73,7 @@ def test_the_bar_ends_at_its_total(params, data, monkeypatch, left_out):
             super().__init__(*args, **options)
             bars.append(self)
 
-    monkeypatch.setattr(suite, "Progress", Watched)
+    monkeypatch.setattr(runner, "Progress", Watched)
     config = dataclasses.replace(CONFIG, **left_out)
     evaluate(params, MODEL, SCHEMES, data, config, trained=64, announce=lambda _: None)
     assert [bar._done for bar in bars] == [bar._total for bar in bars] != [0]
@@ -86,8 +89,9 @@ def test_another_theta_or_scheme_of_the_same_form_compiles_nothing(params, data)
 
 def test_text_and_needles_are_held_out(data):
     materials = gather(data, CONFIG)
-    train = {i for i in range(6)} - set(_files(materials.text))
-    assert train and not set(_files(materials.items[128].tokens)) & train
+    train = {i for i in range(6)} - set(_files(Perplexity.build(materials).text))
+    items = Needles.build(materials).items(128, 3)
+    assert train and not set(_files([item.prompt for item in items])) & train
 
 
 def _files(rows: np.ndarray) -> list[int]:
@@ -99,54 +103,58 @@ def _files(rows: np.ndarray) -> list[int]:
 
 def test_generation_and_teacher_forcing_agree(params, data):
     """Answers made by greedy generation are found by both ways of scoring, others by neither."""
-    made = gather(data, CONFIG).items[64]
-    arch, buffers = build_architecture(MODEL, SCHEMES, 64)
-    write = functools.partial(generate, params, buffers, arch)
-    answers = write([row[:60] for row in made.tokens], 4)
-    own = dataclasses.replace(made, tokens=made.tokens.copy())
-    own.tokens[:, 60:64] = answers
-    own.tokens[0, 62] ^= 1
-    wanted = [False] + [True] * (len(own.tokens) - 1)
-
-    def scorer_for(length):
-        return model_scorer(params, MODEL, SCHEMES, length)
-
-    assert needles.teacher_forced(scorer_for, own, 256).tolist() == wanted
-    assert needles.generated(write, own, 256).tolist() == wanted
+    task, backend = Needles.build(gather(data, CONFIG)), LocalBackend(params, MODEL, SCHEMES, 64, 256)
+    made = answered(backend, task.items(64, 3))
+    wanted = [False] + [True] * (len(made) - 1)
+    for kind in (Needles, GeneratedNeedles):
+        asked = kind(task.task, task.haystack, task.depths, task.seed, task.counts)
+        assert [asked.score(*pair) for pair in zip(made, asked.ask(backend, made), strict=True)] == wanted
 
 
-def test_generation_has_a_grid_of_its_own(params, data):
+def answered(backend: LocalBackend, items: list[Item]) -> list[Item]:
+    """The items with what the model writes as the answer, but for the first one's third token."""
+    made = [dataclasses.replace(item, answer=np.array(new)) for item, new in zip(items, backend.generate(items, 4), strict=True)]
+    made[0].answer[2] ^= 1
+    return made
+
+
+def test_generation_has_rows_of_its_own(params, data):
     config = EvalConfig(
         lengths=(64,), depths=(0.5,), needle_items=2, generation_items=1, perplexity_tokens=0, tokens_per_forward=256
     )
     result = evaluate(params, MODEL, SCHEMES, data, config, trained=64, announce=lambda _: None)
-    assert [(grid.method, grid.items) for grid in result.needles] == [("teacher_forced", 2), ("generation", 1)]
-    assert result.perplexity == () and result.grid(method="generation").items == 1
+    assert [(row.task, row.n, row.scheme) for row in result.rows] == [("needles", 2, "none"), ("generated_needles", 1, "none")]
+
+
+def test_tasks_are_those_that_are_named(params, data):
+    config = dataclasses.replace(CONFIG, tasks=("perplexity",), zero_shot=())
+    result = evaluate(params, MODEL, SCHEMES, data, config, trained=64, announce=lambda _: None)
+    assert result.values("task") == ["perplexity"]
+    with pytest.raises(UserError, match="evals.tasks='needle' is unknown; did you mean 'needles'"):
+        evaluate(params, MODEL, SCHEMES, data, dataclasses.replace(CONFIG, tasks=("needle",)), trained=64)
 
 
 def test_generation_runs_where_the_weights_are(params, data):
     """On a context mesh the same answers, of rows that the context does not divide; nobody has to set the mesh."""
-    made = dataclasses.replace(gather(data, CONFIG).items[64], length=67)
+    items = Needles.build(gather(data, CONFIG)).items(64, 3)
     mesh = make_mesh(MeshConfig(fsdp=1, context=4, ulysses=2), jax.devices()[:4])
-    config = dataclasses.replace(CONFIG, tokens_per_forward=256)
-    arch, buffers = build_architecture(MODEL, SCHEMES, 67)
-    answers = generate(params, buffers, arch, [row[:60] for row in made.tokens], 4)
-    made.tokens[:, 60:64] = answers
-    made.tokens[0, 62] ^= 1
+    wanted = LocalBackend(params, MODEL, SCHEMES, 67, 256).generate(items, 4)
     split = jax.device_put(params, shardings(specs(MODEL, SCHEMES, 128), mesh))
     with mesh_of(split):
         assert jax.sharding.get_mesh() == mesh
-    assert _generated(split, MODEL, SCHEMES, made, config).tolist() == [False] + [True] * (len(made.tokens) - 1)
+    np.testing.assert_array_equal(LocalBackend(split, MODEL, SCHEMES, 67, 256).generate(items, 4), wanted)
 
 
 @pytest.mark.parametrize("length", [64, 67])
 def test_scores_are_the_same_where_rows_are_split(params, length):
     rows = np.random.default_rng(0).integers(0, 256, (2, length + 1))
     split = jax.device_put(params, shardings(specs(MODEL, SCHEMES, 128), make_mesh(MeshConfig(fsdp=1, context=8, ulysses=2))))
-    one, several = (model_scorer(tree, MODEL, SCHEMES, length)(rows, 5) for tree in (params, split))
-    np.testing.assert_allclose(several.nll, one.nll, rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(several.correct, one.correct)
-    assert one.nll.shape == several.nll.shape == (2, 5)
+    items = [Item(row[:-5], row[-5:]) for row in rows]
+    made = (LocalBackend(tree, MODEL, SCHEMES, length).loglikelihood(items) for tree in (params, split))
+    for one, several in zip(*made, strict=True):
+        np.testing.assert_allclose(several.nll, one.nll, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(several.correct, one.correct)
+        assert one.nll.shape == several.nll.shape == (5,)
 
 
 @pytest.mark.parametrize(
@@ -166,8 +174,8 @@ def test_wrong_settings_are_answered(changes, message):
 
 def test_wrong_parts_are_answered(data):
     with pytest.raises(UserError, match="did you mean 'needles'"):
-        gather(data, dataclasses.replace(CONFIG, task="needle"))
+        Needles.build(gather(data, dataclasses.replace(CONFIG, task="needle")))
     with pytest.raises(UserError, match="is a text part; the parts with a retrieval task are: needles"):
-        gather(data, dataclasses.replace(CONFIG, task="text"))
+        Needles.build(gather(data, dataclasses.replace(CONFIG, task="text")))
     with pytest.raises(UserError, match="tokens but evals.lengths needs 100,000"):
-        gather(data, dataclasses.replace(CONFIG, lengths=(100_000,)))
+        Perplexity.build(gather(data, dataclasses.replace(CONFIG, lengths=(100_000,))))

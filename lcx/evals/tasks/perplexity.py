@@ -10,15 +10,70 @@ Legend: R spans or windows, T tokens in a window.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import math
+from typing import Self
 
 import numpy as np
 
 from lcx.core.errors import UserError
 from lcx.data.sources.sources import Subset
 from lcx.data.tokenizers.tokenizers import Bytes, Tokenizer
-from lcx.evals.results import PerplexityCurve, PerplexityPoint, PositionLoss
-from lcx.evals.scoring import ScorerFor, score_rows
+from lcx.evals.base import Backend, Item, Materials, Task
+from lcx.evals.results import Measurement
+
+
+@dataclasses.dataclass(frozen=True)
+class Perplexity(Task):
+    """Losses in nats per token of `text` (spans int32 `[R, longest + 1]`): `nll`, `final_nll` and `bits_per_byte` at each length,
+    and `nll_by_position` at the longest.
+
+    `stride` is how far windows move on (None: the window itself; cut to the window where longer); `final` how many tokens at a
+    span's end make the final number.
+    """
+
+    name = "perplexity"
+    text: np.ndarray
+    final: int
+    stride: int | None = None
+    bytes_per_token: float = 1.0
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def build(cls, materials: Materials) -> Self | None:
+        """Spans of the mixture's first text part, or of the one that `evals.text` names."""
+        config = materials.config
+        if not config.perplexity_tokens:
+            return None
+        longest, shortest = max(config.lengths), min(config.lengths)
+        documents = materials.heldout(materials.part(config.text, "text", is_task=False).source)
+        text, joined = spans(documents, longest, max(1, config.perplexity_tokens // longest), config.seed)
+        final = max(1, shortest // 2) if config.final_tokens is None else min(config.final_tokens, shortest)
+        notes = ("Held-out documents were joined, since none is that long.",) if joined else ()
+        return cls(text, final, config.stride, bytes_per_token(text, materials.tokenizer), notes)
+
+    def count(self, zero_shot: bool) -> int:
+        """All spans, under every scheme."""
+        return len(self.text)
+
+    def measure(self, backend: Backend, length: int, count: int) -> list[Measurement]:
+        """The losses with contexts of up to `length` tokens."""
+        longest = self.text.shape[1] - 1
+        if length > longest:
+            raise UserError(f"evals.lengths={length} must not exceed the spans' {longest} tokens")
+        windows = cover(longest, length, length if self.stride is None else min(self.stride, length))
+        rows = (row for start, _ in windows for row in self.text[:count, start : start + length + 1])
+        scores = backend.loglikelihood([Item(row[:1], row[1:]) for row in rows])
+        nll = np.stack([score.nll for score in scores]).astype(np.float64).reshape(len(windows), count, length)
+        counted = np.concatenate([nll[i, :, first:] for i, (_, first) in enumerate(windows)], axis=1)
+        mean, size = float(counted.mean()), int(counted.size)
+        found = [
+            ("nll", mean, size),
+            ("final_nll", float(nll[-1, :, length - self.final :].mean()), count * self.final),
+            ("bits_per_byte", mean / math.log(2) / self.bytes_per_token, size),
+        ]
+        made = [Measurement(self.name, metric, length, value, n) for metric, value, n in found]
+        return made + (loss_by_position(nll.reshape(-1, length)) if length == longest else [])
 
 
 def spans(documents: Subset, length: int, count: int, seed: int = 0) -> tuple[np.ndarray, bool]:
@@ -57,54 +112,18 @@ def cover(span: int, length: int, stride: int) -> list[tuple[int, int]]:
     return [(start, end - start) for start, end in zip(starts, ends, strict=True)]
 
 
-def perplexity(
-    scorer_for: ScorerFor,
-    text: np.ndarray,
-    lengths: Sequence[int],
-    *,
-    stride: int | None = None,
-    final: int | None = None,
-    tokens_per_forward: int = 1 << 14,
-    bytes_per_token: float = 1.0,
-    scheme: str = "none",
-    trained: int | None = None,
-    joined: bool = False,
-) -> PerplexityCurve:
-    """Perplexity of `text` (spans int32 `[R, longest + 1]`) at each of `lengths`, and loss by position at the longest.
-
-    `stride` is how far windows move on (None: the window itself; cut to the window where longer); `final` how many tokens at a
-    span's end make the final number (None: half the shortest length). Losses in nats.
-    """
-    longest = text.shape[1] - 1
-    if not lengths or max(lengths) > longest:
-        raise UserError(f"evals.lengths={tuple(lengths)} must not exceed the spans' {longest} tokens")
-    final = max(1, min(lengths) // 2) if final is None else min(final, *lengths)
-    points, by_position = [], None
-    for length in sorted(lengths):
-        step = length if stride is None else min(stride, length)
-        windows = cover(longest, length, step)
-        rows = np.concatenate([text[:, start : start + length + 1] for start, _ in windows])
-        nll = score_rows(scorer_for(length), rows, tokens_per_forward).nll
-        nll = nll.astype(np.float64).reshape(len(windows), len(text), length)
-        counted = np.concatenate([nll[i, :, first:] for i, (_, first) in enumerate(windows)], axis=1)
-        points.append(
-            PerplexityPoint(
-                length=int(length), stride=int(step), tokens=int(counted.size), nll=float(counted.mean()),
-                final_tokens=len(text) * final, final_nll=float(nll[-1, :, length - final :].mean()),
-            )
-        )  # fmt: skip
-        by_position = loss_by_position(nll[:, :, :].reshape(-1, length))
-    return PerplexityCurve(tuple(points), by_position, bytes_per_token, scheme, trained, joined)
-
-
-def loss_by_position(nll: np.ndarray, per_octave: int = 2) -> PositionLoss:
+def loss_by_position(nll: np.ndarray, per_octave: int = 2) -> list[Measurement]:
     """Means of losses `[R, T]` over positions in bins: the first four positions, then `per_octave` to each doubling."""
     length = nll.shape[1]
     octaves = np.arange(0, np.log2(max(length, 4)) - 2, 1 / per_octave)
     edges = np.unique([0, *np.round(4 * 2.0**octaves).astype(int), length])
     edges = edges[edges <= length]
-    means = [float(nll[:, a:b].mean()) for a, b in zip(edges[:-1], edges[1:], strict=True)]
-    return PositionLoss(length, tuple(map(int, edges)), tuple(means), tuple(int(x) * len(nll) for x in np.diff(edges)))
+    return [
+        Measurement(
+            "perplexity", "nll_by_position", length, float(nll[:, a:b].mean()), int(b - a) * len(nll), None, (int(a), int(b))
+        )
+        for a, b in zip(edges[:-1], edges[1:], strict=True)
+    ]
 
 
 def bytes_per_token(text: np.ndarray, tokenizer: Tokenizer) -> float:

@@ -5,31 +5,72 @@ Legend: R rows, T predictions in a row (so T + 1 tokens), n lines (needles), q q
 A row is text (the haystack) with lines written over it, at places that follow no grid and never overlap, and ends in a block
 of queries that nothing overwrites:
 
-    multikey            `#ab=1234` needles, `?ab=1234` queries: which value belongs to the key
-    passkey             the same with one needle, whose key is always the same
-    key_value           needles one after another over the whole row: no haystack, only wrong answers
-    variable_tracking   `#ab=1234`, later `#cd@ab`, later `#ef@cd`: the query `?ef=1234` follows the chain back
+    #ab=1234    a needle: the key `ab` has the value 1234
+    #cd@ab      a renaming: `cd` has the value of `ab`
+    ?ab=1234    a query, followed by its answer
 
 Every line ends in a newline. Keys are distinct within a row, and anything in the haystack that reads like a line is removed, so
 each answer occurs exactly once in its row as the value of its key. Characters are written as single tokens, so lengths are
-exact with every tokenizer. All randomness is a fixed number of uniform numbers per row: `Task.rows` is a pure function of them.
+exact with every tokenizer. All randomness is a fixed number of uniform numbers per row, of which `RetrievalTask.rows` is a pure
+function.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Protocol
 
 import numpy as np
 
 from lcx.core.batch import Batch
-from lcx.core.configs import choice
+from lcx.core.configs import not_negative, positive
 from lcx.core.errors import UserError
-from lcx.data.config import TASKS, TaskConfig
-from lcx.data.sources.sources import Subset
 from lcx.data.tokenizers.tokenizers import Tokenizer
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 DIGITS = "0123456789"
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """Settings of a retrieval task; this module describes how its rows are written.
+
+    Counts are per row: `needles` (chains, for variable tracking) and `queries`, each raised to `..._per_1024` times the
+    row's length in units of 1,024 tokens if that is more. A key has `key_length` letters and a value `value_length` digits;
+    `hops` is the number of renamings in variable tracking. Loss weights: `answer_weight` on the digits to be answered,
+    `needle_weight` on the needles' own lines, `query_weight` on the rest of the query lines, `haystack_weight` elsewhere.
+    """
+
+    needles: int = 4
+    queries: int = 4
+    needles_per_1024: float = 0.0
+    queries_per_1024: float = 0.0
+    hops: int = 2
+    key_length: int = 2
+    value_length: int = 4
+    answer_weight: float = 6.0
+    needle_weight: float = 0.0
+    query_weight: float = 0.0
+    haystack_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        positive("task", needles=self.needles, queries=self.queries, hops=self.hops)
+        positive("task", key_length=self.key_length, value_length=self.value_length, answer_weight=self.answer_weight)
+        not_negative("task", needles_per_1024=self.needles_per_1024, queries_per_1024=self.queries_per_1024)
+        not_negative("task", needle_weight=self.needle_weight, query_weight=self.query_weight, haystack_weight=self.haystack_weight)
+        if self.key_length > 8 or self.value_length > 12:
+            raise UserError(
+                f"task.key_length={self.key_length} must be at most 8 and task.value_length={self.value_length} at most 12"
+            )
+
+
+class Haystack(Protocol):
+    """Text that needles are written over, as one stream of tokens."""
+
+    num_tokens: int
+
+    def windows(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Tokens int32 `[R, length]` from each of `starts`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +104,11 @@ class Lines:
     lengths: np.ndarray
 
 
-class Task:
-    """The sampler of one kind of task with one tokenizer."""
+class RetrievalTask:
+    """The sampler of rows: `needles` lines at random places, of which `queries` are asked for. Kinds of task override its parts."""
 
-    def __init__(self, kind: str, config: TaskConfig, tokenizer: Tokenizer) -> None:
-        self.kind, self.config = choice("task.kind", kind, TASKS), config
+    def __init__(self, config: TaskConfig, tokenizer: Tokenizer) -> None:
+        self.config = config
         self._letters = tokenizer.characters(LETTERS)
         self._digits = tokenizer.characters(DIGITS)
         self._needle, self._query, self._equals, self._refers, self._newline = tokenizer.characters("#?=@\n")
@@ -81,18 +122,10 @@ class Task:
         """(needles or chains, queries) in a row of `length` predictions; raises `UserError` if they do not fit."""
         config = self.config
         asked = queries or max(config.queries, round(config.queries_per_1024 * length / 1024))
-        if self.kind == "passkey":
-            return 1, 1
-        body = length + 1 - asked * self.line_length
-        if self.kind == "key_value":
-            present = min(body // self.line_length - 1, len(LETTERS) ** config.key_length)
-        else:
-            present = needles or max(config.needles, round(config.needles_per_1024 * length / 1024))
-        names = self._names(present)
+        present = self._present(length, asked, needles)
+        names = present * self._names_each
         if names > len(LETTERS) ** config.key_length:
             raise UserError(f"{names} keys of task.key_length={config.key_length} letters cannot all differ; raise key_length")
-        if self.kind == "key_value" and present < asked:
-            raise UserError(f"a row of {length} tokens holds {max(present, 0)} lines with {asked} queries; lower task.queries")
         if asked > present:
             raise UserError(f"task.queries={asked} exceeds the {present} needles of a row; lower it or raise task.needles")
         return present, asked
@@ -100,16 +133,22 @@ class Task:
     def uniforms(self, length: int, **counts: int | None) -> int:
         """How many uniform numbers in [0, 1) a row of `length` predictions needs."""
         present, _ = self.counts(length, **counts)
-        return 2 + 3 * present + 4 * self._names(present)
+        return 2 + 3 * present + 4 * present * self._names_each
 
-    def _names(self, present: int) -> int:
-        return present * (self.config.hops + 1 if self.kind == "variable_tracking" else 1)
+    @property
+    def _names_each(self) -> int:
+        """How many keys a needle, or chain, takes."""
+        return 1
+
+    def _present(self, length: int, asked: int, needles: int | None) -> int:
+        """How many needles, or chains, stand in a row of `length` predictions with `asked` queries."""
+        return needles or max(self.config.needles, round(self.config.needles_per_1024 * length / 1024))
 
     def sample(
         self,
         rng: np.random.Generator,
         length: int,
-        haystack: Subset,
+        haystack: Haystack,
         count: int = 1,
         *,
         depth: float | None = None,
@@ -129,7 +168,7 @@ class Task:
         self,
         uniforms: np.ndarray,
         length: int,
-        haystack: Subset,
+        haystack: Haystack,
         *,
         depth: float | None = None,
         needles: int | None = None,
@@ -137,7 +176,7 @@ class Task:
     ) -> Samples:
         """The rows determined by `uniforms` float64 `[R, self.uniforms(length)]`; each depends only on its own numbers."""
         present, asked = self.counts(length, needles, queries)
-        draw = _Draw(uniforms)
+        draw = Draw(uniforms)
         body = length + 1 - asked * self.line_length
         lines, target_keys, values, holders = self._lines(draw, present)
         _check_room(length, body, int(lines.lengths[0].sum()), self.line_length, asked)
@@ -147,8 +186,6 @@ class Task:
         if depth is None:
             starts = _scattered(draw, lines.lengths, body)
         else:
-            if self.kind == "variable_tracking":
-                raise UserError("variable_tracking places a chain of lines rather than one needle; remove depth")
             starts = _around(draw, depth, present, self.line_length, body)
             chosen = np.concatenate([_without(chosen, 0)[:, : asked - 1], np.zeros((len(chosen), 1), np.int64)], 1)
         text = self._clean(haystack.windows(draw.integers(1, haystack.num_tokens - body + 1)[:, 0], body))
@@ -176,35 +213,22 @@ class Task:
         start = tokens.shape[1] - 1 - config.value_length
         return Samples(tokens, loss_weights, answers, start, config.value_length, depths)
 
-    def _lines(self, draw: _Draw, present: int) -> tuple[Lines, np.ndarray, np.ndarray, np.ndarray]:
+    def _lines(self, draw: Draw, present: int) -> tuple[Lines, np.ndarray, np.ndarray, np.ndarray]:
         """Lines in the order of their places, and for each chain the queried key, its value and the line that holds the value."""
-        config = self.config
-        names, hops = self._names(present), self._names(1)
+        keys, values, whole = self._needles(draw, present)
+        lengths = np.full(whole.shape[:2], whole.shape[2])
+        return Lines(whole, lengths), keys, values, np.broadcast_to(np.arange(present), lengths.shape)
+
+    def _needles(self, draw: Draw, present: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """All keys, the values, and the lines of the keys that have one."""
+        config, names = self.config, present * self._names_each
         values = self._spell(draw.integers(present, 10**config.value_length), config.value_length, self._digits)
-        distinct = draw.distinct(names, len(LETTERS) ** config.key_length)
-        if self.kind == "passkey":
-            distinct = np.full_like(distinct, len(LETTERS) ** config.key_length // 2)
-        keys = self._spell(distinct, config.key_length, self._letters)
-        whole = self._line(self._needle, keys[:, :present], self._equals, values)
-        if hops == 1:
-            lengths = np.full(whole.shape[:2], whole.shape[2])
-            return Lines(whole, lengths), keys, values, np.broadcast_to(np.arange(present), lengths.shape)
-        # Which chain each place belongs to is random; the lines of a chain keep their order.
-        chain = draw.permutation(names) % present
-        place = np.argsort(chain, axis=1, kind="stable").reshape(-1, present, hops)
-        later = keys.reshape(len(keys), hops, present, -1)
-        renamed = later[:, 1:].reshape(len(keys), -1, config.key_length)
-        refer = self._line(self._needle, renamed, self._refers, keys[:, : names - present])
-        longest = max(whole.shape[2], refer.shape[2])
-        text = np.zeros((len(keys), names, longest), np.int32)
-        lengths = np.empty((len(keys), names), np.int64)
-        row = np.arange(len(keys))[:, None]
-        text[row, place[:, :, 0], : whole.shape[2]] = whole
-        lengths[row, place[:, :, 0]] = whole.shape[2]
-        follow = place[:, :, 1:].transpose(0, 2, 1).reshape(len(keys), -1)
-        text[row, follow, : refer.shape[2]] = refer
-        lengths[row, follow] = refer.shape[2]
-        return Lines(text, lengths), later[:, -1], values, place[:, :, 0]
+        keys = self._spell(self._distinct(draw, names), config.key_length, self._letters)
+        return keys, values, self._line(self._needle, keys[:, :present], self._equals, values)
+
+    def _distinct(self, draw: Draw, names: int) -> np.ndarray:
+        """Numbers of different keys."""
+        return draw.distinct(names, len(LETTERS) ** self.config.key_length)
 
     def _line(self, mark: int, left: np.ndarray, between: int, right: np.ndarray) -> np.ndarray:
         edge = np.ones((*left.shape[:2], 1), np.int32)
@@ -223,13 +247,14 @@ class Task:
         return text
 
 
-class _Draw:
+class Draw:
     """Uniform numbers `[R, M]`, consumed from the left in the form that is needed."""
 
     def __init__(self, uniforms: np.ndarray) -> None:
         self._uniforms, self._used = uniforms, 0
 
     def take(self, count: int) -> np.ndarray:
+        """The next numbers `[R, count]`."""
         self._used += count
         return self._uniforms[:, self._used - count : self._used]
 
@@ -238,6 +263,7 @@ class _Draw:
         return (self.take(count) * below).astype(np.int64)
 
     def permutation(self, count: int) -> np.ndarray:
+        """Random orders `[R, count]` of 0 to count - 1."""
         return np.argsort(self.take(count), axis=1, kind="stable")
 
     def distinct(self, count: int, below: int) -> np.ndarray:
@@ -246,14 +272,14 @@ class _Draw:
         return np.take_along_axis(rising, self.permutation(count), 1)
 
 
-def _scattered(draw: _Draw, lengths: np.ndarray, body: int) -> np.ndarray:
+def _scattered(draw: Draw, lengths: np.ndarray, body: int) -> np.ndarray:
     """Starts `[R, n]` of lines in `body` tokens: the free space is divided between them at random, so none can overlap."""
     free = body - lengths.sum(1, keepdims=True)
     gaps = np.sort((draw.take(lengths.shape[1]) * (free + 1)).astype(np.int64), axis=1)
     return gaps + np.cumsum(lengths, axis=1) - lengths
 
 
-def _around(draw: _Draw, depth: float, present: int, size: int, body: int) -> np.ndarray:
+def _around(draw: Draw, depth: float, present: int, size: int, body: int) -> np.ndarray:
     """Starts `[R, n]` with line 0 at `depth` of the possible places and the others scattered on both sides of it."""
     if not 0 <= depth <= 1:
         raise UserError(f"depth={depth} must be a fraction of the row, from 0 to 1")

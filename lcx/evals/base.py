@@ -1,0 +1,126 @@
+"""The contract of a benchmark: a task makes items and scores them, a backend answers them, and what comes out is rows.
+
+Legend: A answer tokens.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
+
+import numpy as np
+
+from lcx.core.configs import choice
+from lcx.core.errors import UserError
+from lcx.data.config import DataConfig, PartConfig, SourceConfig
+from lcx.data.sources.sources import Subset
+from lcx.data.tokenizers.tokenizers import Tokenizer
+from lcx.evals.config import EvalConfig
+from lcx.evals.results import Measurement, wilson
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One question: tokens int32 of the `prompt` (at least one) and of the right `answer`; `depth` from 0 to 1, or None."""
+
+    prompt: np.ndarray
+    answer: np.ndarray
+    depth: float | None = None
+
+
+class Scores(NamedTuple):
+    """Per predicted token: loss in nats (float32) and whether the token is the most likely one (boolean)."""
+
+    nll: np.ndarray
+    correct: np.ndarray
+
+
+class Backend(Protocol):
+    """A model under one positional scheme, for contexts up to one length."""
+
+    def loglikelihood(self, items: Sequence[Item]) -> list[Scores]:
+        """Scores `[A]` of each item's answer, every token given all right ones before it."""
+
+    def generate(self, items: Sequence[Item], new_tokens: int) -> list[np.ndarray]:
+        """`new_tokens` tokens after each item's prompt, greedily, int32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Materials:
+    """What tasks are made from; `heldout` reads the documents of a source that were kept out of training."""
+
+    config: EvalConfig
+    data: DataConfig
+    tokenizer: Tokenizer
+    heldout: Callable[[SourceConfig], Subset]
+
+    def part(self, name: str | None, field: str, *, is_task: bool) -> PartConfig:
+        """The named part of the mixture, or the first of its kind; `field` is the setting that names it."""
+        parts = self.data.parts
+        if name is not None:
+            part = parts[choice(f"evals.{field}", name, parts)]
+            if is_task and not part.is_task:
+                tasks = ", ".join(key for key, value in parts.items() if value.is_task)
+                raise UserError(f"evals.{field}={name!r} is a text part; the parts with a retrieval task are: {tasks or 'none'}")
+            return part
+        # Task parts stand over text as well, so a mixture of tasks alone still has text to read.
+        matching = [part for part in parts.values() if part.is_task == is_task]
+        return (matching or list(parts.values()))[0]
+
+
+class Task(abc.ABC):
+    """A benchmark. Rows of different `version` must not be compared; `notes` are sentences for readers of its rows."""
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    @abc.abstractmethod
+    def build(cls, materials: Materials) -> Self | None:
+        """The task with its settings and texts; None if the settings leave nothing to measure."""
+
+    @abc.abstractmethod
+    def count(self, zero_shot: bool) -> int:
+        """Items a cell under the checkpoint's own scheme, or under another one; 0: not measured."""
+
+    @abc.abstractmethod
+    def measure(self, backend: Backend, length: int, count: int) -> list[Measurement]:
+        """The rows of one length."""
+
+
+class Questions(Task):
+    """A benchmark of single questions, whose rows are mean scores by depth.
+
+    `chance` is the expected score of an answer drawn at random.
+    """
+
+    chance: ClassVar[float] = 0.0
+    metric: ClassVar[str] = "accuracy"
+
+    @abc.abstractmethod
+    def items(self, length: int, count: int) -> list[Item]:
+        """`count` questions at each depth; item i does not depend on how many there are."""
+
+    @abc.abstractmethod
+    def score(self, item: Item, output: Any) -> float:
+        """From 0 (wrong) to 1 (right)."""
+
+    def ask(self, backend: Backend, items: Sequence[Item]) -> Sequence[Any]:
+        """The outputs that `score` takes: by default greedy continuations as long as the longest answer."""
+        return backend.generate(items, max(len(item.answer) for item in items))
+
+    def measure(self, backend: Backend, length: int, count: int) -> list[Measurement]:
+        """The mean score at each depth."""
+        scores: dict[float | None, list[float]] = {}
+        items = self.items(length, count)
+        for item, output in zip(items, self.ask(backend, items), strict=True):
+            scores.setdefault(item.depth, []).append(self.score(item, output))
+        made = []
+        for depth, found in scores.items():
+            low, high = wilson(sum(found), len(found))
+            value, n = sum(found) / len(found), len(found)
+            made.append(Measurement(self.name, self.metric, length, value, n, depth, low=low, high=high))
+        return made

@@ -1,0 +1,55 @@
+"""What to measure: the settings of an evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from lcx.core import configs
+from lcx.core.errors import UserError
+from lcx.evals.zero_shot import check
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """What to measure.
+
+    `tasks` are rows of `lcx.evals.tasks.table`; one whose count of items is 0 is left out. `lengths` in tokens, answers included;
+    `depths` from 0 (start) to 1 (just before the question); `needle_items` in each cell. `zero_shot` are schemes to try as well as
+    the checkpoint's own (`lcx.evals.zero_shot.at_length`), with `zero_shot_items` needles a cell (0: perplexity alone).
+    `generation_items` needles a cell are answered by greedy generation too (0: none). `perplexity_tokens` held-out tokens are
+    scored at each length (0: none), in windows that move on by `stride` (None: the window), and the last `final_tokens` of each
+    span are reported apart (None: half the shortest length). `text` and `task` name the parts of the data mixture that give
+    held-out text and needles (None: the first of each kind). `tokens_per_forward` bounds memory: rows x length of one pass, one
+    row at least. `effective_threshold` is the mean over depths that a length must exceed to count as reached (RULER's 85.6%).
+    """
+
+    tasks: tuple[str, ...] = ("needles", "generated_needles", "perplexity")
+    lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    needle_items: int = 20
+    zero_shot: tuple[str, ...] = ()
+    zero_shot_items: int = 4
+    generation_items: int = 0
+    perplexity_tokens: int = 1 << 16
+    stride: int | None = None
+    final_tokens: int | None = None
+    text: str | None = None
+    task: str | None = None
+    tokens_per_forward: int = 1 << 14
+    effective_threshold: float = 0.856
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.lengths or min(self.lengths) < 2 or len(set(self.lengths)) < len(self.lengths):
+            raise UserError(f"evals.lengths={self.lengths} must be different lengths of at least 2 tokens")
+        for depth in self.depths:
+            if not 0 <= depth <= 1:
+                raise UserError(f"evals.depths has {depth}; depths are fractions from 0 (start) to 1 (just before the question)")
+        configs.positive("evals", tokens_per_forward=self.tokens_per_forward, stride=self.stride, final_tokens=self.final_tokens)
+        for name in ("needle_items", "zero_shot_items", "generation_items", "perplexity_tokens", "seed"):
+            if getattr(self, name) < 0:
+                raise UserError(f"evals.{name}={getattr(self, name)} must not be negative; 0 leaves it out")
+        if not 0 < self.effective_threshold < 1:
+            raise UserError(f"evals.effective_threshold={self.effective_threshold} must be between 0 and 1")
+        for spec in self.zero_shot:
+            check(spec)
