@@ -186,7 +186,7 @@ class RetrievalTask:
         if depth is None:
             starts = _scattered(draw, lines.lengths, body)
         else:
-            starts = _around(draw, depth, present, self.line_length, body)
+            starts = self._around(draw, depth, present, body)
             chosen = np.concatenate([_without(chosen, 0)[:, : asked - 1], np.zeros((len(chosen), 1), np.int64)], 1)
         text = self._clean(haystack.windows(draw.integers(1, haystack.num_tokens - body + 1)[:, 0], body))
         return self._write(text, lines, starts, target_keys, values, holders, chosen)
@@ -212,6 +212,28 @@ class RetrievalTask:
         depths = np.take_along_axis(starts, holder, 1)[:, 0] / max(body - self.line_length, 1)
         start = tokens.shape[1] - 1 - config.value_length
         return Samples(tokens, loss_weights, answers, start, config.value_length, depths)
+
+    def _around(self, draw: Draw, depth: float, present: int, body: int) -> np.ndarray:
+        """Starts `[R, n]` with line 0 at `depth` of the possible places and the others scattered on both sides of it."""
+        if not 0 <= depth <= 1:
+            raise UserError(f"depth={depth} must be a fraction of the row, from 0 to 1")
+        size = self.line_length
+        fixed, others = round(depth * (body - size)), present - 1
+        rows = draw.take(1).shape[0]
+        room_left, room_right = fixed // size, (body - fixed - size) // size
+        if others > room_left + room_right:
+            raise UserError(
+                f"{present} needles of {size} tokens do not fit into {body} with one at depth {depth}; lower task.needles"
+            )
+        share = fixed / max(body - size, 1)
+        left = (draw.take(others) < share).sum(1, keepdims=True).clip(max(0, others - room_right), min(others, room_left))
+        is_left = np.arange(others) < left
+        free = np.where(is_left, fixed - left * size, body - fixed - size - (others - left) * size)
+        gaps = (draw.take(others) * (free + 1)).astype(np.int64) + np.where(is_left, 0, body)
+        gaps = np.sort(gaps, axis=1) - np.where(is_left, 0, body)
+        rank = np.arange(others) - np.where(is_left, 0, left)
+        starts = gaps + rank * size + np.where(is_left, 0, fixed + size)
+        return np.concatenate([np.full((rows, 1), fixed), starts], 1)
 
     def _lines(self, draw: Draw, present: int) -> tuple[Lines, np.ndarray, np.ndarray, np.ndarray]:
         """Lines in the order of their places, and for each chain the queried key, its value and the line that holds the value."""
@@ -277,26 +299,6 @@ def _scattered(draw: Draw, lengths: np.ndarray, body: int) -> np.ndarray:
     free = body - lengths.sum(1, keepdims=True)
     gaps = np.sort((draw.take(lengths.shape[1]) * (free + 1)).astype(np.int64), axis=1)
     return gaps + np.cumsum(lengths, axis=1) - lengths
-
-
-def _around(draw: Draw, depth: float, present: int, size: int, body: int) -> np.ndarray:
-    """Starts `[R, n]` with line 0 at `depth` of the possible places and the others scattered on both sides of it."""
-    if not 0 <= depth <= 1:
-        raise UserError(f"depth={depth} must be a fraction of the row, from 0 to 1")
-    fixed, others = round(depth * (body - size)), present - 1
-    rows = draw.take(1).shape[0]
-    room_left, room_right = fixed // size, (body - fixed - size) // size
-    if others > room_left + room_right:
-        raise UserError(f"{present} needles of {size} tokens do not fit into {body} with one at depth {depth}; lower task.needles")
-    share = fixed / max(body - size, 1)
-    left = (draw.take(others) < share).sum(1, keepdims=True).clip(max(0, others - room_right), min(others, room_left))
-    is_left = np.arange(others) < left
-    free = np.where(is_left, fixed - left * size, body - fixed - size - (others - left) * size)
-    gaps = (draw.take(others) * (free + 1)).astype(np.int64) + np.where(is_left, 0, body)
-    gaps = np.sort(gaps, axis=1) - np.where(is_left, 0, body)
-    rank = np.arange(others) - np.where(is_left, 0, left)
-    starts = gaps + rank * size + np.where(is_left, 0, fixed + size)
-    return np.concatenate([np.full((rows, 1), fixed), starts], 1)
 
 
 def _without(chosen: np.ndarray, value: int) -> np.ndarray:

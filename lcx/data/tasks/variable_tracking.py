@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from lcx.core.errors import UserError
-from lcx.data.tasks.base import Draw, Haystack, Lines, RetrievalTask, Samples
+from lcx.data.tasks.base import Draw, Lines, RetrievalTask
 
 
 class VariableTracking(RetrievalTask):
@@ -15,20 +15,8 @@ class VariableTracking(RetrievalTask):
     def _names_each(self) -> int:
         return self.config.hops + 1
 
-    def rows(
-        self,
-        uniforms: np.ndarray,
-        length: int,
-        haystack: Haystack,
-        *,
-        depth: float | None = None,
-        needles: int | None = None,
-        queries: int | None = None,
-    ) -> Samples:
-        """As for other tasks, but without a depth."""
-        if depth is not None:
-            raise UserError("variable_tracking places a chain of lines rather than one needle; remove depth")
-        return super().rows(uniforms, length, haystack, needles=needles, queries=queries)
+    def _around(self, draw: Draw, depth: float, present: int, body: int) -> np.ndarray:
+        raise UserError("variable_tracking places a chain of lines rather than one needle; remove depth")
 
     def _lines(self, draw: Draw, present: int) -> tuple[Lines, np.ndarray, np.ndarray, np.ndarray]:
         keys, values, whole = self._needles(draw, present)
