@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcx.attention.attend import attend
-from lcx.attention.plan import AttentionSpec, choose_kernel
+from lcx.attention.plan import choose_kernel
+from lcx.attention.spec import AttentionSpec
 from lcx.attention.tiles import visited_pairs
 from lcx.core.batch import Index
 from lcx.core.mask import Mask

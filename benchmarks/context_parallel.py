@@ -31,7 +31,7 @@ from rich.table import Table
 
 from lcx.attention.attend import attend
 from lcx.attention.parallel.sequence_layout import arrange, restore
-from lcx.attention.plan import AttentionSpec
+from lcx.attention.spec import AttentionSpec
 from lcx.core.batch import Index
 from lcx.core.host import take_huge_pages
 from lcx.core.mask import Mask

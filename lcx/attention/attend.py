@@ -12,15 +12,22 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
-from lcx.attention.parallel.context import choose_strategy, context_parallel_attention, shard_map_attention
+from lcx.attention.parallel.context import (
+    choose_strategy,
+    context_parallel_attention,
+    host_parts,
+    mesh_split,
+    shard_map_attention,
+)
 from lcx.attention.parallel.split_kv import split_kv
 from lcx.attention.parallel.ulysses import check_heads
 from lcx.attention.partial import Partial, apply_sinks
-from lcx.attention.plan import AttentionSpec, shard_spec
-from lcx.attention.shard import KVShard, QueryShard, ShardSpec, shard_attention
+from lcx.attention.plan import shard_spec
+from lcx.attention.shard import KVShard, QueryShard, shard_attention
+from lcx.attention.spec import AttentionSpec
 from lcx.core.batch import Index
 from lcx.core.errors import UserError
-from lcx.core.mesh import axis_size, context_size
+from lcx.core.mesh import axis_size, context_size, target_platform
 from lcx.positions.rotary import Tables
 
 
@@ -47,8 +54,7 @@ def attend(
     `cached`: the keys are the slots of a cache. On a mesh that splits sequences they stay where they are
     (`attention.parallel.split_kv`), and there is no gradient.
     """
-    B, T, N, _ = q_BTNH.shape
-    S, K = k_BSKH.shape[1:3]
+    T, N, S, K = *q_BTNH.shape[1:3], *k_BSKH.shape[1:3]
     q = q_BTNH
     if query_scale is not None:
         q = (q.astype(jnp.float32) * query_scale[:, :, None, None]).astype(q.dtype)
@@ -56,52 +62,49 @@ def attend(
     wide = jnp.promote_types(q.dtype, jnp.float32)
     mesh = jax.sharding.get_abstract_mesh()
     if context_size() > 1:
-        o, lse = (_cached_context_parallel if cached else _context_parallel)(spec, mesh, queries, keys, bias_params)
+        o, lse = (_cached_context_parallel if cached else _context_parallel)(spec, mesh, wide, queries, keys, bias_params)
     else:
-        shard = shard_spec(spec, q, T, S, N, K)
-        run = functools.partial(shard_attention, out_dtype=wide if len(spec.scheme.regions) > 1 or sinks is not None else q.dtype)
-        if shard.kernel == "flash" and mesh.size > 1:
+        shard = shard_spec(spec, q, wide if len(spec.scheme.regions) > 1 or sinks is not None else q.dtype, T, S, N, K)
+        if shard.kernel.kernel == "flash" and mesh.size > 1:
             # The compiler cannot split a Pallas call by itself.
-            split = functools.partial(
-                shard_map_attention, mesh, shard.kernel, lambda share_heads, *args: run(share_heads(shard), *args)
-            )
-            o, lse = split(queries, keys, bias_params)
+            split = mesh_split(mesh, "flash", queries, keys)
+            run = functools.partial(shard_attention, split.shard(shard))
+            o, lse = shard_map_attention(mesh, split, run, queries, keys, bias_params)
         else:
-            o, lse = run(shard, queries, keys, bias_params)
+            o, lse = shard_attention(shard, queries, keys, bias_params)
     if sinks is not None:
         o, _ = apply_sinks(o, lse, sinks)
     return o.astype(q_BTNH.dtype)
 
 
-def _context_parallel(spec: AttentionSpec, mesh: AbstractMesh, queries: QueryShard, keys: KVShard, bias_params: Any) -> Partial:
-    B, T, N, _ = queries.q.shape
-    S, K = keys.k.shape[1:3]
-    ring_size, layout = mesh.shape["ring"], keys.index.layout
-    if T % axis_size(mesh, "sequence") or S != T:
-        raise UserError(f"{T} queries and {S} keys must be divisible by the {axis_size(mesh, 'sequence')} devices of mesh.context")
-    check_heads(N, mesh.shape["ulysses"])
-    plan = choose_strategy(spec.strategy, spec.mask, layout, T, ring_size, N // K)
-    chunk = T // (2 * ring_size) if layout == "zigzag" else None
-
-    def shard_for(tokens: int, heads: int, kv_heads: int) -> ShardSpec:
-        return shard_spec(spec, queries.q, tokens, tokens, heads, kv_heads, chunk, mesh.size)
-
-    return context_parallel_attention(mesh, plan, shard_for, queries, keys, bias_params)
-
-
-def _cached_context_parallel(
-    spec: AttentionSpec, mesh: AbstractMesh, queries: QueryShard, keys: KVShard, bias_params: Any
+def _context_parallel(
+    spec: AttentionSpec, mesh: AbstractMesh, wide: Any, queries: QueryShard, keys: KVShard, bias_params: Any
 ) -> Partial:
     B, T, N, _ = queries.q.shape
     S, K = keys.k.shape[1:3]
+    ring_size, share, layout = mesh.shape["ring"], mesh.shape["ulysses"], keys.index.layout
+    if T % axis_size(mesh, "sequence") or S != T:
+        raise UserError(f"{T} queries and {S} keys must be divisible by the {axis_size(mesh, 'sequence')} devices of mesh.context")
+    check_heads(N, share)
+    choice = choose_strategy(spec.strategy, spec.mask, layout, T, ring_size, N // K)
+    tokens, chunk = T // ring_size, T // (2 * ring_size) if layout == "zigzag" else None
+    kernel = shard_spec(spec, queries.q, wide, tokens, tokens, N // share, max(1, K // share), chunk, mesh.size).kernel
+    split = mesh_split(mesh, kernel.kernel, queries, keys)
+    rows, heads, kv_heads = split.sizes(mesh, B, N, K)
+    if choice.strategy != "gather" and target_platform() == "cpu":
+        schedule = host_parts(choice.schedule, kernel.bias is not None, rows, tokens, heads, kv_heads)
+        choice, heads, kv_heads = choice._replace(schedule=schedule), heads // schedule.groups, kv_heads // schedule.groups
+    shard = split.shard(shard_spec(spec, queries.q, wide, tokens, tokens, heads, kv_heads, chunk, mesh.size))
+    run = functools.partial(context_parallel_attention, choice, shard, share > 1)
+    return shard_map_attention(mesh, split, run, queries, keys, bias_params)
+
+
+def _cached_context_parallel(
+    spec: AttentionSpec, mesh: AbstractMesh, wide: Any, queries: QueryShard, keys: KVShard, bias_params: Any
+) -> Partial:
+    T, N, S, K = *queries.q.shape[1:3], *keys.k.shape[1:3]
     size = axis_size(mesh, "sequence")
-    shard, spread = shard_spec(spec, queries.q, T, S // size, N, K, None, mesh.size), T % size == 0
-    return shard_map_attention(
-        mesh,
-        shard.kernel,
-        lambda share_heads, *args: split_kv(share_heads(shard), spread, *args),
-        queries,
-        keys,
-        bias_params,
-        spread,
-    )
+    shard, spread = shard_spec(spec, queries.q, wide, T, S // size, N, K, None, mesh.size), T % size == 0
+    split = mesh_split(mesh, shard.kernel.kernel, queries, keys)
+    run = functools.partial(split_kv, split.shard(shard), spread)
+    return shard_map_attention(mesh, split, run, queries, keys, bias_params, spread)

@@ -9,31 +9,20 @@ Legend: B batch, T query tokens, S key tokens, N heads, K KV heads, G = N/K, H h
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lcx.attention.dense import weigh
+from lcx.attention.partial import Partial
+from lcx.attention.spec import KernelSpec
 from lcx.core.batch import Index
-from lcx.core.mask import Mask
 
 
 def flat(
-    q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    q_index: Index,
-    k_index: Index,
-    mask: Mask,
-    *,
-    bias: Callable[[Any, jax.Array, jax.Array], jax.Array] | None = None,
-    bias_params: Any = None,
-    scale: float,
-    softcap: float | None = None,
-    out_dtype: jnp.dtype | None = None,
-) -> tuple[jax.Array, jax.Array]:
+    spec: KernelSpec, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, q_index: Index, k_index: Index, bias_params: Any
+) -> Partial:
     """The same function as `dense`, with B·T·N·S logits in memory."""
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
@@ -42,9 +31,9 @@ def flat(
     spread = q_BTNH.reshape(B, T, K, N // K, 1, H) * own.reshape(1, 1, K, 1, K, 1)
     turned = spread.reshape(B, T * N, K * H).swapaxes(1, 2)
     raw = jnp.matmul(k_BSKH.reshape(B, S, K * H), turned, preferred_element_type=wide)
-    logits = raw.reshape(B, S, T, N).transpose(0, 3, 2, 1) * scale
-    weights, lse = weigh(logits, q_index, k_index, mask, bias, bias_params, softcap)
+    logits = raw.reshape(B, S, T, N).transpose(0, 3, 2, 1) * spec.scale
+    weights, lse = weigh(spec, logits, q_index, k_index, bias_params)
     rows = weights.transpose(0, 2, 1, 3).reshape(B, T * N, S)
     o = jnp.matmul(rows, v_BSKH.reshape(B, S, K * H).astype(wide)).reshape(B, T, K, N // K, K, H)
     o = jnp.sum(o * own.astype(wide).reshape(1, 1, K, 1, K, 1), axis=4).reshape(B, T, N, H)
-    return o.astype(out_dtype or q_BTNH.dtype), lse
+    return o.astype(spec.out_dtype or q_BTNH.dtype), lse

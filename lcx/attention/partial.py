@@ -42,6 +42,16 @@ def with_barrier(gradients: tuple[Any, ...], in_flight: Any) -> tuple[tuple[Any,
     return jax.lax.optimization_barrier((gradients, in_flight)) if jax.tree.leaves(in_flight) else (gradients, in_flight)
 
 
+def zeros_fp32(tree: Any) -> Any:
+    """Zeros of the tree's shapes in float32 or wider: for summing gradients."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), tree)
+
+
+def to_fp32(x: jax.Array) -> jax.Array:
+    """`x` in float32 or wider."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def merge(one: Partial, two: Partial) -> Partial:
     """The attention over the union of two disjoint sets of keys, in float32.
 

@@ -7,22 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
 from lcx.attention.pallas.gpu_walk import width
-from lcx.attention.pallas.tiling import Platform
-from lcx.attention.parallel.context import Strategy
-from lcx.attention.shard import Kernel, ShardSpec
-from lcx.attention.tiles import Blocks
-from lcx.core.configs import choice
+from lcx.attention.spec import AttentionSpec, Blocks, Kernel, KernelSpec, Platform, ShardSpec
 from lcx.core.errors import UserError
-from lcx.core.mask import Mask
 from lcx.core.mesh import axis_size, compute_capability, target_platform
 from lcx.core.numbers import round_up
-from lcx.positions.scheme import SchemeSpec
 
 DENSE_LIMIT = 2**19
 """Logits (B·N·T·S) up to which the dense kernel is used: its float32 array is then 2 MiB, which fits the cache of a core. Beyond
@@ -43,32 +37,6 @@ GPU_HEAD = 256
 CPU_TILE = 2**19
 """Logits in a tile on a CPU, as far as heads and rows can be grouped to fill it: enough to keep its threads busy beyond the
 overhead of a loop iteration."""
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionSpec:
-    """Static description of one kind of layer; `block_q` and `block_k` override the chosen tile sizes, `strategy` the one chosen
-    for a sequence that is split over the mesh. `interpret` names the platform whose flash kernel is interpreted without such a
-    device, for tests."""
-
-    mask: Mask
-    scheme: SchemeSpec
-    scale: float
-    softcap: float | None = None
-    kernel: Kernel | Literal["auto"] = "auto"
-    block_q: int | None = None
-    block_k: int | None = None
-    strategy: Strategy | Literal["auto"] = "auto"
-    interpret: Platform | None = None
-
-    def __post_init__(self) -> None:
-        if self.kernel not in ("dense", "flat", "blockwise", "flash", "auto"):
-            raise UserError(f"attention kernel {self.kernel!r} is unknown; choose dense, blockwise, flash or auto")
-        choice("context strategy", self.strategy, ("auto", *get_args(Strategy)))
-        for name in ("block_q", "block_k"):
-            size = getattr(self, name)
-            if size is not None and size < 1:
-                raise UserError(f"{name}={size} must be at least 1")
 
 
 class KernelChoice(NamedTuple):
@@ -131,7 +99,15 @@ def choose_kernel(
 
 
 def shard_spec(
-    spec: AttentionSpec, q: jax.Array, T: int, S: int, N: int, K: int, chunk: int | None = None, devices: int = 1
+    spec: AttentionSpec,
+    q: jax.Array,
+    out_dtype: Any,
+    T: int,
+    S: int,
+    N: int,
+    K: int,
+    chunk: int | None = None,
+    devices: int = 1,
 ) -> ShardSpec:
     """The kernel for a device's share of the work, for queries with q's rows, head dim and dtype; `chunk`: number of consecutive
     tokens in its rows."""
@@ -141,8 +117,11 @@ def shard_spec(
     plan = choose_kernel(
         spec, T, S, platform, **sizes, dtype=q.dtype, chunk=chunk, devices=devices, tensor=tensor, capability=compute_capability()
     )
-    where = (spec.interpret or platform, spec.interpret is not None)
-    return ShardSpec(spec.mask, spec.scheme, spec.scale, spec.softcap, plan.blocks, _tile_dtype(q.dtype), plan.kernel, *where)
+    kernel = KernelSpec(
+        spec.mask, spec.scale, spec.softcap, spec.scheme.bias, plan.blocks, _tile_dtype(q.dtype), out_dtype, plan.kernel,
+        spec.interpret or platform, spec.interpret is not None,
+    )  # fmt: skip
+    return ShardSpec(kernel, spec.scheme.regions, spec.scheme.layout)
 
 
 def _tile_dtype(dtype: Any) -> Any:

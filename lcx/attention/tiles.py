@@ -6,7 +6,6 @@ that is processed at once: `rows` batch rows and `heads` KV heads.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -14,18 +13,9 @@ import jax.numpy as jnp
 
 from lcx.attention.dense import MASKED
 from lcx.attention.partial import Partial
+from lcx.attention.spec import Blocks
 from lcx.core.batch import Index
 from lcx.core.mask import Bounds, Mask, bounds, may_see, sees_all
-
-
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-    """Static tile sizes: `q` queries by `k` keys, for `rows` batch rows and `heads` KV heads (and their G query heads) at once."""
-
-    q: int
-    k: int
-    rows: int = 1
-    heads: int = 1
 
 
 class Visits(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from lcx.attention.parallel.sequence_layout import SequenceLayout, choose_layout
-from lcx.attention.plan import AttentionSpec
+from lcx.attention.spec import AttentionSpec
 from lcx.core.configs import choice
 from lcx.core.errors import UserError
 from lcx.core.mask import Mask

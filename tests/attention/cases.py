@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lcx.attention.attend import attend
-from lcx.attention.plan import AttentionSpec
+from lcx.attention.spec import AttentionSpec, KernelSpec
 from lcx.core.batch import SHARED, Index
 from lcx.core.mask import Mask
 from lcx.positions.bias import Alibi, AlibiBias, T5Bias
@@ -91,6 +91,13 @@ def bias_params(bias: str) -> Any:
 def tensors() -> tuple[jax.Array, ...]:
     """q, k, v and the cotangent of o; k and v have as many heads as q and are cut to the KV heads of a case."""
     return tuple(jax.random.normal(key, (B, T, N, H)) for key in jax.random.split(jax.random.key(0), 4))
+
+
+def call(
+    kernel: Any, q: Any, k: Any, v: Any, q_index: Index, k_index: Index, mask: Mask, *, bias_params: Any = None, **options: Any
+) -> Any:
+    """A kernel with a `KernelSpec` of these options."""
+    return kernel(KernelSpec(mask, **options), q, k, v, q_index, k_index, bias_params)
 
 
 def served(kernel: str) -> dict[str, Any]:

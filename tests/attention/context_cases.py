@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from lcx.attention.attend import attend
 from lcx.attention.parallel.sequence_layout import arrange, restore
-from lcx.attention.plan import AttentionSpec
+from lcx.attention.spec import AttentionSpec
 from lcx.core.mask import Mask
 from lcx.core.mesh import MeshConfig, make_mesh
 from lcx.positions.bias import T5, Alibi

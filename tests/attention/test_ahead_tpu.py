@@ -21,13 +21,14 @@ from jax.experimental import topologies
 from lcx.attention.attend import attend
 from lcx.attention.pallas.flash import flash
 from lcx.attention.parallel.sequence_layout import arrange, restore
-from lcx.attention.plan import AttentionSpec
-from lcx.attention.tiles import Blocks
+from lcx.attention.spec import AttentionSpec, Blocks
 from lcx.core.batch import Index
 from lcx.core.mask import Band, Mask
 from lcx.core.mesh import AXES, MeshConfig, make_mesh, named_sharding
+from lcx.positions.bias import AlibiBias
 from lcx.positions.rotary import Rope, tables
 from lcx.positions.scheme import Heads
+from tests.attention.cases import call
 
 LIBRARY = Path(os.environ.get("TPU_LIBRARY_PATH", Path(sys.prefix) / "libtpu" / "libtpu" / "libtpu.so"))
 
@@ -72,7 +73,16 @@ def pulled(run, q, k, v, do):
     ("head_dim", "dtype", "options"),
     [
         (128, jnp.bfloat16, {"mask": Mask()}),
-        (64, jnp.float32, {"mask": Mask(window=300, prefix=True, band=Band(1, 7, 8)), "softcap": 5.0, "slopes": jnp.ones(8)}),
+        (
+            64,
+            jnp.float32,
+            {
+                "mask": Mask(window=300, prefix=True, band=Band(1, 7, 8)),
+                "softcap": 5.0,
+                "bias": AlibiBias(),
+                "bias_params": {"slopes": jnp.ones(8)},
+            },
+        ),
     ],
 )
 def test_kernels_compile(name, head_dim, dtype, options):
@@ -81,7 +91,7 @@ def test_kernels_compile(name, head_dim, dtype, options):
     token = abstract(mesh, (1, 1000), jnp.int32)
 
     def run(q, k, v, do, index):
-        kernel = functools.partial(flash, scale=0.1, blocks=Blocks(64, 256), **options)
+        kernel = functools.partial(call, flash, scale=0.1, blocks=Blocks(64, 256), **options)
         return pulled(lambda *x: kernel(*x, index, index)[0], q, k, v, do)
 
     text = compiled(mesh, run, q, k, k, q, Index(token, token, token, token)).as_text()

@@ -9,10 +9,12 @@ import pytest
 
 from lcx.attention.blockwise import blockwise
 from lcx.attention.dense import dense
-from lcx.attention.tiles import Blocks, fold, unfold, visited_pairs
+from lcx.attention.spec import Blocks
+from lcx.attention.tiles import fold, unfold, visited_pairs
 from lcx.core.batch import Index
 from lcx.core.mask import Band, Mask, visible
 from lcx.positions.bias import T5Bias
+from tests.attention.cases import call
 
 B, T, S, N, K, H = 4, 27, 41, 4, 2, 8
 
@@ -40,7 +42,7 @@ def gradients(kernel, q, k, v, do, dlse, q_index, k_index, **options):
     table = jax.random.normal(jax.random.key(2), (8, N))
     step = jax.grad(loss, (0, 1, 2, 3), has_aux=True)
     # The oracle runs op by op: cheaper than a compile for each set of options.
-    grads, (o, lse) = (step if kernel is dense else jax.jit(step))(q, k, v, {"table": table})
+    grads, (o, lse) = (step if kernel.args == (dense,) else jax.jit(step))(q, k, v, {"table": table})
     return o, lse, jax.tree.leaves(grads)
 
 
@@ -48,9 +50,9 @@ def gradients(kernel, q, k, v, do, dlse, q_index, k_index, **options):
 def test_chunk_with_lse_cotangent_and_empty_rows(rows, heads, bias):
     q_index, k_index = chunk_index()
     options = {"mask": Mask(window=13), "scale": 0.3, "softcap": 3.0, "bias": bias}
-    tiled = functools.partial(blockwise, blocks=Blocks(8, 16, rows, heads))
+    tiled = functools.partial(call, blockwise, blocks=Blocks(8, 16, rows, heads))
     o, lse, got = gradients(tiled, *draw(), q_index, k_index, **options)
-    o2, lse2, wanted = gradients(dense, *draw(), q_index, k_index, **options)
+    o2, lse2, wanted = gradients(functools.partial(call, dense), *draw(), q_index, k_index, **options)
     np.testing.assert_allclose(o, o2, atol=2e-6)
     np.testing.assert_allclose(lse, lse2, atol=2e-6)
     for one, two in zip(got, wanted, strict=True):
@@ -66,7 +68,7 @@ def test_order_may_come_permuted():
     index = Index.dense(B, S)
     index = index.replace(segments=index.segments + index.order // 23, positions=index.order % 23)
     perm = np.random.default_rng(0).permutation(S)
-    run = jax.jit(functools.partial(blockwise, mask=Mask(window=17), scale=0.4, blocks=Blocks(16, 8, 2, 1)))
+    run = jax.jit(functools.partial(call, blockwise, mask=Mask(window=17), scale=0.4, blocks=Blocks(16, 8, 2, 1)))
     q, k, v, *_ = draw(q_tokens=S)
     o, lse = run(q, k, v, index, index)
     q, k, v, moved = jax.tree.map(lambda x: x[:, perm], (q, k, v, index))
@@ -80,9 +82,11 @@ def test_bfloat16_inputs_against_a_float32_oracle():
     index = Index.dense(B, S)
     inputs = draw(jnp.bfloat16, q_tokens=S)
     inputs[4] = inputs[4].astype(jnp.float32)
-    tiled = functools.partial(blockwise, blocks=Blocks(16, 16))
+    tiled = functools.partial(call, blockwise, blocks=Blocks(16, 16))
     o, lse, got = gradients(tiled, *inputs, index, index, mask=Mask(), scale=0.35)
-    o2, lse2, wanted = gradients(dense, *(x.astype(jnp.float32) for x in inputs), index, index, mask=Mask(), scale=0.35)
+    o2, lse2, wanted = gradients(
+        functools.partial(call, dense), *(x.astype(jnp.float32) for x in inputs), index, index, mask=Mask(), scale=0.35
+    )
     assert o.dtype == jnp.bfloat16 and lse.dtype == jnp.float32 and got[0].dtype == jnp.bfloat16
     np.testing.assert_allclose(o.astype(jnp.float32), o2, atol=2**-8 * float(jnp.abs(o2).max()))
     np.testing.assert_allclose(lse, lse2, atol=1e-5)
@@ -96,7 +100,7 @@ def temporary_bytes(length, mask):
     where = Index(*(jax.ShapeDtypeStruct((1, length), jnp.int32) for _ in range(3)))
 
     def step(q, k, v, do, where):
-        kernel = functools.partial(blockwise, mask=mask, scale=0.25, blocks=Blocks(256, 256, 1, 1))
+        kernel = functools.partial(call, blockwise, mask=mask, scale=0.25, blocks=Blocks(256, 256, 1, 1))
         return jax.vjp(lambda q, k, v: kernel(q, k, v, where, where)[0], q, k, v)[1](do)
 
     memory = jax.jit(step).lower(array, array, array, array, where).compile().memory_analysis()
@@ -140,6 +144,6 @@ def test_blocks_that_do_not_divide_are_refused():
     index = Index.dense(B, S)
     q, k, v, *_ = draw(q_tokens=S)
     with pytest.raises(ValueError, match="4 rows, 4 heads and 2 KV heads"):
-        blockwise(q, k, v, index, index, Mask(), scale=1.0, blocks=Blocks(8, 8, rows=3))
+        call(blockwise, q, k, v, index, index, Mask(), scale=1.0, blocks=Blocks(8, 8, rows=3))
     with pytest.raises(ValueError, match="a bias needs all heads"):
-        blockwise(q, k, v, index, index, Mask(), scale=1.0, blocks=Blocks(8, 8), bias=T5Bias(8, 20, True))
+        call(blockwise, q, k, v, index, index, Mask(), scale=1.0, blocks=Blocks(8, 8), bias=T5Bias(8, 20, True))

@@ -153,11 +153,11 @@ def test_strategy_follows_the_tokens_of_a_device_and_says_why():
     few = choose_strategy("auto", Mask(), "zigzag", 8192, 8, group=4)
     assert few.strategy == "gather" and "1,024 tokens per device with 4 heads per KV head are too few to hide a ring" in few.reason
     many = choose_strategy("auto", Mask(), "zigzag", 65536, 8, group=4)
-    assert many.strategy == "ring" and many.hops.before == 7
+    assert many.strategy == "ring" and many.schedule.before == 7
     near = choose_strategy("auto", Mask(window=1024), "contiguous", 65536, 8, group=4)
-    assert near.strategy == "window" and (near.hops.before, near.hops.after) == (1, 0)
+    assert near.strategy == "window" and (near.schedule.before, near.schedule.after) == (1, 0)
     sides = choose_strategy("auto", Mask(window=1024), "zigzag", 65536, 8, group=4)
-    assert sides.strategy == "window" and (sides.hops.before, sides.hops.after) == (1, 1)
+    assert sides.strategy == "window" and (sides.schedule.before, sides.schedule.after) == (1, 1)
     assert choose_strategy("auto", Mask(window=1024), "striped", 65536, 8, group=4).strategy == "ring"
 
 

@@ -9,11 +9,11 @@ import pytest
 
 from lcx.attention.dense import dense
 from lcx.attention.pallas.flash import flash
-from lcx.attention.tiles import Blocks
+from lcx.attention.spec import Blocks
 from lcx.core.mask import Mask, visible
 from lcx.core.mesh import MeshConfig, make_mesh
 from tests.attention import cases, context_cases
-from tests.attention.cases import errors, within
+from tests.attention.cases import call, errors, within
 from tests.attention.test_blockwise import chunk_index, draw
 
 # Every option of `cases.OPTIONS` that the kernel serves, in few programs, over several kinds of rows each.
@@ -63,7 +63,7 @@ def check_chunk(served, **options):
     empty = ~np.asarray(visible(mask, q_index, k_index)).any(axis=2)
     assert empty.any() and np.isneginf(lse)[empty].all() and (np.asarray(o)[empty] == 0).all()
     assert all(np.isfinite(x).all() for x in got)
-    o2, lse2, wanted = run(dense)
+    o2, lse2, wanted = run(functools.partial(call, dense))
     np.testing.assert_allclose(o, o2, atol=2e-6)
     np.testing.assert_allclose(lse, lse2, atol=2e-6)
     for one, two in zip(got, wanted, strict=True):
@@ -72,7 +72,7 @@ def check_chunk(served, **options):
 
 @pytest.mark.slow
 def test_chunk_with_lse_cotangent_and_empty_rows():
-    check_chunk(functools.partial(flash, blocks=Blocks(8, 16), interpret=True), softcap=3.0)
+    check_chunk(functools.partial(call, flash, blocks=Blocks(8, 16), interpret=True), softcap=3.0)
 
 
 def check_ring(kernel, size):

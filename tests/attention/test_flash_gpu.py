@@ -13,19 +13,23 @@ from lcx.attention.attend import attend
 from lcx.attention.dense import dense
 from lcx.attention.pallas.flash import flash
 from lcx.attention.pallas.gpu_walk import tile_ranges, visit_tiles
-from lcx.attention.pallas.tiling import Rule
-from lcx.attention.plan import AttentionSpec
-from lcx.attention.tiles import Blocks
+from lcx.attention.spec import AttentionSpec, Blocks, KernelSpec
 from lcx.core.batch import SHARED, Index
 from lcx.core.mask import Band, Mask, visible
 from lcx.core.mesh import AXES, MeshConfig, partition_spec
+from lcx.positions.bias import AlibiBias
 from lcx.positions.rotary import Rope, tables
 from lcx.positions.scheme import Heads
-from tests.attention.cases import errors, within
+from tests.attention.cases import call, errors, within
 from tests.attention.test_blockwise import chunk_index, draw
 from tests.attention.test_flash import STRUCTURES, check_chunk, check_ring, check_split, over_rows
 
-ALL = {"mask": Mask(window=300, prefix=True, band=Band(1, 7, 8)), "softcap": 5.0, "slopes": jnp.ones(8)}
+ALL = {
+    "mask": Mask(window=300, prefix=True, band=Band(1, 7, 8)),
+    "softcap": 5.0,
+    "bias": AlibiBias(),
+    "bias_params": {"slopes": jnp.ones(8)},
+}
 
 
 @pytest.mark.parametrize("case", over_rows(STRUCTURES[1:2]), ids=lambda case: "-".join(str(value) for value in case.values()))
@@ -36,17 +40,17 @@ def test_flash_equals_dense(case):
 
 @pytest.mark.slow
 def test_chunk_with_lse_cotangent_and_empty_rows():
-    check_chunk(functools.partial(flash, blocks=Blocks(16, 16), platform="gpu", interpret=True))
+    check_chunk(functools.partial(call, flash, blocks=Blocks(16, 16), platform="gpu", interpret=True))
 
 
 def test_lse_of_bfloat16_is_not_rounded():
     (q, k, v, *_), where = draw(jnp.bfloat16), chunk_index()
-    served = functools.partial(flash, scale=0.3, blocks=Blocks(16, 32), platform="gpu", interpret=True)
+    served = functools.partial(call, flash, scale=0.3, blocks=Blocks(16, 32), platform="gpu", interpret=True)
     run = jax.jit(lambda *x: served(*x, *where, Mask()), compiler_options={"xla_backend_optimization_level": 0})
     o, lse = run(q, k, v)
     assert o.dtype == jnp.bfloat16 and lse.dtype == jnp.float32
     # Products of bfloat16 are exact in float32.
-    _, wanted = dense(*(x.astype(jnp.float32) for x in (q, k, v)), *where, Mask(), scale=0.3)
+    _, wanted = call(dense, *(x.astype(jnp.float32) for x in (q, k, v)), *where, Mask(), scale=0.3)
     np.testing.assert_allclose(lse, wanted, atol=2e-6)
 
 
@@ -75,7 +79,7 @@ def rows(case):
 @pytest.mark.parametrize("keys_pass", [True, False])
 def test_walk_visits_what_is_seen_once_and_masks_what_is_seen_in_part(case, mask, keys_pass):
     index, side, count = rows(case), 8, 12
-    rule = Rule(mask, False, 1.0, None, Blocks(side, side), jnp.float32, "gpu", True)
+    rule = KernelSpec(mask, 1.0, blocks=Blocks(side, side), kernel="flash", platform="gpu", interpret=True)
     known = jax.jit(lambda index: tile_ranges(rule, index, index, keys_pass))(index)
 
     def visited(b, i):
@@ -129,7 +133,7 @@ def test_lowers_to_triton(head_dim, dtype, options):
     token = jax.ShapeDtypeStruct((2, 1000), jnp.int32)
 
     def run(q, k, v, do, index):
-        kernel = functools.partial(flash, scale=0.1, blocks=Blocks(64, 32), platform="gpu", **options)
+        kernel = functools.partial(call, flash, scale=0.1, blocks=Blocks(64, 32), platform="gpu", **options)
         o, pull = jax.vjp(lambda *x: kernel(*x, index, index)[0], q, k, v)
         return o, pull(do)
 

@@ -8,6 +8,7 @@ from lcx.attention.dense import dense
 from lcx.attention.partial import apply_sinks, merge
 from lcx.core.batch import Index
 from lcx.core.mask import Band, Mask
+from tests.attention.cases import call
 
 B, T, N, H = 2, 12, 3, 4
 
@@ -25,7 +26,7 @@ def test_disjoint_bands_merge_to_the_whole():
     q, k, v = draw()
 
     def parts(q, k, v, *bands):
-        return [dense(q, k, v, index(), index(), Mask(band=band), scale=0.5) for band in bands]
+        return [call(dense, q, k, v, index(), index(), Mask(band=band), scale=0.5) for band in bands]
 
     def loss(bands):
         def f(q, k, v):

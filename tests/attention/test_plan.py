@@ -7,14 +7,15 @@ import pytest
 
 from lcx.attention.attend import attend
 from lcx.attention.dense import dense
-from lcx.attention.plan import AttentionSpec, choose_kernel
-from lcx.attention.tiles import Blocks
+from lcx.attention.plan import choose_kernel
+from lcx.attention.spec import AttentionSpec, Blocks
 from lcx.core.batch import Index
 from lcx.core.errors import UserError
 from lcx.core.mask import Mask
 from lcx.positions.bias import AlibiBias, T5Bias
 from lcx.positions.rotary import Rope, rotate, tables
 from lcx.positions.scheme import Heads, SchemeSpec
+from tests.attention.cases import call
 
 PLAIN = SchemeSpec()
 
@@ -117,7 +118,7 @@ def test_rotates_once_and_scales_queries(kernel):
     chosen = spec(scheme=scheme.spec(T), kernel=kernel)
     o = attend(chosen, q, k, v, index, index, q_tables=turned, k_tables=turned, query_scale=query_scale)
     turned_q = rotate(q, *turned["rotary"]) * query_scale[:, :, None, None]
-    expected, _ = dense(turned_q, rotate(k, *turned["rotary"]), v, index, index, Mask(), scale=0.5)
+    expected, _ = call(dense, turned_q, rotate(k, *turned["rotary"]), v, index, index, Mask(), scale=0.5)
     np.testing.assert_allclose(o, expected, atol=2e-6)
     half = attend(chosen, *(x.astype(jnp.bfloat16) for x in (q, k, v)), index, index, q_tables=turned, k_tables=turned)
     assert half.dtype == jnp.bfloat16

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from lcx.attention.attend import attend
 from lcx.attention.parallel.split_kv import merge_over
-from lcx.attention.plan import AttentionSpec
+from lcx.attention.spec import AttentionSpec
 from lcx.core.mesh import SEQUENCE, MeshConfig, make_mesh
 from lcx.positions.rotary import tables
 from tests.attention.cases import HEADS, B, H, N, index

@@ -14,26 +14,26 @@ from jax.experimental import pallas as pl
 from lcx.attention.dense import MASKED
 from lcx.attention.pallas import gpu_walk as gpu
 from lcx.attention.pallas import tiling
-from lcx.attention.pallas.tiling import Rule
 from lcx.attention.partial import Partial
+from lcx.attention.spec import KernelSpec
 
 
-def forward(rule: Rule, q_BTNH, k_BSKH, v_BSKH, q_index, k_index, slopes_N) -> Partial:
+def forward(spec: KernelSpec, q_BTNH, k_BSKH, v_BSKH, q_index, k_index, slopes_N) -> Partial:
     """`(o_BTNH, lse_BTN)` of the queries over these keys."""
     *_, N, H = q_BTNH.shape
-    tiles = gpu.make_wide_tiles(rule, tiling.make_query_tiles(rule, q_BTNH, q_index, slopes_N, N), k_BSKH, v_BSKH, k_index)
-    known = gpu.tile_ranges(rule, q_index, k_index, keys_pass=True)
+    tiles = gpu.make_wide_tiles(spec, tiling.make_query_tiles(spec, q_BTNH, q_index, slopes_N, N), k_BSKH, v_BSKH, k_index)
+    known = gpu.tile_ranges(spec, q_index, k_index, keys_pass=True)
     block = tiles.q.shape[3]
     outputs = [
-        jax.ShapeDtypeStruct(tiles.q.shape, rule.out_dtype),
+        jax.ShapeDtypeStruct(tiles.q.shape, spec.out_dtype or q_BTNH.dtype),
         jax.ShapeDtypeStruct((*tiles.q.shape[:3], 1, block), jnp.float32),
     ]
-    kernel = functools.partial(_kernel, rule, (tiles.q.shape[0], tiles.q.shape[2], tiles.k.shape[2]))
-    o, lse = gpu.call(kernel, rule, "flash_forward", tiles, known, True, (), outputs)
+    kernel = functools.partial(_kernel, spec, (tiles.q.shape[0], tiles.q.shape[2], tiles.k.shape[2]))
+    o, lse = gpu.call(kernel, spec, "flash_forward", tiles, known, True, (), outputs)
     return tiling.join_heads(o[..., :H], block, q_BTNH.shape), tiling.join_rows(lse, block, q_BTNH.shape[:3])
 
 
-def _kernel(rule, counts, *refs):
+def _kernel(spec, counts, *refs):
     *known, q, k, v, q_tokens, k_tokens, slopes, o, lse = refs
     i, n, b = (pl.program_id(axis) for axis in range(3))
     rows, H = q.shape
@@ -41,7 +41,7 @@ def _kernel(rule, counts, *refs):
 
     def tile(masked: bool, j, carry):
         top, total, acc = carry
-        scores, _, _ = gpu.logits(rule, masked, 0, here, k[j], asking, gpu.tokens(k_tokens, j), slope)
+        scores, _, _ = gpu.logits(spec, masked, 0, here, k[j], asking, gpu.tokens(k_tokens, j), slope)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
         # A row without a visible key so far has new_top = MASKED; halving it keeps exp(MASKED - ...) at 0 there.
         safe = jnp.maximum(new_top, MASKED / 2)
@@ -51,7 +51,7 @@ def _kernel(rule, counts, *refs):
         return new_top, total * shrink + jnp.sum(p, axis=1), acc
 
     start = jnp.full((rows,), MASKED, jnp.float32), jnp.zeros((rows,), jnp.float32), jnp.zeros((rows, H), jnp.float32)
-    top, total, acc = gpu.visit_tiles(rule, known, counts, b, i, True, tile, start)
+    top, total, acc = gpu.visit_tiles(spec, known, counts, b, i, True, tile, start)
     empty = total == 0.0
     share = jnp.where(empty, 1.0, total)
     o[...] = (acc / share[:, None]).astype(o.dtype)

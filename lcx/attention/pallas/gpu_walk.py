@@ -17,7 +17,6 @@ from jax.experimental import pallas as pl
 from lcx.attention.pallas.tiling import (
     FIELDS,
     QueryResiduals,
-    Rule,
     Tiles,
     extremes,
     flat,
@@ -28,6 +27,7 @@ from lcx.attention.pallas.tiling import (
     product,
     read,
 )
+from lcx.attention.spec import KernelSpec
 from lcx.core.batch import Index
 from lcx.core.mask import may_see, sees_all
 
@@ -47,11 +47,11 @@ class TileRanges(NamedTuple):
     stop: jax.Array
 
 
-def tile_ranges(rule: Rule, q_index: Index, k_index: Index, keys_pass: bool) -> TileRanges:
+def tile_ranges(spec: KernelSpec, q_index: Index, k_index: Index, keys_pass: bool) -> TileRanges:
     """The walks of a call in which the blocks of one side stay while the blocks of the other (`keys_pass`: the keys) pass."""
-    q, k = extremes(rule, q_index, k_index)
-    some = pairs(may_see, rule, q, k, keys_pass)
-    whole = pairs(sees_all, rule, q, k, keys_pass) & some
+    q, k = extremes(spec, q_index, k_index)
+    some = pairs(may_see, spec, q, k, keys_pass)
+    whole = pairs(sees_all, spec, q, k, keys_pass) & some
     place = jax.lax.broadcasted_iota(jnp.int32, some.shape, 2)
     first = jnp.min(jnp.where(some, place, some.shape[2]), axis=2)
     stop = jnp.max(jnp.where(some, place + 1, 0), axis=2)
@@ -63,7 +63,9 @@ def tile_ranges(rule: Rule, q_index: Index, k_index: Index, keys_pass: bool) -> 
     return TileRanges(flat(q), flat(k), *(x.reshape(-1) for x in (first, start, end, stop)))
 
 
-def visit_tiles(rule: Rule, known: tuple, counts: tuple[int, int, int], b, i, keys_pass: bool, tile: Callable, carry: Any) -> Any:
+def visit_tiles(
+    spec: KernelSpec, known: tuple, counts: tuple[int, int, int], b, i, keys_pass: bool, tile: Callable, carry: Any
+) -> Any:
     """`tile(masked, j, carry)` over the blocks j that pass block i of row b; `counts`: rows, blocks of queries and of keys.
 
     Fully visible blocks come first, in a loop without a branch, whose loads Triton moves ahead of the products.
@@ -78,13 +80,15 @@ def visit_tiles(rule: Rule, known: tuple, counts: tuple[int, int, int], b, i, ke
     def partly(n: jax.Array, carry: Any) -> Any:
         j = jnp.where(n < start, n, n + (end - start))
         other = read(passes[0], B, passes[1], b, j)
-        seen = may_see(rule.mask, *((own, other) if keys_pass else (other, own)))
+        seen = may_see(spec.mask, *((own, other) if keys_pass else (other, own)))
         return jax.lax.cond(seen, lambda c: tile(True, j, c), lambda c: c, carry)
 
     return jax.lax.fori_loop(first, stop - (end - start), partly, carry)
 
 
-def logits(rule: Rule, masked: bool, q_axis: int, q, k, q_tokens, k_tokens, slope) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+def logits(
+    spec: KernelSpec, masked: bool, q_axis: int, q, k, q_tokens, k_tokens, slope
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """A tile of logits, queries along `q_axis`; the logits before bias and mask; and |distance| if there are slopes.
 
     `q_tokens` and `k_tokens` hold a vector for each of `FIELDS`.
@@ -92,10 +96,10 @@ def logits(rule: Rule, masked: bool, q_axis: int, q, k, q_tokens, k_tokens, slop
 
     def indices() -> tuple[Index, Index]:
         of_q, of_k = [spread(x, q_axis) for x in q_tokens], [spread(x, 1 - q_axis) for x in k_tokens]
-        return index_of(rule.mask, of_q), index_of(rule.mask, of_k)
+        return index_of(spec.mask, of_q), index_of(spec.mask, of_k)
 
     raw = product(q, k, 1, 1) if q_axis == 0 else product(k, q, 1, 1)
-    return logits_of(rule, masked, raw, slope, indices)
+    return logits_of(spec, masked, raw, slope, indices)
 
 
 def spread(x: jax.Array, axis: int) -> jax.Array:
@@ -123,15 +127,15 @@ def widen_queries(ready: QueryResiduals) -> QueryResiduals:
     return ready._replace(queries=ready.queries._replace(q=widen(ready.queries.q)), do=widen(ready.do))
 
 
-def make_wide_tiles(rule: Rule, queries: Any, k_BSKH: jax.Array, v_BSKH: jax.Array, k_index: Index) -> Tiles:
+def make_wide_tiles(spec: KernelSpec, queries: Any, k_BSKH: jax.Array, v_BSKH: jax.Array, k_index: Index) -> Tiles:
     """`make_tiles`, with heads padded to `width` and one slope per head."""
-    tiles = make_tiles(rule, queries, k_BSKH, v_BSKH, k_index)
+    tiles = make_tiles(spec, queries, k_BSKH, v_BSKH, k_index)
     return tiles._replace(q=widen(tiles.q), k=widen(tiles.k), v=widen(tiles.v), slopes=tiles.slopes[:, 0, 0])
 
 
 def call(
     kernel: Any,
-    rule: Rule,
+    spec: KernelSpec,
     name: str,
     tiles: Tiles,
     known: TileRanges,
@@ -163,7 +167,7 @@ def call(
         return pl.BlockSpec((None, group, *x.shape[2:]), lambda i, h, b: (b, h, 0, 0, 0))
 
     options = {}
-    if not rule.interpret:
+    if not spec.interpret:
         # Only here: jaxlib does not have Triton's dialect on every system.
         from jax.experimental.pallas import triton
 
@@ -176,7 +180,7 @@ def call(
         in_specs=[whole(x) for x in known] + specs + [whole(tiles.slopes)] + [q_side(x) for x in more],
         out_specs=[here(x) for x in outputs],
         out_shape=outputs,
-        interpret=rule.interpret,
+        interpret=spec.interpret,
         name=name,
         **options,
     )(*known, *tiles, *more)

@@ -9,35 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lcx.attention.dense import MASKED
 from lcx.attention.partial import Partial
-from lcx.attention.tiles import Blocks, fold, fold_index, row_terms, unfold
+from lcx.attention.spec import Blocks, KernelSpec
+from lcx.attention.tiles import fold, fold_index, row_terms, unfold
 from lcx.core.batch import Index
 from lcx.core.mask import Bounds, Mask, bounds, sees
 
-Platform = Literal["tpu", "gpu"]
 FIELDS = ("order", "positions", "segments", "is_prefix")
 BOUNDS = tuple(field.name for field in dataclasses.fields(Bounds))
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """The static arguments of one call. `linear`: ALiBi's slopes are in use. `platform`: which kernel to use. `interpret`:
-    interpret the kernel's jaxpr because there is no such device."""
-
-    mask: Mask
-    linear: bool
-    scale: float
-    softcap: float | None
-    blocks: Blocks
-    out_dtype: Any
-    platform: Platform
-    interpret: bool
 
 
 class Tiles(NamedTuple):
@@ -65,18 +50,18 @@ class QueryTiles(NamedTuple):
     index: Index
 
 
-def make_query_tiles(rule: Rule, q_BTNH: jax.Array, q_index: Index, slopes_N: jax.Array | None, kv_heads: int) -> QueryTiles:
+def make_query_tiles(spec: KernelSpec, q_BTNH: jax.Array, q_index: Index, slopes_N: jax.Array | None, kv_heads: int) -> QueryTiles:
     """Tiles of the queries; the tail is zeros of segment 0, hence padding."""
     group = q_BTNH.shape[2] // kv_heads
     slopes = jnp.zeros(kv_heads * group, jnp.float32) if slopes_N is None else slopes_N.astype(jnp.float32)
-    slopes = jnp.repeat(slopes.reshape(kv_heads, 1, group), rule.blocks.q, axis=2)
-    return QueryTiles(split_heads(q_BTNH, rule.blocks.q, kv_heads), _tokens(q_index, rule.blocks.q, group), slopes, q_index)
+    slopes = jnp.repeat(slopes.reshape(kv_heads, 1, group), spec.blocks.q, axis=2)
+    return QueryTiles(split_heads(q_BTNH, spec.blocks.q, kv_heads), _tokens(q_index, spec.blocks.q, group), slopes, q_index)
 
 
-def make_tiles(rule: Rule, queries: QueryTiles, k_BSKH: jax.Array, v_BSKH: jax.Array, k_index: Index) -> Tiles:
+def make_tiles(spec: KernelSpec, queries: QueryTiles, k_BSKH: jax.Array, v_BSKH: jax.Array, k_index: Index) -> Tiles:
     """The arguments of a kernel in tiles."""
-    k, v = (split_heads(x.astype(queries.q.dtype), rule.blocks.k, k_BSKH.shape[2]) for x in (k_BSKH, v_BSKH))
-    return Tiles(queries.q, k, v, queries.tokens, _tokens(k_index, rule.blocks.k, 1), queries.slopes)
+    k, v = (split_heads(x.astype(queries.q.dtype), spec.blocks.k, k_BSKH.shape[2]) for x in (k_BSKH, v_BSKH))
+    return Tiles(queries.q, k, v, queries.tokens, _tokens(k_index, spec.blocks.k, 1), queries.slopes)
 
 
 def split_heads(x_BTNH: jax.Array, block: int, kv_heads: int) -> jax.Array:
@@ -113,18 +98,18 @@ def _tokens(index: Index, block: int, copies: int) -> jax.Array:
     return jnp.tile(fields, (1, 1, 1, copies))
 
 
-def extremes(rule: Rule, q_index: Index, k_index: Index) -> tuple[Bounds, Bounds]:
+def extremes(spec: KernelSpec, q_index: Index, k_index: Index) -> tuple[Bounds, Bounds]:
     """Bounds of the blocks of queries and of keys, `[B, blocks]`."""
     q, k = (
         bounds(jax.tree.map(lambda x: x.reshape(x.shape[0], -1), _blocks_of(index, block)), block)
-        for index, block in ((q_index, rule.blocks.q), (k_index, rule.blocks.k))
+        for index, block in ((q_index, spec.blocks.q), (k_index, spec.blocks.k))
     )
     return q, k
 
 
-def pairs(test: Callable[[Mask, Bounds, Bounds], jax.Array], rule: Rule, q: Bounds, k: Bounds, keys_pass: bool) -> jax.Array:
+def pairs(test: Callable[[Mask, Bounds, Bounds], jax.Array], spec: KernelSpec, q: Bounds, k: Bounds, keys_pass: bool) -> jax.Array:
     """`may_see` or `sees_all` of all pairs of blocks, `[B, blocks that stay, blocks that pass]` (`keys_pass`: keys pass)."""
-    found = test(rule.mask, jax.tree.map(lambda x: x[:, :, None], q), jax.tree.map(lambda x: x[:, None, :], k))
+    found = test(spec.mask, jax.tree.map(lambda x: x[:, :, None], q), jax.tree.map(lambda x: x[:, None, :], k))
     return found if keys_pass else jnp.swapaxes(found, 1, 2)
 
 
@@ -148,12 +133,14 @@ class QueryResiduals(NamedTuple):
     delta: jax.Array
 
 
-def query_residuals(rule: Rule, q_BTNH, q_index, slopes_N, kv_heads: int, whole: Partial, cotangent: Partial) -> QueryResiduals:
+def query_residuals(
+    spec: KernelSpec, q_BTNH, q_index, slopes_N, kv_heads: int, whole: Partial, cotangent: Partial
+) -> QueryResiduals:
     """Tiles of the queries' side, for any keys."""
-    block = rule.blocks.q
+    block = spec.blocks.q
     lse, delta = (split_rows(x, block, kv_heads) for x in row_terms(whole, cotangent, jnp.float32))
     do = split_heads(cotangent[0].astype(q_BTNH.dtype), block, kv_heads)
-    return QueryResiduals(make_query_tiles(rule, q_BTNH, q_index, slopes_N, kv_heads), do, lse, delta)
+    return QueryResiduals(make_query_tiles(spec, q_BTNH, q_index, slopes_N, kv_heads), do, lse, delta)
 
 
 def index_of(mask: Mask, fields: list[jax.Array]) -> Index:
@@ -162,34 +149,36 @@ def index_of(mask: Mask, fields: list[jax.Array]) -> Index:
 
 
 def logits_of(
-    rule: Rule, masked: bool, raw: jax.Array, slopes: jax.Array, indices: Callable[[], tuple[Index, Index]]
+    spec: KernelSpec, masked: bool, raw: jax.Array, slopes: jax.Array, indices: Callable[[], tuple[Index, Index]]
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """A tile of logits from raw = q·k; the logits before bias and mask; and |distance| if there are slopes.
 
     `indices` returns the index of the queries and that of the keys, broadcast against each other; called only if they matter.
     """
-    capped = raw * rule.scale
-    if rule.softcap is not None:
-        capped = rule.softcap * jnp.tanh(capped / rule.softcap)
-    if not (masked or rule.linear):
+    capped = raw * spec.scale
+    if spec.softcap is not None:
+        capped = spec.softcap * jnp.tanh(capped / spec.softcap)
+    if not (masked or spec.bias is not None):
         return capped, capped, None
     q_index, k_index = indices()
     tile, away = capped, None
-    if rule.linear:
+    if spec.bias is not None:
         away = jnp.abs(q_index.positions - k_index.positions).astype(jnp.float32)
         tile = tile - slopes * away
     if masked:
-        tile = jnp.where(sees(rule.mask, q_index, k_index), tile, MASKED)
+        tile = jnp.where(sees(spec.mask, q_index, k_index), tile, MASKED)
     return tile, capped, away
 
 
-def cotangents_of(rule: Rule, p: jax.Array, capped: jax.Array, dp: jax.Array, delta: jax.Array) -> tuple[jax.Array, jax.Array]:
+def cotangents_of(
+    spec: KernelSpec, p: jax.Array, capped: jax.Array, dp: jax.Array, delta: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Cotangents of q·k and of the logits, from probabilities, the logits before bias and mask, do·v and D (see `row_terms`)."""
     dlogits = p * (dp - delta)
     ds = dlogits
-    if rule.softcap is not None:
-        ds = ds * (1.0 - jnp.square(capped / rule.softcap))
-    return ds * rule.scale, dlogits
+    if spec.softcap is not None:
+        ds = ds * (1.0 - jnp.square(capped / spec.softcap))
+    return ds * spec.scale, dlogits
 
 
 def product(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:

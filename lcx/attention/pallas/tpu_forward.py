@@ -14,28 +14,28 @@ from jax.experimental import pallas as pl
 from lcx.attention.dense import MASKED
 from lcx.attention.pallas import tiling
 from lcx.attention.pallas import tpu_grid as grid
-from lcx.attention.pallas.tiling import Rule
 from lcx.attention.partial import Partial
+from lcx.attention.spec import KernelSpec
 
 
-def forward(rule: Rule, q_BTNH, k_BSKH, v_BSKH, q_index, k_index, slopes_N) -> Partial:
+def forward(spec: KernelSpec, q_BTNH, k_BSKH, v_BSKH, q_index, k_index, slopes_N) -> Partial:
     """`(o_BTNH, lse_BTN)` of the queries over these keys."""
     tiles = tiling.make_tiles(
-        rule, tiling.make_query_tiles(rule, q_BTNH, q_index, slopes_N, k_BSKH.shape[2]), k_BSKH, v_BSKH, k_index
+        spec, tiling.make_query_tiles(spec, q_BTNH, q_index, slopes_N, k_BSKH.shape[2]), k_BSKH, v_BSKH, k_index
     )
-    known = grid.grid_ranges(rule, q_index, k_index, keys_pass=True)
+    known = grid.grid_ranges(spec, q_index, k_index, keys_pass=True)
     rows, H = tiles.q.shape[3:]
     outputs = [
-        ("q", jax.ShapeDtypeStruct(tiles.q.shape, rule.out_dtype)),
+        ("q", jax.ShapeDtypeStruct(tiles.q.shape, spec.out_dtype or q_BTNH.dtype)),
         ("q", jax.ShapeDtypeStruct((*tiles.q.shape[:3], 1, rows), jnp.float32)),
     ]
-    kernel = functools.partial(_kernel, rule, tiles.sizes)
-    o, lse = grid.call(kernel, rule, "flash_forward", tiles, known, True, (), outputs, [(1, rows), (1, rows), (H, rows)])
-    return tiling.join_heads(o, rule.blocks.q, q_BTNH.shape), tiling.join_rows(lse, rule.blocks.q, q_BTNH.shape[:3])
+    kernel = functools.partial(_kernel, spec, tiles.sizes)
+    o, lse = grid.call(kernel, spec, "flash_forward", tiles, known, True, (), outputs, [(1, rows), (1, rows), (H, rows)])
+    return tiling.join_heads(o, spec.blocks.q, q_BTNH.shape), tiling.join_rows(lse, spec.blocks.q, q_BTNH.shape[:3])
 
 
 def _kernel(
-    rule, sizes, q_bounds, k_bounds, first, last, q, k, v, q_tokens, k_tokens, slopes, o, lse, top, total, acc
+    spec, sizes, q_bounds, k_bounds, first, last, q, k, v, q_tokens, k_tokens, slopes, o, lse, top, total, acc
 ):  # fmt: skip
     b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
 
@@ -46,7 +46,7 @@ def _kernel(
         acc[...] = jnp.zeros(acc.shape, jnp.float32)
 
     def tile(masked: bool) -> None:
-        scores, _, _ = grid.logits(rule, masked, q[...], k[...], q_tokens[...], k_tokens[...], slopes[...])
+        scores, _, _ = grid.logits(spec, masked, q[...], k[...], q_tokens[...], k_tokens[...], slopes[...])
         new_top = jnp.maximum(top[...], jnp.max(scores, axis=0, keepdims=True))
         # A row without a visible key so far has new_top = MASKED; halving it keeps exp(MASKED - ...) at 0 there.
         safe = jnp.maximum(new_top, MASKED / 2)
@@ -56,7 +56,7 @@ def _kernel(
         total[...] = total[...] * shrink + jnp.sum(p, axis=0, keepdims=True)
         acc[...] = acc[...] * shrink + tiling.product(v[...], p, 0, 0)
 
-    grid.visit(rule, sizes, q_bounds, k_bounds, b, i, j, tile)
+    grid.visit(spec, sizes, q_bounds, k_bounds, b, i, j, tile)
 
     @pl.when(j == sizes[3] - 1)
     def _():

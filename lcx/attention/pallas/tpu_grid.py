@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from lcx.attention.pallas.tiling import FIELDS, Rule, Tiles, extremes, flat, index_of, logits_of, pairs, product, read
+from lcx.attention.pallas.tiling import FIELDS, Tiles, extremes, flat, index_of, logits_of, pairs, product, read
+from lcx.attention.spec import KernelSpec
 from lcx.core.batch import Index
 from lcx.core.mask import may_see, sees_all
 
@@ -32,10 +33,10 @@ class GridRanges(NamedTuple):
     last: jax.Array
 
 
-def grid_ranges(rule: Rule, q_index: Index, k_index: Index, keys_pass: bool) -> GridRanges:
+def grid_ranges(spec: KernelSpec, q_index: Index, k_index: Index, keys_pass: bool) -> GridRanges:
     """The scalars of a call in which the blocks of one side stay while the blocks of the other (`keys_pass`: the keys) pass."""
-    q, k = extremes(rule, q_index, k_index)
-    some = pairs(may_see, rule, q, k, keys_pass)
+    q, k = extremes(spec, q_index, k_index)
+    some = pairs(may_see, spec, q, k, keys_pass)
     count = some.shape[2]
     place = jax.lax.broadcasted_iota(jnp.int32, some.shape, 2)
     first = jnp.min(jnp.where(some, place, count - 1), axis=2)
@@ -44,18 +45,18 @@ def grid_ranges(rule: Rule, q_index: Index, k_index: Index, keys_pass: bool) -> 
     return GridRanges(flat(q), flat(k), jnp.minimum(first, last).reshape(-1), last.reshape(-1))
 
 
-def visit(rule: Rule, sizes: tuple[int, ...], q_bounds, k_bounds, b, i, j, tile: Callable[[bool], None]) -> None:
+def visit(spec: KernelSpec, sizes: tuple[int, ...], q_bounds, k_bounds, b, i, j, tile: Callable[[bool], None]) -> None:
     """Runs `tile(masked)` if query block i of row b may see any of key block j; unmasked if it sees all of it."""
     B, _, q_count, k_count = sizes
     q, k = read(q_bounds, B, q_count, b, i), read(k_bounds, B, k_count, b, j)
-    whole = sees_all(rule.mask, q, k)
+    whole = sees_all(spec.mask, q, k)
 
-    @pl.when(may_see(rule.mask, q, k))
+    @pl.when(may_see(spec.mask, q, k))
     def _():
         jax.lax.cond(whole, lambda: tile(False), lambda: tile(True))
 
 
-def logits(rule: Rule, masked: bool, q, k, q_tokens, k_tokens, slopes) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+def logits(spec: KernelSpec, masked: bool, q, k, q_tokens, k_tokens, slopes) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """A tile `[block_k, rows]` of logits; the logits before bias and mask; and |distance| if there are slopes."""
 
     def indices() -> tuple[Index, Index]:
@@ -63,14 +64,22 @@ def logits(rule: Rule, masked: bool, q, k, q_tokens, k_tokens, slopes) -> tuple[
         shape, columns = raw.shape, jnp.swapaxes(k_tokens, 0, 1)
         of_q = [jnp.broadcast_to(q_tokens[n : n + 1, :], shape) for n in range(len(FIELDS))]
         of_k = [jnp.broadcast_to(columns[:, n : n + 1], shape) for n in range(len(FIELDS))]
-        return index_of(rule.mask, of_q), index_of(rule.mask, of_k)
+        return index_of(spec.mask, of_q), index_of(spec.mask, of_k)
 
     raw = product(k, q, 1, 1)
-    return logits_of(rule, masked, raw, slopes, indices)
+    return logits_of(spec, masked, raw, slopes, indices)
 
 
 def call(
-    kernel: Any, rule: Rule, name: str, tiles: Tiles, known: GridRanges, keys_pass: bool, more: tuple, outputs: list, scratch: list
+    kernel: Any,
+    spec: KernelSpec,
+    name: str,
+    tiles: Tiles,
+    known: GridRanges,
+    keys_pass: bool,
+    more: tuple,
+    outputs: list,
+    scratch: list,
 ) -> list:
     """Runs `kernel` over the grid (b, h, block that stays, block that passes).
 
@@ -89,7 +98,7 @@ def call(
 
         return index
 
-    def spec(side: str, x) -> pl.BlockSpec:
+    def block_spec(side: str, x) -> pl.BlockSpec:
         at = block(side)
         if x.ndim == 4:  # the same for all heads
             return pl.BlockSpec((None, None, *x.shape[2:]), lambda *ids: (ids[0], at(*ids)[2], 0, 0))
@@ -105,8 +114,8 @@ def call(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(known),
             grid=(B, K, stays, passes),
-            in_specs=[spec(*x) for x in sides] + [slopes] + [spec("q", x) for x in more],
-            out_specs=[spec(*x) for x in outputs],
+            in_specs=[block_spec(*x) for x in sides] + [slopes] + [block_spec("q", x) for x in more],
+            out_specs=[block_spec(*x) for x in outputs],
             scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
         ),
         out_shape=[x for _, x in outputs],
@@ -114,6 +123,6 @@ def call(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM
         ),
         cost_estimate=pl.CostEstimate(flops=4 * seen * H, transcendentals=seen, bytes_accessed=moved),
-        interpret=rule.interpret,
+        interpret=spec.interpret,
         name=name,
     )(*known, *tiles, *more)

@@ -15,14 +15,13 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from lcx.attention.parallel.gather import gather
 from lcx.attention.parallel.ring import RingSchedule, ring
 from lcx.attention.parallel.sequence_layout import SequenceLayout
-from lcx.attention.parallel.ulysses import share_of_bias, ulysses
+from lcx.attention.parallel.ulysses import kv_copies, share_of_bias, ulysses
 from lcx.attention.partial import Partial
-from lcx.attention.shard import Kernel, KVShard, QueryShard, ShardSpec
+from lcx.attention.shard import KVShard, QueryShard
+from lcx.attention.spec import Kernel, ShardSpec, Strategy
 from lcx.core.errors import UserError
 from lcx.core.mask import Mask
-from lcx.core.mesh import RULES, SEQUENCE, axis_size, target_platform
-
-Strategy = Literal["ring", "gather", "window"]
+from lcx.core.mesh import RULES, SEQUENCE, axis_size
 
 RING_TOKENS = 12_288
 """Query tokens per device times heads per KV head above which a ring hides its transfers: 3K tokens for Llama 3 on a TPU v5p."""
@@ -37,7 +36,7 @@ class ContextChoice(NamedTuple):
     """The decision of `choose_strategy`: the devices whose keys are needed, and in how many slices."""
 
     strategy: Strategy
-    hops: RingSchedule
+    schedule: RingSchedule
     reason: str
 
 
@@ -89,50 +88,55 @@ def _window_hops(mask: Mask, layout: SequenceLayout, shard: int, ring_size: int)
     return hops if hops.before + hops.after < ring_size - 1 else None
 
 
-class _Split(NamedTuple):
+class MeshSplit(NamedTuple):
     """Mesh axes that `shard_map` handles, and how it splits arrays `[B, T, ...]` of tokens and `[B, T, N, ...]` of heads."""
 
     axes: set[str]
     tokens: PartitionSpec
     heads: PartitionSpec
 
+    def shard(self, spec: ShardSpec) -> ShardSpec:
+        """`spec` for a device's share of the heads."""
+        return share_of_bias(spec, "tensor") if len(self.heads) > 2 and self.heads[2] else spec
 
-def _split(mesh: AbstractMesh, kernel: Kernel, queries: QueryShard, keys: KVShard) -> _Split:
+    def sizes(self, mesh: AbstractMesh, B: int, N: int, K: int) -> tuple[int, int, int]:
+        """Rows, heads and KV heads that a device computes with, after an exchange of heads over `ulysses`."""
+        rows = B // axis_size(mesh, "batch") if self.heads[0] else B
+        tensor, share = mesh.shape["tensor"] if len(self.heads) > 2 and self.heads[2] else 1, mesh.shape["ulysses"]
+        kv_heads = K // tensor
+        return rows, N // tensor // share, kv_heads * kv_copies(kv_heads, share) // share
+
+
+def mesh_split(mesh: AbstractMesh, kernel: Kernel, queries: QueryShard, keys: KVShard) -> MeshSplit:
     """The sequence axes only; or the whole mesh for a kernel that the compiler cannot split over rows and heads by itself."""
     if kernel != "flash":
-        return _Split(set(SEQUENCE), PartitionSpec(None, SEQUENCE), PartitionSpec(None, SEQUENCE))
+        return MeshSplit(set(SEQUENCE), PartitionSpec(None, SEQUENCE), PartitionSpec(None, SEQUENCE))
     B, _, N, _ = queries.q.shape
     tensor, share = mesh.shape["tensor"], mesh.shape["tensor"] * mesh.shape["ulysses"]
     rows = RULES["batch"] if B % axis_size(mesh, "batch") == 0 else None
     heads = "tensor" if N % share == 0 and keys.k.shape[2] % tensor == 0 else None
-    return _Split(set(mesh.axis_names), PartitionSpec(rows, SEQUENCE), PartitionSpec(rows, SEQUENCE, heads))
+    return MeshSplit(set(mesh.axis_names), PartitionSpec(rows, SEQUENCE), PartitionSpec(rows, SEQUENCE, heads))
 
 
 def shard_map_attention(
     mesh: AbstractMesh,
-    kernel: Kernel,
-    run: Callable[..., Partial],
+    split: MeshSplit,
+    run: Callable[[QueryShard, KVShard, Any], Partial],
     queries: QueryShard,
     keys: KVShard,
     bias_params: Any,
     spread: bool = True,
 ) -> Partial:
-    """`run(share_heads, queries, keys, bias_params)` on the rows, tokens and heads of each device, for global arrays.
+    """`run(queries, keys, bias_params)` on the rows, tokens and heads of each device, for global arrays.
 
-    `share_heads(shard)` is `shard` restricted to a device's share of the heads. Without `spread` every device has all query tokens.
+    Without `spread` every device has all query tokens.
     """
-    split = _split(mesh, kernel, queries, keys)
     asking = split if spread else split._replace(tokens=_whole(split.tokens), heads=_whole(split.heads))
-
-    def share_heads(shard: ShardSpec) -> ShardSpec:
-        return share_of_bias(shard, "tensor") if len(split.heads) > 2 and split.heads[2] else shard
-
     q_specs = QueryShard(asking.heads, asking.tokens, asking.tokens)
     k_specs = KVShard(split.heads, split.heads, split.tokens, split.tokens)
     return jax.shard_map(
-        lambda *args: run(share_heads, *args),
-        mesh=mesh, in_specs=(q_specs, k_specs, PartitionSpec()), out_specs=asking.heads, axis_names=split.axes, check_vma=False,
-    )(queries, keys, bias_params)  # fmt: skip
+        run, mesh=mesh, in_specs=(q_specs, k_specs, PartitionSpec()), out_specs=asking.heads, axis_names=split.axes, check_vma=False
+    )(queries, keys, bias_params)
 
 
 def _whole(spec: PartitionSpec) -> PartitionSpec:
@@ -141,35 +145,17 @@ def _whole(spec: PartitionSpec) -> PartitionSpec:
 
 
 def context_parallel_attention(
-    mesh: AbstractMesh,
-    plan: ContextChoice,
-    shard_for: Callable[[int, int, int], ShardSpec],
-    queries: QueryShard,
-    keys: KVShard,
-    bias_params: Any,
+    choice: ContextChoice, shard: ShardSpec, exchange: bool, queries: QueryShard, keys: KVShard, bias_params: Any
 ) -> Partial:
-    """`(o_BTNH, lse_BTN)` in float32 or wider of global arrays whose sequence is split over `SEQUENCE`.
+    """`(o_BTNH, lse_BTN)` in float32 or wider of a device's own tokens; inside `shard_map` over the mesh's sequence axes.
 
-    Every device computes the results of its own tokens. `shard_for(tokens, heads, kv_heads)` returns the static arguments for the
-    sizes that a device processes at a time.
+    `exchange`: devices trade tokens for heads first (ulysses).
     """
-    ring_size, share = mesh.shape["ring"], mesh.shape["ulysses"]
-    exchange = share > 1
-    one = shard_for(queries.q.shape[1] // ring_size, queries.q.shape[2] // share, max(1, keys.k.shape[2] // share))
-    biased = one.scheme.bias is not None
+    shard = share_of_bias(shard, "ulysses") if exchange else shard
 
-    def run(share_heads: Callable[[ShardSpec], ShardSpec], queries: QueryShard, keys: KVShard, bias_params: Any) -> Partial:
-        def attention(queries: QueryShard, keys: KVShard) -> Partial:
-            (B, T, N, _), K, hops = queries.q.shape, keys.k.shape[2], plan.hops
-            if plan.strategy != "gather" and target_platform() == "cpu":
-                hops = host_parts(hops, biased, B, T, N, K)
-            here = share_heads(shard_for(T, N // hops.groups, K // hops.groups))
-            if exchange:
-                here = share_of_bias(here, "ulysses")
-            if plan.strategy == "gather":
-                return gather(here, "ring", hops.slices, queries, keys, bias_params)
-            return ring(here, "ring", hops, queries, keys, bias_params)
+    def attention(queries: QueryShard, keys: KVShard) -> Partial:
+        if choice.strategy == "gather":
+            return gather(shard, "ring", choice.schedule.slices, queries, keys, bias_params)
+        return ring(shard, "ring", choice.schedule, queries, keys, bias_params)
 
-        return ulysses(attention, "ulysses", queries, keys) if exchange else attention(queries, keys)
-
-    return shard_map_attention(mesh, one.kernel, run, queries, keys, bias_params)
+    return ulysses(attention, "ulysses", queries, keys) if exchange else attention(queries, keys)

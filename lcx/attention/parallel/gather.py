@@ -15,18 +15,17 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lcx.attention.blockwise import SAVED
-from lcx.attention.partial import Partial, merge
+from lcx.attention.partial import Partial, merge, zeros_fp32
 from lcx.attention.shard import (
     KVShard,
     QueryShard,
-    ShardSpec,
     cotangents,
     nothing_seen,
     scan_key_slices,
     shard_attention,
     shard_vjp,
-    zeros_fp32,
 )
+from lcx.attention.spec import ShardSpec
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -36,10 +35,8 @@ def gather(shard: ShardSpec, axis: str, slices: int, queries: QueryShard, keys: 
 
 
 def _forward(shard: ShardSpec, axis: str, slices: int, queries: QueryShard, keys: KVShard, bias_params: Any) -> Partial:
-    wide = jnp.promote_types(queries.q.dtype, jnp.float32)
-
     def part(so_far: Partial, keys: KVShard) -> tuple[Partial, None]:
-        return merge(so_far, shard_attention(shard, queries, _everybodys(axis, keys), bias_params, wide)), None
+        return merge(so_far, shard_attention(shard, queries, _everybodys(axis, keys), bias_params)), None
 
     return scan_key_slices(part, nothing_seen(queries), keys, slices)[0]
 

@@ -19,19 +19,18 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lcx.attention.blockwise import SAVED
-from lcx.attention.partial import Partial, merge
+from lcx.attention.partial import Partial, merge, zeros_fp32
 from lcx.attention.shard import (
     KVShard,
     QueryShard,
-    ShardSpec,
     cotangents,
     map_head_groups,
     nothing_seen,
     scan_key_slices,
     shard_attention,
     shard_vjp,
-    zeros_fp32,
 )
+from lcx.attention.spec import ShardSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +60,9 @@ def _forward(shard: ShardSpec, axis: str, hops: RingSchedule, queries: QueryShar
             return _forward(shard, axis, _one_group(hops), queries.replace(q=q), keys.replace(k=k, v=v), bias_params)
 
         return map_head_groups(some, hops.groups, nothing_seen(queries), (queries.q, keys.k, keys.v))
-    wide = jnp.promote_types(queries.q.dtype, jnp.float32)
 
     def visit(so_far: Partial, here: KVShard, following: Any) -> tuple[Partial, Any]:
-        part = shard_attention(shard, queries, here, bias_params, wide)
+        part = shard_attention(shard, queries, here, bias_params)
         # Keeps the compiler from moving the transfer after the kernel, where only the merge would be left to hide it.
         following, part = jax.lax.optimization_barrier((following, part))
         return merge(so_far, part), following

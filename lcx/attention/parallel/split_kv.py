@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from lcx.attention.partial import Partial
-from lcx.attention.shard import KVShard, QueryShard, ShardSpec, shard_attention
+from lcx.attention.shard import KVShard, QueryShard, shard_attention
+from lcx.attention.spec import ShardSpec
 from lcx.core.mesh import SEQUENCE
 
 
@@ -27,10 +28,9 @@ def split_kv(shard: ShardSpec, spread: bool, queries: QueryShard, keys: KVShard,
     `shard` holds the static arguments for all queries over a device's slots. Any assignment of tokens to slots is correct: the
     index identifies each slot's token.
     """
-    wide = jnp.promote_types(queries.q.dtype, jnp.float32)
     if spread:
         queries = jax.tree.map(lambda x: jax.lax.all_gather(x, SEQUENCE, axis=1, tiled=True), queries)
-    return merge_over(SEQUENCE, shard_attention(shard, queries, keys, bias_params, wide), spread)
+    return merge_over(SEQUENCE, shard_attention(shard, queries, keys, bias_params), spread)
 
 
 def merge_over(axes: tuple[str, ...], part: Partial, scatter: bool) -> Partial:

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from lcx.attention.partial import Partial
-from lcx.attention.shard import KVShard, QueryShard, ShardSpec
+from lcx.attention.shard import KVShard, QueryShard
+from lcx.attention.spec import ShardSpec
 from lcx.core.errors import UserError
 from lcx.positions.scheme import BiasFn
 
@@ -61,9 +62,10 @@ class HeadShare(BiasFn):
 
 def share_of_bias(shard: ShardSpec, axis: str) -> ShardSpec:
     """`shard` for the heads of this device of mesh axis `axis`; unchanged without a bias."""
-    if shard.scheme.bias is None:
-        return shard
-    return dataclasses.replace(shard, scheme=dataclasses.replace(shard.scheme, bias=HeadShare(shard.scheme.bias, axis)))
+    bias = shard.kernel.bias
+    return (
+        shard if bias is None else dataclasses.replace(shard, kernel=dataclasses.replace(shard.kernel, bias=HeadShare(bias, axis)))
+    )
 
 
 def ulysses(attention: Callable[[QueryShard, KVShard], Partial], axis: str, queries: QueryShard, keys: KVShard) -> Partial:
