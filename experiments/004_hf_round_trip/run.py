@@ -147,7 +147,7 @@ def grids(folder: Path) -> dict[str, list[list[int]]]:
 
     found: dict[str, dict[int, np.ndarray]] = {"lcx": {}, "transformers": {}}
     for length, asked in items.items():
-        arch, buffers = build_architecture(model, build_schemes(run.model, loaded.schemes), length)
+        arch, buffers = build_architecture(model, run.execution, build_schemes(model, loaded.schemes), length)
         found["lcx"][length] = needles.generated(functools.partial(ours, arch, buffers), asked, evals.tokens_per_forward)
         found["transformers"][length] = needles.generated(theirs, asked, evals.tokens_per_forward)
     cells = {side: needles.grid(rows, items, evals.depths, "generation", side, None).correct for side, rows in found.items()}

@@ -6,7 +6,7 @@ Legend: R rows, B rows in one forward pass, T tokens.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -18,11 +18,9 @@ from lcx.attention.parallel.sequence_layout import arrange, restore
 from lcx.core.batch import Batch
 from lcx.core.mesh import context_size, mesh_of
 from lcx.core.trees import Tree
-from lcx.model.architecture import Architecture, build_architecture, row_layout
-from lcx.model.config import ModelConfig
+from lcx.model.architecture import Architecture, row_layout
 from lcx.model.loss import token_losses
 from lcx.model.transformer import hidden_states
-from lcx.positions.scheme import Scheme
 
 
 class Scores(NamedTuple):
@@ -52,16 +50,15 @@ def score(params: Tree, buffers: Tree, tokens: jax.Array, arch: Architecture, la
         states = hidden_states(params, buffers, arch, batch)[0][:, -last:]
         losses = token_losses(params, states, batch.targets[:, -last:], arch)
         return losses.nll, losses.correct
-    ring, layout = mesh.shape["ring"], row_layout(arch.config, batch.tokens.shape[1], mesh)
+    ring, layout = mesh.shape["ring"], row_layout(arch.config, arch.execution, batch.tokens.shape[1], mesh)
     batch = arrange(batch, layout, ring).replace(layout=layout)
     losses = token_losses(params, hidden_states(params, buffers, arch, batch)[0], batch.targets, arch)
     nll, correct = restore((losses.nll, losses.correct), layout, ring)
     return nll[:, -last:], correct[:, -last:]
 
 
-def model_scorer(params: Tree, config: ModelConfig, schemes: Mapping[str, Scheme], length: int) -> Scorer:
-    """A scorer of the model under `schemes` (by layer kind), laid out for `length` tokens, on the mesh that the weights are on."""
-    arch, buffers = build_architecture(config, schemes, length)
+def model_scorer(params: Tree, arch: Architecture, buffers: Tree) -> Scorer:
+    """A scorer with `arch` and `buffers` of `build_architecture`, for the rows' length, on the mesh that the weights are on."""
 
     def run(rows: np.ndarray, last: int) -> Scores:
         with mesh_of(params):
@@ -69,7 +66,7 @@ def model_scorer(params: Tree, config: ModelConfig, schemes: Mapping[str, Scheme
             fill = -(rows.shape[1] - 1) % (2 * context_size()) if context_size() > 1 else 0
             rows = np.pad(rows, ((0, 0), (0, fill)))
             # With a small vocabulary the logits of all tokens cost less than compiling a program for each `last`.
-            scored = rows.shape[1] - 1 if config.vocab_size <= 1024 else last + fill
+            scored = rows.shape[1] - 1 if arch.config.vocab_size <= 1024 else last + fill
             scores = (fetch(x) for x in score(params, buffers, jnp.asarray(rows, jnp.int32), arch, scored))
         return Scores(*(x[:, x.shape[1] - fill - last : x.shape[1] - fill] for x in scores))
 

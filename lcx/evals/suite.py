@@ -28,9 +28,10 @@ from lcx.evals.perplexity import bytes_per_token, perplexity, spans
 from lcx.evals.results import EvalResult, NeedleGrid, PerplexityCurve
 from lcx.evals.scoring import Scorer, model_scorer
 from lcx.evals.zero_shot import at_length, check, refuse_learned
-from lcx.model.architecture import build_architecture
+from lcx.model.architecture import Architecture, build_architecture
 from lcx.model.config import ModelConfig
 from lcx.model.decode import generate
+from lcx.model.execution import ExecutionConfig
 from lcx.positions.scheme import Scheme
 
 
@@ -122,6 +123,7 @@ def gather(data: DataConfig, config: EvalConfig) -> Materials:
 def evaluate(
     params: Tree,
     model: ModelConfig,
+    execution: ExecutionConfig,
     schemes: Mapping[str, Scheme],
     data: DataConfig,
     config: EvalConfig,
@@ -144,7 +146,7 @@ def evaluate(
             chosen = at_length(schemes, spec, trained, length)
             if spec.strip() != "none":
                 refuse_learned(spec, {kind: x for kind, x in chosen.items() if x != schemes[kind]}, model, length)
-            build_architecture(model, chosen, length)
+            build_architecture(model, execution, chosen, length)
     materials = gather(data, config)
     specs = ("none", *(spec for spec in config.zero_shot if spec != "none"))
     grids: list[NeedleGrid] = []
@@ -152,12 +154,12 @@ def evaluate(
     with Progress(f"{label}: measuring", _measurements(config, materials, len(specs) - 1), every=None) as bar:
         for spec in specs:
 
-            def schemes_for(length: int, spec: str = spec) -> dict[str, Scheme]:
+            def built(length: int, spec: str = spec) -> tuple[Architecture, Tree]:
                 bar.advance(f"{spec} at {length:,}")
-                return at_length(schemes, spec, trained, length)
+                return build_architecture(model, execution, at_length(schemes, spec, trained, length), length)
 
-            def scorer_for(length: int, schemes_for=schemes_for) -> Scorer:
-                return model_scorer(params, model, schemes_for(length), length)
+            def scorer_for(length: int, built=built) -> Scorer:
+                return model_scorer(params, *built(length))
 
             measured = config.needle_items if spec == "none" else config.zero_shot_items
             if materials.items and measured:
@@ -167,7 +169,7 @@ def evaluate(
                 announce(f"{label}: needles, {spec}: {_by_length(grids[-1])}")
             if materials.items and config.generation_items and spec == "none":
                 few = materials.few(config.generation_items, len(config.depths))
-                found = {n: _generated(params, model, schemes_for(n), few[n], config) for n in sorted(few)}
+                found = {n: _generated(params, *built(n), few[n], config) for n in sorted(few)}
                 grids.append(needles.grid(found, few, config.depths, "generation", spec, trained))
                 announce(f"{label}: needles by generation: {_by_length(grids[-1])}")
             if materials.text is not None:
@@ -196,10 +198,7 @@ def _measurements(config: EvalConfig, materials: Materials, zero_shot: int) -> i
     return len(config.lengths) * (grids + (materials.text is not None) * (1 + zero_shot))
 
 
-def _generated(
-    params: Tree, model: ModelConfig, schemes: Mapping[str, Scheme], items: needles.Items, config: EvalConfig
-) -> np.ndarray:
-    arch, buffers = build_architecture(model, schemes, items.length)
+def _generated(params: Tree, arch: Architecture, buffers: Tree, items: needles.Items, config: EvalConfig) -> np.ndarray:
     # Where the weights were placed decides: on a context mesh prompts and caches are split as rows are in training.
     with mesh_of(params):
         return needles.generated(functools.partial(generate, params, buffers, arch), items, config.tokens_per_forward)

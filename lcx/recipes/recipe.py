@@ -163,5 +163,6 @@ def evaluate_loaded(loaded: Loaded, evals: EvalConfig, label: str, workdir: Path
     run, meta = loaded.run, loaded.meta
     schemes = build_schemes(run.model, loaded.schemes)
     return evaluate(
-        loaded.params, run.model, schemes, run.data, evals, trained=meta.length, label=label, step=meta.step, workdir=workdir
-    )
+        loaded.params, run.model, run.execution, schemes, run.data, evals,
+        trained=meta.length, label=label, step=meta.step, workdir=workdir,
+    )  # fmt: skip

@@ -14,6 +14,7 @@ from lcx.core.errors import UserError
 from lcx.core.mesh import MeshConfig
 from lcx.data.config import DataConfig
 from lcx.model.config import ModelConfig
+from lcx.model.execution import ExecutionConfig
 from lcx.positions.registry import extend, from_config
 from lcx.positions.scheme import Scheme
 from lcx.training.metrics import MetricsConfig
@@ -98,6 +99,7 @@ class RunConfig:
 
     model: ModelConfig
     stages: tuple[StageConfig, ...]
+    execution: ExecutionConfig = ExecutionConfig()
     positions: dict[str, Any] = dataclasses.field(default_factory=lambda: {"default": {"name": "rope", "theta": 10000.0}})
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()

@@ -12,6 +12,7 @@ from lcx.evals.perplexity import bytes_per_token, cover, loss_by_position, perpl
 from lcx.evals.scoring import Scores, model_scorer, score_rows
 from lcx.model.architecture import build_architecture, build_schemes
 from lcx.model.config import ModelConfig
+from lcx.model.execution import ExecutionConfig
 from lcx.model.loss import logits
 from lcx.model.params import specs
 from lcx.model.transformer import hidden_states
@@ -66,20 +67,20 @@ def test_windows_cover_each_token_once(span, length, stride):
 
 def test_equals_a_direct_computation_with_dense_attention():
     """Windows of every length against log-probabilities made token by token from full logits."""
-    import dataclasses
-
     schemes = build_schemes(CONFIG, {"default": "rope:theta=100"})
     params = initialize(specs(CONFIG, schemes, 64), jax.random.key(1))
     params = jax.tree.map(lambda x: 3 * x, params)  # far from uniform
     text = np.random.default_rng(2).integers(0, 64, (3, 65)).astype(np.int32)
-    blockwise = dataclasses.replace(CONFIG, attention="blockwise")
+
+    def built(kernel, length):
+        return build_architecture(CONFIG, ExecutionConfig(attention=kernel), schemes, length)
+
     curve = perplexity(
-        lambda n: model_scorer(params, blockwise, schemes, n), text, [16, 64], stride=16, final=5, tokens_per_forward=100
+        lambda n: model_scorer(params, *built("blockwise", n)), text, [16, 64], stride=16, final=5, tokens_per_forward=100
     )
-    dense = dataclasses.replace(CONFIG, attention="dense")
     for point in curve.points:
-        arch, buffers = build_architecture(dense, schemes, point.length)
-        full = jax.jit(lambda buffers, batch, arch=arch: logits(params, hidden_states(params, buffers, arch, batch)[0], dense))
+        arch, buffers = built("dense", point.length)
+        full = jax.jit(lambda buffers, batch, arch=arch: logits(params, hidden_states(params, buffers, arch, batch)[0], CONFIG))
         wanted, final = np.zeros((3, 64)), None
         for start, first in cover(64, point.length, min(16, point.length)):
             batch = Batch.from_tokens(text[:, start : start + point.length + 1])

@@ -17,6 +17,7 @@ from lcx.evals.suite import EvalConfig, _generated, evaluate, gather
 from lcx.model.architecture import build_architecture, build_schemes
 from lcx.model.config import ModelConfig
 from lcx.model.decode import generate
+from lcx.model.execution import ExecutionConfig
 from lcx.model.params import specs
 
 MODEL = ModelConfig(model_dim=32, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=16, mlp_dim=32)
@@ -44,7 +45,17 @@ def data(tmp_path):
 def test_evaluates_every_scheme_and_writes_json(params, data, tmp_path):
     said = []
     result = evaluate(
-        params, MODEL, SCHEMES, data, CONFIG, trained=64, label="before", step=7, workdir=tmp_path, announce=said.append
+        params,
+        MODEL,
+        ExecutionConfig(),
+        SCHEMES,
+        data,
+        CONFIG,
+        trained=64,
+        label="before",
+        step=7,
+        workdir=tmp_path,
+        announce=said.append,
     )
     names = ["none", "linear", "ntk", "rope:theta=critical"]
     assert [grid.scheme for grid in result.needles] == names == [curve.scheme for curve in result.perplexity]
@@ -72,15 +83,24 @@ def test_the_bar_ends_at_its_total(params, data, monkeypatch, left_out):
 
     monkeypatch.setattr(suite, "Progress", Watched)
     config = dataclasses.replace(CONFIG, **left_out)
-    evaluate(params, MODEL, SCHEMES, data, config, trained=64, announce=lambda _: None)
+    evaluate(params, MODEL, ExecutionConfig(), SCHEMES, data, config, trained=64, announce=lambda _: None)
     assert [bar._done for bar in bars] == [bar._total for bar in bars] != [0]
 
 
 def test_another_theta_or_scheme_of_the_same_form_compiles_nothing(params, data):
     config = dataclasses.replace(CONFIG, zero_shot=())
-    evaluate(params, MODEL, SCHEMES, data, config, trained=64, announce=lambda _: None)
+    evaluate(params, MODEL, ExecutionConfig(), SCHEMES, data, config, trained=64, announce=lambda _: None)
     before = score._cache_size()
-    evaluate(params, MODEL, build_schemes(MODEL, {"default": "rope:theta=7"}), data, CONFIG, trained=64, announce=lambda _: None)
+    evaluate(
+        params,
+        MODEL,
+        ExecutionConfig(),
+        build_schemes(MODEL, {"default": "rope:theta=7"}),
+        data,
+        CONFIG,
+        trained=64,
+        announce=lambda _: None,
+    )
     assert score._cache_size() == before
 
 
@@ -100,7 +120,7 @@ def _files(rows: np.ndarray) -> list[int]:
 def test_generation_and_teacher_forcing_agree(params, data):
     """Answers made by greedy generation are found by both ways of scoring, others by neither."""
     made = gather(data, CONFIG).items[64]
-    arch, buffers = build_architecture(MODEL, SCHEMES, 64)
+    arch, buffers = build_architecture(MODEL, ExecutionConfig(), SCHEMES, 64)
     write = functools.partial(generate, params, buffers, arch)
     answers = write([row[:60] for row in made.tokens], 4)
     own = dataclasses.replace(made, tokens=made.tokens.copy())
@@ -109,7 +129,7 @@ def test_generation_and_teacher_forcing_agree(params, data):
     wanted = [False] + [True] * (len(own.tokens) - 1)
 
     def scorer_for(length):
-        return model_scorer(params, MODEL, SCHEMES, length)
+        return model_scorer(params, *build_architecture(MODEL, ExecutionConfig(), SCHEMES, length))
 
     assert needles.teacher_forced(scorer_for, own, 256).tolist() == wanted
     assert needles.generated(write, own, 256).tolist() == wanted
@@ -119,7 +139,7 @@ def test_generation_has_a_grid_of_its_own(params, data):
     config = EvalConfig(
         lengths=(64,), depths=(0.5,), needle_items=2, generation_items=1, perplexity_tokens=0, tokens_per_forward=256
     )
-    result = evaluate(params, MODEL, SCHEMES, data, config, trained=64, announce=lambda _: None)
+    result = evaluate(params, MODEL, ExecutionConfig(), SCHEMES, data, config, trained=64, announce=lambda _: None)
     assert [(grid.method, grid.items) for grid in result.needles] == [("teacher_forced", 2), ("generation", 1)]
     assert result.perplexity == () and result.grid(method="generation").items == 1
 
@@ -129,21 +149,22 @@ def test_generation_runs_where_the_weights_are(params, data):
     made = dataclasses.replace(gather(data, CONFIG).items[64], length=67)
     mesh = make_mesh(MeshConfig(fsdp=1, context=4, ulysses=2), jax.devices()[:4])
     config = dataclasses.replace(CONFIG, tokens_per_forward=256)
-    arch, buffers = build_architecture(MODEL, SCHEMES, 67)
+    arch, buffers = build_architecture(MODEL, ExecutionConfig(), SCHEMES, 67)
     answers = generate(params, buffers, arch, [row[:60] for row in made.tokens], 4)
     made.tokens[:, 60:64] = answers
     made.tokens[0, 62] ^= 1
     split = jax.device_put(params, shardings(specs(MODEL, SCHEMES, 128), mesh))
     with mesh_of(split):
         assert jax.sharding.get_mesh() == mesh
-    assert _generated(split, MODEL, SCHEMES, made, config).tolist() == [False] + [True] * (len(made.tokens) - 1)
+    assert _generated(split, arch, buffers, made, config).tolist() == [False] + [True] * (len(made.tokens) - 1)
 
 
 @pytest.mark.parametrize("length", [64, 67])
 def test_scores_are_the_same_where_rows_are_split(params, length):
     rows = np.random.default_rng(0).integers(0, 256, (2, length + 1))
     split = jax.device_put(params, shardings(specs(MODEL, SCHEMES, 128), make_mesh(MeshConfig(fsdp=1, context=8, ulysses=2))))
-    one, several = (model_scorer(tree, MODEL, SCHEMES, length)(rows, 5) for tree in (params, split))
+    built = build_architecture(MODEL, ExecutionConfig(), SCHEMES, length)
+    one, several = (model_scorer(tree, *built)(rows, 5) for tree in (params, split))
     np.testing.assert_allclose(several.nll, one.nll, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(several.correct, one.correct)
     assert one.nll.shape == several.nll.shape == (2, 5)
