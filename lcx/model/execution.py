@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Literal
 
 from lcx.core.configs import positive
+from lcx.core.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,3 +45,11 @@ class ExecutionConfig:
 
 
 FIELDS = frozenset(field.name for field in dataclasses.fields(ExecutionConfig))
+
+
+def refuse_moved(*paths: str) -> None:
+    """Raises `UserError` for a path such as config.model.remat, where lcx 0.1 had what is a field of `ExecutionConfig` now."""
+    for path in paths:
+        found = re.fullmatch(r"(|config\.|--config\.)model\.(\w+)", path)
+        if found and found[2] in FIELDS:
+            raise UserError(f"{path} has moved; set {found[1]}execution.{found[2]} instead")
