@@ -71,9 +71,11 @@ def long_prompt() -> dict[str, Any]:
 
     from lcx.core.batch import Index
     from lcx.core.param_spec import initialize
+    from lcx.model.architecture import build_architecture
     from lcx.model.cache import empty_cache
-    from lcx.model.config import ModelConfig, build_architecture
+    from lcx.model.config import ModelConfig
     from lcx.model.decode import _extend, generate
+    from lcx.model.execution import ExecutionConfig
     from lcx.model.params import specs
     from lcx.model.transformer import unstack
     from lcx.positions.rotary import Rope
@@ -81,7 +83,7 @@ def long_prompt() -> dict[str, Any]:
     sizes = dict(vocab_size=256, model_dim=128, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=64, mlp_dim=384)
     length, chunk, new = FLAGS.long_length, FLAGS.long_chunk, 8
     config, schemes = ModelConfig(**sizes), {"global": Rope(theta=5e6)}
-    arch, buffers = build_architecture(config, schemes, length + new)
+    arch, buffers = build_architecture(config, ExecutionConfig(), schemes, length + new)
     params = initialize(specs(config, schemes, length + new), jax.random.key(0))
     cache = empty_cache(arch, buffers, 1, length + new, chunk, stacked=False)
     part = jnp.zeros((1, chunk), jnp.int32)

@@ -60,8 +60,8 @@ def generate(
     if isinstance(prompts, str):
         raise UserError("prompts must be a list of texts, not a single text; write [prompt]")
     return generate_text(
-        model.params, model.run.model, build_schemes(model.run.model, model.schemes), tokenizers.load(model.run.data.tokenizer),
-        prompts, max_new_tokens, trained=model.meta.length, positions=positions,
+        model.params, model.run.model, model.run.execution, build_schemes(model.run.model, model.schemes),
+        tokenizers.load(model.run.data.tokenizer), prompts, max_new_tokens, trained=model.meta.length, positions=positions,
         sampling=Sampling(temperature, top_k, top_p, seed), stop=stop, stop_ids=model.stop_ids, chunk=chunk, on_text=on_text,
     )  # fmt: skip
 

@@ -19,6 +19,7 @@ from lcx.data.config import DataConfig
 from lcx.data.loader import Loader
 from lcx.model.architecture import build_architecture, build_schemes
 from lcx.model.config import ModelConfig
+from lcx.model.execution import ExecutionConfig
 from lcx.model.params import specs
 from lcx.model.transformer import hidden_states
 from lcx.positions.registry import SCHEMES
@@ -27,7 +28,7 @@ from tests.positions.test_registry import TEXTS
 T = 56
 """More than two of dual chunk attention's chunks, and several of the windows."""
 
-MODEL = ModelConfig(model_dim=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, mlp_dim=16, attention="dense")
+MODEL = ModelConfig(model_dim=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, mlp_dim=16)
 METHODS = ("concat_then_split", "first_fit", "best_fit")
 PACKINGS = list(itertools.product(METHODS, (False, True), (False, True), (False, True)))
 
@@ -91,10 +92,10 @@ def visible(documents: np.ndarray) -> np.ndarray:
     return np.stack(out)
 
 
-def build_model(text: str, model: ModelConfig = MODEL, vocab_size: int | None = None):
-    model = dataclasses.replace(model, vocab_size=vocab_size or model.vocab_size)
+def build_model(text: str, vocab_size: int, kernel: str = "dense"):
+    model = dataclasses.replace(MODEL, vocab_size=vocab_size)
     schemes = build_schemes(model, {"default": text})
-    arch, buffers = build_architecture(model, schemes, T)
+    arch, buffers = build_architecture(model, ExecutionConfig(attention=kernel), schemes, T)
     return initialize(specs(model, schemes, T), jax.random.key(0)), buffers, arch
 
 
@@ -140,8 +141,7 @@ def test_no_scheme_and_no_packing_leaks(name, packed):
 @pytest.mark.parametrize("name", ["rope", "self_extend"])
 def test_nor_does_the_blockwise_kernel(name, packed):
     batch, documents = packed
-    model = dataclasses.replace(MODEL, attention="blockwise")
-    params, buffers, arch = build_model(TEXTS[name], model, batch.tokens.size)
+    params, buffers, arch = build_model(TEXTS[name], batch.tokens.size, "blockwise")
     check(reach(params, buffers, arch, batch), documents)
 
 

@@ -16,6 +16,7 @@ from lcx.core.trees import Tree
 from lcx.model.architecture import build_architecture
 from lcx.model.config import ModelConfig
 from lcx.model.decode import generate
+from lcx.model.execution import ExecutionConfig
 from lcx.positions.rotary import Rope
 
 
@@ -40,7 +41,8 @@ def params() -> Tree:
 
 def build(rows: int, length: int, new: int) -> tuple[Generate, dict[str, Any]]:
     """`lcx.model.decode.generate`, as `lcx generate` calls it."""
-    arch, buffers = build_architecture(ModelConfig(**MODEL, norm_eps=NORM_EPS), {"global": Rope(theta=THETA)}, length + new)
+    config, schemes = ModelConfig(**MODEL, norm_eps=NORM_EPS), {"global": Rope(theta=THETA)}
+    arch, buffers = build_architecture(config, ExecutionConfig(), schemes, length + new)
     made, asked = params(), list(prompts(rows, length))
 
     def run(begun: Callable[[], None]) -> list[list[int]]:

@@ -16,6 +16,7 @@ from lcx.core.batch import Batch
 from lcx.core.mesh import MeshConfig, make_mesh
 from lcx.model.architecture import build_architecture
 from lcx.model.config import ModelConfig
+from lcx.model.execution import ExecutionConfig
 from lcx.model.params import specs
 from lcx.positions.rotary import Rope
 from lcx.training.optimizer import OptimConfig
@@ -26,7 +27,7 @@ def build(rows: int, length: int, devices: int = 1) -> tuple[Callable[[], float]
     """The compiled, donated step in float32; each call moves a batch from the host and waits for its loss."""
     config = ModelConfig(**MODEL, norm_eps=NORM_EPS)
     schemes = {"global": Rope(theta=THETA)}
-    arch, buffers = build_architecture(config, schemes, length)
+    arch, buffers = build_architecture(config, ExecutionConfig(), schemes, length)
     mesh = make_mesh(MeshConfig(fsdp=1, context=devices, ulysses=devices), jax.devices()[:devices])
     step = train_step(arch, specs(config, schemes, length), OptimConfig(schedule="constant", **OPTIMIZER), 10**6, mesh)
     state = step.init_state(jax.random.key(0))

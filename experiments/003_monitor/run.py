@@ -71,7 +71,8 @@ def extension(seed: int, base: Path, thetas: list[float]) -> RunConfig:
 
 def score(loaded: Loaded, corpus: Corpus, length: int) -> monitor.Probe:
     """A held-out probe of 256 rows at `length`, other rows than the monitor's."""
-    arch, buffers = build_architecture(loaded.run.model, build_schemes(loaded.run.model, loaded.schemes), length)
+    model, execution = loaded.run.model, loaded.run.execution
+    arch, buffers = build_architecture(model, execution, build_schemes(model, loaded.schemes), length)
     batch = probe(loaded.run.data, length, 256, 10_000 + loaded.run.seed, corpus)
     return monitor.read_probe(monitor.probe_sums(loaded.params, buffers, arch, batch))
 

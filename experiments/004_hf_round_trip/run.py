@@ -135,7 +135,7 @@ def grids(folder: Path) -> dict[str, list[list[int]]]:
     differ = 0
     for length in GRID:
         items = task.items(length, ITEMS)
-        ours = LocalBackend(loaded.params, model, schemes, length).generate(items, len(items[0].answer))
+        ours = LocalBackend(loaded.params, model, run.execution, schemes, length).generate(items, len(items[0].answer))
         answers = {"lcx": ours, "transformers": [continuation(network, item) for item in items]}
         found = {side: np.asarray([task.score(*pair) for pair in zip(items, made, strict=True)]) for side, made in answers.items()}
         differ += int(np.sum(found["lcx"] != found["transformers"]))

@@ -65,6 +65,7 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     generate_text(
         loaded.params,
         loaded.run.model,
+        loaded.run.execution,
         build_schemes(loaded.run.model, loaded.schemes),
         tokenizers.load(loaded.run.data.tokenizer),
         prompts,

@@ -20,6 +20,7 @@ from absl import flags
 
 from lcx.core.configs import nearest
 from lcx.core.errors import UserError
+from lcx.model.execution import refuse_moved
 
 CONFIG_HELP = "    --config.KEY=VALUE     change a value of the config, as in --config.seed=1; may be repeated\n"
 
@@ -136,8 +137,9 @@ def _quoted(word: str) -> str:
 
 def check_key(config: Any, key: str) -> None:
     """Raises `UserError` with the nearest field where a config has nothing under a dotted key."""
-    place = "config"
-    for part in re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", key).split("."):
+    place, parts = "config", re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", key).split(".")
+    refuse_moved(".".join(["--config", *parts]))
+    for part in parts:
         if isinstance(config, Mapping | ml_collections.ConfigDict):
             if part not in config:
                 raise UserError(f"--config.{key}: {place} has no field {part!r}{nearest(part, config)}")

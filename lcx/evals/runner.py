@@ -25,6 +25,7 @@ from lcx.evals.tasks.table import TASKS
 from lcx.evals.zero_shot import at_length, refuse_learned
 from lcx.model.architecture import build_architecture
 from lcx.model.config import ModelConfig
+from lcx.model.execution import ExecutionConfig
 from lcx.positions.scheme import Scheme
 
 
@@ -47,6 +48,7 @@ def chosen_tasks(config: EvalConfig) -> list[type[Task]]:
 def evaluate(
     params: Tree,
     model: ModelConfig,
+    execution: ExecutionConfig,
     schemes: Mapping[str, Scheme],
     data: DataConfig,
     config: EvalConfig,
@@ -69,7 +71,7 @@ def evaluate(
             chosen = at_length(schemes, spec, trained, length)
             if spec.strip() != "none":
                 refuse_learned(spec, {kind: x for kind, x in chosen.items() if x != schemes[kind]}, model, length)
-            build_architecture(model, chosen, length)
+            build_architecture(model, execution, chosen, length)
     materials = gather(data, config)
     tasks = [task for task in (kind.build(materials) for kind in chosen_tasks(config)) if task is not None]
     specs = ("none", *(spec for spec in config.zero_shot if spec != "none"))
@@ -81,7 +83,7 @@ def evaluate(
             for length in sorted(config.lengths):
                 bar.advance(f"{task.name}, {spec} at {length:,}")
                 chosen = at_length(schemes, spec, trained, length)
-                backend = LocalBackend(params, model, chosen, length, config.tokens_per_forward)
+                backend = LocalBackend(params, model, execution, chosen, length, config.tokens_per_forward)
                 found += task.measure(backend, length, count)
             rows += [dataclasses.replace(row, scheme=spec) for row in found]
             announce(f"{label}: {task.name}, {spec}: {_by_length(found)}")

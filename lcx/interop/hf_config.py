@@ -58,12 +58,6 @@ FIELDS = {
 }
 """Fields of `ModelConfig` whose value is stored unchanged under one key of config.json."""
 
-COMPUTATION = (
-    "compute_dtype", "remat", "layer_unroll", "mlp_tile", "loss_tile", "attention", "context_strategy", "context_layout",
-    "router_aux_weight", "expert_matmul",
-)  # fmt: skip
-"""Fields of `ModelConfig` about how it is computed or trained, which a checkpoint does not record."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Described:
@@ -333,7 +327,8 @@ def _rope(wanted: Described, family: Family) -> dict[str, Any]:
 def _difference(wanted: Described, found: Described) -> str | None:
     """The first difference in what a model read back would compute; None if there is none."""
     for field in dataclasses.fields(ModelConfig):
-        if field.name in COMPUTATION or field.name in ("pattern", "query_scale"):
+        # The weight of the balance matters in training alone, and config.json does not record it; the others are compared below.
+        if field.name in ("router_aux_weight", "pattern", "query_scale"):
             continue
         have, want = getattr(found.model, field.name), getattr(wanted.model, field.name)
         if field.name == "window" and not any(map(is_local, wanted.model.kinds)):

@@ -14,15 +14,17 @@ from lcx.core.configs import choice
 from lcx.core.errors import UserError
 from lcx.core.mask import Mask
 from lcx.model.config import ModelConfig, is_local
+from lcx.model.execution import ExecutionConfig
 from lcx.positions.registry import from_config
 from lcx.positions.scheme import Scheme, SchemeSpec
 
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """A model and the static schemes of its positional schemes: everything that a compiled program depends on."""
+    """A model, how it is computed, and the static part of its positional schemes: all that a compiled program depends on."""
 
     config: ModelConfig
+    execution: ExecutionConfig
     schemes: tuple[tuple[str, SchemeSpec], ...]
 
     def scheme(self, kind: str) -> SchemeSpec:
@@ -39,8 +41,8 @@ class Architecture:
             scheme=self.scheme(kind),
             scale=scale,
             softcap=config.attention_softcap,
-            kernel=config.attention,
-            strategy=config.context_strategy,
+            kernel=self.execution.attention,
+            strategy=self.execution.context_strategy,
         )
 
 
@@ -62,7 +64,9 @@ def build_schemes(config: ModelConfig, positions: Mapping[str, Any]) -> dict[str
     return schemes
 
 
-def build_architecture(config: ModelConfig, schemes: Mapping[str, Scheme], length: int) -> tuple[Architecture, dict[str, Any]]:
+def build_architecture(
+    config: ModelConfig, execution: ExecutionConfig, schemes: Mapping[str, Scheme], length: int
+) -> tuple[Architecture, dict[str, Any]]:
     """Static architecture and the arrays of its schemes for a declared length (in tokens, including generated ones).
 
     The arrays are a pytree `{kind: {"rotations": ..., ...}}` whose structure does not depend on theta, so programs compiled for one
@@ -70,9 +74,9 @@ def build_architecture(config: ModelConfig, schemes: Mapping[str, Scheme], lengt
     """
     specs = tuple((kind, schemes[kind].spec(length)) for kind in config.kinds)
     buffers = {kind: schemes[kind].buffers(config.heads, length) for kind in config.kinds}
-    return Architecture(config, specs), buffers
+    return Architecture(config, execution, specs), buffers
 
 
-def row_layout(config: ModelConfig, length: int, mesh: Mesh) -> SequenceLayout:
+def row_layout(config: ModelConfig, execution: ExecutionConfig, length: int, mesh: Mesh) -> SequenceLayout:
     """How rows of `length` tokens are distributed over the devices of a mesh."""
-    return choose_layout(config.context_layout, length, mesh.shape["ring"], all(is_local(kind) for kind in config.kinds))
+    return choose_layout(execution.context_layout, length, mesh.shape["ring"], all(is_local(kind) for kind in config.kinds))

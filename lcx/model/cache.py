@@ -76,7 +76,7 @@ def empty_cache(arch: Architecture, buffers: Tree, rows: int, slots: int, chunk:
     def shape(kind: str) -> tuple[int, ...]:
         return counted(kind), rows, slots_of(arch, kind, slots, chunk or slots), config.num_kv_heads, config.head_dim
 
-    dtype = jnp.dtype(config.compute_dtype)
+    dtype = jnp.dtype(arch.execution.compute_dtype)
     size = sum(2 * math.prod(shape(kind)) * dtype.itemsize for kind in config.kinds)
     if target_platform() == "cpu" and size > (memory := psutil.virtual_memory().total):
         raise UserError(

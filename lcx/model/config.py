@@ -12,7 +12,7 @@ from lcx.positions.scheme import Heads
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and options of a decoder-only transformer; the defaults are Llama's.
+    """Sizes and options of a decoder-only transformer; the defaults are Llama's. How it is computed: `ExecutionConfig`.
 
     `pattern` names the kind of each layer and repeats over the depth. A kind whose name starts with `local` has a sliding window
     of `window` tokens. Positional schemes are chosen per kind, outside this class.
@@ -39,9 +39,6 @@ class ModelConfig:
     """Divide a token's expert weights, which come from the router's softmax, by their sum (Mixtral; `norm_topk_prob` of Qwen 3)."""
     router_aux_weight: float = 0.0
     """Scales the load-balancing loss (`experts.balance_loss`) in training; 0: not computed."""
-    expert_matmul: Literal["auto", "ragged", "dense"] = "auto"
-    """How tokens are matched with their experts; none is ever dropped. `ragged`: sorted by expert, in one grouped product. `dense`:
-    every expert runs over every token. `auto`: dense on a CPU, which has no grouped product, otherwise ragged."""
     # norms
     norm_eps: float = 1e-6
     norm_offset: float = 0.0
@@ -59,38 +56,15 @@ class ModelConfig:
     sinks: bool = False
     """One learned logit per head that takes part in the softmax without a value."""
     prefix_attention: bool = False
-    attention: Literal["auto", "dense", "blockwise", "flash"] = "auto"
-    context_strategy: Literal["auto", "ring", "gather"] = "auto"
-    """How the devices that share a sequence access each other's keys (`attention.parallel.context`). `auto`: only
-    neighbours for a window, a ring if a device has enough tokens to hide it, otherwise all-gather."""
-    context_layout: Literal["auto", "contiguous", "zigzag", "striped"] = "auto"
-    """How the tokens of a row are distributed over those devices. `auto`: zigzag, or contiguous if all layers are local."""
     # embedding and output
     tied_embeddings: bool = False
     embedding_scale: bool = False
     """Multiply embeddings by sqrt(model_dim), rounded in the compute dtype (Gemma)."""
     logit_softcap: float | None = None
-    # computation
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Literal["auto", "none", "attention", "dots", "block", "offload"] = "auto"
-    """What a layer keeps for its backward pass; the rest is recomputed. `none`: everything. `attention`: its input and the output
-    of attention, at the price of four small matrix products. `dots`: the results of products with weights. `block`: its input.
-    `offload`: like `attention`, but in host memory, from which the backward pass fetches it (on a CPU that is the same memory).
-    `auto`: attention if a row has at least 8,192 tokens, otherwise none."""
-    layer_unroll: int | None = None
-    """Periods of the pattern per iteration of the scan over layers. None: up to 8 on a CPU, where every iteration copies its
-    weights and activations (a step of 4 layers takes a quarter less time), unless `remat` recomputes anything; otherwise 1, which
-    compiles fastest."""
-    mlp_tile: int | None = 4096
-    """Tokens of a row that go through the feed-forward layer at once; longer rows are processed tile by tile, and the backward pass
-    recomputes a tile's two wide products instead of keeping them (Arctic, arXiv 2506.13996). On a CPU tiles are smaller if the
-    layer is wide, so that they fit into its cache. None: always whole rows."""
-    loss_tile: int = 1 << 25
-    """Maximum number of logits on a device at once during the loss; the vocabulary is cut into tiles to stay below it."""
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "model_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "window")
-        positive("model", **{name: getattr(self, name) for name in (*sizes, "layer_unroll", "mlp_tile", "loss_tile")})
+        positive("model", **{name: getattr(self, name) for name in sizes})
         if self.num_heads % self.num_kv_heads:
             divisors = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
             raise UserError(f"model.num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}; use one of {divisors}")

@@ -99,7 +99,7 @@ def _extend(
     params: Tree, buffers: Tree, arch: Architecture, cache: Cache, tokens: jax.Array, index: Index, start: jax.Array, turn: int
 ) -> tuple:
     """`turn`: the device that stores token `start`."""
-    params = cast_params(params, arch.config)
+    params = cast_params(params, arch)
     tokens, index = deal((tokens, index), turn)
     slots = {kind: write_index(old, index, start) for kind, old in cache.index.items()}
     inputs = {kind: LayerInputs.build(arch, kind, params, buffers, index) for kind in slots}
@@ -123,9 +123,9 @@ def _extend(
 
     x = embed(params, buffers, arch, tokens, index.positions)
     if isinstance(params["layers"], tuple):
-        x, (keys, values) = unrolled_layers(params["layers"], x, arch.config, cached_attention, (cache.keys, cache.values))
+        x, (keys, values) = unrolled_layers(params["layers"], x, arch, cached_attention, (cache.keys, cache.values))
     else:
-        x, (keys, values), _ = scan_layers(params["layers"], x, arch.config, cached_attention, (cache.keys, cache.values))
+        x, (keys, values), _ = scan_layers(params["layers"], x, arch, cached_attention, (cache.keys, cache.values))
     hidden = collect(rms_norm(params["final_norm"], x, arch.config), turn)
     return hidden, keep_placed(cache.replace(keys=keys, values=values, index=slots))
 
@@ -296,7 +296,7 @@ class _Clock:
 @functools.partial(jax.jit, static_argnames=("arch", "stacked"))
 def _prepare(params: Tree, arch: Architecture, stacked: bool) -> Tree:
     """Weights as every step needs them: in the compute dtype, and on a CPU one array per layer."""
-    params = cast_params(params, arch.config)
+    params = cast_params(params, arch)
     return params if stacked else unstack(params)
 
 

@@ -24,6 +24,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from lcx.core.mesh import fitting_spec, target_platform
 from lcx.core.trees import Tree
 from lcx.model.config import ModelConfig
+from lcx.model.execution import ExecutionConfig
 
 Activation = Callable[[jax.Array], jax.Array]
 
@@ -86,7 +87,7 @@ def mix(
     params: Tree,
     x: jax.Array,
     routing: Routing,
-    config: ModelConfig,
+    execution: ExecutionConfig,
     activation: Activation,
     feed_forward: Callable[..., jax.Array],
 ) -> jax.Array:
@@ -95,7 +96,8 @@ def mix(
     `params` holds `up`, `down` and optionally `gate` with kernels `[E, ins, outs]`. `feed_forward(params, x)` is one expert.
     """
     params = {name: params[name]["kernel"] for name in ("up", "gate", "down") if name in params}
-    dense = config.expert_matmul == "dense" or (config.expert_matmul == "auto" and target_platform() == "cpu")
+    matmul = execution.expert_matmul
+    dense = matmul == "dense" or (matmul == "auto" and target_platform() == "cpu")
 
     def run(params: Tree, x: jax.Array, weights: jax.Array, experts: jax.Array) -> jax.Array:
         flat = (x.reshape(-1, x.shape[-1]), *(y.reshape(-1, y.shape[-1]) for y in (weights, experts)))

@@ -68,7 +68,7 @@ def token_losses(params: Tree, hidden: jax.Array, targets: jax.Array, arch: Arch
     """Loss of every token, unweighted; differentiable with respect to `params` and `hidden`."""
     config = arch.config
     kernel = output_kernel(params, config).astype(hidden.dtype)
-    lse, chosen, best = _tiled(hidden, kernel, targets, _tile(hidden, config), config.logit_softcap)
+    lse, chosen, best = _tiled(hidden, kernel, targets, _tile(hidden, arch), config.logit_softcap)
     return TokenLosses(nll=lse - chosen, lse=lse, correct=chosen >= best)
 
 
@@ -84,10 +84,10 @@ def output_kernel(params: Tree, config: ModelConfig) -> jax.Array:
     return params["embed"]["embedding"].T if config.tied_embeddings else params["head"]["kernel"]
 
 
-def _tile(hidden: jax.Array, config: ModelConfig) -> int:
+def _tile(hidden: jax.Array, arch: Architecture) -> int:
     tokens = int(np.prod(hidden.shape[:-1]))
-    tiles = -(-tokens * config.vocab_size // config.loss_tile)
-    return -(-config.vocab_size // tiles)
+    tiles = -(-tokens * arch.config.vocab_size // arch.execution.loss_tile)
+    return -(-arch.config.vocab_size // tiles)
 
 
 def _cap(raw: jax.Array, softcap: float | None) -> jax.Array:

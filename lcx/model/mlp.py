@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from lcx.core.mesh import context_size, target_platform
 from lcx.core.trees import Tree
 from lcx.model import experts
+from lcx.model.architecture import Architecture
 from lcx.model.config import ModelConfig
 from lcx.model.linear import linear, project
 from lcx.model.norm import Norm
@@ -32,19 +33,18 @@ tokens needs a quarter less memory, and no more time although it computes two pr
 
 
 def mlp(
-    params: Tree, x: jax.Array, config: ModelConfig, norm: Norm | None = None, token_mask: jax.Array | None = None
+    params: Tree, x: jax.Array, arch: Architecture, norm: Norm | None = None, token_mask: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array | None]:
     """Feed-forward branch `[B, T, D] -> [B, T, D]` over `norm(x)`, gated or plain, one or a mixture of experts; long rows tile by
-    tile (`config.mlp_tile`). Also returns the experts' load-balancing loss over the tokens marked in `token_mask`; None without
-    them."""
+    tile (`mlp_tile`). Also returns the experts' load-balancing loss over the tokens marked in `token_mask`; None without them."""
     B, T, _ = x.shape
-    count = _mlp_tiles(T, config)
+    count = _mlp_tiles(T, arch)
 
     def branch(part: tuple[jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array | None]:
         tokens, marks = part
-        if config.num_experts is None:
-            return _mlp(params, tokens, config, norm), None
-        return _experts(params, tokens, config, norm, marks)
+        if arch.config.num_experts is None:
+            return _mlp(params, tokens, arch.config, norm), None
+        return _experts(params, tokens, arch, norm, marks)
 
     if count == 1:
         y, expert_load = branch((x, token_mask))
@@ -55,10 +55,10 @@ def mlp(
     return y, None if expert_load is None else experts.balance_loss(expert_load, jnp.sum(token_mask, dtype=jnp.float32))
 
 
-def _mlp_tiles(length: int, config: ModelConfig) -> int:
-    most = config.mlp_tile
+def _mlp_tiles(length: int, arch: Architecture) -> int:
+    most = arch.execution.mlp_tile
     if most is not None and target_platform() == "cpu":
-        most = max(1, min(most, CPU_WIDE // config.mlp_dim))
+        most = max(1, min(most, CPU_WIDE // arch.config.mlp_dim))
     # A row that is split over devices is already cut, and cutting it again would move it between them.
     if most is None or length <= most or context_size() > 1:
         return 1
@@ -78,9 +78,10 @@ def _mlp(params: Tree, x: jax.Array, config: ModelConfig, norm: Norm | None) -> 
 
 
 def _experts(
-    params: Tree, x: jax.Array, config: ModelConfig, norm: Norm | None, token_mask: jax.Array | None
+    params: Tree, x: jax.Array, arch: Architecture, norm: Norm | None, token_mask: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None]:
     """The mixture's output, and the router's expert_load on its experts from the tokens marked in `token_mask`."""
+    config = arch.config
     y = x if norm is None else norm(x)
 
     @jax.checkpoint
@@ -89,5 +90,6 @@ def _experts(
             return experts.route(linear(params["router"], y.astype(jnp.float32)), config)
 
     routing = router(y)
-    out = experts.mix(params, y, routing, config, ACTIVATIONS[config.activation], lambda params, y: _mlp(params, y, config, None))
+    activation = ACTIVATIONS[config.activation]
+    out = experts.mix(params, y, routing, arch.execution, activation, lambda params, y: _mlp(params, y, config, None))
     return out, None if token_mask is None else experts.count_load(routing, token_mask)

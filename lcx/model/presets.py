@@ -10,20 +10,22 @@ from typing import Any
 
 from lcx.core.configs import choice
 from lcx.model.config import ModelConfig
+from lcx.model.execution import ExecutionConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A model and the positional scheme of each of its layer kinds (as accepted by `model.config.build_schemes`)."""
+    """A model, the positional scheme of each of its layer kinds (see `model.architecture.build_schemes`), and how to compute it."""
 
     model: ModelConfig
     positions: dict[str, Any]
     trained_length: int
+    execution: ExecutionConfig = ExecutionConfig(compute_dtype="bfloat16", remat="block")
 
 
 def _llama(**changes: Any) -> ModelConfig:
     sizes = dict(vocab_size=128256, model_dim=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128, mlp_dim=14336)
-    return ModelConfig(**{**sizes, "norm_eps": 1e-5, "compute_dtype": "bfloat16", "remat": "block", **changes})
+    return ModelConfig(**{**sizes, "norm_eps": 1e-5, **changes})
 
 
 def _qwen2() -> ModelConfig:
@@ -101,11 +103,10 @@ def family(name: str) -> Family:
 
 
 def shrink(config: ModelConfig, **sizes: Any) -> ModelConfig:
-    """The same options at laptop sizes: float32, nothing recomputed, two key-value groups if the family groups its heads, and two
-    of four experts if it has experts."""
+    """The same options at laptop sizes: two key-value groups if the family groups its heads, two of four experts if any."""
     kv_heads = 4 if config.num_kv_heads == config.num_heads else 2
     small = dict(vocab_size=256, model_dim=64, num_layers=len(config.pattern) + 1, num_heads=4, num_kv_heads=kv_heads, head_dim=16)
-    small |= dict(mlp_dim=128, window=None if config.window is None else 8, compute_dtype="float32", remat="none")
+    small |= dict(mlp_dim=128, window=None if config.window is None else 8)
     if config.num_experts is not None:
         small |= dict(num_experts=4, experts_per_token=2)
     if config.query_scale is not None:

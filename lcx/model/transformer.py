@@ -27,8 +27,8 @@ from lcx.model.norm import Norm, rms_norm
 from lcx.positions.rotary import tables
 
 CPU_UNROLL = 8
-"""Periods per iteration of the scan over layers on a CPU (`ModelConfig.layer_unroll`). Not used if anything is recomputed: outside
-a loop XLA's CPU backend finds the first result and keeps it after all."""
+"""Periods per iteration of the scan over layers on a CPU (`ExecutionConfig.layer_unroll`). Not used if anything is recomputed:
+outside a loop XLA's CPU backend finds the first result and keeps it after all."""
 
 LONG = 8192
 """Number of tokens in a row from which `remat="auto"` recomputes what is cheap to compute."""
@@ -51,7 +51,7 @@ def hidden_states(params: Tree, buffers: Tree, arch: Architecture, batch: Batch)
     follows `model.params.specs`; `buffers` comes from `model.architecture.build_architecture`. Activations are constrained to the
     current mesh (`jax.set_mesh`), if any.
     """
-    params = cast_params(params, arch.config)
+    params = cast_params(params, arch)
     index = batch.index
     inputs = {kind: LayerInputs.build(arch, kind, params, buffers, index) for kind in arch.config.kinds}
 
@@ -68,18 +68,18 @@ def hidden_states(params: Tree, buffers: Tree, arch: Architecture, batch: Batch)
 
     token_mask = batch.segments != PADDING if arch.config.router_aux_weight else None
     x = embed(params, buffers, arch, batch.tokens, index.positions)
-    x, _, total = scan_layers(params["layers"], x, arch.config, attention_fn, token_mask=token_mask)
+    x, _, total = scan_layers(params["layers"], x, arch, attention_fn, token_mask=token_mask)
     return rms_norm(params["final_norm"], x, arch.config), None if total is None else total / arch.config.num_layers
 
 
-def cast_params(params: Tree, config: ModelConfig) -> Tree:
+def cast_params(params: Tree, arch: Architecture) -> Tree:
     """Weights in the compute dtype; cast while still sharded, so that gathering moves the smaller numbers."""
-    low = cast(params, jnp.dtype(config.compute_dtype))
+    low = cast(params, jnp.dtype(arch.execution.compute_dtype))
     # Parameters of positional biases stay float32: they are added to float32 scores.
     if "positions" in params:
         low["positions"] = params["positions"]
     # So does the router, since rounding it would send tokens to other experts (2101.03961, section 2.4).
-    if config.num_experts is not None:
+    if arch.config.num_experts is not None:
         trees = (low["layers"], params["layers"])
         for ours, given in zip(*trees, strict=True) if isinstance(params["layers"], tuple) else [trees]:
             ours["mlp"]["router"] = given["mlp"]["router"]
@@ -122,7 +122,7 @@ def embed(params: Tree, buffers: Tree, arch: Architecture, tokens: jax.Array, po
 def scan_layers(
     stacked: Tree,
     x: jax.Array,
-    config: ModelConfig,
+    arch: Architecture,
     attention_fn: AttentionFn,
     state: Tree = None,
     token_mask: jax.Array | None = None,
@@ -133,15 +133,16 @@ def scan_layers(
     scan: changes to it are written in place. Also returns the sum over layers of the load-balancing loss over the tokens
     marked in `token_mask` `[B, T]`; None without them.
     """
+    config, execution = arch.config, arch.execution
     period = len(config.pattern)
     whole = config.num_layers // period
-    policy = config.remat if config.remat != "auto" else "attention" if x.shape[1] >= LONG else "none"
-    step = remat(functools.partial(_period, config=config, attention_fn=attention_fn, token_mask=token_mask), policy)
+    policy = execution.remat if execution.remat != "auto" else "attention" if x.shape[1] >= LONG else "none"
+    step = remat(functools.partial(_period, arch=arch, attention_fn=attention_fn, token_mask=token_mask), policy)
     carry, done = (x, state, None if token_mask is None else jnp.zeros((), jnp.float32)), 0
     if whole > 1:
         done = whole * period
         grouped = jax.tree.map(lambda w: w[:done].reshape(whole, period, *w.shape[1:]), stacked)
-        unroll = config.layer_unroll or (CPU_UNROLL if policy == "none" and target_platform() == "cpu" else 1)
+        unroll = execution.layer_unroll or (CPU_UNROLL if policy == "none" and target_platform() == "cpu" else 1)
 
         def turn(carry: tuple, group: tuple) -> tuple:
             return step(carry, group, kinds=config.pattern), None
@@ -155,12 +156,12 @@ def scan_layers(
 
 
 def unrolled_layers(
-    layers: tuple[Tree, ...], x: jax.Array, config: ModelConfig, attention_fn: AttentionFn, state: Tree
+    layers: tuple[Tree, ...], x: jax.Array, arch: Architecture, attention_fn: AttentionFn, state: Tree
 ) -> tuple[jax.Array, Tree]:
     """As `scan_layers`, for layers with one tree each (`unstack`), one after another; for decoding, without the balance."""
-    kinds = config.layer_kinds
+    kinds = arch.config.layer_kinds
     for i, (kind, layer) in enumerate(zip(kinds, layers, strict=True)):
-        x, state, _ = block(layer, x, config, functools.partial(attention_fn, kind, kinds[:i].count(kind), layer, state))
+        x, state, _ = block(layer, x, arch, functools.partial(attention_fn, kind, kinds[:i].count(kind), layer, state))
     return x, state
 
 
@@ -179,7 +180,7 @@ def _slice(w: jax.Array, *, start: int, size: int) -> jax.Array:
 
 
 def remat(step: Callable[..., Any], policy: str) -> Callable[..., Any]:
-    """`step(carry, group, kinds=...)` with what it saves for the backward pass chosen by name (`ModelConfig.remat`)."""
+    """`step(carry, group, kinds=...)` with what it saves for the backward pass chosen by name (`ExecutionConfig.remat`)."""
     if policy == "none":
         return step
     policies = {
@@ -201,7 +202,7 @@ def _period(
     group: tuple,
     *,
     kinds: tuple[str, ...],
-    config: ModelConfig,
+    arch: Architecture,
     attention_fn: AttentionFn,
     token_mask: jax.Array | None,
 ) -> tuple:
@@ -209,19 +210,20 @@ def _period(
     x = checkpoint_name(x, INPUT)
     for i, kind in enumerate(kinds):
         layer = jax.tree.map(lambda w, i=i: w[i], weights)
-        nth = turn * config.pattern.count(kind) + kinds[:i].count(kind)
-        x, state, balance = block(layer, x, config, functools.partial(attention_fn, kind, nth, layer, state), token_mask)
+        nth = turn * arch.config.pattern.count(kind) + kinds[:i].count(kind)
+        x, state, balance = block(layer, x, arch, functools.partial(attention_fn, kind, nth, layer, state), token_mask)
         total = None if total is None else total + balance
     return x, state, total
 
 
 def block(
-    layer: Tree, x: jax.Array, config: ModelConfig, attention_fn: Callable[..., tuple], token_mask: jax.Array | None = None
+    layer: Tree, x: jax.Array, arch: Architecture, attention_fn: Callable[..., tuple], token_mask: jax.Array | None = None
 ) -> tuple[jax.Array, Tree, jax.Array | None]:
     """One transformer layer: attention and feed-forward, each a residual branch with the norms of the config.
 
     Also returns the layer's state and load-balancing loss, as `scan_layers` does.
     """
+    config = arch.config
 
     def pre_norm(name: str) -> Norm | None:
         return functools.partial(rms_norm, layer[name], config=config) if config.pre_norm else None
@@ -231,7 +233,7 @@ def block(
         y = rms_norm(layer["post_attention_norm"], y, config) if config.post_norm else y
         x = constrain(x + y)
     with jax.named_scope("mlp"):
-        y, balance = mlp(layer["mlp"], x, config, pre_norm("pre_mlp_norm"), token_mask)
+        y, balance = mlp(layer["mlp"], x, arch, pre_norm("pre_mlp_norm"), token_mask)
         y = rms_norm(layer["post_mlp_norm"], y, config) if config.post_norm else y
         return constrain(x + y), state, balance
 

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from lcx.core.console import say, table
 from lcx.core.trees import paths
-from lcx.interop.hf_config import COMPUTATION
 from lcx.interop.weights import shape_text
 from lcx.model.config import ModelConfig
 from lcx.recipes import models
@@ -70,7 +69,7 @@ def differences(one: Loaded, other: Loaded) -> Iterator[TensorDifference]:
 def config_differences(one: Loaded, other: Loaded) -> Iterator[tuple[str, object, object]]:
     """Fields of the two models, and their positions, that are not the same."""
     for field in dataclasses.fields(ModelConfig):
-        if field.name in COMPUTATION:
+        if field.name == "router_aux_weight":  # of training; a Hugging Face folder has none
             continue
         a, b = (getattr(loaded.run.model, field.name) for loaded in (one, other))
         if a != b:

@@ -13,7 +13,7 @@ from lcx.core import configs
 from lcx.core.configs import positive
 from lcx.core.errors import UserError
 from lcx.interop import folder as hf
-from lcx.interop.hf_config import COMPUTATION, Described, read_file
+from lcx.interop.hf_config import Described, read_file
 from lcx.model.config import is_local
 from lcx.positions.rotary import Rope
 from lcx.positions.theta import critical_base
@@ -59,7 +59,7 @@ def defaults() -> ml_collections.ConfigDict:
     run = recipe.defaults({"any": {"seq_len": 1, "steps": 1, "batch_size": 1, "monitor": False}})
     for name in ("stages", "stage_order", "base_stage", "positions", "init_from", "resume_from"):
         del run[name]
-    run.model = ml_collections.ConfigDict({name: run.model[name] for name in COMPUTATION})
+    run.model = ml_collections.ConfigDict({"router_aux_weight": run.model.router_aux_weight})
     # Rows are few and long, so devices share a row before they share a batch.
     run.mesh.fsdp, run.mesh.context = 1, -1
     # Follow from the model and the target unless they are given.

@@ -22,6 +22,7 @@ from lcx.evals.zero_shot import at_length, check, refuse_learned
 from lcx.model.architecture import build_architecture
 from lcx.model.config import ModelConfig
 from lcx.model.decode import Timings, generate
+from lcx.model.execution import ExecutionConfig
 from lcx.model.sampling import GREEDY, Sampling
 from lcx.positions.scheme import Scheme
 
@@ -53,6 +54,7 @@ class Completion:
 def generate_text(
     params: Tree,
     model: ModelConfig,
+    execution: ExecutionConfig,
     schemes: Mapping[str, Scheme],
     tokenizer: Tokenizer,
     prompts: Sequence[str],
@@ -87,7 +89,7 @@ def generate_text(
     if length > 2**31 - 1:
         raise UserError(f"max_new_tokens={max_new_tokens:,} exceeds the number of int32 positions; lower it")
     chosen = _schemes(model, schemes, check(positions), trained, length)
-    arch, buffers = build_architecture(model, chosen, length)
+    arch, buffers = build_architecture(model, execution, chosen, length)
     own = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
     eos = tuple(dict.fromkeys((*own, *stop_ids)))
     streams = [Stream(tokenizer, stop, row[-NEIGHBOURS:]) for row in rows]

@@ -25,6 +25,7 @@ from lcx.interop.folder import HfFolder
 from lcx.interop.hf_config import read_json, values_of
 from lcx.model.architecture import build_schemes
 from lcx.model.config import ModelConfig
+from lcx.model.execution import ExecutionConfig
 from lcx.training import checkpoints
 from lcx.training.checkpoints import InitialWeights, Loaded, Meta, Store, scheme_configs, stage_ends
 from lcx.training.stages import CheckpointConfig, RunConfig, StageConfig
@@ -186,12 +187,12 @@ def _check_tokenizer(run: RunConfig) -> None:
 
 
 def _run_of(source: HfFolder, dtype: str) -> RunConfig:
-    compute = "bfloat16" if dtype in ("bfloat16", "float16") else "float32"
-    model = dataclasses.replace(source.described.model, compute_dtype=compute)
+    model = source.described.model
+    execution = ExecutionConfig(compute_dtype="float32" if dtype == "float32" else "bfloat16")
     stage = StageConfig(name=STAGE, seq_len=source.described.length, steps=1, batch_size=1, monitor=False)
     data = DataConfig(tokenizer=tokenizer_of(source.folder, model))
     positions = scheme_configs(source.described.schemes)
-    return RunConfig(model=model, stages=(stage,), positions=positions, data=data, init_from=str(source.folder))
+    return RunConfig(model, (stage,), execution, positions, data, init_from=str(source.folder))
 
 
 def _meta_of(run: RunConfig, source: HfFolder) -> Meta:

@@ -21,6 +21,7 @@ from lcx.evals.results import EvalResult
 from lcx.evals.runner import chosen_tasks, evaluate
 from lcx.model.architecture import build_schemes
 from lcx.model.config import ModelConfig
+from lcx.model.execution import refuse_moved
 from lcx.recipes import models
 from lcx.report.history import record_environment
 from lcx.report.report import write_report
@@ -49,6 +50,7 @@ def defaults(stages: Mapping[str, Mapping[str, Any]], **model: Any) -> ml_collec
 
     `stages` maps names to at least `seq_len`, `steps` and `batch_size`, in running order; `model` changes the model's.
     """
+    refuse_moved(*(f"config.model.{name}" for name in model))
     built = [configs.build(StageConfig, {"name": name, **values}, f"stages.{name}") for name, values in stages.items()]
     config = configs.to_config_dict(RunConfig(model=ModelConfig(**model), stages=tuple(built)))
     config.stages = ml_collections.ConfigDict({}, type_safe=False)
@@ -166,5 +168,6 @@ def evaluate_loaded(loaded: Loaded, evals: EvalConfig, label: str, workdir: Path
     run, meta = loaded.run, loaded.meta
     schemes = build_schemes(run.model, loaded.schemes)
     return evaluate(
-        loaded.params, run.model, schemes, run.data, evals, trained=meta.length, label=label, step=meta.step, workdir=workdir
-    )
+        loaded.params, run.model, run.execution, schemes, run.data, evals,
+        trained=meta.length, label=label, step=meta.step, workdir=workdir,
+    )  # fmt: skip

@@ -33,6 +33,7 @@ from lcx.core.console import say, table
 from lcx.core.errors import UserError
 from lcx.core.files import write_atomically
 from lcx.evals.results import perplexity
+from lcx.model.execution import refuse_moved
 from lcx.report import history, style, sweep_plots
 from lcx.report.sweep_plots import PointResult
 
@@ -100,6 +101,7 @@ def check_paths(points: Sequence[Overrides], base: Mapping[str, Any]) -> None:
     """Raises `UserError` with the nearest path when a point overrides something that the base config does not have."""
     known = {_dotted(path): path for path in _paths(base)}
     for path in dict.fromkeys(path for point in points for path in point):
+        refuse_moved(path)
         if _dotted(path) not in known:
             close = difflib.get_close_matches(_dotted(path), known, n=1, cutoff=0.4)
             hint = f"; did you mean {known[close[0]]!r}?" if close else f"; its top fields are {', '.join(sorted(map(str, base)))}"

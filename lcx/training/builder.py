@@ -72,7 +72,7 @@ class StageBuilder:
             schemes = self.choose(index)[1]
             check_stage(run, stage, mesh, self._specs(schemes, stage))
             # What a scheme refuses at a stage's length is said now, before the workdir is claimed or a stage is trained.
-            build_architecture(run.model, build_schemes(run.model, schemes), stage.length)
+            build_architecture(run.model, run.execution, build_schemes(run.model, schemes), stage.length)
         self.corpus = _corpus(run)
         check_vocabulary(run.model, self.corpus.tokenizer.vocab_size, run.data.tokenizer)
         self.loaders = [self._loader(index, stage) for index, stage in enumerate(run.stages)]
@@ -82,7 +82,7 @@ class StageBuilder:
         stage, mesh = self.run.stages[index], self.meshes[index]
         attempt, schemes = self.choose(index)
         previous = PreviousStage(self.choose(index - 1)[1], self.run.stages[index - 1].length) if index else self.before_first
-        arch, buffers = build_architecture(self.run.model, build_schemes(self.run.model, schemes), stage.length)
+        arch, buffers = build_architecture(self.run.model, self.run.execution, build_schemes(self.run.model, schemes), stage.length)
         table = self._specs(schemes, stage)
         peak = peak_flops(mesh.devices.flat[0], self.run.metrics.peak_flops) * mesh.size
         return BuiltStage(
@@ -117,7 +117,7 @@ class StageBuilder:
         if built.previous is None:
             return None
         schemes, length = build_schemes(self.run.model, built.previous.schemes), built.previous.length
-        arch, buffers = build_architecture(self.run.model, schemes, length)
+        arch, buffers = build_architecture(self.run.model, self.run.execution, schemes, length)
         seq_len = self.run.stages[built.index - 1].seq_len if built.index else min(length, built.stage.seq_len)
         return self._probe(built, params, arch, buffers, seq_len)
 

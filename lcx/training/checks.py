@@ -22,7 +22,7 @@ def check_stage(run: RunConfig, stage: StageConfig, mesh: Mesh, specs: Tree) -> 
     check_patterns(run.optim_of(stage), abstract(specs))
     check_batch(stage, mesh)
     check_divides(f"stages.{stage.name}.seq_len", stage.seq_len, mesh, "sequence")
-    layout = row_layout(run.model, stage.seq_len, mesh)
+    layout = row_layout(run.model, run.execution, stage.seq_len, mesh)
     check_length(f"stages.{stage.name}.seq_len", stage.seq_len, layout, mesh.shape["ring"])
     check_heads(run.model.num_heads // mesh.shape["tensor"], mesh.shape["ulysses"])
     check_model(run.model, mesh)

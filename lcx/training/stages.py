@@ -14,6 +14,7 @@ from lcx.core.errors import UserError
 from lcx.core.mesh import MeshConfig
 from lcx.data.config import DataConfig
 from lcx.model.config import ModelConfig
+from lcx.model.execution import ExecutionConfig, refuse_moved
 from lcx.positions.registry import extend, from_config
 from lcx.positions.scheme import Scheme
 from lcx.training.metrics import MetricsConfig
@@ -98,6 +99,7 @@ class RunConfig:
 
     model: ModelConfig
     stages: tuple[StageConfig, ...]
+    execution: ExecutionConfig = ExecutionConfig()
     positions: dict[str, Any] = dataclasses.field(default_factory=lambda: {"default": {"name": "rope", "theta": 10000.0}})
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
@@ -169,6 +171,8 @@ def run_config(values: Mapping[str, Any] | ml_collections.ConfigDict) -> RunConf
     `stage_order` (a list of names) where given, else by `seq_len`, then by name.
     """
     values = values.to_dict() if isinstance(values, ml_collections.ConfigDict) else dict(values)
+    if isinstance(model := values.get("model"), Mapping | ml_collections.ConfigDict):
+        refuse_moved(*(f"config.model.{name}" for name in model))
     order = values.pop("stage_order", None)
     stages = values.get("stages")
     if isinstance(stages, Mapping):

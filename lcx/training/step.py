@@ -104,7 +104,7 @@ class TrainStep:
     def to_device(self, batch: Batch, rows: int) -> Batch:
         """Host arrays of this process's rows as global arrays `[rows, T]`, in the mesh's sequence layout."""
         ring = self.mesh.shape["ring"]
-        layout = row_layout(self.arch.config, batch.tokens.shape[1], self.mesh)
+        layout = row_layout(self.arch.config, self.arch.execution, batch.tokens.shape[1], self.mesh)
         batch = arrange(batch, layout, ring).replace(layout=layout)
 
         def one(x: np.ndarray) -> jax.Array:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,18 @@ import jax
 from lcx.core import configs
 from lcx.core.errors import UserError
 from lcx.core.files import write_atomically
+from lcx.model.execution import FIELDS as EXECUTION_FIELDS
 from lcx.training import metrics
 from lcx.training.stages import RunConfig
 
 CONFIG = "config.json"
 LOCK = ".lock"
 
-MUTABLE_FIELDS = (
-    "mesh", "checkpoint", "metrics", "max_bad_steps",
-    "model.remat", "model.layer_unroll", "model.mlp_tile", "model.loss_tile", "model.attention",
-    "model.context_strategy", "model.context_layout",
-)  # fmt: skip
+MUTABLE_FIELDS = ("mesh", "checkpoint", "metrics", "max_bad_steps", "execution")
 """What may change between two starts of one run: how it is computed and kept, not what."""
+
+FIXED_FIELDS = ("execution.compute_dtype", "execution.expert_matmul")
+"""What may not although it is under one of them: numbers are rounded differently."""
 
 
 def open_workdir(workdir: Path, run: RunConfig) -> None:
@@ -95,12 +96,14 @@ def read_config(workdir: Path) -> RunConfig:
     path = workdir / CONFIG
     if not path.exists():
         raise UserError(f"{workdir} does not hold a run ({CONFIG} is missing); name the workdir of a training run")
-    return configs.build(RunConfig, _read(path), str(path))
+    return configs.build(RunConfig, _migrated(_read(path)), str(path))
 
 
 def fingerprint(run: RunConfig) -> str:
     """Sixteen hex digits over everything that decides what the run computes."""
-    return configs.fingerprint({path: value for path, value in _leaves(configs.plain(run)) if not _is_mutable(path)})
+    fixed = {path: value for path, value in _leaves(configs.plain(run)) if not _is_mutable(path)}
+    # Under the paths that lcx 0.1 hashed, so that checkpoints of then and now bear one fingerprint.
+    return configs.fingerprint({re.sub(r"^execution\.", "model.", path): value for path, value in fixed.items()})
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -111,6 +114,15 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path} is damaged (not a JSON object); delete it and rerun the training command, which rewrites it")
     return values
+
+
+def _migrated(values: dict[str, Any]) -> dict[str, Any]:
+    """The config of a run of lcx 0.1, where the fields of `ExecutionConfig` belonged to the model, in today's form."""
+    if not isinstance(model := values.get("model"), dict):
+        return values
+    moved = {name: model[name] for name in EXECUTION_FIELDS & model.keys()}
+    kept = {name: value for name, value in model.items() if name not in moved}
+    return {**values, "model": kept, "execution": {**values.get("execution", {}), **moved}}
 
 
 def _compare(workdir: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
@@ -139,7 +151,7 @@ def _is_mutable(path: str) -> bool:
     if parts[0] == "stages" and len(parts) > 2:
         parts = parts[2:] if parts[2] == "mesh" else parts
     path = ".".join(parts)
-    return any(path == name or path.startswith(name + ".") for name in MUTABLE_FIELDS)
+    return path not in FIXED_FIELDS and any(path == name or path.startswith(name + ".") for name in MUTABLE_FIELDS)
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

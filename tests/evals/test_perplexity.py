@@ -13,6 +13,7 @@ from lcx.evals.results import EvalResult
 from lcx.evals.tasks.perplexity import Perplexity, bytes_per_token, cover, loss_by_position, spans
 from lcx.model.architecture import build_architecture, build_schemes
 from lcx.model.config import ModelConfig
+from lcx.model.execution import ExecutionConfig
 from lcx.model.loss import logits
 from lcx.model.params import specs
 from lcx.model.transformer import hidden_states
@@ -67,20 +68,17 @@ def test_windows_cover_each_token_once(span, length, stride):
 
 def test_equals_a_direct_computation_with_dense_attention():
     """Windows of every length against log-probabilities made token by token from full logits."""
-    import dataclasses
-
     schemes = build_schemes(CONFIG, {"default": "rope:theta=100"})
     params = initialize(specs(CONFIG, schemes, 64), jax.random.key(1))
     params = jax.tree.map(lambda x: 3 * x, params)  # far from uniform
     text = np.random.default_rng(2).integers(0, 64, (3, 65)).astype(np.int32)
-    blockwise = dataclasses.replace(CONFIG, attention="blockwise")
+    blockwise, dense = ExecutionConfig(attention="blockwise"), ExecutionConfig(attention="dense")
     task = Perplexity(text, final=5, stride=16)
-    rows = [row for n in (16, 64) for row in task.measure(LocalBackend(params, blockwise, schemes, n, 100), n, 3)]
+    rows = [row for n in (16, 64) for row in task.measure(LocalBackend(params, CONFIG, blockwise, schemes, n, 100), n, 3)]
     curve = EvalResult("test", 64, rows=tuple(rows))
-    dense = dataclasses.replace(CONFIG, attention="dense")
     for length in (16, 64):
-        arch, buffers = build_architecture(dense, schemes, length)
-        full = jax.jit(lambda buffers, batch, arch=arch: logits(params, hidden_states(params, buffers, arch, batch)[0], dense))
+        arch, buffers = build_architecture(CONFIG, dense, schemes, length)
+        full = jax.jit(lambda buffers, batch, arch=arch: logits(params, hidden_states(params, buffers, arch, batch)[0], CONFIG))
         wanted, final = np.zeros((3, 64)), None
         for start, first in cover(64, length, min(16, length)):
             batch = Batch.from_tokens(text[:, start : start + length + 1])
@@ -141,7 +139,7 @@ def test_loss_by_position_bins_hold_every_token_once():
 
 def test_every_pass_has_one_shape(monkeypatch):
     schemes = build_schemes(CONFIG, {"default": "rope:theta=100"})
-    backend, shapes = LocalBackend({}, CONFIG, schemes, 8, tokens_per_forward=24), []
+    backend, shapes = LocalBackend({}, CONFIG, ExecutionConfig(), schemes, 8, tokens_per_forward=24), []
 
     def score(rows, last):
         shapes.append((rows.shape, last))

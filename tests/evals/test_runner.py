@@ -19,6 +19,7 @@ from lcx.evals.tasks.needles import GeneratedNeedles, Needles
 from lcx.evals.tasks.perplexity import Perplexity
 from lcx.model.architecture import build_schemes
 from lcx.model.config import ModelConfig
+from lcx.model.execution import ExecutionConfig
 from lcx.model.params import specs
 
 MODEL = ModelConfig(model_dim=32, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=16, mlp_dim=32)
@@ -46,7 +47,17 @@ def data(tmp_path):
 def test_evaluates_every_scheme_and_writes_json(params, data, tmp_path):
     said = []
     result = evaluate(
-        params, MODEL, SCHEMES, data, CONFIG, trained=64, label="before", step=7, workdir=tmp_path, announce=said.append
+        params,
+        MODEL,
+        ExecutionConfig(),
+        SCHEMES,
+        data,
+        CONFIG,
+        trained=64,
+        label="before",
+        step=7,
+        workdir=tmp_path,
+        announce=said.append,
     )
     names = ["none", "linear", "ntk", "rope:theta=critical"]
     needles, losses = result.select(task="needles"), result.select(task="perplexity", metric="nll")
@@ -75,15 +86,24 @@ def test_the_bar_ends_at_its_total(params, data, monkeypatch, left_out):
 
     monkeypatch.setattr(runner, "Progress", Watched)
     config = dataclasses.replace(CONFIG, **left_out)
-    evaluate(params, MODEL, SCHEMES, data, config, trained=64, announce=lambda _: None)
+    evaluate(params, MODEL, ExecutionConfig(), SCHEMES, data, config, trained=64, announce=lambda _: None)
     assert [bar._done for bar in bars] == [bar._total for bar in bars] != [0]
 
 
 def test_another_theta_or_scheme_of_the_same_form_compiles_nothing(params, data):
     config = dataclasses.replace(CONFIG, zero_shot=())
-    evaluate(params, MODEL, SCHEMES, data, config, trained=64, announce=lambda _: None)
+    evaluate(params, MODEL, ExecutionConfig(), SCHEMES, data, config, trained=64, announce=lambda _: None)
     before = score._cache_size()
-    evaluate(params, MODEL, build_schemes(MODEL, {"default": "rope:theta=7"}), data, CONFIG, trained=64, announce=lambda _: None)
+    evaluate(
+        params,
+        MODEL,
+        ExecutionConfig(),
+        build_schemes(MODEL, {"default": "rope:theta=7"}),
+        data,
+        CONFIG,
+        trained=64,
+        announce=lambda _: None,
+    )
     assert score._cache_size() == before
 
 
@@ -103,7 +123,7 @@ def _files(rows: np.ndarray) -> list[int]:
 
 def test_generation_and_teacher_forcing_agree(params, data):
     """Answers made by greedy generation are found by both ways of scoring, others by neither."""
-    task, backend = Needles.build(gather(data, CONFIG)), LocalBackend(params, MODEL, SCHEMES, 64, 256)
+    task, backend = Needles.build(gather(data, CONFIG)), LocalBackend(params, MODEL, ExecutionConfig(), SCHEMES, 64, 256)
     made = answered(backend, task.items(64, 3))
     wanted = [False] + [True] * (len(made) - 1)
     for kind in (Needles, GeneratedNeedles):
@@ -122,27 +142,27 @@ def test_generation_has_rows_of_its_own(params, data):
     config = EvalConfig(
         lengths=(64,), depths=(0.5,), needle_items=2, generation_items=1, perplexity_tokens=0, tokens_per_forward=256
     )
-    result = evaluate(params, MODEL, SCHEMES, data, config, trained=64, announce=lambda _: None)
+    result = evaluate(params, MODEL, ExecutionConfig(), SCHEMES, data, config, trained=64, announce=lambda _: None)
     assert [(row.task, row.n, row.scheme) for row in result.rows] == [("needles", 2, "none"), ("generated_needles", 1, "none")]
 
 
 def test_tasks_are_those_that_are_named(params, data):
     config = dataclasses.replace(CONFIG, tasks=("perplexity",), zero_shot=())
-    result = evaluate(params, MODEL, SCHEMES, data, config, trained=64, announce=lambda _: None)
+    result = evaluate(params, MODEL, ExecutionConfig(), SCHEMES, data, config, trained=64, announce=lambda _: None)
     assert result.values("task") == ["perplexity"]
     with pytest.raises(UserError, match="evals.tasks='needle' is unknown; did you mean 'needles'"):
-        evaluate(params, MODEL, SCHEMES, data, dataclasses.replace(CONFIG, tasks=("needle",)), trained=64)
+        evaluate(params, MODEL, ExecutionConfig(), SCHEMES, data, dataclasses.replace(CONFIG, tasks=("needle",)), trained=64)
 
 
 def test_generation_runs_where_the_weights_are(params, data):
     """On a context mesh the same answers, of rows that the context does not divide; nobody has to set the mesh."""
     items = Needles.build(gather(data, CONFIG)).items(64, 3)
     mesh = make_mesh(MeshConfig(fsdp=1, context=4, ulysses=2), jax.devices()[:4])
-    wanted = LocalBackend(params, MODEL, SCHEMES, 67, 256).generate(items, 4)
+    wanted = LocalBackend(params, MODEL, ExecutionConfig(), SCHEMES, 67, 256).generate(items, 4)
     split = jax.device_put(params, shardings(specs(MODEL, SCHEMES, 128), mesh))
     with mesh_of(split):
         assert jax.sharding.get_mesh() == mesh
-    np.testing.assert_array_equal(LocalBackend(split, MODEL, SCHEMES, 67, 256).generate(items, 4), wanted)
+    np.testing.assert_array_equal(LocalBackend(split, MODEL, ExecutionConfig(), SCHEMES, 67, 256).generate(items, 4), wanted)
 
 
 @pytest.mark.parametrize("length", [64, 67])
@@ -150,7 +170,7 @@ def test_scores_are_the_same_where_rows_are_split(params, length):
     rows = np.random.default_rng(0).integers(0, 256, (2, length + 1))
     split = jax.device_put(params, shardings(specs(MODEL, SCHEMES, 128), make_mesh(MeshConfig(fsdp=1, context=8, ulysses=2))))
     items = [Item(row[:-5], row[-5:]) for row in rows]
-    made = (LocalBackend(tree, MODEL, SCHEMES, length).loglikelihood(items) for tree in (params, split))
+    made = (LocalBackend(tree, MODEL, ExecutionConfig(), SCHEMES, length).loglikelihood(items) for tree in (params, split))
     for one, several in zip(*made, strict=True):
         np.testing.assert_allclose(several.nll, one.nll, rtol=1e-5, atol=1e-5)
         np.testing.assert_array_equal(several.correct, one.correct)

@@ -19,6 +19,7 @@ import transformers
 from lcx.core.batch import Batch
 from lcx.interop.folder import HfFolder
 from lcx.model.architecture import build_architecture
+from lcx.model.execution import ExecutionConfig
 from lcx.model.loss import logits
 from lcx.model.transformer import hidden_states
 
@@ -98,6 +99,6 @@ def batch(ids: np.ndarray) -> Batch:
 def lcx_logits(folder: Path, ids: np.ndarray) -> np.ndarray:
     """float32 `[B, T, V]` of the model in a folder, laid out for the rows' length."""
     source = HfFolder(folder)
-    arch, buffers = build_architecture(source.described.model, source.described.schemes, ids.shape[1])
+    arch, buffers = build_architecture(source.described.model, ExecutionConfig(), source.described.schemes, ids.shape[1])
     params = source.params("float32")
     return np.asarray(logits(params, hidden_states(params, buffers, arch, batch(ids))[0], arch.config))

@@ -11,6 +11,7 @@ from lcx.interop.folder import HfFolder, keep, save
 from lcx.interop.hf_config import read_file
 from lcx.interop.shards import Shards
 from lcx.model.architecture import build_architecture
+from lcx.model.execution import ExecutionConfig
 from lcx.model.loss import loss_sums
 from lcx.model.transformer import hidden_states
 from tests.interop import hf_models
@@ -133,7 +134,7 @@ def test_gradients(name, tmp_path):
     wanted = {key: parameter.grad.numpy() for key, parameter in model.named_parameters()}
 
     source = HfFolder(tmp_path)
-    arch, buffers = build_architecture(source.described.model, source.described.schemes, ids.shape[1])
+    arch, buffers = build_architecture(source.described.model, ExecutionConfig(), source.described.schemes, ids.shape[1])
     batch = hf_models.batch(ids)
 
     def loss(params):

@@ -10,6 +10,7 @@ from lcx.interop.families import FAMILIES
 from lcx.interop.folder import HfFolder
 from lcx.model.architecture import build_architecture
 from lcx.model.decode import generate
+from lcx.model.execution import ExecutionConfig
 from tests.interop import hf_models
 from tests.interop.test_families import CASES
 
@@ -35,7 +36,9 @@ def test_greedy_generation(name, tmp_path):
     model = hf_models.make(model_type, tmp_path, **changes)
     source = HfFolder(tmp_path)
     prompts = [hf_models.tokens(length, rows=1, seed=length)[0] for length in (20, 33)]
-    arch, buffers = build_architecture(source.described.model, source.described.schemes, max(map(len, prompts)) + NEW)
+    arch, buffers = build_architecture(
+        source.described.model, ExecutionConfig(), source.described.schemes, max(map(len, prompts)) + NEW
+    )
     found = generate(source.params(), buffers, arch, prompts, NEW)
     for prompt, ours in zip(prompts, found, strict=True):
         theirs = _transformers(model, prompt)

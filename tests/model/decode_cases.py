@@ -19,15 +19,20 @@ from lcx.model.architecture import Architecture, build_architecture, build_schem
 from lcx.model.cache import empty_cache
 from lcx.model.config import ModelConfig
 from lcx.model.decode import extend
+from lcx.model.execution import ExecutionConfig
 from lcx.model.loss import logits
 from lcx.model.params import specs
 from lcx.model.transformer import hidden_states
 
+AUTO = ExecutionConfig()
 
-def build(config: ModelConfig, positions: dict[str, Any], length: int) -> tuple[Tree, Tree, Architecture, Tree]:
+
+def build(
+    config: ModelConfig, positions: dict[str, Any], length: int, execution: ExecutionConfig = AUTO
+) -> tuple[Tree, Tree, Architecture, Tree]:
     """(weights, arrays, architecture, parameter table); weights that make the choice of each token depend on the prompt."""
     schemes = build_schemes(config, positions)
-    arch, buffers = build_architecture(config, schemes, length)
+    arch, buffers = build_architecture(config, execution, schemes, length)
     table = specs(config, schemes, length)
     params = initialize(table, jax.random.key(0))
     params["embed"]["embedding"] *= 4

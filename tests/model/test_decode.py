@@ -11,6 +11,7 @@ from lcx.model.architecture import build_architecture
 from lcx.model.cache import empty_cache
 from lcx.model.config import ModelConfig
 from lcx.model.decode import _decode, extend, generate
+from lcx.model.execution import ExecutionConfig
 from lcx.model.loss import logits
 from lcx.model.sampling import Sampling
 from lcx.model.transformer import hidden_states, unstack
@@ -130,7 +131,7 @@ def test_decoding_copies_no_cache(rows):
 def test_a_cache_of_other_frequencies_is_refused():
     params, buffers, arch = build(CONFIG, {"default": "rope:theta=500"}, length=32)
     cache = empty_cache(arch, buffers, 1, 8)
-    _, other = build_architecture(CONFIG, {kind: parse("rope:theta=900") for kind in CONFIG.kinds}, 32)
+    _, other = build_architecture(CONFIG, ExecutionConfig(), {kind: parse("rope:theta=900") for kind in CONFIG.kinds}, 32)
     one = jnp.zeros((1, 1), jnp.int32)
     with pytest.raises(UserError, match="other positional frequencies"):
         extend(params, other, arch, cache, one, Index(one, one, one + 1), 0)

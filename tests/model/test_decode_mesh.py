@@ -15,6 +15,7 @@ from lcx.core.mesh import MeshConfig
 from lcx.model.cache import collect, deal, empty_cache
 from lcx.model.config import ModelConfig
 from lcx.model.decode import _extend, extend, generate
+from lcx.model.execution import ExecutionConfig
 from lcx.model.loss import logits
 from lcx.model.transformer import hidden_states, unstack
 from tests.model.decode_cases import build, by_chunks, forward, furthest, place
@@ -32,7 +33,7 @@ CASES = {
     "1 x 2, learned bias": (MeshConfig(fsdp=1, context=2, ulysses=2), {"default": "t5"}, {}),
     "2 x 2, several pieces": (MeshConfig(fsdp=1, context=4, ulysses=2), {"local": "rope:theta=100", "global": SELF_EXTEND}, {}),
     "8 x 1, sinks": (MeshConfig(fsdp=1, context=8), {"default": "rope:theta=500"}, {"sinks": True}),
-    "4 x 2, slopes": (MeshConfig(fsdp=1, context=8, ulysses=2), {"default": "alibi"}, {"attention": "blockwise"}),
+    "4 x 2, slopes": (MeshConfig(fsdp=1, context=8, ulysses=2), {"default": "alibi"}, {}, ExecutionConfig(attention="blockwise")),
     "beside fsdp and tensor": (MeshConfig(fsdp=2, tensor=2, context=2), {"local": SELF_EXTEND, "global": "nope"}, {"sinks": True}),
 }
 
@@ -43,8 +44,8 @@ QUICK = ("2 x 2, several pieces",)
 @pytest.mark.parametrize("case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES])
 def test_tokens_and_logits_are_those_of_one_device(case):
     """Rows of 9 and 37 tokens in chunks of 8, rings of 13 to 16 slots overwritten twice."""
-    mesh, positions, changes = CASES[case]
-    params, buffers, arch, table = build(dataclasses.replace(CONFIG, **changes), positions, LENGTH)
+    mesh, positions, changes, *execution = CASES[case]
+    params, buffers, arch, table = build(dataclasses.replace(CONFIG, **changes), positions, LENGTH, *execution)
     split, made = place(params, table, mesh)
     with jax.set_mesh(made):
         tokens = generate(split, buffers, arch, PROMPTS, NEW, chunk=CHUNK)

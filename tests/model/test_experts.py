@@ -16,9 +16,10 @@ from lcx.core.mesh import MeshConfig, make_mesh, named_sharding
 from lcx.core.param_spec import abstract, initialize
 from lcx.core.trees import num_elements, worst_error
 from lcx.model import flops
-from lcx.model.architecture import build_schemes
+from lcx.model.architecture import Architecture, build_schemes
 from lcx.model.config import ModelConfig
 from lcx.model.decode import generate
+from lcx.model.execution import ExecutionConfig
 from lcx.model.experts import outer_by_group
 from lcx.model.loss import loss_sums
 from lcx.model.mlp import mlp
@@ -36,8 +37,9 @@ from tests.model.make_hf_experts import CASES, FIXTURES, D, E, F, K, problem, re
 T = 32
 TINY = ModelConfig(
     model_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=16, num_experts=8, experts_per_token=2,
-    router_aux_weight=0.1, layer_unroll=1,
+    router_aux_weight=0.1,
 )  # fmt: skip
+ONE_BY_ONE = ExecutionConfig(layer_unroll=1)
 ROPE = {"default": "rope:theta=500"}
 LAYER = ModelConfig(model_dim=D, num_layers=1, mlp_dim=F, num_experts=E, experts_per_token=K)
 BOTH = pytest.mark.parametrize("matmul", ["dense", "ragged"])
@@ -51,14 +53,14 @@ def layer_weights():
 # Against transformers
 
 
-def agrees(config: ModelConfig, wanted: dict) -> None:
+def agrees(arch: Architecture, wanted: dict) -> None:
     values, mask = problem()
     x, cotangent = jnp.asarray(values["x"]), jnp.asarray(values["cotangent"])
-    y, pull = jax.vjp(lambda params, x: mlp(params, x, config)[0], layer_weights(), x)
+    y, pull = jax.vjp(lambda params, x: mlp(params, x, arch)[0], layer_weights(), x)
     gradients, dx = pull(cotangent)
     found = {"y": y, "x": dx, **{name: gradients[name]["kernel"] for name in gradients}}
     for name, marks in (("balance", np.ones_like(mask)), ("balance, masked", mask)):
-        found[name] = mlp(layer_weights(), x, config, token_mask=jnp.asarray(marks > 0))[1]
+        found[name] = mlp(layer_weights(), x, arch, token_mask=jnp.asarray(marks > 0))[1]
     for name in wanted:
         want = np.asarray(wanted[name])
         np.testing.assert_allclose(found[name], want, rtol=1e-5, atol=1e-5 * np.max(np.abs(want)), err_msg=name)
@@ -68,10 +70,11 @@ def agrees(config: ModelConfig, wanted: dict) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_a_layer_is_that_of_transformers(name, matmul):
     """Output, gradients of x and of every kernel, and the load-balancing loss with and without padding."""
-    config = dataclasses.replace(LAYER, normalize_expert_weights=CASES[name], expert_matmul=matmul)
-    agrees(config, json.loads(FIXTURES.read_text())[name])
+    config = dataclasses.replace(LAYER, normalize_expert_weights=CASES[name])
+    arch = Architecture(config, ExecutionConfig(expert_matmul=matmul), ())
+    agrees(arch, json.loads(FIXTURES.read_text())[name])
     if importlib.util.find_spec("transformers") and importlib.util.find_spec("torch"):
-        agrees(config, reference(name))
+        agrees(arch, reference(name))
 
 
 # One product against the other
@@ -95,7 +98,8 @@ def test_sorted_tokens_give_what_all_experts_on_all_tokens_give(name, chosen):
     x = jnp.abs(jax.random.normal(jax.random.key(1), (2, 10, config.model_dim)))
 
     def run(matmul, params, x):
-        y, balance = mlp(params, x, dataclasses.replace(config, expert_matmul=matmul), token_mask=jnp.ones((2, 10), bool))
+        arch = Architecture(config, ExecutionConfig(expert_matmul=matmul), ())
+        y, balance = mlp(params, x, arch, token_mask=jnp.ones((2, 10), bool))
         return jnp.sum(jnp.sin(y)) + balance, (y, balance)
 
     (got, want) = (
@@ -143,7 +147,7 @@ def losses_and_gradients(params, buffers, arch, batch):
 
 @functools.cache
 def one_device(**changes):
-    params, buffers, arch, _ = build(dataclasses.replace(TINY, **changes), ROPE, T)
+    params, buffers, arch, _ = build(TINY, ROPE, T, dataclasses.replace(ONE_BY_ONE, **changes))
     return jax.device_get(losses_and_gradients(params, buffers, arch, tokens()))
 
 
@@ -176,7 +180,9 @@ QUICK = tuple(MESHES)[:2]
 @pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MESHES])
 def test_meshes_equal_one_device(name):
     sizes, matmul = MESHES[name]
-    params, buffers, arch, table = build(dataclasses.replace(TINY, expert_matmul=matmul, context_strategy="ring"), ROPE, T)
+    params, buffers, arch, table = build(
+        TINY, ROPE, T, dataclasses.replace(ONE_BY_ONE, expert_matmul=matmul, context_strategy="ring")
+    )
     split, mesh = place(params, table, sizes)
     with jax.set_mesh(mesh):
         got = jax.device_get(losses_and_gradients(split, buffers, arch, tokens()))
@@ -188,12 +194,12 @@ def test_meshes_equal_one_device(name):
 @BOTH
 def test_rows_that_the_mesh_cannot_split(matmul):
     """Three rows on an expert axis of four, as in decoding: all devices have all tokens, and each its own experts."""
-    config = dataclasses.replace(LAYER, expert_matmul=matmul)
+    arch = Architecture(LAYER, ExecutionConfig(expert_matmul=matmul), ())
     x = jax.random.normal(jax.random.key(0), (3, 1, D))
 
     @jax.jit
     def run(params, x):
-        return jax.value_and_grad(lambda params: jnp.sum(jnp.sin(mlp(params, x, config)[0])))(params)
+        return jax.value_and_grad(lambda params: jnp.sum(jnp.sin(mlp(params, x, arch)[0])))(params)
 
     want = run(layer_weights(), x)
     mesh = make_mesh(MeshConfig(fsdp=1, expert=4, tensor=2))
@@ -204,7 +210,7 @@ def test_rows_that_the_mesh_cannot_split(matmul):
 
 @pytest.mark.slow
 def test_decoding_on_a_mesh_equals_the_whole_forward_pass():
-    params, buffers, arch, table = build(dataclasses.replace(TINY, expert_matmul="ragged"), ROPE, T)
+    params, buffers, arch, table = build(TINY, ROPE, T, dataclasses.replace(ONE_BY_ONE, expert_matmul="ragged"))
     prompts = [np.arange(9) * 5 % 256, np.arange(17) * 11 % 256]
     split, mesh = place(params, table, MeshConfig(fsdp=1, expert=2, context=2))
     with jax.set_mesh(mesh):
@@ -219,7 +225,10 @@ def test_decoding_on_a_mesh_equals_the_whole_forward_pass():
 
 @BOTH
 def test_bfloat16_layers_route_as_float32_layers(matmul):
-    low = dataclasses.replace(LAYER, compute_dtype="bfloat16", expert_matmul=matmul)
+    low, high = (
+        Architecture(LAYER, execution, ())
+        for execution in (ExecutionConfig(compute_dtype="bfloat16", expert_matmul=matmul), ExecutionConfig())
+    )
     # What bfloat16 holds exactly, but for the router.
     values = jax.tree.map(lambda w: w.astype(jnp.bfloat16).astype(jnp.float32), layer_weights())
     params = {"layers": {"mlp": {**values, "router": layer_weights()["router"]}}}
@@ -228,7 +237,7 @@ def test_bfloat16_layers_route_as_float32_layers(matmul):
     x = jax.random.normal(jax.random.key(0), (2, 16, D)).astype(jnp.bfloat16)
     token_mask = jnp.ones((2, 16), bool)
     got, balance = mlp(cast, x, low, token_mask=token_mask)
-    want, exact = mlp(params["layers"]["mlp"], x.astype(jnp.float32), LAYER, token_mask=token_mask)
+    want, exact = mlp(params["layers"]["mlp"], x.astype(jnp.float32), high, token_mask=token_mask)
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(got.astype(jnp.float32), want, atol=0.02 * float(jnp.max(jnp.abs(want))))
     np.testing.assert_allclose(balance, exact, rtol=1e-6)
@@ -237,8 +246,8 @@ def test_bfloat16_layers_route_as_float32_layers(matmul):
 # A training step
 
 
-def make_step(config: ModelConfig, mesh: MeshConfig, accumulate: int = 1, steps: int = 30):
-    params, buffers, arch, table = build(config, ROPE, T)
+def make_step(config: ModelConfig, mesh: MeshConfig, accumulate: int = 1, steps: int = 30, execution: ExecutionConfig = ONE_BY_ONE):
+    params, buffers, arch, table = build(config, ROPE, T, execution)
     devices = jax.devices()[: mesh.fsdp * mesh.expert]
     step = train_step(arch, table, OptimConfig(lr=3e-3), steps, make_mesh(mesh, devices), accumulate)
     return step, step.state_from_params(params), buffers
@@ -250,7 +259,7 @@ def test_the_balance_has_a_denominator_of_its_own():
     batch = batch.replace(loss_weights=batch.loss_weights * 0.01)
     step, state, buffers = make_step(TINY, MeshConfig(fsdp=1, expert=2), accumulate=2)
     _, metrics, gradients = step.with_gradients(state, step.to_device(batch, 8), buffers)
-    params, _, arch, _ = build(TINY, ROPE, T)
+    params, _, arch, _ = build(TINY, ROPE, T, ONE_BY_ONE)
 
     def loss(params):
         nll = balance = 0.0
@@ -268,8 +277,8 @@ def test_the_balance_has_a_denominator_of_its_own():
 
 @pytest.mark.parametrize("matmul", ["dense", pytest.param("ragged", marks=pytest.mark.slow)])
 def test_training_lowers_loss_and_balance(matmul):
-    config = dataclasses.replace(TINY, expert_matmul=matmul, router_aux_weight=1.0)
-    step, state, buffers = make_step(config, MeshConfig(fsdp=1))
+    config, execution = dataclasses.replace(TINY, router_aux_weight=1.0), dataclasses.replace(ONE_BY_ONE, expert_matmul=matmul)
+    step, state, buffers = make_step(config, MeshConfig(fsdp=1), execution=execution)
     batch = step.to_device(jax.tree.map(np.asarray, tokens()), 8)
     rows = []
     for _ in range(30):
@@ -281,7 +290,7 @@ def test_training_lowers_loss_and_balance(matmul):
 
 def test_a_weight_of_zero_computes_no_balance():
     free = dataclasses.replace(TINY, router_aux_weight=0.0)
-    params, buffers, arch, _ = build(free, ROPE, T)
+    params, buffers, arch, _ = build(free, ROPE, T, ONE_BY_ONE)
     assert jax.eval_shape(lambda *x: hidden_states(*x[:2], arch, x[2]), params, buffers, tokens())[1] is None
     step, state, buffers = make_step(free, MeshConfig(fsdp=1))
     with jax.set_mesh(step.mesh):
@@ -293,8 +302,9 @@ def test_a_weight_of_zero_computes_no_balance():
 
 
 def test_flops_are_those_of_the_chosen_experts():
-    config = dataclasses.replace(TINY, attention="dense", expert_matmul="ragged", router_aux_weight=0.0)
-    params, buffers, arch, _ = build(config, ROPE, T)
+    config = dataclasses.replace(TINY, router_aux_weight=0.0)
+    execution = dataclasses.replace(ONE_BY_ONE, attention="dense", expert_matmul="ragged")
+    params, buffers, arch, _ = build(config, ROPE, T, execution)
 
     def loss(params, batch):
         return loss_sums(params, hidden_states(params, buffers, arch, batch)[0], batch, arch).nll
@@ -348,7 +358,8 @@ def test_what_makes_no_mixture_is_refused(changes, message):
 @needs_libtpu
 def test_tpus_compute_the_chosen_experts_only():
     """XLA counts the rows of the grouped products once, forward and backward, where K of E experts are chosen."""
-    config = dataclasses.replace(TINY, model_dim=256, mlp_dim=256, num_experts=16, compute_dtype="bfloat16")
+    config = dataclasses.replace(TINY, model_dim=256, mlp_dim=256, num_experts=16)
+    arch = Architecture(config, dataclasses.replace(ONE_BY_ONE, compute_dtype="bfloat16"), ())
     mesh = make_mesh(MeshConfig(fsdp=1), chips("v5p:2x2x1")[:1])
     table = specs(dataclasses.replace(config, num_layers=1), build_schemes(config, ROPE), T)["layers"]["mlp"]
 
@@ -359,7 +370,7 @@ def test_tpus_compute_the_chosen_experts_only():
     x = shape((1, 1024, 256), ("batch", "sequence", None))
 
     def run(params, x):
-        return jnp.sum(mlp(params, x, config)[0].astype(jnp.float32))
+        return jnp.sum(mlp(params, x, arch)[0].astype(jnp.float32))
 
     with jax.set_mesh(mesh):
         compiled = jax.jit(jax.value_and_grad(run, argnums=(0, 1))).lower(params, x).compile()

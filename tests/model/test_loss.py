@@ -9,21 +9,21 @@ from lcx.core.batch import Batch
 from lcx.core.trees import worst_error
 from lcx.model.architecture import Architecture
 from lcx.model.config import ModelConfig
+from lcx.model.execution import ExecutionConfig
 from lcx.model.loss import logits, loss_sums, token_losses
 
 B, T, D, V = 2, 24, 16, 50
 
 
 def problem(tied=False, softcap=None, tile=1 << 25, dtype="float32"):
-    config = ModelConfig(
-        vocab_size=V, model_dim=D, tied_embeddings=tied, logit_softcap=softcap, loss_tile=tile, compute_dtype=dtype
-    )
+    config = ModelConfig(vocab_size=V, model_dim=D, tied_embeddings=tied, logit_softcap=softcap)
+    execution = ExecutionConfig(loss_tile=tile, compute_dtype=dtype)
     keys = jax.random.split(jax.random.key(0), 4)
     params = {"embed": {"embedding": jax.random.normal(keys[0], (V, D))}, "head": {"kernel": jax.random.normal(keys[1], (D, V))}}
     hidden = jax.random.normal(keys[2], (B, T, D), jnp.dtype(dtype))
     tokens = jax.random.randint(keys[3], (B, T + 1), 0, V)
     weights = np.random.default_rng(0).random((B, T + 1)).astype(np.float32)
-    return params, hidden, Batch.from_tokens(tokens, weights), Architecture(config, ())
+    return params, hidden, Batch.from_tokens(tokens, weights), Architecture(config, execution, ())
 
 
 def plain_sums(params, hidden, batch, arch):

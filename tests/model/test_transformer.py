@@ -13,6 +13,7 @@ from lcx.core.trees import worst_error
 from lcx.model import flops
 from lcx.model.architecture import Architecture, build_architecture, build_schemes
 from lcx.model.config import ModelConfig
+from lcx.model.execution import ExecutionConfig
 from lcx.model.linear import linear
 from lcx.model.loss import loss_sums
 from lcx.model.params import specs
@@ -29,7 +30,7 @@ POSITIONS = {"default": "rope:theta=500", "local": "rope:theta=100"}
 
 def build(config: ModelConfig, positions: dict, length: int = T, seed: int = 0):
     schemes = build_schemes(config, positions)
-    arch, buffers = build_architecture(config, schemes, length)
+    arch, buffers = build_architecture(config, ExecutionConfig(), schemes, length)
     return initialize(specs(config, schemes, length), jax.random.key(seed)), buffers, arch
 
 
@@ -74,11 +75,11 @@ def test_scan_over_periods_equals_single_layers():
         met, i = state
         return q * (2.0 if kind == "local" else 0.5) + seen[kind] + nth + i, (met.at[i].set(seen[kind] + nth), i + 1)
 
-    together, after, _ = scan_layers(params["layers"], x, arch.config, attend, (jnp.zeros(5), 0))
+    together, after, _ = scan_layers(params["layers"], x, arch, attend, (jnp.zeros(5), 0))
     np.testing.assert_array_equal(after[0], [10, 20, 11, 21, 12])
     apart = x
     for i, kind in enumerate(arch.config.layer_kinds):
-        one = dataclasses.replace(arch.config, num_layers=1, pattern=(kind,))
+        one = dataclasses.replace(arch, config=dataclasses.replace(arch.config, num_layers=1, pattern=(kind,)))
         weights = jax.tree.map(lambda w, i=i: w[i : i + 1], params["layers"])
         apart, *_ = scan_layers(
             weights, apart, one, lambda *args, i=i: attend(args[0], i // 2, args[2], (jnp.zeros(5), i), *args[4:])
@@ -101,7 +102,7 @@ def test_scan_over_periods_equals_single_layers():
 def test_what_saves_memory_changes_no_gradient(changes):
     params, buffers, arch = build(TINY, POSITIONS)
     batch = Batch.from_tokens(tokens())
-    again = dataclasses.replace(arch, config=dataclasses.replace(TINY, **changes))
+    again = dataclasses.replace(arch, execution=ExecutionConfig(**changes))
     plain = jax.jit(jax.value_and_grad(loss), static_argnums=2)
     want, got = plain(params, buffers, arch, batch), plain(params, buffers, again, batch)
     np.testing.assert_allclose(got[0], want[0], rtol=1e-6)
@@ -123,7 +124,7 @@ def test_linear_has_the_gradients_of_a_contraction(outs):
 def test_bfloat16_stays_near_float32():
     params, buffers, arch = build(TINY, POSITIONS)
     batch = Batch.from_tokens(tokens())
-    low = dataclasses.replace(arch, config=dataclasses.replace(TINY, compute_dtype="bfloat16"))
+    low = dataclasses.replace(arch, execution=ExecutionConfig(compute_dtype="bfloat16"))
     want, got = loss(params, buffers, arch, batch), loss(params, buffers, low, batch)
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, want, rtol=5e-3)
@@ -144,15 +145,16 @@ def test_changing_theta_compiles_nothing_again():
     step = jax.jit(counted, static_argnums=2)
     values = []
     for theta in (500.0, 2000.0, 1e6):
-        arch, buffers = build_architecture(TINY, {**schemes, "global": with_theta(schemes["global"], theta)}, T)
+        arch, buffers = build_architecture(TINY, ExecutionConfig(), {**schemes, "global": with_theta(schemes["global"], theta)}, T)
         values.append(float(step(params, buffers, arch, batch)))
     assert len(traced) == 1
     assert len(set(values)) == 3
 
 
 def test_flops_agree_with_the_walked_program():
-    config = dataclasses.replace(TINY, attention="dense", pattern=("global",), window=None)
+    config = dataclasses.replace(TINY, pattern=("global",), window=None)
     params, buffers, arch = build(config, {"default": "rope:theta=500"})
+    arch = dataclasses.replace(arch, execution=ExecutionConfig(attention="dense"))
     batch = Batch.from_tokens(tokens())
     walked = flops.count(lambda p, b: loss(p, buffers, arch, b), params, batch)
     per_row = flops.forward_flops(config, 1, T)

@@ -12,6 +12,7 @@ from lcx.data.tokenizers.tokenizers import Bytes, HuggingFace
 from lcx.model.architecture import build_architecture, build_schemes
 from lcx.model.config import ModelConfig
 from lcx.model.decode import generate
+from lcx.model.execution import ExecutionConfig
 from lcx.model.params import specs
 from lcx.model.sampling import Sampling
 from lcx.recipes.generation import Stream, generate_text, read_prompts
@@ -109,10 +110,10 @@ def test_text_is_that_of_the_tokens_and_ends_where_asked(params):
         streamed[row] += piece
 
     def run(**options):
-        return generate_text(params, CONFIG, SCHEMES, TOKENIZER, prompts, 24, sampling=sampling, **options)
+        return generate_text(params, CONFIG, ExecutionConfig(), SCHEMES, TOKENIZER, prompts, 24, sampling=sampling, **options)
 
     found = run(on_text=on_text, on_end=lambda row, completion: finished.append((row, completion)))
-    arch, buffers = build_architecture(CONFIG, SCHEMES, len(prompts[1]) + 24)
+    arch, buffers = build_architecture(CONFIG, ExecutionConfig(), SCHEMES, len(prompts[1]) + 24)
     plain = generate(params, buffers, arch, [TOKENIZER.encode(p) for p in prompts], 24, sampling=sampling, stop_ids=[256])
     for row, completion in enumerate(found):
         np.testing.assert_array_equal(completion.tokens, plain[row])
@@ -128,9 +129,9 @@ def test_text_is_that_of_the_tokens_and_ends_where_asked(params):
 
 def test_a_length_beyond_training_is_remarked_and_other_positions_are_taken(params, capsys):
     wide = dataclasses.replace(CONFIG)
-    plain = generate_text(params, wide, SCHEMES, TOKENIZER, ["x" * 40], 8, trained=16)
+    plain = generate_text(params, wide, ExecutionConfig(), SCHEMES, TOKENIZER, ["x" * 40], 8, trained=16)
     assert "prompt and new tokens add up to 48, but the weights were trained up to 16" in capsys.readouterr().err
-    scaled = generate_text(params, wide, SCHEMES, TOKENIZER, ["x" * 40], 8, trained=16, positions="linear")
+    scaled = generate_text(params, wide, ExecutionConfig(), SCHEMES, TOKENIZER, ["x" * 40], 8, trained=16, positions="linear")
     assert capsys.readouterr().err == ""
     assert len(plain[0].tokens) == len(scaled[0].tokens) == 8
 
@@ -147,7 +148,7 @@ def test_a_length_beyond_training_is_remarked_and_other_positions_are_taken(para
 )
 def test_wrong_inputs(prompts, options, says, params):
     with pytest.raises(UserError, match=says):
-        generate_text(params, CONFIG, SCHEMES, TOKENIZER, prompts, 4, **options)
+        generate_text(params, CONFIG, ExecutionConfig(), SCHEMES, TOKENIZER, prompts, 4, **options)
 
 
 def test_prompt_files(tmp_path):

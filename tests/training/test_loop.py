@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import tiny
 
+from lcx.core import configs
 from lcx.core.errors import UserError
 from lcx.training.checkpoints import load_params
 from lcx.training.loop import train
 from lcx.training.metrics import TIMING, read
 from lcx.training.stages import run_config
-from lcx.training.workdir import exclusive, open_workdir, read_config
+from lcx.training.workdir import _leaves, exclusive, fingerprint, open_workdir, read_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -140,6 +141,43 @@ def test_a_start_that_came_to_no_checkpoint_leaves_the_workdir_free(tmp_path):
     open_workdir(tmp_path, run_config(tiny.config(seed=1)))
     open_workdir(tmp_path, run_config(tiny.config(seed=2)))
     assert read_config(tmp_path).seed == 2
+
+
+COULD_CHANGE_IN_0_1 = ("remat", "layer_unroll", "mlp_tile", "loss_tile", "attention", "context_strategy", "context_layout")
+
+
+def as_lcx_0_1_wrote_it(run):
+    """config.json with the fields of `ExecutionConfig` among the model's."""
+    values = configs.plain(run)
+    return {**values, "model": {**values["model"], **values.pop("execution")}}
+
+
+def test_a_workdir_of_lcx_0_1_is_gone_on_with(tmp_path):
+    """Its config is read, and what may change between two starts is what could change then."""
+    stages = tiny.stages()
+    go(tmp_path, stages=stages[:1], execution={"layer_unroll": 1})
+    before = read_config(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(as_lcx_0_1_wrote_it(before)))
+    assert read_config(tmp_path) == before and before.execution.layer_unroll == 1
+    for name, value, default in (("compute_dtype", "bfloat16", "float32"), ("expert_matmul", "dense", "auto")):
+        with pytest.raises(UserError, match=rf"another config: execution\.{name} is '{default}' there but '{value}' here"):
+            go(tmp_path, stages=stages[:1], execution={name: value})
+    other = {"remat": "dots", "attention": "dense", "mlp_tile": 32, "loss_tile": 4096, "context_strategy": "ring"}
+    go(tmp_path, stages=[stages[0], {**stages[1], "steps": 2}], execution={**other, "context_layout": "striped"})
+    assert [row["step"] for row in rows(tmp_path)] == list(range(1, 11))
+    assert json.loads((tmp_path / "config.json").read_text())["execution"]["remat"] == "dots"
+
+
+@pytest.mark.parametrize("changes", [{}, {"compute_dtype": "bfloat16", "remat": "block"}], ids=str)
+def test_a_fingerprint_is_that_of_lcx_0_1(changes):
+    run = run_config(tiny.config(execution=changes))
+    could_change = {"mesh", "checkpoint", "metrics", "max_bad_steps", *(f"model.{name}" for name in COULD_CHANGE_IN_0_1)}
+    leaves = {
+        path: value
+        for path, value in _leaves(as_lcx_0_1_wrote_it(run))
+        if "mesh" not in path.split(".") and not could_change & {path, path.split(".")[0]}
+    }
+    assert fingerprint(run) == configs.fingerprint(leaves)
 
 
 def test_parameters_for_evaluation(whole):

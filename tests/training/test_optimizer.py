@@ -13,6 +13,7 @@ from lcx.core.param_spec import abstract, paths_of
 from lcx.core.trees import paths
 from lcx.model.architecture import build_architecture
 from lcx.model.config import ModelConfig
+from lcx.model.execution import ExecutionConfig
 from lcx.model.params import specs
 from lcx.positions.registry import from_config
 from lcx.training.optimizer import OptimConfig, check_patterns, decay_mask, learning_rate, optimizer
@@ -64,7 +65,7 @@ MODEL = ModelConfig(vocab_size=32, model_dim=16, num_layers=2, num_heads=2, num_
 def trained(config, steps=8, devices=1):
     """Losses of `steps` steps on one batch, with the parameters before and after and the optimizer state."""
     schemes = {"global": from_config({"name": "rope", "theta": 100.0})}
-    arch, buffers = build_architecture(MODEL, schemes, 16)
+    arch, buffers = build_architecture(MODEL, ExecutionConfig(), schemes, 16)
     step = TrainStep(
         arch, tuple(paths_of(specs(MODEL, schemes, 16))), config, steps, make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
     )

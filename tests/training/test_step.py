@@ -1,6 +1,5 @@
 """One step is the same on every mesh, under every accumulation, and compiled once for every theta."""
 
-import dataclasses
 import functools
 
 import jax
@@ -14,6 +13,7 @@ from lcx.core.param_spec import initialize, paths_of
 from lcx.core.trees import worst_error
 from lcx.model.architecture import build_architecture
 from lcx.model.config import ModelConfig
+from lcx.model.execution import ExecutionConfig
 from lcx.model.params import specs
 from lcx.positions.registry import from_config
 from lcx.training.optimizer import OptimConfig
@@ -24,14 +24,14 @@ MODEL = ModelConfig(vocab_size=64, model_dim=24, num_layers=2, num_heads=4, num_
 OPTIM = OptimConfig(lr=1e-2, warmup_steps=2, z_loss=1e-3)
 
 
-def laid_out(theta=100.0, model=MODEL):
+def laid_out(theta=100.0, **execution):
     scheme = {"global": from_config({"name": "rope", "theta": theta})}
-    arch, buffers = build_architecture(model, scheme, LENGTH)
-    return arch, buffers, specs(model, scheme, LENGTH)
+    arch, buffers = build_architecture(MODEL, ExecutionConfig(**execution), scheme, LENGTH)
+    return arch, buffers, specs(MODEL, scheme, LENGTH)
 
 
-def make_step(mesh, accumulate=1, model=MODEL):
-    arch, buffers, table = laid_out(model=model)
+def make_step(mesh, accumulate=1, **execution):
+    arch, buffers, table = laid_out(**execution)
     devices = jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor * mesh.context]
     return train_step(arch, table, OPTIM, STEPS, make_mesh(mesh, devices), accumulate), buffers
 
@@ -101,7 +101,7 @@ def test_context_meshes_equal_one_device(sizes, strategy):
     """Sequence, weights and optimizer state split over the devices of the context."""
     data, fsdp, tensor, context, ulysses = sizes
     mesh = MeshConfig(data=data, fsdp=fsdp, tensor=tensor, context=context, ulysses=ulysses)
-    step, buffers = make_step(mesh, model=dataclasses.replace(MODEL, context_strategy=strategy))
+    step, buffers = make_step(mesh, context_strategy=strategy)
     losses, gradients, state = run(step, buffers)
     check(losses, gradients)
     adam = next(x for x in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(x, "mu"))
@@ -112,8 +112,8 @@ def test_context_meshes_equal_one_device(sizes, strategy):
 
 @pytest.mark.slow
 def test_residuals_in_host_memory_on_a_context_mesh():
-    model = dataclasses.replace(MODEL, remat="offload", context_strategy="ring", attention="blockwise")
-    check(*run(*make_step(MeshConfig(data=2, fsdp=1, context=4, ulysses=2), model=model))[:2])
+    execution = dict(remat="offload", context_strategy="ring", attention="blockwise")
+    check(*run(*make_step(MeshConfig(data=2, fsdp=1, context=4, ulysses=2), **execution))[:2])
 
 
 @pytest.mark.parametrize("accumulate", [2, 4])
@@ -163,10 +163,7 @@ def test_a_step_that_is_not_finite_keeps_the_state(poison):
 
 
 def test_bfloat16_computes_on_float32_weights():
-    model = dataclasses.replace(MODEL, compute_dtype="bfloat16")
-    scheme = {"global": from_config({"name": "rope", "theta": 100.0})}
-    arch, buffers = build_architecture(model, scheme, LENGTH)
-    step = train_step(arch, specs(model, scheme, LENGTH), OPTIM, STEPS, make_mesh(MeshConfig(fsdp=1), jax.devices()[:1]), 2)
+    step, buffers = make_step(MeshConfig(fsdp=1), 2, compute_dtype="bfloat16")
     state, metrics = step(fresh(step), step.to_device(host_batch(0), ROWS), buffers)
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.float32)}
     np.testing.assert_allclose(metrics["loss"].item(), reference()[0][0], rtol=1e-2)

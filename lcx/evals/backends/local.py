@@ -21,6 +21,7 @@ from lcx.evals.base import Item, Scores
 from lcx.model.architecture import Architecture, build_architecture, row_layout
 from lcx.model.config import ModelConfig
 from lcx.model.decode import generate
+from lcx.model.execution import ExecutionConfig
 from lcx.model.loss import token_losses
 from lcx.model.transformer import hidden_states
 from lcx.positions.scheme import Scheme
@@ -39,7 +40,7 @@ def score(params: Tree, buffers: Tree, tokens: jax.Array, arch: Architecture, la
         states = hidden_states(params, buffers, arch, batch)[0][:, -last:]
         losses = token_losses(params, states, batch.targets[:, -last:], arch)
         return losses.nll, losses.correct
-    ring, layout = mesh.shape["ring"], row_layout(arch.config, batch.tokens.shape[1], mesh)
+    ring, layout = mesh.shape["ring"], row_layout(arch.config, arch.execution, batch.tokens.shape[1], mesh)
     batch = arrange(batch, layout, ring).replace(layout=layout)
     losses = token_losses(params, hidden_states(params, buffers, arch, batch)[0], batch.targets, arch)
     nll, correct = restore((losses.nll, losses.correct), layout, ring)
@@ -53,11 +54,17 @@ class LocalBackend:
     """
 
     def __init__(
-        self, params: Tree, config: ModelConfig, schemes: Mapping[str, Scheme], length: int, tokens_per_forward: int = 1 << 14
+        self,
+        params: Tree,
+        config: ModelConfig,
+        execution: ExecutionConfig,
+        schemes: Mapping[str, Scheme],
+        length: int,
+        tokens_per_forward: int = 1 << 14,
     ) -> None:
         self._params, self._length = params, length
         self._group = max(1, tokens_per_forward // length)
-        self._arch, self._buffers = build_architecture(config, schemes, length)
+        self._arch, self._buffers = build_architecture(config, execution, schemes, length)
 
     def loglikelihood(self, items: Sequence[Item]) -> list[Scores]:
         """Scores `[A]` of each item's answer.

@@ -1,0 +1,55 @@
+"""How a model is computed, apart from what it is: the same weights mean the same model under every setting."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Literal
+
+from lcx.core.configs import positive
+from lcx.core.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class ExecutionConfig:
+    """Precision, kernels, and what is traded between memory, time and communication."""
+
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: Literal["auto", "dense", "blockwise", "flash"] = "auto"
+    context_strategy: Literal["auto", "ring", "gather"] = "auto"
+    """How the devices that share a sequence access each other's keys (`attention.parallel.context`). `auto`: only
+    neighbours for a window, a ring if a device has enough tokens to hide it, otherwise all-gather."""
+    context_layout: Literal["auto", "contiguous", "zigzag", "striped"] = "auto"
+    """How the tokens of a row are distributed over those devices. `auto`: zigzag, or contiguous if all layers are local."""
+    expert_matmul: Literal["auto", "ragged", "dense"] = "auto"
+    """How tokens are matched with their experts; none is ever dropped. `ragged`: sorted by expert, in one grouped product. `dense`:
+    every expert runs over every token. `auto`: dense on a CPU, which has no grouped product, otherwise ragged."""
+    remat: Literal["auto", "none", "attention", "dots", "block", "offload"] = "auto"
+    """What a layer keeps for its backward pass; the rest is recomputed. `none`: everything. `attention`: its input and the output
+    of attention, at the price of four small matrix products. `dots`: the results of products with weights. `block`: its input.
+    `offload`: like `attention`, but in host memory, from which the backward pass fetches it (on a CPU that is the same memory).
+    `auto`: attention if a row has at least 8,192 tokens, otherwise none."""
+    layer_unroll: int | None = None
+    """Periods of the pattern per iteration of the scan over layers. None: up to 8 on a CPU, where every iteration copies its
+    weights and activations (a step of 4 layers takes a quarter less time), unless `remat` recomputes anything; otherwise 1, which
+    compiles fastest."""
+    mlp_tile: int | None = 4096
+    """Tokens of a row that go through the feed-forward layer at once; longer rows are processed tile by tile, and the backward pass
+    recomputes a tile's two wide products instead of keeping them (Arctic, arXiv 2506.13996). On a CPU tiles are smaller if the
+    layer is wide, so that they fit into its cache. None: always whole rows."""
+    loss_tile: int = 1 << 25
+    """Maximum number of logits on a device at once during the loss; the vocabulary is cut into tiles to stay below it."""
+
+    def __post_init__(self) -> None:
+        positive("execution", layer_unroll=self.layer_unroll, mlp_tile=self.mlp_tile, loss_tile=self.loss_tile)
+
+
+FIELDS = frozenset(field.name for field in dataclasses.fields(ExecutionConfig))
+
+
+def refuse_moved(*paths: str) -> None:
+    """Raises `UserError` for a path such as config.model.remat, where lcx 0.1 had what is a field of `ExecutionConfig` now."""
+    for path in paths:
+        found = re.fullmatch(r"(|config\.|--config\.)model\.(\w+)", path)
+        if found and found[2] in FIELDS:
+            raise UserError(f"{path} has moved; set {found[1]}execution.{found[2]} instead")
