@@ -21,7 +21,8 @@ from lcx.positions.scheme import Scheme
 from lcx.positions.theta import report as theta_report
 from lcx.recipes import models
 from lcx.recipes.generation import Completion, generate_text
-from lcx.recipes.recipe import evaluate_loaded, recipe, train_recipe
+from lcx.recipes.recipe import evaluate_loaded, recipe
+from lcx.training import loop
 from lcx.training.checkpoints import Loaded
 
 __all__ = ["evaluate", "export", "generate", "load", "scheme", "theta_report", "train"]
@@ -105,7 +106,8 @@ def train(
     for key, value in (overrides or {}).items():
         parse.check_key(config, key)
         config.update_from_flattened_dict({key: value})
-    train_recipe(recipe(config if complete is None else complete(config)), Path(workdir))
+    run = recipe(config if complete is None else complete(config)).run
+    loop.train(run, workdir, given=models.initial_weights(run.init_from))
     return models.load(workdir)
 
 

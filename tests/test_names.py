@@ -14,7 +14,7 @@ RETIRED = frozenset(
     cut_queries cut_heads cut_numbers blockwise_backward flash_backward plan_walk resolve_context ContextPlan resolve_layout
     lay_out layout_on schemes_of KindContext attend_ Attend _deal _fetch _share real_tokens
     Late settle Feed Watch remark alone FREE Origin Initial Start Planner
-    Memory Selection Beside KEPT keep_beside COMPUTATION
+    Memory Selection Beside KEPT keep_beside COMPUTATION train_recipe _sums_and_gradients
     NeedleGrid PerplexityCurve PerplexityPoint PositionLoss model_scorer score_rows ScorerFor
     """.split()  # noqa: SIM905
 )

@@ -9,7 +9,6 @@ since XLA's CPU backend is several times slower on the transposed forms.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -112,12 +111,9 @@ def _take(tree: Any, i: jax.Array) -> Any:
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False), tree)
 
 
-def _visit_tiles(spec: KernelSpec, q_index: Index, k_bounds: Bounds, tile: Callable, carry: Any) -> Any:
-    """Runs `tile(masked, j, carry)` over the key blocks j that the query block may see: fully visible first, then masked."""
-    q_bounds = block_bounds(jax.tree.map(lambda x: x[None], q_index))
-    order, whole, end = visits(spec.mask, q_bounds, k_bounds)
-    carry = jax.lax.fori_loop(0, whole, lambda i, c: tile(False, order[i], c), carry)
-    return jax.lax.fori_loop(whole, end, lambda i, c: tile(True, order[i], c), carry)
+def _visits(spec: KernelSpec, q_index: Index, k_bounds: Bounds) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The key blocks in a query block's order, fully visible first, then masked, and where each of the two parts ends."""
+    return visits(spec.mask, block_bounds(jax.tree.map(lambda x: x[None], q_index)), k_bounds)
 
 
 def _fold_queries(spec: KernelSpec, q, q_index, kv_heads):
@@ -146,8 +142,10 @@ def _forward(spec: KernelSpec, q_BTNH, k_BSKH, v_BSKH, q_index, k_index, bias_pa
         def query_block(args):
             q, q_index = args
 
-            def tile(masked, j, carry):
-                top, total, acc = carry
+            order, whole, end = _visits(spec, q_index, k_bounds)
+
+            def tile(masked, i, carry):
+                (top, total, acc), j = carry, order[i]
                 kT_j, v_j, k_j = _take((kT, v, k_index), j)
                 logits, _ = _logits(spec, masked, _matmul(q, kT_j, spec), q_index, k_j, bias_params)
                 new_top = jnp.maximum(top, jnp.max(logits, axis=-1))
@@ -160,7 +158,8 @@ def _forward(spec: KernelSpec, q_BTNH, k_BSKH, v_BSKH, q_index, k_index, bias_pa
 
             rows = q.shape[:-1]
             start = (jnp.full(rows, MASKED, spec.wide), jnp.zeros(rows, spec.wide), jnp.zeros(q.shape, spec.wide))
-            top, total, acc = _visit_tiles(spec, q_index, k_bounds, tile, start)
+            visible_part = jax.lax.fori_loop(0, whole, functools.partial(tile, False), start)
+            top, total, acc = jax.lax.fori_loop(whole, end, functools.partial(tile, True), visible_part)
             empty = total == 0.0
             total = jnp.where(empty, 1.0, total)
             lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))
@@ -203,8 +202,10 @@ def _backward(spec: KernelSpec, queries: _QueryTiles, bias_params, k_BSKH, v_BSK
             q, do, lse, delta, q_index = args
             qT, doT = _turn(q), _turn(do)
 
-            def tile(masked, j, carry):
-                dq, dkT, dvT, dbias = carry
+            order, whole, end = _visits(spec, q_index, k_bounds)
+
+            def tile(masked, i, carry):
+                (dq, dkT, dvT, dbias), j = carry, order[i]
                 k_j, kT_j, vT_j, index_j = _take((k, kT, vT, k_index), j)
                 logits, capped = _logits(spec, masked, _matmul(q, kT_j, spec), q_index, index_j, bias_params)
                 p = jnp.exp(logits - lse[..., None])
@@ -217,7 +218,8 @@ def _backward(spec: KernelSpec, queries: _QueryTiles, bias_params, k_BSKH, v_BSK
                 dkT = _add_at(dkT, j, _matmul(qT, ds, spec))
                 return dq, dkT, _add_at(dvT, j, _matmul(doT, p, spec)), dbias
 
-            dq, *carry = _visit_tiles(spec, q_index, k_bounds, tile, (jnp.zeros(q.shape, spec.wide), *carry))
+            visible_part = jax.lax.fori_loop(0, whole, functools.partial(tile, False), (jnp.zeros(q.shape, spec.wide), *carry))
+            dq, *carry = jax.lax.fori_loop(whole, end, functools.partial(tile, True), visible_part)
             return tuple(carry), dq
 
         start = (jnp.zeros(kT.shape, spec.wide), jnp.zeros(kT.shape, spec.wide), dbias)

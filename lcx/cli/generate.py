@@ -1,4 +1,5 @@
 """Continue prompts with a checkpoint, under its own or any other positional scheme. The text of a single prompt is streamed.
+Standard output gets the generated text and nothing else; figures and notices go to standard error.
 
 lcx generate --checkpoint=runs/quickstart --prompt='def main(' --max_new_tokens=64 --temperature=0.8 --top_p=0.95
 """
@@ -19,7 +20,7 @@ from lcx.model.architecture import build_schemes
 from lcx.model.decode import Timings
 from lcx.model.sampling import Sampling
 from lcx.recipes import models
-from lcx.recipes.generation import Completion, generate_text, read_prompts
+from lcx.recipes.generation import Completion, OnEnd, generate_text, read_prompts
 
 
 def define(values: flags.FlagValues) -> None:
@@ -77,12 +78,12 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
         stop_ids=loaded.stop_ids,
         chunk=values.chunk,
         on_text=_write if single else None,
-        on_end=None if single else _show,
+        on_end=None if single else _show_in_order(),
         report=figures.append,
     )
     if single:
         _write(0, "\n")
-    say(_line(figures[0]))
+    say(_line(figures[0]), stderr=True)
 
 
 def _write(row: int, piece: str) -> None:
@@ -90,8 +91,21 @@ def _write(row: int, piece: str) -> None:
     sys.stdout.flush()
 
 
-def _show(row: int, completion: Completion) -> None:
-    say(f"prompt {row + 1}, {len(completion.tokens):,} new tokens, ended by {completion.ended}:\n{completion.text}\n")
+def _show_in_order() -> OnEnd:
+    """Shows a completion as soon as those of all earlier prompts are shown; the texts themselves carry no labels."""
+    waiting: dict[int, Completion] = {}
+    following = 0
+
+    def show(row: int, completion: Completion) -> None:
+        nonlocal following
+        waiting[row] = completion
+        while following in waiting:
+            ready = waiting.pop(following)
+            following += 1
+            say(f"prompt {following}, {len(ready.tokens):,} new tokens, ended by {ready.ended}:", stderr=True)
+            _write(following, f"{ready.text}\n\n")
+
+    return show
 
 
 def _line(figures: Timings) -> str:

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from absl import flags
 
 from lcx.cli import config_flags
-from lcx.recipes.recipe import recipe, train_recipe
+from lcx.recipes.models import initial_weights
+from lcx.recipes.recipe import recipe
+from lcx.training.loop import train
 
 
 def define(values: flags.FlagValues) -> None:
@@ -21,4 +23,5 @@ def define(values: flags.FlagValues) -> None:
 def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     """Train."""
     chosen, workdir = config_flags.read(values, rest)
-    train_recipe(recipe(chosen), workdir)
+    run = recipe(chosen).run
+    train(run, workdir, given=initial_weights(run.init_from))

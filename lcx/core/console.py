@@ -15,19 +15,19 @@ import rich.table
 from lcx.core.errors import UserError
 
 
-def console() -> rich.console.Console:
-    """A console on the current standard output."""
-    return rich.console.Console(highlight=False, soft_wrap=True)
+def console(stderr: bool = False) -> rich.console.Console:
+    """A console on the current standard output, or on standard error."""
+    return rich.console.Console(stderr=stderr, highlight=False, soft_wrap=True)
 
 
-def say(message: str) -> None:
-    """Print one line to standard output; rich markup in `message` is shown literally."""
-    console().print(rich.markup.escape(message))
+def say(message: str, stderr: bool = False) -> None:
+    """Print one line to standard output or standard error; rich markup in `message` is shown literally."""
+    console(stderr).print(rich.markup.escape(message))
 
 
 def warn(message: str) -> None:
     """Print a one-line warning to standard error."""
-    rich.console.Console(stderr=True, highlight=False, soft_wrap=True).print(f"[yellow]warning:[/] {rich.markup.escape(message)}")
+    console(stderr=True).print(f"[yellow]warning:[/] {rich.markup.escape(message)}")
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -112,4 +112,4 @@ def friendly_errors() -> Iterator[None]:
 
 
 def _print_error(sentence: str) -> None:
-    rich.console.Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/] {rich.markup.escape(sentence)}")
+    console(stderr=True).print(f"[red]error:[/] {rich.markup.escape(sentence)}")

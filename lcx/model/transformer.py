@@ -143,15 +143,12 @@ def scan_layers(
         done = whole * period
         grouped = jax.tree.map(lambda w: w[:done].reshape(whole, period, *w.shape[1:]), stacked)
         unroll = execution.layer_unroll or (CPU_UNROLL if policy == "none" and target_platform() == "cpu" else 1)
-
-        def turn(carry: tuple, group: tuple) -> tuple:
-            return step(carry, group, kinds=config.pattern), None
-
-        carry, _ = jax.lax.scan(turn, carry, (grouped, jnp.arange(whole, dtype=jnp.int32)), unroll=min(whole, unroll))
+        turns = (grouped, jnp.arange(whole, dtype=jnp.int32))
+        carry, _ = jax.lax.scan(functools.partial(step, kinds=config.pattern), carry, turns, unroll=min(whole, unroll))
     for start in range(done, config.num_layers, period):
         kinds = config.pattern[: config.num_layers - start]
         rest = jax.tree.map(functools.partial(_slice, start=start, size=len(kinds)), stacked)
-        carry = step(carry, (rest, start // period), kinds=kinds)
+        carry, _ = step(carry, (rest, start // period), kinds=kinds)
     return carry
 
 
@@ -205,7 +202,7 @@ def _period(
     arch: Architecture,
     attention_fn: AttentionFn,
     token_mask: jax.Array | None,
-) -> tuple:
+) -> tuple[tuple, None]:
     (x, state, total), (weights, turn) = carry, group
     x = checkpoint_name(x, INPUT)
     for i, kind in enumerate(kinds):
@@ -213,7 +210,7 @@ def _period(
         nth = turn * arch.config.pattern.count(kind) + kinds[:i].count(kind)
         x, state, balance = block(layer, x, arch, functools.partial(attention_fn, kind, nth, layer, state), token_mask)
         total = None if total is None else total + balance
-    return x, state, total
+    return (x, state, total), None
 
 
 def block(
@@ -229,29 +226,23 @@ def block(
         return functools.partial(rms_norm, layer[name], config=config) if config.pre_norm else None
 
     with jax.named_scope("attention"):
-        y, state = attention(layer["attention"], x, config, attention_fn, pre_norm("pre_attention_norm"))
+        params = layer["attention"]
+        q, k, v = project([params[name] for name in ("query", "key", "value")], x, pre_norm("pre_attention_norm"))
+        if config.qk_norm == "head":
+            q, k = rms_norm(params["query_norm"], q, config), rms_norm(params["key_norm"], k, config)
+        elif config.qk_norm == "full":
+            q, k = (
+                rms_norm(params[name], y.reshape(*y.shape[:-2], -1), config).reshape(y.shape)
+                for name, y in (("query_norm", q), ("key_norm", k))
+            )
+        out, state = attention_fn(q, k, v)
+        y = linear(params["out"], out, contract=2)
         y = rms_norm(layer["post_attention_norm"], y, config) if config.post_norm else y
         x = constrain(x + y)
     with jax.named_scope("mlp"):
         y, balance = mlp(layer["mlp"], x, arch, pre_norm("pre_mlp_norm"), token_mask)
         y = rms_norm(layer["post_mlp_norm"], y, config) if config.post_norm else y
         return constrain(x + y), state, balance
-
-
-def attention(
-    params: Tree, x: jax.Array, config: ModelConfig, attention_fn: Callable[..., tuple], norm: Norm | None = None
-) -> tuple[jax.Array, Tree]:
-    """Attention branch `[B, T, D] -> [B, T, D]` over `norm(x)`, and the layer's state after it."""
-    q, k, v = project([params[name] for name in ("query", "key", "value")], x, norm)
-    if config.qk_norm == "head":
-        q, k = rms_norm(params["query_norm"], q, config), rms_norm(params["key_norm"], k, config)
-    elif config.qk_norm == "full":
-        q, k = (
-            rms_norm(params[name], y.reshape(*y.shape[:-2], -1), config).reshape(y.shape)
-            for name, y in (("query_norm", q), ("key_norm", k))
-        )
-    out, state = attention_fn(q, k, v)
-    return linear(params["out"], out, contract=2), state
 
 
 def constrain(x: jax.Array) -> jax.Array:

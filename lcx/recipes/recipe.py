@@ -90,7 +90,7 @@ def run_recipe(chosen: Recipe, workdir: Path, command: Sequence[str]) -> None:
     if is_finished(chosen, workdir):
         say(f"{workdir} is finished: {stage_ends(chosen.run)[-1]} steps; report: {workdir / 'report.html'}")
         return
-    train_recipe(chosen, workdir)
+    train(chosen.run, workdir, given=models.initial_weights(chosen.run.init_from))
     record_environment(workdir, command)
     if chosen.base_stage is not None:
         evaluate_stage(chosen, workdir, "before", chosen.base_stage)
@@ -117,11 +117,6 @@ def is_finished(chosen: Recipe, workdir: Path) -> bool:
 def _extended(chosen: Recipe) -> Recipe:
     """The recipe as its extended model is evaluated: under its own scheme alone."""
     return dataclasses.replace(chosen, evals=dataclasses.replace(chosen.evals, zero_shot=()))
-
-
-def train_recipe(chosen: Recipe, workdir: Path) -> None:
-    """Train alone, from weights of either kind."""
-    train(chosen.run, workdir, given=models.initial_weights(chosen.run.init_from))
 
 
 def evaluate_stage(chosen: Recipe, workdir: Path, label: str, stage: str) -> EvalResult:

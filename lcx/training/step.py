@@ -168,8 +168,29 @@ class TrainStep:
 
     def _train(self, state: TrainState, batch: Batch, buffers: Mapping[str, Any], gradients: bool = False) -> tuple:
         self.compiles += 1  # runs when the step is traced, never when it is executed
-        sums, grads = self._sums_and_gradients(state.params, batch, buffers)
+        gradient = jax.value_and_grad(self._loss, has_aux=True)
+        balanced = self.arch.config.router_aux_weight > 0
+        # What Σ w·ℓ has to be divided by, over what the load-balancing loss has to be.
+        rate = jnp.sum(batch.loss_weights, dtype=jnp.float32) / jnp.maximum(unpadded_tokens(batch), 1.0) if balanced else None
+        if self.accumulate == 1:
+            (_, sums), grads = gradient(state.params, batch, buffers, rate)
+        else:
+            parts = microbatches(batch, self.accumulate)
+
+            def add(carry: tuple, part: Batch) -> tuple:
+                (_, sums), grads = gradient(state.params, part, buffers, rate)
+                return jax.tree.map(jnp.add, carry, (sums, self._shard(grads))), None
+
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.params)
+            nothing = LossSums(*(jnp.zeros((), jnp.float32) for _ in range(6 if balanced else 4)))
+            (sums, grads), _ = jax.lax.scan(add, (nothing, self._shard(zeros)), parts)
         weight = jnp.maximum(sums.weight, jnp.finfo(jnp.float32).tiny)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32) / weight, self._shard(grads))
+        after, metrics = self._update(state, sums, weight, grads)
+        return (after, metrics, grads) if gradients else (after, metrics)
+
+    def _update(self, state: TrainState, sums: LossSums, weight: jax.Array, grads: Tree) -> tuple[TrainState, dict]:
+        """The state after the optimizer's step, or with its parameters as they were if the step is not finite; and the metrics."""
         loss, norm = sums.nll / weight, optax.global_norm(grads)
         ok = jnp.isfinite(loss) & jnp.isfinite(norm) & (sums.weight > 0)
         with jax.named_scope("optimizer"):
@@ -200,27 +221,7 @@ class TrainStep:
         }
         if sums.router_aux is not None:
             metrics["router_aux_loss"] = sums.router_aux / jnp.maximum(sums.tokens, 1.0)
-        return (after, metrics, grads) if gradients else (after, metrics)
-
-    def _sums_and_gradients(self, params: Tree, batch: Batch, buffers: Mapping[str, Any]) -> tuple[LossSums, Tree]:
-        gradient = jax.value_and_grad(self._loss, has_aux=True)
-        balanced = self.arch.config.router_aux_weight > 0
-        # What Σ w·ℓ has to be divided by, over what the load-balancing loss has to be.
-        rate = jnp.sum(batch.loss_weights, dtype=jnp.float32) / jnp.maximum(unpadded_tokens(batch), 1.0) if balanced else None
-        if self.accumulate == 1:
-            (_, sums), grads = gradient(params, batch, buffers, rate)
-        else:
-            parts = microbatches(batch, self.accumulate)
-
-            def add(carry: tuple, part: Batch) -> tuple:
-                (_, sums), grads = gradient(params, part, buffers, rate)
-                return jax.tree.map(jnp.add, carry, (sums, self._shard(grads))), None
-
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
-            nothing = LossSums(*(jnp.zeros((), jnp.float32) for _ in range(6 if balanced else 4)))
-            (sums, grads), _ = jax.lax.scan(add, (nothing, self._shard(zeros)), parts)
-        weight = jnp.maximum(sums.weight, jnp.finfo(jnp.float32).tiny)
-        return sums, jax.tree.map(lambda g: g.astype(jnp.float32) / weight, self._shard(grads))
+        return after, metrics
 
     def _loss(self, params: Tree, batch: Batch, buffers: Mapping[str, Any], rate: jax.Array | None) -> tuple[jax.Array, LossSums]:
         if self.optim.freeze:
