@@ -31,11 +31,17 @@ ONES = Init("constant", 1.0)
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
-    """Shape, one logical axis name per dimension (None: never sharded), and initialisation of one parameter."""
+    """Shape, one logical axis name per dimension (None: never sharded), and initialisation of one parameter.
+
+    A weight matrix is `[*stacked, *inputs, *outputs]`: `stacked` axes (layers, experts) hold one matrix each, the next `inputs`
+    axes are those that its product sums over. `inputs` is 0 for everything that is not applied as a matrix.
+    """
 
     shape: tuple[int, ...]
     logical_axes: tuple[str | None, ...]
     init: Init = Init()
+    inputs: int = 0
+    stacked: int = 0
 
     def __post_init__(self) -> None:
         if len(self.shape) != len(self.logical_axes):

@@ -46,9 +46,9 @@ _UNUSED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 class Slot:
     """The numbers of one layer of one parameter, with shape `shape` in lcx, and their place in the tensor `name`.
 
-    `index` is the layer's number, followed by the expert's; empty for parameters that are not stacked. `inputs` is the number of
-    leading axes of `shape` that are a linear map's inputs, 0 if the tensor is stored unchanged (with its axes flattened, if it is a
-    bias). The slot's rows start at `first`, out of `rows`.
+    `index` is the layer's number, followed by the expert's; empty for parameters that are not stacked. `inputs` is that of
+    `ParamSpec`; if 0, the tensor is stored unchanged (with its axes flattened, if it is a bias). The slot's rows start at `first`,
+    out of `rows`.
     """
 
     path: str
@@ -195,13 +195,12 @@ def _slots(path: str, spec: ParamSpec, layer: int | None, family: Family) -> Ite
         raise UserError(f"the parameter {path} does not exist in {family.architecture}")
     name, ending = family.names[module], "bias" if last == "bias" else "weight"
     prefix = "" if layer is None else f"model.layers.{layer}."
-    inputs = 0 if last != "kernel" else 2 if module.endswith("attention/out") else 1
     layers = () if layer is None else (layer,)
     experts = [(i,) for i in range(spec.shape[1])] if "{expert}" in name else [()]
     for expert in experts:
         index = layers + expert
         place = f"{prefix}{name.format(expert=expert[0])}" if expert else f"{prefix}{name}"
-        yield Slot(path, index, f"{place}.{ending}", spec.shape[len(index) :], inputs, table=last == "embedding")
+        yield Slot(path, index, f"{place}.{ending}", spec.shape[len(index) :], spec.inputs, table=last == "embedding")
 
 
 def _filled(parts: list[Slot]) -> list[Slot]:

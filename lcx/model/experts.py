@@ -11,10 +11,8 @@ one of its experts.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import jax
@@ -25,6 +23,7 @@ from lcx.core.mesh import fitting_spec, target_platform
 from lcx.core.trees import Tree
 from lcx.model.config import ModelConfig
 from lcx.model.execution import ExecutionConfig
+from lcx.model.linear import grouped_linear
 
 Activation = Callable[[jax.Array], jax.Array]
 
@@ -220,51 +219,12 @@ def _ragged(params: Tree, x: jax.Array, weights: jax.Array, experts: jax.Array, 
     @jax.checkpoint
     def project(x: jax.Array) -> list[jax.Array]:
         sent = _dispatch(x, rows)
-        return [jnp.where(used, _grouped(sent, params[name], rows.sizes), 0) for name in names]
+        return [jnp.where(used, grouped_linear(sent, params[name], rows.sizes), 0) for name in names]
 
     @jax.checkpoint
     def down(weights: jax.Array, up: jax.Array, gate: jax.Array | None = None) -> jax.Array:
         inner = activation(up) if gate is None else activation(gate) * up
         inner = jnp.where(used, inner.astype(jnp.float32) * _gather_weights(weights, rows)[:, None], 0.0)
-        return _grouped(inner.astype(x.dtype), params["down"], rows.sizes)
+        return grouped_linear(inner.astype(x.dtype), params["down"], rows.sizes)
 
     return _combine(down(weights, *project(x)), rows)
-
-
-@jax.custom_vjp
-def _grouped(rows: jax.Array, kernels: jax.Array, sizes: jax.Array) -> jax.Array:
-    """Rows `[R, ins]` times the kernel `[E, ins, outs]` of their group. Rows after the last group may hold anything."""
-    with _precision(rows):
-        return jax.lax.ragged_dot(rows, kernels, sizes)
-
-
-def _precision(x: jax.Array) -> AbstractContextManager:
-    """Products of bfloat16 are exact in float32; with a higher precision the kernels for TPUs do not compile."""
-    return jax.default_matmul_precision("default") if x.dtype == jnp.bfloat16 else contextlib.nullcontext()
-
-
-def _grouped_backward(saved: tuple, dy: jax.Array) -> tuple:
-    rows, kernels, sizes = saved
-    with _precision(rows):
-        (d_rows,) = jax.linear_transpose(lambda rows: jax.lax.ragged_dot(rows, kernels, sizes), rows)(dy)
-        if target_platform() == "tpu":
-            return d_rows, outer_by_group(rows, dy, sizes).astype(kernels.dtype), None
-        (d_kernels,) = jax.linear_transpose(lambda kernels: jax.lax.ragged_dot(rows, kernels, sizes), kernels)(dy)
-    return d_rows, d_kernels, None
-
-
-_grouped.defvjp(lambda rows, kernels, sizes: (_grouped(rows, kernels, sizes), (rows, kernels, sizes)), _grouped_backward)
-
-
-def outer_by_group(x: jax.Array, dy: jax.Array, sizes: jax.Array, *, interpret: bool = False) -> jax.Array:
-    """`[R, ins]` and `[R, outs]` to `[E, ins, outs]`, summed over the rows of each group, by megablox's kernel for TPUs.
-
-    XLA has a kernel for the product with the groups' kernels, but not for this one: it computes all rows for each group.
-    """
-    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
-
-    R, wide = x.shape[0], 1024 if x.dtype.itemsize == 2 else 512
-    tile = min(512, -(-R // 128) * 128)
-    x, dy = (jnp.pad(y, ((0, -R % tile), (0, 0))) for y in (x, dy))
-    tiling = (tile, min(wide, x.shape[1]), min(wide, dy.shape[1]))
-    return tgmm(x.T, dy, sizes, x.dtype, tiling, interpret=interpret)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +15,15 @@ from lcx.core.mesh import target_platform
 from lcx.core.trees import Tree
 
 
-def linear(params: Tree, x: jax.Array, contract: int = 1) -> jax.Array:
-    """`x` times `params["kernel"]` over the last `contract` axes of x, plus the bias if there is one.
+def linear(params: Tree, x: jax.Array, inputs: int = 1) -> jax.Array:
+    """`x` times `params["kernel"]` over the last `inputs` axes of x (`ParamSpec.inputs`), plus the bias if there is one.
 
-    The only place where a weight matrix is applied. Kernels are `[*ins, *outs]`, biases `[*outs]`.
+    Kernels are `[*ins, *outs]`, biases `[*outs]`.
     """
     kernel = params["kernel"]
-    y = _matmul(contract, x, kernel)
+    y = _matmul(inputs, x, kernel)
     if (bias := params.get("bias")) is not None:
-        y = y + bias.reshape((1,) * (x.ndim - contract) + bias.shape)
+        y = y + bias.reshape((1,) * (x.ndim - inputs) + bias.shape)
     return y
 
 
@@ -41,26 +43,26 @@ def project(weights: list[Tree], x: jax.Array, norm: Callable[[jax.Array], jax.A
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _matmul(contract: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`x` times `kernel` over the last `contract` axes of x, forward and backward as plain matrix products.
+def _matmul(inputs: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`x` times `kernel` over the last `inputs` axes of x, forward and backward as plain matrix products.
 
     XLA's CPU backend is several times slower on products with several free axes. And JAX's own transpose asks for the kernel's
     gradient transposed: XLA then writes x or dy transposed, with strides, and recomputes what produced it, so that a feed-forward
     layer takes twice as long.
     """
-    size, outs = x.shape[: x.ndim - contract], kernel.shape[contract:]
-    return (_flat(x, contract) @ _matrix(kernel, contract)).reshape(*size, *outs)
+    size, outs = x.shape[: x.ndim - inputs], kernel.shape[inputs:]
+    return (_flat(x, inputs) @ _matrix(kernel, inputs)).reshape(*size, *outs)
 
 
-def _matmul_forward(contract: int, x: jax.Array, kernel: jax.Array) -> tuple:
-    return _matmul(contract, x, kernel), (x, kernel)
+def _matmul_forward(inputs: int, x: jax.Array, kernel: jax.Array) -> tuple:
+    return _matmul(inputs, x, kernel), (x, kernel)
 
 
-def _matmul_backward(contract: int, saved: tuple, dy: jax.Array) -> tuple:
+def _matmul_backward(inputs: int, saved: tuple, dy: jax.Array) -> tuple:
     x, kernel = saved
-    flat_x, flat_dy = _flat(x, contract), _flat(dy, kernel.ndim - contract)
+    flat_x, flat_dy = _flat(x, inputs), _flat(dy, kernel.ndim - inputs)
     rows = tuple(range(flat_x.ndim - 1))
-    dx = jax.lax.dot_general(flat_dy, _matrix(kernel, contract), (((len(rows),), (1,)), ((), ())))
+    dx = jax.lax.dot_general(flat_dy, _matrix(kernel, inputs), (((len(rows),), (1,)), ((), ())))
     return dx.reshape(x.shape), _outer(flat_x, flat_dy).reshape(kernel.shape)
 
 
@@ -87,5 +89,51 @@ def _flat(x: jax.Array, count: int) -> jax.Array:
     return x.reshape(*x.shape[: x.ndim - count], -1)
 
 
-def _matrix(kernel: jax.Array, contract: int) -> jax.Array:
-    return kernel.reshape(math.prod(kernel.shape[:contract]), -1)
+def _matrix(kernel: jax.Array, inputs: int) -> jax.Array:
+    return kernel.reshape(math.prod(kernel.shape[:inputs]), -1)
+
+
+def head_logits(kernel: jax.Array, hidden: jax.Array) -> jax.Array:
+    """`[..., D]` times the output weights `[D, C]`, or a tile of them, in float32: `[..., C]`."""
+    return jnp.einsum("...d,dc->...c", hidden, kernel, preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def grouped_linear(rows: jax.Array, kernels: jax.Array, sizes: jax.Array) -> jax.Array:
+    """Rows `[R, ins]` times the kernel `[E, ins, outs]` of their group. Rows after the last group may hold anything."""
+    with _precision(rows):
+        return jax.lax.ragged_dot(rows, kernels, sizes)
+
+
+def _precision(x: jax.Array) -> AbstractContextManager:
+    """Products of bfloat16 are exact in float32; with a higher precision the kernels for TPUs do not compile."""
+    return jax.default_matmul_precision("default") if x.dtype == jnp.bfloat16 else contextlib.nullcontext()
+
+
+def _grouped_backward(saved: tuple, dy: jax.Array) -> tuple:
+    rows, kernels, sizes = saved
+    with _precision(rows):
+        (d_rows,) = jax.linear_transpose(lambda rows: jax.lax.ragged_dot(rows, kernels, sizes), rows)(dy)
+        if target_platform() == "tpu":
+            return d_rows, outer_by_group(rows, dy, sizes).astype(kernels.dtype), None
+        (d_kernels,) = jax.linear_transpose(lambda kernels: jax.lax.ragged_dot(rows, kernels, sizes), kernels)(dy)
+    return d_rows, d_kernels, None
+
+
+grouped_linear.defvjp(
+    lambda rows, kernels, sizes: (grouped_linear(rows, kernels, sizes), (rows, kernels, sizes)), _grouped_backward
+)
+
+
+def outer_by_group(x: jax.Array, dy: jax.Array, sizes: jax.Array, *, interpret: bool = False) -> jax.Array:
+    """`[R, ins]` and `[R, outs]` to `[E, ins, outs]`, summed over the rows of each group, by megablox's kernel for TPUs.
+
+    XLA has a kernel for the product with the groups' kernels, but not for this one: it computes all rows for each group.
+    """
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
+    R, wide = x.shape[0], 1024 if x.dtype.itemsize == 2 else 512
+    tile = min(512, -(-R // 128) * 128)
+    x, dy = (jnp.pad(y, ((0, -R % tile), (0, 0))) for y in (x, dy))
+    tiling = (tile, min(wide, x.shape[1]), min(wide, dy.shape[1]))
+    return tgmm(x.T, dy, sizes, x.dtype, tiling, interpret=interpret)

@@ -16,6 +16,7 @@ from lcx.core.batch import PADDING, Batch
 from lcx.core.trees import Tree
 from lcx.model.architecture import Architecture
 from lcx.model.config import ModelConfig
+from lcx.model.linear import head_logits
 
 
 @flax.struct.dataclass
@@ -75,8 +76,7 @@ def token_losses(params: Tree, hidden: jax.Array, targets: jax.Array, arch: Arch
 def logits(params: Tree, hidden: jax.Array, config: ModelConfig) -> jax.Array:
     """All logits `[..., V]` float32: for a few positions, as decoding needs them."""
     kernel = output_kernel(params, config).astype(hidden.dtype)
-    raw = jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=jnp.float32)
-    return _cap(raw, config.logit_softcap)
+    return _cap(head_logits(kernel, hidden), config.logit_softcap)
 
 
 def output_kernel(params: Tree, config: ModelConfig) -> jax.Array:
@@ -103,7 +103,7 @@ def _tiles(kernel: jax.Array, tile: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _tile_logits(hidden: jax.Array, weights: jax.Array, start: jax.Array, vocab: int, softcap: float | None) -> tuple:
-    raw = jnp.einsum("btd,dc->btc", hidden, weights, preferred_element_type=jnp.float32)
+    raw = head_logits(weights, hidden)
     entries = start + jnp.arange(weights.shape[1], dtype=jnp.int32)[None, None]
     return jnp.where(entries < vocab, _cap(raw, softcap), -jnp.inf), raw, entries
 

@@ -26,7 +26,8 @@ def specs(config: ModelConfig, schemes: Mapping[str, Scheme], length: int) -> Tr
         "final_norm": _norm(config, config.model_dim, stacked=False),
     }
     if not config.tied_embeddings:
-        tree["head"] = {"kernel": ParamSpec((config.model_dim, config.vocab_size), ("embed", "vocab"), fan_in(config.model_dim))}
+        shape = (config.model_dim, config.vocab_size)
+        tree["head"] = {"kernel": ParamSpec(shape, ("embed", "vocab"), fan_in(config.model_dim), inputs=1)}
     learned = {kind: schemes[kind].param_specs(config.heads, length) for kind in config.kinds}
     if learned := {kind: table for kind, table in learned.items() if table}:
         tree["positions"] = learned
@@ -52,9 +53,9 @@ def _layers(config: ModelConfig) -> Tree:
         scale: float = 1.0,
         experts: bool = False,
     ) -> Tree:
-        init = Init("truncated", fan_in(*ins).value * scale)
         stack, names = ((L, config.num_experts), (None, "experts")) if experts else ((L,), (None,))
-        tree = {"kernel": ParamSpec((*stack, *ins, *outs), (*names, *axes), init)}
+        init = Init("truncated", fan_in(*ins).value * scale)
+        tree = {"kernel": ParamSpec((*stack, *ins, *outs), (*names, *axes), init, inputs=len(ins), stacked=len(stack))}
         if bias:
             tree["bias"] = ParamSpec((L, *outs), (None, *axes[len(ins) :]), ZEROS)
         return tree

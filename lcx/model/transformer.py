@@ -236,7 +236,7 @@ def block(
                 for name, y in (("query_norm", q), ("key_norm", k))
             )
         out, state = attention_fn(q, k, v)
-        y = linear(params["out"], out, contract=2)
+        y = linear(params["out"], out, inputs=2)
         y = rms_norm(layer["post_attention_norm"], y, config) if config.post_norm else y
         x = constrain(x + y)
     with jax.named_scope("mlp"):

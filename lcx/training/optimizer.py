@@ -127,14 +127,14 @@ def decay_mask(params: Tree, exclude: Sequence[str] = ()) -> Tree:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformationExtraArgs:
-    """The chain for a stage of `steps`; `update` takes the stage's step as the keyword `step`."""
+def optimizer(config: OptimConfig, steps: int, specs: Tree) -> optax.GradientTransformationExtraArgs:
+    """The chain for a stage of `steps` and parameters of a table; `update` takes the stage's step as the keyword `step`."""
     # Each extra link is there only where it is asked for, so that the optimizer state keeps its structure without it.
     scale = [_scale_by_path(config.lr_scale)] if config.lr_scale else []
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
     chain = optax.chain(
         clip,
-        OPTIMIZERS[config.name](config.b1, config.b2, config.eps),
+        OPTIMIZERS[config.name](config.b1, config.b2, config.eps, specs),
         optax.add_decayed_weights(config.weight_decay, mask=lambda params: decay_mask(params, config.decay_exclude)),
         _scale_by_stage(learning_rate(config, steps)),
         *scale,

@@ -60,7 +60,7 @@ class TrainStep:
         self.compiles = 0
         self._compiled_for: set[tuple[tuple[int, ...], str]] = set()
         self.specs = flax.traverse_util.unflatten_dict(dict(table), sep="/")
-        self.transform = optimizer(optim, steps)
+        self.transform = optimizer(optim, steps, self.specs)
         self._schedule = learning_rate(optim, steps)
         self._param_shardings = shardings(self.specs, mesh)
         self._batch_sharding = named_sharding(mesh, ("batch", "sequence"))

@@ -20,7 +20,7 @@ from lcx.model.architecture import Architecture, build_schemes
 from lcx.model.config import ModelConfig
 from lcx.model.decode import generate
 from lcx.model.execution import ExecutionConfig
-from lcx.model.experts import outer_by_group
+from lcx.model.linear import outer_by_group
 from lcx.model.loss import loss_sums
 from lcx.model.mlp import mlp
 from lcx.model.params import specs

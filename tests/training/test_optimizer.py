@@ -47,7 +47,7 @@ def test_equals_adamw():
     config = OptimConfig(lr=0.1, schedule="constant", weight_decay=0.01, clip_norm=None)
     params = {"a": {"kernel": jnp.ones((3, 2))}}
     grads = {"a": {"kernel": jnp.arange(6.0).reshape(3, 2)}}
-    ours, peer = optimizer(config, 10), optax.adamw(0.1, config.b1, config.b2, config.eps, weight_decay=0.01)
+    ours, peer = optimizer(config, 10, {}), optax.adamw(0.1, config.b1, config.b2, config.eps, weight_decay=0.01)
     got, _ = ours.update(grads, ours.init(params), params, step=jnp.int32(0))
     want, _ = peer.update(grads, peer.init(params), params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, want)
@@ -104,7 +104,7 @@ def test_a_factor_on_the_learning_rate():
     config = OptimConfig(lr=0.1, schedule="constant", lr_scale=(("head", 0.5), ("h", 3.0)), decay_exclude=("head",), clip_norm=None)
     params = {name: {"kernel": jnp.ones((3, 2))} for name in ("body", "head", "hidden")}
     grads = jax.tree.map(lambda x: 2 * x, params)
-    transform = optimizer(config, 10)
+    transform = optimizer(config, 10, {})
     got, _ = transform.update(grads, transform.init(params), params, step=jnp.int32(0))
     np.testing.assert_allclose([got[name]["kernel"][0, 0] for name in params], [-0.11, -0.05, -0.33], rtol=1e-5)
 
