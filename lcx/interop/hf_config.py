@@ -21,10 +21,10 @@ from lcx.interop.families import FAMILIES, NEUTRAL, NO_EFFECT, REQUIRED, ROPE_KE
 from lcx.model.config import ModelConfig, is_local
 from lcx.positions import hf
 from lcx.positions.absolute import Nope
-from lcx.positions.rotary import Ntk, Rope, Stretched
+from lcx.positions.derive import resolved
+from lcx.positions.rotary import Rope
 from lcx.positions.scaling import Dynamic, LongRope
 from lcx.positions.scheme import Scheme
-from lcx.positions.theta import ntk_base
 
 FILE = "config.json"
 
@@ -144,7 +144,7 @@ def write(
     name of the weights' type. Raises `UserError` if no family has all of the model's options, or if Hugging Face has no equivalent
     of its positions.
     """
-    schemes = {kind: _resolved(schemes[kind], model, length) for kind in model.kinds}
+    schemes = {kind: resolved(schemes[kind], model.head_dim, length) for kind in model.kinds}
     wanted = Described("", model, dict(schemes), length)
     # If these are missing, transformers uses the ids of the family's own tokenizer, and ends texts at one of them.
     base = base or {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": None}
@@ -243,18 +243,6 @@ def _rope_keys(full: Mapping[str, Any], family: Family) -> dict[str, Any]:
 
 def _nested(parameters: Any) -> bool:
     return isinstance(parameters, Mapping) and any(isinstance(value, Mapping) for value in parameters.values())
-
-
-def _resolved(scheme: Scheme, model: ModelConfig, length: int) -> Scheme:
-    """The scheme with the values that depend on the declared length filled in, in a form that Hugging Face has."""
-    if isinstance(scheme, Ntk):
-        theta = ntk_base(scheme.theta, scheme.stretch(length), int(model.head_dim * scheme.partial))
-        kept = ("partial", "layout", "original_length", "temperature")
-        return Rope(theta=theta, **{name: getattr(scheme, name) for name in kept})
-    if isinstance(scheme, Stretched) and scheme.factor is None:
-        # Dynamic NTK grows with the length, whatever its factor.
-        return dataclasses.replace(scheme, factor=1.0 if isinstance(scheme, Dynamic) else scheme.stretch(length))
-    return scheme
 
 
 def _values(model_type: str, wanted: Described, dtype: str, base: Mapping[str, Any]) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def from_hf(config: Mapping[str, Any], layout: Layout = "half") -> Scheme | dict
     if local is None:
         return scheme
     # Gemma 3 before transformers 5: scaling and rope_theta apply to the global layers only.
-    return {"full_attention": scheme, "sliding_attention": Rope(theta=float(local), layout=layout)}
+    return {"full_attention": scheme, "sliding_attention": from_parameters({"rope_theta": local}, config, layout)}
 
 
 def from_parameters(parameters: Mapping[str, Any], config: Mapping[str, Any], layout: Layout = "half") -> Rope:

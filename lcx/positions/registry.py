@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,7 +46,8 @@ ALIASES = {"pi": "linear", "none": "rope", "default": "rope", "p_rope": "proport
 """Other names of schemes. `none` is plain rotary, which does nothing about the length."""
 
 
-_ROTARY = ("theta", "layout", "partial", "original_length")
+ROTARY = ("theta", "layout", "partial", "original_length")
+"""Settings that say how a rotary model was trained."""
 
 
 def from_config(values: Mapping[str, Any] | str, path: str = "positions") -> Scheme:
@@ -58,13 +58,13 @@ def from_config(values: Mapping[str, Any] | str, path: str = "positions") -> Sch
     if isinstance(values, Scheme):
         return values
     if isinstance(values, str):
-        values = _settings(values, path)
+        values = settings(values, path)
     if not isinstance(values, Mapping | ml_collections.ConfigDict):
         raise UserError(f"{path}={values!r} is not a scheme; use a mapping with a name, or a string like 'yarn:factor=16'")
     values = dict(values.items())
     if "name" not in values:
         raise UserError(f"{path} has no name; allowed: {', '.join(sorted(SCHEMES))}")
-    cls = _class(values.pop("name"), path)
+    cls = scheme_class(values.pop("name"), f"{path}.name")
     if isinstance(values.get("temperature"), str):
         values["temperature"] = {"kind": values["temperature"]}
     if values.get("scaling") is not None and not isinstance(values["scaling"], Scheme):
@@ -72,67 +72,22 @@ def from_config(values: Mapping[str, Any] | str, path: str = "positions") -> Sch
     return configs.build(cls, values, f"{path}.{cls.name}")
 
 
-def _class(name: Any, path: str) -> type[Scheme]:
+def scheme_class(name: Any, path: str = "positions.name") -> type[Scheme]:
+    """The class with that name or alias; raises `UserError` with the nearest name for any other."""
     name = ALIASES.get(name, name) if isinstance(name, str) else name
-    return SCHEMES[configs.choice(f"{path}.name", name, SCHEMES)]
+    return SCHEMES[configs.choice(path, name, SCHEMES)]
 
 
 def _inner(outer: Mapping[str, Any], path: str) -> Scheme:
     """The scheme inside a piecewise one, with the outer one's rotary settings unless it has its own."""
     values = outer["scaling"]
-    values = _settings(values, path) if isinstance(values, str) else dict(values.items())
-    shared = {key: outer[key] for key in _ROTARY if key in outer and key not in values}
+    values = settings(values, path) if isinstance(values, str) else dict(values.items())
+    shared = {key: outer[key] for key in ROTARY if key in outer and key not in values}
     return from_config({**shared, **values}, path)
 
 
-def parse(spec: str) -> Scheme:
-    """The scheme of a string `name:key=value,key=value`; dots refer to nested settings (`temperature.kind=llama4`)."""
-    return from_config(spec)
-
-
-def to_config(scheme: Scheme) -> dict[str, Any]:
-    """The scheme as a plain mapping that `from_config` reads back."""
-    values = {"name": scheme.name, **configs.plain(scheme)}
-    inner = getattr(scheme, "scaling", None)
-    if inner is not None:
-        values["scaling"] = to_config(inner)
-    return values
-
-
-def fingerprint(scheme: Scheme) -> str:
-    """Sixteen hex digits that change with every setting."""
-    return configs.fingerprint(to_config(scheme))
-
-
-def with_theta(scheme: Scheme, theta: float) -> Scheme:
-    """The scheme with another theta; raises `UserError` if it has none."""
-    inner = getattr(scheme, "scaling", None)
-    if inner is not None:
-        return dataclasses.replace(scheme, theta=theta, scaling=with_theta(inner, theta))
-    if not any(field.name == "theta" for field in dataclasses.fields(scheme)):
-        raise UserError(f"positional scheme {scheme.name!r} has no theta, which should be {theta}; use a rotary scheme")
-    return dataclasses.replace(scheme, theta=theta)
-
-
-def extend(scheme: Scheme, spec: str | Mapping[str, Any], trained_length: int | None = None) -> Scheme:
-    """The scheme of `spec`, keeping what `scheme` says about the trained model unless `spec` overrides it.
-
-    Theta, layout, partial, trained length and temperature are kept if the new scheme has them: a zero-shot comparison on one
-    checkpoint must not change them. `trained_length` is used as `original_length` if neither scheme gives one.
-    """
-    values = _settings(spec, "positions") if isinstance(spec, str) else dict(spec.items())
-    cls = _class(values.get("name"), "positions")
-    fields = {field.name for field in dataclasses.fields(cls)}
-    for key in (*_ROTARY, "temperature"):
-        kept = getattr(scheme, key, None)
-        if key == "original_length" and kept is None:
-            kept = trained_length
-        if key in fields and key not in values and kept is not None:
-            values[key] = kept
-    return from_config(values)
-
-
-def _settings(spec: str, path: str) -> dict[str, Any]:
+def settings(spec: str, path: str = "positions") -> dict[str, Any]:
+    """The mapping of a string `name:key=value,key=value`; dots refer to nested settings (`temperature.kind=llama4`)."""
     name, _, rest = spec.partition(":")
     values: dict[str, Any] = {"name": name.strip()}
     for item in _split(rest):
@@ -147,6 +102,20 @@ def _settings(spec: str, path: str) -> dict[str, Any]:
                 raise UserError(f"{path}={spec!r}: {parent!r} is given both a value and settings; remove one")
         place[last] = _value(text.strip())
     return values
+
+
+def to_config(scheme: Scheme) -> dict[str, Any]:
+    """The scheme as a plain mapping that `from_config` reads back."""
+    values = {"name": scheme.name, **configs.plain(scheme)}
+    inner = getattr(scheme, "scaling", None)
+    if inner is not None:
+        values["scaling"] = to_config(inner)
+    return values
+
+
+def fingerprint(scheme: Scheme) -> str:
+    """Sixteen hex digits that change with every setting."""
+    return configs.fingerprint(to_config(scheme))
 
 
 def _split(text: str) -> list[str]:

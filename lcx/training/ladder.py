@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lcx.core.errors import UserError
-from lcx.positions.registry import from_config, with_theta
+from lcx.positions.derive import with_theta
+from lcx.positions.registry import from_config
 from lcx.positions.scheme import Scheme
 from lcx.positions.theta import retries
 from lcx.training.monitor import MonitorConfig

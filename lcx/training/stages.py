@@ -15,7 +15,8 @@ from lcx.core.mesh import MeshConfig
 from lcx.data.config import DataConfig
 from lcx.model.config import ModelConfig
 from lcx.model.execution import ExecutionConfig, refuse_moved
-from lcx.positions.registry import extend, from_config
+from lcx.positions.derive import extend
+from lcx.positions.registry import from_config
 from lcx.positions.scheme import Scheme
 from lcx.training.metrics import MetricsConfig
 from lcx.training.monitor import MonitorConfig

@@ -2,10 +2,10 @@ import pytest
 
 from lcx.core.errors import UserError
 from lcx.evals.zero_shot import at_length, check
-from lcx.positions.registry import parse
+from lcx.positions.registry import from_config
 from lcx.positions.theta import critical_base
 
-BASE = {"global": parse("rope:theta=500")}
+BASE = {"global": from_config("rope:theta=500")}
 
 
 def one(spec: str, length: int, trained: int = 256):
@@ -37,7 +37,7 @@ def test_theta_may_be_the_critical_base():
 
 
 def test_layers_under_a_window_keep_their_scheme():
-    schemes = {**BASE, "local": parse("rope:theta=100")}
+    schemes = {**BASE, "local": from_config("rope:theta=100")}
     changed = at_length(schemes, "linear", 256, 1024)
     assert changed["local"] == schemes["local"] and changed["global"].factor == 4
 
@@ -48,5 +48,5 @@ def test_wrong_specs_are_answered():
     with pytest.raises(UserError, match="did you mean 'linear'"):
         one("linea", 512)
     with pytest.raises(UserError, match="has no theta to start from"):
-        at_length({"global": parse("nope")}, "rope:theta=critical", 256, 512)
+        at_length({"global": from_config("nope")}, "rope:theta=critical", 256, 512)
     assert check("none") == "none" and check("pi") == "pi"

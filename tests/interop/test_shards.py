@@ -13,7 +13,7 @@ from lcx.interop import hf_config as configs
 from lcx.interop.folder import HfFolder, save
 from lcx.interop.shards import INDEX, SINGLE
 from lcx.model.config import ModelConfig
-from lcx.positions.registry import parse
+from lcx.positions.registry import from_config
 from tests.interop import hf_models
 
 
@@ -212,7 +212,7 @@ UNWRITABLE = {
 def test_models_that_no_family_has(message, case, tmp_path):
     changes, spec = case
     with pytest.raises(UserError, match=message):
-        save(tmp_path / "out", {}, ModelConfig(**{**SMALL, **changes}), {"global": parse(spec)}, 256, "float32")
+        save(tmp_path / "out", {}, ModelConfig(**{**SMALL, **changes}), {"global": from_config(spec)}, 256, "float32")
     assert not (tmp_path / "out").exists()
 
 
@@ -231,7 +231,7 @@ def test_models_trained_by_lcx_find_a_family(family):
     """A config.json is found from the model alone, and a reader of it computes the same angles."""
     changes, spec = WRITABLE[family]
     model = ModelConfig(**{**SMALL, **changes})
-    schemes = {kind: parse("nope" if kind == "nope" else spec) for kind in model.kinds}
+    schemes = {kind: from_config("nope" if kind == "nope" else spec) for kind in model.kinds}
     values = configs.write(model, schemes, 256, "float32")
     found = configs.read(values)
     assert found.model_type == family

@@ -15,7 +15,7 @@ from lcx.model.execution import ExecutionConfig
 from lcx.model.loss import logits
 from lcx.model.sampling import Sampling
 from lcx.model.transformer import hidden_states, unstack
-from lcx.positions.registry import parse
+from lcx.positions.registry import from_config
 from tests.model.test_transformer import build
 
 CONFIG = ModelConfig(
@@ -131,7 +131,7 @@ def test_decoding_copies_no_cache(rows):
 def test_a_cache_of_other_frequencies_is_refused():
     params, buffers, arch = build(CONFIG, {"default": "rope:theta=500"}, length=32)
     cache = empty_cache(arch, buffers, 1, 8)
-    _, other = build_architecture(CONFIG, ExecutionConfig(), {kind: parse("rope:theta=900") for kind in CONFIG.kinds}, 32)
+    _, other = build_architecture(CONFIG, ExecutionConfig(), {kind: from_config("rope:theta=900") for kind in CONFIG.kinds}, 32)
     one = jnp.zeros((1, 1), jnp.int32)
     with pytest.raises(UserError, match="other positional frequencies"):
         extend(params, other, arch, cache, one, Index(one, one, one + 1), 0)

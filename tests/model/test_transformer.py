@@ -19,7 +19,7 @@ from lcx.model.loss import loss_sums
 from lcx.model.params import specs
 from lcx.model.presets import FAMILIES, shrink
 from lcx.model.transformer import hidden_states, scan_layers
-from lcx.positions.registry import with_theta
+from lcx.positions.derive import with_theta
 
 T = 32
 TINY = ModelConfig(

@@ -2,11 +2,11 @@ import ml_collections
 import pytest
 
 from lcx.core.errors import UserError
-from lcx.positions.absolute import Learned, Nope
-from lcx.positions.piecewise import DualChunk, SelfExtend
+from lcx.positions.absolute import Learned
+from lcx.positions.piecewise import DualChunk
 from lcx.positions.query_scaling import QueryScaling
-from lcx.positions.registry import ALIASES, SCHEMES, extend, fingerprint, from_config, parse, to_config, with_theta
-from lcx.positions.rotary import Linear, Ntk, Rope
+from lcx.positions.registry import ALIASES, SCHEMES, fingerprint, from_config, to_config
+from lcx.positions.rotary import Linear, Rope
 from lcx.positions.scaling import LongRope, Yarn
 from lcx.positions.scheme import Heads
 
@@ -39,10 +39,10 @@ TEXTS = {
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_every_scheme_from_text_to_arrays_and_back(name):
-    scheme = parse(TEXTS[name])
+    scheme = from_config(TEXTS[name])
     assert type(scheme) is SCHEMES[name] and scheme.name == name
     spec, buffers, specs = scheme.spec(64), scheme.buffers(HEADS, 64), scheme.param_specs(HEADS, 64)
-    assert hash(spec) == hash(parse(TEXTS[name]).spec(64))
+    assert hash(spec) == hash(from_config(TEXTS[name]).spec(64))
     assert set(spec.rotations) == set(buffers.get("rotations", {}))
     assert (spec.query_scale is not None) == ("query_scale" in buffers)
     assert spec.bias is not None or "bias" not in buffers
@@ -57,34 +57,14 @@ def test_texts_cover_the_table():
 
 
 def test_settings_arrive():
-    assert parse("yarn:factor=16,theta=500") == Yarn(factor=16.0, theta=500.0)
-    assert parse("pi:factor=4") == Linear(factor=4.0) and parse("none") == Rope()
-    assert parse(TEXTS["dual_chunk"]) == DualChunk(original_length=32, theta=500.0, scaling=Yarn(theta=500.0, original_length=32))
-    assert parse(TEXTS["self_extend"]).temperature == QueryScaling("log_n", length=8)
-    assert isinstance(parse(TEXTS["longrope"]), LongRope) and parse(TEXTS["longrope"]).short_factor[-1] == 1.5
+    assert from_config("yarn:factor=16,theta=500") == Yarn(factor=16.0, theta=500.0)
+    assert from_config("pi:factor=4") == Linear(factor=4.0) and from_config("none") == Rope()
+    assert from_config(TEXTS["dual_chunk"]) == DualChunk(
+        original_length=32, theta=500.0, scaling=Yarn(theta=500.0, original_length=32)
+    )
+    assert from_config(TEXTS["self_extend"]).temperature == QueryScaling("log_n", length=8)
+    assert isinstance(from_config(TEXTS["longrope"]), LongRope) and from_config(TEXTS["longrope"]).short_factor[-1] == 1.5
     assert from_config(Rope(theta=7.0)) == Rope(theta=7.0)
-
-
-def test_with_theta():
-    assert with_theta(Yarn(factor=4.0), 500.0) == Yarn(factor=4.0, theta=500.0)
-    scheme = with_theta(parse(TEXTS["dual_chunk"]), 9.0)
-    assert scheme.theta == scheme.scaling.theta == 9.0
-    with pytest.raises(UserError, match="'nope' has no theta"):
-        with_theta(Nope(), 500.0)
-
-
-def test_extend_keeps_the_trained_model():
-    trained = Rope(theta=500.0, layout="interleaved", partial=0.5, original_length=256, temperature=QueryScaling("llama4"))
-    kept = {key: getattr(trained, key) for key in ("theta", "layout", "partial", "original_length", "temperature")}
-    assert extend(trained, "yarn:factor=16") == Yarn(factor=16.0, **kept)
-    assert extend(trained, "rope:theta=8000").theta == 8000
-    assert extend(trained, {"name": "ntk", "factor": 4}) == Ntk(factor=4.0, **kept)
-    assert extend(Rope(), "yarn", trained_length=256).original_length == 256
-    assert extend(trained, "self_extend:window=64,group=4") == SelfExtend(window=64, group=4, **kept)
-    inner = extend(trained, "dual_chunk:scaling=yarn").scaling
-    assert (inner.theta, inner.original_length, inner.partial) == (500.0, 256, 0.5)
-    assert extend(Nope(), "alibi").name == "alibi"
-    assert extend(extend(trained, "dual_chunk:scaling=yarn"), "rope").theta == 500
 
 
 @pytest.mark.parametrize(

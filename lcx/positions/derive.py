@@ -1,0 +1,74 @@
+"""A scheme made from another: with another theta, another scaling, for another length, or in the form that Hugging Face has."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from lcx.core.errors import UserError
+from lcx.positions.registry import ROTARY, from_config, scheme_class, settings
+from lcx.positions.rotary import Ntk, Rope, Stretched
+from lcx.positions.scaling import Dynamic
+from lcx.positions.scheme import Scheme
+from lcx.positions.theta import critical_base, ntk_base
+
+
+def with_theta(scheme: Scheme, theta: float) -> Scheme:
+    """The scheme with another theta; raises `UserError` if it has none."""
+    inner = getattr(scheme, "scaling", None)
+    if inner is not None:
+        return dataclasses.replace(scheme, theta=theta, scaling=with_theta(inner, theta))
+    if not hasattr(scheme, "theta"):
+        raise UserError(f"positional scheme {scheme.name!r} has no theta, which should be {theta}; use a rotary scheme")
+    return dataclasses.replace(scheme, theta=theta)
+
+
+def extend(scheme: Scheme, spec: str | Mapping[str, Any], trained_length: int | None = None) -> Scheme:
+    """The scheme of `spec`, keeping what `scheme` says about the trained model unless `spec` overrides it.
+
+    Theta, layout, partial, trained length and temperature are kept if the new scheme has them: a zero-shot comparison on one
+    checkpoint must not change them. `trained_length` is used as `original_length` if neither scheme gives one.
+    """
+    values = settings(spec) if isinstance(spec, str) else dict(spec.items())
+    fields = _fields(scheme_class(values.get("name")))
+    for key in (*ROTARY, "temperature"):
+        kept = getattr(scheme, key, None)
+        if key == "original_length" and kept is None:
+            kept = trained_length
+        if key in fields and key not in values and kept is not None:
+            values[key] = kept
+    return from_config(values)
+
+
+def extend_to(scheme: Scheme, spec: str, trained: int, length: int) -> Scheme:
+    """As `extend`, for `length` tokens of a model trained at `trained`.
+
+    A factor that is not named is length / trained, 1 at least. `theta=critical` is the critical base for `length` (2310.05209).
+    """
+    values = settings(spec)
+    if values.get("theta") == "critical":
+        if (theta := getattr(scheme, "theta", None)) is None:
+            raise UserError(
+                f"positions={spec!r}: a {scheme.name} checkpoint has no theta to start from; name one, as in theta=10000"
+            )
+        values["theta"] = critical_base(theta, trained, length) if length > trained else theta
+    if "factor" in _fields(scheme_class(values["name"])):
+        values.setdefault("factor", max(1.0, length / trained))
+    return extend(scheme, values, trained)
+
+
+def resolved(scheme: Scheme, head_dim: int, length: int) -> Scheme:
+    """The scheme with the values that depend on the declared length filled in, in a form that Hugging Face has."""
+    if isinstance(scheme, Ntk):
+        theta = ntk_base(scheme.theta, scheme.stretch(length), int(head_dim * scheme.partial))
+        kept = ("partial", "layout", "original_length", "temperature")
+        return Rope(theta=theta, **{name: getattr(scheme, name) for name in kept})
+    if isinstance(scheme, Stretched) and scheme.factor is None:
+        # Dynamic NTK grows with the length, whatever its factor.
+        return dataclasses.replace(scheme, factor=1.0 if isinstance(scheme, Dynamic) else scheme.stretch(length))
+    return scheme
+
+
+def _fields(cls: type[Scheme]) -> set[str]:
+    return {field.name for field in dataclasses.fields(cls)}

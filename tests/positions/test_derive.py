@@ -1,0 +1,35 @@
+"""What a scheme made from another keeps and changes."""
+
+import pytest
+
+from lcx.core.errors import UserError
+from lcx.positions.absolute import Nope
+from lcx.positions.derive import extend, with_theta
+from lcx.positions.piecewise import SelfExtend
+from lcx.positions.query_scaling import QueryScaling
+from lcx.positions.registry import from_config
+from lcx.positions.rotary import Ntk, Rope
+from lcx.positions.scaling import Yarn
+from tests.positions.test_registry import TEXTS
+
+
+def test_with_theta():
+    assert with_theta(Yarn(factor=4.0), 500.0) == Yarn(factor=4.0, theta=500.0)
+    scheme = with_theta(from_config(TEXTS["dual_chunk"]), 9.0)
+    assert scheme.theta == scheme.scaling.theta == 9.0
+    with pytest.raises(UserError, match="'nope' has no theta"):
+        with_theta(Nope(), 500.0)
+
+
+def test_extend_keeps_the_trained_model():
+    trained = Rope(theta=500.0, layout="interleaved", partial=0.5, original_length=256, temperature=QueryScaling("llama4"))
+    kept = {key: getattr(trained, key) for key in ("theta", "layout", "partial", "original_length", "temperature")}
+    assert extend(trained, "yarn:factor=16") == Yarn(factor=16.0, **kept)
+    assert extend(trained, "rope:theta=8000").theta == 8000
+    assert extend(trained, {"name": "ntk", "factor": 4}) == Ntk(factor=4.0, **kept)
+    assert extend(Rope(), "yarn", trained_length=256).original_length == 256
+    assert extend(trained, "self_extend:window=64,group=4") == SelfExtend(window=64, group=4, **kept)
+    inner = extend(trained, "dual_chunk:scaling=yarn").scaling
+    assert (inner.theta, inner.original_length, inner.partial) == (500.0, 256, 0.5)
+    assert extend(Nope(), "alibi").name == "alibi"
+    assert extend(extend(trained, "dual_chunk:scaling=yarn"), "rope").theta == 500
