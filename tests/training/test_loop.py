@@ -149,7 +149,8 @@ COULD_CHANGE_IN_0_1 = ("remat", "layer_unroll", "mlp_tile", "loss_tile", "attent
 def as_lcx_0_1_wrote_it(run):
     """config.json with the fields of `ExecutionConfig` among the model's."""
     values = configs.plain(run)
-    return {**values, "model": {**values["model"], **values.pop("execution")}}
+    execution = values.pop("execution")
+    return {**values, "model": {**values["model"], **execution}}
 
 
 def test_a_workdir_of_lcx_0_1_is_gone_on_with(tmp_path):
