@@ -15,7 +15,7 @@ RETIRED = frozenset(
     lay_out layout_on schemes_of KindContext attend_ Attend _deal _fetch _share real_tokens
     Late settle Feed Watch remark alone FREE Origin Initial Start Planner
     Memory Selection Beside KEPT keep_beside COMPUTATION train_recipe _sums_and_gradients
-    NeedleGrid PerplexityCurve PerplexityPoint PositionLoss model_scorer score_rows ScorerFor
+    NeedleGrid PerplexityCurve PerplexityPoint PositionLoss model_scorer score_rows ScorerFor _Rule Rule shard_for flash_options
     """.split()  # noqa: SIM905
 )
 

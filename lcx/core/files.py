@@ -1,9 +1,13 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all: written at once, and not the pointers that Git LFS leaves in their place."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+from lcx.core.errors import UserError
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path:
@@ -20,3 +24,10 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path
         os.fsync(file.fileno())
     os.replace(partial, path)
     return path
+
+
+def refuse_lfs_pointer(path: str | os.PathLike[str]) -> None:
+    """Raises `UserError` for a file that only says where Git LFS keeps the real one, as a clone without Git LFS has them."""
+    with open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise UserError(f"{path} is a Git LFS pointer, not the file itself; run 'git lfs pull' in its repository")

@@ -16,6 +16,7 @@ import numpy as np
 
 from lcx.core.errors import UserError
 from lcx.core.extras import library
+from lcx.core.files import refuse_lfs_pointer
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -166,6 +167,7 @@ def write(folder: Path, sizes: Mapping[str, int], tensor: Callable[[str], np.nda
 def _open(path: Path) -> Any:
     safetensors = library("safetensors", str(path))
     try:
+        refuse_lfs_pointer(path)
         return safetensors.safe_open(path, framework="np")
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is not a complete safetensors file ({error}); download it again") from error

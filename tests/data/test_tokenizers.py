@@ -348,6 +348,13 @@ def test_damaged_files(tmp_path, pieces):
         tokenizers.load(str(tmp_path / "tokenizer.model"))
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_a_git_lfs_pointer(tmp_path, name):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n")
+    with pytest.raises(UserError, match=rf"{name} is a Git LFS pointer, not the file itself; run 'git lfs pull'"):
+        tokenizers.load(str(tmp_path))
+
+
 def test_folders(tmp_path):
     with pytest.raises(UserError, match="with no tokenizer.json"):
         tokenizers.load(str(tmp_path))

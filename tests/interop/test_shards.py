@@ -16,6 +16,8 @@ from lcx.model.config import ModelConfig
 from lcx.positions.registry import from_config
 from tests.interop import hf_models
 
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n"
+
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
@@ -50,6 +52,10 @@ def _pickled(folder):
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": 1}))
 
 
+def _lfs_pointer(folder):
+    (folder / SINGLE).write_text(LFS_POINTER)
+
+
 def _index(folder, change):
     index = json.loads((folder / INDEX).read_text())
     change(index["weight_map"])
@@ -82,6 +88,7 @@ def _quantised(tensors):
 WRONG_FILES = {
     "pickle": ("single", _pickled, r"pytorch_model\.bin is a pickle, which can run arbitrary code"),
     "pickle in the index": ("sharded", lambda f: _index(f, lambda m: m.update({"x": "x.bin"})), r"x\.bin is a pickle"),
+    "Git LFS pointer": ("single", _lfs_pointer, "model.safetensors is a Git LFS pointer, not the file itself; run 'git lfs pull'"),
     "no weights": ("single", lambda f: (f / SINGLE).unlink(), "has no model.safetensors and no model.safetensors.index.json"),
     "truncated": ("single", _truncate, "model.safetensors is not a complete safetensors file"),
     "truncated shard": ("sharded", _truncate, r"model-0000\d-of-0000\d.safetensors is not a complete safetensors file"),

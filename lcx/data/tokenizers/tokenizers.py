@@ -28,6 +28,7 @@ import numpy as np
 
 from lcx.core.configs import nearest
 from lcx.core.errors import UserError
+from lcx.core.files import refuse_lfs_pointer
 from lcx.data.tokenizers import special_tokens
 from lcx.data.tokenizers.hugging_face import HuggingFace
 from lcx.data.tokenizers.sentence_piece import SentencePiece
@@ -149,6 +150,7 @@ def load(name: str) -> Tokenizer:
         path = _in_folder(path)
     if path.is_file():
         try:
+            refuse_lfs_pointer(path)
             with open(path, "rb") as file:
                 raw = file.read(4096)
         except OSError as error:
