@@ -34,6 +34,9 @@ class Corpus:
         self.config = config
         self.tokenizer = tokenizers.load(config.tokenizer)
         wanted = {part.source: None for part in config.parts.values() if part.weight > 0}
+        # A mistake in the last of them is not found out only after minutes of reading the first.
+        for source in wanted:
+            sources.check(source, self.tokenizer, config.chat_template)
         self._sources = {source: sources.load(source, self.tokenizer, config.chat_template) for source in wanted}
 
     def select(self, source: SourceConfig, split: sources.Split) -> sources.Subset:

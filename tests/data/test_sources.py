@@ -9,7 +9,8 @@ import pyarrow.parquet
 import pytest
 
 from lcx.core.errors import UserError
-from lcx.data.config import SourceConfig
+from lcx.data.config import DataConfig, PartConfig, SourceConfig
+from lcx.data.loader import Corpus
 from lcx.data.sources import documents, sources
 from lcx.data.tokenizers import tokenizers
 
@@ -49,6 +50,30 @@ def test_jsonl(tmp_path):
     (tmp_path / "y.jsonl").write_text('{"text": "a"}\n{broken')
     with pytest.raises(UserError, match=r"y.jsonl:2 is not valid JSON"):
         sources.load(SourceConfig("jsonl", f"{tmp_path}/y.jsonl"), BYTES)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a Git LFS pointer"),
+        (gzip.compress(b"long" * 99)[:20], "cannot be read"),
+    ],
+)
+def test_files_that_only_look_like_text_are_named(tmp_path, content, message):
+    (tmp_path / "x.txt.gz").write_bytes(content)
+    with pytest.raises(UserError, match=f"x.txt.gz {message}"):
+        sources.load(SourceConfig("text", f"{tmp_path}/x.txt.gz"), BYTES)
+
+
+def test_a_mistake_in_one_source_is_found_before_another_is_read(tmp_path, monkeypatch):
+    (tmp_path / "x.jsonl").write_text('{"body": "one"}')
+    parts = {
+        "first": PartConfig(source=SourceConfig("stdlib")),
+        "second": PartConfig(source=SourceConfig("jsonl", f"{tmp_path}/x.jsonl")),
+    }
+    monkeypatch.setattr(sources, "load", lambda *_: pytest.fail("a source was read"))
+    with pytest.raises(UserError, match=r"x.jsonl:1 has no text under source.field='text'; allowed: body"):
+        Corpus(DataConfig(parts=parts))
 
 
 def test_parquet(tmp_path):

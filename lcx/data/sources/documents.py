@@ -6,16 +6,20 @@ another encoding). A conversation's text is the JSON of its messages and tools, 
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import gzip
 import json
 import os
 import pathlib
 import sysconfig
+import zlib
 from collections.abc import Iterator
+from typing import IO
 
 from lcx.core.configs import nearest
 from lcx.core.errors import UserError
+from lcx.core.files import refuse_lfs_pointer
 from lcx.data.config import SourceConfig
 
 _TESTS = {"test", "tests", "idle_test"}
@@ -109,7 +113,7 @@ def _chat(config: SourceConfig) -> Iterator[tuple[str, bytes]]:
 def _rows(config: SourceConfig, field: str, what: str) -> Iterator[tuple[str, dict]]:
     """The objects of JSONL files, named `file:line`, each with a value under `field`."""
     for path in files(config):
-        for number, line in enumerate(_bytes(path).splitlines(), 1):
+        for number, line in enumerate(_lines(path), 1):
             if not line.strip():
                 continue
             try:
@@ -175,8 +179,21 @@ def _as_bytes(value: object) -> bytes:
 
 
 def _bytes(path: pathlib.Path) -> bytes:
+    with _opened(path) as file:
+        return file.read()
+
+
+def _lines(path: pathlib.Path) -> Iterator[bytes]:
+    with _opened(path) as file:
+        yield from file
+
+
+@contextlib.contextmanager
+def _opened(path: pathlib.Path) -> Iterator[IO[bytes]]:
+    """A file for reading, decompressed if its name ends in .gz."""
     try:
-        raw = path.read_bytes()
-        return gzip.decompress(raw) if path.suffix == ".gz" else raw
-    except OSError as error:
+        refuse_lfs_pointer(path)
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            yield file
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read: {error}") from error

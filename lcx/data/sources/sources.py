@@ -173,23 +173,41 @@ def load(config: SourceConfig, tokenizer: Tokenizer, chat_template: str | None =
     return InMemorySource(names, tokens, hashes, tokenizer.vocab_size)
 
 
+def check(config: SourceConfig, tokenizer: Tokenizer, chat_template: str | None = None) -> None:
+    """Raise now what `load` would raise for the settings, for a path that matches no file, and for the first document."""
+    if config.kind == "array_record":
+        open_prepared(config, tokenizer)
+        return
+    template = chat.load(tokenizer, chat_template) if config.kind == "chat" else None
+    eos_tail(config.append_eos, tokenizer)
+    name, text = next(documents.read(config))
+    if template is not None:
+        _encode_chat(template, name, text)
+
+
 def _load_chats(config: SourceConfig, template: chat.Chat) -> InMemorySource:
     names, tokens, hashes, loss_weights = [], [], [], []
     for name, text in documents.read(config):
-        try:
-            conversation = json.loads(text)
-            ids, own = template.encode(**conversation)
-        except UserError as error:
-            raise UserError(f"{name}: {error}") from error
-        if not own.any() and any(message["role"] == "assistant" for message in conversation["messages"]):
-            raise UserError(f"{name}: chat template {template.template.origin} leaves out everything the assistant says; fix it")
-        if not own.any():
-            raise UserError(f"{name} has nothing for the model to write; add a message with the role 'assistant', or leave it out")
+        ids, own = _encode_chat(template, name, text)
         names.append(name)
         tokens.append(ids)
         hashes.append(text_hash(text))
         loss_weights.append(own)
     return InMemorySource(names, tokens, hashes, template.tokenizer.vocab_size, loss_weights)
+
+
+def _encode_chat(template: chat.Chat, name: str, text: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Ids int32 `[n]` and loss weights float32 `[n]` of the conversation that a reader's `text` holds as JSON."""
+    try:
+        conversation = json.loads(text)
+        ids, own = template.encode(**conversation)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+    if not own.any() and any(message["role"] == "assistant" for message in conversation["messages"]):
+        raise UserError(f"{name}: chat template {template.template.origin} leaves out everything the assistant says; fix it")
+    if not own.any():
+        raise UserError(f"{name} has nothing for the model to write; add a message with the role 'assistant', or leave it out")
+    return ids, own
 
 
 def split(source: Source, fraction: float, which: Split) -> Subset:
