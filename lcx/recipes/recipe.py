@@ -23,12 +23,10 @@ from lcx.model.architecture import build_schemes
 from lcx.model.config import ModelConfig
 from lcx.model.execution import refuse_moved
 from lcx.recipes import models
-from lcx.report.history import record_environment
-from lcx.report.report import write_report
 from lcx.training.checkpoints import FOLDER, Loaded, load_params, stage_ends
 from lcx.training.loop import train
 from lcx.training.stages import RunConfig, StageConfig, run_config
-from lcx.training.workdir import CONFIG, read_config
+from lcx.training.workdir import CONFIG, read_config, record_environment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +95,9 @@ def run_recipe(chosen: Recipe, workdir: Path, command: Sequence[str]) -> None:
     elif chosen.run.init_from is not None:
         evaluate_source(chosen, workdir)
     evaluate_stage(_extended(chosen), workdir, "after", chosen.run.stages[-1].name)
+    # Loaded only now: drawing takes a library that a finished run repeated does without.
+    from lcx.report.report import write_report
+
     say(f"report: {write_report(workdir)}")
 
 

@@ -12,14 +12,11 @@ import json
 import math
 import os
 import pathlib
-import platform
-import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from lcx.core.console import warn
 from lcx.core.errors import UserError
-from lcx.core.files import write_atomically
 from lcx.evals import results
 from lcx.evals.results import EvalResult
 from lcx.report.plots import StageCurve
@@ -106,26 +103,6 @@ def load(workdir: str | os.PathLike[str]) -> Run:
     if not run.metrics and not run.evals:
         raise UserError(f"workdir {workdir} has neither metrics.jsonl nor eval/*.json; train or evaluate there first")
     return run
-
-
-def record_environment(workdir: str | os.PathLike[str], command: Sequence[str]) -> pathlib.Path:
-    """Write `environment.json`: versions, devices, and the command as it was typed."""
-    import importlib.metadata
-
-    import jax
-
-    devices = jax.devices()
-    values = {
-        "command": shlex.join(command),
-        "lcx": importlib.metadata.version("lcx"),
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "cpu_cores": os.cpu_count(),
-        "devices": f"{len(devices)} x {devices[0].device_kind}",
-        "processes": jax.process_count(),
-    }
-    return write_atomically(pathlib.Path(workdir) / "environment.json", json.dumps(values, indent=1) + "\n")
 
 
 def _number(value: Any, missing: float = 0.0) -> float:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import os
+import platform
 import re
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,3 +166,19 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(item, f"{path}.{i}")
     else:
         yield path, value
+
+
+def record_environment(workdir: Path, command: Sequence[str]) -> Path:
+    """Write `environment.json`: versions, devices, and the command as it was typed."""
+    devices = jax.devices()
+    values = {
+        "command": shlex.join(command),
+        "lcx": importlib.metadata.version("lcx"),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu_cores": os.cpu_count(),
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "processes": jax.process_count(),
+    }
+    return write_atomically(workdir / "environment.json", json.dumps(values, indent=1) + "\n")

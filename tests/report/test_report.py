@@ -7,6 +7,7 @@ import pytest
 from lcx.core.errors import UserError
 from lcx.report import history
 from lcx.report.report import write_report
+from lcx.training.workdir import record_environment
 from tests.report.synthetic import STAGES, write_run
 
 
@@ -34,7 +35,7 @@ class Reader(html.parser.HTMLParser):
 def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny <run>")
     write_run(folder)
-    history.record_environment(folder, ["lcx", "run", "--config=configs/x.py", "--config.name=a b"])
+    record_environment(folder, ["lcx", "run", "--config=configs/x.py", "--config.name=a b"])
     write_report(folder)
     return folder
 
