@@ -61,11 +61,6 @@ class Report:
         total = sum(part.tokens for part in self.parts)
         return {part.name: part.tokens / max(total, 1) for part in self.parts}
 
-    def length_shares(self) -> dict[str, float]:
-        """Share of all documents' tokens by bin of the length of the document that they came from."""
-        counts = np.sum([part.tokens_by_length for part in self.parts], axis=0)
-        return dict(zip(self.bins(), (counts / max(counts.sum(), 1)).tolist(), strict=True))
-
     def bins(self) -> list[str]:
         """Names of the length bins."""
         bounds = zip(self.edges[:-1], self.edges[1:], strict=True)

@@ -202,17 +202,6 @@ def _in_order(stages: Mapping[str, Any], order: list[str] | None) -> list[StageC
     return [built[name] for name in order]
 
 
-def schemes_through(run: RunConfig) -> list[dict[str, Scheme]]:
-    """Layer kind -> scheme in each stage, before any decision of the monitor."""
-    current = {kind: from_config(spec, f"positions.{kind}") for kind, spec in run.positions.items()}
-    result, trained = [], run.stages[0].length
-    for stage in run.stages:
-        current = override(current, stage, trained)
-        result.append(current)
-        trained = stage.length
-    return result
-
-
 def override(current: Mapping[str, Scheme], stage: StageConfig, trained_length: int) -> dict[str, Scheme]:
     """`current` (kind or `default` -> scheme) with the stage's changes; what a change does not name stays as it was."""
     changed = dict(current)

@@ -8,7 +8,8 @@ from jax.sharding import PartitionSpec
 from lcx.core.errors import UserError
 from lcx.core.mesh import AXES, MeshConfig, check_divides, make_mesh, partition_spec
 from lcx.core.param_spec import ONES, Init, ParamSpec, abstract, initialize, shardings
-from lcx.core.trees import num_bytes, worst_error
+from lcx.core.trees import num_bytes
+from tests.compare import worst_error
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from lcx.core.batch import PADDING, Batch
 from lcx.core.errors import UserError
 from lcx.core.mesh import MeshConfig, make_mesh, named_sharding
 from lcx.core.param_spec import abstract, initialize
-from lcx.core.trees import num_elements, worst_error
+from lcx.core.trees import num_elements
 from lcx.model import flops
 from lcx.model.architecture import Architecture, build_schemes
 from lcx.model.config import ModelConfig
@@ -30,6 +30,7 @@ from lcx.training.optimizer import OptimConfig
 from lcx.training.step import train_step
 from tests.attention.test_ahead_tpu import chips
 from tests.attention.test_ahead_tpu import pytestmark as needs_libtpu
+from tests.compare import worst_error
 from tests.model.decode_cases import build, by_chunks, furthest, place
 from tests.model.decode_cases import forward as all_at_once
 from tests.model.make_hf_experts import CASES, FIXTURES, D, E, F, K, problem, reference
@@ -258,7 +259,10 @@ def test_the_balance_has_a_denominator_of_its_own():
     batch = jax.tree.map(np.asarray, tokens())
     batch = batch.replace(loss_weights=batch.loss_weights * 0.01)
     step, state, buffers = make_step(TINY, MeshConfig(fsdp=1, expert=2), accumulate=2)
-    _, metrics, gradients = step.with_gradients(state, step.to_device(batch, 8), buffers)
+    on_devices = step.to_device(batch, 8)
+    with jax.set_mesh(step.mesh):
+        _, gradients = jax.jit(step.gradients)(state.params, on_devices, buffers)
+    _, metrics = step(state, on_devices, buffers)
     params, _, arch, _ = build(TINY, ROPE, T, ONE_BY_ONE)
 
     def loss(params):

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from lcx.core.batch import Batch
-from lcx.core.trees import worst_error
 from lcx.model.architecture import Architecture
 from lcx.model.config import ModelConfig
 from lcx.model.execution import ExecutionConfig
 from lcx.model.loss import logits, loss_sums, token_losses
+from tests.compare import worst_error
 
 B, T, D, V = 2, 24, 16, 50
 

@@ -9,7 +9,6 @@ import pytest
 
 from lcx.core.batch import Batch
 from lcx.core.param_spec import initialize
-from lcx.core.trees import worst_error
 from lcx.model import flops
 from lcx.model.architecture import Architecture, build_architecture, build_schemes
 from lcx.model.config import ModelConfig
@@ -20,6 +19,7 @@ from lcx.model.params import specs
 from lcx.model.presets import FAMILIES, shrink
 from lcx.model.transformer import hidden_states, scan_layers
 from lcx.positions.derive import with_theta
+from tests.compare import worst_error
 
 T = 32
 TINY = ModelConfig(

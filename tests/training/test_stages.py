@@ -9,7 +9,8 @@ from lcx.core.configs import plain
 from lcx.core.errors import UserError
 from lcx.core.mesh import MeshConfig
 from lcx.training.builder import StageBuilder
-from lcx.training.stages import RunConfig, run_config, schemes_through
+from lcx.training.ladder import choose
+from lcx.training.stages import RunConfig, run_config
 
 
 def named(**stages):
@@ -39,7 +40,7 @@ def test_positions_change_from_stage_to_stage():
         {"name": "c", "seq_len": 256, "steps": 1, "batch_size": 1, "positions": {"default": "linear:factor=2"}},
         {"name": "d", "seq_len": 512, "steps": 1, "batch_size": 1},
     ]
-    a, b, c, d = (schemes["default"] for schemes in schemes_through(run_config(values)))
+    a, b, c, d = (choose(run_config(values), [], stage, None)[1]["default"] for stage in range(4))
     assert (a.theta, b.theta, b.partial, c.name, c.theta, c.partial) == (100.0, 400.0, 0.5, "linear", 400.0, 0.5)
     assert d == c
 

@@ -10,7 +10,6 @@ import pytest
 from lcx.core.batch import Batch
 from lcx.core.mesh import MeshConfig, make_mesh
 from lcx.core.param_spec import initialize, paths_of
-from lcx.core.trees import worst_error
 from lcx.model.architecture import build_architecture
 from lcx.model.config import ModelConfig
 from lcx.model.execution import ExecutionConfig
@@ -18,6 +17,7 @@ from lcx.model.params import specs
 from lcx.positions.registry import from_config
 from lcx.training.optimizer import OptimConfig
 from lcx.training.step import TrainStep, train_step
+from tests.compare import worst_error
 
 ROWS, LENGTH, STEPS = 8, 48, 5
 MODEL = ModelConfig(vocab_size=64, model_dim=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=32)
@@ -51,9 +51,12 @@ def fresh(step):
 def run(step, buffers):
     """Losses and gradients of five steps, and the state after them."""
     state = fresh(step)
-    losses, gradients = [], []
+    losses, gradients, of_params = [], [], jax.jit(step.gradients)
     for i in range(STEPS):
-        state, metrics, grads = step.with_gradients(state, step.to_device(host_batch(i), ROWS), buffers)
+        batch = step.to_device(host_batch(i), ROWS)
+        with jax.set_mesh(step.mesh):
+            _, grads = of_params(state.params, batch, buffers)
+        state, metrics = step(state, batch, buffers)
         losses.append(metrics["loss"].item())
         gradients.append(jax.device_get(grads))
     return losses, gradients, state
