@@ -29,6 +29,16 @@ def define(values: flags.FlagValues, workdir: bool = True) -> None:
         )
 
 
+def define_profile(values: flags.FlagValues) -> None:
+    """Define `--profile`, for commands that train."""
+    flags.DEFINE_string(
+        "profile",
+        None,
+        "first and last step to trace for xprof, as in 10:13; kept in WORKDIR/profile",
+        flag_values=values,
+    )
+
+
 def chosen(values: flags.FlagValues, rest: Sequence[str]) -> ml_collections.ConfigDict:
     """The config with the overrides of the command line."""
     # Orbax logs every step of its own work below this level.

@@ -11,14 +11,16 @@ from absl import flags
 
 from lcx.cli import config_flags
 from lcx.recipes.recipe import recipe, run_recipe
+from lcx.training.profile import profile_steps
 
 
 def define(values: flags.FlagValues) -> None:
     """The command's flags."""
     config_flags.define(values)
+    config_flags.define_profile(values)
 
 
 def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     """Run the recipe."""
     chosen, workdir = config_flags.read(values, rest)
-    run_recipe(recipe(chosen), workdir, config_flags.command())
+    run_recipe(recipe(chosen), workdir, config_flags.command(), profile_steps(values.profile))

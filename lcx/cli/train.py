@@ -13,15 +13,17 @@ from lcx.cli import config_flags
 from lcx.recipes.models import initial_weights
 from lcx.recipes.recipe import recipe
 from lcx.training.loop import train
+from lcx.training.profile import profile_steps
 
 
 def define(values: flags.FlagValues) -> None:
     """The command's flags."""
     config_flags.define(values)
+    config_flags.define_profile(values)
 
 
 def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     """Train."""
     chosen, workdir = config_flags.read(values, rest)
     run = recipe(chosen).run
-    train(run, workdir, given=initial_weights(run.init_from))
+    train(run, workdir, given=initial_weights(run.init_from), profile=profile_steps(values.profile))

@@ -25,6 +25,7 @@ from lcx.model.execution import refuse_moved
 from lcx.recipes import models
 from lcx.training.checkpoints import FOLDER, Loaded, load_params, stage_ends
 from lcx.training.loop import train
+from lcx.training.profile import ProfileSteps
 from lcx.training.stages import RunConfig, StageConfig, run_config
 from lcx.training.workdir import CONFIG, read_config, record_environment
 
@@ -83,12 +84,14 @@ def recipe(config: ml_collections.ConfigDict) -> Recipe:
     return Recipe(run, evals, base_stage)
 
 
-def run_recipe(chosen: Recipe, workdir: Path, command: Sequence[str]) -> None:
+def run_recipe(chosen: Recipe, workdir: Path, command: Sequence[str], profile: ProfileSteps | None = None) -> None:
     """Train, evaluate and report. Finished parts are not repeated, so the same command resumes after any interruption."""
     if is_finished(chosen, workdir):
+        if profile is not None:
+            profile.check(stage_ends(chosen.run)[-1], stage_ends(chosen.run)[-1])
         say(f"{workdir} is finished: {stage_ends(chosen.run)[-1]} steps; report: {workdir / 'report.html'}")
         return
-    train(chosen.run, workdir, given=models.initial_weights(chosen.run.init_from))
+    train(chosen.run, workdir, given=models.initial_weights(chosen.run.init_from), profile=profile)
     record_environment(workdir, command)
     if chosen.base_stage is not None:
         evaluate_stage(chosen, workdir, "before", chosen.base_stage)

@@ -24,6 +24,7 @@ from lcx.training.builder import BuiltStage, StageBuilder
 from lcx.training.checkpoints import InitialWeights, Meta, Store, initial_weights, scheme_configs, stage_ends
 from lcx.training.checks import warn_unusual
 from lcx.training.prefetch import Prefetcher, Stop
+from lcx.training.profile import Profiler, ProfileSteps
 from lcx.training.resume import ResumePoint, continue_into, reread_stage_start, resume_point
 from lcx.training.stages import RunConfig
 from lcx.training.step import TrainState
@@ -53,11 +54,16 @@ class StageHistory:
 
 
 def train(
-    run: RunConfig, workdir: str | Path, devices: Sequence[jax.Device] | None = None, given: InitialWeights | None = None
+    run: RunConfig,
+    workdir: str | Path,
+    devices: Sequence[jax.Device] | None = None,
+    given: InitialWeights | None = None,
+    profile: ProfileSteps | None = None,
 ) -> Result:
     """Run all stages that are not finished in the workdir; the same call resumes after any interruption.
 
     `given` are the weights that `run.init_from` names (None: a checkpoint written by lcx, read when needed).
+    `profile` are steps to trace; the call raises `UserError` if they are done already.
     Ctrl-C saves and raises `KeyboardInterrupt`, SIGTERM saves and exits with status 143. Raises `UserError` for a config that
     cannot work, a workdir of another run, a full disk, and too many non-finite steps in a row.
     """
@@ -66,6 +72,8 @@ def train(
     given = given or initial_weights(run.init_from)
     builder = StageBuilder(run, decisions, devices, given)
     main = jax.process_index() == 0
+    if profile is not None:
+        profile.check(0, stage_ends(run)[-1])
     make_workdir(workdir)
     with contextlib.ExitStack() as held:
         if main:
@@ -75,9 +83,10 @@ def train(
             given.keep(workdir)
         warn_unusual(run)
         stop, store = held.enter_context(Stop()), held.enter_context(Store(workdir, run.checkpoint, stage_ends(run)))
+        profiler = held.enter_context(Profiler(profile, workdir))
         writer = metrics_log.Writer(workdir, run.metrics, active=main)
         try:
-            return Trainer(builder, workdir, store, writer, decisions, stop).run()
+            return Trainer(builder, workdir, store, writer, decisions, stop, profiler).run()
         finally:
             writer.close()
 
@@ -93,15 +102,17 @@ class Trainer:
         writer: metrics_log.Writer,
         decisions: list[dict[str, Any]],
         stop: Stop,
+        profiler: Profiler,
     ):
         self.builder, self.config, self.workdir = builder, builder.run, workdir
-        self.store, self.writer, self.decisions, self.stop = store, writer, decisions, stop
+        self.store, self.writer, self.decisions, self.stop, self.profiler = store, writer, decisions, stop, profiler
         self.ends = stage_ends(self.config)
         self.config_fingerprint = fingerprint(self.config)
 
     def run(self) -> Result:
         """Run all remaining stages."""
         start = resume_point(self.builder, self.store)
+        self.profiler.check(self.ends[start.index] - self.config.stages[start.index].steps + start.stage_step, self.ends[-1])
         built, state, at = self.builder.build(start.index), start.state, start.stage_step
         history = _history(start)
         self.writer.truncate(lambda row: metrics_log.place_of(row) <= self._reached(start))
@@ -145,18 +156,19 @@ class Trainer:
                 new = not built.step.is_compiled_for(batch)
                 if new:
                     bar.note("compiling")
-                begin = time.perf_counter()
-                state, metrics = built.step(state, batch, built.buffers)
+                done, total = step + 1, self._stage_start(built) + step + 1
+                with self.profiler.begin(total, pending.flush):
+                    begin = time.perf_counter()
+                    state, metrics = built.step(state, batch, built.buffers)
                 if new:
                     # The call returns when the program is compiled, and before it has run.
                     pending.exclude(time.perf_counter() - begin)
                 pending.flush((step, metrics, waited))
-                done = step + 1
+                self.profiler.end(total, pending.flush)
                 if done == judged:
                     pending.flush()
                     if self._judge(built, state, history):
                         return state, False
-                total = self._stage_start(built) + done
                 stopping = self._stopping(total)
                 if stopping or done == stage.steps or (every is not None and total % every == 0):
                     pending.flush()

@@ -18,6 +18,7 @@ from lcx.core.errors import UserError
 from lcx.training.checkpoints import load_params
 from lcx.training.loop import train
 from lcx.training.metrics import TIMING, read
+from lcx.training.profile import ProfileSteps
 from lcx.training.stages import run_config
 from lcx.training.workdir import _leaves, exclusive, fingerprint, open_workdir, read_config
 
@@ -52,6 +53,21 @@ def test_a_whole_run(whole):
     assert found[-1]["loss"] < found[0]["loss"]
     assert result.schemes["default"].theta == 400.0
     assert {"tokens_per_second", "mfu", "data_wait", "host_memory"} <= set(read(workdir / "metrics.jsonl")[0])
+
+
+def test_a_trace_of_chosen_steps(whole, tmp_path, capsys):
+    run = run_config(tiny.config())
+    result = train(run, tmp_path, jax.devices()[:1], profile=ProfileSteps(7, 10))
+    same(tmp_path, result, whole)
+    (trace,) = tmp_path.glob("profile/**/*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_file(str(trace)).planes
+    steps = [
+        dict(event.stats)["step_num"] for plane in planes for line in plane.lines for event in line.events if event.name == "train"
+    ]
+    assert sorted(steps) == [7, 8, 9, 10]
+    assert "profile: steps 7 to 10 are in" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"--profile=7:10 names steps that are done, for the run is at step 18"):
+        train(run, tmp_path, jax.devices()[:1], profile=ProfileSteps(7, 10))
 
 
 def test_a_workdir_in_use_is_refused(whole, tmp_path):
