@@ -66,15 +66,14 @@ class TrainStep:
         self._batch_sharding = named_sharding(mesh, ("batch", "sequence"))
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self.state_shardings = self._state_shardings()
+        out = (self.state_shardings, self._replicated)
         # XLA holds back on wide vectors for the sake of older processors' clocks; a step gains 3% by them.
         options = {"xla_cpu_prefer_vector_width": 512} if mesh.devices.flat[0].platform == "cpu" else None
-        self._step = jax.jit(
-            self._train,
-            donate_argnums=0,
-            in_shardings=(self.state_shardings, None, None),
-            out_shardings=(self.state_shardings, self._replicated),
-            compiler_options=options,
+        compiled = functools.partial(
+            jax.jit, donate_argnums=0, in_shardings=(self.state_shardings, None, None), compiler_options=options
         )
+        self._step = compiled(self._train, out_shardings=out)
+        self._open_step = compiled(functools.partial(self._train, gradients=True), out_shardings=(*out, self._param_shardings))
 
     def __call__(self, state: TrainState, batch: Batch, buffers: Mapping[str, Any]) -> tuple[TrainState, dict[str, jax.Array]]:
         """The next state and this step's metrics; `state` is donated.
@@ -90,6 +89,12 @@ class TrainStep:
     def is_compiled_for(self, batch: Batch) -> bool:
         """Whether a call with such a batch compiles nothing."""
         return (batch.tokens.shape, batch.layout) in self._compiled_for
+
+    def with_gradients(self, state: TrainState, batch: Batch, buffers: Mapping[str, Any]) -> tuple[TrainState, dict, Tree]:
+        """As a call, and the float32 gradient of (Σ w·ℓ + z-loss) / Σ w (+ the experts' balance) before clipping; for tests and
+        diagnosis."""
+        with jax.set_mesh(self.mesh):
+            return self._open_step(state, batch, buffers)
 
     def local_rows(self, rows: int, length: int) -> slice:
         """Rows of a `[rows, length]` batch that this process's devices hold: all that its loader has to make."""
@@ -161,36 +166,31 @@ class TrainStep:
         opt = jax.tree_util.tree_map_with_path(one, shapes.opt_state)
         return TrainState(self._param_shardings, opt, self._replicated, self._replicated, self._replicated)
 
-    def _train(self, state: TrainState, batch: Batch, buffers: Mapping[str, Any]) -> tuple[TrainState, dict[str, jax.Array]]:
+    def _train(self, state: TrainState, batch: Batch, buffers: Mapping[str, Any], gradients: bool = False) -> tuple:
         self.compiles += 1  # runs when the step is traced, never when it is executed
-        return self._update(state, *self.gradients(state.params, batch, buffers))
-
-    def gradients(self, params: Tree, batch: Batch, buffers: Mapping[str, Any]) -> tuple[LossSums, Tree]:
-        """The sums of a batch, and the float32 gradient of (Σ w·ℓ + z-loss) / Σ w (+ the experts' balance) before clipping.
-
-        A pure function to be traced under the mesh, with the arguments of a call.
-        """
         gradient = jax.value_and_grad(self._loss, has_aux=True)
         balanced = self.arch.config.router_aux_weight > 0
         # What Σ w·ℓ has to be divided by, over what the load-balancing loss has to be.
         rate = jnp.sum(batch.loss_weights, dtype=jnp.float32) / jnp.maximum(unpadded_tokens(batch), 1.0) if balanced else None
         if self.accumulate == 1:
-            (_, sums), grads = gradient(params, batch, buffers, rate)
+            (_, sums), grads = gradient(state.params, batch, buffers, rate)
         else:
             parts = microbatches(batch, self.accumulate)
 
             def add(carry: tuple, part: Batch) -> tuple:
-                (_, sums), grads = gradient(params, part, buffers, rate)
+                (_, sums), grads = gradient(state.params, part, buffers, rate)
                 return jax.tree.map(jnp.add, carry, (sums, self._shard(grads))), None
 
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.params)
             nothing = LossSums(*(jnp.zeros((), jnp.float32) for _ in range(6 if balanced else 4)))
             (sums, grads), _ = jax.lax.scan(add, (nothing, self._shard(zeros)), parts)
-        return sums, jax.tree.map(lambda g: g.astype(jnp.float32) / _denominator(sums), self._shard(grads))
+        weight = jnp.maximum(sums.weight, jnp.finfo(jnp.float32).tiny)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32) / weight, self._shard(grads))
+        after, metrics = self._update(state, sums, weight, grads)
+        return (after, metrics, grads) if gradients else (after, metrics)
 
-    def _update(self, state: TrainState, sums: LossSums, grads: Tree) -> tuple[TrainState, dict[str, jax.Array]]:
+    def _update(self, state: TrainState, sums: LossSums, weight: jax.Array, grads: Tree) -> tuple[TrainState, dict]:
         """The state after the optimizer's step, or with its parameters as they were if the step is not finite; and the metrics."""
-        weight = _denominator(sums)
         loss, norm = sums.nll / weight, optax.global_norm(grads)
         ok = jnp.isfinite(loss) & jnp.isfinite(norm) & (sums.weight > 0)
         with jax.named_scope("optimizer"):
@@ -236,11 +236,6 @@ class TrainStep:
 
     def _shard(self, grads: Tree) -> Tree:
         return jax.tree.map(jax.lax.with_sharding_constraint, grads, self._param_shardings)
-
-
-def _denominator(sums: LossSums) -> jax.Array:
-    """Σ w, kept above zero."""
-    return jnp.maximum(sums.weight, jnp.finfo(jnp.float32).tiny)
 
 
 def microbatches(batch: Batch, count: int) -> Batch:

@@ -259,10 +259,7 @@ def test_the_balance_has_a_denominator_of_its_own():
     batch = jax.tree.map(np.asarray, tokens())
     batch = batch.replace(loss_weights=batch.loss_weights * 0.01)
     step, state, buffers = make_step(TINY, MeshConfig(fsdp=1, expert=2), accumulate=2)
-    on_devices = step.to_device(batch, 8)
-    with jax.set_mesh(step.mesh):
-        _, gradients = jax.jit(step.gradients)(state.params, on_devices, buffers)
-    _, metrics = step(state, on_devices, buffers)
+    _, metrics, gradients = step.with_gradients(state, step.to_device(batch, 8), buffers)
     params, _, arch, _ = build(TINY, ROPE, T, ONE_BY_ONE)
 
     def loss(params):

@@ -51,12 +51,9 @@ def fresh(step):
 def run(step, buffers):
     """Losses and gradients of five steps, and the state after them."""
     state = fresh(step)
-    losses, gradients, of_params = [], [], jax.jit(step.gradients)
+    losses, gradients = [], []
     for i in range(STEPS):
-        batch = step.to_device(host_batch(i), ROWS)
-        with jax.set_mesh(step.mesh):
-            _, grads = of_params(state.params, batch, buffers)
-        state, metrics = step(state, batch, buffers)
+        state, metrics, grads = step.with_gradients(state, step.to_device(host_batch(i), ROWS), buffers)
         losses.append(metrics["loss"].item())
         gradients.append(jax.device_get(grads))
     return losses, gradients, state
