@@ -59,7 +59,7 @@ def blockwise_vjp(
     def step(k: jax.Array, v: jax.Array, k_index: Index, in_flight: Any) -> tuple[tuple[Any, ...], Any]:
         return with_barrier(_backward(spec, queries, bias_params, k, v, k_index), in_flight)
 
-    finalize = functools.partial(unfold, block=spec.blocks.q, blocks=spec.blocks, shape=q_BTNH.shape)
+    finalize = functools.partial(unfold, block=spec.tiles.q, blocks=spec.tiles, shape=q_BTNH.shape)
     return AttentionVjp(jnp.zeros(queries.q.shape, spec.wide), step, finalize)
 
 
@@ -70,8 +70,8 @@ def _blockwise_fwd(spec, q, k, v, q_index, k_index, bias_params):
 
 
 def _blockwise_bwd(spec, residuals, cotangents):
-    q, k, v, q_index, k_index, bias_params, *whole = residuals
-    pull = blockwise_vjp(spec, q, q_index, k.shape[2], bias_params, whole, cotangents)
+    q, k, v, q_index, k_index, bias_params, o, lse = residuals
+    pull = blockwise_vjp(spec, q, q_index, k.shape[2], bias_params, (o, lse), cotangents)
     (dq, dk, dv, dbias), _ = pull.step(k, v, k_index, ())
     return pull.finalize(dq).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, _like(dbias, bias_params)
 
@@ -118,18 +118,18 @@ def _visits(spec: KernelSpec, q_index: Index, k_bounds: Bounds) -> tuple[jax.Arr
 
 def _fold_queries(spec: KernelSpec, q, q_index, kv_heads):
     q = q.astype(spec.tile_dtype)
-    q = fold(q * spec.scale if spec.prescaled else q, spec.blocks.q, spec.blocks, kv_heads)
-    return q, fold_index(q_index, spec.blocks.q, spec.blocks, kv_heads)
+    q = fold(q * spec.scale if spec.prescaled else q, spec.tiles.q, spec.tiles, kv_heads)
+    return q, fold_index(q_index, spec.tiles.q, spec.tiles, kv_heads)
 
 
 def _fold_keys(spec: KernelSpec, k, v, k_index):
     kv_heads = k.shape[2]
-    k, v = (fold(x.astype(spec.tile_dtype), spec.blocks.k, spec.blocks, kv_heads) for x in (k, v))
-    return k, v, fold_index(k_index, spec.blocks.k, spec.blocks, kv_heads)
+    k, v = (fold(x.astype(spec.tile_dtype), spec.tiles.k, spec.tiles, kv_heads) for x in (k, v))
+    return k, v, fold_index(k_index, spec.tiles.k, spec.tiles, kv_heads)
 
 
 def _forward(spec: KernelSpec, q_BTNH, k_BSKH, v_BSKH, q_index, k_index, bias_params):
-    (B, _, N, _), K, blocks = q_BTNH.shape, k_BSKH.shape[2], spec.blocks
+    (B, _, N, _), K, blocks = q_BTNH.shape, k_BSKH.shape[2], spec.tiles
     if N % K or B % blocks.rows or K % blocks.heads or (spec.bias is not None and blocks.heads != K):
         raise ValueError(f"{blocks} must divide {B} rows, {N} heads and {K} KV heads (a bias needs all heads in one group)")
     q, q_index = _fold_queries(spec, q_BTNH, q_index, k_BSKH.shape[2])
@@ -168,8 +168,8 @@ def _forward(spec: KernelSpec, q_BTNH, k_BSKH, v_BSKH, q_index, k_index, bias_pa
         return jax.lax.map(query_block, (q, q_index))
 
     o, lse = jax.lax.map(group, (q, _turn(k), v, q_index, k_index))
-    o = unfold(o, spec.blocks.q, spec.blocks, q_BTNH.shape)
-    return o, unfold(lse, spec.blocks.q, spec.blocks, (*q_BTNH.shape[:3], 1))[..., 0]
+    o = unfold(o, spec.tiles.q, spec.tiles, q_BTNH.shape)
+    return o, unfold(lse, spec.tiles.q, spec.tiles, (*q_BTNH.shape[:3], 1))[..., 0]
 
 
 class _QueryTiles(NamedTuple):
@@ -183,7 +183,7 @@ class _QueryTiles(NamedTuple):
 
 
 def _query_residuals(spec: KernelSpec, q_BTNH, q_index, kv_heads: int, whole: Partial, cotangent: Partial) -> _QueryTiles:
-    at_q = functools.partial(fold, block=spec.blocks.q, blocks=spec.blocks, kv_heads=kv_heads)
+    at_q = functools.partial(fold, block=spec.tiles.q, blocks=spec.tiles, kv_heads=kv_heads)
     lse, delta = (at_q(x[..., None])[..., 0] for x in row_terms(whole, cotangent, spec.wide))
     q, q_index = _fold_queries(spec, q_BTNH, q_index, kv_heads)
     return _QueryTiles(q, at_q(cotangent[0].astype(spec.tile_dtype)), lse, delta, q_index)
@@ -227,7 +227,7 @@ def _backward(spec: KernelSpec, queries: _QueryTiles, bias_params, k_BSKH, v_BSK
         return dbias, (dq * spec.scale, _turn(dkT) * (1.0 if spec.prescaled else spec.scale), _turn(dvT))
 
     dbias, (dq, dk, dv) = jax.lax.scan(group, zero_bias, (queries, k, v, k_index))
-    dk, dv = (unfold(x, spec.blocks.k, spec.blocks, k_BSKH.shape) for x in (dk, dv))
+    dk, dv = (unfold(x, spec.tiles.k, spec.tiles, k_BSKH.shape) for x in (dk, dv))
     return dq, dk, dv, dbias
 
 
@@ -239,6 +239,8 @@ def _add_at(total: jax.Array, j: jax.Array, part: jax.Array) -> jax.Array:
 
 def _add_bias_cotangent(spec: KernelSpec, dbias, ds, q_index: Index, k_index: Index, bias_params):
     """Adds the pull-back of a tile's logit cotangent through the bias function."""
-    tile, pull = jax.vjp(lambda p: spec.bias(p, q_index.positions, k_index.positions), bias_params)
+    assert spec.bias is not None
+    bias = spec.bias
+    tile, pull = jax.vjp(lambda p: bias(p, q_index.positions, k_index.positions), bias_params)
     (part,) = pull(ds.reshape(tile.shape).astype(tile.dtype))
     return jax.tree.map(lambda total, x: total + x.astype(total.dtype), dbias, part)

@@ -32,7 +32,7 @@ class KernelPair(NamedTuple):
     """A kernel: forward `(spec, q, k, v, q_index, k_index, bias_params)` and its pull-back `(spec, q, q_index, kv_heads,
     bias_params, whole, cotangent)`."""
 
-    forward: Callable[..., Partial]
+    forward: Callable[..., Any]
     vjp: Callable[..., AttentionVjp]
 
 
@@ -99,7 +99,8 @@ def shard_vjp(
         ready.append((region, turn_back, KERNELS[shard.kernel.kernel].vjp(_spec_of(shard, region), *given)))
 
     def step(keys: KVShard, in_flight: Any) -> tuple[tuple[Any, ...], Any]:
-        dq, total = [], None
+        dq: list[Any] = []
+        total: Any = None
         for region, _, pull in ready:
             k, turn_back = jax.vjp(lambda x, name=region.k_rotation: _rotate(x, name, keys.tables, shard), to_fp32(keys.k))
             last = region is shard.regions[-1]
@@ -110,7 +111,8 @@ def shard_vjp(
         return (tuple(dq), *total), moved
 
     def finalize(dq: tuple[jax.Array, ...]) -> jax.Array:
-        return sum(turn_back(pull.finalize(x))[0] for x, (_, turn_back, pull) in zip(dq, ready, strict=True))
+        total: Any = sum(turn_back(pull.finalize(x))[0] for x, (_, turn_back, pull) in zip(dq, ready, strict=True))
+        return total
 
     return ShardVjp(tuple(pull.init for *_, pull in ready), step, finalize)
 
@@ -124,10 +126,11 @@ def nothing_seen(queries: QueryShard) -> Partial:
 def cotangents(queries: QueryShard, keys: KVShard, bias_params: Any, dq: jax.Array, dkv: Any, dbias: Any) -> tuple:
     """What a strategy's VJP returns for `(queries, keys, bias_params)`, in their dtypes; indices and tables have no gradient."""
     nothing = functools.partial(jax.tree.map, jnp.zeros_like)
+    index: Any = None
     dk, dv = (x.astype(like.dtype) for x, like in zip(dkv, (keys.k, keys.v), strict=True))
     return (
-        QueryShard(dq.astype(queries.q.dtype), None, nothing(queries.tables)),
-        KVShard(dk, dv, None, nothing(keys.tables)),
+        QueryShard(dq.astype(queries.q.dtype), index, nothing(queries.tables)),
+        KVShard(dk, dv, index, nothing(keys.tables)),
         jax.tree.map(lambda x, like: x.astype(like.dtype), dbias, bias_params),
     )
 
@@ -147,9 +150,7 @@ def scan_key_slices(part: Callable, state: Any, keys: KVShard, slices: int) -> t
     return state, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:]), out)
 
 
-def map_head_groups(
-    part: Callable, groups: int, out: tuple[jax.Array, ...], arrays: tuple[jax.Array, ...]
-) -> tuple[jax.Array, ...]:
+def map_head_groups(part: Callable, groups: int, out: tuple[jax.Array, ...], arrays: tuple[jax.Array, ...]) -> Any:
     """`part(*arrays)` for `groups` groups of the heads in turn, written into `out`; heads are axis 2 of both."""
 
     def group_of(i: jax.Array, x: jax.Array) -> jax.Array:

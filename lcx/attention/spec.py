@@ -51,6 +51,12 @@ class KernelSpec:
     interpret: bool = False
 
     @property
+    def tiles(self) -> Blocks:
+        """`blocks` of a kernel that works in tiles, which is never without."""
+        assert self.blocks is not None
+        return self.blocks
+
+    @property
     def wide(self) -> Any:
         """The dtype in which blockwise sums: float32 or wider."""
         return jnp.promote_types(self.tile_dtype, jnp.float32)

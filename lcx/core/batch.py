@@ -5,10 +5,15 @@ Legend: B batch rows, T tokens in a row.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+SequenceLayout = Literal["contiguous", "zigzag", "striped"]
+"""The orders in which the devices of a ring hold a row's tokens."""
 
 PADDING = 0
 """Segment id of padding: no query sees such a key, and such a query sees no key."""
@@ -31,7 +36,7 @@ class Index:
     positions: jax.Array
     segments: jax.Array
     is_prefix: jax.Array | None = None
-    layout: str = flax.struct.field(pytree_node=False, default="contiguous")
+    layout: SequenceLayout = flax.struct.field(pytree_node=False, default="contiguous")
 
     @classmethod
     def dense(cls, batch: int, length: int) -> "Index":
@@ -59,7 +64,7 @@ class Batch:
     positions: jax.Array
     segments: jax.Array
     is_prefix: jax.Array | None = None
-    layout: str = flax.struct.field(pytree_node=False, default="contiguous")
+    layout: SequenceLayout = flax.struct.field(pytree_node=False, default="contiguous")
 
     @property
     def index(self) -> Index:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import ml_collections
+from ml_collections.config_dict import placeholder
 
 from lcx.core.errors import UserError
 
@@ -26,7 +27,8 @@ def build(cls: type[T], values: Mapping[str, Any] | ml_collections.ConfigDict, p
     dataclass's own `__post_init__`, which may raise `UserError` too.
     """
     values = dict(values.items())
-    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    record: Any = cls
+    fields = {field.name: field for field in dataclasses.fields(record) if field.init}
     for key in values:
         if key not in fields:
             raise UserError(f"{path} has no field {key!r}{nearest(key, fields)}")
@@ -84,9 +86,9 @@ def _with_placeholders(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in values.items():
         options = _options(hints[key])
         scalars = [option for option in options if option in (int, float, str, bool)]
-        nested = next((option for option in options if dataclasses.is_dataclass(option)), None)
+        nested = next((option for option in options if _is_record(option)), None)
         if value is None and scalars:
-            value = ml_collections.config_dict.placeholder(scalars[0])
+            value = placeholder(scalars[0])
         elif nested is not None and isinstance(value, Mapping):
             value = _with_placeholders(nested, value)
         found[key] = value
@@ -116,6 +118,10 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _is_record(hint: Any) -> bool:
+    return dataclasses.is_dataclass(hint)
+
+
 def _options(hint: Any) -> tuple[Any, ...]:
     """The members of a union; any other hint by itself."""
     union = typing.get_origin(hint) is typing.Union or isinstance(hint, types.UnionType)
@@ -134,7 +140,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return value
     if hint is types.NoneType:
         return value if value is None else _wrong(path, value, "None")
-    if dataclasses.is_dataclass(hint):
+    if _is_record(hint):
         if isinstance(value, hint):
             return value
         return build(hint, value, path) if isinstance(value, Mapping) else _wrong(path, value, f"the fields of {hint.__name__}")

@@ -81,7 +81,7 @@ class MeshConfig:
         return {**given, "ring": context // self.ulysses, "ulysses": self.ulysses}
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over `devices` (default: all) with the axes of `AXES`, each of automatic type."""
     devices = list(jax.devices()) if devices is None else list(devices)
     sizes = config.sizes(len(devices))

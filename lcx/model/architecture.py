@@ -8,8 +8,9 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from lcx.attention.parallel.sequence_layout import SequenceLayout, choose_layout
+from lcx.attention.parallel.sequence_layout import choose_layout
 from lcx.attention.spec import AttentionSpec
+from lcx.core.batch import SequenceLayout
 from lcx.core.configs import choice
 from lcx.core.errors import UserError
 from lcx.core.mask import Mask

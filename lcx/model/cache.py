@@ -15,6 +15,7 @@ Legend: B batch, T tokens of a chunk, S slots, K key-value heads, H head dim, L 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -59,8 +60,8 @@ class Cache:
 def slots_of(arch: Architecture, kind: str, slots: int, chunk: int) -> int:
     """Slots that layers of a kind need for rows of `slots` tokens that arrive in chunks of at most `chunk`."""
     mask, size = arch.attention(kind).mask, context_size()
-    ring = mask.causal and mask.window is not None and not mask.prefix
-    needed = min(slots, mask.window - 1 + chunk) if ring else slots
+    window = mask.window if mask.causal and not mask.prefix else None
+    needed = slots if window is None else min(slots, window - 1 + chunk)
     return -(-needed // size) * size
 
 
@@ -92,8 +93,10 @@ def empty_cache(arch: Architecture, buffers: Tree, rows: int, slots: int, chunk:
         return {kind: tuple(_full(_FLAT, flat[kind], 0, dtype) for _ in range(counted(kind))) for kind in config.kinds}
 
     def index(kind: str) -> Index:
-        count = 4 if arch.attention(kind).mask.prefix else 3
-        return Index(*(_full(_SLOTS, shape(kind)[1:3], PADDING, jnp.int32) for _ in range(count)))
+        def one() -> jax.Array:
+            return _full(_SLOTS, shape(kind)[1:3], PADDING, jnp.int32)
+
+        return Index(one(), one(), one(), one() if arch.attention(kind).mask.prefix else None)
 
     rotated = tuple(kind for kind, scheme in arch.schemes if len(scheme.regions) == 1)
     indices = {kind: index(kind) for kind in config.kinds}
@@ -225,7 +228,7 @@ def write(old: jax.Array, new: jax.Array, layer: jax.Array | int, start: jax.Arr
 def write_index(old: Index, new: Index, start: jax.Array) -> Index:
     """Like `write`, for the index of a kind's slots; without `new.is_prefix` no key is marked."""
     unmarked = jnp.zeros_like(new.order) if new.is_prefix is None else new.is_prefix
-    new = new.replace(is_prefix=None if old.is_prefix is None else unmarked, layout=old.layout)
+    new = dataclasses.replace(new, is_prefix=None if old.is_prefix is None else unmarked, layout=old.layout)
     return jax.tree.map(lambda old, new: write(old[None], new, 0, start)[0], old, new)
 
 

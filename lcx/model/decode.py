@@ -127,7 +127,7 @@ def _extend(
     else:
         x, (keys, values), _ = scan_layers(params["layers"], x, arch, cached_attention, (cache.keys, cache.values))
     hidden = collect(rms_norm(params["final_norm"], x, arch.config), turn)
-    return hidden, keep_placed(cache.replace(keys=keys, values=values, index=slots))
+    return hidden, keep_placed(dataclasses.replace(cache, keys=keys, values=values, index=slots))
 
 
 def rotate_keys(scheme: SchemeSpec, k: jax.Array, tables_: Tree) -> tuple[jax.Array, SchemeSpec]:
@@ -135,9 +135,9 @@ def rotate_keys(scheme: SchemeSpec, k: jax.Array, tables_: Tree) -> tuple[jax.Ar
     (region,) = scheme.regions
     if region.k_rotation is None:
         return k, scheme
-    return rotate(k, *tables_[region.k_rotation], scheme.layout), dataclasses.replace(
-        scheme, regions=(Region(region.q_rotation, None, region.band),)
-    )
+    cos, sin = tables_[region.k_rotation]
+    rotated = dataclasses.replace(scheme, regions=(Region(region.q_rotation, None, region.band),))
+    return rotate(k, cos, sin, scheme.layout), rotated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +205,7 @@ def generate(
     clock.lap()
     if report is not None:
         new = sum(map(len, collected.tokens))
-        report(Timings(len(prompts), sum(map(len, prompts)), new, *clock.laps, clock.setup))
+        report(Timings(len(prompts), sum(map(len, prompts)), new, clock.laps[0], clock.laps[1], clock.setup))
     return [np.asarray(row, np.int32) for row in collected.tokens]
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ def route(logits: jax.Array, config: ModelConfig) -> Routing:
     if (mesh := _mesh()) is None:
         return choose(logits)
     # Otherwise the compiler gathers the tokens of all devices for `top_k`.
-    tokens = fitting_spec(_TOKENS, logits.shape, mesh)
+    tokens: Any = fitting_spec(_TOKENS, logits.shape, mesh)  # which stands in the result's class for arrays
     return jax.shard_map(choose, mesh=mesh, in_specs=tokens, out_specs=Routing(tokens, tokens, tokens))(logits)
 
 
@@ -99,8 +99,10 @@ def mix(
     dense = matmul == "dense" or (matmul == "auto" and target_platform() == "cpu")
 
     def run(params: Tree, x: jax.Array, weights: jax.Array, experts: jax.Array) -> jax.Array:
-        flat = (x.reshape(-1, x.shape[-1]), *(y.reshape(-1, y.shape[-1]) for y in (weights, experts)))
-        return (_dense(params, *flat, feed_forward) if dense else _ragged(params, *flat, activation)).reshape(x.shape)
+        rows, weights, experts = (y.reshape(-1, y.shape[-1]) for y in (x, weights, experts))
+        if dense:
+            return _dense(params, rows, weights, experts, feed_forward).reshape(x.shape)
+        return _ragged(params, rows, weights, experts, activation).reshape(x.shape)
 
     if (mesh := _mesh()) is None:
         return run(params, x, routing.weights, routing.experts)

@@ -54,10 +54,14 @@ def _equation(equation: jex.JaxprEqn, while_trips: int) -> int:
     return total
 
 
+def _shape(value: Any) -> tuple[int, ...]:
+    return value.aval.shape
+
+
 def _dot(equation: jex.JaxprEqn) -> int:
     (contract, _), _ = equation.params["dimension_numbers"]
-    left = equation.invars[0].aval.shape
-    out = equation.outvars[0].aval.shape
+    left = _shape(equation.invars[0])
+    out = _shape(equation.outvars[0])
     return 2 * int(np.prod(out, dtype=np.int64)) * math.prod(left[i] for i in contract)
 
 
@@ -65,8 +69,8 @@ def _ragged_dot(equation: jex.JaxprEqn) -> int:
     """Every row is multiplied by one group, whether groups are separate rows of the result or are summed over."""
     numbers = equation.params["ragged_dot_dimension_numbers"]
     (contract, _), _ = numbers.dot_dimension_numbers
-    left, groups = equation.invars[0].aval.shape, equation.invars[2].aval.shape[-1]
-    out = int(np.prod(equation.outvars[0].aval.shape, dtype=np.int64))
+    left, groups = _shape(equation.invars[0]), _shape(equation.invars[2])[-1]
+    out = int(np.prod(_shape(equation.outvars[0]), dtype=np.int64))
     if set(numbers.lhs_ragged_dimensions) & set(contract):
         out //= groups
     return 2 * out * math.prod(left[i] for i in contract)

@@ -7,6 +7,7 @@ import functools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ def linear(params: Tree, x: jax.Array, inputs: int = 1) -> jax.Array:
     Kernels are `[*ins, *outs]`, biases `[*outs]`.
     """
     kernel = params["kernel"]
-    y = _matmul(inputs, x, kernel)
+    y: Any = _matmul(inputs, x, kernel)
     if (bias := params.get("bias")) is not None:
         y = y + bias.reshape((1,) * (x.ndim - inputs) + bias.shape)
     return y

@@ -6,6 +6,7 @@ Legend: B batch, T tokens, D model, V vocabulary, C vocabulary entries in a tile
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import flax.struct
 import jax
@@ -55,7 +56,7 @@ def loss_sums(params: Tree, hidden: jax.Array, batch: Batch, arch: Architecture,
         weight=jnp.sum(weights),
         z=jnp.sum(jnp.square(losses.lse) * weights),
         correct=jnp.sum(losses.correct * weights),
-        router_aux=None if router_aux is None else router_aux * tokens,
+        router_aux=None if router_aux is None or tokens is None else router_aux * tokens,
         tokens=tokens,
     )
 
@@ -69,7 +70,8 @@ def token_losses(params: Tree, hidden: jax.Array, targets: jax.Array, arch: Arch
     """Loss of every token, unweighted; differentiable with respect to `params` and `hidden`."""
     config = arch.config
     kernel = output_kernel(params, config).astype(hidden.dtype)
-    lse, chosen, best = _tiled(hidden, kernel, targets, _tile(hidden, arch), config.logit_softcap)
+    found: Any = _tiled(hidden, kernel, targets, _tile(hidden, arch), config.logit_softcap)
+    lse, chosen, best = found
     return TokenLosses(nll=lse - chosen, lse=lse, correct=chosen >= best)
 
 
@@ -119,7 +121,8 @@ def _tiled_forward(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, til
 
     def step(carry: tuple, tile_: tuple) -> tuple:
         best, total, chosen = carry
-        values, _, entries = _tile_logits(hidden, *tile_, vocab, softcap)
+        weights, first = tile_
+        values, _, entries = _tile_logits(hidden, weights, first, vocab, softcap)
         new_best = jnp.maximum(best, jnp.max(values, axis=-1))
         total = total * jnp.exp(best - new_best) + jnp.sum(jnp.exp(values - new_best[..., None]), axis=-1)
         chosen = chosen + jnp.sum(jnp.where(entries == targets[..., None], values, 0.0), axis=-1)
@@ -142,8 +145,8 @@ def _tiled_backward(tile: int, softcap: float | None, saved: tuple, cotangents: 
     dim, vocab = kernel.shape
 
     def step(d_hidden: jax.Array, tile_: tuple) -> tuple:
-        weights, _ = tile_
-        values, raw, entries = _tile_logits(hidden, *tile_, vocab, softcap)
+        weights, first = tile_
+        values, raw, entries = _tile_logits(hidden, weights, first, vocab, softcap)
         slope = jnp.exp(values - lse[..., None]) * d_lse[..., None]
         slope = slope + jnp.where(entries == targets[..., None], d_chosen[..., None], 0.0)
         if softcap is not None:

@@ -52,7 +52,9 @@ def mlp(
         tiles = jax.tree.map(lambda a: a.reshape(B, count, T // count, *a.shape[2:]).swapaxes(0, 1), (x, token_mask))
         y, expert_load = jax.lax.map(jax.checkpoint(branch, prevent_cse=False), tiles)
         y, expert_load = y.swapaxes(0, 1).reshape(x.shape), None if expert_load is None else jnp.sum(expert_load, axis=0)
-    return y, None if expert_load is None else experts.balance_loss(expert_load, jnp.sum(token_mask, dtype=jnp.float32))
+    if expert_load is None or token_mask is None:
+        return y, None
+    return y, experts.balance_loss(expert_load, jnp.sum(token_mask, dtype=jnp.float32))
 
 
 def _mlp_tiles(length: int, arch: Architecture) -> int:

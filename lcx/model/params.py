@@ -42,6 +42,7 @@ def _embedding_init(config: ModelConfig) -> Init:
 def _layers(config: ModelConfig) -> Tree:
     L, D, F = config.num_layers, config.model_dim, config.mlp_dim
     N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
+    num_experts = config.num_experts or 0
     # Residual branches start smaller with depth, so that the stream's variance does not grow with it (GPT-2).
     shrink = (2 * L) ** -0.5
 
@@ -53,7 +54,7 @@ def _layers(config: ModelConfig) -> Tree:
         scale: float = 1.0,
         experts: bool = False,
     ) -> Tree:
-        stack, names = ((L, config.num_experts), (None, "experts")) if experts else ((L,), (None,))
+        stack, names = ((L, num_experts), (None, "experts")) if experts else ((L,), (None,))
         init = Init("truncated", fan_in(*ins).value * scale)
         tree = {"kernel": ParamSpec((*stack, *ins, *outs), (*names, *axes), init, inputs=len(ins), stacked=len(stack))}
         if bias:
@@ -72,7 +73,7 @@ def _layers(config: ModelConfig) -> Tree:
         attention["key_norm"] = _norm(config, K * H if full else H, stacked=True)
     if config.sinks:
         attention["sinks"] = ParamSpec((L, N), (None, "heads"), ZEROS)
-    many = config.num_experts is not None
+    many = num_experts > 0
     mlp = {
         "up": linear((D,), (F,), ("embed", "mlp"), config.mlp_bias, experts=many),
         "down": linear((F,), (D,), ("mlp", "embed"), config.mlp_bias, shrink, experts=many),
@@ -80,7 +81,7 @@ def _layers(config: ModelConfig) -> Tree:
     if config.gated:
         mlp["gate"] = linear((D,), (F,), ("embed", "mlp"), config.mlp_bias, experts=many)
     if many:
-        mlp["router"] = linear((D,), (config.num_experts,), ("embed", None), False)
+        mlp["router"] = linear((D,), (num_experts,), ("embed", None), False)
     tree = {"attention": attention, "mlp": mlp}
     for name, wanted in (("pre", config.pre_norm), ("post", config.post_norm)):
         if wanted:

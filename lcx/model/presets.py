@@ -105,7 +105,9 @@ def family(name: str) -> Family:
 def shrink(config: ModelConfig, **sizes: Any) -> ModelConfig:
     """The same options at laptop sizes: two key-value groups if the family groups its heads, two of four experts if any."""
     kv_heads = 4 if config.num_kv_heads == config.num_heads else 2
-    small = dict(vocab_size=256, model_dim=64, num_layers=len(config.pattern) + 1, num_heads=4, num_kv_heads=kv_heads, head_dim=16)
+    small: dict[str, Any] = dict(
+        vocab_size=256, model_dim=64, num_layers=len(config.pattern) + 1, num_heads=4, num_kv_heads=kv_heads, head_dim=16
+    )
     small |= dict(mlp_dim=128, window=None if config.window is None else 8)
     if config.num_experts is not None:
         small |= dict(num_experts=4, experts_per_token=2)

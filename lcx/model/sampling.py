@@ -90,9 +90,9 @@ def draw(logits_BV: jax.Array, spec: SamplingSpec, numbers: Tree, step: jax.Arra
 def warp(logits_BV: jax.Array, spec: SamplingSpec, numbers: Tree) -> jax.Array:
     """The float32 logits `[B, V]` to draw from: divided by the temperature, minus infinity for excluded tokens."""
     x = logits_BV.astype(jnp.float32) / numbers["temperature"]
-    if spec.top_k is not None and spec.top_k < x.shape[-1]:
+    if (top_k := spec.top_k) is not None and top_k < x.shape[-1]:
         ranks = _ranks(x)
-        least = _largest(lambda rank: _count(ranks >= rank) >= spec.top_k, len(x))
+        least = _largest(lambda rank: _count(ranks >= rank) >= top_k, len(x))
         x = jnp.where(ranks < least, -jnp.inf, x)
     return _nucleus(x, numbers["top_p"]) if spec.nucleus else x
 

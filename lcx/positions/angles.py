@@ -18,6 +18,9 @@ import jax.numpy as jnp
 import mpmath
 import numpy as np
 
+MpFloat = Any
+"""An `mpmath.mpf`: mpmath makes that class at run time, so a type checker cannot take it as a type."""
+
 DIGITS = 50
 """Decimal digits used to compute frequencies on the host."""
 
@@ -63,7 +66,7 @@ class Rotation:
     center: Any = None
 
 
-def encode(frequencies: Iterable[mpmath.mpf | float]) -> tuple[np.ndarray, np.ndarray]:
+def encode(frequencies: Iterable[MpFloat | float]) -> tuple[np.ndarray, np.ndarray]:
     """Radians per position as fixed-point turns: two uint32 `[R]`, the high and the low word of `turns * 2**64`."""
     with mpmath.workdps(DIGITS):
         words = [int(mpmath.nint(mpmath.mpf(f) / (2 * mpmath.pi) * 2**64)) % 2**64 for f in frequencies]
@@ -75,7 +78,7 @@ def decode(hi: np.ndarray, lo: np.ndarray) -> np.ndarray:
     return (np.asarray(hi, np.float64) * 2.0**-32 + np.asarray(lo, np.float64) * 2.0**-64) * (2 * np.pi)
 
 
-def rotation(frequencies: Iterable[mpmath.mpf | float], amplitude: float = 1.0, **optional: Any) -> Rotation:
+def rotation(frequencies: Iterable[MpFloat | float], amplitude: float = 1.0, **optional: Any) -> Rotation:
     """A `Rotation` of host arrays; `optional` sets the fields that are None by default."""
     hi, lo = encode(frequencies)
     return Rotation(hi=hi, lo=lo, amplitude=np.asarray(amplitude, np.float32), **optional)

@@ -18,7 +18,7 @@ import numpy as np
 from lcx.core.configs import positive
 from lcx.core.errors import UserError
 from lcx.core.mask import Band
-from lcx.positions.angles import DIGITS, Rotation, encode, position_map
+from lcx.positions.angles import DIGITS, MpFloat, Rotation, encode, position_map
 from lcx.positions.rotary import Rope
 from lcx.positions.scheme import Heads, Region, SchemeSpec
 
@@ -49,7 +49,7 @@ class Piecewise(Rope):
         """Number of rotated dims."""
         return super().rotary_dim(head_dim) if self.scaling is None else self.scaling.rotary_dim(head_dim)
 
-    def frequencies(self, head_dim: int, length: int) -> list[mpmath.mpf]:
+    def frequencies(self, head_dim: int, length: int) -> list[MpFloat]:
         """The scaling scheme's frequencies, or plain ones."""
         return super().frequencies(head_dim, length) if self.scaling is None else self.scaling.frequencies(head_dim, length)
 
@@ -110,10 +110,10 @@ class SelfExtend(Piecewise):
         plain = self.rotation(heads, length)
         return {
             "near": plain,
-            "far_query": plain.replace(
-                position_map=position_map(divide=self.group, offset=self.window - self.window // self.group)
+            "far_query": dataclasses.replace(
+                plain, position_map=position_map(divide=self.group, offset=self.window - self.window // self.group)
             ),
-            "far_key": plain.replace(position_map=position_map(divide=self.group)),
+            "far_key": dataclasses.replace(plain, position_map=position_map(divide=self.group)),
         }
 
 
@@ -139,7 +139,7 @@ class Rerope(Piecewise):
         squared = np.asarray(self.amplitude(length) ** 2, np.float32)
         return {
             "near": plain,
-            "far_query": plain.replace(position_map=position_map(modulo=1, offset=self.window), amplitude=squared),
+            "far_query": dataclasses.replace(plain, position_map=position_map(modulo=1, offset=self.window), amplitude=squared),
         }
 
 
@@ -170,8 +170,8 @@ class LeakyRerope(Piecewise):
             slow_hi, slow_lo = encode(f / mpmath.mpf(self.k) for f in plain)
             shift, _ = encode(f * (self.window - self.window / mpmath.mpf(self.k)) for f in plain)
         near = self.rotation(heads, length)
-        slow = near.replace(hi=slow_hi, lo=slow_lo)
-        return {"near": near, "far_query": slow.replace(shift=shift), "far_key": slow}
+        slow = dataclasses.replace(near, hi=slow_hi, lo=slow_lo)
+        return {"near": near, "far_query": dataclasses.replace(slow, shift=shift), "far_key": slow}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -217,10 +217,10 @@ class DualChunk(Piecewise):
         """Four rotations; `intra` and `key` have the same positions."""
         trained, chunk = self.sizes()
         plain = self.rotation(heads, length)
-        within = plain.replace(position_map=position_map(modulo=chunk))
+        within = dataclasses.replace(plain, position_map=position_map(modulo=chunk))
         return {
             "intra": within,
-            "successive": plain.replace(position_map=position_map(modulo=chunk, offset=chunk, clip=trained - 1)),
-            "inter": plain.replace(position_map=position_map(modulo=1, offset=trained - 1)),
+            "successive": dataclasses.replace(plain, position_map=position_map(modulo=chunk, offset=chunk, clip=trained - 1)),
+            "inter": dataclasses.replace(plain, position_map=position_map(modulo=1, offset=trained - 1)),
             "key": within,
         }

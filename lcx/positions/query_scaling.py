@@ -72,7 +72,7 @@ class QueryScaling:
         length = self.length or (8192 if self.kind == "llama4" else trained_length)
         if length is None and self.kind != "ssmax":
             raise UserError(f"temperature {self.kind} needs temperature.length, the length that the model was trained at")
-        if self.kind == "log_n" and length < 2:
+        if self.kind == "log_n" and length is not None and length < 2:
             raise UserError(f"temperature.length={length} must be at least 2 for log_n, which divides by its logarithm")
         return constants(gain, scale, length or 1)
 

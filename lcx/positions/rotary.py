@@ -16,7 +16,7 @@ import numpy as np
 
 from lcx.core.configs import choice, positive
 from lcx.core.errors import UserError
-from lcx.positions.angles import DIGITS, Rotation, cos_sin, rotation
+from lcx.positions.angles import DIGITS, MpFloat, Rotation, cos_sin, rotation
 from lcx.positions.query_scaling import QueryScaling
 from lcx.positions.scheme import Heads, Layout, Region, Scheme, SchemeSpec
 
@@ -77,7 +77,7 @@ class Rope(Scheme):
         """Number of rotated dims; raises `UserError` if they cannot be paired."""
         return even_dim(self.name, head_dim, self.partial)
 
-    def frequencies(self, head_dim: int, length: int) -> list[mpmath.mpf]:
+    def frequencies(self, head_dim: int, length: int) -> list[MpFloat]:
         """Radians per position of the R pairs in extended precision, scaled for the declared length."""
         with mpmath.workdps(DIGITS):
             dim = self.rotary_dim(head_dim)
@@ -123,10 +123,10 @@ class Rope(Scheme):
         """The scheme of one flat `rope_parameters` dict; `common` are settings from other keys of the model's config."""
         return cls(**common)
 
-    def _base(self, dim: int, length: int) -> mpmath.mpf:
+    def _base(self, dim: int, length: int) -> MpFloat:
         return mpmath.mpf(self.theta)
 
-    def _scaled(self, frequencies: list[mpmath.mpf], dim: int, length: int) -> list[mpmath.mpf]:
+    def _scaled(self, frequencies: list[MpFloat], dim: int, length: int) -> list[MpFloat]:
         return frequencies
 
 
@@ -141,7 +141,7 @@ def even_dim(name: str, head_dim: int, partial: float) -> int:
     return dim
 
 
-def powers(base: mpmath.mpf | float, dim: int, pairs: int) -> list[mpmath.mpf]:
+def powers(base: MpFloat | float, dim: int, pairs: int) -> list[MpFloat]:
     """`base ** (-2i / dim)` for the first `pairs` values of i, in the working precision."""
     return [mpmath.power(base, mpmath.mpf(-2 * i) / dim) for i in range(pairs)]
 
@@ -194,7 +194,7 @@ class Linear(Stretched):
         """Reads `factor`."""
         return cls(factor=parameters.get("factor"), **common)
 
-    def _scaled(self, frequencies: list[mpmath.mpf], dim: int, length: int) -> list[mpmath.mpf]:
+    def _scaled(self, frequencies: list[MpFloat], dim: int, length: int) -> list[MpFloat]:
         return [f / mpmath.mpf(self.stretch(length)) for f in frequencies]
 
 
@@ -208,11 +208,11 @@ class Ntk(Stretched):
         """Raises `UserError`: it would be plain rotary with an enlarged theta that depends on the head dim, unknown here."""
         raise UserError("ntk has no Hugging Face rope_type; export rope with theta = lcx.positions.theta.ntk_base(...)")
 
-    def _base(self, dim: int, length: int) -> mpmath.mpf:
+    def _base(self, dim: int, length: int) -> MpFloat:
         return mpmath.mpf(self.theta) * ntk_growth(self.stretch(length), dim)
 
 
-def ntk_growth(factor: float | mpmath.mpf, dim: int) -> mpmath.mpf:
+def ntk_growth(factor: float | MpFloat, dim: int) -> MpFloat:
     """`factor ** (d / (d - 2))`; raises `UserError` for a rotary dim of 2, for which it is undefined."""
     if dim <= 2:
         raise UserError(f"NTK-aware scaling needs a rotary dim above 2, got {dim}; use linear")

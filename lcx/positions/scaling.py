@@ -14,6 +14,7 @@ import mpmath
 
 from lcx.core.configs import choice, positive
 from lcx.core.errors import UserError
+from lcx.positions.angles import MpFloat
 from lcx.positions.rotary import Rope, Stretched, even_dim, ntk_growth
 from lcx.positions.scheme import SchemeSpec
 
@@ -41,7 +42,7 @@ class Dynamic(Stretched):
         """Reads `factor`."""
         return cls(factor=parameters.get("factor"), **common)
 
-    def _base(self, dim: int, length: int) -> mpmath.mpf:
+    def _base(self, dim: int, length: int) -> MpFloat:
         return mpmath.mpf(self.theta) * ntk_growth(self.stretch(length), dim)
 
 
@@ -70,10 +71,10 @@ class NtkByParts(Stretched):
         """Raises `UserError`: Hugging Face's YaRN has a different ramp."""
         raise UserError(f"{self.name} has no Hugging Face rope_type; use 'yarn' (with variant 'hf') instead")
 
-    def _scaled(self, frequencies: list[mpmath.mpf], dim: int, length: int) -> list[mpmath.mpf]:
+    def _scaled(self, frequencies: list[MpFloat], dim: int, length: int) -> list[MpFloat]:
         return self._by_turns(frequencies, length)
 
-    def _by_turns(self, frequencies: list[mpmath.mpf], length: int) -> list[mpmath.mpf]:
+    def _by_turns(self, frequencies: list[MpFloat], length: int) -> list[MpFloat]:
         trained, factor = self.needs_original_length(), mpmath.mpf(self.stretch(length))
         slow, fast = mpmath.mpf(self.beta_slow), mpmath.mpf(self.beta_fast)
         kept = [min(mpmath.mpf(1), max(mpmath.mpf(0), (trained * f / (2 * mpmath.pi) - slow) / (fast - slow))) for f in frequencies]
@@ -141,7 +142,7 @@ class Yarn(NtkByParts):
         given |= {key: parameters[key] for key in ("beta_fast", "beta_slow") if parameters.get(key)}
         return cls(truncate=bool(parameters.get("truncate", True)), **given, **common)
 
-    def _scaled(self, frequencies: list[mpmath.mpf], dim: int, length: int) -> list[mpmath.mpf]:
+    def _scaled(self, frequencies: list[MpFloat], dim: int, length: int) -> list[MpFloat]:
         if self.variant == "paper":
             return self._by_turns(frequencies, length)
         trained, factor = self.needs_original_length(), mpmath.mpf(self.stretch(length))
@@ -194,7 +195,7 @@ class Llama3(Stretched):
         """Reads `factor` and the two frequency factors."""
         return cls(**{key: parameters[key] for key in ("factor", "low_freq_factor", "high_freq_factor")}, **common)
 
-    def _scaled(self, frequencies: list[mpmath.mpf], dim: int, length: int) -> list[mpmath.mpf]:
+    def _scaled(self, frequencies: list[MpFloat], dim: int, length: int) -> list[MpFloat]:
         trained, factor = self.needs_original_length(), mpmath.mpf(self.stretch(length))
         low, high = mpmath.mpf(self.low_freq_factor), mpmath.mpf(self.high_freq_factor)
         turns = [trained * f / (2 * mpmath.pi) for f in frequencies]
@@ -247,7 +248,7 @@ class LongRope(Stretched):
         lists = {key: tuple(float(value) for value in parameters[key]) for key in ("short_factor", "long_factor")}
         return cls(factor=parameters.get("factor"), attention_factor=parameters.get("attention_factor"), **lists, **common)
 
-    def _scaled(self, frequencies: list[mpmath.mpf], dim: int, length: int) -> list[mpmath.mpf]:
+    def _scaled(self, frequencies: list[MpFloat], dim: int, length: int) -> list[MpFloat]:
         key = "long_factor" if length > self.needs_original_length() else "short_factor"
         divisors = getattr(self, key)
         if len(divisors) != len(frequencies):
@@ -287,6 +288,6 @@ class Proportional(Rope):
         """Reads `factor`."""
         return cls(factor=parameters.get("factor") or 1.0, **common)
 
-    def _scaled(self, frequencies: list[mpmath.mpf], dim: int, length: int) -> list[mpmath.mpf]:
+    def _scaled(self, frequencies: list[MpFloat], dim: int, length: int) -> list[MpFloat]:
         turning = int(self.partial * dim // 2)
         return [f / mpmath.mpf(self.factor) if i < turning else mpmath.mpf(0) for i, f in enumerate(frequencies)]

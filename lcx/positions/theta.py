@@ -100,7 +100,7 @@ class _Sums:
         self.frequencies = float(base) ** (-2 * np.arange(head_dim // 2) / head_dim)
         coarse = np.exp(1j * self.frequencies[:, None, None] * np.arange(0, _BLOCK, 32)[None, :, None])
         within = (coarse * np.exp(1j * self.frequencies[:, None, None] * np.arange(32)[None, None, :])).reshape(-1, _BLOCK)
-        self.inner = np.concatenate([within.real, -within.imag])
+        self.inner = np.concatenate([np.real(within), -np.imag(within)])
 
     def negative(self, blocks: np.ndarray) -> int | None:
         """The first m of these blocks, in their order, with B(m) < 0."""

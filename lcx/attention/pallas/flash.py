@@ -66,7 +66,7 @@ def _flash_vjp(spec: KernelSpec, q_BTNH, q_index, slopes_N, kv_heads: int, whole
         backward, ready = tpu_backward.backward, query_residuals(spec, q_BTNH, q_index, slopes_N, kv_heads, whole, cotangent)
 
     def finalize(dq: jax.Array) -> jax.Array:
-        return join_heads(dq[..., : q_BTNH.shape[3]], spec.blocks.q, q_BTNH.shape)
+        return join_heads(dq[..., : q_BTNH.shape[3]], spec.tiles.q, q_BTNH.shape)
 
     return AttentionVjp(jnp.zeros(ready.queries.q.shape, jnp.float32), functools.partial(backward, spec, ready), finalize)
 

@@ -37,7 +37,7 @@ def backward(spec: KernelSpec, ready: QueryResiduals, k_BSKH, v_BSKH, k_index, i
 
     dq, *dslopes = run(_queries, "flash_backward_queries", True, (tiles.q, ready.lse) if spec.bias is not None else (tiles.q,))
     dk, dv = run(_keys, "flash_backward_keys", False, (tiles.k, tiles.v))
-    dk, dv = (tiling.join_heads(x[..., : k_BSKH.shape[3]], spec.blocks.k, k_BSKH.shape) for x in (dk, dv))
+    dk, dv = (tiling.join_heads(x[..., : k_BSKH.shape[3]], spec.tiles.k, k_BSKH.shape) for x in (dk, dv))
     # Rows beyond the last token have probabilities of 0.
     dslopes = jnp.sum(dslopes[0], axis=(0, 2, 3, 4)) if spec.bias is not None else jnp.zeros(tiles.slopes.shape, jnp.float32)
     return with_barrier((dq, dk, dv, dslopes), in_flight)

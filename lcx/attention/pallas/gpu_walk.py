@@ -7,7 +7,7 @@ needs tile sides that are powers of two: heads are zero-padded to `width(H)`, an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -64,7 +64,7 @@ def tile_ranges(spec: KernelSpec, q_index: Index, k_index: Index, keys_pass: boo
 
 
 def visit_tiles(
-    spec: KernelSpec, known: tuple, counts: tuple[int, int, int], b, i, keys_pass: bool, tile: Callable, carry: Any
+    spec: KernelSpec, known: Sequence, counts: tuple[int, int, int], b, i, keys_pass: bool, tile: Callable, carry: Any
 ) -> Any:
     """`tile(masked, j, carry)` over the blocks j that pass block i of row b; `counts`: rows, blocks of queries and of keys.
 

@@ -38,7 +38,8 @@ class Tiles(NamedTuple):
     @property
     def sizes(self) -> tuple[int, int, int, int]:
         """Rows of the batch, KV heads, blocks of queries and blocks of keys: the size of the grid."""
-        return (*self.q.shape[:3], self.k.shape[2])
+        B, K, q_blocks, _, _ = self.q.shape
+        return B, K, q_blocks, self.k.shape[2]
 
 
 class QueryTiles(NamedTuple):
@@ -54,14 +55,14 @@ def make_query_tiles(spec: KernelSpec, q_BTNH: jax.Array, q_index: Index, slopes
     """Tiles of the queries; the tail is zeros of segment 0, hence padding."""
     group = q_BTNH.shape[2] // kv_heads
     slopes = jnp.zeros(kv_heads * group, jnp.float32) if slopes_N is None else slopes_N.astype(jnp.float32)
-    slopes = jnp.repeat(slopes.reshape(kv_heads, 1, group), spec.blocks.q, axis=2)
-    return QueryTiles(split_heads(q_BTNH, spec.blocks.q, kv_heads), _tokens(q_index, spec.blocks.q, group), slopes, q_index)
+    slopes = jnp.repeat(slopes.reshape(kv_heads, 1, group), spec.tiles.q, axis=2)
+    return QueryTiles(split_heads(q_BTNH, spec.tiles.q, kv_heads), _tokens(q_index, spec.tiles.q, group), slopes, q_index)
 
 
 def make_tiles(spec: KernelSpec, queries: QueryTiles, k_BSKH: jax.Array, v_BSKH: jax.Array, k_index: Index) -> Tiles:
     """The arguments of a kernel in tiles."""
-    k, v = (split_heads(x.astype(queries.q.dtype), spec.blocks.k, k_BSKH.shape[2]) for x in (k_BSKH, v_BSKH))
-    return Tiles(queries.q, k, v, queries.tokens, _tokens(k_index, spec.blocks.k, 1), queries.slopes)
+    k, v = (split_heads(x.astype(queries.q.dtype), spec.tiles.k, k_BSKH.shape[2]) for x in (k_BSKH, v_BSKH))
+    return Tiles(queries.q, k, v, queries.tokens, _tokens(k_index, spec.tiles.k, 1), queries.slopes)
 
 
 def split_heads(x_BTNH: jax.Array, block: int, kv_heads: int) -> jax.Array:
@@ -102,7 +103,7 @@ def extremes(spec: KernelSpec, q_index: Index, k_index: Index) -> tuple[Bounds, 
     """Bounds of the blocks of queries and of keys, `[B, blocks]`."""
     q, k = (
         bounds(jax.tree.map(lambda x: x.reshape(x.shape[0], -1), _blocks_of(index, block)), block)
-        for index, block in ((q_index, spec.blocks.q), (k_index, spec.blocks.k))
+        for index, block in ((q_index, spec.tiles.q), (k_index, spec.tiles.k))
     )
     return q, k
 
@@ -137,15 +138,16 @@ def query_residuals(
     spec: KernelSpec, q_BTNH, q_index, slopes_N, kv_heads: int, whole: Partial, cotangent: Partial
 ) -> QueryResiduals:
     """Tiles of the queries' side, for any keys."""
-    block = spec.blocks.q
-    lse, delta = (split_rows(x, block, kv_heads) for x in row_terms(whole, cotangent, jnp.float32))
+    block = spec.tiles.q
+    lse, delta = row_terms(whole, cotangent, jnp.float32)
     do = split_heads(cotangent[0].astype(q_BTNH.dtype), block, kv_heads)
-    return QueryResiduals(make_query_tiles(spec, q_BTNH, q_index, slopes_N, kv_heads), do, lse, delta)
+    queries = make_query_tiles(spec, q_BTNH, q_index, slopes_N, kv_heads)
+    return QueryResiduals(queries, do, split_rows(lse, block, kv_heads), split_rows(delta, block, kv_heads))
 
 
 def index_of(mask: Mask, fields: list[jax.Array]) -> Index:
     """The index that a mask takes, from arrays in the order of `FIELDS`."""
-    return Index(*fields[:3], fields[3] if mask.prefix else None)
+    return Index(fields[0], fields[1], fields[2], fields[3] if mask.prefix else None)
 
 
 def logits_of(

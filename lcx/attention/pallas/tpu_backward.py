@@ -21,7 +21,7 @@ from lcx.attention.spec import KernelSpec
 def backward(spec: KernelSpec, ready: QueryResiduals, k_BSKH, v_BSKH, k_index, in_flight: Any) -> tuple[tuple[jax.Array, ...], Any]:
     """float32 gradients `(dq, dk, dv, dslopes)` through these keys, dq in tiles, dslopes `[N]`; and `in_flight` unchanged."""
     queries, *more = ready
-    tiles, q_index, block = tiling.make_tiles(spec, queries, k_BSKH, v_BSKH, k_index), queries.index, spec.blocks.q
+    tiles, q_index, block = tiling.make_tiles(spec, queries, k_BSKH, v_BSKH, k_index), queries.index, spec.tiles.q
 
     def like(x: jax.Array) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, jnp.float32)
@@ -42,7 +42,7 @@ def backward(spec: KernelSpec, ready: QueryResiduals, k_BSKH, v_BSKH, k_index, i
         # kernel. What is not needed so soon is left to hide behind the kernel for dq, which runs later.
         (dk, dv), soon = jax.lax.optimization_barrier(((dk, dv), in_flight[0]))
         in_flight = (soon, *in_flight[1:])
-    dk, dv = (tiling.join_heads(x, spec.blocks.k, k_BSKH.shape) for x in (dk, dv))
+    dk, dv = (tiling.join_heads(x, spec.tiles.k, k_BSKH.shape) for x in (dk, dv))
     B, T = q_index.order.shape
     dslopes = jnp.sum(tiling.join_rows(dslopes, block, (B, T, k_BSKH.shape[2] * rows // block)), axis=(0, 1))
     return (dq, dk, dv, dslopes), in_flight

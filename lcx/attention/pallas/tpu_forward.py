@@ -31,7 +31,7 @@ def forward(spec: KernelSpec, q_BTNH, k_BSKH, v_BSKH, q_index, k_index, slopes_N
     ]
     kernel = functools.partial(_kernel, spec, tiles.sizes)
     o, lse = grid.call(kernel, spec, "flash_forward", tiles, known, True, (), outputs, [(1, rows), (1, rows), (H, rows)])
-    return tiling.join_heads(o, spec.blocks.q, q_BTNH.shape), tiling.join_rows(lse, spec.blocks.q, q_BTNH.shape[:3])
+    return tiling.join_heads(o, spec.tiles.q, q_BTNH.shape), tiling.join_rows(lse, spec.tiles.q, q_BTNH.shape[:3])
 
 
 def _kernel(

@@ -52,7 +52,7 @@ def visit(spec: KernelSpec, sizes: tuple[int, ...], q_bounds, k_bounds, b, i, j,
     whole = sees_all(spec.mask, q, k)
 
     @pl.when(may_see(spec.mask, q, k))
-    def _():
+    def compute():
         jax.lax.cond(whole, lambda: tile(False), lambda: tile(True))
 
 

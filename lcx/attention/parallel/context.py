@@ -14,11 +14,11 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from lcx.attention.parallel.gather import gather
 from lcx.attention.parallel.ring import RingSchedule, ring
-from lcx.attention.parallel.sequence_layout import SequenceLayout
 from lcx.attention.parallel.ulysses import kv_copies, share_of_bias, ulysses
 from lcx.attention.partial import Partial
 from lcx.attention.shard import KVShard, QueryShard
 from lcx.attention.spec import Kernel, ShardSpec, Strategy
+from lcx.core.batch import SequenceLayout
 from lcx.core.errors import UserError
 from lcx.core.mask import Mask
 from lcx.core.mesh import RULES, SEQUENCE, axis_size
@@ -63,7 +63,7 @@ def choose_strategy(
         why = (
             f"a window of {mask.window} reaches {near.before} devices before and {near.after} after" if near is not None else enough
         )
-    hops = near if strategy == "window" else whole
+    hops = near if strategy == "window" and near is not None else whole
     # When gathering, a slice of every shard adds up to what one device holds. A ring needs large messages.
     slices = next(n for n in range(min(ring_size, shard), 0, -1) if shard % n == 0) if strategy == "gather" else 1
     return ContextChoice(strategy, dataclasses.replace(hops, slices=slices), f"{strategy}: {why}")
@@ -131,11 +131,13 @@ def shard_map_attention(
 
     Without `spread` every device has all query tokens.
     """
-    asking = split if spread else split._replace(tokens=_whole(split.tokens), heads=_whole(split.heads))
-    q_specs = QueryShard(asking.heads, asking.tokens, asking.tokens)
-    k_specs = KVShard(split.heads, split.heads, split.tokens, split.tokens)
+    # `shard_map` takes specs in the places of the arguments' arrays.
+    q_at: Any = split if spread else split._replace(tokens=_whole(split.tokens), heads=_whole(split.heads))
+    k_at: Any = split
+    q_specs = QueryShard(q_at.heads, q_at.tokens, q_at.tokens)
+    k_specs = KVShard(k_at.heads, k_at.heads, k_at.tokens, k_at.tokens)
     return jax.shard_map(
-        run, mesh=mesh, in_specs=(q_specs, k_specs, PartitionSpec()), out_specs=asking.heads, axis_names=split.axes, check_vma=False
+        run, mesh=mesh, in_specs=(q_specs, k_specs, PartitionSpec()), out_specs=q_at.heads, axis_names=split.axes, check_vma=False
     )(queries, keys, bias_params)
 
 

@@ -57,7 +57,8 @@ def _forward(shard: ShardSpec, axis: str, hops: RingSchedule, queries: QueryShar
     if hops.groups > 1:
 
         def some(q: jax.Array, k: jax.Array, v: jax.Array) -> Partial:
-            return _forward(shard, axis, _one_group(hops), queries.replace(q=q), keys.replace(k=k, v=v), bias_params)
+            q_group, kv_group = dataclasses.replace(queries, q=q), dataclasses.replace(keys, k=k, v=v)
+            return _forward(shard, axis, _one_group(hops), q_group, kv_group, bias_params)
 
         return map_head_groups(some, hops.groups, nothing_seen(queries), (queries.q, keys.k, keys.v))
 
@@ -85,7 +86,7 @@ def _ring_backward(shard: ShardSpec, axis: str, hops: RingSchedule, saved: tuple
     if hops.groups > 1:
 
         def some(q: jax.Array, k: jax.Array, v: jax.Array, o: jax.Array, lse: jax.Array, do: jax.Array, dlse: jax.Array) -> tuple:
-            part = queries.replace(q=q), keys.replace(k=k, v=v), bias_params, (o, lse)
+            part = dataclasses.replace(queries, q=q), dataclasses.replace(keys, k=k, v=v), bias_params, (o, lse)
             dqueries, dkeys, _ = _ring_backward(shard, axis, _one_group(hops), part, (do, dlse))
             return dqueries.q, dkeys.k, dkeys.v
 
@@ -96,7 +97,7 @@ def _ring_backward(shard: ShardSpec, axis: str, hops: RingSchedule, saved: tuple
     pull = shard_vjp(shard, queries, keys.k.shape[2], bias_params, whole, cotangent)
 
     def part(state: tuple, keys: KVShard) -> tuple[tuple, tuple]:
-        dkv = None
+        dkv: Any = None
         for shift, first, last in _directions(hops):
 
             def visit(state: tuple, here: KVShard, following: Any, shift: int = shift) -> tuple[tuple, Any]:
@@ -107,11 +108,12 @@ def _ring_backward(shard: ShardSpec, axis: str, hops: RingSchedule, saved: tuple
                 return (*jax.tree.map(jnp.add, (dq, dbias), (dq_part, dbias_part)), pending), following
 
             nothing = jnp.zeros((2, *keys.k.shape), wide)  # dk and dv travel as one array: see `_send`
-            *state, pending = _pass_around(axis, shift, first, last, keys, visit, (*state, nothing))
+            *reached, pending = _pass_around(axis, shift, first, last, keys, visit, (*state, nothing))
+            state = tuple(reached)
             # The last keys that were visited are `last` devices from home.
             home = _send(axis, -shift * last, pending) if last else pending
             dkv = home if dkv is None else jax.tree.map(jnp.add, dkv, home)
-        return tuple(state), tuple(dkv)
+        return state, tuple(dkv)
 
     (dq, dbias), dkv = scan_key_slices(part, (pull.init, zeros_fp32(bias_params)), keys, hops.slices)
     return cotangents(queries, keys, bias_params, pull.finalize(dq), dkv, dbias)

@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lcx.core.batch import SequenceLayout
 from lcx.core.errors import UserError
 from lcx.core.mesh import multiples
-
-SequenceLayout = Literal["contiguous", "zigzag", "striped"]
 
 SEQUENCE_LAYOUTS: tuple[SequenceLayout, ...] = get_args(SequenceLayout)
 
