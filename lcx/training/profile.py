@@ -66,20 +66,20 @@ class Profiler:
         if self._steps is not None:
             self._steps.check(done, total)
 
-    def begin(self, step: int, settle: Callable[[], None]) -> contextlib.AbstractContextManager[object]:
-        """What to enter around step `step`; starts the trace before the first one, after `settle` has waited for earlier work."""
+    def begin(self, step: int, flush: Callable[[], None]) -> contextlib.AbstractContextManager[object]:
+        """What to enter around step `step`; starts the trace before the first one, after `flush` has waited for earlier work."""
         if self._steps is None:
             return contextlib.nullcontext()
         if step == self._steps.first:
-            settle()
+            flush()
             jax.profiler.start_trace(str(self._folder))
             self._open = True
         return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
-    def end(self, step: int, settle: Callable[[], None]) -> None:
-        """Ends the trace behind the last step, once `settle` has waited for it."""
+    def end(self, step: int, flush: Callable[[], None]) -> None:
+        """Ends the trace behind the last step, once `flush` has waited for it."""
         if self._open and self._steps is not None and step == self._steps.last:
-            settle()
+            flush()
             self._stop()
             steps = f"steps {self._steps.first} to {self._steps.last}"
             say(f"profile: {steps} are in {self._folder}; to view them: pip install xprof, then xprof --logdir={self._folder}")
