@@ -92,16 +92,16 @@ def shard_vjp(
     `whole` is (o, lse) of the queries over all their keys, wherever those are, and `cotangent` its cotangent. Work on the queries
     is done once, before and after, however many keys pass by.
     """
-    ready = []
+    pulls = []
     for region in shard.regions:
         q, turn_back = jax.vjp(lambda x, name=region.q_rotation: _rotate(x, name, queries.tables, shard), to_fp32(queries.q))
         given = (q.astype(queries.q.dtype), queries.index, kv_heads, bias_params, whole, cotangent)
-        ready.append((region, turn_back, KERNELS[shard.kernel.kernel].vjp(_spec_of(shard, region), *given)))
+        pulls.append((region, turn_back, KERNELS[shard.kernel.kernel].vjp(_spec_of(shard, region), *given)))
 
     def step(keys: KVShard, in_flight: Any) -> tuple[tuple[Any, ...], Any]:
         dq: list[Any] = []
         total: Any = None
-        for region, _, pull in ready:
+        for region, _, pull in pulls:
             k, turn_back = jax.vjp(lambda x, name=region.k_rotation: _rotate(x, name, keys.tables, shard), to_fp32(keys.k))
             last = region is shard.regions[-1]
             (dq_part, dk, dv, dbias), moved = pull.step(k.astype(keys.k.dtype), keys.v, keys.index, in_flight if last else ())
@@ -111,10 +111,10 @@ def shard_vjp(
         return (tuple(dq), *total), moved
 
     def finalize(dq: tuple[jax.Array, ...]) -> jax.Array:
-        total: Any = sum(turn_back(pull.finalize(x))[0] for x, (_, turn_back, pull) in zip(dq, ready, strict=True))
+        total: Any = sum(turn_back(pull.finalize(x))[0] for x, (_, turn_back, pull) in zip(dq, pulls, strict=True))
         return total
 
-    return ShardVjp(tuple(pull.init for *_, pull in ready), step, finalize)
+    return ShardVjp(tuple(pull.init for *_, pull in pulls), step, finalize)
 
 
 def nothing_seen(queries: QueryShard) -> Partial:

@@ -85,7 +85,7 @@ class Bounds:
     segment_max: jax.Array
     any_shared: jax.Array
     any_prefix: jax.Array
-    all_real: jax.Array
+    unpadded: jax.Array
 
 
 def bounds(index: Index, block: int) -> Bounds:
@@ -101,7 +101,7 @@ def bounds(index: Index, block: int) -> Bounds:
         return x.reshape(rows, length // block, block)
 
     segments = blocks(index.segments)
-    real = segments != PADDING
+    is_token = segments != PADDING
     shared = segments == SHARED
 
     def smallest(x: jax.Array, keep: jax.Array) -> jax.Array:
@@ -111,17 +111,17 @@ def bounds(index: Index, block: int) -> Bounds:
         return jnp.max(jnp.where(keep, x, low), axis=2)
 
     order, positions = blocks(index.order), blocks(index.positions)
-    prefix = jnp.zeros_like(real) if index.is_prefix is None else blocks(index.is_prefix) > 0
+    prefix = jnp.zeros_like(is_token) if index.is_prefix is None else blocks(index.is_prefix) > 0
     return Bounds(
-        order_min=smallest(order, real),
-        order_max=largest(order, real),
-        position_min=smallest(positions, real),
-        position_max=largest(positions, real),
-        segment_min=smallest(segments, real & ~shared),
-        segment_max=largest(segments, real & ~shared),
+        order_min=smallest(order, is_token),
+        order_max=largest(order, is_token),
+        position_min=smallest(positions, is_token),
+        position_max=largest(positions, is_token),
+        segment_min=smallest(segments, is_token & ~shared),
+        segment_max=largest(segments, is_token & ~shared),
         any_shared=jnp.any(shared, axis=2),
-        any_prefix=jnp.any(prefix & real, axis=2),
-        all_real=jnp.all(real, axis=2),
+        any_prefix=jnp.any(prefix & is_token, axis=2),
+        unpadded=jnp.all(is_token, axis=2),
     )
 
 
@@ -156,17 +156,17 @@ def sees_all(mask: Mask, q: Bounds, k: Bounds) -> jax.Array:
 
     Conservative the other way: a False may still hold only visible pairs (prefix keys are not considered).
     """
-    all_real = q.all_real & k.all_real
+    unpadded = q.unpadded & k.unpadded
     one_document = (q.segment_min == q.segment_max) & ~q.any_shared
     keys_shared = k.segment_min > k.segment_max
-    seen = all_real & one_document & (keys_shared | ((k.segment_min == q.segment_min) & (k.segment_max == q.segment_max)))
+    seen = unpadded & one_document & (keys_shared | ((k.segment_min == q.segment_min) & (k.segment_max == q.segment_max)))
     if mask.causal:
         seen &= q.order_min >= k.order_max
     if mask.window is not None or not mask.band.everything:
-        q_min, q_max, k_min, k_max = _band_extremes(Band(), q, k, all_real)
+        q_min, q_max, k_min, k_max = _band_extremes(Band(), q, k, unpadded)
         if mask.window is not None:
             seen &= (q_max - k_min < mask.window) & (q_min - k_max > -mask.window)
-        q_min, q_max, k_min, k_max = _band_extremes(mask.band, q, k, all_real)
+        q_min, q_max, k_min, k_max = _band_extremes(mask.band, q, k, unpadded)
         if mask.band.low is not None:
             seen &= q_min - k_max >= mask.band.low
         if mask.band.high is not None:

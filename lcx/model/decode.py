@@ -182,15 +182,15 @@ def generate(
         raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
     rows, clock = _side_by_side(prompts, chunk), _Clock(report is not None)
     stacked = target_platform() != "cpu"
-    ready = _prepare(params, arch, stacked)
+    prepared = _prepare(params, arch, stacked)
     cache = empty_cache(arch, buffers, len(prompts), rows.width + max_new_tokens, rows.chunk, stacked)
-    clock.begin(ready, cache)
+    clock.begin(prepared, cache)
     chosen = (sampling.numbers, sampling.spec)
     for start in range(0, rows.width, rows.chunk):
         part = jnp.asarray(rows.tokens[:, start : start + rows.chunk])
         at = rows.index.slice(start, rows.chunk)
-        hidden, cache = clock.run(_extend, ready, buffers, arch, cache, part, at, jnp.int32(start), 0)
-    token = clock.run(_first, ready, hidden, arch, *chosen)
+        hidden, cache = clock.run(_extend, prepared, buffers, arch, cache, part, at, jnp.int32(start), 0)
+    token = clock.run(_first, prepared, hidden, arch, *chosen)
     collected = _Collected(len(prompts), stop_ids, on_token)
     collected.add(np.asarray(token)[:, None])
     clock.lap()
@@ -198,7 +198,7 @@ def generate(
     while (left := max_new_tokens - collected.steps) > 0 and collected.live:
         step = collected.steps
         out, count, token, cache = clock.run(
-            _decode, ready, buffers, arch, cache, token, collected.ended, stops, rows.offset, np.int32(rows.width + step - 1),
+            _decode, prepared, buffers, arch, cache, token, collected.ended, stops, rows.offset, np.int32(rows.width + step - 1),
             np.int32(step), np.int32(min(left, BLOCK)), *chosen,
         )  # fmt: skip
         collected.add(np.asarray(out)[:, : int(count)])
@@ -226,8 +226,8 @@ def _side_by_side(prompts: Sequence[np.ndarray], chunk: int | None) -> _Rows:
     order = np.broadcast_to(np.arange(width, dtype=np.int32), (len(prompts), width))
     offset = (width - lengths)[:, None].astype(np.int32)
     tokens = np.stack([np.pad(np.asarray(p, np.int32), (width - len(p), 0)) for p in prompts])
-    real = order >= offset
-    index = Index(jnp.asarray(order), jnp.asarray(np.maximum(order - offset, 0)), jnp.asarray(real.astype(np.int32)))
+    is_token = order >= offset
+    index = Index(jnp.asarray(order), jnp.asarray(np.maximum(order - offset, 0)), jnp.asarray(is_token.astype(np.int32)))
     return _Rows(tokens, index, offset, chunk)
 
 

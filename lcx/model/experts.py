@@ -106,10 +106,10 @@ def mix(
 
     if (mesh := _mesh()) is None:
         return run(params, x, routing.weights, routing.experts)
-    return _over_mesh(mesh, run, params, x, routing)
+    return _expert_parallel(mesh, run, params, x, routing)
 
 
-def _over_mesh(mesh: AbstractMesh, run: Callable[..., jax.Array], params: Tree, x: jax.Array, routing: Routing) -> jax.Array:
+def _expert_parallel(mesh: AbstractMesh, run: Callable[..., jax.Array], params: Tree, x: jax.Array, routing: Routing) -> jax.Array:
     """`run` on the tokens and experts of each device. Rows or tokens that the mesh cannot split are computed by all devices."""
     tokens = fitting_spec(_TOKENS, x.shape, mesh)
     axes = {name: ("experts", "mlp", None) if name == "down" else ("experts", None, "mlp") for name in params}

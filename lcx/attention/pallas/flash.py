@@ -61,14 +61,14 @@ def _forward(spec: KernelSpec, *args) -> Partial:
 
 def _flash_vjp(spec: KernelSpec, q_BTNH, q_index, slopes_N, kv_heads: int, whole: Partial, cotangent: Partial) -> AttentionVjp:
     if spec.platform == "gpu":
-        backward, ready = gpu_backward.backward, gpu_backward.query_residuals(spec, q_BTNH, q_index, slopes_N, whole, cotangent)
+        backward, residuals = gpu_backward.backward, gpu_backward.query_residuals(spec, q_BTNH, q_index, slopes_N, whole, cotangent)
     else:
-        backward, ready = tpu_backward.backward, query_residuals(spec, q_BTNH, q_index, slopes_N, kv_heads, whole, cotangent)
+        backward, residuals = tpu_backward.backward, query_residuals(spec, q_BTNH, q_index, slopes_N, kv_heads, whole, cotangent)
 
     def finalize(dq: jax.Array) -> jax.Array:
         return join_heads(dq[..., : q_BTNH.shape[3]], spec.tiles.q, q_BTNH.shape)
 
-    return AttentionVjp(jnp.zeros(ready.queries.q.shape, jnp.float32), functools.partial(backward, spec, ready), finalize)
+    return AttentionVjp(jnp.zeros(residuals.queries.q.shape, jnp.float32), functools.partial(backward, spec, residuals), finalize)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

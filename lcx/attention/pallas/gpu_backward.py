@@ -24,9 +24,11 @@ def query_residuals(spec: KernelSpec, q_BTNH, q_index, slopes_N, whole: Partial,
     return gpu.widen_queries(tiling.query_residuals(spec, q_BTNH, q_index, slopes_N, q_BTNH.shape[2], whole, cotangent))
 
 
-def backward(spec: KernelSpec, ready: QueryResiduals, k_BSKH, v_BSKH, k_index, in_flight: Any) -> tuple[tuple[jax.Array, ...], Any]:
+def backward(
+    spec: KernelSpec, residuals: QueryResiduals, k_BSKH, v_BSKH, k_index, in_flight: Any
+) -> tuple[tuple[jax.Array, ...], Any]:
     """float32 gradients `(dq, dk, dv, dslopes)` through these keys, dq in tiles, dslopes `[N]`; and `in_flight` unchanged."""
-    queries, *more = ready
+    queries, *more = residuals
     tiles, q_index = gpu.make_wide_tiles(spec, queries, k_BSKH, v_BSKH, k_index), queries.index
     counts = (tiles.q.shape[0], tiles.q.shape[2], tiles.k.shape[2])
 
@@ -35,7 +37,7 @@ def backward(spec: KernelSpec, ready: QueryResiduals, k_BSKH, v_BSKH, k_index, i
         known = gpu.tile_ranges(spec, q_index, k_index, keys_pass)
         return gpu.call(functools.partial(kernel, spec, counts), spec, name, tiles, known, keys_pass, tuple(more), outputs)
 
-    dq, *dslopes = run(_queries, "flash_backward_queries", True, (tiles.q, ready.lse) if spec.bias is not None else (tiles.q,))
+    dq, *dslopes = run(_queries, "flash_backward_queries", True, (tiles.q, residuals.lse) if spec.bias is not None else (tiles.q,))
     dk, dv = run(_keys, "flash_backward_keys", False, (tiles.k, tiles.v))
     dk, dv = (tiling.join_heads(x[..., : k_BSKH.shape[3]], spec.tiles.k, k_BSKH.shape) for x in (dk, dv))
     # Rows beyond the last token have probabilities of 0.

@@ -122,9 +122,9 @@ def widen(x: jax.Array) -> jax.Array:
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width(x.shape[-1]) - x.shape[-1])])
 
 
-def widen_queries(ready: QueryResiduals) -> QueryResiduals:
+def widen_queries(residuals: QueryResiduals) -> QueryResiduals:
     """`QueryResiduals` with the heads of q and do padded to `width`."""
-    return ready._replace(queries=ready.queries._replace(q=widen(ready.queries.q)), do=widen(ready.do))
+    return residuals._replace(queries=residuals.queries._replace(q=widen(residuals.queries.q)), do=widen(residuals.do))
 
 
 def make_wide_tiles(spec: KernelSpec, queries: Any, k_BSKH: jax.Array, v_BSKH: jax.Array, k_index: Index) -> Tiles:

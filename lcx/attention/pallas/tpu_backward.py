@@ -18,9 +18,11 @@ from lcx.attention.pallas.tiling import QueryResiduals
 from lcx.attention.spec import KernelSpec
 
 
-def backward(spec: KernelSpec, ready: QueryResiduals, k_BSKH, v_BSKH, k_index, in_flight: Any) -> tuple[tuple[jax.Array, ...], Any]:
+def backward(
+    spec: KernelSpec, residuals: QueryResiduals, k_BSKH, v_BSKH, k_index, in_flight: Any
+) -> tuple[tuple[jax.Array, ...], Any]:
     """float32 gradients `(dq, dk, dv, dslopes)` through these keys, dq in tiles, dslopes `[N]`; and `in_flight` unchanged."""
-    queries, *more = ready
+    queries, *more = residuals
     tiles, q_index, block = tiling.make_tiles(spec, queries, k_BSKH, v_BSKH, k_index), queries.index, spec.tiles.q
 
     def like(x: jax.Array) -> jax.ShapeDtypeStruct:
@@ -30,7 +32,7 @@ def backward(spec: KernelSpec, ready: QueryResiduals, k_BSKH, v_BSKH, k_index, i
     dq, dslopes = grid.call(
         functools.partial(_queries, spec, tiles.sizes), spec, "flash_backward_queries", tiles,
         grid.grid_ranges(spec, q_index, k_index, keys_pass=True), True, tuple(more),
-        [("q", like(tiles.q)), ("q", like(ready.lse))], [(H, rows), (1, rows)],
+        [("q", like(tiles.q)), ("q", like(residuals.lse))], [(H, rows), (1, rows)],
     )  # fmt: skip
     dk, dv = grid.call(
         functools.partial(_keys, spec, tiles.sizes), spec, "flash_backward_keys", tiles,

@@ -63,19 +63,19 @@ def choose_strategy(
         why = (
             f"a window of {mask.window} reaches {near.before} devices before and {near.after} after" if near is not None else enough
         )
-    hops = near if strategy == "window" and near is not None else whole
+    schedule = near if strategy == "window" and near is not None else whole
     # When gathering, a slice of every shard adds up to what one device holds. A ring needs large messages.
     slices = next(n for n in range(min(ring_size, shard), 0, -1) if shard % n == 0) if strategy == "gather" else 1
-    return ContextChoice(strategy, dataclasses.replace(hops, slices=slices), f"{strategy}: {why}")
+    return ContextChoice(strategy, dataclasses.replace(schedule, slices=slices), f"{strategy}: {why}")
 
 
-def host_parts(hops: RingSchedule, biased: bool, rows: int, tokens: int, heads: int, kv_heads: int) -> RingSchedule:
+def host_parts(schedule: RingSchedule, biased: bool, rows: int, tokens: int, heads: int, kv_heads: int) -> RingSchedule:
     """How host devices that hold `rows` of `tokens` tokens walk a ring: by groups of heads; or by halves of the keys if there is a
     bias, which is computed for all heads at once, or if no other device has keys."""
-    if biased or not hops.before + hops.after:
-        return dataclasses.replace(hops, slices=2 if tokens % 2 == 0 else 1)
+    if biased or not schedule.before + schedule.after:
+        return dataclasses.replace(schedule, slices=2 if tokens % 2 == 0 else 1)
     fits = (n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and rows * tokens**2 * (heads // n) >= CPU_HOP)
-    return dataclasses.replace(hops, groups=max(fits, default=1))
+    return dataclasses.replace(schedule, groups=max(fits, default=1))
 
 
 def _window_hops(mask: Mask, layout: SequenceLayout, shard: int, ring_size: int) -> RingSchedule | None:
@@ -84,8 +84,8 @@ def _window_hops(mask: Mask, layout: SequenceLayout, shard: int, ring_size: int)
         return None
     reach = -(-(mask.window - 1) // (shard // 2 if layout == "zigzag" else shard))
     # Of a device's two zigzag chunks one has its predecessor on the device before, the other on the device after.
-    hops = RingSchedule(reach, 0 if mask.causal and layout == "contiguous" else reach)
-    return hops if hops.before + hops.after < ring_size - 1 else None
+    schedule = RingSchedule(reach, 0 if mask.causal and layout == "contiguous" else reach)
+    return schedule if schedule.before + schedule.after < ring_size - 1 else None
 
 
 class MeshSplit(NamedTuple):

@@ -48,19 +48,19 @@ class RingSchedule:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def ring(shard: ShardSpec, axis: str, hops: RingSchedule, queries: QueryShard, keys: KVShard, bias_params: Any) -> Partial:
-    """`(o_BTNH, lse_BTN)` in float32 or wider of this device's queries over the keys of `hops` devices along mesh axis `axis`."""
-    return _forward(shard, axis, hops, queries, keys, bias_params)
+def ring(shard: ShardSpec, axis: str, schedule: RingSchedule, queries: QueryShard, keys: KVShard, bias_params: Any) -> Partial:
+    """`(o_BTNH, lse_BTN)` in float32 or wider of the queries here over the keys that `schedule` brings along mesh axis `axis`."""
+    return _forward(shard, axis, schedule, queries, keys, bias_params)
 
 
-def _forward(shard: ShardSpec, axis: str, hops: RingSchedule, queries: QueryShard, keys: KVShard, bias_params: Any) -> Partial:
-    if hops.groups > 1:
+def _forward(shard: ShardSpec, axis: str, schedule: RingSchedule, queries: QueryShard, keys: KVShard, bias_params: Any) -> Partial:
+    if schedule.groups > 1:
 
         def some(q: jax.Array, k: jax.Array, v: jax.Array) -> Partial:
             q_group, kv_group = dataclasses.replace(queries, q=q), dataclasses.replace(keys, k=k, v=v)
-            return _forward(shard, axis, _one_group(hops), q_group, kv_group, bias_params)
+            return _forward(shard, axis, _one_group(schedule), q_group, kv_group, bias_params)
 
-        return map_head_groups(some, hops.groups, nothing_seen(queries), (queries.q, keys.k, keys.v))
+        return map_head_groups(some, schedule.groups, nothing_seen(queries), (queries.q, keys.k, keys.v))
 
     def visit(so_far: Partial, here: KVShard, following: Any) -> tuple[Partial, Any]:
         part = shard_attention(shard, queries, here, bias_params)
@@ -69,36 +69,38 @@ def _forward(shard: ShardSpec, axis: str, hops: RingSchedule, queries: QueryShar
         return merge(so_far, part), following
 
     def part(result: Partial, keys: KVShard) -> tuple[Partial, None]:
-        for shift, first, last in _directions(hops):
+        for shift, first, last in _directions(schedule):
             result = _pass_around(axis, shift, first, last, keys, visit, result)
         return result, None
 
-    return scan_key_slices(part, nothing_seen(queries), keys, hops.slices)[0]
+    return scan_key_slices(part, nothing_seen(queries), keys, schedule.slices)[0]
 
 
-def _ring_forward(shard: ShardSpec, axis: str, hops: RingSchedule, queries: QueryShard, keys: KVShard, bias_params: Any) -> tuple:
-    whole = tuple(checkpoint_name(x, SAVED) for x in _forward(shard, axis, hops, queries, keys, bias_params))
+def _ring_forward(
+    shard: ShardSpec, axis: str, schedule: RingSchedule, queries: QueryShard, keys: KVShard, bias_params: Any
+) -> tuple:
+    whole = tuple(checkpoint_name(x, SAVED) for x in _forward(shard, axis, schedule, queries, keys, bias_params))
     return whole, (queries, keys, bias_params, whole)
 
 
-def _ring_backward(shard: ShardSpec, axis: str, hops: RingSchedule, saved: tuple, cotangent: Partial) -> tuple:
+def _ring_backward(shard: ShardSpec, axis: str, schedule: RingSchedule, saved: tuple, cotangent: Partial) -> tuple:
     queries, keys, bias_params, whole = saved
-    if hops.groups > 1:
+    if schedule.groups > 1:
 
         def some(q: jax.Array, k: jax.Array, v: jax.Array, o: jax.Array, lse: jax.Array, do: jax.Array, dlse: jax.Array) -> tuple:
             part = dataclasses.replace(queries, q=q), dataclasses.replace(keys, k=k, v=v), bias_params, (o, lse)
-            dqueries, dkeys, _ = _ring_backward(shard, axis, _one_group(hops), part, (do, dlse))
+            dqueries, dkeys, _ = _ring_backward(shard, axis, _one_group(schedule), part, (do, dlse))
             return dqueries.q, dkeys.k, dkeys.v
 
         inputs = queries.q, keys.k, keys.v
-        dq, *dkv = map_head_groups(some, hops.groups, tuple(map(jnp.zeros_like, inputs)), (*inputs, *whole, *cotangent))
+        dq, *dkv = map_head_groups(some, schedule.groups, tuple(map(jnp.zeros_like, inputs)), (*inputs, *whole, *cotangent))
         return cotangents(queries, keys, bias_params, dq, dkv, zeros_fp32(bias_params))
     wide = whole[0].dtype
     pull = shard_vjp(shard, queries, keys.k.shape[2], bias_params, whole, cotangent)
 
     def part(state: tuple, keys: KVShard) -> tuple[tuple, tuple]:
         dkv: Any = None
-        for shift, first, last in _directions(hops):
+        for shift, first, last in _directions(schedule):
 
             def visit(state: tuple, here: KVShard, following: Any, shift: int = shift) -> tuple[tuple, Any]:
                 dq, dbias, pending = state
@@ -115,20 +117,20 @@ def _ring_backward(shard: ShardSpec, axis: str, hops: RingSchedule, saved: tuple
             dkv = home if dkv is None else jax.tree.map(jnp.add, dkv, home)
         return state, tuple(dkv)
 
-    (dq, dbias), dkv = scan_key_slices(part, (pull.init, zeros_fp32(bias_params)), keys, hops.slices)
+    (dq, dbias), dkv = scan_key_slices(part, (pull.init, zeros_fp32(bias_params)), keys, schedule.slices)
     return cotangents(queries, keys, bias_params, pull.finalize(dq), dkv, dbias)
 
 
 ring.defvjp(_ring_forward, _ring_backward)
 
 
-def _one_group(hops: RingSchedule) -> RingSchedule:
-    return dataclasses.replace(hops, groups=1)
+def _one_group(schedule: RingSchedule) -> RingSchedule:
+    return dataclasses.replace(schedule, groups=1)
 
 
-def _directions(hops: RingSchedule) -> list[tuple[int, int, int]]:
+def _directions(schedule: RingSchedule) -> list[tuple[int, int, int]]:
     """(direction in which keys move, first and last distance visited)."""
-    return [(1, 0, hops.before)] + ([(-1, 1, hops.after)] if hops.after else [])
+    return [(1, 0, schedule.before)] + ([(-1, 1, schedule.after)] if schedule.after else [])
 
 
 def _send(axis: str, shift: int, tree: Any) -> Any:

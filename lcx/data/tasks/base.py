@@ -200,9 +200,9 @@ class RetrievalTask:
         loss_weights = np.full(tokens.shape, config.haystack_weight, np.float32)
         loss_weights[:, body:] = config.query_weight
         at = (np.arange(rows) * tokens.shape[1])[:, None, None] + starts[:, :, None] + np.arange(lines.text.shape[2])
-        real = np.arange(lines.text.shape[2]) < lines.lengths[:, :, None]
-        tokens.reshape(-1)[at[real]] = lines.text[real]
-        loss_weights.reshape(-1)[at[real]] = config.needle_weight
+        is_token = np.arange(lines.text.shape[2]) < lines.lengths[:, :, None]
+        tokens.reshape(-1)[at[is_token]] = lines.text[is_token]
+        loss_weights.reshape(-1)[at[is_token]] = config.needle_weight
         answers = np.zeros(tokens.shape, bool)
         block = answers[:, body:].reshape(rows, asked, self.line_length)
         block[:, :, key_length + 2 : -1] = True
