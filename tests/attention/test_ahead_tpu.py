@@ -133,9 +133,7 @@ def schedule(text):
     return found
 
 
-@pytest.mark.parametrize(
-    "name", ["v5p:2x2x1", *(pytest.param(name, marks=pytest.mark.slow) for name in ("v5p:2x2x2", "v5p:4x4x4"))]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in ("v5p:2x2x1", "v5p:2x2x2", "v5p:4x4x4")])
 def test_ring_hides_its_transfers_behind_kernels(name):
     """In little more memory than the kernel takes for as many tokens on one chip."""
     tokens, devices = 4096, chips(name)

@@ -85,7 +85,7 @@ def test_each_optimizer_learns(name, lr):
     assert losses[-1] < 0.95 * losses[0]
 
 
-@pytest.mark.parametrize("name", ["muon", "adafactor"])
+@pytest.mark.parametrize("name", ["muon", pytest.param("adafactor", marks=pytest.mark.slow)])
 def test_a_mesh_equals_one_device(name):
     config = OptimConfig(name=name, lr=1e-2)
     np.testing.assert_allclose(trained(config, 3)[0], trained(config, 3, devices=2)[0], rtol=1e-5)
