@@ -54,7 +54,12 @@ class Prepared:
 
 
 def open_prepared(config: SourceConfig, tokenizer: Tokenizer) -> Prepared:
-    """The dataset in the single folder that `config.path` names.
+    """The dataset in the single folder that `config.path` names; raises `UserError` like `checked_meta`."""
+    return Prepared(*checked_meta(config, tokenizer))
+
+
+def checked_meta(config: SourceConfig, tokenizer: Tokenizer) -> tuple[pathlib.Path, dict]:
+    """The single folder that `config.path` names and what its metadata say; neither its index nor its tokens are read.
 
     Raises `UserError` if it is missing, unfinished, or was made with another tokenizer or without the requested end tokens.
     """
@@ -74,4 +79,4 @@ def open_prepared(config: SourceConfig, tokenizer: Tokenizer) -> Prepared:
         )
     if config.append_eos and not meta["source"]["append_eos"]:
         raise UserError(f"the dataset in {str(folder)!r} was made without source.append_eos; prepare it again, or set it to False")
-    return Prepared(folder, meta)
+    return folder, meta

@@ -16,7 +16,7 @@ from lcx.core.errors import UserError
 from lcx.data.chat import chat
 from lcx.data.config import SourceConfig
 from lcx.data.sources import documents
-from lcx.data.sources.prepared import open_prepared
+from lcx.data.sources.prepared import checked_meta, open_prepared
 from lcx.data.tokenizers.tokenizers import Tokenizer
 
 Split = Literal["train", "heldout"]
@@ -176,7 +176,7 @@ def load(config: SourceConfig, tokenizer: Tokenizer, chat_template: str | None =
 def check(config: SourceConfig, tokenizer: Tokenizer, chat_template: str | None = None) -> None:
     """Raise now what `load` would raise for the settings, for a path that matches no file, and for the first document."""
     if config.kind == "array_record":
-        open_prepared(config, tokenizer)
+        checked_meta(config, tokenizer)
         return
     template = chat.load(tokenizer, chat_template) if config.kind == "chat" else None
     eos_tail(config.append_eos, tokenizer)
