@@ -58,6 +58,7 @@ def test_jsonl(tmp_path):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a Git LFS pointer"),
         (gzip.compress(b"long" * 99)[:20], "cannot be read"),
     ],
+    ids=["git_lfs_pointer", "broken_gzip"],
 )
 def test_files_that_only_look_like_text_are_named(tmp_path, content, message):
     (tmp_path / "x.txt.gz").write_bytes(content)
