@@ -91,8 +91,18 @@ def _with_placeholders(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
             value = placeholder(scalars[0])
         elif nested is not None and isinstance(value, Mapping):
             value = _with_placeholders(nested, value)
+        elif (entry := _record_of_entries(options)) is not None and isinstance(value, Mapping):
+            value = {name: _with_placeholders(entry, one) for name, one in value.items()}
         found[key] = value
     return found
+
+
+def _record_of_entries(options: tuple[Any, ...]) -> type | None:
+    """The dataclass of a mapping's values, as in `dict[str, PartConfig]`."""
+    for option in options:
+        if typing.get_origin(option) in (dict, Mapping) and _is_record(typing.get_args(option)[1]):
+            return typing.get_args(option)[1]
+    return None
 
 
 def plain(instance: Any) -> Any:

@@ -15,6 +15,7 @@ from lcx.recipes.recipe import defaults, part, recipe
 class Inner:
     rate: float = 0.5
     kind: Literal["a", "b"] = "a"
+    cap: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +73,8 @@ def test_nothing_stands_where_a_flag_could_put_a_value():
     assert config.limit is None and config.get_type("limit") is int
     config.limit = 4
     assert build(Outer, config) == Outer(size=3, limit=4)
+    nested = to_config_dict(Outer(size=3, parts={"x": Inner()})).parts.x
+    assert nested.cap is None and nested.get_type("cap") is int
 
 
 def test_no_field_of_a_config_is_hidden_by_a_method_of_its_dict():

@@ -48,6 +48,7 @@ def test_extension_is_evaluated_and_exported(source, tmp_path, capsys):
     extended = tmp_path / "extended"
     changes = dict(source=source, target=TARGET, steps=2, tokens_per_step=TARGET)
     changes |= {"optim.lr": 1e-3, "evals.needle_items": 1, "evals.perplexity_tokens": TARGET, "metrics.tensorboard": False}
+    changes |= {f"data.parts.{part}.source.limit_bytes": 1 << 20 for part in ("text", "needles")} | {"data.heldout_fraction": 0.3}
     words = ["run", f"--config={ROOT / 'configs' / 'extend_hf.py'}", f"--workdir={extended}"]
     words += [f"--config.{key}={value}" for key, value in changes.items()]
     env = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)}
