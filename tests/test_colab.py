@@ -52,6 +52,8 @@ def close(values, **tolerance):
     return pytest.approx(values, **tolerance)
 
 
+# A minute and more; `.ci/run` runs them by name.
+@pytest.mark.slow
 def test_positions(environment):
     notebook, found = run(
         EXPLORE,
@@ -100,6 +102,7 @@ def check_extension(notebook, found):
     assert set(found["answers"]) == {"before", "after"}
 
 
+@pytest.mark.slow
 def test_extension(environment):
     notebook, found = run(EXTEND, {**environment, "LCX_NOTEBOOK_QUICK": "1"}, EXTENSION)
     check_extension(notebook, found)
