@@ -23,7 +23,7 @@ from lcx.attention.parallel.split_kv import split_kv
 from lcx.attention.parallel.ulysses import check_heads
 from lcx.attention.partial import Partial, apply_sinks
 from lcx.attention.plan import shard_spec
-from lcx.attention.shard import KVShard, QueryShard, shard_attention
+from lcx.attention.shard import KERNELS, KVShard, QueryShard, shard_attention
 from lcx.attention.spec import AttentionSpec
 from lcx.core.batch import Index
 from lcx.core.errors import UserError
@@ -65,9 +65,9 @@ def attend(
         o, lse = (_cached_context_parallel if cached else _context_parallel)(spec, mesh, wide, queries, keys, bias_params)
     else:
         shard = shard_spec(spec, q, wide if len(spec.scheme.regions) > 1 or sinks is not None else q.dtype, T, S, N, K)
-        if shard.kernel.kernel == "flash" and mesh.size > 1:
+        if not KERNELS[shard.kernel.kernel].partitionable and mesh.size > 1:
             # The compiler cannot split a Pallas call by itself.
-            split = mesh_split(mesh, "flash", queries, keys)
+            split = mesh_split(mesh, shard.kernel.kernel, queries, keys)
             run = functools.partial(shard_attention, split.shard(shard))
             o, lse = shard_map_attention(mesh, split, run, queries, keys, bias_params)
         else:

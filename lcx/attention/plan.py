@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from lcx.attention.pallas.gpu_walk import width
-from lcx.attention.spec import AttentionSpec, Blocks, Kernel, KernelSpec, Platform, ShardSpec
+from lcx.attention.shard import KERNELS
+from lcx.attention.spec import AttentionSpec, Blocks, KernelSpec, Platform, ShardSpec
+from lcx.core.configs import choice
 from lcx.core.errors import UserError
 from lcx.core.mesh import axis_size, compute_capability, target_platform
 from lcx.core.numbers import round_up
@@ -40,9 +42,9 @@ overhead of a loop iteration."""
 
 
 class KernelChoice(NamedTuple):
-    """The decision of `choose_kernel`: `blocks` is None for the dense and the flat kernel."""
+    """The decision of `choose_kernel`: `blocks` is None for a kernel without tiles."""
 
-    kernel: Kernel
+    kernel: str
     blocks: Blocks | None
     reason: str
 
@@ -70,7 +72,7 @@ def choose_kernel(
     `head_dim`, the `dtype` of q and the compute `capability` (None: unknown) matter for a GPU's flash kernel.
     """
     logits = batch * heads * T * S
-    kernel, why = spec.kernel, "requested"
+    kernel, why = choice("attention kernel", spec.kernel, ("auto", *KERNELS)), "requested"
     if kernel == "auto" and T == 1 and platform == "cpu" and tensor == 1:
         return KernelChoice("flat", None, "flat: one query per row reads all keys in their stored layout")
     target, number = spec.interpret or platform, jnp.dtype(dtype)
@@ -80,7 +82,7 @@ def choose_kernel(
         kernel = "dense" if small else "flash" if target in get_args(Platform) else "blockwise"
         why = f"{logits:,} logits are {'at most' if small else 'more than'} {DENSE_LIMIT:,}"
         unfit = unfit or (_slow_on_gpus(T, number) if target == "gpu" else None)
-    if kernel in ("dense", "flat"):
+    if not KERNELS[kernel].tiled:
         return KernelChoice(kernel, None, f"{kernel}: {why}")
     if kernel == "flash" and target not in get_args(Platform):
         raise UserError(f"attention kernel 'flash' runs on TPUs and GPUs, not on a {platform}; choose blockwise, dense or auto")

@@ -22,7 +22,7 @@ from lcx.attention.dense import dense, dense_vjp
 from lcx.attention.flat import flat
 from lcx.attention.pallas.flash import flash, flash_vjp
 from lcx.attention.partial import AttentionVjp, Partial, merge, to_fp32
-from lcx.attention.spec import Kernel, KernelSpec, ShardSpec
+from lcx.attention.spec import KernelSpec, ShardSpec
 from lcx.core.batch import Index
 from lcx.positions.rotary import Tables, rotate
 from lcx.positions.scheme import Region
@@ -30,17 +30,20 @@ from lcx.positions.scheme import Region
 
 class KernelPair(NamedTuple):
     """A kernel: forward `(spec, q, k, v, q_index, k_index, bias_params)` and its pull-back `(spec, q, q_index, kv_heads,
-    bias_params, whole, cotangent)`."""
+    bias_params, whole, cotangent)`. A `tiled` one reads `KernelSpec.blocks`.
+    One that is not `partitionable` is opaque to the compiler, which cannot split it over rows and heads by itself."""
 
     forward: Callable[..., Any]
     vjp: Callable[..., AttentionVjp]
+    tiled: bool = False
+    partitionable: bool = True
 
 
-KERNELS: dict[Kernel, KernelPair] = {
+KERNELS: dict[str, KernelPair] = {
     "dense": KernelPair(dense, dense_vjp),
     "flat": KernelPair(flat, dense_vjp),
-    "blockwise": KernelPair(blockwise, blockwise_vjp),
-    "flash": KernelPair(flash, flash_vjp),
+    "blockwise": KernelPair(blockwise, blockwise_vjp, tiled=True),
+    "flash": KernelPair(flash, flash_vjp, tiled=True, partitionable=False),
 }
 
 

@@ -15,7 +15,6 @@ from lcx.core.errors import UserError
 from lcx.core.mask import Mask
 from lcx.positions.scheme import BiasFn, Layout, Region, SchemeSpec
 
-Kernel = Literal["dense", "flat", "blockwise", "flash"]
 Platform = Literal["tpu", "gpu"]
 Strategy = Literal["ring", "gather", "window"]
 
@@ -46,7 +45,7 @@ class KernelSpec:
     blocks: Blocks | None = None
     tile_dtype: Any = None
     out_dtype: Any = None
-    kernel: Kernel = "dense"
+    kernel: str = "dense"
     platform: str = "tpu"
     interpret: bool = False
 
@@ -84,23 +83,21 @@ class ShardSpec:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionSpec:
-    """Static description of one kind of layer; `block_q` and `block_k` override the chosen tile sizes, `strategy` the one chosen
-    for a sequence that is split over the mesh. `interpret` names the platform whose flash kernel is interpreted without such a
-    device, for tests."""
+    """Static description of one kind of layer. `kernel` is a key of `attention.shard.KERNELS`, or "auto"; `block_q` and `block_k`
+    override the chosen tile sizes, `strategy` the one chosen for a sequence that is split over the mesh. `interpret` names the
+    platform whose flash kernel is interpreted without such a device, for tests."""
 
     mask: Mask
     scheme: SchemeSpec
     scale: float
     softcap: float | None = None
-    kernel: Kernel | Literal["auto"] = "auto"
+    kernel: str = "auto"
     block_q: int | None = None
     block_k: int | None = None
     strategy: Strategy | Literal["auto"] = "auto"
     interpret: Platform | None = None
 
     def __post_init__(self) -> None:
-        if self.kernel not in ("dense", "flat", "blockwise", "flash", "auto"):
-            raise UserError(f"attention kernel {self.kernel!r} is unknown; choose dense, blockwise, flash or auto")
         choice("context strategy", self.strategy, ("auto", *get_args(Strategy)))
         for name in ("block_q", "block_k"):
             size = getattr(self, name)

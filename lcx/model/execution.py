@@ -6,7 +6,8 @@ import dataclasses
 import re
 from typing import Literal
 
-from lcx.core.configs import positive
+from lcx.attention.shard import KERNELS
+from lcx.core.configs import choice, positive
 from lcx.core.errors import UserError
 
 
@@ -15,7 +16,8 @@ class ExecutionConfig:
     """Precision, kernels, and what is traded between memory, time and communication."""
 
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    attention: Literal["auto", "dense", "blockwise", "flash"] = "auto"
+    attention: str = "auto"
+    """The kernel: a key of `attention.shard.KERNELS`, or `auto`, for which `attention.plan` decides by size and platform."""
     context_strategy: Literal["auto", "ring", "gather"] = "auto"
     """How the devices that share a sequence access each other's keys (`attention.parallel.context`). `auto`: only
     neighbours for a window, a ring if a device has enough tokens to hide it, otherwise all-gather."""
@@ -41,6 +43,7 @@ class ExecutionConfig:
     """Maximum number of logits on a device at once during the loss; the vocabulary is cut into tiles to stay below it."""
 
     def __post_init__(self) -> None:
+        choice("execution.attention", self.attention, ("auto", *KERNELS))
         positive("execution", layer_unroll=self.layer_unroll, mlp_tile=self.mlp_tile, loss_tile=self.loss_tile)
 
 

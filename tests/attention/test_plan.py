@@ -102,8 +102,8 @@ def test_blocks_divide_whatever_the_sizes(platform, scheme, window):
 
 
 def test_wrong_options_are_named():
-    with pytest.raises(UserError, match="'flush' is unknown; choose dense, blockwise, flash or auto"):
-        spec(kernel="flush")
+    with pytest.raises(UserError, match="kernel='flush' is unknown; did you mean 'flash'"):
+        choose_kernel(spec(kernel="flush"), 64, 64, "cpu")
     with pytest.raises(UserError, match="block_q=0 must be at least 1"):
         spec(block_q=0)
 

@@ -1,9 +1,10 @@
-"""The pairwise covering array of blockwise and flat against dense; `full_product.py` runs all of it."""
+"""The pairwise covering array of every kernel against dense; `full_product.py` runs all of it, `test_flash*.py` run flash."""
 
 import itertools
 
 import pytest
 
+from lcx.attention.shard import KERNELS
 from tests.attention.cases import OPTIONS, errors, within
 from tests.covering import pairs_of, pairwise
 
@@ -24,12 +25,13 @@ def test_blockwise_equals_dense(case):
     assert within(found), found
 
 
-# One query at a time, for decoding alone: a few rows at once tell what the rest tell in `make test-all`.
+# All rows of the kernel for training; a few rows at once tell of the others what the rest tell in `make test-all`.
+@pytest.mark.parametrize("kernel", sorted(KERNELS.keys() - {"dense", "blockwise", "flash"}))
 @pytest.mark.parametrize(
     "case",
     [pytest.param(row, marks=[pytest.mark.slow] * (i % 4 > 0)) for i, row in enumerate(ROWS)],
     ids=lambda case: "-".join(str(value) for value in case.values()),
 )
-def test_flat_equals_dense(case):
-    found = errors(case, optimize=False, kernel="flat")
+def test_other_kernels_equal_dense(case, kernel):
+    found = errors(case, optimize=False, kernel=kernel)
     assert within(found), found

@@ -16,8 +16,8 @@ from lcx.attention.parallel.gather import gather
 from lcx.attention.parallel.ring import RingSchedule, ring
 from lcx.attention.parallel.ulysses import kv_copies, share_of_bias, ulysses
 from lcx.attention.partial import Partial
-from lcx.attention.shard import KVShard, QueryShard
-from lcx.attention.spec import Kernel, ShardSpec, Strategy
+from lcx.attention.shard import KERNELS, KVShard, QueryShard
+from lcx.attention.spec import ShardSpec, Strategy
 from lcx.core.batch import SequenceLayout
 from lcx.core.errors import UserError
 from lcx.core.mask import Mask
@@ -107,9 +107,9 @@ class MeshSplit(NamedTuple):
         return rows, N // tensor // share, kv_heads * kv_copies(kv_heads, share) // share
 
 
-def mesh_split(mesh: AbstractMesh, kernel: Kernel, queries: QueryShard, keys: KVShard) -> MeshSplit:
+def mesh_split(mesh: AbstractMesh, kernel: str, queries: QueryShard, keys: KVShard) -> MeshSplit:
     """The sequence axes only; or the whole mesh for a kernel that the compiler cannot split over rows and heads by itself."""
-    if kernel != "flash":
+    if KERNELS[kernel].partitionable:
         return MeshSplit(set(SEQUENCE), PartitionSpec(None, SEQUENCE), PartitionSpec(None, SEQUENCE))
     B, _, N, _ = queries.q.shape
     tensor, share = mesh.shape["tensor"], mesh.shape["tensor"] * mesh.shape["ulysses"]
