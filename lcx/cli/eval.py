@@ -13,7 +13,7 @@ from absl import flags
 from lcx.cli import parse
 from lcx.core.console import say
 from lcx.core.errors import UserError
-from lcx.evals.config import EvalConfig
+from lcx.evals.config import EvalConfig, QuestionConfig
 from lcx.evals.runner import chosen_tasks
 from lcx.recipes import models
 from lcx.recipes.recipe import evaluate_loaded, free_label
@@ -30,6 +30,13 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("items", 20, "needles per cell of the grid", flag_values=values)
     flags.DEFINE_integer("generation_items", 0, "needles per cell to answer by generation as well", flag_values=values)
     flags.DEFINE_integer("perplexity_tokens", 1 << 16, "held-out tokens to score at each length", flag_values=values)
+    flags.DEFINE_enum("prompt_format", "auto", ["auto", "base", "chat"], "how questions in words are asked", flag_values=values)
+    flags.DEFINE_multi_string(
+        "prose", [], "text files to hide answers in, as a pattern (default: Python's own)", flag_values=values
+    )
+    flags.DEFINE_string("qa_1", None, "questions of ruler_qa_1, in SQuAD's layout", flag_values=values)
+    flags.DEFINE_string("qa_2", None, "questions of ruler_qa_2, in HotpotQA's layout", flag_values=values)
+    flags.DEFINE_bool("faithful", False, "keep the quirks of RULER v1", flag_values=values)
     flags.DEFINE_string("label", None, "write the result to eval/<label>.json in the run's workdir", flag_values=values)
 
 
@@ -46,6 +53,9 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
         zero_shot_items=values.items,
         generation_items=values.generation_items,
         perplexity_tokens=values.perplexity_tokens,
+        questions=QuestionConfig(
+            values["items"].value, values.prompt_format, tuple(values.prose), values.qa_1, values.qa_2, values.faithful
+        ),
     )
     chosen_tasks(evals)
     loaded = models.load(checkpoint, step=values.step, stage=values.stage)

@@ -8,9 +8,9 @@ from types import ModuleType
 from lcx.core.errors import UserError
 
 
-def library(name: str, what: str) -> ModuleType:
-    """A library from the extra `hf`; raises `UserError` saying that `what` needs it if it is not installed."""
+def library(name: str, what: str, extra: str = "hf") -> ModuleType:
+    """A library from an extra of the package; raises `UserError` saying that `what` needs it if it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(f"{what} needs the {name} library; install the extra: pip install -e '.[hf]'") from error
+        raise UserError(f"{what} needs the {name} library; install the extra: pip install -e '.[{extra}]'") from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
@@ -17,17 +17,23 @@ from lcx.core.errors import UserError
 from lcx.data.config import DataConfig, PartConfig, SourceConfig
 from lcx.data.sources.sources import Subset
 from lcx.data.tokenizers.tokenizers import Tokenizer
+from lcx.evals.answers import AnswerLog
 from lcx.evals.config import EvalConfig
 from lcx.evals.results import Measurement, wilson
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One question: tokens int32 of the `prompt` (at least one) and of the right `answer`; `depth` from 0 to 1, or None."""
+    """One question: tokens int32 of the `prompt` (at least one) and of the right `answer`; `depth` from 0 to 1, or None.
+
+    `text` is the prompt in words, and `references` what an answer in words is looked through for, where the task has them.
+    """
 
     prompt: np.ndarray
     answer: np.ndarray
     depth: float | None = None
+    text: str = ""
+    references: tuple[str, ...] = ()
 
 
 class Scores(NamedTuple):
@@ -45,6 +51,21 @@ class Backend(Protocol):
 
     def generate(self, items: Sequence[Item], new_tokens: int) -> list[np.ndarray]:
         """`new_tokens` tokens after each item's prompt, greedily, int32."""
+
+    def complete(self, items: Sequence[Item], new_tokens: int) -> list[str]:
+        """The text that follows each item's prompt, greedily: up to `new_tokens` tokens, or to where the model ends it."""
+
+    @property
+    def batch(self) -> int:
+        """How many items it answers at once."""
+
+    @property
+    def scheme(self) -> str:
+        """The scheme under which it reads positions: "none" for the checkpoint's own."""
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells it from every other model, and from the same one under other frequencies."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,18 +98,13 @@ class Task(abc.ABC):
     version: ClassVar[int] = 1
     notes: tuple[str, ...] = ()
 
-    @classmethod
-    @abc.abstractmethod
-    def build(cls, materials: Materials) -> Self | None:
-        """The task with its settings and texts; None if the settings leave nothing to measure."""
-
     @abc.abstractmethod
     def count(self, zero_shot: bool) -> int:
         """Items a cell under the checkpoint's own scheme, or under another one; 0: not measured."""
 
     @abc.abstractmethod
-    def measure(self, backend: Backend, length: int, count: int) -> list[Measurement]:
-        """The rows of one length."""
+    def measure(self, backend: Backend, length: int, count: int, log: AnswerLog) -> list[Measurement]:
+        """The rows of one length; answers that take long are kept in the `log`, one by one."""
 
 
 class Questions(Task):
@@ -112,7 +128,7 @@ class Questions(Task):
         """The outputs that `score` takes: by default greedy continuations as long as the longest answer."""
         return backend.generate(items, max(len(item.answer) for item in items))
 
-    def measure(self, backend: Backend, length: int, count: int) -> list[Measurement]:
+    def measure(self, backend: Backend, length: int, count: int, log: AnswerLog) -> list[Measurement]:
         """The mean score at each depth."""
         scores: dict[float | None, list[float]] = {}
         items = self.items(length, count)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 from lcx.core import configs
 from lcx.core.errors import UserError
@@ -10,17 +11,39 @@ from lcx.evals.zero_shot import check
 
 
 @dataclasses.dataclass(frozen=True)
+class QuestionConfig:
+    """Settings of the benchmarks whose questions are composed of text (`lcx.evals.text`).
+
+    `samples` at each length. `prompt_format`: `base` (text to continue), `chat` (a turn of the tokenizer's own chat template, or of
+    `data.chat_template`), `auto` (chat where there is a template). `prose`: text files to hide things in (none: the documentation
+    of Python's standard library). `qa_1`, `qa_2`: question files laid out like SQuAD's or HotpotQA's. `faithful` keeps RULER v1's
+    quirks, for scores that are to be compared with published ones.
+    """
+
+    samples: int = 20
+    prompt_format: Literal["auto", "base", "chat"] = "auto"
+    prose: tuple[str, ...] = ()
+    qa_1: str | None = None
+    qa_2: str | None = None
+    faithful: bool = False
+
+    def __post_init__(self) -> None:
+        configs.not_negative("evals.questions", samples=self.samples)
+
+
+@dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """What to measure.
 
-    `tasks` are rows of `lcx.evals.tasks.table`; one whose count of items is 0 is left out. `lengths` in tokens, answers included;
-    `depths` from 0 (start) to 1 (just before the question); `needle_items` in each cell. `zero_shot` are schemes to try as well as
-    the checkpoint's own (`lcx.evals.zero_shot.at_length`), with `zero_shot_items` needles a cell (0: perplexity alone).
-    `generation_items` needles a cell are answered by greedy generation too (0: none). `perplexity_tokens` held-out tokens are
-    scored at each length (0: none), in windows that move on by `stride` (None: the window), and the last `final_tokens` of each
-    span are reported apart (None: half the shortest length). `text` and `task` name the parts of the data mixture that give
-    held-out text and needles (None: the first of each kind). `tokens_per_forward` bounds memory: rows x length of one pass, one
-    row at least. `effective_threshold` is the mean over depths that a length must exceed to count as reached (RULER's 85.6%).
+    `tasks` are rows or groups of `lcx.evals.tasks.table`; one whose count of items is 0 is left out. `lengths` in tokens,
+    answers included; `depths` from 0 (start) to 1 (just before the question); `needle_items` in each cell. `zero_shot` are
+    schemes to try as well as the checkpoint's own (`lcx.evals.zero_shot.at_length`), with `zero_shot_items` needles a cell (0:
+    perplexity alone). `generation_items` needles a cell are answered by greedy generation too (0: none). `perplexity_tokens`
+    held-out tokens are scored at each length (0: none), in windows that move on by `stride` (None: the window), and the last
+    `final_tokens` of each span are reported apart (None: half the shortest length). `text` and `task` name the parts of the
+    data mixture that give held-out text and needles (None: the first of each kind). `tokens_per_forward` bounds memory: rows x
+    length of one pass, one row at least. `effective_threshold` is the mean over depths that a length must exceed to count as
+    reached (RULER's 85.6%).
     """
 
     tasks: tuple[str, ...] = ("needles", "generated_needles", "perplexity")
@@ -37,6 +60,7 @@ class EvalConfig:
     task: str | None = None
     tokens_per_forward: int = 1 << 14
     effective_threshold: float = 0.856
+    questions: QuestionConfig = QuestionConfig()
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -7,8 +7,10 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from lcx.core import configs
 from lcx.core.errors import UserError
@@ -24,6 +26,16 @@ def wilson(correct: float, items: int, z: float = 1.959963985) -> tuple[float, f
     half = z * math.sqrt(share * (1 - share) / items + square / (4 * items * items)) / (1 + square / items)
     # At 0 and at all the formula gives the bound exactly, up to rounding.
     return (0.0 if correct <= 0 else max(0.0, centre - half)), (1.0 if correct >= items else min(1.0, centre + half))
+
+
+def interval(scores: Sequence[float], resamples: int = 2000) -> tuple[float, float]:
+    """95% interval of a mean score: Wilson's if every score is 0 or 1, otherwise the percentile bootstrap of `resamples` draws."""
+    if all(score in (0, 1) for score in scores):
+        return wilson(sum(scores), len(scores))
+    values = np.asarray(scores)
+    drawn = np.random.default_rng(0).integers(0, len(values), (resamples, len(values)))
+    low, high = np.quantile(values[drawn].mean(axis=1), [0.025, 0.975])
+    return float(low), float(high)
 
 
 def perplexity(nll: float) -> float:

@@ -164,6 +164,7 @@ def generate(
     sampling: Sampling = GREEDY,
     stop_ids: Sequence[int] = (),
     chunk: int | None = None,
+    slots: int | None = None,
     on_token: OnToken | None = None,
     report: Callable[[Timings], None] | None = None,
 ) -> list[np.ndarray]:
@@ -171,6 +172,9 @@ def generate(
 
     `prompts` are int arrays of any lengths >= 1; shorter ones are padded on the left, invisibly. `buffers` must be built for the
     longest prompt plus `max_new_tokens`. At most `chunk` tokens are prefilled at a time (None: 512, rounded up to the context).
+    With `slots` for the cache (None: as many as are needed), programs depend on them, `chunk` and the number of prompts alone, so
+    that calls with prompts of any length share them; rows are then padded to whole chunks.
+
     `on_token` is called for every new token, `BLOCK` steps at a time, and may end rows; neither that nor the rest of the batch
     changes what a row draws. `report` is called once, at the end.
 
@@ -180,10 +184,13 @@ def generate(
     """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    rows, clock = _side_by_side(prompts, chunk), _Clock(report is not None)
+    rows, clock = _side_by_side(prompts, chunk, equal=slots is None), _Clock(report is not None)
+    needed = rows.width + max_new_tokens
+    if slots is not None and needed > slots:
+        raise UserError(f"slots={slots:,} must be at least {needed:,}, for prompts in whole chunks of {rows.chunk} and new tokens")
     stacked = target_platform() != "cpu"
     prepared = _prepare(params, arch, stacked)
-    cache = empty_cache(arch, buffers, len(prompts), rows.width + max_new_tokens, rows.chunk, stacked)
+    cache = empty_cache(arch, buffers, len(prompts), slots or needed, rows.chunk, stacked)
     clock.begin(prepared, cache)
     chosen = (sampling.numbers, sampling.spec)
     for start in range(0, rows.width, rows.chunk):
@@ -209,7 +216,8 @@ def generate(
     return [np.asarray(row, np.int32) for row in collected.tokens]
 
 
-def _side_by_side(prompts: Sequence[np.ndarray], chunk: int | None) -> _Rows:
+def _side_by_side(prompts: Sequence[np.ndarray], chunk: int | None, equal: bool) -> _Rows:
+    """Prompts with padding on their left; with `equal`, chunks are made smaller as long as their number stays the same."""
     lengths = np.array([len(prompt) for prompt in prompts])
     if not len(lengths) or lengths.min() < 1:
         raise UserError("every prompt must have at least one token")
@@ -219,8 +227,9 @@ def _side_by_side(prompts: Sequence[np.ndarray], chunk: int | None) -> _Rows:
     if chunk < 1:
         raise UserError(f"chunk={chunk} must be at least 1")
     check_chunk("a chunk", chunk)
-    # As many chunks as needed, but of equal size: anything beyond the longest prompt is wasted work.
-    chunk = -(-longest // -(-longest // chunk))
+    if equal:
+        # Anything beyond the longest prompt is wasted work.
+        chunk = -(-longest // -(-longest // chunk))
     chunk = chunk if chunk <= size else round_up(chunk, size)
     width = round_up(longest, chunk)
     order = np.broadcast_to(np.arange(width, dtype=np.int32), (len(prompts), width))

@@ -168,5 +168,5 @@ def evaluate_loaded(loaded: Loaded, evals: EvalConfig, label: str, workdir: Path
     schemes = build_schemes(run.model, loaded.schemes)
     return evaluate(
         loaded.params, run.model, run.execution, schemes, run.data, evals,
-        trained=meta.length, label=label, step=meta.step, workdir=workdir,
+        trained=meta.length, label=label, step=meta.step, stop_ids=loaded.stop_ids, workdir=workdir,
     )  # fmt: skip

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+Cell = str | tuple[str, str]
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d2733; --muted: #66727f; --line: #e3e8ee; --paper: #ffffff; --ground: #f6f8fa;
@@ -64,3 +66,14 @@ def page(title: str, heading: str, lead: str, tiles: Sequence[tuple[str, str, st
         "<footer>Written by lcx from the files in this run's folder; every number comes from them.</footer>"
         "</main></body></html>\n"
     )
+
+
+def table(heads: Sequence[str], rows: Iterable[tuple[Sequence[Cell], str]]) -> str:
+    """HTML of a table; rows are (cells, class); a cell is text, or text with a muted note."""
+
+    def inside(cell: Cell) -> str:
+        return html.escape(cell) if isinstance(cell, str) else f"{html.escape(cell[0])}<span>{html.escape(cell[1])}</span>"
+
+    head = "".join(f"<th>{html.escape(text)}</th>" for text in heads)
+    body = "".join(f"<tr class='{kind}'>" + "".join(f"<td>{inside(cell)}</td>" for cell in cells) + "</tr>" for cells, kind in rows)
+    return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"

@@ -9,18 +9,16 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from lcx.core.files import write_atomically
 from lcx.evals.results import EvalResult, perplexity, wilson
-from lcx.report import history, plots, style
+from lcx.report import history, plots, questions, style
 from lcx.report.history import Run, Stage
-from lcx.report.page import page
-
-Cell = str | tuple[str, str]
+from lcx.report.page import Cell, page, table
 
 
 def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
@@ -95,6 +93,7 @@ def render(run: Run, figures: dict[str, Figure]) -> str:
     zero_shot = _zero_shot(run)
     sections = [
         ("Needles", images.get("needles", ""), _needle_note(run)),
+        ("Questions in words", questions.section(run.evals), ""),
         ("Perplexity", images.get("perplexity", ""), _perplexity_note(run)),
         ("Stages", images.get("loss", "") + _stage_table(run.stages()), ""),
         ("Zero-shot: other schemes on the model before extension", zero_shot, ""),
@@ -192,7 +191,7 @@ def _stage_table(stages: Sequence[Stage]) -> str:
         )  # fmt: skip
         rows.append((cells, "" if curve.kept else "dim"))
     heads = ("stage", "length", "theta", "steps", "tokens", "seconds", "final loss", "monitor")
-    return f"<div class=words>{_table(heads, rows)}</div>" if rows else ""
+    return f"<div class=words>{table(heads, rows)}</div>" if rows else ""
 
 
 def _decision(row: Any) -> str:
@@ -222,7 +221,7 @@ def _zero_shot(run: Run) -> str:
         "Perplexity, with the share of needles found in grey. "
         "The factor of each scheme is length / trained length, chosen at each length unless given."
     )
-    return _table(("scheme", *(f"{length:,}" for length in lengths)), rows) + f"<p class=note>{html.escape(note)}</p>"
+    return table(("scheme", *(f"{length:,}" for length in lengths)), rows) + f"<p class=note>{html.escape(note)}</p>"
 
 
 def _reproduce(run: Run) -> str:
@@ -232,22 +231,11 @@ def _reproduce(run: Run) -> str:
         parts.append(f"<pre class=command>{html.escape(str(command))}</pre>")
     if environment:
         rows = [((key.replace("_", " "), str(value)), "") for key, value in environment.items()]
-        parts.append(f"<div class=words>{_table(('environment', ''), rows)}</div>")
+        parts.append(f"<div class=words>{table(('environment', ''), rows)}</div>")
     if run.config:
         text = html.escape(json.dumps(run.config, indent=2))
         parts.append(f"<details><summary>Config</summary><pre>{text}</pre></details>")
     return "".join(parts)
-
-
-def _table(heads: Sequence[str], rows: Iterable[tuple[Sequence[Cell], str]]) -> str:
-    """Rows are (cells, class); a cell is text, or text with a muted note."""
-
-    def inside(cell: Cell) -> str:
-        return html.escape(cell) if isinstance(cell, str) else f"{html.escape(cell[0])}<span>{html.escape(cell[1])}</span>"
-
-    head = "".join(f"<th>{html.escape(text)}</th>" for text in heads)
-    body = "".join(f"<tr class='{kind}'>" + "".join(f"<td>{inside(cell)}</td>" for cell in cells) + "</tr>" for cells, kind in rows)
-    return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def _image(figure: Figure, name: str) -> str:

@@ -7,6 +7,7 @@ from lcx.data.sources.sources import InMemorySource, Subset
 from lcx.data.tasks.base import TaskConfig
 from lcx.data.tasks.table import make_task
 from lcx.data.tokenizers.tokenizers import Bytes
+from lcx.evals.answers import AnswerLog
 from lcx.evals.base import Scores
 from lcx.evals.results import EvalResult, wilson
 from lcx.evals.tasks.needles import GeneratedNeedles, Needles
@@ -61,7 +62,9 @@ class Guesser:
 
 def measured(backend, lengths, count=6, task=None) -> EvalResult:
     task = task or needles()
-    return EvalResult("test", 256, rows=tuple(row for length in lengths for row in task.measure(backend, length, count)))
+    return EvalResult(
+        "test", 256, rows=tuple(row for length in lengths for row in task.measure(backend, length, count, AnswerLog(None)))
+    )
 
 
 def test_a_reader_that_copies_finds_everything():

@@ -7,6 +7,7 @@ from lcx.core.errors import UserError
 from lcx.core.param_spec import initialize
 from lcx.data.sources.sources import InMemorySource, Subset
 from lcx.data.tokenizers.tokenizers import Bytes
+from lcx.evals.answers import AnswerLog
 from lcx.evals.backends.local import LocalBackend
 from lcx.evals.base import Item, Scores
 from lcx.evals.results import EvalResult
@@ -74,7 +75,11 @@ def test_equals_a_direct_computation_with_dense_attention():
     text = np.random.default_rng(2).integers(0, 64, (3, 65)).astype(np.int32)
     blockwise, dense = ExecutionConfig(attention="blockwise"), ExecutionConfig(attention="dense")
     task = Perplexity(text, final=5, stride=16)
-    rows = [row for n in (16, 64) for row in task.measure(LocalBackend(params, CONFIG, blockwise, schemes, n, 100), n, 3)]
+    rows = [
+        row
+        for n in (16, 64)
+        for row in task.measure(LocalBackend(params, CONFIG, blockwise, schemes, n, 100), n, 3, AnswerLog(None))
+    ]
     curve = EvalResult("test", 64, rows=tuple(rows))
     for length in (16, 64):
         arch, buffers = build_architecture(CONFIG, dense, schemes, length)
@@ -102,7 +107,7 @@ class ContextBackend:
 
 def curve_of(text, lengths, final, stride=None) -> EvalResult:
     task = Perplexity(text, final, stride)
-    rows = [row for length in lengths for row in task.measure(ContextBackend(), length, len(text))]
+    rows = [row for length in lengths for row in task.measure(ContextBackend(), length, len(text), AnswerLog(None))]
     return EvalResult("test", 0, rows=tuple(rows))
 
 

@@ -13,7 +13,7 @@ from lcx.data.config import DataConfig, PartConfig, SourceConfig
 from lcx.evals import results, runner
 from lcx.evals.backends.local import LocalBackend, score
 from lcx.evals.base import Item
-from lcx.evals.config import EvalConfig
+from lcx.evals.config import EvalConfig, QuestionConfig
 from lcx.evals.runner import evaluate, gather
 from lcx.evals.tasks.needles import GeneratedNeedles, Needles
 from lcx.evals.tasks.perplexity import Perplexity
@@ -144,6 +144,26 @@ def test_generation_has_rows_of_its_own(params, data):
     )
     result = evaluate(params, MODEL, ExecutionConfig(), SCHEMES, data, config, trained=64, announce=lambda _: None)
     assert [(row.task, row.n, row.scheme) for row in result.rows] == [("needles", 2, "none"), ("generated_needles", 1, "none")]
+
+
+def test_questions_in_words_are_asked_and_kept(params, data, tmp_path):
+    config = dataclasses.replace(
+        CONFIG, tasks=("ruler_niah_single_1", "ruler_fwe"), lengths=(1024, 2048), zero_shot=("linear",), questions=QuestionConfig(3)
+    )
+    said = []
+    asked = (params, MODEL, ExecutionConfig(), SCHEMES, data, config)
+    result = evaluate(*asked, trained=1024, workdir=tmp_path, announce=said.append)
+    assert {row.metric for row in result.rows} == {"score", "empty", "fill", "average"}
+    average = result.select(task="ruler", metric="average")
+    assert [(row.scheme, row.length, row.n) for row in average.rows] == [
+        (scheme, length, 2) for scheme in ("none", "linear") for length in (1024, 2048)
+    ]
+    assert any(text.startswith("eval: ruler, none: 1,024: ") for text in said)
+    kept = (tmp_path / "eval" / "answers.jsonl").read_text()
+    # At the trained length interpolation has the checkpoint's own frequencies, and nothing is asked twice.
+    assert len(kept.splitlines()) == 2 * 3 * (2 + 1)
+    assert evaluate(*asked, trained=1024, workdir=tmp_path, announce=said.append).rows == result.rows
+    assert (tmp_path / "eval" / "answers.jsonl").read_text() == kept
 
 
 def test_tasks_are_those_that_are_named(params, data):

@@ -10,7 +10,7 @@ from lcx.core.errors import UserError
 from lcx.model.architecture import build_architecture
 from lcx.model.cache import empty_cache
 from lcx.model.config import ModelConfig
-from lcx.model.decode import _decode, extend, generate
+from lcx.model.decode import _decode, _extend, extend, generate
 from lcx.model.execution import ExecutionConfig
 from lcx.model.loss import logits
 from lcx.model.sampling import Sampling
@@ -75,6 +75,18 @@ def test_a_row_draws_the_same_in_any_company_and_chunks(model):
     np.testing.assert_array_equal(generate(*model, PROMPTS, LONG, sampling=DRAWN, chunk=5), together)
     other = generate(*model, PROMPTS, LONG, sampling=Sampling(1.2, top_k=50, seed=2))
     assert not np.array_equal(together, other)
+
+
+def test_prompts_of_any_length_share_their_programs(model):
+    first = generate(*model, PROMPTS, NEW, chunk=8, slots=32)
+    assert [list(row) for row in first] == [list(row) for row in generate(*model, PROMPTS, NEW)]
+    extended, decoded = _extend._cache_size(), _decode._cache_size()
+    longer = [np.arange(3), np.arange(19) * 3]
+    again = generate(*model, longer, NEW + 3, chunk=8, slots=32)
+    assert (_extend._cache_size(), _decode._cache_size()) == (extended, decoded)
+    assert [list(row) for row in again] == [list(row) for row in generate(*model, longer, NEW + 3)]
+    with pytest.raises(UserError, match="slots=20 must be at least 21, for prompts in whole chunks of 8"):
+        generate(*model, PROMPTS, NEW, chunk=8, slots=20)
 
 
 def test_rows_end_behind_stop_ids_and_where_they_are_told_to(model):

@@ -107,20 +107,30 @@ def load(tokenizer: Tokenizer, path: str | None = None) -> Chat:
         return Chat(tokenizer, Template(_text(pathlib.Path(path).expanduser()), tokenizer.specials, path))
     if tokenizer.folder is None:
         raise UserError(f"tokenizer {tokenizer.fingerprint!r} has no chat template; name a template file with data.chat_template")
-    own = tokenizer.folder / "chat_template.jinja"
-    if own.is_file():
-        return Chat(tokenizer, Template(_text(own), tokenizer.specials, str(own)))
-    config = tokenizer.folder / "tokenizer_config.json"
-    found = files_next_to(tokenizer.folder).values.get("chat_template")
-    if isinstance(found, list):
-        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
-        found = named.get("default")
-    if not isinstance(found, str):
+    own = _own_template(tokenizer.folder)
+    if own is None:
         raise UserError(
             f"{tokenizer.folder} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json); "
             "name a template file with data.chat_template"
         )
-    return Chat(tokenizer, Template(found, tokenizer.specials, str(config)))
+    return Chat(tokenizer, Template(own[0], tokenizer.specials, own[1]))
+
+
+def has_template(tokenizer: Tokenizer) -> bool:
+    """Whether the tokenizer comes with a chat template of its own."""
+    return tokenizer.folder is not None and _own_template(tokenizer.folder) is not None
+
+
+def _own_template(folder: pathlib.Path) -> tuple[str, str] | None:
+    """The template of a tokenizer's folder and the file that it comes from, if there is one."""
+    own = folder / "chat_template.jinja"
+    if own.is_file():
+        return _text(own), str(own)
+    found = files_next_to(folder).values.get("chat_template")
+    if isinstance(found, list):
+        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+        found = named.get("default")
+    return (found, str(folder / "tokenizer_config.json")) if isinstance(found, str) else None
 
 
 def _text(path: pathlib.Path) -> str:

@@ -6,6 +6,7 @@ Legend: B rows in one forward pass, T tokens, A answer tokens.
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -16,11 +17,13 @@ from jax.experimental import multihost_utils
 from lcx.attention.parallel.sequence_layout import arrange, restore
 from lcx.core.batch import Batch
 from lcx.core.mesh import context_size, mesh_of
+from lcx.core.numbers import round_up
 from lcx.core.trees import Tree
+from lcx.data.tokenizers.tokenizers import Tokenizer
 from lcx.evals.base import Item, Scores
 from lcx.model.architecture import Architecture, build_architecture, row_layout
 from lcx.model.config import ModelConfig
-from lcx.model.decode import generate
+from lcx.model.decode import CHUNK, generate
 from lcx.model.execution import ExecutionConfig
 from lcx.model.loss import token_losses
 from lcx.model.transformer import hidden_states
@@ -50,7 +53,8 @@ def score(params: Tree, buffers: Tree, tokens: jax.Array, arch: Architecture, la
 class LocalBackend:
     """A model of lcx under `schemes` (by layer kind), laid out for `length` tokens, on the mesh that its weights are placed on.
 
-    At most `tokens_per_forward` tokens, but at least one row, are processed at a time.
+    At most `tokens_per_forward` tokens, but at least one row, are processed at a time. Answers in words take a `tokenizer`; they
+    end with its end-of-sequence token or another of `stop_ids`.
     """
 
     def __init__(
@@ -61,9 +65,13 @@ class LocalBackend:
         schemes: Mapping[str, Scheme],
         length: int,
         tokens_per_forward: int = 1 << 14,
+        tokenizer: Tokenizer | None = None,
+        stop_ids: Sequence[int] = (),
+        scheme: str = "none",
     ) -> None:
-        self._params, self._length = params, length
-        self._group = max(1, tokens_per_forward // length)
+        self.scheme = scheme
+        self._params, self._length, self._tokenizer, self._stop_ids = params, length, tokenizer, tuple(stop_ids)
+        self._group, self._rows = max(1, tokens_per_forward // length), 1
         self._arch, self._buffers = build_architecture(config, execution, schemes, length)
 
     def loglikelihood(self, items: Sequence[Item]) -> list[Scores]:
@@ -95,6 +103,36 @@ class LocalBackend:
                 out += list(generate(self._params, self._buffers, self._arch, [item.prompt for item in group], new_tokens))
         return out
 
+    def complete(self, items: Sequence[Item], new_tokens: int) -> list[str]:
+        """The text after each prompt, greedily, without the token that ends it."""
+        assert self._tokenizer is not None
+        own = () if self._tokenizer.eos_id is None else (self._tokenizer.eos_id,)
+        stops, texts = (*own, *self._stop_ids), []
+        with mesh_of(self._params):
+            chunk = round_up(min(CHUNK, max(64, self._length // 8)), context_size())
+            slots = round_up(self._length, chunk) + chunk
+            for group in self._groups(items):
+                # All calls share their programs, as long as they have the same number of rows.
+                self._rows = max(self._rows, len(group))
+                prompts = [item.prompt for item in group] + [items[0].prompt[:1]] * (self._rows - len(group))
+                found = generate(
+                    self._params, self._buffers, self._arch, prompts, new_tokens, stop_ids=stops, chunk=chunk, slots=slots,
+                    on_token=functools.partial(_ends_after, len(group)),
+                )  # fmt: skip
+                texts += [self._tokenizer.decode(row[:-1] if len(row) and row[-1] in stops else row) for row in found[: len(group)]]
+        return texts
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Sixteen hex digits of the weights and the frequencies that they are used with."""
+        sums = jax.tree.leaves(_sums((self._params, self._buffers)))
+        return hashlib.sha256(np.asarray(sums, np.float64).tobytes()).hexdigest()[:16]
+
+    @property
+    def batch(self) -> int:
+        """Rows in one forward pass."""
+        return self._group
+
     def _groups(self, items: Sequence[Item]) -> list[Sequence[Item]]:
         return [items[first : first + self._group] for first in range(0, len(items), self._group)]
 
@@ -106,6 +144,22 @@ class LocalBackend:
             rows = jnp.asarray(np.pad(rows, ((0, 0), (0, fill))))
             scores = [fetch(x) for x in score(self._params, self._buffers, rows, self._arch, last + fill)]
         return tuple(x[:, : x.shape[1] - fill] for x in scores)
+
+
+def _ends_after(rows: int, step: int, new: Mapping[int, int]) -> list[int]:
+    """For `generate`: rows from number `rows` on are there for their shape alone."""
+    return [row for row in new if row >= rows]
+
+
+@jax.jit
+def _sums(tree: Tree) -> Tree:
+    """For every array two numbers that change with it."""
+
+    def of(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x = x.astype(jnp.float32).reshape(-1)
+        return jnp.sum(x), jnp.sum(x * jnp.cos(jnp.arange(x.size, dtype=jnp.float32)))
+
+    return jax.tree.map(of, tree)
 
 
 def fetch(x: jax.Array) -> np.ndarray:

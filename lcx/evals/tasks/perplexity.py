@@ -19,6 +19,7 @@ import numpy as np
 from lcx.core.errors import UserError
 from lcx.data.sources.sources import Subset
 from lcx.data.tokenizers.tokenizers import Bytes, Tokenizer
+from lcx.evals.answers import AnswerLog
 from lcx.evals.base import Backend, Item, Materials, Task
 from lcx.evals.results import Measurement
 
@@ -56,7 +57,7 @@ class Perplexity(Task):
         """All spans, under every scheme."""
         return len(self.text)
 
-    def measure(self, backend: Backend, length: int, count: int) -> list[Measurement]:
+    def measure(self, backend: Backend, length: int, count: int, log: AnswerLog) -> list[Measurement]:
         """The losses with contexts of up to `length` tokens."""
         longest = self.text.shape[1] - 1
         if length > longest:

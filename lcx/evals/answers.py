@@ -1,0 +1,59 @@
+"""The answers of evaluations, written one by one as they come, so that an interrupted evaluation goes on where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from lcx.core.console import warn
+from lcx.core.errors import UserError
+
+
+class AnswerLog:
+    """A file of JSON lines, one answer a line; without a path nothing is kept. A line that a kill cut off is dropped."""
+
+    def __init__(self, path: pathlib.Path | None) -> None:
+        self._path, self._known = path, {}
+        if path is None or not path.exists():
+            return
+        text = path.read_text("utf-8")
+        whole, _, cut_off = text.rpartition("\n")
+        try:
+            self._known = {entry["key"]: entry for entry in map(json.loads, whole.splitlines())}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({error}); delete it to have everything answered again") from error
+        if cut_off and jax.process_index() == 0:
+            warn(f"{path} ends in the middle of an answer, which is asked for again")
+            os.truncate(path, len(text.encode()) - len(cut_off.encode()))
+
+    def known(self, key: str) -> Mapping[str, Any] | None:
+        """The answer with that key, if it has been given."""
+        return self._known.get(key)
+
+    def add(self, key: str, **values: Any) -> None:
+        """Keep an answer; it is on the disk when this returns. Raises `UserError` if it cannot be written."""
+        self._known[key] = {"key": key, **values}
+        if self._path is None or jax.process_index() != 0:
+            return
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(self._known[key]) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise UserError(f"{self._path} cannot be written ({error.strerror}); free space and rerun the same command") from error
+
+
+def key_of(*parts: Any, tokens: np.ndarray) -> str:
+    """Sixteen hex digits that change with any of the parts and with the tokens of a prompt."""
+    named = hashlib.sha256(json.dumps(parts).encode())
+    named.update(np.ascontiguousarray(tokens, np.int32).tobytes())
+    return named.hexdigest()[:16]

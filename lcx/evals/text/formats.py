@@ -1,0 +1,86 @@
+"""The two formats of a prompt: text for a base model to continue, or a turn of a chat for an instruct model to answer."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from lcx.data.chat import chat
+from lcx.data.tokenizers import tokenizers
+from lcx.data.tokenizers.tokenizers import Tokenizer
+
+
+class Sample(NamedTuple):
+    """A question in words.
+
+    `prompt` is what is asked, `prefix` the words that the answer begins with, `references` what the answer is looked through for,
+    and `depth` where it stands, from 0 (start of the context) to 1 (its end), or None if it stands in several places.
+    """
+
+    prompt: str
+    prefix: str
+    references: tuple[str, ...]
+    depth: float | None = None
+
+
+class PromptFormat(Protocol):
+    """How a sample becomes the text that a model reads, and that text tokens."""
+
+    name: str
+    tokenizer: Tokenizer
+
+    def text(self, sample: Sample) -> str:
+        """All that the model reads before its own first word."""
+
+    def encode(self, text: str) -> np.ndarray:
+        """Its tokens, int32 `[n]`, begin-of-sequence included where the model was trained with it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BasePrompt:
+    """Text that a base model continues: prompt and prefix, one after the other."""
+
+    tokenizer: Tokenizer
+    name = "base"
+
+    def text(self, sample: Sample) -> str:
+        """Prompt and prefix."""
+        return sample.prompt + sample.prefix
+
+    def encode(self, text: str) -> np.ndarray:
+        """The tokens of `data.tokenizers.tokenizers.prompt`."""
+        return tokenizers.prompt(self.tokenizer, text)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatPrompt:
+    """A turn of a chat: the prompt is the user's, and the model's answer begins with the prefix, after the template's header."""
+
+    chat: chat.Chat
+    name = "chat"
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The chat's."""
+        return self.chat.tokenizer
+
+    def text(self, sample: Sample) -> str:
+        """The conversation as the template writes it, then the prefix."""
+        asked, _ = self.chat.template.render([{"role": "user", "content": sample.prompt}], add_generation_prompt=True)
+        return asked + sample.prefix.lstrip()
+
+    def encode(self, text: str) -> np.ndarray:
+        """The tokens, special ones as the template spells them, and none besides."""
+        return self.chat.tokenizer.encode_chat(text)[0]
+
+
+def choose(name: str, tokenizer: Tokenizer, template: str | None) -> PromptFormat:
+    """The format that `evals.questions.prompt_format` names; "auto" is "chat" where there is a chat template.
+
+    Raises `UserError` if there is no template for "chat", or it cannot be used.
+    """
+    if name == "base" or (name == "auto" and template is None and not chat.has_template(tokenizer)):
+        return BasePrompt(tokenizer)
+    return ChatPrompt(chat.load(tokenizer, template))

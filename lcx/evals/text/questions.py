@@ -1,0 +1,169 @@
+"""Benchmarks whose questions are composed of text and fitted to a length: one class to derive from, a few methods to write."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from lcx.core.errors import UserError
+from lcx.evals.answers import AnswerLog, key_of
+from lcx.evals.base import Backend, Item, Materials, Task
+from lcx.evals.config import QuestionConfig
+from lcx.evals.results import Measurement, interval
+from lcx.evals.text.fit import largest
+from lcx.evals.text.formats import PromptFormat, Sample, choose
+from lcx.evals.text.matching import cleaned, share_contained
+
+TAIL = 400
+"""Characters of a prompt's end that are kept with its answer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TextQuestions(Task):
+    """Questions composed of `units`, as many as a length holds: words, sentences, lines or documents, whatever the task says.
+
+    A length counts every token, those of the answer included. Item i depends on the seed, the task's name and version, the length
+    and i alone. With `settings.faithful`, sizes, positions and orders are drawn as RULER v1 does.
+    """
+
+    name: str
+    format: PromptFormat
+    settings: QuestionConfig
+    seed: int
+
+    chance: ClassVar[float] = 0.0
+    """The expected score of a guess."""
+    answer_tokens: ClassVar[int]
+    """How many tokens are left for the answer; a tokenizer that needs more for it is given more."""
+    units_per_1024: ClassVar[int] = 16
+    """A first guess of the size."""
+
+    @abc.abstractmethod
+    def compose(self, rng: random.Random, units: int, length: int, number: int) -> Sample:
+        """Sample `number` for a `length`, made of that many units; a pure function of its arguments."""
+
+    @classmethod
+    def sources(cls, materials: Materials, settings: dict[str, Any]) -> dict[str, Any] | None:
+        """What a row of the table with these settings reads, by field; None, after a warning, if the user has named no file."""
+        return {}
+
+    @classmethod
+    def row(cls, name: str, **settings: Any) -> Callable[[Materials], Self | None]:
+        """A row of the table: the task under a name, with settings of its own."""
+
+        def build(materials: Materials) -> Self | None:
+            questions = materials.config.questions
+            if not questions.samples or (sources := cls.sources(materials, {"name": name, **settings})) is None:
+                return None
+            format = choose(questions.prompt_format, materials.tokenizer, materials.data.chat_template)
+            return cls(name=name, format=format, settings=questions, seed=materials.config.seed, **settings, **sources)
+
+        return build
+
+    def least(self, length: int) -> int:
+        """The smallest number of units."""
+        return 1
+
+    def step(self, length: int) -> int:
+        """How many units `faithful` sizes are multiples of."""
+        return 1
+
+    def answer(self, sample: Sample) -> str:
+        """A right answer in full, as a model would write it after the prefix."""
+        return " " + ", ".join(sample.references)
+
+    def count(self, zero_shot: bool) -> int:
+        """`evals.questions.samples`, under every scheme."""
+        return self.settings.samples
+
+    def new_tokens(self, length: int) -> int:
+        """Tokens that are left for the answer."""
+        if self.settings.faithful:
+            return self.answer_tokens
+        sample = self.compose(self._rng(length, 0), self.least(length), length, 0)
+        wanted = len(self.format.tokenizer.encode(self.answer(sample)))
+        return max(self.answer_tokens, wanted + wanted // 2 + 8)
+
+    def items(self, length: int, count: int) -> list[Item]:
+        """`count` questions that each fill the length as far as whole units allow.
+
+        Raises `UserError` if the smallest one is longer.
+        """
+        step = self.step(length) if self.settings.faithful else 1
+        new_tokens, guess = self.new_tokens(length), max(1, self.units_per_1024 * length // 1024 // step)
+        least, made = -(-self.least(length) // step), []
+        for number in range(count):
+
+            def compose(units: int, number: int = number) -> tuple[int, tuple[Sample, str, np.ndarray]]:
+                sample = self.compose(self._rng(length, number), units * step, length, number)
+                text = self.format.text(sample)
+                tokens = self.format.encode(text)
+                return self.counted(len(tokens)), (sample, text, tokens)
+
+            found = largest(compose, length - new_tokens, least, guess)
+            if found is None:
+                raise UserError(
+                    f"{self.name} takes at least {compose(least)[0] + new_tokens:,} tokens with this tokenizer, more than the "
+                    f"{length:,} of evals.lengths; use longer ones, or leave it out of evals.tasks"
+                )
+            guess, _, (sample, text, tokens) = found
+            right = self.format.tokenizer.encode(self.answer(sample))
+            made.append(Item(tokens, right, sample.depth, text, sample.references))
+        return made
+
+    def counted(self, tokens: int) -> int:
+        """Tokens of a prompt that count towards the length: `faithful` leaves begin-of-sequence out."""
+        return tokens - (self.settings.faithful and self.format.name == "base" and self.format.tokenizer.begins_with_bos)
+
+    def score(self, item: Item, output: str) -> float:
+        """From 0 (wrong) to 1 (right): the share of references in the output."""
+        return share_contained(cleaned(output), item.references)
+
+    def measure(self, backend: Backend, length: int, count: int, log: AnswerLog) -> list[Measurement]:
+        """The mean score of a length with its interval, the share of empty answers, and how full the least full prompt is."""
+        items, new_tokens = self.items(length, count), self.new_tokens(length)
+        fills = [(self.counted(len(item.prompt)) + new_tokens) / length for item in items]
+        named = (self.name, self.version, length, new_tokens, backend.fingerprint)
+        keys = [key_of(*named, number, tokens=item.prompt) for number, item in enumerate(items)]
+        missing = [i for i, key in enumerate(keys) if log.known(key) is None]
+        for first in range(0, len(missing), backend.batch):
+            group, started = missing[first : first + backend.batch], time.perf_counter()
+            outputs = backend.complete([items[i] for i in group], new_tokens)
+            seconds = (time.perf_counter() - started) / len(group)
+            for i, output in zip(group, outputs, strict=True):
+                item = items[i]
+                log.add(
+                    keys[i], task=self.name, scheme=backend.scheme, model=backend.fingerprint, length=length, number=i,
+                    depth=item.depth, fill=fills[i], seconds=seconds, asked=item.text[-TAIL:], references=item.references,
+                    output=output, score=self.score(item, output),
+                )  # fmt: skip
+        answers = [log.known(key) for key in keys]
+        scores = [self.score(item, answer["output"]) for item, answer in zip(items, answers, strict=True)]
+        empty = sum(not cleaned(answer["output"]) for answer in answers)
+        low, high = interval(scores)
+        return [
+            Measurement(self.name, "score", length, sum(scores) / count, count, low=low, high=high),
+            Measurement(self.name, "empty", length, empty / count, count),
+            Measurement(self.name, "fill", length, min(fills), count),
+        ]
+
+    def _rng(self, length: int, number: int) -> random.Random:
+        return random.Random(f"{self.seed} {self.name} {self.version} {length} {number}")
+
+
+def average(rows: Sequence[Measurement], task: str, members: Sequence[str]) -> list[Measurement]:
+    """The plain mean of the members' scores at each length that all measured ones have, as rows of `task`; n counts the members."""
+    scores: dict[tuple[str, int], list[float]] = {}
+    for row in rows:
+        if row.metric == "score" and row.task in members:
+            scores.setdefault((row.scheme, row.length), []).append(row.value)
+    return [
+        Measurement(task, "average", length, sum(found) / len(found), len(found), scheme=scheme)
+        for (scheme, length), found in scores.items()
+    ]

@@ -1,0 +1,76 @@
+"""The section of a report about questions in words: scores by task and length, RULER's average, and published ones beside it."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+
+from lcx.evals.results import EvalResult, Measurement
+from lcx.report.page import table
+
+PUBLISHED = {
+    "Gemini-1.5-Pro": (96.7, 95.8, 96.0, 95.9, 95.9, 94.4),
+    "Qwen2.5-14B-Instruct-1M": (97.5, 97.1, 94.6, 94.9, 94.9, 92.2),
+    "Llama-3.1-8B-Instruct": (95.5, 93.8, 91.6, 87.4, 84.7, 77.0),
+    "ProLong-8B": (94.5, 92.5, 92.3, 89.3, 83.2, 81.6),
+    "Gradient-Llama-3-8B-1M": (92.8, 90.3, 85.7, 79.9, 76.3, 69.5),
+    "LWM-7B-1M": (82.3, 78.4, 73.7, 69.1, 68.1, 65.0),
+}
+"""Averages of RULER's thirteen tasks at `LENGTHS` (github.com/NVIDIA/RULER, and the models' own reports)."""
+
+LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
+
+
+def section(results: Sequence[EvalResult]) -> str:
+    """A table for each result and scheme that has answered questions in words; empty if there is none."""
+    parts = [_scores(result, scheme) for result in results for scheme in result.values("scheme")]
+    return "".join(parts)
+
+
+def _scores(result: EvalResult, scheme: str) -> str:
+    found = result.select(scheme=scheme, metric="score")
+    if found is None:
+        return ""
+    lengths = sorted(found.values("length"))
+    rows = [((task.removeprefix("ruler_"), *_cells(found.select(task=task), lengths)), "") for task in found.values("task")]
+    average = result.select(scheme=scheme, task="ruler", metric="average")
+    notes = []
+    if average is not None:
+        known = average.by_length()
+        rows.append(((f"average of {average.rows[0].n}", *(_number(known.get(n)) for n in lengths)), "strong"))
+        if set(lengths) & set(LENGTHS):
+            rows += [((name, *(_number_at(scores, n) for n in lengths)), "dim") for name, scores in PUBLISHED.items()]
+            notes.append("Below the average stand published averages of all thirteen tasks, asked in RULER's own words.")
+    n = found.rows[0].n
+    notes.append(f"Mean scores of {n} questions a cell, in percent, with the half-width of their 95% interval in grey.")
+    empty = [row for row in _rows(result, scheme, "empty") if row.value > 0]
+    if empty:
+        worst = max(empty, key=lambda row: row.value)
+        notes.append(f"Empty answers count as wrong: up to {100 * worst.value:.0f}%, in {worst.task} at {worst.length:,}.")
+    name = result.label if scheme == "none" else f"{result.label}, {scheme}"
+    head = (name, *(f"{length:,}" for length in lengths))
+    return table(head, rows) + f"<p class=note>{html.escape(' '.join(notes))}</p>"
+
+
+def _cells(found: EvalResult | None, lengths: Sequence[int]) -> list[str | tuple[str, str]]:
+    rows = {row.length: row for row in found.rows} if found else {}
+    return [_cell(rows.get(length)) for length in lengths]
+
+
+def _cell(row: Measurement | None) -> str | tuple[str, str]:
+    if row is None or row.low is None or row.high is None:
+        return "–"
+    return _number(row.value), f"±{50 * (row.high - row.low):.0f}"
+
+
+def _number(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f}"
+
+
+def _number_at(scores: Sequence[float], length: int) -> str:
+    return f"{scores[LENGTHS.index(length)]:.1f}" if length in LENGTHS else ""
+
+
+def _rows(result: EvalResult, scheme: str, metric: str) -> Sequence[Measurement]:
+    found = result.select(scheme=scheme, metric=metric)
+    return found.rows if found else ()
