@@ -102,6 +102,9 @@ class Task(abc.ABC):
     def count(self, zero_shot: bool) -> int:
         """Items a cell under the checkpoint's own scheme, or under another one; 0: not measured."""
 
+    def check(self, length: int) -> None:  # noqa: B027
+        """Raises `UserError` if no item of the task fits into a length; called for all lengths before anything is measured."""
+
     @abc.abstractmethod
     def measure(self, backend: Backend, length: int, count: int, log: AnswerLog) -> list[Measurement]:
         """The rows of one length; answers that take long are kept in the `log`, one by one."""

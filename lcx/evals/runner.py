@@ -81,6 +81,9 @@ def evaluate(
             build_architecture(model, execution, chosen, length)
     materials = gather(data, config)
     tasks = [task for task in (build(materials) for build in chosen_tasks(config)) if task is not None]
+    for task in tasks:
+        for length in config.lengths:
+            task.check(length)
     specs = ("none", *(spec for spec in config.zero_shot if spec != "none"))
     planned = [(spec, task, count) for spec in specs for task in tasks if (count := task.count(spec != "none"))]
     settings = {"evals": configs.plain(config)}

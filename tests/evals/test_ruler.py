@@ -301,13 +301,15 @@ def test_answers_are_kept_one_by_one(tmp_path):
 @pytest.mark.parametrize(
     ("name", "settings", "length", "message"),
     [
-        ("ruler_vt", {}, 512, r"ruler_vt takes at least 1,\d+ tokens with this tokenizer, more than the 512 of evals.lengths"),
+        ("ruler_vt", {}, 512, r"evals.lengths has 512, but ruler_vt takes at least 1,\d+ tokens with this tokenizer"),
         ("ruler_niah_single_2", {"prose": ("nowhere/*.txt",)}, 4096, "matches no file"),
     ],
 )
 def test_what_cannot_be_asked(name, settings, length, message, tmp_path):
     with pytest.raises(UserError, match=message):
         task(name, tmp_path, **settings).items(length, 1)
+    with pytest.raises(UserError, match=message):
+        task(name, tmp_path, **settings).check(length)
 
 
 @pytest.mark.parametrize(

@@ -91,10 +91,7 @@ class TextQuestions(Task):
         return max(self.answer_tokens, wanted + wanted // 2 + 8)
 
     def items(self, length: int, count: int) -> list[Item]:
-        """`count` questions that each fill the length as far as whole units allow.
-
-        Raises `UserError` if the smallest one is longer.
-        """
+        """`count` questions that each fill the length as far as whole units allow."""
         step = self.step(length) if self.settings.faithful else 1
         new_tokens, guess = self.new_tokens(length), max(1, self.units_per_1024 * length // 1024 // step)
         least, made = -(-self.least(length) // step), []
@@ -108,14 +105,18 @@ class TextQuestions(Task):
 
             found = largest(compose, length - new_tokens, least, guess)
             if found is None:
-                raise UserError(
-                    f"{self.name} takes at least {compose(least)[0] + new_tokens:,} tokens with this tokenizer, more than the "
-                    f"{length:,} of evals.lengths; use longer ones, or leave it out of evals.tasks"
-                )
+                raise _too_long(self.name, compose(least)[0] + new_tokens, length)
             guess, _, (sample, text, tokens) = found
             right = self.format.tokenizer.encode(self.answer(sample))
             made.append(Item(tokens, right, sample.depth, text, sample.references))
         return made
+
+    def check(self, length: int) -> None:
+        """Composes the smallest prompt."""
+        text = self.format.text(self.compose(self._rng(length, 0), self.least(length), length, 0))
+        needed = self.counted(len(self.format.encode(text))) + self.new_tokens(length)
+        if needed > length:
+            raise _too_long(self.name, needed, length)
 
     def counted(self, tokens: int) -> int:
         """Tokens of a prompt that count towards the length: `faithful` leaves begin-of-sequence out."""
@@ -155,6 +156,13 @@ class TextQuestions(Task):
 
     def _rng(self, length: int, number: int) -> random.Random:
         return random.Random(f"{self.seed} {self.name} {self.version} {length} {number}")
+
+
+def _too_long(name: str, needed: int, length: int) -> UserError:
+    return UserError(
+        f"evals.lengths has {length:,}, but {name} takes at least {needed:,} tokens with this tokenizer; use longer ones, or leave "
+        "it out of evals.tasks"
+    )
 
 
 def average(rows: Sequence[Measurement], task: str, members: Sequence[str]) -> list[Measurement]:
