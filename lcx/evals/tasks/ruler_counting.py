@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from lcx.evals.text import words
 from lcx.evals.text.formats import Sample
-from lcx.evals.text.questions import TextQuestions
+from lcx.evals.text.questions import Draw, TextQuestions
 
 FAITHFUL_SEED = 42
 COMMON = 10
@@ -54,9 +54,9 @@ class CommonWords(TextQuestions):
         """Numbered, as in the example."""
         return " " + _numbered(sample.references)
 
-    def compose(self, rng: random.Random, units: int, length: int, number: int) -> Sample:
+    def compose(self, draw: Draw, units: int) -> Sample:
         """The words that are asked for are part of no other."""
-        return self.sized(rng, units, occurrences(self, length))
+        return self.sized(draw.rng, units, occurrences(self, draw.length))
 
     def sized(self, rng: random.Random, units: int, how: Occurrences) -> Sample:
         """A sample in the large or the small form."""
@@ -107,10 +107,11 @@ class FrequentWords(TextQuestions):
         """A 32nd of the length."""
         return max(1, length // 32)
 
-    def compose(self, rng: random.Random, units: int, length: int, number: int) -> Sample:
+    def compose(self, draw: Draw, units: int) -> Sample:
         """The coded words first, so that they are the same whatever the size."""
-        distinct = words.Distinct()
-        coded = ["...", *(distinct(words.letters, rng, 6, string.ascii_lowercase) for _ in range(max(8, (length - 50) // 50)))]
+        rng, distinct = draw.rng, words.Distinct()
+        vocabulary = max(8, (draw.length - 50) // 50)
+        coded = ["...", *(distinct(words.letters, rng, 6, string.ascii_lowercase) for _ in range(vocabulary))]
         text: list[str] = []
         for rank, word in enumerate(coded, 1):
             text += [word] * int(units * rank**-self.alpha / ZETA)

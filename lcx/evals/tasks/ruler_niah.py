@@ -10,7 +10,7 @@ from lcx.evals.base import Materials
 from lcx.evals.text import noise, prose, words
 from lcx.evals.text.formats import Sample
 from lcx.evals.text.prose import Prose
-from lcx.evals.text.questions import TextQuestions
+from lcx.evals.text.questions import Draw, TextQuestions
 
 DEPTHS = tuple(round(100 * i / 39) for i in range(40))
 """Percentages of the sentences of an essay before which a needle may stand."""
@@ -19,7 +19,7 @@ FAITHFUL_SEED = 42
 
 
 @dataclasses.dataclass(frozen=True)
-class Needles(TextQuestions):
+class HiddenValues(TextQuestions):
     """`keys` needles, or as many as `queries` where that is more, each key with `values` values; all values of the queried keys are
     asked for.
 
@@ -53,9 +53,9 @@ class Needles(TextQuestions):
         lines = 5 if length < 4096 else 25
         return {"noise": noise.count(lines), "essay": 500, "needles": lines}[self.haystack]
 
-    def compose(self, rng: random.Random, units: int, length: int, number: int) -> Sample:
+    def compose(self, draw: Draw, units: int) -> Sample:
         """The needles first, so that they are the same whatever the size."""
-        distinct = words.Distinct()
+        rng, distinct = draw.rng, words.Distinct()
         needles = [
             (key, [distinct(self._value, rng) for _ in range(self.values)])
             for key in (distinct(self._key, rng) for _ in range(max(self.keys, self.queries)))

@@ -20,7 +20,7 @@ from lcx.core.files import refuse_lfs_pointer
 from lcx.evals.base import Item, Materials
 from lcx.evals.text.formats import Sample
 from lcx.evals.text.matching import any_contained, cleaned
-from lcx.evals.text.questions import TextQuestions
+from lcx.evals.text.questions import Draw, TextQuestions
 
 FAITHFUL_SEED = 42
 SOURCES = {
@@ -74,10 +74,10 @@ class DocumentQuestions(TextQuestions):
         """Ten whole documents."""
         return 10
 
-    def compose(self, rng: random.Random, units: int, length: int, number: int) -> Sample:
+    def compose(self, draw: Draw, units: int) -> Sample:
         """`faithful` takes the questions in the order of the file and shuffles every sample's documents alike."""
-        questions, faithful = self.reading.questions, self.settings.faithful
-        question = questions[number % len(questions)] if faithful else rng.choice(questions)
+        rng, questions, faithful = draw.rng, self.reading.questions, self.settings.faithful
+        question = questions[draw.number % len(questions)] if faithful else rng.choice(questions)
         others = self._whole(rng, question, units) if faithful else self._words(rng, question, units)
         documents = [*(self.reading.documents[i] for i in question.gold), *others]
         (random.Random(FAITHFUL_SEED) if faithful else random.Random(rng.random())).shuffle(documents)

@@ -9,7 +9,7 @@ import random
 from lcx.evals.text import noise, words
 from lcx.evals.text.fit import largest
 from lcx.evals.text.formats import Sample
-from lcx.evals.text.questions import TextQuestions
+from lcx.evals.text.questions import Draw, TextQuestions
 
 EXAMPLE_TOKENS = 500
 """Most tokens of the solved example that every prompt begins with; an eighth of a length below 4,096."""
@@ -39,9 +39,10 @@ class VariableTracking(TextQuestions):
         """The names with spaces between them, as in the example."""
         return " " + " ".join(sample.references)
 
-    def compose(self, rng: random.Random, units: int, length: int, number: int) -> Sample:
+    def compose(self, draw: Draw, units: int) -> Sample:
         """The chain first, so that it is the same whatever the size."""
-        example = self.chain(random.Random(rng.random()), example_units(self, length), letters=3, value="12345")
+        rng = draw.rng
+        example = self.chain(random.Random(rng.random()), example_units(self, draw.length), letters=3, value="12345")
         asked = self.chain(rng, units, letters=5, value=str(rng.randrange(10000, 99999)))
         solved = example.prompt + example.prefix + self.answer(example)
         return asked._replace(prompt=f"{solved}\n\n{asked.prompt}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -16,13 +17,15 @@ class Sample(NamedTuple):
     """A question in words.
 
     `prompt` is what is asked, `prefix` the words that the answer begins with, `references` what the answer is looked through for,
-    and `depth` where it stands, from 0 (start of the context) to 1 (its end), or None if it stands in several places.
+    and `depth` where it stands, from 0 (start of the context) to 1 (its end), or None if it stands in several places. `turns` are
+    what a user and the model, by turns, have said before.
     """
 
     prompt: str
     prefix: str
     references: tuple[str, ...]
     depth: float | None = None
+    turns: tuple[str, ...] = ()
 
 
 class PromptFormat(Protocol):
@@ -46,8 +49,11 @@ class BasePrompt:
     name = "base"
 
     def text(self, sample: Sample) -> str:
-        """Prompt and prefix."""
-        return sample.prompt + sample.prefix
+        """Prompt and prefix; a session is written out as a dialogue of User and Assistant."""
+        if not sample.turns:
+            return sample.prompt + sample.prefix
+        said = [f"{role}: {text}" for role, text in zip(itertools.cycle(("User", "Assistant")), sample.turns, strict=False)]
+        return "\n".join((*said, f"User: {sample.prompt}", f"Assistant:{sample.prefix}"))
 
     def encode(self, text: str) -> np.ndarray:
         """The tokens of `data.tokenizers.tokenizers.prompt`."""
@@ -68,7 +74,8 @@ class ChatPrompt:
 
     def text(self, sample: Sample) -> str:
         """The conversation as the template writes it, then the prefix."""
-        asked, _ = self.chat.template.render([{"role": "user", "content": sample.prompt}], add_generation_prompt=True)
+        roles = zip(itertools.cycle(("user", "assistant")), (*sample.turns, sample.prompt), strict=False)
+        asked, _ = self.chat.template.render([{"role": role, "content": text} for role, text in roles], add_generation_prompt=True)
         return asked + sample.prefix.lstrip()
 
     def encode(self, text: str) -> np.ndarray:

@@ -36,6 +36,11 @@ class Prose:
         """How many sentences there are before the first comes again."""
         return len(self._sentences)
 
+    def without(self, words: Sequence[str]) -> Prose:
+        """The sentences that hold none of the words, whatever their case, not even as a part of another word."""
+        named = re.compile("|".join(map(re.escape, words)), re.IGNORECASE)
+        return Prose([sentence for sentence in self._sentences if not named.search(sentence)], self.origin)
+
     def take(self, start: int, words: int) -> list[str]:
         """The sentences from number `start` on, the last one cut so that they have `words` words in total."""
         found: list[str] = []

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import itertools
 import random
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
@@ -24,12 +25,21 @@ TAIL = 400
 """Characters of a prompt's end that are kept with its answer."""
 
 
+class Draw(NamedTuple):
+    """What a sample is made with: randomness of its own, the length that it is for, its number, and the depth that is asked for."""
+
+    rng: random.Random
+    length: int
+    number: int
+    depth: float | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class TextQuestions(Task):
     """Questions composed of `units`, as many as a length holds: words, sentences, lines or documents, whatever the task says.
 
-    A length counts every token, those of the answer included. Item i depends on the seed, the task's name and version, the length
-    and i alone. With `settings.faithful`, sizes, positions and orders are drawn as RULER v1 does.
+    A length counts every token, those of the answer included. Item i of a depth depends on the seed, the task's name and version,
+    the length, the depth and i alone. With `settings.faithful`, sizes, positions and orders are drawn as RULER v1 does.
     """
 
     name: str
@@ -45,8 +55,8 @@ class TextQuestions(Task):
     """A first guess of the size."""
 
     @abc.abstractmethod
-    def compose(self, rng: random.Random, units: int, length: int, number: int) -> Sample:
-        """Sample `number` for a `length`, made of that many units; a pure function of its arguments."""
+    def compose(self, draw: Draw, units: int) -> Sample:
+        """The sample of a draw, made of that many units; a pure function of both."""
 
     @classmethod
     def sources(cls, materials: Materials, settings: dict[str, Any]) -> dict[str, Any] | None:
@@ -65,6 +75,11 @@ class TextQuestions(Task):
             return cls(name=name, format=format, settings=questions, seed=materials.config.seed, **settings, **sources)
 
         return build
+
+    @property
+    def depths(self) -> Sequence[float | None]:
+        """The depths that are asked for, each with as many samples; None: wherever the sample puts its answer."""
+        return (None,)
 
     def least(self, length: int) -> int:
         """The smallest number of units."""
@@ -86,19 +101,19 @@ class TextQuestions(Task):
         """Tokens that are left for the answer."""
         if self.settings.faithful:
             return self.answer_tokens
-        sample = self.compose(self._rng(length, 0), self.least(length), length, 0)
+        sample = self.compose(self._draw(length), self.least(length))
         wanted = len(self.format.tokenizer.encode(self.answer(sample)))
         return max(self.answer_tokens, wanted + wanted // 2 + 8)
 
     def items(self, length: int, count: int) -> list[Item]:
-        """`count` questions that each fill the length as far as whole units allow."""
+        """`count` questions of each depth that each fill the length as far as whole units allow."""
         step = self.step(length) if self.settings.faithful else 1
         new_tokens, guess = self.new_tokens(length), max(1, self.units_per_1024 * length // 1024 // step)
         least, made = -(-self.least(length) // step), []
-        for number in range(count):
+        for depth, number in itertools.product(self.depths, range(count)):
 
-            def compose(units: int, number: int = number) -> tuple[int, tuple[Sample, str, np.ndarray]]:
-                sample = self.compose(self._rng(length, number), units * step, length, number)
+            def compose(units: int, at: tuple = (number, depth)) -> tuple[int, tuple[Sample, str, np.ndarray]]:
+                sample = self.compose(self._draw(length, *at), units * step)
                 text = self.format.text(sample)
                 tokens = self.format.encode(text)
                 return self.counted(len(tokens)), (sample, text, tokens)
@@ -113,7 +128,7 @@ class TextQuestions(Task):
 
     def check(self, length: int) -> None:
         """Composes the smallest prompt."""
-        text = self.format.text(self.compose(self._rng(length, 0), self.least(length), length, 0))
+        text = self.format.text(self.compose(self._draw(length), self.least(length)))
         needed = self.counted(len(self.format.encode(text))) + self.new_tokens(length)
         if needed > length:
             raise _too_long(self.name, needed, length)
@@ -127,7 +142,8 @@ class TextQuestions(Task):
         return share_contained(cleaned(output), item.references)
 
     def measure(self, backend: Backend, length: int, count: int, log: AnswerLog) -> list[Measurement]:
-        """The mean score of a length with its interval, the share of empty answers, and how full the least full prompt is."""
+        """The mean score of each depth with its interval; for the length the share of empty answers and how full the least full
+        prompt is."""
         items, new_tokens = self.items(length, count), self.new_tokens(length)
         fills = [(self.counted(len(item.prompt)) + new_tokens) / length for item in items]
         named = (self.name, self.version, length, new_tokens, backend.fingerprint)
@@ -147,15 +163,20 @@ class TextQuestions(Task):
         answers = [log.known(key) for key in keys]
         scores = [self.score(item, answer["output"]) for item, answer in zip(items, answers, strict=True)]
         empty = sum(not cleaned(answer["output"]) for answer in answers)
-        low, high = interval(scores)
+        rows = []
+        for i, depth in enumerate(self.depths):
+            here = scores[i * count : (i + 1) * count]
+            low, high = interval(here)
+            rows.append(Measurement(self.name, "score", length, sum(here) / count, count, depth, low=low, high=high))
         return [
-            Measurement(self.name, "score", length, sum(scores) / count, count, low=low, high=high),
-            Measurement(self.name, "empty", length, empty / count, count),
-            Measurement(self.name, "fill", length, min(fills), count),
+            *rows,
+            Measurement(self.name, "empty", length, empty / len(items), len(items)),
+            Measurement(self.name, "fill", length, min(fills), len(items)),
         ]
 
-    def _rng(self, length: int, number: int) -> random.Random:
-        return random.Random(f"{self.seed} {self.name} {self.version} {length} {number}")
+    def _draw(self, length: int, number: int = 0, depth: float | None = None) -> Draw:
+        rng = random.Random(f"{self.seed} {self.name} {self.version} {length} {number} {depth}")
+        return Draw(rng, length, number, self.depths[0] if depth is None else depth)
 
 
 def _too_long(name: str, needed: int, length: int) -> UserError:
