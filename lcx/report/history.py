@@ -48,6 +48,7 @@ class Run:
     metrics: tuple[Mapping[str, Any], ...]
     decisions: tuple[Mapping[str, Any], ...]
     evals: tuple[EvalResult, ...]
+    answers: tuple[Mapping[str, Any], ...]
     environment: Mapping[str, Any]
 
     @property
@@ -98,6 +99,7 @@ def load(workdir: str | os.PathLike[str]) -> Run:
         metrics=tuple(_rows(workdir / "metrics.jsonl")),
         decisions=tuple(_rows(workdir / "decisions.jsonl")),
         evals=tuple(evals),
+        answers=tuple(_rows(workdir / "eval" / "answers.jsonl")),
         environment=_json(workdir / "environment.json"),
     )
     if not run.metrics and not run.evals:

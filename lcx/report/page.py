@@ -40,6 +40,7 @@ th:last-child, td:last-child { padding-right: 0; }
 td span { color: var(--muted); font-size: 12.5px; font-weight: 400; display: inline-block; min-width: 42px; }
 .words td:first-child { white-space: nowrap; }
 .words th:last-child, .words td:last-child { text-align: left; white-space: normal; padding-left: 22px; }
+.answers td:last-child { white-space: pre-wrap; }
 tr.dim td { color: var(--muted); }
 tr.strong td { font-weight: 650; color: var(--accent); }
 pre { background: var(--code); border-radius: 8px; padding: 12px 14px; overflow-x: auto; font: 12.5px/1.5 ui-monospace,

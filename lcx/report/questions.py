@@ -1,9 +1,10 @@
-"""The section of a report about questions in words: scores by task and length, RULER's average, and published ones beside it."""
+"""What a report says about questions in words: scores by task and length, published averages, and answers to read."""
 
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lcx.evals.results import EvalResult, Measurement
 from lcx.report.page import table
@@ -19,6 +20,47 @@ PUBLISHED = {
 """Averages of RULER's thirteen tasks at `LENGTHS` (github.com/NVIDIA/RULER, and the models' own reports)."""
 
 LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
+
+
+READ = 2
+"""Wrong answers, and right ones, that are shown of each task."""
+
+
+def grids(results: Sequence[EvalResult]) -> dict[str, dict[str, EvalResult]]:
+    """For each task with depths the scores over length and depth, by title, of every result under its own scheme."""
+    found: dict[str, dict[str, EvalResult]] = {}
+    for result in results:
+        own = result.select(metric="score", scheme="none")
+        for task in own.values("task") if own else ():
+            grid = own.select(task=task)
+            if grid.rows[0].depth is not None:
+                found.setdefault(task, {})[f"{task}: {result.label}"] = grid
+    return found
+
+
+def reading(answers: Sequence[Mapping[str, Any]]) -> str:
+    """Some answers of each task at its longest length, wrong ones first, as people learn most from those."""
+    parts = []
+    for task in dict.fromkeys(answer["task"] for answer in answers):
+        of_task = [answer for answer in answers if answer["task"] == task]
+        longest = max(answer["length"] for answer in of_task)
+        here = [answer for answer in of_task if answer["length"] == longest]
+        wrong, right = ([x for x in here if (x["score"] >= 1) == good] for good in (False, True))
+        shown = "".join(map(_answer, (*wrong[:READ], *right[:READ])))
+        said = f"{task} at {longest:,}: {len(right)} of {len(here)} right"
+        parts.append(f"<details><summary>{html.escape(said)}</summary>{shown}</details>")
+    return "".join(parts)
+
+
+def _answer(answer: Mapping[str, Any]) -> str:
+    rows = [
+        (("the prompt ends", f"… {answer['asked']}"), ""),
+        (("answered", answer["output"] or "(nothing)"), ""),
+        (("wanted", ", ".join(answer["references"])), ""),
+        (("score", f"{answer['score']:.2f}"), "strong" if answer["score"] >= 1 else ""),
+    ]
+    head = f"question {answer['number'] + 1}"
+    return f"<div class='words answers'>{table((head, ''), rows)}</div>"
 
 
 def section(results: Sequence[EvalResult]) -> str:

@@ -43,6 +43,8 @@ def pictures(run: Run) -> dict[str, Figure]:
         figures["summary"] = plots.summary(before, after, curves, stages, (f"Needles found {first.lower()}", second))
     if grids:
         figures["needles"] = plots.needles(grids)
+    for task, found in questions.grids(run.evals).items():
+        figures[f"depths_{task}"] = plots.needles(found)
     if curves:
         trained = run.before.trained if run.before else run.after.trained if run.after else None
         figures["perplexity"] = plots.perplexity(curves, trained)
@@ -91,9 +93,11 @@ def render(run: Run, figures: dict[str, Figure]) -> str:
     """The whole HTML document."""
     images = {name: _image(figure, name) for name, figure in figures.items()}
     zero_shot = _zero_shot(run)
+    depths = "".join(image for name, image in images.items() if name.startswith("depths_"))
     sections = [
         ("Needles", images.get("needles", ""), _needle_note(run)),
-        ("Questions in words", questions.section(run.evals), ""),
+        ("Questions in words", depths + questions.section(run.evals), ""),
+        ("Answers to read", questions.reading(run.answers), ""),
         ("Perplexity", images.get("perplexity", ""), _perplexity_note(run)),
         ("Stages", images.get("loss", "") + _stage_table(run.stages()), ""),
         ("Zero-shot: other schemes on the model before extension", zero_shot, ""),
@@ -119,7 +123,7 @@ def _headline(run: Run) -> tuple[str, str]:
         how = f"Context extended {_factor(after.trained / before.trained)} in {_stages(stages, above=before.trained)}."
         return f"{before.trained:,} → {after.trained:,} tokens", f"{how} Run {run.name}."
     longest = after.trained if after else max((stage.curve.length for stage in stages), default=0)
-    return f"{longest:,} tokens", f"{_stages(stages)}. Run {run.name}."
+    return f"{longest:,} tokens", f"{_stages(stages)}. Run {run.name}." if stages else f"Evaluations of {run.name}."
 
 
 def _tiles(run: Run) -> list[tuple[str, str, str]]:

@@ -71,7 +71,8 @@ class LocalBackend:
     ) -> None:
         self.scheme = scheme
         self._params, self._length, self._tokenizer, self._stop_ids = params, length, tokenizer, tuple(stop_ids)
-        self._group, self._rows = max(1, tokens_per_forward // length), 1
+        self._group = max(1, tokens_per_forward // length)
+        self._compiled: set[int] = set()
         self._arch, self._buffers = build_architecture(config, execution, schemes, length)
 
     def loglikelihood(self, items: Sequence[Item]) -> list[Scores]:
@@ -112,9 +113,11 @@ class LocalBackend:
             chunk = round_up(min(CHUNK, max(64, self._length // 8)), context_size())
             slots = round_up(self._length, chunk) + chunk
             for group in self._groups(items):
-                # All calls share their programs, as long as they have the same number of rows.
-                self._rows = max(self._rows, len(group))
-                prompts = [item.prompt for item in group] + [items[0].prompt[:1]] * (self._rows - len(group))
+                # Calls with the same number of rows share their programs; up to as many rows again are filled up for that.
+                known = [rows for rows in self._compiled if len(group) <= rows <= 2 * len(group)]
+                rows = min(known, default=len(group))
+                self._compiled.add(rows)
+                prompts = [item.prompt for item in group] + [items[0].prompt[:1]] * (rows - len(group))
                 found = generate(
                     self._params, self._buffers, self._arch, prompts, new_tokens, stop_ids=stops, chunk=chunk, slots=slots,
                     on_token=functools.partial(_ends_after, len(group)),

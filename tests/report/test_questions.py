@@ -1,0 +1,41 @@
+"""Scores, published averages and answers of questions in words, in a report."""
+
+import json
+
+from lcx.evals import results
+from lcx.evals.results import EvalResult, Measurement, interval
+from lcx.report.report import write_report
+
+
+def rows(task, length, scores, depths=(None,)):
+    low, high = interval(scores)
+    value = sum(scores) / len(scores)
+    made = [Measurement(task, "score", length, value, len(scores), depth, low=low, high=high) for depth in depths]
+    return [*made, Measurement(task, "empty", length, 0.25 if value == 0 else 0.0, len(scores))]
+
+
+def write(workdir):
+    found = [row for length in (4096, 8192) for row in rows("ruler_vt", length, [0.4, 1.0, 0.6, 1.0])]
+    found += rows("ruler_cwe", 4096, [0.0, 0.0]) + rows("passkey", 4096, [1.0, 0.0], (0.0, 0.5, 1.0))
+    found += [Measurement("ruler", "average", length, 0.375, 2) for length in (4096, 8192)]
+    results.write(EvalResult("tuned", 8192, 7, tuple(found)), workdir / "eval" / "tuned.json")
+    common = {"task": "ruler_vt", "depth": None, "fill": 1.0, "seconds": 0.1, "asked": "they are:", "references": ["A", "B"]}
+    answers = [
+        {**common, "number": i, "length": length, "output": output, "score": score}
+        for length in (4096, 8192)
+        for i, (output, score) in enumerate((("<A> B", 1.0), ("", 0.0), ("A", 0.5), ("B", 0.5)))
+    ]
+    (workdir / "eval" / "answers.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
+
+
+def test_scores_averages_and_answers(tmp_path):
+    write(tmp_path)
+    page = write_report(tmp_path).read_text()
+    assert "<td>vt</td><td>75.0<span>±" in page and "<tr class='strong'><td>average of 2</td><td>37.5</td><td>37.5</td>" in page
+    # Published averages stand under the lengths that they were measured at.
+    assert "<tr class='dim'><td>Llama-3.1-8B-Instruct</td><td>95.5</td><td>93.8</td>" in page
+    assert "up to 25%, in ruler_cwe at 4,096" in page
+    assert (tmp_path / "plots" / "depths_passkey.png").exists() and "alt='depths_passkey'" in page
+    # The longest length alone is read: two wrong answers, then the right one.
+    assert "ruler_vt at 8,192: 1 of 4 right" in page and page.count("the prompt ends") == 3
+    assert page.index("(nothing)") < page.index("&lt;A&gt; B") and "Evaluations of" in page
