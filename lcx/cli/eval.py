@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from absl import flags
 
 from lcx.cli import parse
 from lcx.core.console import say
 from lcx.core.errors import UserError
-from lcx.evals.config import EvalConfig, QuestionConfig
-from lcx.evals.runner import chosen_tasks
+from lcx.data.config import DataConfig
+from lcx.evals.config import EndpointConfig, EvalConfig, QuestionConfig
+from lcx.evals.runner import chosen_tasks, evaluate_endpoint
 from lcx.recipes import models
 from lcx.recipes.recipe import evaluate_loaded, free_label
 
@@ -22,6 +24,12 @@ from lcx.recipes.recipe import evaluate_loaded, free_label
 def define(values: flags.FlagValues) -> None:
     """The command's flags."""
     flags.DEFINE_string("checkpoint", None, "a run's workdir, one of its checkpoints, or a Hugging Face folder", flag_values=values)
+    flags.DEFINE_string("endpoint", None, "in place of a checkpoint, a server such as http://localhost:8000/v1", flag_values=values)
+    flags.DEFINE_string("model", None, "the endpoint's name of the model", flag_values=values)
+    flags.DEFINE_string("tokenizer", None, "the tokenizer of the endpoint's model", flag_values=values)
+    flags.DEFINE_enum("api", "tokens", ["tokens", "text", "chat"], "what is sent to the endpoint", flag_values=values)
+    flags.DEFINE_integer("concurrency", 4, "requests to the endpoint at a time", flag_values=values)
+    flags.DEFINE_float("timeout", 600.0, "seconds that an answer of the endpoint may take", flag_values=values)
     flags.DEFINE_string("stage", None, "use the weights from the end of this stage (default: the newest)", flag_values=values)
     flags.DEFINE_integer("step", None, "use the weights from this step", flag_values=values)
     flags.DEFINE_multi_string("positions", [], "positional scheme to try zero-shot, such as yarn:factor=16", flag_values=values)
@@ -43,7 +51,6 @@ def define(values: flags.FlagValues) -> None:
 def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     """Evaluate."""
     parse.nothing_left(rest, "eval")
-    checkpoint = parse.needed(values, "checkpoint", "name a run's workdir or a Hugging Face folder")
     lengths = EvalConfig().lengths if values.lengths is None else tuple(_length(text) for text in values.lengths)
     evals = EvalConfig(
         tasks=tuple(values.tasks),
@@ -54,20 +61,46 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
         generation_items=values.generation_items,
         perplexity_tokens=values.perplexity_tokens,
         questions=QuestionConfig(
-            values["items"].value, values.prompt_format, tuple(values.prose), values.qa_1, values.qa_2, values.faithful
+            values.items, values.prompt_format, tuple(values.prose), values.qa_1, values.qa_2, values.faithful
         ),
     )
     chosen_tasks(evals)
+    if values.endpoint is not None:
+        _endpoint(values, evals)
+        return
+    for name in ("model", "tokenizer"):
+        if values[name].value is not None:
+            raise UserError(f"--{name} belongs to --endpoint, which is not given; add it or leave --{name} out")
+    checkpoint = parse.needed(values, "checkpoint", "name a run's workdir or a Hugging Face folder, or an --endpoint")
     loaded = models.load(checkpoint, step=values.step, stage=values.stage)
     named = values.label or "-".join([values.stage or models.short_name(checkpoint, loaded), *values.positions])
     if values.label in ("before", "after"):
         raise UserError(f"--label={values.label} is reserved for the evaluations of lcx run; choose another")
-    label = re.sub(r"[^\w.=-]+", "_", named).lstrip(".") or "eval"
+    label = _file_name(named)
     workdir = models.workdir_of(checkpoint)
     if values.label is None:
         label = free_label(workdir, label, evals)
     evaluate_loaded(loaded, evals, label, workdir)
     say(f"result: {workdir / 'eval' / (label + '.json')}")
+
+
+def _endpoint(values: flags.FlagValues, evals: EvalConfig) -> None:
+    for name in ("checkpoint", "stage", "step"):
+        if values[name].value is not None:
+            raise UserError(f"--{name} and --endpoint conflict; give only one of them")
+    if values.positions:
+        raise UserError(f"--positions={values.positions[0]} needs a checkpoint; a server has its own positions")
+    model = parse.needed(values, "model", "the endpoint's name of the model")
+    tokenizer = parse.needed(values, "tokenizer", "the folder of the model's tokenizer, to fit prompts to a length")
+    endpoint = EndpointConfig(values.endpoint, model, values.api, values.concurrency, values.timeout)
+    workdir = Path("runs") / _file_name(model)
+    label = values.label and _file_name(values.label) or free_label(workdir, "endpoint", evals)
+    evaluate_endpoint(endpoint, DataConfig(tokenizer=tokenizer), evals, label=label, workdir=workdir)
+    say(f"result: {workdir / 'eval' / (label + '.json')}")
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^\w.=-]+", "_", text).lstrip(".") or "eval"
 
 
 def _length(text: str) -> int:

@@ -26,7 +26,8 @@ from lcx.evals.results import Measurement, wilson
 class Item:
     """One question: tokens int32 of the `prompt` (at least one) and of the right `answer`; `depth` from 0 to 1, or None.
 
-    `text` is the prompt in words, and `references` what an answer in words is looked through for, where the task has them.
+    `text` is the prompt in words, and `references` what an answer in words is looked through for, where the task has them; `turns`
+    are the messages of a user and the model by turns, the last of them the user's, and `prefix` what the answer begins with.
     """
 
     prompt: np.ndarray
@@ -34,6 +35,8 @@ class Item:
     depth: float | None = None
     text: str = ""
     references: tuple[str, ...] = ()
+    turns: tuple[str, ...] = ()
+    prefix: str = ""
 
 
 class Scores(NamedTuple):

@@ -32,6 +32,32 @@ class QuestionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EndpointConfig:
+    """A model behind an HTTP server that speaks OpenAI's protocol (vLLM, SGLang, llama.cpp, hosted ones).
+
+    `url` ends in the version, as in http://localhost:8000/v1. `api`: `tokens` sends token ids to /completions, so that the
+    model reads exactly what was fitted; `text` sends text there; `chat` sends messages to /chat/completions, with the prefix of
+    the answer behind the question. At most `concurrency` requests are open at a time. One that fails with 408, 409, 429, 5xx or
+    a lost connection, or takes more than `timeout` seconds, is sent again up to `retries` times, later and later. The key is
+    that of the environment variable OPENAI_API_KEY, if it is set.
+    """
+
+    url: str
+    model: str
+    api: Literal["tokens", "text", "chat"] = "tokens"
+    concurrency: int = 4
+    timeout: float = 600.0
+    retries: int = 5
+
+    def __post_init__(self) -> None:
+        configs.positive("endpoint", concurrency=self.concurrency, timeout=self.timeout)
+        configs.not_negative("endpoint", retries=self.retries)
+        configs.choice("endpoint.api", self.api, ("tokens", "text", "chat"))
+        if not self.url.startswith(("http://", "https://")):
+            raise UserError(f"endpoint.url={self.url!r} is not an address; give one like http://localhost:8000/v1")
+
+
+@dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """What to measure.
 

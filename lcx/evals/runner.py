@@ -12,26 +12,28 @@ from collections.abc import Callable, Mapping, Sequence
 from lcx.core import configs
 from lcx.core.configs import choice
 from lcx.core.console import Progress, say
+from lcx.core.errors import UserError
 from lcx.core.trees import Tree
 from lcx.data.config import DataConfig, SourceConfig
 from lcx.data.sources import sources
 from lcx.data.tokenizers import tokenizers
 from lcx.evals import results
 from lcx.evals.answers import AnswerLog
+from lcx.evals.backends.endpoint import EndpointBackend
 from lcx.evals.backends.local import LocalBackend
-from lcx.evals.base import Materials, Task
-from lcx.evals.config import EvalConfig
+from lcx.evals.base import Backend, Materials, Task
+from lcx.evals.config import EndpointConfig, EvalConfig
 from lcx.evals.results import EvalResult, Measurement, perplexity
 from lcx.evals.tasks.table import GROUPS, TASKS
-from lcx.evals.text.questions import average
+from lcx.evals.text.questions import TextQuestions, average
 from lcx.evals.zero_shot import at_length, refuse_learned
 from lcx.model.architecture import build_architecture
 from lcx.model.config import ModelConfig
 from lcx.model.execution import ExecutionConfig
 from lcx.positions.scheme import Scheme
 
-ANSWERS = "answers.jsonl"
-"""The file in a workdir's `eval` that holds the answers of all its evaluations."""
+FOLDER, ANSWERS = "eval", "answers.jsonl"
+"""The folder of a workdir that holds its evaluations, and the file there that holds the answers of them all."""
 
 
 def gather(data: DataConfig, config: EvalConfig) -> Materials:
@@ -80,16 +82,6 @@ def evaluate(
                 refuse_learned(spec, {kind: x for kind, x in chosen.items() if x != schemes[kind]}, model, length)
             build_architecture(model, execution, chosen, length)
     materials = gather(data, config)
-    tasks = [task for task in (build(materials) for build in chosen_tasks(config)) if task is not None]
-    for task in tasks:
-        for length in config.lengths:
-            task.check(length)
-    specs = ("none", *(spec for spec in config.zero_shot if spec != "none"))
-    planned = [(spec, task, count) for spec in specs for task in tasks if (count := task.count(spec != "none"))]
-    settings = {"evals": configs.plain(config)}
-    kept = None if workdir is None else pathlib.Path(workdir) / "eval"
-    log = AnswerLog(kept and kept / ANSWERS)
-    rows: list[Measurement] = []
 
     @functools.cache
     def backend(spec: str, length: int) -> LocalBackend:
@@ -98,6 +90,58 @@ def evaluate(
             params, model, execution, chosen, length, config.tokens_per_forward, materials.tokenizer, stop_ids, spec
         )
 
+    specs = ("none", *(spec for spec in config.zero_shot if spec != "none"))
+    rows, notes = _measured(_tasks(materials), specs, backend, config, label, workdir, announce)
+    return _kept(EvalResult(label, trained, step, rows, time.perf_counter() - started, _settings(config), notes), workdir)
+
+
+def evaluate_endpoint(
+    endpoint: EndpointConfig,
+    data: DataConfig,
+    config: EvalConfig,
+    *,
+    label: str = "eval",
+    workdir: str | os.PathLike[str] | None = None,
+    announce: Callable[[str], None] = say,
+) -> EvalResult:
+    """Measure a model behind a server, as `evaluate` does one of lcx, by questions in words; `data` names its tokenizer.
+
+    Raises `UserError` for tasks that ask for more than words.
+    """
+    started, backend = time.perf_counter(), EndpointBackend(endpoint)
+    tasks = _tasks(gather(data, config))
+    for task in tasks:
+        if not isinstance(task, TextQuestions):
+            words = ", ".join(GROUPS)
+            raise UserError(f"evals.tasks has {task.name!r}, which no server answers; choose tasks in words, such as {words}")
+    rows, notes = _measured(tasks, ("none",), lambda spec, length: backend, config, label, workdir, announce)
+    settings = {**_settings(config), "endpoint": configs.plain(endpoint)}
+    longest = max(config.lengths)
+    return _kept(EvalResult(label, longest, None, rows, time.perf_counter() - started, settings, notes), workdir)
+
+
+def _tasks(materials: Materials) -> list[Task]:
+    """The tasks of an evaluation, each of which fits into all of its lengths."""
+    tasks = [task for task in (build(materials) for build in chosen_tasks(materials.config)) if task is not None]
+    for task in tasks:
+        for length in materials.config.lengths:
+            task.check(length)
+    return tasks
+
+
+def _measured(
+    tasks: Sequence[Task],
+    specs: Sequence[str],
+    backend: Callable[[str, int], Backend],
+    config: EvalConfig,
+    label: str,
+    workdir: str | os.PathLike[str] | None,
+    announce: Callable[[str], None],
+) -> tuple[tuple[Measurement, ...], tuple[str, ...]]:
+    """The rows of all tasks under all schemes at all lengths, and what readers of them should know."""
+    planned = [(spec, task, count) for spec in specs for task in tasks if (count := task.count(spec != "none"))]
+    log = AnswerLog(None if workdir is None else pathlib.Path(workdir) / FOLDER / ANSWERS)
+    rows: list[Measurement] = []
     with Progress(f"{label}: measuring", len(planned) * len(config.lengths), every=None) as bar:
         for spec, task, count in planned:
             found: list[Measurement] = []
@@ -107,14 +151,20 @@ def evaluate(
             rows += [dataclasses.replace(row, scheme=spec) for row in found]
             announce(f"{label}: {task.name}, {spec}: {_by_length(found)}")
     for name, members in GROUPS.items():
-        found = average(rows, name, members)
-        for spec in dict.fromkeys(row.scheme for row in found):
-            announce(f"{label}: {name}, {spec}: {_by_length([row for row in found if row.scheme == spec])}")
-        rows += found
-    notes = tuple(note for task in tasks for note in task.notes)
-    result = EvalResult(label, trained, step, tuple(rows), time.perf_counter() - started, settings, notes)
-    if kept is not None:
-        results.write(result, kept / f"{label}.json")
+        averages = average(rows, name, members)
+        for spec in dict.fromkeys(row.scheme for row in averages):
+            announce(f"{label}: {name}, {spec}: {_by_length([row for row in averages if row.scheme == spec])}")
+        rows += averages
+    return tuple(rows), tuple(note for task in tasks for note in task.notes)
+
+
+def _settings(config: EvalConfig) -> dict[str, object]:
+    return {"evals": configs.plain(config)}
+
+
+def _kept(result: EvalResult, workdir: str | os.PathLike[str] | None) -> EvalResult:
+    if workdir is not None:
+        results.write(result, pathlib.Path(workdir) / FOLDER / f"{result.label}.json")
     return result
 
 

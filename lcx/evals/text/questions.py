@@ -123,7 +123,8 @@ class TextQuestions(Task):
                 raise _too_long(self.name, compose(least)[0] + new_tokens, length)
             guess, _, (sample, text, tokens) = found
             right = self.format.tokenizer.encode(self.answer(sample))
-            made.append(Item(tokens, right, sample.depth, text, sample.references))
+            turns = (*sample.turns, sample.prompt)
+            made.append(Item(tokens, right, sample.depth, text, sample.references, turns, sample.prefix))
         return made
 
     def check(self, length: int) -> None:

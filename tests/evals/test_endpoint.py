@@ -1,0 +1,156 @@
+"""The endpoint backend against a real HTTP server that speaks the protocol, errors included, with answers from a model of lcx."""
+
+import http.server
+import json
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from lcx.core.errors import UserError
+from lcx.core.param_spec import initialize
+from lcx.data.config import DataConfig
+from lcx.data.tokenizers import tokenizers
+from lcx.evals.backends.endpoint import EndpointBackend
+from lcx.evals.backends.local import LocalBackend
+from lcx.evals.base import Item
+from lcx.evals.config import EndpointConfig, EvalConfig, QuestionConfig
+from lcx.evals.runner import evaluate, evaluate_endpoint
+from lcx.model.architecture import build_schemes
+from lcx.model.config import ModelConfig
+from lcx.model.execution import ExecutionConfig
+from lcx.model.params import specs
+
+MODEL = ModelConfig(model_dim=32, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=16, mlp_dim=32)
+SCHEMES = build_schemes(MODEL, {"default": "rope:theta=100"})
+CONFIG = EvalConfig(tasks=("ruler_niah_single_1", "session_state"), lengths=(1024,), questions=QuestionConfig(5))
+
+
+@pytest.fixture(scope="module")
+def params():
+    return initialize(specs(MODEL, SCHEMES, 1024), jax.random.key(0))
+
+
+class Server:
+    """Answers requests with a model; the first ones may meet with a trouble each, from a list."""
+
+    def __init__(self, params, troubles=()):
+        backend = LocalBackend(params, MODEL, ExecutionConfig(), SCHEMES, 1024, tokenizer=tokenizers.load("bytes"))
+        # Compiled before anybody waits for it.
+        backend.complete([Item(np.arange(9, dtype=np.int32), np.zeros(0, np.int32))], 9)
+        lock, left, self.asked, self.answered = threading.Lock(), list(troubles), [], []
+        server = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    server.asked.append((self.path, body, self.headers.get("Authorization")))
+                    trouble = left.pop(0) if left else None
+                if trouble == "stall":
+                    time.sleep(4)
+                    return
+                if trouble == "cut":
+                    self.send_response(200)
+                    self.send_header("Content-Length", "1000")
+                    self.end_headers()
+                    self.wfile.write(b'{"choices": [')
+                    self.wfile.flush()
+                    self.connection.close()
+                    return
+                if trouble is not None:
+                    self.reply(trouble, {"error": {"message": f"trouble {trouble}"}})
+                    return
+                prompt = body.get("prompt")
+                if prompt is None:
+                    prompt = "".join(message["content"] for message in body["messages"])
+                tokens = np.asarray(tokenizers.load("bytes").encode(prompt) if isinstance(prompt, str) else prompt, np.int32)
+                with lock:
+                    (text,) = backend.complete([Item(tokens[-1024:], tokens[:0])], body["max_tokens"])
+                    server.answered.append(tokens.tobytes())
+                choice = {"index": 0, "finish_reason": "stop", "text": text, "message": {"role": "assistant", "content": text}}
+                self.reply(200, {"id": "1", "object": "x", "created": 0, "model": "m", "choices": [choice]})
+
+            def reply(self, status, values):
+                raw = json.dumps(values).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(raw)))
+                self.send_header("retry-after-ms", "10")
+                self.end_headers()
+                self.wfile.write(raw)
+
+            def log_message(self, *args):
+                """Nothing on the screen."""
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
+
+    def __enter__(self):
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def test_scores_are_those_of_the_model_and_nothing_is_lost_or_asked_twice(params, tmp_path):
+    local = evaluate(params, MODEL, ExecutionConfig(), SCHEMES, DataConfig(), CONFIG, trained=1024, workdir=tmp_path / "local")
+    with Server(params, [429, 500, "cut", "stall", 503]) as server:
+        endpoint = EndpointConfig(server.url, "m", timeout=3.0, concurrency=2)
+        result = evaluate_endpoint(endpoint, DataConfig(), CONFIG, workdir=tmp_path / "far", label="far")
+        again = evaluate_endpoint(endpoint, DataConfig(), CONFIG, workdir=tmp_path / "far", label="far")
+    assert result.rows == again.rows == local.rows
+    assert len(server.answered) == len(set(server.answered)) == 10 and len(server.asked) == 15
+    assert all(path == "/v1/completions" and body["temperature"] == 0 for path, body, _ in server.asked)
+    answers = [
+        {json.loads(line)["asked"]: json.loads(line)["output"] for line in (tmp_path / name / "eval" / "answers.jsonl").open()}
+        for name in ("local", "far")
+    ]
+    assert answers[0] == answers[1] and len(answers[0]) == 10
+
+
+def test_text_and_messages(params, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    item = Item(
+        np.arange(3, dtype=np.int32), np.zeros(0, np.int32), text="a question", turns=("one", "two", "three"), prefix=" It is"
+    )
+    with Server(params) as server:
+        for api in ("text", "chat"):
+            EndpointBackend(EndpointConfig(server.url, "m", api)).complete([item], 4)
+    (first, text, key), (second, chat, _) = server.asked
+    assert (first, text["prompt"], text["max_tokens"], key) == ("/v1/completions", "a question", 4, "Bearer secret")
+    assert second == "/v1/chat/completions"
+    assert [(m["role"], m["content"]) for m in chat["messages"]] == [("user", "one"), ("assistant", "two"), ("user", "three It is")]
+
+
+@pytest.mark.parametrize(
+    ("troubles", "message"),
+    [
+        ([401], "answered 401 .*trouble 401.*; set OPENAI_API_KEY"),
+        ([404], "answered 404 .*; name a model that it serves"),
+        ([500, 500], "answered 500 .*; the answers so far are kept; rerun"),
+        (["stall", "stall"], "gave no answer within 0.5 s; raise --timeout"),
+    ],
+)
+def test_what_a_server_refuses(params, troubles, message):
+    with Server(params, troubles) as server, pytest.raises(UserError, match=message):
+        endpoint = EndpointConfig(server.url, "m", retries=1, timeout=0.5)
+        EndpointBackend(endpoint).complete([Item(np.arange(3, dtype=np.int32), np.zeros(0, np.int32))], 4)
+
+
+def test_wrong_endpoints():
+    with pytest.raises(UserError, match="cannot be reached .*; is the server running"):
+        EndpointBackend(EndpointConfig("http://127.0.0.1:9/v1", "m", retries=0)).complete(
+            [Item(np.arange(3, dtype=np.int32), np.zeros(0, np.int32))], 4
+        )
+    with pytest.raises(UserError, match="endpoint.url='localhost:8000' is not an address"):
+        EndpointConfig("localhost:8000", "m")
+    with pytest.raises(UserError, match="evals.tasks has 'needles', which no server answers; choose tasks in words, such as ruler"):
+        evaluate_endpoint(EndpointConfig("http://localhost:1/v1", "m"), DataConfig(), EvalConfig(tasks=("needles",)))
