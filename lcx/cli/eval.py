@@ -44,6 +44,9 @@ def define(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_string("qa_1", None, "questions of ruler_qa_1, in SQuAD's layout", flag_values=values)
     flags.DEFINE_string("qa_2", None, "questions of ruler_qa_2, in HotpotQA's layout", flag_values=values)
+    flags.DEFINE_string(
+        "data", None, "folder with the files of a benchmark that reads files, such as longbench", flag_values=values
+    )
     flags.DEFINE_bool("faithful", False, "keep the quirks of RULER v1", flag_values=values)
     flags.DEFINE_string("label", None, "write the result to eval/<label>.json in the run's workdir", flag_values=values)
 
@@ -61,7 +64,7 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
         generation_items=values.generation_items,
         perplexity_tokens=values.perplexity_tokens,
         questions=QuestionConfig(
-            values.items, values.prompt_format, tuple(values.prose), values.qa_1, values.qa_2, values.faithful
+            values.items, values.prompt_format, tuple(values.prose), values.qa_1, values.qa_2, values.data, values.faithful
         ),
     )
     chosen_tasks(evals)

@@ -14,10 +14,11 @@ from lcx.evals.zero_shot import check
 class QuestionConfig:
     """Settings of the benchmarks whose questions are composed of text (`lcx.evals.text`).
 
-    `samples` at each length. `prompt_format`: `base` (text to continue), `chat` (a turn of the tokenizer's own chat template, or of
-    `data.chat_template`), `auto` (chat where there is a template). `prose`: text files to hide things in (none: the documentation
-    of Python's standard library). `qa_1`, `qa_2`: question files laid out like SQuAD's or HotpotQA's. `faithful` keeps RULER v1's
-    quirks, for scores that are to be compared with published ones.
+    `samples` at each length. `prompt_format`: `base` (text to continue), `chat` (a turn of the tokenizer's own chat template,
+    or of `data.chat_template`), `auto` (chat where there is a template). `prose`: text files to hide things in (none: the
+    documentation of Python's standard library). `qa_1`, `qa_2`: question files laid out like SQuAD's or HotpotQA's. `data`: the
+    folder of a benchmark's files (`lcx.evals.readers`). `faithful` keeps RULER v1's quirks, for scores that are to be compared
+    with published ones.
     """
 
     samples: int = 20
@@ -25,6 +26,7 @@ class QuestionConfig:
     prose: tuple[str, ...] = ()
     qa_1: str | None = None
     qa_2: str | None = None
+    data: str | None = None
     faithful: bool = False
 
     def __post_init__(self) -> None:

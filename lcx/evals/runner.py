@@ -23,6 +23,7 @@ from lcx.evals.backends.endpoint import EndpointBackend
 from lcx.evals.backends.local import LocalBackend
 from lcx.evals.base import Backend, Materials, Task
 from lcx.evals.config import EndpointConfig, EvalConfig
+from lcx.evals.readers.files import FileQuestions
 from lcx.evals.results import EvalResult, Measurement, perplexity
 from lcx.evals.tasks.table import GROUPS, TASKS
 from lcx.evals.text.questions import TextQuestions, average
@@ -111,7 +112,7 @@ def evaluate_endpoint(
     started, backend = time.perf_counter(), EndpointBackend(endpoint)
     tasks = _tasks(gather(data, config))
     for task in tasks:
-        if not isinstance(task, TextQuestions):
+        if not isinstance(task, TextQuestions | FileQuestions):
             words = ", ".join(GROUPS)
             raise UserError(f"evals.tasks has {task.name!r}, which no server answers; choose tasks in words, such as {words}")
     rows, notes = _measured(tasks, ("none",), lambda spec, length: backend, config, label, workdir, announce)
@@ -169,8 +170,11 @@ def _kept(result: EvalResult, workdir: str | os.PathLike[str] | None) -> EvalRes
 
 
 def _by_length(rows: Sequence[Measurement]) -> str:
-    """The task's first metric at each length: shares as percentages, losses as perplexity."""
-    metric = rows[0].metric
+    """The task's score, or its first metric, at each length: shares as percentages, losses as perplexity."""
+    rows = [row for row in rows if row.metric != "left_out"]
+    if not rows:
+        return "nothing of these lengths"
+    metric = "score" if any(row.metric == "score" for row in rows) else rows[0].metric
     found = EvalResult("", 0, rows=tuple(row for row in rows if row.metric == metric)).by_length().items()
     shown = {n: f"{perplexity(value):.4g}" if metric == "nll" else f"{100 * value:.0f}%" for n, value in found}
     return "  ".join(f"{length:,}: {text}" for length, text in shown.items())

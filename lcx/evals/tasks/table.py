@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lcx.evals.base import Materials, Task
+from lcx.evals.readers.files import FileQuestions
+from lcx.evals.readers.table import BENCHMARKS
 from lcx.evals.tasks.babilong import KINDS, Babilong
 from lcx.evals.tasks.copying import Induction, RepeatedWords
 from lcx.evals.tasks.coreference import RepeatTurn
@@ -67,11 +69,12 @@ TASKS: dict[str, Callable[[Materials], Task | None]] = {
     "generated_needles": GeneratedNeedles.build,
     "perplexity": Perplexity.build,
     **{name: kind.row(name, **settings) for name, (kind, settings) in WORDS.items()},
+    **{name: FileQuestions.row(name, benchmark) for name, benchmark in BENCHMARKS.items()},
 }
 """Each makes its task of what an evaluation is made from; None leaves it out."""
 
 GROUPS = {
-    group: tuple(name for name in TASKS if name.startswith(f"{group}_"))
+    group: tuple(name for name in WORDS if name.startswith(f"{group}_"))
     for group in ("ruler", "ruler2", "babilong", "infinitebench", "graphwalks", "mrcr")
 }
 """Several at once, with their average."""

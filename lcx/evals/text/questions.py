@@ -6,23 +6,20 @@ import abc
 import dataclasses
 import itertools
 import random
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 
 from lcx.core.errors import UserError
-from lcx.evals.answers import AnswerLog, key_of
+from lcx.evals.answers import AnswerLog
 from lcx.evals.base import Backend, Item, Materials, Task
 from lcx.evals.config import QuestionConfig
 from lcx.evals.results import Measurement, interval
+from lcx.evals.text.asking import ask
 from lcx.evals.text.fit import largest
 from lcx.evals.text.formats import PromptFormat, Sample, choose
 from lcx.evals.text.matching import cleaned, share_contained
-
-TAIL = 400
-"""Characters of a prompt's end that are kept with its answer."""
 
 
 class Draw(NamedTuple):
@@ -147,23 +144,9 @@ class TextQuestions(Task):
         prompt is."""
         items, new_tokens = self.items(length, count), self.new_tokens(length)
         fills = [(self.counted(len(item.prompt)) + new_tokens) / length for item in items]
-        named = (self.name, self.version, length, new_tokens, backend.fingerprint)
-        keys = [key_of(*named, number, tokens=item.prompt) for number, item in enumerate(items)]
-        missing = [i for i, key in enumerate(keys) if log.known(key) is None]
-        for first in range(0, len(missing), backend.batch):
-            group, started = missing[first : first + backend.batch], time.perf_counter()
-            outputs = backend.complete([items[i] for i in group], new_tokens)
-            seconds = (time.perf_counter() - started) / len(group)
-            for i, output in zip(group, outputs, strict=True):
-                item = items[i]
-                log.add(
-                    keys[i], task=self.name, scheme=backend.scheme, model=backend.fingerprint, length=length, number=i,
-                    depth=item.depth, fill=fills[i], seconds=seconds, asked=item.text[-TAIL:], references=item.references,
-                    output=output, score=self.score(item, output),
-                )  # fmt: skip
-        answers = [log.known(key) for key in keys]
-        scores = [self.score(item, answer["output"]) for item, answer in zip(items, answers, strict=True)]
-        empty = sum(not cleaned(answer["output"]) for answer in answers)
+        outputs = ask(backend, log, self.name, self.version, length, items, fills, new_tokens, self.score)
+        scores = [self.score(item, output) for item, output in zip(items, outputs, strict=True)]
+        empty = sum(not cleaned(output) for output in outputs)
         rows = []
         for i, depth in enumerate(self.depths):
             here = scores[i * count : (i + 1) * count]
