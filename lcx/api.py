@@ -10,9 +10,10 @@ import ml_collections
 from jax.sharding import Mesh
 
 from lcx.cli import parse
+from lcx.core import configs
 from lcx.core.errors import UserError
 from lcx.data.tokenizers import tokenizers
-from lcx.evals.config import EvalConfig
+from lcx.evals.config import EvalConfig, QuestionConfig
 from lcx.evals.results import EvalResult
 from lcx.model.architecture import build_schemes
 from lcx.model.sampling import Sampling
@@ -76,17 +77,20 @@ def evaluate(
     tasks: Sequence[str] = EvalConfig().tasks,
     generation_items: int = 0,
     perplexity_tokens: int = 1 << 16,
+    questions: Mapping[str, Any] | None = None,
     workdir: str | Path | None = None,
     label: str = "eval",
 ) -> EvalResult:
     """The `tasks` at each of `lengths` (tokens), under the model's own scheme and under each of `positions`.
 
-    `items` needles a cell, `generation_items` of them by generation too, `perplexity_tokens` held-out tokens at each length. Writes
-    `eval/<label>.json` only where a `workdir` is given.
+    `items` needles a cell, and questions of each task in words, whose other settings (`evals.config.QuestionConfig`) are
+    `questions`, as in `{"qa_1": "dev-v2.0.json"}`; `generation_items` of them by generation too, `perplexity_tokens` held-out
+    tokens at each length. Writes `eval/<label>.json` only where a `workdir` is given.
     """
     config = EvalConfig(
         tasks=tuple(tasks), lengths=tuple(lengths), needle_items=items, zero_shot=tuple(positions), zero_shot_items=items,
         generation_items=generation_items, perplexity_tokens=perplexity_tokens,
+        questions=configs.build(QuestionConfig, {"samples": items, **(questions or {})}, "questions"),
     )  # fmt: skip
     return evaluate_loaded(model, config, label, None if workdir is None else Path(workdir))
 

@@ -63,7 +63,10 @@ def load(patterns: Sequence[str]) -> Prose:
     if not patterns:
         return standard_library()
     source = SourceConfig("text", tuple(patterns))
-    texts = [text.decode("utf-8", "replace") for _, text in documents.read(source)]
+    try:
+        texts = [text.decode("utf-8", "replace") for _, text in documents.read(source)]
+    except UserError as error:
+        raise UserError(str(error).replace("source.path", "evals.questions.prose")) from error
     return Prose([sentence for text in texts for sentence in split(text)], documents.describe(source))
 
 
