@@ -52,7 +52,7 @@ class Server:
                     server.asked.append((self.path, body, self.headers.get("Authorization")))
                     trouble = left.pop(0) if left else None
                 if trouble == "stall":
-                    time.sleep(4)
+                    time.sleep(12)
                     return
                 if trouble == "cut":
                     self.send_response(200)
@@ -103,7 +103,7 @@ class Server:
 def test_scores_are_those_of_the_model_and_nothing_is_lost_or_asked_twice(params, tmp_path):
     local = evaluate(params, MODEL, ExecutionConfig(), SCHEMES, DataConfig(), CONFIG, trained=1024, workdir=tmp_path / "local")
     with Server(params, [429, 500, "cut", "stall", 503]) as server:
-        endpoint = EndpointConfig(server.url, "m", timeout=3.0, concurrency=2)
+        endpoint = EndpointConfig(server.url, "m", timeout=10.0, concurrency=2)
         result = evaluate_endpoint(endpoint, DataConfig(), CONFIG, workdir=tmp_path / "far", label="far")
         again = evaluate_endpoint(endpoint, DataConfig(), CONFIG, workdir=tmp_path / "far", label="far")
     assert result.rows == again.rows == local.rows

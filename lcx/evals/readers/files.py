@@ -66,6 +66,8 @@ class FileQuestions(Task):
     samples: int
     seed: int
     notes: tuple[str, ...] = ()
+    made: dict[str, list[tuple[Item, Question]]] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+    """The items of each part, tokenised when they are first needed."""
 
     @classmethod
     def row(cls, name: str, benchmark: Benchmark) -> Callable[[Materials], Self | None]:
@@ -92,7 +94,9 @@ class FileQuestions(Task):
         rows = []
         shorter = max((other for other in self.lengths if other < length), default=0)
         for part, questions in self.questions.items():
-            sized = [(self._item(question), question) for question in questions]
+            if part not in self.made:
+                self.made[part] = [(self._item(question), question) for question in questions]
+            sized = self.made[part]
             sizes = [len(item.prompt) + question.new_tokens for item, question in sized]
             fitting = [pair for pair, size in zip(sized, sizes, strict=True) if shorter < size <= length]
             too_long = sum(size > self.lengths[-1] for size in sizes)
