@@ -6,7 +6,8 @@ import contextlib
 import dataclasses
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -149,20 +150,20 @@ class Trainer:
             history.before = self.builder.probe(built, state.params)
             history.reference = self.builder.reference(built, state.params)
         title = stage.name if not built.attempt.index else f"{stage.name} (attempt {built.attempt.index + 1})"
-        with Prefetcher(built.batch, at, stage.steps) as batches, Progress(title, stage.steps, at) as bar:
-            pending = PendingMetrics(self, built, history, bar)
+        with (
+            Prefetcher(built.batch, at, stage.steps) as batches,
+            Progress(title, stage.steps, at) as bar,
+            PendingMetrics(self, built, history, bar) as pending,
+        ):
             for step in range(at, stage.steps):
                 batch, waited = batches.next()
-                new = not built.step.is_compiled_for(batch)
-                if new:
+                if not built.step.is_compiled_for(batch):
                     bar.note("compiling")
+                    with pending.excluded():
+                        built.step.compile(state, batch, built.buffers)
                 done, total = step + 1, self._stage_start(built) + step + 1
                 with self.profiler.begin(total, pending.flush):
-                    begin = time.perf_counter()
                     state, metrics = built.step(state, batch, built.buffers)
-                if new:
-                    # The call returns when the program is compiled, and before it has run.
-                    pending.exclude(time.perf_counter() - begin)
                 pending.flush((step, metrics, waited))
                 self.profiler.end(total, pending.flush)
                 if done == judged:
@@ -247,28 +248,45 @@ class Trainer:
 
 
 class PendingMetrics:
-    """Defers the figures of a step: they are read while the device already works on the next one."""
+    """Defers the figures of a step: they are read while the device already works on the next one.
+
+    A thread of its own watches for a step's end: on a GPU the call that starts the next step can return when that one is almost
+    done, which is too late to notice.
+    """
 
     def __init__(self, trainer: Trainer, built: BuiltStage, history: StageHistory, bar: Progress):
         self._trainer, self._built, self._history, self._bar = trainer, built, history, bar
-        self._pending: tuple[int, dict[str, jax.Array], float] | None = None
+        self._pending: tuple[int, dict[str, jax.Array], float, Future[float]] | None = None
+        self._watcher = ThreadPoolExecutor(1, "step-end")
         self._before = time.perf_counter()
         self._plain = not console().is_terminal
 
-    def exclude(self, seconds: float) -> None:
-        """Leave `seconds` that the next step spent on compilation out of its time."""
+    def __enter__(self) -> PendingMetrics:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # Without waiting: after a failure there may be no end of the step to see.
+        self._watcher.shutdown(wait=False, cancel_futures=True)
+
+    @contextlib.contextmanager
+    def excluded(self) -> Iterator[None]:
+        """Leaves the time of a compilation out of the next step's, and reports it."""
+        begin = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - begin
         self._before += seconds
         self._bar.note(f"compiled in {seconds:,.0f} s")
 
     def flush(self, following: tuple[int, dict[str, jax.Array], float] | None = None) -> None:
         """Write the pending row, if any; `following` becomes the pending one."""
-        pending, self._pending = self._pending, following
+        pending, self._pending = self._pending, None
+        if following is not None:
+            self._pending = (*following, self._watcher.submit(_finish_time, following[1]))
         if pending is None:
             return
-        step, metrics, waited = pending
+        step, metrics, waited, finish = pending
         built, trainer = self._built, self._trainer
-        jax.block_until_ready(metrics)
-        now = time.perf_counter()
+        now = finish.result()
         seconds, self._before = now - self._before, now
         place = {
             "step": trainer.ends[built.index] - built.stage.steps + step + 1,
@@ -298,6 +316,12 @@ class PendingMetrics:
                 f"inspect the batch, which came from {made_of}"
             )
         warn(f"{what}; parameters are left unchanged. The batch came from {made_of}")
+
+
+def _finish_time(metrics: dict[str, jax.Array]) -> float:
+    """`time.perf_counter()` at the end of the step that has these metrics."""
+    jax.block_until_ready(metrics)
+    return time.perf_counter()
 
 
 def _few(lines: Sequence[str], count: int = 3) -> str:

@@ -58,7 +58,7 @@ class TrainStep:
     def __init__(self, arch: Architecture, table: Table, optim: OptimConfig, steps: int, mesh: Mesh, accumulate: int = 1):
         self.arch, self.optim, self.mesh, self.accumulate = arch, optim, mesh, accumulate
         self.compiles = 0
-        self._compiled_for: set[tuple[tuple[int, ...], str]] = set()
+        self._programs: dict[tuple[tuple[int, ...], str], jax.stages.Compiled] = {}
         self.specs = flax.traverse_util.unflatten_dict(dict(table), sep="/")
         self.transform = optimizer(optim, steps, self.specs)
         self._schedule = learning_rate(optim, steps)
@@ -81,14 +81,19 @@ class TrainStep:
         `batch` holds `[B, T]` arrays from `to_device`, `buffers` is from `model.architecture.build_architecture`. A step whose loss
         or gradient is not finite, or whose weights are all zero, leaves parameters and optimizer as they were, and says so in `ok`.
         """
+        if not self.is_compiled_for(batch):
+            self.compile(state, batch, buffers)
         with jax.set_mesh(self.mesh):
-            after = self._step(state, batch, buffers)
-        self._compiled_for.add((batch.tokens.shape, batch.layout))
-        return after
+            return self._programs[batch.tokens.shape, batch.layout](state, batch, buffers)
 
     def is_compiled_for(self, batch: Batch) -> bool:
         """Whether a call with such a batch compiles nothing."""
-        return (batch.tokens.shape, batch.layout) in self._compiled_for
+        return (batch.tokens.shape, batch.layout) in self._programs
+
+    def compile(self, state: TrainState, batch: Batch, buffers: Mapping[str, Any]) -> None:
+        """Compiles the program of such a batch; nothing is run, and `state` is kept."""
+        with jax.set_mesh(self.mesh):
+            self._programs[batch.tokens.shape, batch.layout] = self._step.lower(state, batch, buffers).compile()
 
     def with_gradients(self, state: TrainState, batch: Batch, buffers: Mapping[str, Any]) -> tuple[TrainState, dict, Tree]:
         """As a call, and the float32 gradient of (Σ w·ℓ + z-loss) / Σ w (+ the experts' balance) before clipping; for tests and

@@ -168,12 +168,19 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
+def _version() -> str:
+    try:
+        return importlib.metadata.version("lcx")
+    except importlib.metadata.PackageNotFoundError:
+        return "a source tree that is not installed"
+
+
 def record_environment(workdir: Path, command: Sequence[str]) -> Path:
     """Write `environment.json`: versions, devices, and the command as it was typed."""
     devices = jax.devices()
     values = {
         "command": shlex.join(command),
-        "lcx": importlib.metadata.version("lcx"),
+        "lcx": _version(),
         "jax": jax.__version__,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",

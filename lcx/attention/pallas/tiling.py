@@ -159,7 +159,7 @@ def logits_of(
     """
     capped = raw * spec.scale
     if spec.softcap is not None:
-        capped = spec.softcap * jnp.tanh(capped / spec.softcap)
+        capped = spec.softcap * _tanh(spec, capped / spec.softcap)
     if not (masked or spec.bias is not None):
         return capped, capped, None
     q_index, k_index = indices()
@@ -170,6 +170,11 @@ def logits_of(
     if masked:
         tile = jnp.where(sees(spec.mask, q_index, k_index), tile, MASKED)
     return tile, capped, away
+
+
+def _tanh(spec: KernelSpec, x: jax.Array) -> jax.Array:
+    # A kernel for a GPU with jnp.tanh in it did not finish compiling within minutes (jax 0.11.2, H200).
+    return 1.0 - 2.0 / (1.0 + jnp.exp(2.0 * x)) if spec.platform == "gpu" else jnp.tanh(x)
 
 
 def cotangents_of(
