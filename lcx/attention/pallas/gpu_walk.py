@@ -171,7 +171,8 @@ def call(
         # Only here: jaxlib does not have Triton's dialect on every system.
         from jax.experimental.pallas import triton
 
-        options["compiler_params"] = triton.CompilerParams(num_warps=4 if tiles.q.shape[-1] <= 64 else 8, num_stages=2)
+        # On an H200 eight warps halve the speed of heads of 128 (benchmarks/results/h200.json).
+        options["compiler_params"] = triton.CompilerParams(num_warps=4 if tiles.q.shape[-1] <= 128 else 8, num_stages=2)
     q_side, k_side = (here, passing) if keys_pass else (passing, here)
     specs = [q_side(tiles.q), k_side(tiles.k), k_side(tiles.v), q_side(tiles.q_tokens), k_side(tiles.k_tokens)]
     return pl.pallas_call(
