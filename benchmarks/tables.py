@@ -104,12 +104,30 @@ def long_prompt(found: dict[str, Any]) -> str:
     )
 
 
+def gpu_attention(found: dict[str, Any]) -> str:
+    """A row a shape: milliseconds with the setting that runs now, with the one before, and torch's two ways."""
+    by_shape: dict[tuple, dict[str, float]] = {}
+    for row in found["attention"]:
+        by_shape.setdefault((row["T"], row["N"], row["KV"], row["H"]), {})[row["side"]] = row["both_ms"]
+    rows = []
+    for (length, heads, kv_heads, dim), took in by_shape.items():
+        default, flash = took["torch default"], took["torch flash"]
+        now = took.get("lcx")
+        shown = ("not measured", "", "") if now is None else (f"{now:.1f}", f"{now / default:.2f}", f"{now / flash:.2f}")
+        size = f"{length:,} x {heads} x {kv_heads} x {dim}"
+        before = took.get("lcx, eight warps")
+        rows.append((size, shown[0], "" if before is None else f"{before:.1f}", f"{default:.1f}", f"{flash:.1f}", *shown[1:]))
+    header = ("tokens x heads x KV heads x dim", "lcx", "with eight warps", "torch, default (cuDNN)", "torch, its flash kernel")
+    return markdown.table((*header, "lcx / default", "lcx / flash"), rows)
+
+
 def main() -> None:
     """Fill in what has been measured."""
     for make in (train_step, attention, context_parallel, import_hf, generation):
         path = HERE / "results" / f"{make.__name__}.json"
         if path.exists():
             markdown.fill(HERE / "README.md", make.__name__, make(json.loads(path.read_text())))
+    markdown.fill(HERE / "README.md", "gpu_attention", gpu_attention(json.loads((HERE / "results" / "h200.json").read_text())))
     path = HERE / "results" / "generation.json"
     if path.exists() and "long" in (found := json.loads(path.read_text())):
         markdown.fill(HERE / "README.md", "long_prompt", long_prompt(found))

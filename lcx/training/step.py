@@ -58,7 +58,7 @@ class TrainStep:
     def __init__(self, arch: Architecture, table: Table, optim: OptimConfig, steps: int, mesh: Mesh, accumulate: int = 1):
         self.arch, self.optim, self.mesh, self.accumulate = arch, optim, mesh, accumulate
         self.compiles = 0
-        self._programs: dict[tuple[tuple[int, ...], str], jax.stages.Compiled] = {}
+        self._programs: dict[tuple[tuple[int, ...], jax.tree_util.PyTreeDef], jax.stages.Compiled] = {}
         self.specs = flax.traverse_util.unflatten_dict(dict(table), sep="/")
         self.transform = optimizer(optim, steps, self.specs)
         self._schedule = learning_rate(optim, steps)
@@ -84,16 +84,16 @@ class TrainStep:
         if not self.is_compiled_for(batch):
             self.compile(state, batch, buffers)
         with jax.set_mesh(self.mesh):
-            return self._programs[batch.tokens.shape, batch.layout](state, batch, buffers)
+            return self._programs[_form(batch)](state, batch, buffers)
 
     def is_compiled_for(self, batch: Batch) -> bool:
         """Whether a call with such a batch compiles nothing."""
-        return (batch.tokens.shape, batch.layout) in self._programs
+        return _form(batch) in self._programs
 
     def compile(self, state: TrainState, batch: Batch, buffers: Mapping[str, Any]) -> None:
         """Compiles the program of such a batch; nothing is run, and `state` is kept."""
         with jax.set_mesh(self.mesh):
-            self._programs[batch.tokens.shape, batch.layout] = self._step.lower(state, batch, buffers).compile()
+            self._programs[_form(batch)] = self._step.lower(state, batch, buffers).compile()
 
     def with_gradients(self, state: TrainState, batch: Batch, buffers: Mapping[str, Any]) -> tuple[TrainState, dict, Tree]:
         """As a call, and the float32 gradient of (Σ w·ℓ + z-loss) / Σ w (+ the experts' balance) before clipping; for tests and
@@ -241,6 +241,11 @@ class TrainStep:
 
     def _shard(self, grads: Tree) -> Tree:
         return jax.tree.map(jax.lax.with_sharding_constraint, grads, self._param_shardings)
+
+
+def _form(batch: Batch) -> tuple[tuple[int, ...], jax.tree_util.PyTreeDef]:
+    """What a compiled program is for: the shape, the layout, and which of the optional arrays there are."""
+    return batch.tokens.shape, jax.tree.structure(batch)
 
 
 def microbatches(batch: Batch, count: int) -> Batch:

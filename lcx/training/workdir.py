@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -15,6 +14,7 @@ from typing import Any
 
 import jax
 
+from lcx import __version__
 from lcx.core import configs
 from lcx.core.errors import UserError
 from lcx.core.files import write_atomically
@@ -168,19 +168,12 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def _version() -> str:
-    try:
-        return importlib.metadata.version("lcx")
-    except importlib.metadata.PackageNotFoundError:
-        return "a source tree that is not installed"
-
-
 def record_environment(workdir: Path, command: Sequence[str]) -> Path:
     """Write `environment.json`: versions, devices, and the command as it was typed."""
     devices = jax.devices()
     values = {
         "command": shlex.join(command),
-        "lcx": _version(),
+        "lcx": __version__,
         "jax": jax.__version__,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
