@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from lcx.core.errors import UserError
+from lcx.core.version import VERSION
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = ["UserError", "evaluate", "export", "generate", "load", "scheme", "theta_report", "train"]
 
 

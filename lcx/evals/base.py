@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -55,12 +55,11 @@ class Backend(Protocol):
     def generate(self, items: Sequence[Item], new_tokens: int) -> list[np.ndarray]:
         """`new_tokens` tokens after each item's prompt, greedily, int32."""
 
-    def complete(self, items: Sequence[Item], new_tokens: int) -> list[str]:
-        """The text that follows each item's prompt, greedily: up to `new_tokens` tokens, or to where the model ends it."""
+    def complete(self, items: Sequence[Item], new_tokens: int) -> Iterator[Mapping[int, str]]:
+        """The text that follows each item's prompt, greedily: up to `new_tokens` tokens, or to where the model ends it.
 
-    @property
-    def batch(self) -> int:
-        """How many items it answers at once."""
+        Texts come by number of the item, in any order, some at a time, as soon as they are there.
+        """
 
     @property
     def scheme(self) -> str:

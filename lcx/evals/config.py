@@ -70,7 +70,8 @@ class EvalConfig:
     held-out tokens are scored at each length (0: none), in windows that move on by `stride` (None: the window), and the last
     `final_tokens` of each span are reported apart (None: half the shortest length). `text` and `task` name the parts of the
     data mixture that give held-out text and needles (None: the first of each kind). `tokens_per_forward` bounds memory: rows x
-    length of one pass, one row at least. `effective_threshold` is the mean over depths that a length must exceed to count as
+    length of one pass, one row at least; `share_prefixes` prefills once what several questions in words begin with.
+    `effective_threshold` is the mean over depths that a length must exceed to count as
     reached (RULER's 85.6%).
     """
 
@@ -87,6 +88,7 @@ class EvalConfig:
     text: str | None = None
     task: str | None = None
     tokens_per_forward: int = 1 << 14
+    share_prefixes: bool = True
     effective_threshold: float = 0.856
     questions: QuestionConfig = QuestionConfig()
     seed: int = 0

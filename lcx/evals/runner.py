@@ -88,7 +88,16 @@ def evaluate(
     def backend(spec: str, length: int) -> LocalBackend:
         chosen = at_length(schemes, spec, trained, length)
         return LocalBackend(
-            params, model, execution, chosen, length, config.tokens_per_forward, materials.tokenizer, stop_ids, spec
+            params,
+            model,
+            execution,
+            chosen,
+            length,
+            config.tokens_per_forward,
+            materials.tokenizer,
+            stop_ids,
+            spec,
+            config.share_prefixes,
         )
 
     specs = ("none", *(spec for spec in config.zero_shot if spec != "none"))

@@ -16,6 +16,7 @@ Legend: B batch, T tokens of a chunk, S slots, K key-value heads, H head dim, L 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -126,6 +127,16 @@ def keep_placed(cache: Cache) -> Cache:
         return jax.lax.with_sharding_constraint(x, fitting_spec(axes, x.shape, mesh))
 
     return jax.tree.map(pin, cache)
+
+
+@functools.partial(jax.jit, static_argnames="rows")
+def repeat_row(cache: Cache, rows: int) -> Cache:
+    """The cache of one row, copied for as many."""
+
+    def one(x: jax.Array) -> jax.Array:
+        return jnp.repeat(x, rows, axis=1 if x.ndim == len(_HEADS) else 0)
+
+    return keep_placed(jax.tree.map(one, cache))
 
 
 def scheme_fingerprint(arch: Architecture, buffers: Tree) -> str:

@@ -31,7 +31,9 @@ from lcx.model.cache import (
     empty_cache,
     keep_placed,
     layer_of,
+    repeat_row,
     scheme_fingerprint,
+    slots_of,
     write_index,
     write_layer,
 )
@@ -141,17 +143,45 @@ def rotate_keys(scheme: SchemeSpec, k: jax.Array, tables_: Tree) -> tuple[jax.Ar
 
 
 @dataclasses.dataclass(frozen=True)
+class Prefix:
+    """What prompts begin with, prefilled once: `tokens` int32 `[P]`, and a `cache` of one row that has `used` slots in use."""
+
+    tokens: np.ndarray
+    cache: Cache
+    used: int
+
+
+@dataclasses.dataclass(frozen=True)
 class _Rows:
-    """A batch of prompts, left-padded to whole chunks: tokens `[B, W]`, their index, and the padding `[B, 1]` of each."""
+    """A batch of prompts, left-padded to whole chunks: tokens `[B, W]`, their index, the padding `[B, 1]` of each.
+
+    They go into the slots behind `used` ones, whose tokens they continue; `offset` is what a slot's number exceeds the position of
+    its token by.
+    """
 
     tokens: np.ndarray
     index: Index
-    offset: np.ndarray
+    padding: np.ndarray
     chunk: int
+    used: int
+    offset: np.ndarray
 
     @property
-    def width(self) -> int:
-        return self.tokens.shape[1]
+    def end(self) -> int:
+        return self.used + self.tokens.shape[1]
+
+
+def prefill(params: Tree, buffers: Tree, arch: Architecture, tokens: np.ndarray, *, slots: int, chunk: int | None = None) -> Prefix:
+    """Tokens `[P]` for `generate` to continue, any number of times, by prompts that begin with them.
+
+    The `slots` must hold them in whole chunks and whatever follows; padding included, that may come in chunks of up to `chunk`.
+    """
+    rows = _side_by_side([tokens], chunk, equal=False)
+    stacked = target_platform() != "cpu"
+    # Behind the prefix, a window's slots hold up to a chunk of padding as well.
+    cache = empty_cache(arch, buffers, 1, slots, 2 * rows.chunk, stacked)
+    _, cache = _fill(_prepare(params, arch, stacked), buffers, arch, cache, rows, _Clock(False))
+    return Prefix(np.asarray(tokens, np.int32), cache, rows.end)
 
 
 def generate(
@@ -165,6 +195,7 @@ def generate(
     stop_ids: Sequence[int] = (),
     chunk: int | None = None,
     slots: int | None = None,
+    prefix: Prefix | None = None,
     on_token: OnToken | None = None,
     report: Callable[[Timings], None] | None = None,
 ) -> list[np.ndarray]:
@@ -173,7 +204,8 @@ def generate(
     `prompts` are int arrays of any lengths >= 1; shorter ones are padded on the left, invisibly. `buffers` must be built for the
     longest prompt plus `max_new_tokens`. At most `chunk` tokens are prefilled at a time (None: 512, rounded up to the context).
     With `slots` for the cache (None: as many as are needed), programs depend on them, `chunk` and the number of prompts alone, so
-    that calls with prompts of any length share them; rows are then padded to whole chunks.
+    that calls with prompts of any length share them; rows are then padded to whole chunks. A `prefix` from `prefill`, with which
+    all prompts begin, is not computed again; its slots are copied for each of them.
 
     `on_token` is called for every new token, `BLOCK` steps at a time, and may end rows; neither that nor the rest of the batch
     changes what a row draws. `report` is called once, at the end.
@@ -184,19 +216,25 @@ def generate(
     """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    rows, clock = _side_by_side(prompts, chunk, equal=slots is None), _Clock(report is not None)
-    needed = rows.width + max_new_tokens
+    given = np.zeros(0, np.int32) if prefix is None else prefix.tokens
+    if not all(np.array_equal(prompt[: len(given)], given) for prompt in prompts):
+        raise UserError(f"every prompt must begin with the {len(given):,} tokens of the prefix")
+    slots = slots if prefix is None else prefix.cache.slots
+    rests = [prompt[len(given) :] for prompt in prompts]
+    rows = _side_by_side(rests, chunk, slots is None, len(given), 0 if prefix is None else prefix.used)
+    clock, needed = _Clock(report is not None), rows.end + max_new_tokens
     if slots is not None and needed > slots:
         raise UserError(f"slots={slots:,} must be at least {needed:,}, for prompts in whole chunks of {rows.chunk} and new tokens")
     stacked = target_platform() != "cpu"
     prepared = _prepare(params, arch, stacked)
-    cache = empty_cache(arch, buffers, len(prompts), slots or needed, rows.chunk, stacked)
+    if prefix is None:
+        cache = empty_cache(arch, buffers, len(prompts), slots or needed, rows.chunk, stacked)
+    else:
+        _check_windows(arch, prefix.cache, rows)
+        cache = repeat_row(prefix.cache, len(prompts))
     clock.begin(prepared, cache)
     chosen = (sampling.numbers, sampling.spec)
-    for start in range(0, rows.width, rows.chunk):
-        part = jnp.asarray(rows.tokens[:, start : start + rows.chunk])
-        at = rows.index.slice(start, rows.chunk)
-        hidden, cache = clock.run(_extend, prepared, buffers, arch, cache, part, at, jnp.int32(start), 0)
+    hidden, cache = _fill(prepared, buffers, arch, cache, rows, clock)
     token = clock.run(_first, prepared, hidden, arch, *chosen)
     collected = _Collected(len(prompts), stop_ids, on_token)
     collected.add(np.asarray(token)[:, None])
@@ -205,7 +243,7 @@ def generate(
     while (left := max_new_tokens - collected.steps) > 0 and collected.live:
         step = collected.steps
         out, count, token, cache = clock.run(
-            _decode, prepared, buffers, arch, cache, token, collected.ended, stops, rows.offset, np.int32(rows.width + step - 1),
+            _decode, prepared, buffers, arch, cache, token, collected.ended, stops, rows.offset, np.int32(rows.end + step - 1),
             np.int32(step), np.int32(min(left, BLOCK)), *chosen,
         )  # fmt: skip
         collected.add(np.asarray(out)[:, : int(count)])
@@ -216,11 +254,29 @@ def generate(
     return [np.asarray(row, np.int32) for row in collected.tokens]
 
 
-def _side_by_side(prompts: Sequence[np.ndarray], chunk: int | None, equal: bool) -> _Rows:
-    """Prompts with padding on their left; with `equal`, chunks are made smaller as long as their number stays the same."""
+def _fill(params: Tree, buffers: Tree, arch: Architecture, cache: Cache, rows: _Rows, clock: _Clock) -> tuple[jax.Array, Cache]:
+    """The hidden states of the last chunk, and the cache with all chunks."""
+    for start in range(0, rows.tokens.shape[1], rows.chunk):
+        part = jnp.asarray(rows.tokens[:, start : start + rows.chunk])
+        at = rows.index.slice(start, rows.chunk)
+        hidden, cache = clock.run(_extend, params, buffers, arch, cache, part, at, jnp.int32(rows.used + start), 0)
+    return hidden, cache
+
+
+def _check_windows(arch: Architecture, cache: Cache, rows: _Rows) -> None:
+    """Raises `UserError` where padding behind a prefix would push tokens out of the slots of a window that still sees them."""
+    padding = int(rows.padding.max())
+    for kind, index in cache.index.items():
+        if index.order.shape[1] < slots_of(arch, kind, cache.slots, rows.chunk + padding):
+            raise UserError(f"prompts differ by {padding} tokens behind their prefix; prefill it with chunk={rows.chunk + padding}")
+
+
+def _side_by_side(prompts: Sequence[np.ndarray], chunk: int | None, equal: bool, position: int = 0, used: int = 0) -> _Rows:
+    """Prompts from a `position` on with padding on their left; with `equal`, chunks are made smaller as long as their number stays
+    the same."""
     lengths = np.array([len(prompt) for prompt in prompts])
     if not len(lengths) or lengths.min() < 1:
-        raise UserError("every prompt must have at least one token")
+        raise UserError(f"every prompt must have at least one token{' behind the prefix' if position else ''}")
     size, longest = context_size(), int(lengths.max())
     if chunk is None:
         chunk = round_up(CHUNK, size)
@@ -232,12 +288,13 @@ def _side_by_side(prompts: Sequence[np.ndarray], chunk: int | None, equal: bool)
         chunk = -(-longest // -(-longest // chunk))
     chunk = chunk if chunk <= size else round_up(chunk, size)
     width = round_up(longest, chunk)
-    order = np.broadcast_to(np.arange(width, dtype=np.int32), (len(prompts), width))
-    offset = (width - lengths)[:, None].astype(np.int32)
+    padding = (width - lengths)[:, None].astype(np.int32)
     tokens = np.stack([np.pad(np.asarray(p, np.int32), (width - len(p), 0)) for p in prompts])
-    is_token = order >= offset
-    index = Index(jnp.asarray(order), jnp.asarray(np.maximum(order - offset, 0)), jnp.asarray(is_token.astype(np.int32)))
-    return _Rows(tokens, index, offset, chunk)
+    number = np.arange(width, dtype=np.int32) - padding
+    # Padding may stand between a prefix and what follows it, so that windows count positions and not slots.
+    positions = jnp.asarray(np.maximum(number, 0) + np.int32(position))
+    index = Index(positions, positions, jnp.asarray((number >= 0).astype(np.int32)))
+    return _Rows(tokens, index, padding, chunk, used, padding + np.int32(used - position))
 
 
 class _Collected:
@@ -339,8 +396,8 @@ def _decode(
 
     def turn(carry: tuple) -> tuple:
         i, token, ended, out, cache = carry
-        row = jnp.full(offset.shape, number + i, jnp.int32)
-        here = Index(row, row - offset, jnp.ones_like(row))
+        at = jnp.full(offset.shape, number + i, jnp.int32) - offset
+        here = Index(at, at, jnp.ones_like(at))
         hidden, cache = _extend(params, buffers, arch, cache, token[:, None], here, number + i, 0)
         token = _next(params, hidden, arch, numbers, sampling, step + i)
         ended = ended | jnp.any(token[:, None] == stop_ids[None], axis=1)

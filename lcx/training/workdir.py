@@ -14,10 +14,10 @@ from typing import Any
 
 import jax
 
-from lcx import __version__
 from lcx.core import configs
 from lcx.core.errors import UserError
 from lcx.core.files import write_atomically
+from lcx.core.version import VERSION
 from lcx.model.execution import FIELDS as EXECUTION_FIELDS
 from lcx.training import metrics
 from lcx.training.stages import RunConfig
@@ -173,7 +173,7 @@ def record_environment(workdir: Path, command: Sequence[str]) -> Path:
     devices = jax.devices()
     values = {
         "command": shlex.join(command),
-        "lcx": __version__,
+        "lcx": VERSION,
         "jax": jax.__version__,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",

@@ -39,7 +39,7 @@ class Server:
     def __init__(self, params, troubles=()):
         backend = LocalBackend(params, MODEL, ExecutionConfig(), SCHEMES, 1024, tokenizer=tokenizers.load("bytes"))
         # Compiled before anybody waits for it.
-        backend.complete([Item(np.arange(9, dtype=np.int32), np.zeros(0, np.int32))], 9)
+        list(backend.complete([Item(np.arange(9, dtype=np.int32), np.zeros(0, np.int32))], 9))
         lock, left, self.asked, self.answered = threading.Lock(), list(troubles), [], []
         server = self
 
@@ -70,7 +70,7 @@ class Server:
                     prompt = "".join(message["content"] for message in body["messages"])
                 tokens = np.asarray(tokenizers.load("bytes").encode(prompt) if isinstance(prompt, str) else prompt, np.int32)
                 with lock:
-                    (text,) = backend.complete([Item(tokens[-1024:], tokens[:0])], body["max_tokens"])
+                    ((_, text),) = next(backend.complete([Item(tokens[-1024:], tokens[:0])], body["max_tokens"])).items()
                     server.answered.append(tokens.tobytes())
                 choice = {"index": 0, "finish_reason": "stop", "text": text, "message": {"role": "assistant", "content": text}}
                 self.reply(200, {"id": "1", "object": "x", "created": 0, "model": "m", "choices": [choice]})
@@ -123,7 +123,7 @@ def test_text_and_messages(params, monkeypatch):
     )
     with Server(params) as server:
         for api in ("text", "chat"):
-            EndpointBackend(EndpointConfig(server.url, "m", api)).complete([item], 4)
+            list(EndpointBackend(EndpointConfig(server.url, "m", api)).complete([item], 4))
     (first, text, key), (second, chat, _) = server.asked
     assert (first, text["prompt"], text["max_tokens"], key) == ("/v1/completions", "a question", 4, "Bearer secret")
     assert second == "/v1/chat/completions"
@@ -142,13 +142,25 @@ def test_text_and_messages(params, monkeypatch):
 def test_what_a_server_refuses(params, troubles, message):
     with Server(params, troubles) as server, pytest.raises(UserError, match=message):
         endpoint = EndpointConfig(server.url, "m", retries=1, timeout=0.5)
-        EndpointBackend(endpoint).complete([Item(np.arange(3, dtype=np.int32), np.zeros(0, np.int32))], 4)
+        list(EndpointBackend(endpoint).complete([Item(np.arange(3, dtype=np.int32), np.zeros(0, np.int32))], 4))
+
+
+def test_a_refusal_loses_no_other_answer(params):
+    items = [Item(np.arange(3 + i, dtype=np.int32), np.zeros(0, np.int32)) for i in range(8)]
+    answers = {}
+    with Server(params, [401]) as server, pytest.raises(UserError, match="answered 401"):
+        for found in EndpointBackend(EndpointConfig(server.url, "m", concurrency=3)).complete(items, 4):
+            answers |= found
+    # What was not sent by then is not sent any more.
+    assert 2 <= len(answers) == len(server.answered) < 7
 
 
 def test_wrong_endpoints():
     with pytest.raises(UserError, match="cannot be reached .*; is the server running"):
-        EndpointBackend(EndpointConfig("http://127.0.0.1:9/v1", "m", retries=0)).complete(
-            [Item(np.arange(3, dtype=np.int32), np.zeros(0, np.int32))], 4
+        next(
+            EndpointBackend(EndpointConfig("http://127.0.0.1:9/v1", "m", retries=0)).complete(
+                [Item(np.arange(3, dtype=np.int32), np.zeros(0, np.int32))], 4
+            )
         )
     with pytest.raises(UserError, match="endpoint.url='localhost:8000' is not an address"):
         EndpointConfig("localhost:8000", "m")

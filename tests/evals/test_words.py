@@ -48,7 +48,7 @@ def test_answers_stand_at_the_depth_that_is_asked_for(name, tmp_path):
         assert item.references[0] in item.text
         assert abs(item.text.index(item.references[0]) / len(item.text) - item.depth) < 0.03
     items = made.items(16384, 4)
-    scores = [made.score(item, output) for item, output in zip(items, Reader(name, 0.4).complete(items, 1), strict=True)]
+    scores = [made.score(item, output) for item, output in zip(items, Reader(name, 0.4).answers(items), strict=True)]
     assert scores == [float(item.depth >= 0.75) for item in items]
 
 

@@ -10,7 +10,7 @@ from lcx.core.errors import UserError
 from lcx.model.architecture import build_architecture
 from lcx.model.cache import empty_cache
 from lcx.model.config import ModelConfig
-from lcx.model.decode import _decode, _extend, extend, generate
+from lcx.model.decode import _decode, _extend, extend, generate, prefill
 from lcx.model.execution import ExecutionConfig
 from lcx.model.loss import logits
 from lcx.model.sampling import Sampling
@@ -55,6 +55,36 @@ def test_generation_equals_the_whole_forward_pass(scheme, chunk):
     got = generate(params, buffers, arch, PROMPTS, NEW, chunk=chunk)
     want = [by_hand(params, buffers, arch, prompt) for prompt in PROMPTS]
     np.testing.assert_array_equal(got, want)
+
+
+BEGINNING = np.arange(18) * 7 % 256
+FURTHER = ([3, *PROMPTS[0]], PROMPTS[0][:3], [3, 3, *PROMPTS[1]])
+CONTINUED = [np.concatenate([BEGINNING, further]) for further in FURTHER]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_prefix_is_computed_once_for_all_its_continuations(scheme):
+    """Padding stands before the prefix (of 18 in chunks of 4 or 16) and behind it, where windows of 6 reach across it."""
+    params, buffers, arch = build(CONFIG, {"default": scheme}, length=64)
+    params["embed"]["embedding"] = params["embed"]["embedding"] * 4
+    want = generate(params, buffers, arch, CONTINUED, NEW)
+    for chunk in (16, 4):
+        prefix = prefill(params, buffers, arch, BEGINNING, slots=64, chunk=chunk)
+        for prompts in ((0, 1, 2), (2,), (0, 1)) if chunk == 16 else ((0,), (2, 2)):
+            found = generate(params, buffers, arch, [CONTINUED[i] for i in prompts], NEW, chunk=chunk, prefix=prefix)
+            np.testing.assert_array_equal(found, [want[i] for i in prompts])
+
+
+def test_prompts_that_a_prefix_does_not_fit(model):
+    prefix = prefill(*model, BEGINNING, slots=48, chunk=4)
+    with pytest.raises(UserError, match="must begin with the 18 tokens of the prefix"):
+        generate(*model, PROMPTS, NEW, chunk=4, prefix=prefix)
+    with pytest.raises(UserError, match="at least one token behind the prefix"):
+        generate(*model, [BEGINNING], NEW, chunk=4, prefix=prefix)
+    with pytest.raises(UserError, match="slots=48 must be at least 49"):
+        generate(*model, CONTINUED[:2], 21, chunk=4, prefix=prefix)
+    with pytest.raises(UserError, match="differ by 13 tokens behind their prefix; prefill it with chunk=17"):
+        generate(*model, CONTINUED, NEW, chunk=4, prefix=prefix)
 
 
 @pytest.fixture(scope="module")

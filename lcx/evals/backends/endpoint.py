@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -31,15 +31,29 @@ class EndpointBackend:
         named = json.dumps([config.url, config.model, config.api])
         self.fingerprint = hashlib.sha256(named.encode()).hexdigest()[:16]
 
-    @property
-    def batch(self) -> int:
-        """Requests that are open at a time."""
-        return self._config.concurrency
+    def complete(self, items: Sequence[Item], new_tokens: int) -> Iterator[dict[int, str]]:
+        """The text after each prompt, as it comes; raises `UserError` if the server does not give one in spite of all retries.
 
-    def complete(self, items: Sequence[Item], new_tokens: int) -> list[str]:
-        """The text after each prompt; raises `UserError` if the server does not give one in spite of all retries."""
+        What other requests that are open by then bring comes first.
+        """
+        failed = None
         with concurrent.futures.ThreadPoolExecutor(self._config.concurrency) as pool:
-            return list(pool.map(lambda item: self._ask(item, new_tokens), items))
+            asked = {pool.submit(self._ask, item, new_tokens): number for number, item in enumerate(items)}
+            waiting = set(asked)
+            try:
+                while waiting:
+                    done, waiting = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
+                    for request in done:
+                        if (error := request.exception()) is None:
+                            yield {asked[request]: request.result()}
+                        else:
+                            failed = failed or error
+                            waiting = {other for other in waiting if not other.cancel()}
+            finally:
+                for request in waiting:
+                    request.cancel()
+        if failed is not None:
+            raise failed
 
     def loglikelihood(self, items: Sequence[Item]) -> list[Scores]:
         """Raises `UserError`: servers do not tell the probabilities of given tokens."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,11 @@ from lcx.core.mesh import context_size, mesh_of
 from lcx.core.numbers import round_up
 from lcx.core.trees import Tree
 from lcx.data.tokenizers.tokenizers import Tokenizer
+from lcx.evals.backends.branches import branches
 from lcx.evals.base import Item, Scores
 from lcx.model.architecture import Architecture, build_architecture, row_layout
 from lcx.model.config import ModelConfig
-from lcx.model.decode import CHUNK, generate
+from lcx.model.decode import CHUNK, Prefix, generate, prefill
 from lcx.model.execution import ExecutionConfig
 from lcx.model.loss import token_losses
 from lcx.model.transformer import hidden_states
@@ -54,7 +55,8 @@ class LocalBackend:
     """A model of lcx under `schemes` (by layer kind), laid out for `length` tokens, on the mesh that its weights are placed on.
 
     At most `tokens_per_forward` tokens, but at least one row, are processed at a time. Answers in words take a `tokenizer`; they
-    end with its end-of-sequence token or another of `stop_ids`.
+    end with its end-of-sequence token or another of `stop_ids`. With `share_prefixes` what their prompts have in common is
+    prefilled once.
     """
 
     def __init__(
@@ -68,11 +70,14 @@ class LocalBackend:
         tokenizer: Tokenizer | None = None,
         stop_ids: Sequence[int] = (),
         scheme: str = "none",
+        share_prefixes: bool = True,
     ) -> None:
-        self.scheme = scheme
+        self.scheme, self._share_prefixes = scheme, share_prefixes
         self._params, self._length, self._tokenizer, self._stop_ids = params, length, tokenizer, tuple(stop_ids)
         self._group = max(1, tokens_per_forward // length)
         self._compiled: set[int] = set()
+        with mesh_of(params):
+            self._context = context_size()
         self._arch, self._buffers = build_architecture(config, execution, schemes, length)
 
     def loglikelihood(self, items: Sequence[Item]) -> list[Scores]:
@@ -104,37 +109,60 @@ class LocalBackend:
                 out += list(generate(self._params, self._buffers, self._arch, [item.prompt for item in group], new_tokens))
         return out
 
-    def complete(self, items: Sequence[Item], new_tokens: int) -> list[str]:
-        """The text after each prompt, greedily, without the token that ends it."""
+    def complete(self, items: Sequence[Item], new_tokens: int) -> Iterator[dict[int, str]]:
+        """The text after each prompt, greedily, without the token that ends it, by number of the item, as it comes."""
+        prompts = [item.prompt for item in items]
+        chunk = round_up(min(CHUNK, max(64, self._length // 8)), self._context)
+        # A prefix and what follows it are padded to whole chunks each.
+        slots = round_up(self._length, chunk) + 2 * chunk
+        for shared, numbers in branches(prompts, max(2 * chunk, self._length // 8) if self._share_prefixes else self._length):
+            prefix = None
+            if shared:
+                with mesh_of(self._params):
+                    beginning = prompts[numbers[0]][:shared]
+                    prefix = prefill(self._params, self._buffers, self._arch, beginning, slots=slots, chunk=chunk)
+            while numbers:
+                count = self._side_by_side([len(prompts[i]) - shared for i in numbers[: self._group]], chunk if shared else None)
+                here, numbers = numbers[:count], numbers[count:]
+                yield dict(zip(here, self._continued([prompts[i] for i in here], new_tokens, slots, chunk, prefix), strict=True))
+
+    def _side_by_side(self, lengths: Sequence[int], chunk: int | None) -> int:
+        """How many of the prompts, longest first, are answered together: behind a prefix, those padded by up to a `chunk`."""
+        if chunk is None:
+            return len(lengths)
+        whole = round_up(lengths[0], self._width(lengths[0], chunk))
+        return sum(whole - length <= chunk for length in lengths)
+
+    def _width(self, tokens: int, chunk: int) -> int:
+        """The chunk for what follows a prefix: few sizes, so that there are few programs."""
+        return min(chunk, round_up(max(16, 1 << (tokens - 1).bit_length()), self._context))
+
+    def _continued(
+        self, prompts: Sequence[np.ndarray], new_tokens: int, slots: int, chunk: int, prefix: Prefix | None
+    ) -> list[str]:
+        """The texts after prompts that are answered side by side."""
         assert self._tokenizer is not None
         own = () if self._tokenizer.eos_id is None else (self._tokenizer.eos_id,)
-        stops, texts = (*own, *self._stop_ids), []
+        stops, shared = (*own, *self._stop_ids), 0 if prefix is None else len(prefix.tokens)
+        # Calls with the same number of rows share their programs; up to as many rows again are filled up for that.
+        known = [rows for rows in self._compiled if len(prompts) <= rows <= 2 * len(prompts)]
+        rows = min(known, default=len(prompts))
+        self._compiled.add(rows)
+        fill = [prompts[0][: shared + 1]] * (rows - len(prompts))
         with mesh_of(self._params):
-            chunk = round_up(min(CHUNK, max(64, self._length // 8)), context_size())
-            slots = round_up(self._length, chunk) + chunk
-            for group in self._groups(items):
-                # Calls with the same number of rows share their programs; up to as many rows again are filled up for that.
-                known = [rows for rows in self._compiled if len(group) <= rows <= 2 * len(group)]
-                rows = min(known, default=len(group))
-                self._compiled.add(rows)
-                prompts = [item.prompt for item in group] + [items[0].prompt[:1]] * (rows - len(group))
-                found = generate(
-                    self._params, self._buffers, self._arch, prompts, new_tokens, stop_ids=stops, chunk=chunk, slots=slots,
-                    on_token=functools.partial(_ends_after, len(group)),
-                )  # fmt: skip
-                texts += [self._tokenizer.decode(row[:-1] if len(row) and row[-1] in stops else row) for row in found[: len(group)]]
-        return texts
+            found = generate(
+                self._params, self._buffers, self._arch, [*prompts, *fill], new_tokens, stop_ids=stops, slots=slots, prefix=prefix,
+                chunk=self._width(max(map(len, prompts)) - shared, chunk) if shared else chunk,
+                on_token=functools.partial(_ends_after, len(prompts)),
+            )  # fmt: skip
+        answers = found[: len(prompts)]
+        return [self._tokenizer.decode(row[:-1] if len(row) and row[-1] in stops else row) for row in answers]
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """Sixteen hex digits of the weights and the frequencies that they are used with."""
         sums = jax.tree.leaves(_sums((self._params, self._buffers)))
         return hashlib.sha256(np.asarray(sums, np.float64).tobytes()).hexdigest()[:16]
-
-    @property
-    def batch(self) -> int:
-        """Rows in one forward pass."""
-        return self._group
 
     def _groups(self, items: Sequence[Item]) -> list[Sequence[Item]]:
         return [items[first : first + self._group] for first in range(0, len(items), self._group)]

@@ -20,16 +20,20 @@ from lcx.evals.text.questions import Draw, TextQuestions
 
 @dataclasses.dataclass(frozen=True)
 class NeedleInProse(TextQuestions):
-    """One sentence that says which number somebody chose, at each of `evals.depths`; a unit is a word of prose.
+    """Sentences that say which number somebody chose, one at each of `evals.depths`; one of them is asked for.
 
-    Chance is that of guessing a number of seven digits.
+    A unit is a word of prose.
+
+    All depths are asked about one text, which a model has to read once. Chance is that of guessing a number of seven digits.
     """
 
     prose: Prose
     grid: tuple[float, ...]
 
+    version = 2
     answer_tokens = 16
     units_per_1024 = 128
+    one_text = True
 
     @classmethod
     def sources(cls, materials: Materials, settings: dict[str, Any]) -> dict[str, Any]:
@@ -42,19 +46,22 @@ class NeedleInProse(TextQuestions):
         return self.grid
 
     def compose(self, draw: Draw, units: int) -> Sample:
-        """The needle stands before the sentence that begins at the depth."""
-        adjective, noun = words.key(draw.rng).split("-")
-        value = words.number(draw.rng)
+        """Each needle stands before the sentence that begins at its depth."""
+        distinct = words.Distinct()
+        named = [distinct(words.key, draw.rng).replace("-", " ") for _ in self.grid]
+        values = [distinct(words.number, draw.rng) for _ in self.grid]
         hay = self.prose.take(draw.rng.randrange(len(self.prose)), units)
-        # The end of a sentence that is closest to the depth, in characters.
+        # The ends of sentences, in characters; needles are set in from behind, so that places before them stay.
         ends = [0, *itertools.accumulate(len(sentence) + 1 for sentence in hay)]
-        place = min(range(len(ends)), key=lambda i: abs(ends[i] - (draw.depth or 0.0) * ends[-1]))
-        hay.insert(place, f"The keeper of the {adjective} {noun} chose the number {value}.")
+        places = [min(range(len(ends)), key=lambda i: abs(ends[i] - depth * ends[-1])) for depth in self.grid]
+        for place, name, value in sorted(zip(places, named, values, strict=True), reverse=True):
+            hay.insert(place, f"The keeper of the {name} chose the number {value}.")
+        name, value = next(pair for *pair, depth in zip(named, values, self.grid, strict=True) if depth == draw.depth)
         prompt = (
             f"Read the text below; a question about it follows.\n{' '.join(hay)}\n"
-            f"Question: Which number did the keeper of the {adjective} {noun} choose?"
+            f"Question: Which number did the keeper of the {name} choose?"
         )
-        return Sample(prompt, f" Answer: The keeper of the {adjective} {noun} chose the number", (value,), draw.depth)
+        return Sample(prompt, f" Answer: The keeper of the {name} chose the number", (value,), draw.depth)
 
 
 @dataclasses.dataclass(frozen=True)

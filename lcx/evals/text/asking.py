@@ -1,4 +1,4 @@
-"""Asking: only what the log does not hold, batch by batch, each answer on the disk before the next batch."""
+"""Asking: only what the log does not hold, each answer on the disk as it comes."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def ask(
     named = (task, version, length, new_tokens, backend.fingerprint)
     keys = [key_of(*named, number, tokens=item.prompt) for number, item in enumerate(items)]
     missing = [i for i, key in enumerate(keys) if log.known(key) is None]
-    for first in range(0, len(missing), backend.batch):
-        group, started = missing[first : first + backend.batch], time.perf_counter()
-        outputs = backend.complete([items[i] for i in group], new_tokens)
-        seconds = (time.perf_counter() - started) / len(group)
-        for i, output in zip(group, outputs, strict=True):
-            item = items[i]
+    started = time.perf_counter()
+    for outputs in backend.complete([items[i] for i in missing], new_tokens) if missing else ():
+        seconds = (time.perf_counter() - started) / len(outputs)
+        for at, output in outputs.items():
+            i, item = missing[at], items[missing[at]]
             log.add(
                 keys[i], task=task, scheme=backend.scheme, model=backend.fingerprint, length=length, number=i, depth=item.depth,
                 fill=fills[i], seconds=seconds, asked=item.text[-TAIL:], references=item.references, output=output,
                 score=score(item, output),
             )  # fmt: skip
+        started = time.perf_counter()
     return [log.known(key)["output"] for key in keys]

@@ -50,6 +50,8 @@ class TextQuestions(Task):
     """How many tokens are left for the answer; a tokenizer that needs more for it is given more."""
     units_per_1024: ClassVar[int] = 16
     """A first guess of the size."""
+    one_text: ClassVar[bool] = False
+    """Whether the questions of a number about all depths are asked about one text: its randomness and size are then the same."""
 
     @abc.abstractmethod
     def compose(self, draw: Draw, units: int) -> Sample:
@@ -106,23 +108,26 @@ class TextQuestions(Task):
         """`count` questions of each depth that each fill the length as far as whole units allow."""
         step = self.step(length) if self.settings.faithful else 1
         new_tokens, guess = self.new_tokens(length), max(1, self.units_per_1024 * length // 1024 // step)
-        least, made = -(-self.least(length) // step), []
-        for depth, number in itertools.product(self.depths, range(count)):
+        least, made = -(-self.least(length) // step), {}
+        together = [tuple(self.depths)] if self.one_text else [(depth,) for depth in self.depths]
+        for depths, number in itertools.product(together, range(count)):
 
-            def compose(units: int, at: tuple = (number, depth)) -> tuple[int, tuple[Sample, str, np.ndarray]]:
-                sample = self.compose(self._draw(length, *at), units * step)
-                text = self.format.text(sample)
-                tokens = self.format.encode(text)
-                return self.counted(len(tokens)), (sample, text, tokens)
+            def compose(units: int, at: tuple = (number, depths)) -> tuple[int, list[tuple[Sample, str, np.ndarray]]]:
+                number, depths = at
+                samples = [self.compose(self._draw(length, number, depth), units * step) for depth in depths]
+                texts = [self.format.text(sample) for sample in samples]
+                rows = [self.format.encode(text) for text in texts]
+                return self.counted(max(map(len, rows))), list(zip(samples, texts, rows, strict=True))
 
             found = largest(compose, length - new_tokens, least, guess)
             if found is None:
                 raise _too_long(self.name, compose(least)[0] + new_tokens, length)
-            guess, _, (sample, text, tokens) = found
-            right = self.format.tokenizer.encode(self.answer(sample))
-            turns = (*sample.turns, sample.prompt)
-            made.append(Item(tokens, right, sample.depth, text, sample.references, turns, sample.prefix))
-        return made
+            guess, _, written = found
+            for depth, (sample, text, tokens) in zip(depths, written, strict=True):
+                right = self.format.tokenizer.encode(self.answer(sample))
+                turns = (*sample.turns, sample.prompt)
+                made[depth, number] = Item(tokens, right, sample.depth, text, sample.references, turns, sample.prefix)
+        return [made[depth, number] for depth in self.depths for number in range(count)]
 
     def check(self, length: int) -> None:
         """Composes the smallest prompt."""
@@ -159,7 +164,8 @@ class TextQuestions(Task):
         ]
 
     def _draw(self, length: int, number: int = 0, depth: float | None = None) -> Draw:
-        rng = random.Random(f"{self.seed} {self.name} {self.version} {length} {number} {depth}")
+        at = None if self.one_text else depth
+        rng = random.Random(f"{self.seed} {self.name} {self.version} {length} {number} {at}")
         return Draw(rng, length, number, self.depths[0] if depth is None else depth)
 
 

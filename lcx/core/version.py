@@ -1,0 +1,3 @@
+"""The version of lcx."""
+
+VERSION = "0.1.0"

@@ -1,0 +1,93 @@
+"""Answers of a model: alike with and without sharing what prompts begin with, whatever groups they are answered in."""
+
+import numpy as np
+import pytest
+
+from lcx.data.config import DataConfig
+from lcx.data.tokenizers import tokenizers
+from lcx.evals.answers import AnswerLog
+from lcx.evals.backends import local
+from lcx.evals.backends.branches import branches
+from lcx.evals.backends.local import LocalBackend
+from lcx.evals.base import Item, Materials
+from lcx.evals.config import EvalConfig, QuestionConfig
+from lcx.evals.tasks.table import TASKS
+from lcx.model.architecture import build_schemes
+from lcx.model.config import ModelConfig
+from lcx.model.decode import generate
+from lcx.model.execution import ExecutionConfig
+from tests.model.test_transformer import build
+
+MODEL = ModelConfig(
+    model_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64, pattern=("local", "global"), window=40
+)
+
+
+def row(*parts):
+    return np.concatenate([np.full(count, token, np.int32) for token, count in parts])
+
+
+def test_branches():
+    alike = [row((1, 50), (2, 10)), row((1, 50), (3, 30)), row((1, 50), (2, 12))]
+    other = [row((4, 20)), row((5, 90))]
+    assert branches([*alike, *other], 40) == [(50, [1, 2, 0]), (0, [4, 3])]
+    # What two have in common is shared by two of three where that saves more.
+    assert branches([row((1, 9), (2, 90), (n, 2)) for n in (3, 4)] + [row((1, 9), (5, 5))], 4) == [(99, [0, 1]), (0, [2])]
+    assert branches(alike, 51) == [(59, [2, 0]), (0, [1])]
+    assert branches(alike, 60) == [(0, [1, 2, 0])]
+    # Something is left to go on with.
+    assert branches([alike[0], alike[0]], 40) == [(59, [0, 1])]
+    assert branches([], 1) == []
+
+
+def answers(backend, items, new_tokens):
+    found = {}
+    for some in backend.complete(items, new_tokens):
+        assert not set(found) & set(some)
+        found |= some
+    return [found[i] for i in range(len(items))]
+
+
+@pytest.fixture(scope="module")
+def weights():
+    params, _, _ = build(MODEL, {"default": "rope:theta=500"}, length=4096)
+    params["embed"]["embedding"] = params["embed"]["embedding"] * 4
+    return params, build_schemes(MODEL, {"default": "rope:theta=500"})
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_what_questions_have_in_common_is_computed_once(weights, rows, monkeypatch):
+    params, schemes = weights
+    computed = []
+
+    def counted(*args, **kwargs):
+        prefix = kwargs.get("prefix")
+        computed.append(sum(map(len, args[3])) - (0 if prefix is None else len(args[3]) * len(prefix.tokens)))
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(local, "generate", counted)
+    config = EvalConfig(questions=QuestionConfig(2))
+    task = TASKS["needle_in_prose"](Materials(config, DataConfig(), tokenizers.load("bytes"), None))
+    # One more, which begins like no other.
+    items = [*task.items(4096, 2), Item(row((7, 100)), row((1, 1)))]
+    found, tokens = [], []
+    for share in (True, False):
+        computed.clear()
+        backend = LocalBackend(
+            params, MODEL, ExecutionConfig(), schemes, 4096, rows * 4096, tokenizers.load("bytes"), share_prefixes=share
+        )
+        found.append(answers(backend, items, 6))
+        tokens.append(sum(computed))
+    assert found[0] == found[1] and len(set(found[0])) > 1
+    assert tokens[0] < 0.05 * tokens[1]
+
+
+def test_rows_are_the_same(weights):
+    params, schemes = weights
+    config = EvalConfig(questions=QuestionConfig(2))
+    task = TASKS["needle_in_prose"](Materials(config, DataConfig(), tokenizers.load("bytes"), None))
+    rows = []
+    for share in (True, False):
+        args = (params, MODEL, ExecutionConfig(), schemes, 2048, 4096, tokenizers.load("bytes"))
+        rows.append(task.measure(LocalBackend(*args, share_prefixes=share), 2048, 2, AnswerLog(None)))
+    assert rows[0] == rows[1]
