@@ -37,9 +37,9 @@ def branches(prompts: Sequence[np.ndarray], least: int) -> list[Branches]:
                 groups[-1] = Branches(joined, [*numbers, i])
                 continue
         groups.append(Branches(len(prompts[i]) - 1, [i]))
-    alone = [group.numbers[0] for group in groups if len(group.numbers) == 1]
-    together = [group for group in groups if len(group.numbers) > 1]
-    found = [*together, *([Branches(0, sorted(alone))] if alone else [])]
+    single = [group.numbers[0] for group in groups if len(group.numbers) == 1]
+    several = [group for group in groups if len(group.numbers) > 1]
+    found = [*several, *([Branches(0, sorted(single))] if single else [])]
     return [Branches(shared, sorted(numbers, key=lambda i: -len(prompts[i]))) for shared, numbers in found]
 
 

@@ -109,8 +109,8 @@ class TextQuestions(Task):
         step = self.step(length) if self.settings.faithful else 1
         new_tokens, guess = self.new_tokens(length), max(1, self.units_per_1024 * length // 1024 // step)
         least, made = -(-self.least(length) // step), {}
-        together = [tuple(self.depths)] if self.one_text else [(depth,) for depth in self.depths]
-        for depths, number in itertools.product(together, range(count)):
+        groups = [tuple(self.depths)] if self.one_text else [(depth,) for depth in self.depths]
+        for depths, number in itertools.product(groups, range(count)):
 
             def compose(units: int, at: tuple = (number, depths)) -> tuple[int, list[tuple[Sample, str, np.ndarray]]]:
                 number, depths = at
