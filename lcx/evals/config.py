@@ -71,8 +71,7 @@ class EvalConfig:
     `final_tokens` of each span are reported apart (None: half the shortest length). `text` and `task` name the parts of the
     data mixture that give held-out text and needles (None: the first of each kind). `tokens_per_forward` bounds memory: rows x
     length of one pass, one row at least; `share_prefixes` prefills once what several questions in words begin with.
-    `effective_threshold` is the mean over depths that a length must exceed to count as
-    reached (RULER's 85.6%).
+    `effective_threshold` is the mean over depths that a length must exceed to count as reached (RULER's 85.6%).
     """
 
     tasks: tuple[str, ...] = ("needles", "generated_needles", "perplexity")

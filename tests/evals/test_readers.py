@@ -32,7 +32,8 @@ class Answers:
 
     def complete(self, items, new_tokens):
         self.asked += [item.text for item in items]
-        return [next((answer for mark, answer in self.answers.items() if mark in item.text), "") for item in items]
+        for number, item in enumerate(items):
+            yield {number: next((answer for mark, answer in self.answers.items() if mark in item.text), "")}
 
 
 def measured(task, backend, length):
