@@ -150,7 +150,13 @@ def tiles_blockwise(
     block_k = spec.block_k or min(side, round_up(S, 16))
     # A row of 512 in one tile of queries: products are large enough for two threads, which gains more than the masked half costs.
     wide = 512 if platform == "cpu" and devices == 1 and side == 256 and max(T, S) <= 512 else side
-    block_q = spec.block_q or min(max(wide // group, 64), round_up(T, 16))
+    if platform == "cpu" and devices == 1 and side >= 256:
+        # All query heads of a KV head in full: 10 to 30% faster, forward and backward, than as many rows as for a single one.
+        query_side = wide
+    else:
+        query_side = max(wide // group, 64)
+    # As many tiles, but of equal size, so that little is filled up.
+    block_q = spec.block_q or round_up(-(-T // -(-T // query_side)), 16)
     if spec.scheme.bias is not None:
         share = kv_heads
     else:
