@@ -20,7 +20,7 @@ class Process:
     `own_packages`: it sees what is on this interpreter's PYTHONPATH, and lcx.
     """
 
-    def __init__(self, name: str, script: str, case: dict[str, int], python: str = sys.executable, own_packages: bool = True):
+    def __init__(self, name: str, script: str, case: dict[str, Any], python: str = sys.executable, own_packages: bool = True):
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         if own_packages:
             paths = (str(HERE.parent), os.environ.get("PYTHONPATH"))

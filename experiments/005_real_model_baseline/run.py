@@ -83,8 +83,9 @@ def compare(loaded: Loaded, folder: Path, questions: QuestionConfig, count: int)
     different, worst = [], 0.0
     for new in sorted({new for *_, new in asked}):
         group = [(name, item) for name, item, n in asked if n == new]
-        ours = backend.complete([item for _, item in group], new)
-        for (name, item), text in zip(group, ours, strict=True):
+        ours = {i: text for some in backend.complete([item for _, item in group], new) for i, text in some.items()}
+        for i, (name, item) in enumerate(group):
+            text = ours[i]
             ids = torch.tensor(item.prompt[None]).long()
             with torch.no_grad():
                 out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)

@@ -54,7 +54,7 @@ def define(values: flags.FlagValues) -> None:
 def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     """Evaluate."""
     parse.nothing_left(rest, "eval")
-    lengths = EvalConfig().lengths if values.lengths is None else tuple(_length(text) for text in values.lengths)
+    lengths = EvalConfig().lengths if values.lengths is None else tuple(parse.lengths(values))
     evals = EvalConfig(
         tasks=tuple(values.tasks),
         lengths=lengths,
@@ -104,10 +104,3 @@ def _endpoint(values: flags.FlagValues, evals: EvalConfig) -> None:
 
 def _file_name(text: str) -> str:
     return re.sub(r"[^\w.=-]+", "_", text).lstrip(".") or "eval"
-
-
-def _length(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise UserError(f"invalid value {text!r} in --lengths: expected whole numbers of tokens, as in --lengths=256,1024")

@@ -21,6 +21,7 @@ COMMANDS = {
     "run": "train the stages of a config, evaluate before and after, and write the report",
     "train": "train the stages of a config; resumes from its workdir",
     "eval": "evaluate a checkpoint, under its own or any other positional scheme",
+    "harness": "evaluate a checkpoint with EleutherAI's lm_eval",
     "generate": "continue prompts with a checkpoint, under its own or any other positional scheme",
     "report": "rewrite a run's report.html from its files",
     "sweep": "run the unfinished points of a sweep, then print a table and draw a plot",

@@ -120,6 +120,14 @@ def needed(values: flags.FlagValues, name: str, hint: str) -> str:
     return values[name].value
 
 
+def lengths(values: flags.FlagValues) -> list[int]:
+    """The numbers of `--lengths`; raises `UserError` for what is none."""
+    for text in values.lengths:
+        if not text.strip().isdecimal():
+            raise UserError(f"invalid value {text!r} in --lengths: expected whole numbers of tokens, as in --lengths=256,1024")
+    return [int(text) for text in values.lengths]
+
+
 def nothing_left(rest: Sequence[str], command: str) -> None:
     """Raises `UserError` for a word that is not a flag, for commands that take only flags."""
     if rest:

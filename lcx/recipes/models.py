@@ -164,7 +164,7 @@ def export_model(
     if jax.process_index() != 0:
         return
     if tokenizer is not None:
-        _write_tokenizer(name, tokenizer, out)
+        write_tokenizer(name, tokenizer, out)
     if not hf.tokenizer_files(out):
         warn(f"the tokenizer {name!r} was not exported; copy its files into {out}")
     say(
@@ -228,7 +228,7 @@ def is_tokenizer_of(name: str, folder: Path) -> bool:
     return [(path.name, path.read_bytes()) for path in own] == [(path.name, path.read_bytes()) for path in others]
 
 
-def _write_tokenizer(name: str, tokenizer: tokenizers.Tokenizer, out: Path) -> None:
+def write_tokenizer(name: str, tokenizer: tokenizers.Tokenizer, out: Path) -> None:
     """Copy a run's tokenizer into an exported model's directory."""
     if tokenizer.folder is None:
         byte_tokenizer.write(out, "+bos" in name, "+eos" in name)

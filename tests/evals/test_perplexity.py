@@ -146,9 +146,10 @@ def test_every_pass_has_one_shape(monkeypatch):
     schemes = build_schemes(CONFIG, {"default": "rope:theta=100"})
     backend, shapes = LocalBackend({}, CONFIG, ExecutionConfig(), schemes, 8, tokens_per_forward=24), []
 
-    def score(rows, last):
-        shapes.append((rows.shape, last))
-        return rows[:, 1:][:, -last:].astype(np.float32), rows[:, 1:][:, -last:] > 0
+    def score(rows, first, count):
+        shapes.append((rows.shape, count))
+        chosen = np.stack([row[1 + start :][:count] for row, start in zip(rows, first, strict=True)])
+        return chosen.astype(np.float32), chosen > 0
 
     monkeypatch.setattr(backend, "_score", score)
     rows = np.arange(7 * 9).reshape(7, 9)

@@ -31,24 +31,30 @@ from lcx.model.transformer import hidden_states
 from lcx.positions.scheme import Scheme
 
 
-@functools.partial(jax.jit, static_argnames=("arch", "last"))
-def score(params: Tree, buffers: Tree, tokens: jax.Array, arch: Architecture, last: int) -> tuple[jax.Array, jax.Array]:
-    """Loss and match of the last `last` predictions of rows `[B, T + 1]`; logits are made for these alone.
+@functools.partial(jax.jit, static_argnames=("arch", "count"))
+def score(
+    params: Tree, buffers: Tree, tokens: jax.Array, first: jax.Array, arch: Architecture, count: int
+) -> tuple[jax.Array, jax.Array]:
+    """Loss and match of `count` predictions of rows `[B, T + 1]`, from number `first` `[B]` on; logits are made for these alone.
 
     Frequencies are in `buffers`, so a theta ladder and a zero-shot comparison of schemes of one form share the program. On a mesh
     that is set rows are split over its context as in training, and logits are made for all tokens.
     """
+
+    def chosen(x: jax.Array) -> jax.Array:
+        return jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, count))(x, first)
+
     batch = Batch.from_tokens(tokens)
     mesh = jax.sharding.get_abstract_mesh()
     if context_size() == 1:
-        states = hidden_states(params, buffers, arch, batch)[0][:, -last:]
-        losses = token_losses(params, states, batch.targets[:, -last:], arch)
+        states = chosen(hidden_states(params, buffers, arch, batch)[0])
+        losses = token_losses(params, states, chosen(batch.targets), arch)
         return losses.nll, losses.correct
     ring, layout = mesh.shape["ring"], row_layout(arch.config, arch.execution, batch.tokens.shape[1], mesh)
     batch = arrange(batch, layout, ring).replace(layout=layout)
     losses = token_losses(params, hidden_states(params, buffers, arch, batch)[0], batch.targets, arch)
     nll, correct = restore((losses.nll, losses.correct), layout, ring)
-    return nll[:, -last:], correct[:, -last:]
+    return chosen(nll), chosen(correct)
 
 
 class LocalBackend:
@@ -74,7 +80,8 @@ class LocalBackend:
     ) -> None:
         self.scheme, self._share_prefixes = scheme, share_prefixes
         self._params, self._length, self._tokenizer, self._stop_ids = params, length, tokenizer, tuple(stop_ids)
-        self._group = max(1, tokens_per_forward // length)
+        self.rows = max(1, tokens_per_forward // length)
+        """Rows in one forward pass."""
         self._compiled: set[int] = set()
         with mesh_of(params):
             self._context = context_size()
@@ -89,15 +96,18 @@ class LocalBackend:
         found = []
         # With a small vocabulary the logits of all tokens cost less than compiling a program for each number of them.
         whole = self._arch.config.vocab_size <= 1024
-        last = self._length if whole else self._length + 1 - min(len(item.prompt) for item in items)
+        longest = 1 << (max((len(item.answer) for item in items), default=1) - 1).bit_length()
+        count = self._length if whole else min(self._length, longest)
         for group in self._groups(items):
-            rows = np.zeros((self._group, self._length + 1), np.int32)
-            for row, item in zip(rows, group, strict=False):
-                row[: len(item.prompt)], row[len(item.prompt) : len(item.prompt) + len(item.answer)] = item.prompt, item.answer
-            rows[len(group) :] = rows[0]
-            scores = self._score(rows, last)
+            rows, starts = np.zeros((self.rows, self._length + 1), np.int32), np.zeros(self.rows, np.int32)
             for i, item in enumerate(group):
-                first = len(item.prompt) - 1 - (self._length - last)
+                begun = len(item.prompt)
+                rows[i, :begun], rows[i, begun : begun + len(item.answer)] = item.prompt, item.answer
+                starts[i] = min(begun - 1, self._length - count)
+            rows[len(group) :] = rows[0]
+            scores = self._score(rows, starts, count)
+            for i, item in enumerate(group):
+                first = len(item.prompt) - 1 - starts[i]
                 found.append(Scores(*(x[i, first : first + len(item.answer)] for x in scores)))
         return found
 
@@ -109,8 +119,11 @@ class LocalBackend:
                 out += list(generate(self._params, self._buffers, self._arch, [item.prompt for item in group], new_tokens))
         return out
 
-    def complete(self, items: Sequence[Item], new_tokens: int) -> Iterator[dict[int, str]]:
-        """The text after each prompt, greedily, without the token that ends it, by number of the item, as it comes."""
+    def complete(self, items: Sequence[Item], new_tokens: int, until: Sequence[str] = ()) -> Iterator[dict[int, str]]:
+        """The text after each prompt, greedily, without the token that ends it, by number of the item, as it comes.
+
+        A text ends before the first of `until` in it, too.
+        """
         prompts = [item.prompt for item in items]
         chunk = round_up(min(CHUNK, max(64, self._length // 8)), self._context)
         # A prefix and what follows it are padded to whole chunks each.
@@ -122,9 +135,10 @@ class LocalBackend:
                     beginning = prompts[numbers[0]][:shared]
                     prefix = prefill(self._params, self._buffers, self._arch, beginning, slots=slots, chunk=chunk)
             while numbers:
-                count = self._side_by_side([len(prompts[i]) - shared for i in numbers[: self._group]], chunk if shared else None)
+                count = self._side_by_side([len(prompts[i]) - shared for i in numbers[: self.rows]], chunk if shared else None)
                 here, numbers = numbers[:count], numbers[count:]
-                yield dict(zip(here, self._continued([prompts[i] for i in here], new_tokens, slots, chunk, prefix), strict=True))
+                texts = self._continued([prompts[i] for i in here], new_tokens, slots, chunk, prefix, until)
+                yield dict(zip(here, texts, strict=True))
 
     def _side_by_side(self, lengths: Sequence[int], chunk: int | None) -> int:
         """How many of the prompts, longest first, are answered together: behind a prefix, those padded by up to a `chunk`."""
@@ -138,7 +152,7 @@ class LocalBackend:
         return min(chunk, round_up(max(16, 1 << (tokens - 1).bit_length()), self._context))
 
     def _continued(
-        self, prompts: Sequence[np.ndarray], new_tokens: int, slots: int, chunk: int, prefix: Prefix | None
+        self, prompts: Sequence[np.ndarray], new_tokens: int, slots: int, chunk: int, prefix: Prefix | None, until: Sequence[str]
     ) -> list[str]:
         """The texts after prompts that are answered side by side."""
         assert self._tokenizer is not None
@@ -153,10 +167,10 @@ class LocalBackend:
             found = generate(
                 self._params, self._buffers, self._arch, [*prompts, *fill], new_tokens, stop_ids=stops, slots=slots, prefix=prefix,
                 chunk=self._width(max(map(len, prompts)) - shared, chunk) if shared else chunk,
-                on_token=functools.partial(_ends_after, len(prompts)),
+                on_token=_Ends(len(prompts), until, self._tokenizer),
             )  # fmt: skip
-        answers = found[: len(prompts)]
-        return [self._tokenizer.decode(row[:-1] if len(row) and row[-1] in stops else row) for row in answers]
+        texts = (self._tokenizer.decode(row[:-1] if len(row) and row[-1] in stops else row) for row in found[: len(prompts)])
+        return [text[: min((at for stop in until if (at := text.find(stop)) >= 0), default=len(text))] for text in texts]
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -165,21 +179,33 @@ class LocalBackend:
         return hashlib.sha256(np.asarray(sums, np.float64).tobytes()).hexdigest()[:16]
 
     def _groups(self, items: Sequence[Item]) -> list[Sequence[Item]]:
-        return [items[first : first + self._group] for first in range(0, len(items), self._group)]
+        return [items[first : first + self.rows] for first in range(0, len(items), self.rows)]
 
-    def _score(self, rows: np.ndarray, last: int) -> tuple[np.ndarray, ...]:
-        """Loss and match `[B, last]` of the last predictions of rows `[B, T + 1]`."""
+    def _score(self, rows: np.ndarray, first: np.ndarray, count: int) -> tuple[np.ndarray, ...]:
+        """Loss and match `[B, count]` of predictions of rows `[B, T + 1]`, from number `first` `[B]` on."""
         with mesh_of(self._params):
             # Any layout can deal such a length.
             fill = -(rows.shape[1] - 1) % (2 * context_size()) if context_size() > 1 else 0
             rows = jnp.asarray(np.pad(rows, ((0, 0), (0, fill))))
-            scores = [fetch(x) for x in score(self._params, self._buffers, rows, self._arch, last + fill)]
-        return tuple(x[:, : x.shape[1] - fill] for x in scores)
+            return tuple(fetch(x) for x in score(self._params, self._buffers, rows, jnp.asarray(first), self._arch, count))
 
 
-def _ends_after(rows: int, step: int, new: Mapping[int, int]) -> list[int]:
-    """For `generate`: rows from number `rows` on are there for their shape alone."""
-    return [row for row in new if row >= rows]
+class _Ends:
+    """For `generate`: ends rows from number `rows` on, which are there for their shape alone, and those whose text holds an end."""
+
+    def __init__(self, rows: int, until: Sequence[str], tokenizer: Tokenizer) -> None:
+        self._rows, self._until, self._tokenizer = rows, until, tokenizer
+        self._tokens: dict[int, list[int]] = {}
+
+    def __call__(self, step: int, new: Mapping[int, int]) -> list[int]:
+        ended = [row for row in new if row >= self._rows]
+        for row, token in new.items() if self._until else ():
+            tokens = self._tokens.setdefault(row, [])
+            tokens.append(token)
+            text = self._tokenizer.decode(np.asarray(tokens, np.int32))
+            if any(stop in text for stop in self._until):
+                ended.append(row)
+        return ended
 
 
 @jax.jit
