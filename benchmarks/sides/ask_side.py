@@ -30,7 +30,7 @@ def serve(build: Callable[[dict[str, Any]], tuple[Ask, dict[str, Any]]]) -> None
     ask, facts = build(case)
     start = time.perf_counter()
     first = next(iter(rows.values()))
-    ask([np.concatenate([row[: len(row) // 4], row[-64:]]) for row in first], 8)
+    ask([np.concatenate([row[: len(row) // 2], row[-64:]]) for row in first], 8)
     answer({**facts, "start_seconds": time.perf_counter() - start})
     for line in sys.stdin:
         name, start = line.strip(), time.perf_counter()

@@ -28,6 +28,7 @@ class Item:
 
     `text` is the prompt in words, and `references` what an answer in words is looked through for, where the task has them; `turns`
     are the messages of a user and the model by turns, the last of them the user's, and `prefix` what the answer begins with.
+    `units` is how many parts a text is composed of (`lcx.evals.text.questions`).
     """
 
     prompt: np.ndarray
@@ -37,6 +38,7 @@ class Item:
     references: tuple[str, ...] = ()
     turns: tuple[str, ...] = ()
     prefix: str = ""
+    units: int = 0
 
 
 class Scores(NamedTuple):

@@ -36,7 +36,7 @@ def needles(grids: Mapping[str, EvalResult]) -> Figure:
     panels = figure.subplots(1, len(grids), squeeze=False, width_ratios=widths)[0]
     for i, (panel, (title, grid)) in enumerate(zip(panels, grids.items(), strict=True)):
         draw_needles(panel, grid, title, first=i == 0)
-    _score_bar(figure, panels)
+    score_bar(figure, panels)
     return figure
 
 
@@ -97,7 +97,7 @@ def summary(
     panels = top.subplots(1, 2, width_ratios=[len(grid.values("length")) for grid in (before, after)])
     for i, (panel, grid, title) in enumerate(zip(panels, (before, after), titles, strict=True)):
         draw_needles(panel, grid, title, first=i == 0)
-    _score_bar(top, panels)
+    score_bar(top, panels)
     left, right = bottom.subplots(1, 2, width_ratios=[1, 1])
     if curves:
         draw_perplexity(left, curves, before.trained)
@@ -228,11 +228,12 @@ def line_colour(name: str, index: int) -> str:
     return fixed.get(name.split(":")[0].split(" ")[0], others[index % len(others)])
 
 
-def _score_bar(figure: Figure, panels: Sequence[Axes]) -> None:
+def score_bar(figure: Figure, panels: Sequence[Axes], title: str = "found") -> None:
+    """The colours of `style.SCORES` beside heatmaps."""
     bar = figure.colorbar(panels[-1].images[0], ax=list(panels), fraction=0.02, pad=0.02, aspect=26, ticks=[0, 50, 100])
     bar.outline.set_visible(False)
     bar.ax.set_yticklabels(["0", "50", "100%"])
-    bar.ax.set_title("found", fontsize=9, fontweight="normal", color=style.MUTED, loc="left", pad=8)
+    bar.ax.set_title(title, fontsize=9, fontweight="normal", color=style.MUTED, loc="left", pad=8)
 
 
 def _extent(values: Sequence[float]) -> tuple[float, float]:

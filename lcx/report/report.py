@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from lcx.core.files import write_atomically
 from lcx.evals.results import EvalResult, perplexity, wilson
-from lcx.report import history, plots, questions, style
+from lcx.report import history, plots, question_plots, questions, style
 from lcx.report.history import Run, Stage
 from lcx.report.page import Cell, page, table
 
@@ -43,6 +43,12 @@ def pictures(run: Run) -> dict[str, Figure]:
         figures["summary"] = plots.summary(before, after, curves, stages, (f"Needles found {first.lower()}", second))
     if grids:
         figures["needles"] = plots.needles(grids)
+    named = question_plots.by_scheme(run.evals)
+    if len({task for found in named.values() for task in found.select(metric="score").values("task")}) > 1:
+        figures["tasks"] = question_plots.tasks(named)
+    for task in dict.fromkeys(task for found in named.values() for task in found.values("task")):
+        if (figure := question_plots.growth(task, named)) is not None:
+            figures[f"growth_{task}"] = figure
     for task, found in questions.grids(run.evals).items():
         figures[f"depths_{task}"] = plots.needles(found)
     if curves:
@@ -93,10 +99,10 @@ def render(run: Run, figures: dict[str, Figure]) -> str:
     """The whole HTML document."""
     images = {name: _image(figure, name) for name, figure in figures.items()}
     zero_shot = _zero_shot(run)
-    depths = "".join(image for name, image in images.items() if name.startswith("depths_"))
+    asked = "".join(image for name, image in images.items() if name.partition("_")[0] in ("tasks", "growth", "depths"))
     sections = [
         ("Needles", images.get("needles", ""), _needle_note(run)),
-        ("Questions in words", depths + questions.section(run.evals), ""),
+        ("Questions in words", asked + questions.section(run.evals), ""),
         ("Answers to read", questions.reading(run.answers), ""),
         ("Perplexity", images.get("perplexity", ""), _perplexity_note(run)),
         ("Stages", images.get("loss", "") + _stage_table(run.stages()), ""),

@@ -24,6 +24,7 @@ class ManyShot(TextQuestions):
 
     classes: int = 6
 
+    counts = "shots"
     answer_tokens = 20
     units_per_1024 = 24
 

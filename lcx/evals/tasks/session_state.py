@@ -20,6 +20,7 @@ class SessionState(TextQuestions):
     A unit is a turn of the user with the model's reply. The score is 1 only if all four are right. Chance is about 0.
     """
 
+    counts = "turns"
     answer_tokens = 24
     units_per_1024 = 16
 
@@ -68,6 +69,7 @@ class LatentList(TextQuestions):
 
     most: int = 6
 
+    counts = "operations"
     answer_tokens = 24
     units_per_1024 = 40
 

@@ -50,6 +50,8 @@ class TextQuestions(Task):
     """How many tokens are left for the answer; a tokenizer that needs more for it is given more."""
     units_per_1024: ClassVar[int] = 16
     """A first guess of the size."""
+    counts: ClassVar[str] = ""
+    """What units are called where their number is what a length stands for, such as shots: the mean of a length is a row, too."""
     one_text: ClassVar[bool] = False
     """Whether the questions of a number about all depths are asked about one text: its randomness and size are then the same."""
 
@@ -126,7 +128,9 @@ class TextQuestions(Task):
             for depth, (sample, text, tokens) in zip(depths, written, strict=True):
                 right = self.format.tokenizer.encode(self.answer(sample))
                 turns = (*sample.turns, sample.prompt)
-                made[depth, number] = Item(tokens, right, sample.depth, text, sample.references, turns, sample.prefix)
+                made[depth, number] = Item(
+                    tokens, right, sample.depth, text, sample.references, turns, sample.prefix, guess * step
+                )  # fmt: skip
         return [made[depth, number] for depth in self.depths for number in range(count)]
 
     def check(self, length: int) -> None:
@@ -145,8 +149,8 @@ class TextQuestions(Task):
         return share_contained(cleaned(output), item.references)
 
     def measure(self, backend: Backend, length: int, count: int, log: AnswerLog) -> list[Measurement]:
-        """The mean score of each depth with its interval; for the length the share of empty answers and how full the least full
-        prompt is."""
+        """The mean score of each depth with its interval; for the length the score of a guess, the mean number of units where they
+        count, the share of empty answers, and how full the least full prompt is."""
         items, new_tokens = self.items(length, count), self.new_tokens(length)
         fills = [(self.counted(len(item.prompt)) + new_tokens) / length for item in items]
         outputs = ask(backend, log, self.name, self.version, length, items, fills, new_tokens, self.score)
@@ -157,10 +161,15 @@ class TextQuestions(Task):
             here = scores[i * count : (i + 1) * count]
             low, high = interval(here)
             rows.append(Measurement(self.name, "score", length, sum(here) / count, count, depth, low=low, high=high))
+        n, units = len(items), sum(item.units for item in items)
+        if self.chance:
+            rows.append(Measurement(self.name, "chance", length, self.chance, n))
+        if self.counts:
+            rows.append(Measurement(self.name, self.counts, length, units / n, n))
         return [
             *rows,
-            Measurement(self.name, "empty", length, empty / len(items), len(items)),
-            Measurement(self.name, "fill", length, min(fills), len(items)),
+            Measurement(self.name, "empty", length, empty / n, n),
+            Measurement(self.name, "fill", length, min(fills), n),
         ]
 
     def _draw(self, length: int, number: int = 0, depth: float | None = None) -> Draw:
