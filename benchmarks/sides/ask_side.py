@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -30,7 +31,9 @@ def serve(build: Callable[[dict[str, Any]], tuple[Ask, dict[str, Any]]]) -> None
     ask, facts = build(case)
     start = time.perf_counter()
     first = next(iter(rows.values()))
-    ask([np.concatenate([row[: len(row) // 2], row[-64:]]) for row in first], 8)
+    half, common = min(map(len, first)) // 2, len(os.path.commonprefix([row.tolist() for row in first]))
+    # What differs between the prompts stays as long as it is, as programs depend on it.
+    ask([np.concatenate([row[:half], row[common if common > half else -64 :]]) for row in first], 8)
     answer({**facts, "start_seconds": time.perf_counter() - start})
     for line in sys.stdin:
         name, start = line.strip(), time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -26,12 +27,17 @@ def by_scheme(results: Sequence[EvalResult]) -> dict[str, EvalResult]:
     return found
 
 
+def scored(found: EvalResult) -> EvalResult:
+    """The rows of scores, of questions in words and of needles alike."""
+    return dataclasses.replace(found, rows=tuple(row for row in found.rows if row.metric in ("score", "accuracy")))
+
+
 @style.typography()
 def tasks(named: Mapping[str, EvalResult]) -> Figure:
     """A heatmap a model, side by side: y tasks, x token limit, mean scores in percent; what was not asked stays white."""
-    scores = {name: found.select(metric="score") for name, found in named.items()}
-    rows = list(dict.fromkeys(task for found in scores.values() if found for task in found.values("task")))
-    lengths = {name: sorted(found.values("length")) for name, found in scores.items() if found}
+    scores = {name: scored(found) for name, found in named.items()}
+    rows = list(dict.fromkeys(task for found in scores.values() for task in found.values("task")))
+    lengths = {name: sorted(found.values("length")) for name, found in scores.items()}
     columns = sum(map(len, lengths.values()))
     figure = style.new_figure(min(12.0, 3.2 + 0.62 * max(columns, 6)), 1.6 + 0.32 * max(len(rows), 4))
     panels = figure.subplots(1, len(lengths), squeeze=False, width_ratios=[len(shown) for shown in lengths.values()])[0]

@@ -16,13 +16,15 @@ from matplotlib.figure import Figure
 
 from lcx.core.files import write_atomically
 from lcx.evals.results import EvalResult, perplexity, wilson
-from lcx.report import history, plots, question_plots, questions, style
+from lcx.report import export, history, plots, question_plots, questions, style
 from lcx.report.history import Run, Stage
 from lcx.report.page import Cell, page, table
 
 
 def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
-    """Write `report.html` and `plots/*.png` from what the workdir holds; may be called again at any time.
+    """Write `report.html`, `plots/*.png`, and `scores.csv` and `scores.md` of evaluations, from what the workdir holds.
+
+    May be called again at any time.
 
     Raises `UserError` when the workdir holds nothing to report.
     """
@@ -31,6 +33,10 @@ def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
     figures = pictures(run)
     for name, figure in figures.items():
         style.save(figure, workdir / "plots" / f"{name}.png")
+    if run.evals:
+        write_atomically(workdir / "scores.csv", export.as_csv(run.evals))
+    if text := export.as_markdown(run.evals):
+        write_atomically(workdir / "scores.md", text)
     return write_atomically(workdir / "report.html", render(run, figures))
 
 
@@ -44,7 +50,7 @@ def pictures(run: Run) -> dict[str, Figure]:
     if grids:
         figures["needles"] = plots.needles(grids)
     named = question_plots.by_scheme(run.evals)
-    if len({task for found in named.values() for task in found.select(metric="score").values("task")}) > 1:
+    if len({task for found in named.values() for task in question_plots.scored(found).values("task")}) > 1:
         figures["tasks"] = question_plots.tasks(named)
     for task in dict.fromkeys(task for found in named.values() for task in found.values("task")):
         if (figure := question_plots.growth(task, named)) is not None:

@@ -1,9 +1,12 @@
 """Scores, published averages and answers of questions in words, in a report."""
 
+import csv
+import dataclasses
 import json
 
 from lcx.evals import results
 from lcx.evals.results import EvalResult, Measurement, interval
+from lcx.report import question_plots
 from lcx.report.report import write_report
 
 
@@ -31,6 +34,8 @@ def write(workdir):
 def test_scores_averages_and_answers(tmp_path):
     write(tmp_path)
     page = write_report(tmp_path).read_text()
+    # One model with several tasks has a heatmap of them.
+    assert (tmp_path / "plots" / "tasks.png").exists() and "alt='tasks'" in page and "alt='growth_" not in page
     assert "<td>vt</td><td>75.0<span>±" in page and "<tr class='strong'><td>average of 2</td><td>37.5</td><td>37.5</td>" in page
     # Published averages stand under the lengths that they were measured at.
     assert "<tr class='dim'><td>Llama-3.1-8B-Instruct</td><td>95.5</td><td>93.8</td>" in page
@@ -39,3 +44,29 @@ def test_scores_averages_and_answers(tmp_path):
     # The longest length alone is read: two wrong answers, then the right one.
     assert "ruler_vt at 8,192: 1 of 4 right" in page and page.count("the prompt ends") == 3
     assert page.index("(nothing)") < page.index("&lt;A&gt; B") and "Evaluations of" in page
+
+
+def test_scores_by_number_of_shots(tmp_path):
+    found = [row for length in (1024, 2048) for row in rows("many_shot", length, [1.0, 0.0])]
+    found += [Measurement("many_shot", "shots", length, length / 64, 2) for length in (1024, 2048)]
+    found += [Measurement("many_shot", "chance", length, 1 / 6, 2) for length in (1024, 2048)]
+    linear = [dataclasses.replace(row, scheme="linear") for row in found]
+    result = EvalResult("tuned", 8192, 7, (*found, *linear))
+    named = question_plots.by_scheme([result])
+    assert list(named) == ["tuned", "tuned, linear"] and question_plots.growth("passkey", named) is None
+    (axes,) = question_plots.growth("many_shot", named).axes
+    assert [line.get_xdata().tolist() for line in axes.lines[:2]] == [[16, 32]] * 2
+    assert axes.get_xlabel() == "shots in the prompt" and any(text.get_text() == "a guess" for text in axes.texts)
+    results.write(result, tmp_path / "eval" / "tuned.json")
+    write_report(tmp_path)
+    assert (tmp_path / "plots" / "growth_many_shot.png").exists()
+
+
+def test_scores_for_other_programs(tmp_path):
+    write(tmp_path)
+    write_report(tmp_path)
+    lines = list(csv.DictReader((tmp_path / "scores.csv").read_text().splitlines()))
+    assert len(lines) == len(results.read(tmp_path / "eval" / "tuned.json").rows)
+    cell = next(line for line in lines if line["task"] == "passkey" and line["depth"] == "0.5")
+    assert (cell["label"], cell["step"], cell["length"], float(cell["value"]), cell["n"]) == ("tuned", "7", "4096", 0.5, "2")
+    assert "| ruler_vt | 75.0 | 75.0 |\n| ruler_cwe | 0.0 |  |\n" in (tmp_path / "scores.md").read_text()
