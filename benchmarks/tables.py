@@ -104,6 +104,26 @@ def long_prompt(found: dict[str, Any]) -> str:
     )
 
 
+def evaluation(found: dict[str, Any]) -> str:
+    """A row a measurement: lcx, its peer, and their ratio."""
+    rows = []
+    if "ruler" in found:
+        seconds = found["ruler"]["seconds"]
+        for side, took in seconds.items():
+            if side != "lcx":
+                what = f"RULER at {found['ruler']['length']:,}, {found['ruler']['prompts']} prompts"
+                same = found["ruler"]["same_answers"][side]
+                rows.append(
+                    (what, f"{seconds['lcx']:.0f}", side, f"{took:.0f}", f"{took / seconds['lcx']:.2f}×", f"{100 * same:.0f}%")
+                )
+    for length, result in found["grid"].items():
+        shared, apart = (result["seconds"][side] for side in ("shared", "apart"))
+        what, ratio = f"needle grid at {int(length):,}, {result['prompts']} prompts", f"{apart / shared:.2f}×"
+        same = result["same_answers"]["apart"]
+        rows.append((what, f"{shared:.0f}", "lcx, nothing shared", f"{apart:.0f}", ratio, f"{100 * same:.0f}%"))
+    return markdown.table(("what", "lcx, s", "peer", "peer, s", "times as fast", "same answers"), rows)
+
+
 def gpu_attention(found: dict[str, Any]) -> str:
     """A row a shape: milliseconds with the setting that runs now, with the one before, and torch's two ways."""
     by_shape: dict[tuple, dict[str, float]] = {}
@@ -123,7 +143,7 @@ def gpu_attention(found: dict[str, Any]) -> str:
 
 def main() -> None:
     """Fill in what has been measured."""
-    for make in (train_step, attention, context_parallel, import_hf, generation):
+    for make in (train_step, attention, context_parallel, import_hf, generation, evaluation):
         path = HERE / "results" / f"{make.__name__}.json"
         if path.exists():
             markdown.fill(HERE / "README.md", make.__name__, make(json.loads(path.read_text())))

@@ -68,12 +68,11 @@ class RepeatedWords(TextQuestions):
     """The same word over and over, one of them another: to be copied exactly, as in Context Rot (Chroma, 2025).
 
     A unit is a word; half of the length is left for the copy. The score is 1 minus the edit distance in words over the longer
-    number of words. A copy without the other word scores nearly 1, which is why `chance` is that of a list of the common word.
+    number of words. A guess is the common word as often as there are words, which scores nearly 1.
     """
 
     answer_tokens = 16
     units_per_1024 = 96
-    chance = 0.9
 
     def least(self, length: int) -> int:
         """A few words."""
@@ -94,6 +93,10 @@ class RepeatedWords(TextQuestions):
         listed[random.Random(draw.rng.random()).randrange(units)] = other
         prompt = f"Copy the words below exactly, and write nothing else.\n{' '.join(listed)}"
         return Sample(prompt, "\n", tuple(listed))
+
+    def guess(self, items: Sequence[Item]) -> float:
+        """All words right but one."""
+        return sum(1 - 1 / len(item.references) for item in items) / len(items)
 
     def score(self, item: Item, output: str) -> float:
         """How close the copy is."""

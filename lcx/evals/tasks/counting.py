@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from lcx.evals.base import Item
 from lcx.evals.text import words
@@ -18,12 +19,11 @@ CLASSES, MEMBERS = ("alpha", "beta", "gamma", "delta"), 5
 class LabelCounts(TextQuestions):
     """Lines with a date, a user and a word of one of four classes; asked is how many lines of a user, or of all, are of a class.
 
-    A unit is a line. The score is 0.75 to the power of the error. Chance is that of a count of
-    another log, and falls with the length.
+    A unit is a line. The score is 0.75 to the power of the error. A guess is the count of another log of the same length: it scores
+    about a third at 2,048 bytes, and less the longer the log.
     """
 
     answer_tokens = 8
-    chance = 0.1
     units_per_1024 = 40
 
     def least(self, length: int) -> int:
@@ -50,6 +50,10 @@ class LabelCounts(TextQuestions):
             f"How many lines {whose} have a word of the class {target}?"
         )
         return Sample(prompt, " Answer:", (str(count),))
+
+    def guess(self, items: Sequence[Item]) -> float:
+        """What the counts of other logs score."""
+        return self.by_others(items)
 
     def score(self, item: Item, output: str) -> float:
         """1 for the count, less by a quarter for each that it is off; 0 without a number."""

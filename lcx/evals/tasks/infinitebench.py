@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Sequence
+
+import numpy as np
 
 from lcx.evals.base import Item
 from lcx.evals.text import words
@@ -30,12 +33,12 @@ TERMS = 20
 class FindNumber(TextQuestions):
     """A list of numbers from 0 to 99 of which one is asked for; a unit is a number.
 
-    The largest, or the smallest, is drawn from a range of 21, so that a guess that knows this is right once in 21.
+    The largest, or the smallest, is drawn from a range of 21: a guess that knows this is right once in 21, the answer to another
+    question half as often.
     """
 
     answer_tokens = 8
     units_per_1024 = 256
-    chance = 1 / 21
 
     def least(self, length: int) -> int:
         """Enough for the third of either end."""
@@ -51,6 +54,10 @@ class FindNumber(TextQuestions):
         numbers[draw.rng.randrange(units)] = low if "small" in what else high
         prompt = f"Find the {what} number in the list below.\n{numbers}\nWhat is the {what} number in the list above?"
         return Sample(prompt, f" The {what} number in the list is:", (str(ASKED[what](sorted(numbers))),))
+
+    def guess(self, items: Sequence[Item]) -> float:
+        """What answers to other questions score."""
+        return self.by_others(items)
 
     def score(self, item: Item, output: str) -> float:
         """1 if the first number of the output is the one that was asked for."""
@@ -104,14 +111,21 @@ class RunningSum(TextQuestions):
 class RunCode(TextQuestions):
     """Small functions that each call another and add a number; the value of a call through `levels` of them is asked for.
 
-    A unit is a function. The last word of the output must be the number. Chance is that of guessing it among about a hundred.
+    A unit is a function. The last word of the output must be the number. A guess is the value of another call.
     """
 
     levels: int = 4
 
     answer_tokens = 8
     units_per_1024 = 12
-    chance = 0.01
+
+    @property
+    def chance(self) -> float:
+        """That two calls have one value: an argument of 21, and a number of 30 for each level."""
+        shares = np.full(21, 1 / 21)
+        for _ in range(self.levels):
+            shares = np.convolve(shares, np.full(30, 1 / 30))
+        return float(np.sum(shares**2))
 
     def least(self, length: int) -> int:
         """Those that are called."""

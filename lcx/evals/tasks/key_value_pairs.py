@@ -19,15 +19,17 @@ from lcx.evals.text.questions import Draw, TextQuestions
 class KeyValuePairs(TextQuestions):
     """Random identifiers for keys and values, one of them asked for at each of `evals.depths`; a unit is a pair.
 
-    With `demonstrations`, that many pairs of the object are asked for and answered after it, before the question. Chance is that
-    of guessing an identifier.
+    All depths are asked about one object, which a model has to read once. With `demonstrations`, that many of its pairs are asked
+    for and answered after it, before the question. Chance is that of guessing an identifier.
     """
 
     grid: tuple[float, ...]
     demonstrations: int = 0
 
+    version = 2
     answer_tokens = 100
     units_per_1024 = 10
+    one_text = True
 
     @classmethod
     def sources(cls, materials: Materials, settings: dict[str, Any]) -> dict[str, Any]:

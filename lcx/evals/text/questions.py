@@ -148,6 +148,20 @@ class TextQuestions(Task):
         """From 0 (wrong) to 1 (right): the share of references in the output."""
         return share_contained(cleaned(output), item.references)
 
+    def guess(self, items: Sequence[Item]) -> float:
+        """The expected score of a guess at these items: `chance`, where that does not depend on them."""
+        return self.chance
+
+    def by_others(self, items: Sequence[Item], each: int = 25) -> float:
+        """The mean score of answers to other questions of the same sizes at these items."""
+        drawn = (
+            self.compose(Draw(random.Random(f"{number} {i}"), 0, i), item.units)
+            for number, item in enumerate(items[:8])
+            for i in range(each)
+        )
+        others = [self.answer(sample) for sample in drawn]
+        return sum(self.score(item, answer) for item in items for answer in others) / (len(items) * len(others))
+
     def measure(self, backend: Backend, length: int, count: int, log: AnswerLog) -> list[Measurement]:
         """The mean score of each depth with its interval; for the length the score of a guess, the mean number of units where they
         count, the share of empty answers, and how full the least full prompt is."""
@@ -162,8 +176,8 @@ class TextQuestions(Task):
             low, high = interval(here)
             rows.append(Measurement(self.name, "score", length, sum(here) / count, count, depth, low=low, high=high))
         n, units = len(items), sum(item.units for item in items)
-        if self.chance:
-            rows.append(Measurement(self.name, "chance", length, self.chance, n))
+        if guess := self.guess(items):
+            rows.append(Measurement(self.name, "chance", length, guess, n))
         if self.counts:
             rows.append(Measurement(self.name, self.counts, length, units / n, n))
         return [
