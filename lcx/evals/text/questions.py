@@ -200,12 +200,18 @@ def _too_long(name: str, needed: int, length: int) -> UserError:
 
 
 def average(rows: Sequence[Measurement], task: str, members: Sequence[str]) -> list[Measurement]:
-    """The plain mean of the members' scores at each length that all measured ones have, as rows of `task`; n counts the members."""
-    scores: dict[tuple[str, int], list[float]] = {}
+    """The plain mean of the members' scores at each length that all measured ones have, as rows of `task`; n counts the members.
+
+    Of a single member there is none.
+    """
+    scores: dict[tuple[str, int], dict[str, list[float]]] = {}
     for row in rows:
         if row.metric == "score" and row.task in members:
-            scores.setdefault((row.scheme, row.length), []).append(row.value)
-    return [
-        Measurement(task, "average", length, sum(found) / len(found), len(found), scheme=scheme)
-        for (scheme, length), found in scores.items()
-    ]
+            scores.setdefault((row.scheme, row.length), {}).setdefault(row.task, []).append(row.value)
+    most = max(map(len, scores.values()), default=0)
+    made = []
+    for (scheme, length), by_task in scores.items():
+        if len(by_task) == most > 1:
+            value = sum(sum(found) / len(found) for found in by_task.values()) / most
+            made.append(Measurement(task, "average", length, value, most, scheme=scheme))
+    return made
