@@ -65,7 +65,8 @@ def _answer(answer: Mapping[str, Any]) -> str:
 
 def section(results: Sequence[EvalResult]) -> str:
     """A table for each result and scheme that has answered questions in words; empty if there is none."""
-    parts = [_scores(result, scheme) for result in results for scheme in result.values("scheme")]
+    ordered = sorted(results, key=lambda result: result.trained)
+    parts = [_scores(result, scheme) for result in ordered for scheme in result.values("scheme")]
     return "".join(parts)
 
 
