@@ -178,18 +178,18 @@ def test_tasks_are_those_that_are_named(params, data):
 
 def test_tasks_are_left_out_where_they_do_not_fit(params, data, capsys):
     config = dataclasses.replace(
-        CONFIG, tasks=("ruler_vt", "ruler_niah_single_1"), lengths=(512, 2048), zero_shot=(), questions=QuestionConfig(1)
+        CONFIG, tasks=("ruler_vt", "ruler_niah_single_1"), lengths=(1024, 2048), zero_shot=(), questions=QuestionConfig(1)
     )
     asked = (params, MODEL, ExecutionConfig(), SCHEMES, data)
     result = evaluate(*asked, config, trained=64, announce=lambda _: None)
-    assert "ruler_vt is left out at 512, which its shortest question does not fit into" in capsys.readouterr().err
+    assert "ruler_vt is left out at 1,024, which its shortest question does not fit into" in capsys.readouterr().err
     assert {(row.task, row.length) for row in result.select(metric="score").rows} == {
-        ("ruler_vt", 2048), ("ruler_niah_single_1", 512), ("ruler_niah_single_1", 2048),
+        ("ruler_vt", 2048), ("ruler_niah_single_1", 1024), ("ruler_niah_single_1", 2048),
     }  # fmt: skip
     # An average is that of all tasks.
     assert [(row.length, row.n) for row in result.select(metric="average").rows] == [(2048, 2)]
-    with pytest.raises(UserError, match="evals.lengths has 512, but ruler_vt takes at least"):
-        evaluate(*asked, dataclasses.replace(config, lengths=(256, 512)), trained=64)
+    with pytest.raises(UserError, match="evals.lengths has 1,024, but ruler_vt takes at least"):
+        evaluate(*asked, dataclasses.replace(config, lengths=(512, 1024)), trained=64)
 
 
 def test_averages_weigh_tasks_alike():

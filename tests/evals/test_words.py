@@ -25,7 +25,9 @@ def named(tmp_path_factory):
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_reader_finds_everything_and_prompts_are_full(name, length, tmp_path):
     made = task(name, tmp_path)
-    *scores, empty, fill = made.measure(Reader(name), length, 4, AnswerLog(None))
+    *rows, empty, fill = made.measure(Reader(name), length, 4, AnswerLog(None))
+    scores = [row for row in rows if row.metric == "score"]
+    assert {row.metric for row in rows} <= {"score", "chance", made.counts}
     assert [row.value for row in scores] == [1] * len(made.depths) and empty.value == 0
     assert [row.depth for row in scores] == list(made.depths)
     assert 0.97 <= fill.value <= 1
