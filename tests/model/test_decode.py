@@ -62,7 +62,9 @@ FURTHER = ([3, *PROMPTS[0]], PROMPTS[0][:3], [3, 3, *PROMPTS[1]])
 CONTINUED = [np.concatenate([BEGINNING, further]) for further in FURTHER]
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(
+    "scheme", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("nope", "sinusoidal"))) for name in SCHEMES]
+)
 def test_a_prefix_is_computed_once_for_all_its_continuations(scheme):
     """Padding stands before the prefix (of 18 in chunks of 4 or 16) and behind it, where windows of 6 reach across it."""
     params, buffers, arch = build(CONFIG, {"default": scheme}, length=64)
