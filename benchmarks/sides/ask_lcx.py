@@ -9,21 +9,14 @@ from typing import Any
 import numpy as np
 from ask_side import Ask, serve
 
-from lcx.data.tokenizers import tokenizers
-from lcx.evals.backends.local import LocalBackend
 from lcx.evals.base import Item
-from lcx.model.architecture import build_schemes
 from lcx.recipes import models
+from lcx.recipes.recipe import backend_of
 
 
 def build(case: dict[str, Any]) -> tuple[Ask, dict[str, Any]]:
     """`length` and `share_prefixes` of the case are the backend's."""
-    loaded = models.load(case["model"])
-    run = loaded.run
-    backend = LocalBackend(
-        loaded.params, run.model, run.execution, build_schemes(run.model, loaded.schemes), case["length"],
-        tokenizer=tokenizers.load(run.data.tokenizer), stop_ids=loaded.stop_ids, share_prefixes=case["share_prefixes"],
-    )  # fmt: skip
+    backend = backend_of(models.load(case["model"]), case["length"], share_prefixes=case["share_prefixes"])
 
     def ask(prompts: Sequence[np.ndarray], new_tokens: int) -> list[str]:
         items = [Item(row, row[:1]) for row in prompts]

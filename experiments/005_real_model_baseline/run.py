@@ -21,15 +21,14 @@ import transformers
 
 from lcx.core.console import say
 from lcx.data.config import DataConfig
-from lcx.evals.backends.local import LocalBackend
+from lcx.data.tokenizers import tokenizers
 from lcx.evals.base import Item
 from lcx.evals.config import EvalConfig, QuestionConfig
 from lcx.evals.results import EvalResult, from_mapping, read
 from lcx.evals.runner import gather
 from lcx.evals.tasks.table import GROUPS, TASKS
-from lcx.model.architecture import build_schemes
 from lcx.recipes import models
-from lcx.recipes.recipe import evaluate_loaded
+from lcx.recipes.recipe import backend_of, evaluate_loaded
 from lcx.report import markdown, plots, style
 from lcx.training.checkpoints import Loaded
 
@@ -82,11 +81,8 @@ def prompts(data: DataConfig, questions: QuestionConfig, count: int) -> list[tup
 def compare(loaded: Loaded, folder: Path, questions: QuestionConfig, count: int) -> dict:
     """Greedy answers and log-likelihoods of right answers, by lcx and by transformers, to `count` prompts."""
     asked = prompts(loaded.run.data, questions, count)
-    schemes = build_schemes(loaded.run.model, loaded.schemes)
-    materials = gather(loaded.run.data, EvalConfig())
-    backend = LocalBackend(
-        loaded.params, loaded.run.model, loaded.run.execution, schemes, COMPARED, 1 << 13, materials.tokenizer, loaded.stop_ids
-    )
+    tokenizer = tokenizers.load(loaded.run.data.tokenizer)
+    backend = backend_of(loaded, COMPARED, tokens_per_forward=1 << 13)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     different, worst = [], 0.0
     for new in sorted({new for *_, new in asked}):
@@ -97,7 +93,7 @@ def compare(loaded: Loaded, folder: Path, questions: QuestionConfig, count: int)
             ids = torch.tensor(item.prompt[None]).long()
             with torch.no_grad():
                 out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
-            theirs = materials.tokenizer.decode(out[0, ids.shape[1] :].numpy())
+            theirs = tokenizer.decode(out[0, ids.shape[1] :].numpy())
             if theirs != text:
                 different.append({"task": name, "lcx": text, "transformers": theirs})
         say(f"{len(group)} prompts with {new} new tokens compared, {len(different)} differ so far")

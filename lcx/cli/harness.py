@@ -19,10 +19,8 @@ from lcx.core.extras import library
 from lcx.data.chat import chat
 from lcx.data.tokenizers import tokenizers
 from lcx.evals.backends.local import LocalBackend
-from lcx.evals.zero_shot import at_length
-from lcx.interop import folder as hf
-from lcx.model.architecture import build_schemes
 from lcx.recipes import models
+from lcx.recipes.recipe import backend_of
 from lcx.report import markdown
 
 
@@ -56,26 +54,23 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
         raise UserError(f"--include={values.include} is not a folder; name one with YAML files of tasks")
     lengths = parse.lengths(values)
     loaded = models.load(checkpoint, step=values.step, stage=values.stage)
-    run, schemes = loaded.run, build_schemes(loaded.run.model, loaded.schemes)
+    run = loaded.run
     length = max([loaded.meta.length, *lengths]) if values.length is None else values.length
     if length < max([2, *lengths]):
         raise UserError(f"--length={length} must be at least {max([2, *lengths]):,}, the longest of --lengths")
     tokenizer = tokenizers.load(run.data.tokenizer)
     if values.prompt_format == "chat":
         chat.load(tokenizer, run.data.chat_template)
-    chosen = at_length(schemes, values.positions, loaded.meta.length, length)
 
     @functools.cache
     def backend(size: int) -> LocalBackend:
-        return LocalBackend(
-            loaded.params, run.model, run.execution, chosen, size, tokenizer=tokenizer, stop_ids=loaded.stop_ids,
-            scheme=values.positions,
-        )  # fmt: skip
+        return backend_of(loaded, size, values.positions, length)
 
     folder = models.workdir_of(checkpoint) / "eval" / "harness"
     with tempfile.TemporaryDirectory() as written:
-        own = Path(checkpoint) if hf.is_folder(checkpoint) and hf.tokenizer_files(Path(checkpoint)) else Path(written)
-        if own == Path(written):
+        own = tokenizer.folder
+        if own is None:
+            own = Path(written)
             models.write_tokenizer(run.data.tokenizer, tokenizer, own)
         results = harness.run(
             harness.HarnessModel(backend, tokenizer, length, run.data.chat_template), tasks,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import logging
@@ -173,7 +174,7 @@ class HarnessModel(TemplateLM):
         if count:
             warn(f"{count:,} requests were longer than {self._length:,} tokens and lost their beginning; raise --length to keep it")
 
-    @property
+    @functools.cached_property
     def _chat(self) -> Chat:
         return chat.load(self._own, self._template)
 

@@ -139,13 +139,14 @@ def _tasks(materials: Materials) -> list[tuple[Task, list[int]]]:
     for task in (build(materials) for build in chosen_tasks(materials.config)):
         if task is None:
             continue
+        fitting: list[int] = []
         refused: dict[int, UserError] = {}
         for length in sorted(materials.config.lengths):
             try:
                 task.check(length)
+                fitting.append(length)
             except UserError as error:
                 refused[length] = error
-        fitting = [length for length in sorted(materials.config.lengths) if length not in refused]
         if not fitting:
             raise refused[max(refused)]
         found.append((task, fitting))

@@ -15,10 +15,13 @@ from lcx.core.configs import choice
 from lcx.core.console import say
 from lcx.core.mesh import make_mesh
 from lcx.data.config import PartConfig
+from lcx.data.tokenizers import tokenizers
 from lcx.evals import results
+from lcx.evals.backends.local import LocalBackend
 from lcx.evals.config import EvalConfig
 from lcx.evals.results import EvalResult
 from lcx.evals.runner import chosen_tasks, evaluate
+from lcx.evals.zero_shot import at_length
 from lcx.model.architecture import build_schemes
 from lcx.model.config import ModelConfig
 from lcx.model.execution import refuse_moved
@@ -169,4 +172,17 @@ def evaluate_loaded(loaded: Loaded, evals: EvalConfig, label: str, workdir: Path
     return evaluate(
         loaded.params, run.model, run.execution, schemes, run.data, evals,
         trained=meta.length, label=label, step=meta.step, stop_ids=loaded.stop_ids, workdir=workdir,
+    )  # fmt: skip
+
+
+def backend_of(loaded: Loaded, length: int, positions: str = "none", at: int | None = None, **options: Any) -> LocalBackend:
+    """Loaded weights as a backend for contexts of up to `length` tokens, under their own scheme or one to try zero-shot.
+
+    The factor of `positions` is the one `at` that length (None: at `length`). `options` are the backend's own.
+    """
+    run = loaded.run
+    schemes = at_length(build_schemes(run.model, loaded.schemes), positions, loaded.meta.length, at or length)
+    return LocalBackend(
+        loaded.params, run.model, run.execution, schemes, length, tokenizer=tokenizers.load(run.data.tokenizer),
+        stop_ids=loaded.stop_ids, scheme=positions, **options,
     )  # fmt: skip

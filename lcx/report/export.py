@@ -15,7 +15,7 @@ COLUMNS = ("task", "metric", "scheme", "length", "depth", "value", "low", "high"
 
 
 def as_csv(results: Sequence[EvalResult]) -> str:
-    """One line a row, with a header; what does not apply is empty. Losses by position are left out: they have no length."""
+    """One line a row, with a header; what does not apply is empty. Losses by position, whose rows are ranges, are left out."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("label", "step", "trained", *COLUMNS))

@@ -9,6 +9,7 @@ from lcx.evals.answers import AnswerLog
 from lcx.evals.results import interval
 from lcx.evals.tasks.table import GROUPS, TASKS, WORDS
 from lcx.evals.text.matching import edits, first_integer, integers, last_list, set_f1, word_error_rate
+from lcx.report.question_plots import COUNTED
 from tests.evals.text_cases import Reader, bpe, pieces, task
 
 OTHERS = tuple(name for name in WORDS if name not in GROUPS["ruler"])
@@ -83,6 +84,7 @@ def item_as_sample(references):
 
 
 def test_groups_and_rows():
+    assert {kind.counts for kind, _ in WORDS.values()} == {"", *COUNTED}
     assert set(WORDS) < set(TASKS) and {name for group in GROUPS.values() for name in group} <= set(TASKS)
     assert {group: len(names) for group, names in GROUPS.items()} == {
         "ruler": 13, "ruler2": 3, "babilong": 5, "infinitebench": 8, "graphwalks": 4, "mrcr": 3,
