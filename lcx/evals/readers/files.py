@@ -18,8 +18,8 @@ from lcx.core.console import warn
 from lcx.core.errors import UserError
 from lcx.core.files import refuse_lfs_pointer
 from lcx.evals.answers import AnswerLog
-from lcx.evals.base import Backend, Item, Materials, Task
-from lcx.evals.results import Measurement, interval
+from lcx.evals.base import Backend, Item, Materials, Task, mean_score
+from lcx.evals.results import Measurement
 from lcx.evals.text.asking import ask
 from lcx.evals.text.formats import BasePrompt, PromptFormat, Sample, choose
 from lcx.evals.text.matching import cleaned
@@ -108,18 +108,17 @@ class FileQuestions(Task):
                 continue
             rng = random.Random(f"{self.seed} {self.name} {part} {length}")
             chosen = rng.sample(fitting, min(count, len(fitting)))
-            scores, empty = self._scores(backend, log, part, length, chosen)
-            low, high = interval(scores)
+            items, scores, empty = self._scores(backend, log, part, length, chosen)
             task, n = f"{self.name}_{part}", len(scores)
-            rows.append(Measurement(task, "score", length, sum(scores) / n, n, low=low, high=high))
+            rows.append(mean_score(task, "score", length, scores, items))
             rows.append(Measurement(task, "empty", length, empty / n, n))
         return rows
 
     def _scores(
         self, backend: Backend, log: AnswerLog, part: str, length: int, chosen: Sequence[tuple[Item, Question]]
-    ) -> tuple[list[float], int]:
-        """Scores, and how many answers were empty; questions that allow answers of one length are asked together."""
-        scores, empty = [], 0
+    ) -> tuple[list[Item], list[float], int]:
+        """Items, scores, and how many answers were empty; questions that allow answers of one length are asked together."""
+        asked, scores, empty = [], [], 0
         for new_tokens in sorted({question.new_tokens for _, question in chosen}):
             here = [(item, question) for item, question in chosen if question.new_tokens == new_tokens]
             of = {id(item): question for item, question in here}
@@ -130,9 +129,10 @@ class FileQuestions(Task):
                 backend, log, task, self.version, length, items, fills, new_tokens,
                 lambda item, output, of=of: of[id(item)].score(output),
             )  # fmt: skip
+            asked += items
             scores += [question.score(output) for (_, question), output in zip(here, outputs, strict=True)]
             empty += sum(not cleaned(output) for output in outputs)
-        return scores, empty
+        return asked, scores, empty
 
     def _item(self, question: Question) -> Item:
         format, sample = self.plain if question.plain else self.format, question.sample

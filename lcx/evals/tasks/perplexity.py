@@ -20,7 +20,7 @@ from lcx.core.errors import UserError
 from lcx.data.sources.sources import Subset
 from lcx.data.tokenizers.tokenizers import Bytes, Tokenizer
 from lcx.evals.answers import AnswerLog
-from lcx.evals.base import Backend, Item, Materials, Task
+from lcx.evals.base import Backend, Item, Materials, Task, digest
 from lcx.evals.results import Measurement
 
 
@@ -69,11 +69,18 @@ class Perplexity(Task):
         counted = np.concatenate([nll[i, :, first:] for i, (_, first) in enumerate(windows)], axis=1)
         mean, size = float(counted.mean()), int(counted.size)
         found = [
-            ("nll", mean, size),
-            ("final_nll", float(nll[-1, :, length - self.final :].mean()), count * self.final),
-            ("bits_per_byte", mean / math.log(2) / self.bytes_per_token, size),
+            ("nll", counted),
+            ("final_nll", nll[-1, :, length - self.final :]),
         ]
-        made = [Measurement(self.name, metric, length, value, n) for metric, value, n in found]
+        named = digest(*self.text[:count])
+        made = [
+            Measurement(
+                self.name, metric, length, float(losses.mean()), int(losses.size),
+                scores=tuple(round(float(mean), 6) for mean in losses.mean(axis=1)), digest=named,
+            )
+            for metric, losses in found
+        ]  # fmt: skip
+        made.append(Measurement(self.name, "bits_per_byte", length, mean / math.log(2) / self.bytes_per_token, size))
         return made + (loss_by_position(nll.reshape(-1, length)) if length == longest else [])
 
 
