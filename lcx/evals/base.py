@@ -92,14 +92,29 @@ class Backend(Protocol):
         """What tells it from every other model, and from the same one under other frequencies."""
 
 
+class Evaluator(NamedTuple):
+    """A model that judges texts: its backend for contexts of up to a length, its tokenizer, and its name (None: the model that is
+    evaluated, under its own scheme)."""
+
+    backend: Callable[[int], Backend]
+    tokenizer: Tokenizer
+    name: str | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class Materials:
-    """What tasks are made from; `heldout` reads the documents of a source that were kept out of training."""
+    """What tasks are made from; `heldout` reads the documents of a source that were kept out of training.
+
+    `evaluator` says which tokens depend on far ones (`lcx.evals.tasks.key_tokens`); None where there is no such model. `spans` are
+    held-out texts that several tasks score.
+    """
 
     config: EvalConfig
     data: DataConfig
     tokenizer: Tokenizer
     heldout: Callable[[SourceConfig], Subset]
+    evaluator: Evaluator | None = None
+    spans: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def part(self, name: str | None, field: str, *, is_task: bool) -> PartConfig:
         """The named part of the mixture, or the first of its kind; `field` is the setting that names it."""

@@ -41,7 +41,7 @@ def grids(results: Sequence[EvalResult]) -> dict[str, dict[str, EvalResult]]:
 
 def reading(answers: Sequence[Mapping[str, Any]]) -> str:
     """Some answers of each task at its longest length, wrong ones first, as people learn most from those."""
-    parts = []
+    parts, answers = [], [answer for answer in answers if "output" in answer]
     for task in dict.fromkeys(answer["task"] for answer in answers):
         of_task = [answer for answer in answers if answer["task"] == task]
         longest = max(answer["length"] for answer in of_task)

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from lcx.core.files import write_atomically
 from lcx.evals.results import EvalResult, perplexity
 from lcx.evals.statistics import wilson
-from lcx.report import export, history, plots, question_plots, questions, retention, style
+from lcx.report import export, history, likelihood, plots, question_plots, questions, retention, style
 from lcx.report.history import Run, Stage
 from lcx.report.page import Cell, page, table
 
@@ -63,6 +63,8 @@ def pictures(run: Run) -> dict[str, Figure]:
         figures["perplexity"] = plots.perplexity(curves, trained)
         few = {name: curve for name, curve in curves.items() if name in ("none", "yarn", "extended") or len(curves) < 4}
         figures["positions"] = plots.positions(few, trained)
+    if run.after and (figure := likelihood.kinds(run.before, run.after)) is not None:
+        figures["kinds"] = figure
     if stages:
         figures["loss"] = plots.losses(stages)
     return figures
@@ -111,6 +113,8 @@ def render(run: Run, figures: dict[str, Figure]) -> str:
         ("Needles", images.get("needles", ""), _needle_note(run)),
         ("Questions in words", asked + questions.section(run.evals), ""),
         ("Answers to read", questions.reading(run.answers), ""),
+        ("Which tokens gain from context", images.get("kinds", "") + likelihood.losses(run.evals), ""),
+        ("Key tokens", likelihood.passages(run.answers), ""),
         ("Short contexts: what the extension cost", retention.section(run.before, run.after), ""),
         ("Perplexity", images.get("perplexity", ""), _perplexity_note(run)),
         ("Stages", images.get("loss", "") + _stage_table(run.stages()), ""),
