@@ -25,6 +25,9 @@ from lcx.data.tokenizers.tokenizers import Tokenizer
 QUOTED, CONTINUED = 40, 32
 """Bytes, about, of a quotation and of its continuation."""
 
+LINE = 48
+"""Bytes, about, of a line."""
+
 TRIES = 4
 """How often the smallest exercise is tried, as some draws are longer than others."""
 
@@ -143,7 +146,14 @@ class QuestionTask:
         facts, questions = self.counts(total - 1)
         for _ in range(facts.bit_length() + questions.bit_length() + TRIES):
             # A generator of its own for every try, so that a smaller exercise does not depend on the larger ones.
-            found = self._try(random.Random(rng.random()), skill, Size(facts, self.config.hops), questions, total, prose)
+            found = self._try(
+                random.Random(rng.random()),
+                skill,
+                Size(facts, self.config.hops, round(total * self._bytes_per_token / LINE)),
+                questions,
+                total,
+                prose,
+            )
             if found is not None:
                 return found
             facts, questions = max(1, facts // 2), max(1, questions // 2)

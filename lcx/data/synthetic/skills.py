@@ -6,6 +6,7 @@ Every skill has several wordings, none of them one of an evaluation's.
 from __future__ import annotations
 
 import collections
+import itertools
 import random
 from collections.abc import Callable
 from typing import NamedTuple
@@ -28,10 +29,11 @@ class Exercise(NamedTuple):
 
 
 class Size(NamedTuple):
-    """How many facts are hidden, and how many renamings a chain has."""
+    """How many facts are hidden, how many renamings a chain has, and about how many lines a text of lines has."""
 
     facts: int
     hops: int
+    lines: int
 
 
 def retrieval(rng: random.Random, size: Size) -> Exercise:
@@ -125,7 +127,7 @@ def tracking(rng: random.Random, size: Size) -> Exercise:
         )
     )
     draw, chains, facts = words.Distinct(rng), [], []
-    for _ in range(max(1, size.facts // (size.hops + 1))):
+    for _ in range(max(1, size.facts // 2)):
         value, names = draw(rng.choice(words.VALUES)), [draw(words.word) for _ in range(size.hops + 1)]
         chains.append((value, names))
     # Chains run side by side; within one the order is that of the text.
@@ -144,17 +146,23 @@ def tracking(rng: random.Random, size: Size) -> Exercise:
     return Exercise("Names are given values in the pages below, and pass them on.\n", _each(rng, chains, about), tuple(facts))
 
 
+COUNTED = 48
+"""Lines that are counted, about, whatever the length."""
+
+
 def counting(rng: random.Random, size: Size) -> Exercise:
     """How often something happened, and who did it most."""
     verb, noun = rng.choice((("borrowed", "book"), ("sold", "crate"), ("repaired", "engine"), ("planted", "tree")))
     people, kinds = rng.sample(words.NAMES, 4), [words.word(rng) for _ in range(4)]
     shares, seen = [rng.uniform(0.1, 1) for _ in people], collections.Counter()
+    # Whatever the length, about `COUNTED` lines are counted; the others are of other kinds.
+    others, rate = [words.word(rng) for _ in range(24)], min(1.0, COUNTED / max(1, size.lines))
     asked: list[tuple[str | None, str | None]] = [(who, None) for who in people] + [(None, kind) for kind in kinds]
     asked += [(who, kind) for who in people for kind in kinds]
     rng.shuffle(asked)
 
     def more() -> str:
-        who, kind = rng.choices(people, shares)[0], rng.choice(kinds)
+        who, kind = rng.choices(people, shares)[0], rng.choice(kinds if rng.random() < rate else others)
         seen[who, kind] += 1
         return f"{who} {verb} a {kind} {noun}."
 
@@ -162,16 +170,23 @@ def counting(rng: random.Random, size: Size) -> Exercise:
         if not asked:
             return None
         who, kind = asked.pop()
-        total = sum(times for (one, other), times in seen.items() if who in (None, one) and kind in (None, other))
-        what = f"a {kind} {noun}" if kind else f"a {noun} of any kind"
+        wanted = (kind,) if kind else kinds
+        total = sum(times for (one, other), times in seen.items() if who in (None, one) and other in wanted)
+        what = f"a {kind} {noun}" if kind else f"a {noun} of the kinds {', '.join(kinds)}"
         return f"How many times was {what} {verb}{f' by {who}' if who else ''}?", str(total)
 
     return Exercise("A diary, one event a line:\n", ask, line=more)
 
 
+ACTIVE = 5
+"""Things that are moved by turns."""
+
+
 def state(rng: random.Random, size: Size) -> Exercise:
     """Where things are, after all that happened to them."""
-    things, places = [words.word(rng) for _ in range(6)], [words.word(rng) for _ in range(6)]
+    # A thing is moved for a while and then left alone, so that its last move stands anywhere.
+    draw, moves = words.Distinct(rng), itertools.count()
+    things, places = [draw(words.word) for _ in range(ACTIVE + size.lines // 6)], [draw(words.word) for _ in range(6)]
     moved, shown, back = rng.choice(
         (
             (
@@ -196,7 +211,8 @@ def state(rng: random.Random, size: Size) -> Exercise:
     rng.shuffle(order)
 
     def more() -> str:
-        thing = rng.choice(things)
+        first = min(next(moves) // 6, len(things) - ACTIVE)
+        thing = things[first + rng.randrange(ACTIVE)]
         place = rng.choice([place for place in places if history[thing][-1:] != [place]])
         history[thing].append(place)
         return moved.format(who=rng.choice(words.NAMES), thing=thing, place=place)
@@ -219,7 +235,10 @@ def learning(rng: random.Random, size: Size) -> Exercise:
         rng.choice(("Sort new items as the sorted ones are.", "The mark of each example follows a rule; apply it.")),
     )
     draw = words.Distinct(rng)
-    labels, marks = [draw(words.word) for _ in range(classes)], [[draw(words.word) for _ in range(4)] for _ in range(classes)]
+    labels, marks = (
+        [draw(words.word) for _ in range(classes)],
+        [[draw(words.word) for _ in range(2 + size.lines // 6)] for _ in range(classes)],
+    )
     fillers, shown = [draw(words.word) for _ in range(10)], []
 
     def text(k: int, mark: str) -> str:
