@@ -255,7 +255,9 @@ def learning(rng: random.Random, size: Size) -> Exercise:
     def ask() -> tuple[str, str] | None:
         if not shown:
             return None
-        k, mark = rng.choice(shown)
+        # A word that was last seen anywhere, not mostly near the end.
+        last, place = {example: i for i, example in enumerate(shown)}, rng.randrange(len(shown))
+        k, mark = min(last, key=lambda example: abs(last[example] - place))
         return f"Which mark does this get: {text(k, mark)}", labels[k]
 
     return Exercise(f"{head}\n", ask, line=more)
