@@ -1,10 +1,12 @@
 """Rewrite a run's report.html and plots from the files in its workdir.
 
 lcx report --workdir=runs/quickstart
+lcx report --workdir=runs/large --add='runs/small/eval/after.json' --add='runs/medium/eval/after.json'
 """
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Sequence
 
 from absl import flags
@@ -17,6 +19,7 @@ from lcx.report.report import write_report
 def define(values: flags.FlagValues) -> None:
     """The command's flags."""
     flags.DEFINE_string("workdir", None, "the run's workdir", flag_values=values)
+    flags.DEFINE_multi_string("add", [], "an evaluation of another run to show as well, as a pattern", flag_values=values)
 
 
 def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
@@ -24,4 +27,9 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     workdir = values.workdir or (rest[0] if len(rest) == 1 else None)
     if workdir is None:
         raise UserError("--workdir is missing; name the workdir of a run")
-    say(f"report: {write_report(workdir)}")
+    added = []
+    for pattern in values.add:
+        if not (found := sorted(glob.glob(pattern))):
+            raise UserError(f"--add={pattern} matches no file; name evaluations such as runs/quickstart/eval/after.json")
+        added += found
+    say(f"report: {write_report(workdir, added)}")

@@ -9,6 +9,8 @@ import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+import jax
+
 from lcx.core import configs
 from lcx.core.configs import choice
 from lcx.core.console import Progress, say, warn
@@ -113,7 +115,8 @@ def evaluate(
     )
     specs = ("none", *(spec for spec in config.zero_shot if spec != "none"))
     rows, notes = _measured(_tasks(materials), specs, backend, config, label, workdir, announce)
-    return _kept(EvalResult(label, trained, step, rows, time.perf_counter() - started, _settings(config), notes), workdir)
+    settings = {**_settings(config), "parameters": int(sum(x.size for x in jax.tree.leaves(params)))}
+    return _kept(EvalResult(label, trained, step, rows, time.perf_counter() - started, settings, notes), workdir)
 
 
 def evaluate_endpoint(

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lcx.core.console import warn
@@ -60,7 +60,7 @@ class Run:
     def after(self) -> EvalResult | None:
         """The evaluation of the extended model; the latest one when none is called so."""
         named = [result for result in self.evals if result.label == "after"]
-        others = [result for result in self.evals if result.label != "before"]
+        others = [result for result in self.evals if result.label != "before" and "/" not in result.label]
         return (named or sorted(others, key=lambda result: (result.step or 0, result.trained)) or [None])[-1]
 
     def stages(self) -> list[Stage]:
@@ -87,12 +87,18 @@ class Run:
         return Stage(curve, attempt, tokens * len(rows), seconds, said)
 
 
-def load(workdir: str | os.PathLike[str]) -> Run:
-    """Read a workdir; raises `UserError` when it is not there or holds neither metrics nor an evaluation."""
+def load(workdir: str | os.PathLike[str], add: Sequence[str | os.PathLike[str]] = ()) -> Run:
+    """Read a workdir, and evaluations of other runs, files `RUN/eval/LABEL.json`, which are labelled `RUN/LABEL`.
+
+    Raises `UserError` when the workdir is not there or holds neither metrics nor an evaluation, or another file cannot be read.
+    """
     workdir = pathlib.Path(workdir)
     if not workdir.is_dir():
         raise UserError(f"workdir {workdir} does not exist; give the --workdir of a run")
     evals = [results.read(path) for path in sorted((workdir / "eval").glob("*.json"))]
+    for path in map(pathlib.Path, add):
+        found = results.read(path)
+        evals.append(dataclasses.replace(found, label=f"{path.resolve().parent.parent.name}/{found.label}"))
     run = Run(
         name=workdir.resolve().name,
         config=_json(workdir / "config.json"),

@@ -17,20 +17,20 @@ from matplotlib.figure import Figure
 from lcx.core.files import write_atomically
 from lcx.evals.results import EvalResult, perplexity
 from lcx.evals.statistics import wilson
-from lcx.report import export, history, likelihood, plots, question_plots, questions, retention, style
+from lcx.report import export, history, likelihood, plots, question_plots, questions, retention, scaling, style
 from lcx.report.history import Run, Stage
 from lcx.report.page import Cell, page, table
 
 
-def write_report(workdir: str | os.PathLike[str]) -> pathlib.Path:
+def write_report(workdir: str | os.PathLike[str], add: Sequence[str | os.PathLike[str]] = ()) -> pathlib.Path:
     """Write `report.html`, `plots/*.png`, and `scores.csv` and `scores.md` of evaluations, from what the workdir holds.
 
-    May be called again at any time.
+    `add` are result files of other runs to show beside its own. May be called again at any time.
 
     Raises `UserError` when the workdir holds nothing to report.
     """
     workdir = pathlib.Path(workdir)
-    run = history.load(workdir)
+    run = history.load(workdir, add)
     figures = pictures(run)
     for name, figure in figures.items():
         style.save(figure, workdir / "plots" / f"{name}.png")
@@ -56,6 +56,8 @@ def pictures(run: Run) -> dict[str, Figure]:
     for task in dict.fromkeys(task for found in named.values() for task in found.values("task")):
         if (figure := question_plots.growth(task, named)) is not None:
             figures[f"growth_{task}"] = figure
+    for task, figure in scaling.curves(run.evals).items():
+        figures[f"scaling_{task}"] = figure
     for task, found in questions.grids(run.evals).items():
         figures[f"depths_{task}"] = plots.needles(found)
     if curves:
@@ -108,7 +110,7 @@ def render(run: Run, figures: dict[str, Figure]) -> str:
     """The whole HTML document."""
     images = {name: _image(figure, name) for name, figure in figures.items()}
     zero_shot = _zero_shot(run)
-    asked = "".join(image for name, image in images.items() if name.partition("_")[0] in ("tasks", "growth", "depths"))
+    asked = "".join(image for name, image in images.items() if name.partition("_")[0] in ("tasks", "growth", "scaling", "depths"))
     sections = [
         ("Needles", images.get("needles", ""), _needle_note(run)),
         ("Questions in words", asked + questions.section(run.evals), ""),

@@ -253,6 +253,8 @@ WRONG = {
     "export --checkpoint={run} --out={new} --dtype=int8": "dtype='int8' is unknown",
     "export --checkpoint={run} --out={new} --stage=base --step=2": "--step=2 and --stage=base conflict; give only one of them",
     "export --checkpoint={tmp} --out={new}": "does not hold a run (config.json is missing)",
+    "report --workdir={run} --add={tmp}/none*.json": "none*.json matches no file; name evaluations such as",
+    "report --workdir={run} --add={tmp}/page.jsonl": "has no field 'txt'",
     "compare": "takes a run's workdir or two evaluations but got 0; use lcx compare ONE.json OTHER.json",
     "compare {tmp}/lama": "before.json does not exist; `lcx eval` writes it",
     "compare {tmp}/page.jsonl {tmp}/page.jsonl": "has no field 'txt'",
