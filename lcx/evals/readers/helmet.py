@@ -114,8 +114,8 @@ class InContextLearning(TextQuestions):
         return Sample(prompt, "\nlabel:", (str(numbers[wanted]),))
 
     def score(self, item: Item, output: str) -> float:
-        """1 if what stands behind "label:", or else in the first line, is the label."""
-        return scores.labelled(output, item.references)
+        """1 if the first line is the label, behind "label:" or alone."""
+        return scores.of_first_line(scores.labelled)(output, item.references)
 
     def guess(self, items: Sequence[Item]) -> float:
         """One over the number of classes."""

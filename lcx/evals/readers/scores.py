@@ -134,7 +134,10 @@ def rouge_mean(prediction: str, references: Sequence[str]) -> float:
 
 
 def _rouge(prediction: str, references: Sequence[str], kinds: Sequence[str]) -> list[float]:
-    scorer = library("rouge_score.rouge_scorer", "a dataset of summaries", "suites").RougeScorer(list(kinds))
+    library("rouge_score", "a dataset of summaries", "suites")
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(list(kinds))
     scored = [scorer.score(reference, prediction) for reference in references]
     return [max(score[kind].fmeasure for score in scored) for kind in kinds]
 
