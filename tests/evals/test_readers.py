@@ -30,6 +30,16 @@ def build(name, folder, lengths=(1024, 4096), samples=50, depths=(0.0, 0.5, 1.0)
     return TASKS[name](Materials(config, DataConfig(), tokenizers.load("bytes"), None))
 
 
+def test_a_broken_row_is_left_out_and_said(tmp_path, capsys):
+    row = json.dumps(longbench("Who?", "Ada"))
+    (tmp_path / "hotpotqa.jsonl").write_text(f'{row}\n{{"input": "so "called""}}\n{row[:-1]}, "bare": "a\tb"}}\n')
+    assert len(build("longbench", tmp_path).questions["hotpotqa"]) == 2
+    assert "hotpotqa.jsonl, row 2 is not JSON" in capsys.readouterr().err
+    (tmp_path / "hotpotqa.jsonl").write_text(f"{row}\n{row[:50]}")
+    with pytest.raises(UserError, match="hotpotqa.jsonl cannot be read .*fetch it again"):
+        build("longbench", tmp_path)
+
+
 class Answers:
     """A backend with one answer for every prompt that holds a text."""
 
@@ -225,7 +235,7 @@ def test_zeroscrolls(tmp_path):
     lines(tmp_path / "book_sum_sort" / "validation.jsonl", zeroscrolls("1", "chapters of five", "", "3, 1, 2"))
     lines(tmp_path / "gov_report" / "validation.jsonl", zeroscrolls("1", "a report of six", "", "a cat sat down"))
     lines(tmp_path / "gov_report" / "test.jsonl", zeroscrolls("1", "not seven", "", None))
-    right = {"one": "cafe", "two": "no", "three": "B", "four": "50%", "five": "1, 3, 2", "six": "a cat sat down"}
+    right = {"one?": "cafe", "two?": "no", "three?": "B", "of four": "50%", "of five": "1, 3, 2", "of six": "a cat sat down"}
     values, asked = scored("zeroscrolls", tmp_path, right, 4096)
     assert values.pop("gov_report") == pytest.approx(1) and values.pop("book_sum_sort") == pytest.approx(2 / 3)
     assert values == {"qasper": 0.5, "quality": 1, "space_digest": 0.5}

@@ -237,6 +237,8 @@ FINAL_ANSWERS = {
         ("", ["A"], 0),
         ("Because of C", ["C"], 0),
         ("no", ["A"], 0),
+        ("CD", ["C"], 0),
+        ("C, not D", ["C"], 1),
     ],
     "options": [
         ("BD", ["BD"], 1),

@@ -22,10 +22,13 @@ def exam_match(prediction: str, references: Sequence[str]) -> float:
 
 
 def one_option(prediction: str, references: Sequence[str]) -> float:
-    """1 if the first capital from A to D anywhere is the one with which the reference begins (L-Eval's TOEFL and QuALITY)."""
-    found = re.search(r"[A-D]", prediction)
+    """1 if the first capital from A to D anywhere is the one with which the reference begins (L-Eval's TOEFL and QuALITY).
+
+    Several letters and nothing else are wrong.
+    """
+    found = re.fullmatch(r"[A-D]+", prediction) or re.search(r"[A-D]", prediction)
     wanted = re.sub(r"[^A-D]", "", references[0].split()[0])
-    return float(bool(found) and found[0] == wanted)
+    return float(found is not None and found[0] == wanted)
 
 
 def options(prediction: str, references: Sequence[str]) -> float:
