@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lcx.evals.results import wilson
+from lcx.evals.statistics import wilson
 from lcx.positions.theta import critical_base, ntk_base
 from lcx.recipes.recipe import recipe
 from lcx.report import markdown, style

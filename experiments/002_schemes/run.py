@@ -17,7 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lcx.evals import results
-from lcx.evals.results import EvalResult, perplexity, wilson
+from lcx.evals.results import EvalResult, perplexity
+from lcx.evals.statistics import wilson
 from lcx.recipes.recipe import evaluate_loaded, recipe
 from lcx.report import markdown, style
 from lcx.training.checkpoints import load_params

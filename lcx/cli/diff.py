@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from lcx.core.errors import UserError
-from lcx.recipes.compare import compare
+from lcx.recipes.diff import diff
 
 
 def define(values: flags.FlagValues) -> None:
@@ -22,6 +22,6 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     """Compare the two models; exit with status 1 if they differ."""
     if len(rest) != 2:
         raise UserError(f"lcx diff takes two models but got {len(rest)}; use lcx diff ONE OTHER")
-    same = compare(*rest, show_all=values.all)
+    same = diff(*rest, show_all=values.all)
     if not same:
         raise SystemExit(1)

@@ -47,6 +47,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "data", None, "folder with the files of a benchmark that reads files, such as longbench", flag_values=values
     )
+    flags.DEFINE_string("evaluator", None, "the model that names key tokens of long_perplexity (itself)", flag_values=values)
     flags.DEFINE_bool("faithful", False, "keep the quirks of RULER v1", flag_values=values)
     flags.DEFINE_string("label", None, "write the result to eval/<label>.json in the run's workdir", flag_values=values)
 
@@ -63,6 +64,7 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
         zero_shot_items=values.items,
         generation_items=values.generation_items,
         perplexity_tokens=values.perplexity_tokens,
+        evaluator=values.evaluator,
         questions=QuestionConfig(
             values.items, values.prompt_format, tuple(values.prose), values.qa_1, values.qa_2, values.data, values.faithful
         ),

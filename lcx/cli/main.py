@@ -29,6 +29,7 @@ COMMANDS = {
     "import": "convert a Hugging Face folder to a run's checkpoint",
     "export": "write a run's weights as a Hugging Face folder",
     "diff": "compare two models tensor by tensor",
+    "compare": "compare two evaluations on the same items, paired",
     "data prepare": "tokenise a corpus once into a dataset that runs read",
     "data inspect": "print and plot what a config's data mixture contains",
 }

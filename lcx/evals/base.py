@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -19,7 +20,8 @@ from lcx.data.sources.sources import Subset
 from lcx.data.tokenizers.tokenizers import Tokenizer
 from lcx.evals.answers import AnswerLog
 from lcx.evals.config import EvalConfig
-from lcx.evals.results import Measurement, wilson
+from lcx.evals.results import Measurement
+from lcx.evals.statistics import interval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,24 @@ class Scores(NamedTuple):
     correct: np.ndarray
 
 
+def digest(*arrays: np.ndarray) -> str:
+    """Sixteen hex digits that tell token sequences from others."""
+    found = hashlib.sha256()
+    for array in arrays:
+        found.update(len(array).to_bytes(8, "little") + np.ascontiguousarray(array, np.int32).tobytes())
+    return found.hexdigest()[:16]
+
+
+def mean_score(
+    task: str, metric: str, length: int, scores: Sequence[float], items: Sequence[Item], depth: float | None = None
+) -> Measurement:
+    """The row of some items: their mean score with its 95% interval, every score, and what the items are known by."""
+    low, high = interval(scores)
+    named = digest(*(tokens for item in items for tokens in (item.prompt, item.answer)))
+    n, kept = len(scores), tuple(round(float(score), 6) for score in scores)
+    return Measurement(task, metric, length, sum(scores) / n, n, depth, low=low, high=high, scores=kept, digest=named)
+
+
 class Backend(Protocol):
     """A model under one positional scheme, for contexts up to one length."""
 
@@ -72,14 +92,29 @@ class Backend(Protocol):
         """What tells it from every other model, and from the same one under other frequencies."""
 
 
+class Evaluator(NamedTuple):
+    """A model that judges texts: its backend for contexts of up to a length, its tokenizer, and its name (None: the model that is
+    evaluated, under its own scheme)."""
+
+    backend: Callable[[int], Backend]
+    tokenizer: Tokenizer
+    name: str | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class Materials:
-    """What tasks are made from; `heldout` reads the documents of a source that were kept out of training."""
+    """What tasks are made from; `heldout` reads the documents of a source that were kept out of training.
+
+    `evaluator` says which tokens depend on far ones (`lcx.evals.tasks.key_tokens`); None where there is no such model. `spans` are
+    held-out texts that several tasks score.
+    """
 
     config: EvalConfig
     data: DataConfig
     tokenizer: Tokenizer
     heldout: Callable[[SourceConfig], Subset]
+    evaluator: Evaluator | None = None
+    spans: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def part(self, name: str | None, field: str, *, is_task: bool) -> PartConfig:
         """The named part of the mixture, or the first of its kind; `field` is the setting that names it."""
@@ -138,12 +173,9 @@ class Questions(Task):
     def measure(self, backend: Backend, length: int, count: int, log: AnswerLog) -> list[Measurement]:
         """The mean score at each depth."""
         scores: dict[float | None, list[float]] = {}
+        asked: dict[float | None, list[Item]] = {}
         items = self.items(length, count)
         for item, output in zip(items, self.ask(backend, items), strict=True):
             scores.setdefault(item.depth, []).append(self.score(item, output))
-        made = []
-        for depth, found in scores.items():
-            low, high = wilson(sum(found), len(found))
-            value, n = sum(found) / len(found), len(found)
-            made.append(Measurement(self.name, self.metric, length, value, n, depth, low=low, high=high))
-        return made
+            asked.setdefault(item.depth, []).append(item)
+        return [mean_score(self.name, self.metric, length, found, asked[depth], depth) for depth, found in scores.items()]

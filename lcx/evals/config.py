@@ -71,7 +71,9 @@ class EvalConfig:
     `final_tokens` of each span are reported apart (None: half the shortest length). `text` and `task` name the parts of the
     data mixture that give held-out text and needles (None: the first of each kind). `tokens_per_forward` bounds memory: rows x
     length of one pass, one row at least; `share_prefixes` prefills once what several questions in words begin with.
-    `effective_threshold` is the mean over depths that a length must exceed to count as reached (RULER's 85.6%).
+    `evaluator` is a run's workdir or a Hugging Face folder whose model says which tokens are key tokens of `long_perplexity` (None:
+    the model itself), and `short_context` the tokens that it compares a whole context with (None: 4,096, at most an eighth of the
+    longest length). `effective_threshold` is the mean over depths that a length must exceed to count as reached (RULER's 85.6%).
     """
 
     tasks: tuple[str, ...] = ("needles", "generated_needles", "perplexity")
@@ -88,6 +90,8 @@ class EvalConfig:
     task: str | None = None
     tokens_per_forward: int = 1 << 14
     share_prefixes: bool = True
+    evaluator: str | None = None
+    short_context: int | None = None
     effective_threshold: float = 0.856
     questions: QuestionConfig = QuestionConfig()
     seed: int = 0
@@ -99,6 +103,7 @@ class EvalConfig:
             if not 0 <= depth <= 1:
                 raise UserError(f"evals.depths has {depth}; depths are fractions from 0 (start) to 1 (just before the question)")
         configs.positive("evals", tokens_per_forward=self.tokens_per_forward, stride=self.stride, final_tokens=self.final_tokens)
+        configs.positive("evals", short_context=self.short_context)
         for name in ("needle_items", "zero_shot_items", "generation_items", "perplexity_tokens", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"evals.{name}={getattr(self, name)} must not be negative; 0 leaves it out")

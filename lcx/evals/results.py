@@ -7,7 +7,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,27 +15,7 @@ import numpy as np
 from lcx.core import configs
 from lcx.core.errors import UserError
 from lcx.core.files import write_atomically
-
-
-def wilson(correct: float, items: int, z: float = 1.959963985) -> tuple[float, float]:
-    """Wilson score interval of a proportion (Wilson 1927), 95% by default; (0, 1) when there are no items."""
-    if items <= 0:
-        return 0.0, 1.0
-    share, square = correct / items, z * z
-    centre = (share + square / (2 * items)) / (1 + square / items)
-    half = z * math.sqrt(share * (1 - share) / items + square / (4 * items * items)) / (1 + square / items)
-    # At 0 and at all the formula gives the bound exactly, up to rounding.
-    return (0.0 if correct <= 0 else max(0.0, centre - half)), (1.0 if correct >= items else min(1.0, centre + half))
-
-
-def interval(scores: Sequence[float], resamples: int = 2000) -> tuple[float, float]:
-    """95% interval of a mean score: Wilson's if every score is 0 or 1, otherwise the percentile bootstrap of `resamples` draws."""
-    if all(score in (0, 1) for score in scores):
-        return wilson(sum(scores), len(scores))
-    values = np.asarray(scores)
-    drawn = np.random.default_rng(0).integers(0, len(values), (resamples, len(values)))
-    low, high = np.quantile(values[drawn].mean(axis=1), [0.025, 0.975])
-    return float(low), float(high)
+from lcx.evals.statistics import drawn_means, wilson
 
 
 def perplexity(nll: float) -> float:
@@ -50,7 +30,8 @@ class Measurement:
     `length` in tokens, answer included. `scheme` says how positions were encoded; "none" is the checkpoint as it was trained.
     `depth` is where the answer stands, from 0 (start of the context) to 1 (just before the question); `positions` the range
     `first <= p < end` of positions in the window that a loss is the mean over; None: does not apply. `low` and `high` are the 95%
-    interval.
+    interval. `scores` are the values of single items, in their order, and `digest` tells these items from others: rows of the same
+    digest can be paired.
     """
 
     task: str
@@ -63,6 +44,8 @@ class Measurement:
     low: float | None = None
     high: float | None = None
     scheme: str = "none"
+    scores: tuple[float, ...] | None = None
+    digest: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,16 +113,31 @@ class EvalResult:
             reached = length
         return reached
 
+    def effective_interval(self, threshold: float = 0.856, draws: int = 4000) -> tuple[int, int] | None:
+        """95% interval of `effective_length`, from means drawn anew for every row; None where a row keeps no single scores."""
+        if any(row.scores is None for row in self.rows):
+            return None
+        rng, lengths = np.random.default_rng(0), sorted(self.values("length"))
+        reached, before = np.zeros(draws, int), np.ones(draws, bool)
+        for length in lengths:
+            rows = [row for row in self.rows if row.length == length]
+            total = sum(row.n * drawn_means(row.scores or (), draws, rng) for row in rows)
+            before &= total / sum(row.n for row in rows) > threshold
+            reached[before] = length
+        low, high = np.quantile(reached, [0.025, 0.975], method="inverted_cdf")
+        return int(low), int(high)
+
     def _total(self, above: int) -> tuple[float, int]:
         rows = [row for row in self.rows if row.length > above]
         return math.fsum(row.value * row.n for row in rows), sum(row.n for row in rows)
 
 
 def write(result: EvalResult, path: str | os.PathLike[str]) -> pathlib.Path:
-    """Write the result as JSON, what does not apply to a row left out; the file appears whole or not at all."""
+    """Write the result as JSON, a row a line, what does not apply to it left out; the file appears whole or not at all."""
     values = configs.plain(result)
-    values["rows"] = [{key: value for key, value in row.items() if value is not None} for row in values["rows"]]
-    return write_atomically(path, json.dumps(values, indent=1) + "\n")
+    rows = [json.dumps({key: value for key, value in row.items() if value is not None}) for row in values.pop("rows")]
+    head = json.dumps(values, indent=1).removesuffix("\n}")
+    return write_atomically(path, f'{head},\n "rows": [\n  ' + ",\n  ".join(rows) + "\n ]\n}\n")
 
 
 def read(path: str | os.PathLike[str]) -> EvalResult:

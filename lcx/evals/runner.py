@@ -21,7 +21,7 @@ from lcx.evals import results
 from lcx.evals.answers import AnswerLog
 from lcx.evals.backends.endpoint import EndpointBackend
 from lcx.evals.backends.local import LocalBackend
-from lcx.evals.base import Backend, Materials, Task
+from lcx.evals.base import Backend, Evaluator, Materials, Task
 from lcx.evals.config import EndpointConfig, EvalConfig
 from lcx.evals.readers.files import FileQuestions
 from lcx.evals.results import EvalResult, Measurement, perplexity
@@ -68,11 +68,12 @@ def evaluate(
     stop_ids: Sequence[int] = (),
     workdir: str | os.PathLike[str] | None = None,
     announce: Callable[[str], None] = say,
+    evaluator: Evaluator | None = None,
 ) -> EvalResult:
     """Measure a checkpoint trained up to `trained` tokens; with a workdir, write `eval/<label>.json` there, and answers one by one.
 
     `schemes` maps layer kinds to the scheme that the checkpoint was last trained under. Under `zero_shot` specs the factor is
-    length / trained, chosen at each length unless the spec fixes it.
+    length / trained, chosen at each length unless the spec fixes it. Without an `evaluator` the model judges itself.
     """
     started = time.perf_counter()
     for spec in config.zero_shot:
@@ -100,6 +101,9 @@ def evaluate(
             config.share_prefixes,
         )
 
+    materials = dataclasses.replace(
+        materials, evaluator=evaluator or Evaluator(functools.partial(backend, "none"), materials.tokenizer)
+    )
     specs = ("none", *(spec for spec in config.zero_shot if spec != "none"))
     rows, notes = _measured(_tasks(materials), specs, backend, config, label, workdir, announce)
     return _kept(EvalResult(label, trained, step, rows, time.perf_counter() - started, _settings(config), notes), workdir)

@@ -18,6 +18,7 @@ from lcx.data.config import PartConfig
 from lcx.data.tokenizers import tokenizers
 from lcx.evals import results
 from lcx.evals.backends.local import LocalBackend
+from lcx.evals.base import Evaluator
 from lcx.evals.config import EvalConfig
 from lcx.evals.results import EvalResult
 from lcx.evals.runner import chosen_tasks, evaluate
@@ -169,9 +170,17 @@ def evaluate_loaded(loaded: Loaded, evals: EvalConfig, label: str, workdir: Path
     """Evaluate loaded weights under the schemes that they were last trained with."""
     run, meta = loaded.run, loaded.meta
     schemes = build_schemes(run.model, loaded.schemes)
+    judge = None
+    if evals.evaluator is not None:
+        chosen = models.load(evals.evaluator)
+        judge = Evaluator(
+            lambda length: backend_of(chosen, length, tokens_per_forward=evals.tokens_per_forward),
+            tokenizers.load(chosen.run.data.tokenizer),
+            evals.evaluator,
+        )
     return evaluate(
         loaded.params, run.model, run.execution, schemes, run.data, evals,
-        trained=meta.length, label=label, step=meta.step, stop_ids=loaded.stop_ids, workdir=workdir,
+        trained=meta.length, label=label, step=meta.step, stop_ids=loaded.stop_ids, workdir=workdir, evaluator=judge,
     )  # fmt: skip
 
 

@@ -45,6 +45,7 @@ tr.dim td { color: var(--muted); }
 tr.strong td { font-weight: 650; color: var(--accent); }
 pre { background: var(--code); border-radius: 8px; padding: 12px 14px; overflow-x: auto; font: 12.5px/1.5 ui-monospace,
   SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; margin: 0 0 12px; }
+pre.passage { white-space: pre-wrap; font-size: 13.5px; line-height: 1.7; }
 summary { cursor: pointer; color: var(--muted); font-size: 13.5px; margin: 12px 0 8px; }
 footer { color: var(--muted); font-size: 13px; margin-top: 24px; }
 @media (max-width: 560px) { h1 { font-size: 30px; } section { padding: 16px 14px; } }

@@ -113,20 +113,11 @@ def summary(
 def draw_needles(axes: Axes, grid: EvalResult, title: str, first: bool = True) -> None:
     """One heatmap into `axes`, with the share found printed in each cell and a line where training ended."""
     shares = 100 * np.asarray(grid.table())
-    axes.imshow(shares, cmap=style.SCORES, vmin=0, vmax=100, aspect="auto", interpolation="nearest")
+    draw_cells(axes, shares, 9.5)
     rows, columns = shares.shape
-    for edge in np.arange(0.5, columns - 1):
-        axes.axvline(edge, color=style.PAPER, linewidth=2)
-    for edge in np.arange(0.5, rows - 1):
-        axes.axhline(edge, color=style.PAPER, linewidth=2)
-    for row in range(rows):
-        for column in range(columns):
-            colour = style.ink_on(style.SCORES(shares[row, column] / 100))
-            axes.text(column, row, f"{shares[row, column]:.0f}", ha="center", va="center", fontsize=9.5, color=colour)
     axes.set_xticks(range(columns), [style.tokens(x) for x in grid.values("length")])
     axes.set_yticks(range(rows), [f"{100 * depth:.0f}%" for depth in grid.values("depth")])
     axes.tick_params(labelleft=first)
-    axes.spines[:].set_visible(False)
     axes.set_xlabel("token limit")
     if first:
         axes.set_ylabel("depth of the needle")
@@ -139,6 +130,21 @@ def draw_needles(axes: Axes, grid: EvalResult, title: str, first: bool = True) -
         xytext=(4, 4) if seen <= columns / 2 else (-4, 4), ha="left" if seen <= columns / 2 else "right", va="bottom",
         fontsize=9, color=style.INK,
     )  # fmt: skip
+
+
+def draw_cells(axes: Axes, percent: np.ndarray, size: float) -> None:
+    """A table of percentages as a heatmap into `axes`, each printed in its cell in characters of a `size`; a dash for NaN."""
+    axes.imshow(np.ma.masked_invalid(percent), cmap=style.SCORES, vmin=0, vmax=100, aspect="auto", interpolation="nearest")
+    rows, columns = percent.shape
+    for edge in np.arange(0.5, columns - 1):
+        axes.axvline(edge, color=style.PAPER, linewidth=2)
+    for edge in np.arange(0.5, rows - 1):
+        axes.axhline(edge, color=style.PAPER, linewidth=2)
+    for (row, column), share in np.ndenumerate(percent):
+        known = np.isfinite(share)
+        colour = style.ink_on(style.SCORES(share / 100)) if known else style.MUTED
+        axes.text(column, row, f"{share:.0f}" if known else "–", ha="center", va="center", fontsize=size, color=colour)
+    axes.spines[:].set_visible(False)
 
 
 def draw_perplexity(axes: Axes, curves: Mapping[str, EvalResult], trained: int | None = None, final: bool = False) -> None:

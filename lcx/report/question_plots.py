@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from lcx.evals.results import EvalResult
 from lcx.report import style
-from lcx.report.plots import line_colour, score_bar
+from lcx.report.plots import draw_cells, line_colour, score_bar
 
 COUNTED = ("shots", "turns", "operations")
 """Metrics that say how many units the prompts of a length hold (`lcx.evals.text.questions.TextQuestions.counts`)."""
@@ -54,17 +54,10 @@ def tasks(named: Mapping[str, EvalResult]) -> Figure:
             found = scores[name].select(task=task)
             for length, share in found.by_length().items() if found else ():
                 table[y, shown.index(length)] = 100 * share
-        axes.imshow(np.ma.masked_invalid(table), cmap=style.SCORES, vmin=0, vmax=100, aspect="auto", interpolation="nearest")
-        for (y, x), share in np.ndenumerate(table):
-            if not np.isfinite(share):
-                axes.text(x, y, "–", ha="center", va="center", fontsize=8.5, color=style.MUTED)
-            else:
-                ink = style.ink_on(style.SCORES(share / 100))
-                axes.text(x, y, f"{share:.0f}", ha="center", va="center", fontsize=8.5, color=ink)
+        draw_cells(axes, table, 8.5)
         axes.set_xticks(range(len(shown)), [style.tokens(length) for length in shown])
         axes.set_yticks(range(len(rows)), rows)
         axes.tick_params(labelleft=i == 0)
-        axes.spines[:].set_visible(False)
         axes.set_xlabel("token limit")
         axes.set_title(name.replace(", ", "\n"), fontsize=9.5)
     score_bar(figure, panels, "score")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -40,7 +41,7 @@ def grids(results: Sequence[EvalResult]) -> dict[str, dict[str, EvalResult]]:
 
 def reading(answers: Sequence[Mapping[str, Any]]) -> str:
     """Some answers of each task at its longest length, wrong ones first, as people learn most from those."""
-    parts = []
+    parts, answers = [], [answer for answer in answers if "output" in answer]
     for task in dict.fromkeys(answer["task"] for answer in answers):
         of_task = [answer for answer in answers if answer["task"] == task]
         longest = max(answer["length"] for answer in of_task)
@@ -80,6 +81,7 @@ def _scores(result: EvalResult, scheme: str) -> str:
     notes = []
     if average is not None:
         known = average.by_length()
+        notes.append(_effective(found))
         rows.append(((f"average of {average.rows[0].n}", *(_number(known.get(n)) for n in lengths)), "strong"))
         if set(lengths) & set(LENGTHS):
             rows += [((name, *(_number_at(scores, n) for n in lengths)), "dim") for name, scores in PUBLISHED.items()]
@@ -93,6 +95,15 @@ def _scores(result: EvalResult, scheme: str) -> str:
     name = result.label if scheme == "none" else f"{result.label}, {scheme}"
     head = (name, *(f"{length:,}" for length in lengths))
     return table(head, rows) + f"<p class=note>{html.escape(' '.join(notes))}</p>"
+
+
+def _effective(found: EvalResult) -> str:
+    """RULER's effective length with its interval: every task weighs alike, as each has as many questions."""
+    ruler = [row for row in found.rows if row.task.startswith("ruler_")]
+    scores = dataclasses.replace(found, rows=tuple(ruler))
+    certain = scores.effective_interval()
+    range_of = f" (95% interval {certain[0]:,}–{certain[1]:,})" if certain else ""
+    return f"Effective length, the longest up to which every average exceeds 85.6%: {scores.effective_length():,}{range_of}."
 
 
 def _cells(found: EvalResult | None, lengths: Sequence[int]) -> list[str | tuple[str, str]]:

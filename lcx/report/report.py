@@ -15,8 +15,9 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from lcx.core.files import write_atomically
-from lcx.evals.results import EvalResult, perplexity, wilson
-from lcx.report import export, history, plots, question_plots, questions, style
+from lcx.evals.results import EvalResult, perplexity
+from lcx.evals.statistics import wilson
+from lcx.report import export, history, likelihood, plots, question_plots, questions, retention, style
 from lcx.report.history import Run, Stage
 from lcx.report.page import Cell, page, table
 
@@ -62,6 +63,8 @@ def pictures(run: Run) -> dict[str, Figure]:
         figures["perplexity"] = plots.perplexity(curves, trained)
         few = {name: curve for name, curve in curves.items() if name in ("none", "yarn", "extended") or len(curves) < 4}
         figures["positions"] = plots.positions(few, trained)
+    if run.after and (figure := likelihood.kinds(run.before, run.after)) is not None:
+        figures["kinds"] = figure
     if stages:
         figures["loss"] = plots.losses(stages)
     return figures
@@ -110,6 +113,9 @@ def render(run: Run, figures: dict[str, Figure]) -> str:
         ("Needles", images.get("needles", ""), _needle_note(run)),
         ("Questions in words", asked + questions.section(run.evals), ""),
         ("Answers to read", questions.reading(run.answers), ""),
+        ("Which tokens gain from context", images.get("kinds", "") + likelihood.losses(run.evals), ""),
+        ("Key tokens", likelihood.passages(run.answers), ""),
+        ("Short contexts: what the extension cost", retention.section(run.before, run.after), ""),
         ("Perplexity", images.get("perplexity", ""), _perplexity_note(run)),
         ("Stages", images.get("loss", "") + _stage_table(run.stages()), ""),
         ("Zero-shot: other schemes on the model before extension", zero_shot, ""),
@@ -151,7 +157,9 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
         tiles.append((f"needles beyond {above:,} tokens" if above else "needles found", value, small))
         threshold = _setting(after, "effective_threshold", 0.856)
         values = [g.effective_length(threshold) for g in (old, grid) if g is not None]
-        small = f"longest with more than {_percent(threshold)} of needles"
+        certain = grid.effective_interval(threshold)
+        range_of = f"; 95% interval {certain[0]:,}–{certain[1]:,}" if certain else ""
+        small = f"longest with more than {_percent(threshold)} of needles{range_of}"
         tiles.append(("effective length", " → ".join(f"{v:,}" for v in values), small))
     old, curve = (_losses(result, scheme="none", metric="nll") for result in (before, after))
     if curve:

@@ -9,7 +9,8 @@ from lcx.data.tasks.table import make_task
 from lcx.data.tokenizers.tokenizers import Bytes
 from lcx.evals.answers import AnswerLog
 from lcx.evals.base import Scores
-from lcx.evals.results import EvalResult, wilson
+from lcx.evals.results import EvalResult
+from lcx.evals.statistics import wilson
 from lcx.evals.tasks.needles import GeneratedNeedles, Needles
 
 DEPTHS = (0.0, 0.5, 1.0)

@@ -11,7 +11,7 @@ from lcx.evals.answers import AnswerLog
 from lcx.evals.backends.local import LocalBackend
 from lcx.evals.base import Item, Scores
 from lcx.evals.results import EvalResult
-from lcx.evals.tasks.perplexity import Perplexity, bytes_per_token, cover, loss_by_position, spans
+from lcx.evals.tasks.perplexity import Perplexity, Spans, bytes_per_token, cover, loss_by_position, spans
 from lcx.model.architecture import build_architecture, build_schemes
 from lcx.model.config import ModelConfig
 from lcx.model.execution import ExecutionConfig
@@ -74,7 +74,7 @@ def test_equals_a_direct_computation_with_dense_attention():
     params = jax.tree.map(lambda x: 3 * x, params)  # far from uniform
     text = np.random.default_rng(2).integers(0, 64, (3, 65)).astype(np.int32)
     blockwise, dense = ExecutionConfig(attention="blockwise"), ExecutionConfig(attention="dense")
-    task = Perplexity(text, final=5, stride=16)
+    task = Perplexity(Spans(text, stride=16), final=5)
     rows = [
         row
         for n in (16, 64)
@@ -100,13 +100,15 @@ def test_equals_a_direct_computation_with_dense_attention():
 class ContextBackend:
     """A model whose loss is 1 / (tokens seen before), so that more context is always better."""
 
+    fingerprint = "context"
+
     def loglikelihood(self, items):
         losses = [1.0 / np.arange(len(item.prompt), len(item.prompt) + len(item.answer)) for item in items]
         return [Scores(nll.astype(np.float32), nll < 0.5) for nll in losses]
 
 
 def curve_of(text, lengths, final, stride=None) -> EvalResult:
-    task = Perplexity(text, final, stride)
+    task = Perplexity(Spans(text, stride), final)
     rows = [row for length in lengths for row in task.measure(ContextBackend(), length, len(text), AnswerLog(None))]
     return EvalResult("test", 0, rows=tuple(rows))
 

@@ -330,7 +330,7 @@ class Learner(Answers):
             yield {number: f" {known.get(asked)}\nlabel: 0"}
 
 
-def test_in_context_learning_of_helmet(tmp_path):
+def test_in_context_learning_of_helmet(tmp_path, capsys):
     kinds = [f"kind{i}" for i in range(6)]
     train = [{"text": f"{kind} of text {n}", "coarse_label": i, "fine_label": i} for i, kind in enumerate(kinds) for n in range(3)]
     test = [{"text": f"{kind} to be labelled", "coarse_label": i, "fine_label": i} for i, kind in enumerate(kinds)]
@@ -353,6 +353,8 @@ def test_in_context_learning_of_helmet(tmp_path):
     assert rows["helmet_icl_trec_coarse", "chance"].value == pytest.approx(1 / 6)
     assert rows["helmet_icl_trec_coarse", "shots"].value > 12
     assert {row.task for row in task.measure(Learner({}), 128, 2, AnswerLog(None))} <= {fitted.name for fitted in task.fitted}
+    assert build("helmet", tmp_path, (48,)).measure(Learner({}), 48, 2, AnswerLog(None)) == []
+    assert "helmet_icl_nlu is left out at 48, which its shortest question does not fit into" in capsys.readouterr().err
     lines(tmp_path / "banking77" / "train.jsonl", {"sentence": "x", "label": 1})
     with pytest.raises(UserError, match="train.jsonl, row 1 has no 'text'"):
         build("helmet", tmp_path)

@@ -6,7 +6,8 @@ import pytest
 
 from lcx.core.errors import UserError
 from lcx.evals import results
-from lcx.evals.results import EvalResult, Measurement, perplexity, wilson
+from lcx.evals.results import EvalResult, Measurement, perplexity
+from lcx.evals.statistics import wilson
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,8 @@ def test_result_comes_back_from_json(tmp_path):
         Measurement("perplexity", "nll_by_position", 512, 2.0, 8, positions=(0, 1), scheme="yarn"),
     )
     settings = {"evals": {"seed": 0, "zero_shot": ["yarn"]}}
-    result = EvalResult("after", 4096, 70, (*grid().rows, *losses), 3.5, settings, ("Documents were joined.",))
+    kept = Measurement("key_value", "score", 256, 0.5, 2, 0.0, scores=(1.0, 0.0), digest="00ff")
+    result = EvalResult("after", 4096, 70, (*grid().rows, kept, *losses), 3.5, settings, ("Documents were joined.",))
     path = results.write(result, tmp_path / "eval" / "after.json")
     back = results.read(path)
     whole = [row for row in result.rows if not math.isnan(row.value)]

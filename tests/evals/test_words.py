@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lcx.evals.answers import AnswerLog
-from lcx.evals.results import interval
+from lcx.evals.statistics import interval
 from lcx.evals.tasks.table import GROUPS, TASKS, WORDS
 from lcx.evals.text.matching import edits, first_integer, integers, last_list, set_f1, word_error_rate
 from lcx.report.question_plots import COUNTED

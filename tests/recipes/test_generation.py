@@ -8,6 +8,7 @@ import pytest
 
 from lcx.core.errors import UserError
 from lcx.core.param_spec import initialize
+from lcx.data.tokenizers.stream import Stream
 from lcx.data.tokenizers.tokenizers import Bytes, HuggingFace
 from lcx.model.architecture import build_architecture, build_schemes
 from lcx.model.config import ModelConfig
@@ -15,7 +16,7 @@ from lcx.model.decode import generate
 from lcx.model.execution import ExecutionConfig
 from lcx.model.params import specs
 from lcx.model.sampling import Sampling
-from lcx.recipes.generation import Stream, generate_text, read_prompts
+from lcx.recipes.generation import generate_text, read_prompts
 
 CONFIG = ModelConfig(vocab_size=257, model_dim=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=32)
 SCHEMES = build_schemes(CONFIG, {"default": "rope:theta=500"})

@@ -15,7 +15,7 @@ from lcx.core.errors import UserError
 from lcx.interop import byte_tokenizer
 from lcx.interop.shards import Shards
 from lcx.recipes import extension, models
-from lcx.recipes.compare import compare
+from lcx.recipes.diff import diff
 from tests.interop import hf_models
 from tests.interop.hf_models import TRAINED
 
@@ -40,7 +40,7 @@ def test_import_export_diff(source, tmp_path, capsys):
     assert {name: one.read(name).tobytes() for name in one.shapes} == {name: other.read(name).tobytes() for name in other.shapes}
     kept = {path.name for path in (tmp_path / "out").iterdir()}
     assert kept == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    assert compare(str(source), str(tmp_path / "run"))
+    assert diff(str(source), str(tmp_path / "run"))
     assert "12 of 12 tensors are equal, 0 options differ" in capsys.readouterr().out
 
 
@@ -65,7 +65,7 @@ def test_extension_is_evaluated_and_exported(source, tmp_path, capsys):
     theta = values["rope_parameters"]["rope_theta"]
     assert values["max_position_embeddings"] == TARGET
     assert theta == values["rope_theta"] > 10000
-    assert not compare(str(source), str(out))
+    assert not diff(str(source), str(out))
     said = capsys.readouterr().out
     assert "length" in said
     assert "layers/mlp/up/kernel" in said

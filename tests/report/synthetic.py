@@ -5,7 +5,8 @@ import math
 import pathlib
 
 from lcx.evals import results
-from lcx.evals.results import EvalResult, Measurement, wilson
+from lcx.evals.results import EvalResult, Measurement
+from lcx.evals.statistics import wilson
 from lcx.report.plots import StageCurve
 
 LENGTHS = (256, 512, 1024, 4096)
@@ -15,7 +16,19 @@ DEPTHS = (0.0, 0.5, 1.0)
 def needles(counts: tuple[tuple[int, ...], ...], trained: int = 256, items: int = 20, scheme: str = "none") -> EvalResult:
     """Counts of needles found, `[depth][length]`."""
     rows = (
-        Measurement("needles", "accuracy", length, count / items, items, depth, None, *wilson(count, items), scheme)
+        Measurement(
+            "needles",
+            "accuracy",
+            length,
+            count / items,
+            items,
+            depth,
+            None,
+            *wilson(count, items),
+            scheme,
+            scores=(1.0,) * count + (0.0,) * (items - count),
+            digest=f"{length} {depth}",
+        )  # fmt: skip
         for depth, row in zip(DEPTHS, counts, strict=True)
         for length, count in zip(LENGTHS, row, strict=True)
     )

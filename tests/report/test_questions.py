@@ -5,7 +5,8 @@ import dataclasses
 import json
 
 from lcx.evals import results
-from lcx.evals.results import EvalResult, Measurement, interval
+from lcx.evals.results import EvalResult, Measurement
+from lcx.evals.statistics import interval
 from lcx.report import question_plots
 from lcx.report.report import write_report
 

@@ -19,6 +19,7 @@ from lcx.core.batch import Batch
 from lcx.core.mesh import context_size, mesh_of
 from lcx.core.numbers import round_up
 from lcx.core.trees import Tree
+from lcx.data.tokenizers.stream import Stream
 from lcx.data.tokenizers.tokenizers import Tokenizer
 from lcx.evals.backends.branches import branches
 from lcx.evals.base import Item, Scores
@@ -194,17 +195,16 @@ class _Ends:
     """For `generate`: ends rows from number `rows` on, which are there for their shape alone, and those whose text holds an end."""
 
     def __init__(self, rows: int, until: Sequence[str], tokenizer: Tokenizer) -> None:
-        self._rows, self._until, self._tokenizer = rows, until, tokenizer
-        self._tokens: dict[int, list[int]] = {}
+        self._rows = rows
+        self._streams = [Stream(tokenizer, until) for _ in range(rows)] if until else []
 
     def __call__(self, step: int, new: Mapping[int, int]) -> list[int]:
         ended = [row for row in new if row >= self._rows]
-        for row, token in new.items() if self._until else ():
-            tokens = self._tokens.setdefault(row, [])
-            tokens.append(token)
-            text = self._tokenizer.decode(np.asarray(tokens, np.int32))
-            if any(stop in text for stop in self._until):
-                ended.append(row)
+        for row, token in new.items() if self._streams else ():
+            if row < self._rows:
+                self._streams[row].add(token)
+                if self._streams[row].stopped:
+                    ended.append(row)
         return ended
 
 

@@ -20,8 +20,8 @@ from lcx.core.errors import UserError
 from lcx.core.extras import library
 from lcx.core.files import refuse_lfs_pointer
 from lcx.evals.answers import AnswerLog
-from lcx.evals.base import Backend, Item, Materials, Task
-from lcx.evals.results import Measurement, interval
+from lcx.evals.base import Backend, Item, Materials, Task, mean_score
+from lcx.evals.results import Measurement
 from lcx.evals.text.asking import ask
 from lcx.evals.text.formats import BasePrompt, PromptFormat, Sample, choose
 from lcx.evals.text.matching import cleaned
@@ -139,26 +139,28 @@ class FileQuestions(Task):
                 continue
             rng = random.Random(f"{self.seed} {self.name} {part} {length}")
             chosen = rng.sample(fitting, min(count, len(fitting)))
-            asked, scores, empty = self._scores(backend, log, part, length, chosen)
-            low, high = interval(scores)
+            items, scores, empty = self._scores(backend, log, part, length, chosen)
             task, n = f"{self.name}_{part}", len(scores)
-            rows.append(Measurement(task, "score", length, sum(scores) / n, n, low=low, high=high))
+            rows.append(mean_score(task, "score", length, scores, items))
             files = self.parts[part]
             if isinstance(files, Files) and files.overall is not None:
-                found = files.overall([question.sample.references for question in asked], scores)
+                found = files.overall([item.references for item in items], scores)
                 rows += [Measurement(task, metric, length, value, n) for metric, value in found.items()]
             rows.append(Measurement(task, "empty", length, empty / n, n))
         for task in self.fitted:
-            with contextlib.suppress(UserError):
+            try:
                 task.check(length)
-                rows += task.measure(backend, length, count, log)
+            except UserError:
+                warn(f"{task.name} is left out at {length:,}, which its shortest question does not fit into with this tokenizer")
+                continue
+            rows += task.measure(backend, length, count, log)
         return rows
 
     def _scores(
         self, backend: Backend, log: AnswerLog, part: str, length: int, chosen: Sequence[tuple[Item, Question]]
-    ) -> tuple[list[Question], list[float], int]:
-        """Questions, their scores, and how many answers were empty; those that allow answers of one length are asked together."""
-        asked: list[Question] = []
+    ) -> tuple[list[Item], list[float], int]:
+        """Items, scores, and how many answers were empty; questions that allow answers of one length are asked together."""
+        asked: list[Item] = []
         scores: list[float] = []
         empty = 0
         for new_tokens in sorted({question.new_tokens for _, question in chosen}):
@@ -171,7 +173,7 @@ class FileQuestions(Task):
                 backend, log, task, self.version, length, items, fills, new_tokens,
                 lambda item, output, of=of: of[id(item)].score(output),
             )  # fmt: skip
-            asked += [question for _, question in here]
+            asked += items
             scores += [question.score(output) for (_, question), output in zip(here, outputs, strict=True)]
             empty += sum(not cleaned(output) for output in outputs)
         return asked, scores, empty

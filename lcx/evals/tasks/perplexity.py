@@ -11,34 +11,101 @@ Legend: R spans or windows, T tokens in a window.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Self
 
 import numpy as np
 
+from lcx.core import configs
 from lcx.core.errors import UserError
+from lcx.data.config import SourceConfig
 from lcx.data.sources.sources import Subset
 from lcx.data.tokenizers.tokenizers import Bytes, Tokenizer
 from lcx.evals.answers import AnswerLog
-from lcx.evals.base import Backend, Item, Materials, Task
+from lcx.evals.base import Backend, Item, Materials, Task, digest
 from lcx.evals.results import Measurement
 
 
 @dataclasses.dataclass(frozen=True)
-class Perplexity(Task):
-    """Losses in nats per token of `text` (spans int32 `[R, longest + 1]`): `nll`, `final_nll` and `bits_per_byte` at each length,
-    and `nll_by_position` at the longest.
+class Spans:
+    """Text whose tokens all lengths score: int32 `[R, longest + 1]`.
 
-    `stride` is how far windows move on (None: the window itself; cut to the window where longer); `final` how many tokens at a
-    span's end make the final number.
+    `stride` is how far windows move on (None: the window itself; cut to the window where longer).
     """
 
-    name = "perplexity"
     text: np.ndarray
-    final: int
     stride: int | None = None
     bytes_per_token: float = 1.0
     notes: tuple[str, ...] = ()
+    known: dict[tuple[str, int], np.ndarray] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+    """Losses that a task has asked for, for others to use."""
+
+    @classmethod
+    def of(cls, materials: Materials, source: SourceConfig) -> Self:
+        """Spans of a source's held-out documents; the same ones, with their losses, for all tasks of an evaluation."""
+        config, longest = materials.config, max(materials.config.lengths)
+        named = configs.fingerprint(source)
+        if named not in materials.spans:
+            documents = materials.heldout(source)
+            text, joined = spans(documents, longest, max(1, config.perplexity_tokens // longest), config.seed)
+            notes = ("Held-out documents were joined, since none is that long.",) if joined else ()
+            materials.spans[named] = cls(text, config.stride, bytes_per_token(text, materials.tokenizer), notes)
+        return materials.spans[named]
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a span predicts."""
+        return self.text.shape[1] - 1
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """What tells the text from another."""
+        return digest(*self.text)
+
+    def windows(self, length: int) -> list[tuple[int, int]]:
+        """The windows of `cover` for a length; raises `UserError` if it is longer than the spans."""
+        if length > self.longest:
+            raise UserError(f"evals.lengths={length} must not exceed the spans' {self.longest} tokens")
+        return cover(self.longest, length, length if self.stride is None else min(self.stride, length))
+
+    def window_losses(self, backend: Backend, length: int) -> np.ndarray:
+        """Losses float64 `[windows, R, length]` of all predictions in all windows of a length."""
+        named = (backend.fingerprint, length)
+        if named not in self.known:
+            windows = self.windows(length)
+            rows = (row for start, _ in windows for row in self.text[:, start : start + length + 1])
+            scores = backend.loglikelihood([Item(row[:1], row[1:]) for row in rows])
+            self.known[named] = np.stack([score.nll for score in scores]).reshape(len(windows), len(self.text), length)
+        return self.known[named].astype(np.float64)
+
+    def losses(self, backend: Backend, length: int) -> np.ndarray:
+        """The loss float64 `[R, longest]` of every token of the spans once, seen with the most context of up to `length` tokens
+        that a window gives it."""
+        nll = self.window_losses(backend, length)
+        return np.concatenate([nll[i, :, first:] for i, (_, first) in enumerate(self.windows(length))], axis=1)
+
+
+def mean_loss(
+    task: str, metric: str, length: int, losses: np.ndarray, named: str, counted: np.ndarray | None = None
+) -> Measurement:
+    """The row of losses `[R, n]`, of those alone that are `counted` (boolean, at least one): their mean, and those of single spans
+    for pairing, spans with none left out."""
+    counted = np.ones(losses.shape, bool) if counted is None else counted
+    means = tuple(round(float(row[here].mean()), 6) for row, here in zip(losses, counted, strict=True) if here.any())
+    return Measurement(task, metric, length, float(losses[counted].mean()), int(counted.sum()), scores=means, digest=named)
+
+
+@dataclasses.dataclass(frozen=True)
+class Perplexity(Task):
+    """Losses in nats per token of spans: `nll`, `final_nll`, `bits_per_byte` at each length, `nll_by_position` at the longest.
+
+    `final` is how many tokens at a span's end make the final number.
+    """
+
+    name = "perplexity"
+    spans: Spans
+    final: int
 
     @classmethod
     def build(cls, materials: Materials) -> Self | None:
@@ -46,35 +113,29 @@ class Perplexity(Task):
         config = materials.config
         if not config.perplexity_tokens:
             return None
-        longest, shortest = max(config.lengths), min(config.lengths)
-        documents = materials.heldout(materials.part(config.text, "text", is_task=False).source)
-        text, joined = spans(documents, longest, max(1, config.perplexity_tokens // longest), config.seed)
+        shortest = min(config.lengths)
         final = max(1, shortest // 2) if config.final_tokens is None else min(config.final_tokens, shortest)
-        notes = ("Held-out documents were joined, since none is that long.",) if joined else ()
-        return cls(text, final, config.stride, bytes_per_token(text, materials.tokenizer), notes)
+        return cls(Spans.of(materials, materials.part(config.text, "text", is_task=False).source), final)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Those of the spans."""
+        return self.spans.notes
 
     def count(self, zero_shot: bool) -> int:
         """All spans, under every scheme."""
-        return len(self.text)
+        return len(self.spans.text)
 
     def measure(self, backend: Backend, length: int, count: int, log: AnswerLog) -> list[Measurement]:
         """The losses with contexts of up to `length` tokens."""
-        longest = self.text.shape[1] - 1
-        if length > longest:
-            raise UserError(f"evals.lengths={length} must not exceed the spans' {longest} tokens")
-        windows = cover(longest, length, length if self.stride is None else min(self.stride, length))
-        rows = (row for start, _ in windows for row in self.text[:count, start : start + length + 1])
-        scores = backend.loglikelihood([Item(row[:1], row[1:]) for row in rows])
-        nll = np.stack([score.nll for score in scores]).astype(np.float64).reshape(len(windows), count, length)
-        counted = np.concatenate([nll[i, :, first:] for i, (_, first) in enumerate(windows)], axis=1)
-        mean, size = float(counted.mean()), int(counted.size)
-        found = [
-            ("nll", mean, size),
-            ("final_nll", float(nll[-1, :, length - self.final :].mean()), count * self.final),
-            ("bits_per_byte", mean / math.log(2) / self.bytes_per_token, size),
+        nll, counted, named = self.spans.window_losses(backend, length), self.spans.losses(backend, length), self.spans.digest
+        made = [
+            mean_loss(self.name, "nll", length, counted, named),
+            mean_loss(self.name, "final_nll", length, nll[-1, :, length - self.final :], named),
         ]
-        made = [Measurement(self.name, metric, length, value, n) for metric, value, n in found]
-        return made + (loss_by_position(nll.reshape(-1, length)) if length == longest else [])
+        bits = made[0].value / math.log(2) / self.spans.bytes_per_token
+        made.append(Measurement(self.name, "bits_per_byte", length, bits, made[0].n))
+        return made + (loss_by_position(nll.reshape(-1, length)) if length == self.spans.longest else [])
 
 
 def spans(documents: Subset, length: int, count: int, seed: int = 0) -> tuple[np.ndarray, bool]:

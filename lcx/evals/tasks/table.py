@@ -13,7 +13,9 @@ from lcx.evals.tasks.coreference import RepeatTurn
 from lcx.evals.tasks.counting import LabelCounts
 from lcx.evals.tasks.graphwalks import GraphWalks
 from lcx.evals.tasks.infinitebench import FindNumber, RunCode, RunningSum
+from lcx.evals.tasks.key_tokens import KeyTokens
 from lcx.evals.tasks.key_value_pairs import KeyValuePairs
+from lcx.evals.tasks.loss_by_kind import LossByKind, LossBySource
 from lcx.evals.tasks.many_shot import ManyShot
 from lcx.evals.tasks.needle_in_prose import NeedleInProse, Passkey
 from lcx.evals.tasks.needles import GeneratedNeedles, Needles
@@ -68,6 +70,9 @@ TASKS: dict[str, Callable[[Materials], Task | None]] = {
     "needles": Needles.build,
     "generated_needles": GeneratedNeedles.build,
     "perplexity": Perplexity.build,
+    "long_perplexity": KeyTokens.build,
+    "loss_by_kind": LossByKind.build,
+    "loss_by_source": LossBySource.build,
     **{name: kind.row(name, **settings) for name, (kind, settings) in WORDS.items()},
     **{name: FileQuestions.row(name, benchmark) for name, benchmark in BENCHMARKS.items()},
 }

@@ -13,9 +13,9 @@ import numpy as np
 
 from lcx.core.errors import UserError
 from lcx.evals.answers import AnswerLog
-from lcx.evals.base import Backend, Item, Materials, Task
+from lcx.evals.base import Backend, Item, Materials, Task, mean_score
 from lcx.evals.config import QuestionConfig
-from lcx.evals.results import Measurement, interval
+from lcx.evals.results import Measurement
 from lcx.evals.text.asking import ask
 from lcx.evals.text.fit import largest
 from lcx.evals.text.formats import PromptFormat, Sample, choose
@@ -173,8 +173,7 @@ class TextQuestions(Task):
         rows = []
         for i, depth in enumerate(self.depths):
             here = scores[i * count : (i + 1) * count]
-            low, high = interval(here)
-            rows.append(Measurement(self.name, "score", length, sum(here) / count, count, depth, low=low, high=high))
+            rows.append(mean_score(self.name, "score", length, here, items[i * count : (i + 1) * count], depth))
         n, units = len(items), sum(item.units for item in items)
         if guess := self.guess(items):
             rows.append(Measurement(self.name, "chance", length, guess, n))

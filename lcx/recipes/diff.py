@@ -32,7 +32,7 @@ class TensorDifference:
         return self.shapes[0] == self.shapes[1] and not self.changed
 
 
-def compare(first: str, second: str, show_all: bool = False) -> bool:
+def diff(first: str, second: str, show_all: bool = False) -> bool:
     """Print where two models differ, in weights, options and positions; True where they do not."""
     one, other = (models.load(path) for path in (first, second))
     options = list(config_differences(one, other))

@@ -1,0 +1,56 @@
+"""Compare two evaluations on the same items, paired: what has a checkpoint gained or lost?
+
+lcx compare runs/quickstart
+lcx compare runs/quickstart/eval/before.json runs/longer/eval/after.json
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from lcx.core.console import say, table
+from lcx.core.errors import UserError
+from lcx.evals import comparison, results
+
+
+def define(values: flags.FlagValues) -> None:
+    """The command's flags."""
+    flags.DEFINE_string("scheme", "none", "compare what was measured under this positional scheme", flag_values=values)
+    flags.DEFINE_integer("up_to", None, "leave longer lengths out", lower_bound=2, flag_values=values)
+
+
+def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
+    """Print every task's two means and their paired difference."""
+    if len(rest) == 1:
+        folder = Path(rest[0]) / "eval"
+        rest = [str(folder / f"{label}.json") for label in ("before", "after")]
+    if len(rest) != 2:
+        raise UserError(
+            f"lcx compare takes a run's workdir or two evaluations but got {len(rest)}; use lcx compare ONE.json OTHER.json"
+        )
+    before, after = map(results.read, rest)
+    found = comparison.compare(before, after, values.scheme, values.up_to)
+    if not found:
+        raise UserError(
+            f"{rest[0]} and {rest[1]} have no items in common under scheme {values.scheme!r}; evaluate both with the same "
+            "tokenizer, tasks, lengths, items and seed"
+        )
+    heads = ("task", "metric", "length", "items", before.label, after.label, "difference [95%]", "higher / lower", "verdict")
+    table("the same items", heads, map(_cells, found))
+    better, worse = (sum(row.verdict == verdict for row in found) for verdict in ("better", "worse"))
+    say(f"{len(found)} compared: {better} better, {worse} worse, the rest equal within 95%")
+
+
+def _cells(row: comparison.Comparison) -> tuple[object, ...]:
+    mean, low, high, above, below = row.difference
+    gap = f"{_number(mean, row, '+')} [{_number(low, row, '+')}, {_number(high, row, '+')}]"
+    means = _number(row.before, row), _number(row.after, row)
+    return row.task, row.metric, f"{row.length:,}", row.n, *means, gap, f"{above} / {below}", row.verdict
+
+
+def _number(value: float, row: comparison.Comparison, sign: str = "") -> str:
+    """A mean or a difference: losses in nats, scores in percent."""
+    return f"{value:{sign}.4f}" if row.is_loss else f"{100 * value:{sign}.1f}%"

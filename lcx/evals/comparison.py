@@ -1,0 +1,58 @@
+"""Two evaluations on the same items, paired: what a checkpoint has gained or lost against another."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from lcx.evals.results import EvalResult, Measurement
+from lcx.evals.statistics import Difference, paired
+
+
+class Comparison(NamedTuple):
+    """A task's metric at a length: the two means, and the paired difference of its `n` items, all depths together."""
+
+    task: str
+    metric: str
+    length: int
+    before: float
+    after: float
+    n: int
+    difference: Difference
+
+    @property
+    def is_loss(self) -> bool:
+        """Whether less is better: nats, or bits."""
+        return is_loss(self.metric)
+
+    @property
+    def verdict(self) -> str:
+        """ "better", "worse", or "equal" where the interval holds 0."""
+        low, high = (-self.difference.high, -self.difference.low) if self.is_loss else self.difference[1:3]
+        return "better" if low > 0 else "worse" if high < 0 else "equal"
+
+
+def is_loss(metric: str) -> bool:
+    """Whether a metric is one of loss, of which less is better."""
+    return "nll" in metric or metric == "bits_per_byte"
+
+
+def compare(before: EvalResult, after: EvalResult, scheme: str = "none", longest: int | None = None) -> list[Comparison]:
+    """Everything that both measured on the same items under a scheme, at lengths of up to `longest` tokens (None: all)."""
+
+    def cells(result: EvalResult) -> dict[tuple[str, str, int], list[Measurement]]:
+        found: dict[tuple[str, str, int], list[Measurement]] = {}
+        for row in result.rows:
+            if row.scheme == scheme and row.scores and row.digest and (longest is None or row.length <= longest):
+                found.setdefault((row.task, row.metric, row.length), []).append(row)
+        return found
+
+    ones, others, made = cells(before), cells(after), []
+    for key in ones.keys() & others.keys():
+        pairs = {row.digest: row for row in ones[key]}
+        both = [(pairs[row.digest], row) for row in others[key] if row.digest in pairs]
+        both = [(one, other) for one, other in both if len(one.scores or ()) == len(other.scores or ())]
+        if both:
+            old, new = ([score for pair in both for score in pair[side].scores or ()] for side in (0, 1))
+            made.append(Comparison(*key, sum(old) / len(old), sum(new) / len(new), len(old), paired(old, new)))
+    order = list(ones)
+    return sorted(made, key=lambda found: order.index((found.task, found.metric, found.length)))
