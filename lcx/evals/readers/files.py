@@ -48,15 +48,15 @@ Placed = tuple[str, Row]
 class Files(NamedTuple):
     """A part of a benchmark: patterns of its files, tried in turn, and what a row asks.
 
-    `arrange` splits, joins or drops the rows of a file first. `beside` are patterns of files whose rows every row is given as
-    `row["beside"]`. Of a file of more than `most` rows, so many are drawn. `needs` is a library of the extra `suites`. `overall`
+    `arrange` splits, joins or drops the rows of a file first. `examples` are patterns of files whose rows every row is given as
+    `row["examples"]`. Of a file of more than `most` rows, so many are drawn. `needs` is a library of the extra `suites`. `overall`
     makes further metrics, by name, of the references and scores of all questions of a length.
     """
 
     patterns: tuple[str, ...]
     question: Callable[[Row], Question]
     arrange: Callable[[Iterable[Placed]], Iterable[Placed]] | None = None
-    beside: tuple[str, ...] = ()
+    examples: tuple[str, ...] = ()
     most: int | None = None
     needs: str | None = None
     overall: Callable[[Sequence[Sequence[str]], Sequence[float]], Mapping[str, float]] | None = None
@@ -221,13 +221,13 @@ def _questions(task: str, files: Files, root: pathlib.Path) -> Iterator[Question
     paths = matching(root, files.patterns)
     if paths and files.needs:
         library(files.needs, task, "suites")
-    beside = [row for path in matching(root, files.beside) for _, row in records(path)] if paths else []
-    if paths and files.beside and not beside:
-        warn(f"{task} has no solved examples in its prompts: {files.beside[0]} is not in {root}")
+    examples = [row for path in matching(root, files.examples) for _, row in records(path)] if paths else []
+    if paths and files.examples and not examples:
+        warn(f"{task} has no solved examples in its prompts: {files.examples[0]} is not in {root}")
     for path in paths:
         placed = records(path, files.most)
         for place, row in files.arrange(placed) if files.arrange else placed:
-            given = {**row, "beside": beside} if files.beside else row
+            given = {**row, "examples": examples} if files.examples else row
             with laid_out(place, given):
                 question = files.question(given)
             yield question

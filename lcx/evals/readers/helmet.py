@@ -47,9 +47,9 @@ def niah(new_tokens: int, row: Row) -> Question:
 # ---- RAG
 def rag(row: Row) -> Question:
     """`ctxs` are documents of a `title` and a `text`; `answers` are all right ones. Solved examples are rows of the same layout."""
-    examples = {example["question"]: example for example in row["beside"] if example["question"] != row["question"]}
-    chosen = random.Random(row["question"]).sample(sorted(examples), min(SHOTS, len(examples)))
-    solved = [f"{_documents(examples[text])}\nAnswer: {_texts(examples[text]['answers'])[0]}\n\n" for text in chosen]
+    others = {example["question"]: example for example in row["examples"] if example["question"] != row["question"]}
+    chosen = random.Random(row["question"]).sample(sorted(others), min(SHOTS, len(others)))
+    solved = [f"{_documents(others[text])}\nAnswer: {_texts(others[text]['answers'])[0]}\n\n" for text in chosen]
     prompt = f"Answer the question in a few words, from the documents before it.\n\n{''.join(solved)}{_documents(row)}"
     return _asked(prompt, "\nAnswer:", _texts(row["answers"]), 20, scores.of_first_line(scores.contained))
 
@@ -173,8 +173,8 @@ def _by_class(rows: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
 
 def _kilt(test: str, train: str, depths: int, arrange: Callable[[Iterable[Placed]], Iterable[Placed]] | None = None) -> Files:
     # Files of three documents a question are the solved examples.
-    patterns, beside = f"**/{test}_1000_k[!3]*_dep{depths}.jsonl", f"**/{train}_1000_k3_dep{depths}.jsonl"
-    return Files((patterns,), rag, arrange, (beside,), MOST)
+    patterns, examples = f"**/{test}_1000_k[!3]*_dep{depths}.jsonl", f"**/{train}_1000_k3_dep{depths}.jsonl"
+    return Files((patterns,), rag, arrange, (examples,), MOST)
 
 
 PARTS: Mapping[str, Files | Fitted] = {
