@@ -4,12 +4,13 @@ Command:  lcx run --config=configs/extend_hf.py --config.source=models/Llama-3.2
           lcx export --checkpoint=runs/extended --out=models/Llama-3.2-1B-64K
 Hardware: a tiny model on 2 CPU cores; for 1B parameters one GPU with 80 GB, for more a slice with `--config.mesh.context=...`.
 Time:     experiments/004_hf_round_trip has a run of minutes; otherwise `steps` times what a step of your model takes.
-Result:   runs/extended/report.html, needles found before and after, and a folder that transformers and vLLM load.
+Result:   runs/extended/report.html, what was found before and after, and a folder that transformers and vLLM load.
 
 Every stage takes the critical base of its length as theta on the layers that see the whole context; `--config.theta` names
-that of the last stage, `--config.monitor.enabled=True` has it watched and changed. The mixture is the default one, code of the
-running Python's standard library with needles in it: name your own text with --config.data.parts.text.source.kind=jsonl
---config.data.parts.text.source.path='data/*.jsonl', and the same for data.parts.needles.
+that of the last stage, `--config.monitor.enabled=True` has it watched and changed. The mixture is code of the running Python's
+standard library, with questions about facts, lists, chains, counts and states in it (docs/data.md; needles where the tokenizer is
+bytes): name your own text with --config.data.parts.text.source.kind=jsonl --config.data.parts.text.source.path='data/*.jsonl', and
+the same for data.parts.task.
 """
 
 from lcx.recipes import extension

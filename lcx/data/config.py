@@ -10,6 +10,7 @@ from typing import Literal
 
 from lcx.core.configs import choice, not_negative, positive
 from lcx.core.errors import UserError
+from lcx.data.synthetic.questions import QuestionsConfig
 from lcx.data.tasks.base import TaskConfig
 from lcx.data.tasks.table import TASKS
 
@@ -68,11 +69,15 @@ class PackingConfig:
     shared_bos: bool = False
 
 
+QUESTIONS = "questions"
+"""The kind of a part that holds training questions in words."""
+
+
 @dataclasses.dataclass(frozen=True)
 class PartConfig:
-    """One part of a mixture: packed text (or chats, by its source), or rows of a retrieval task with the source as haystack.
+    """One part of a mixture: packed text (or chats, by its source), or rows of a task with the source as haystack.
 
-    `kind`: `text`, or a row of `lcx.data.tasks.table`.
+    `kind`: `text`, `questions` (training questions in words, `lcx.data.synthetic.questions`), or a row of `lcx.data.tasks.table`.
     `weight`: share of the rows, relative to the other parts' weights. `loss_weight` multiplies the part's loss weights.
     Length upsampling per source, as in arXiv:2402.10171: documents below `short_tokens` are kept with probability `short_keep`,
     longer ones always; `min_tokens` and `max_tokens` exclude documents of other lengths entirely.
@@ -86,6 +91,7 @@ class PartConfig:
     source: SourceConfig = SourceConfig()
     packing: PackingConfig = PackingConfig()
     task: TaskConfig = TaskConfig()
+    questions: QuestionsConfig = QuestionsConfig()
     short_tokens: int = 4096
     short_keep: float = 1.0
     min_tokens: int = 1
@@ -93,7 +99,7 @@ class PartConfig:
     remap: Literal["none", "pose", "randomized"] = "none"
 
     def __post_init__(self) -> None:
-        choice("kind", self.kind, ("text", *TASKS))
+        choice("kind", self.kind, ("text", QUESTIONS, *TASKS))
         not_negative("part", weight=self.weight, loss_weight=self.loss_weight)
         positive("part", short_tokens=self.short_tokens, min_tokens=self.min_tokens, max_tokens=self.max_tokens)
         if not 0 <= self.short_keep <= 1:
@@ -108,7 +114,12 @@ class PartConfig:
 
     @property
     def is_task(self) -> bool:
-        """True if the rows are those of a retrieval task."""
+        """True if the rows are those of a task, not text as it is."""
+        return self.kind != "text"
+
+    @property
+    def is_retrieval(self) -> bool:
+        """True if the rows are those of a retrieval task in tokens."""
         return self.kind in TASKS
 
 

@@ -16,8 +16,11 @@ import numpy as np
 from lcx.core.batch import Batch
 from lcx.core.errors import UserError
 from lcx.data import mixture, packing, remap
-from lcx.data.config import DataConfig, PartConfig, SourceConfig
+from lcx.data.chat import chat
+from lcx.data.chat.frame import chat_frame
+from lcx.data.config import QUESTIONS, DataConfig, PartConfig, SourceConfig
 from lcx.data.sources import sources
+from lcx.data.synthetic.questions import QuestionTask
 from lcx.data.tasks.base import RetrievalTask
 from lcx.data.tasks.table import make_task
 from lcx.data.tokenizers import tokenizers
@@ -139,12 +142,12 @@ class TextPart:
 
 @dataclasses.dataclass(frozen=True)
 class TaskPart:
-    """Rows of a retrieval task, each from its own random stream."""
+    """Rows of a task, each from its own random stream."""
 
     config: PartConfig
     seq_len: int
     source: sources.Subset
-    task: RetrievalTask
+    task: RetrievalTask | QuestionTask
     key: tuple[int, ...]
     size: None = None
 
@@ -163,8 +166,7 @@ class TaskPart:
 
     def describe(self, row: int) -> str:
         """The task's name and counts."""
-        needles, queries = self.task.counts(self.seq_len)
-        return f"{self.config.kind} with {needles} needles and {queries} queries"
+        return f"{self.config.kind} with {self.task.describe(self.seq_len)}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,8 +211,10 @@ def _make_part(loader: Loader, name: str, split: sources.Split, key: tuple[int, 
         chosen = loader.corpus.select(config.source, split)
         source = sources.lengths_between(chosen, config.min_tokens, config.max_tokens)
         if config.is_task:
-            part = TaskPart(config, seq_len, source, make_task(config.kind, config.task, tokenizer), (*key, _TASK))
+            part = TaskPart(config, seq_len, source, _task(config, loader.corpus), (*key, _TASK))
             part.build(np.arange(1))
+            if isinstance(part.task, QuestionTask):
+                part.task.check(seq_len, source)
         else:
             kept = _keep(source, config, np.random.default_rng((*key, _KEEP)))
             rng = np.random.default_rng((*key, _PLAN))
@@ -220,6 +224,15 @@ def _make_part(loader: Loader, name: str, split: sources.Split, key: tuple[int, 
     except UserError as error:
         raise UserError(f"data.parts.{name}: {error}") from error
     return part if config.remap == "none" else Remapped(part, loader.max_position, (*key, _REMAP))
+
+
+def _task(config: PartConfig, corpus: Corpus) -> RetrievalTask | QuestionTask:
+    tokenizer, template = corpus.tokenizer, corpus.config.chat_template
+    if config.kind != QUESTIONS:
+        return make_task(config.kind, config.task, tokenizer)
+    wanted = config.questions.prompt_format
+    is_chat = wanted == "chat" or (wanted == "auto" and (template is not None or chat.has_template(tokenizer)))
+    return QuestionTask(config.questions, tokenizer, chat_frame(chat.load(tokenizer, template)) if is_chat else None)
 
 
 def _keep(source: sources.Subset, config: PartConfig, rng: np.random.Generator) -> sources.Subset:
@@ -233,8 +246,8 @@ def _keep(source: sources.Subset, config: PartConfig, rng: np.random.Generator) 
 def probe(config: DataConfig, seq_len: int, rows: int, seed: int, corpus: Corpus | None = None) -> Batch:
     """A fixed batch of `rows` held-out rows `[rows, T]` for monitoring a run.
 
-    The first half is packed text with its usual weights, the rest (`rows // 2`) needles in held-out text with weight 1 on
-    the answers and 0 elsewhere. Packing and task are those of the mixture's heaviest text part and heaviest task part; without
+    The first half is packed text with its usual weights, the rest (`rows // 2`) needles or questions in held-out text with weight
+    1 on the answers and 0 elsewhere. Packing and task are those of the mixture's heaviest text part and heaviest task part; without
     such a part, the defaults over the source of the heaviest part. Depends only on its arguments. Raises `UserError` for fewer
     than two rows.
     """
@@ -244,7 +257,8 @@ def probe(config: DataConfig, seq_len: int, rows: int, seed: int, corpus: Corpus
     text = next((part for part in used if not part.is_task), PartConfig(source=used[0].source))
     needles = next((part for part in used if part.is_task), PartConfig(kind="multikey", source=used[0].source))
     task = dataclasses.replace(needles.task, answer_weight=1.0, needle_weight=0.0, query_weight=0.0, haystack_weight=0.0)
-    needles = dataclasses.replace(needles, task=task)
+    words = dataclasses.replace(needles.questions, answer_weight=1.0, fact_weight=0.0, question_weight=0.0, haystack_weight=0.0)
+    needles = dataclasses.replace(needles, task=task, questions=words)
     plain = {"weight": 1.0, "loss_weight": 1.0, "remap": "none"}
     corpus = Corpus(config) if corpus is None else corpus
     halves = []

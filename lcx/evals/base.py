@@ -121,12 +121,12 @@ class Materials:
         parts = self.data.parts
         if name is not None:
             part = parts[choice(f"evals.{field}", name, parts)]
-            if is_task and not part.is_task:
-                tasks = ", ".join(key for key, value in parts.items() if value.is_task)
-                raise UserError(f"evals.{field}={name!r} is a text part; the parts with a retrieval task are: {tasks or 'none'}")
+            if is_task and not part.is_retrieval:
+                tasks = ", ".join(key for key, value in parts.items() if value.is_retrieval)
+                raise UserError(f"evals.{field}={name!r} has no retrieval task; the parts with one are: {tasks or 'none'}")
             return part
         # Task parts stand over text as well, so a mixture of tasks alone still has text to read.
-        matching = [part for part in parts.values() if part.is_task == is_task]
+        matching = [part for part in parts.values() if (part.is_retrieval if is_task else not part.is_task)]
         return (matching or list(parts.values()))[0]
 
 

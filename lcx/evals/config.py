@@ -76,7 +76,7 @@ class EvalConfig:
     longest length). `effective_threshold` is the mean over depths that a length must exceed to count as reached (RULER's 85.6%).
     """
 
-    tasks: tuple[str, ...] = ("needles", "generated_needles", "perplexity")
+    tasks: tuple[str, ...] = ("needles", "generated_needles", "perplexity", "loss_by_kind")
     lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     needle_items: int = 20

@@ -12,6 +12,7 @@ from ml_collections.config_dict import placeholder
 from lcx.core import configs
 from lcx.core.configs import positive
 from lcx.core.errors import UserError
+from lcx.evals.config import EvalConfig
 from lcx.interop import folder as hf
 from lcx.interop.hf_config import Described, read_file
 from lcx.model.config import is_local
@@ -20,6 +21,9 @@ from lcx.positions.theta import critical_base
 from lcx.recipes import recipe
 from lcx.recipes.models import is_tokenizer_of, tokenizer_of
 from lcx.training.checkpoints import scheme_configs
+
+ASKED = ("needle_in_prose", "key_value", "ruler_vt", "session_state", "many_shot", "perplexity", "loss_by_kind")
+"""What a model that learns from questions in words is asked before and after, in words that it has not learned from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +67,9 @@ def defaults() -> ml_collections.ConfigDict:
     # Rows are few and long, so devices share a row before they share a batch.
     run.mesh.fsdp, run.mesh.context = 1, -1
     # Follow from the model and the target unless they are given.
-    run.evals.lengths = placeholder(tuple)
+    run.evals.lengths, run.evals.tasks = placeholder(tuple), placeholder(tuple)
+    run.data.parts = ml_collections.ConfigDict({"text": recipe.part(weight=0.3), "task": recipe.part(weight=0.7)})
+    run.data.parts.task.kind = placeholder(str)
     run.data.tokenizer = placeholder(str)
     scalars = {"source": str, "target": int, "trained": int, "theta": float}
     for field in dataclasses.fields(ExtensionConfig):
@@ -96,6 +102,11 @@ def complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     if given is not None and not is_tokenizer_of(given, source):
         raise UserError(f"config.data.tokenizer={given!r} is not the tokenizer that {source} was trained with; leave it out")
     values["data"]["tokenizer"] = given or tokenizer_of(source, described.model)
+    is_bytes = values["data"]["tokenizer"].startswith("bytes")
+    task = values["data"]["parts"].get("task", {"kind": "text"})
+    # Characters are tokens of a byte model alone; others learn from words, and are asked in words.
+    task["kind"] = task["kind"] or ("multikey" if is_bytes else "questions")
+    values["evals"]["tasks"] = values["evals"]["tasks"] or (EvalConfig().tasks if task["kind"] != "questions" else ASKED)
     values["evals"]["lengths"] = values["evals"]["lengths"] or (trained, *(stage["seq_len"] for stage in values["stages"]))
     return ml_collections.ConfigDict(values)
 

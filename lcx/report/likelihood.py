@@ -32,7 +32,7 @@ def kinds(before: EvalResult | None, after: EvalResult) -> Figure | None:
         return None
     figure = style.new_figure(9.0, 5.2)
     axes, ends, values, lengths = figure.subplots(), [], [], set()
-    names = list(dict.fromkeys(name for name, _ in lines))
+    names = list(dict.fromkeys(name for name, _ in lines if name != "new"))
     for (name, dash), found in lines.items():
         x, y = zip(*((n, loss) for n, loss in found.items() if math.isfinite(loss)), strict=True)
         colour = style.LINES[names.index(name) % len(style.LINES)] if name != "new" else style.MUTED

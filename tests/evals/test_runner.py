@@ -72,7 +72,7 @@ def test_evaluates_every_scheme_and_writes_json(params, data, tmp_path):
     assert results.read(tmp_path / "eval" / "before.json") == dataclasses.replace(
         result, settings=json.loads(json.dumps(result.settings))
     )
-    assert len(said) == 8
+    assert len(said) == 12
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_another_theta_or_scheme_of_the_same_form_compiles_nothing(params, data)
 
 def test_text_and_needles_are_held_out(data):
     materials = gather(data, CONFIG)
-    train = {i for i in range(6)} - set(_files(Perplexity.build(materials).text))
+    train = {i for i in range(6)} - set(_files(Perplexity.build(materials).spans.text))
     items = Needles.build(materials).items(128, 3)
     assert train and not set(_files([item.prompt for item in items])) & train
 
@@ -239,7 +239,7 @@ def test_wrong_settings_are_answered(changes, message):
 def test_wrong_parts_are_answered(data):
     with pytest.raises(UserError, match="did you mean 'needles'"):
         Needles.build(gather(data, dataclasses.replace(CONFIG, task="needle")))
-    with pytest.raises(UserError, match="is a text part; the parts with a retrieval task are: needles"):
+    with pytest.raises(UserError, match="has no retrieval task; the parts with one are: needles"):
         Needles.build(gather(data, dataclasses.replace(CONFIG, task="text")))
     with pytest.raises(UserError, match="tokens but evals.lengths needs 100,000"):
         Perplexity.build(gather(data, dataclasses.replace(CONFIG, lengths=(100_000,))))

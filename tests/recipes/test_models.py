@@ -48,7 +48,9 @@ def test_extension_is_evaluated_and_exported(source, tmp_path, capsys):
     extended = tmp_path / "extended"
     changes = dict(source=source, target=TARGET, steps=2, tokens_per_step=TARGET)
     changes |= {"optim.lr": 1e-3, "evals.needle_items": 1, "evals.perplexity_tokens": TARGET, "metrics.tensorboard": False}
-    changes |= {f"data.parts.{part}.source.limit_bytes": 1 << 20 for part in ("text", "needles")} | {"data.heldout_fraction": 0.3}
+    # Rows of 256 bytes are too short for questions in words.
+    changes["data.parts.task.kind"] = "multikey"
+    changes |= {f"data.parts.{part}.source.limit_bytes": 1 << 20 for part in ("text", "task")} | {"data.heldout_fraction": 0.3}
     words = ["run", f"--config={ROOT / 'configs' / 'extend_hf.py'}", f"--workdir={extended}"]
     words += [f"--config.{key}={value}" for key, value in changes.items()]
     env = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(ROOT)}
@@ -82,6 +84,22 @@ def test_extension_is_evaluated_and_exported(source, tmp_path, capsys):
     # What stood beside the weights follows from run to run, so that the last one can be exported too.
     models.initial_weights(str(extended)).keep(tmp_path)
     assert (tmp_path / models.HF_FOLDER / "tokenizer.json").exists()
+
+
+def test_what_is_learned_and_asked_follows_from_the_tokenizer(source):
+    config = extension.defaults()
+    config.source, config.target = str(source), TARGET
+    found = extension.complete(config)
+    assert found.data.parts.task.kind == "questions" and found.data.parts.text.kind == "text"
+    assert set(found.evals.tasks) == set(extension.ASKED)
+    config = extension.defaults()
+    config.source, config.target = str(source), TARGET
+    config.data.parts.task.kind = "passkey"
+    found = extension.complete(config)
+    assert found.data.parts.task.kind == "passkey" and "needles" in found.evals.tasks
+    config = extension.defaults()
+    config.source, config.target, config.evals.tasks = str(source), TARGET, ("perplexity",)
+    assert tuple(extension.complete(config).evals.tasks) == ("perplexity",)
 
 
 @pytest.mark.parametrize(

@@ -82,15 +82,18 @@ class Chat:
         Raises `UserError` for what `Template.render` rejects, and for a template without generation blocks that writes a turn
         differently when other turns follow.
         """
-        text, written = self.template.render(messages, tools)
-        if not self.template.marks_turns:
-            written = _turns(self.template, messages, tools, text)
+        text, written = self.written(messages, tools)
         ids, places = self.tokenizer.encode_chat(text)
         first, last = places[:, 0], np.maximum(places[:, 1], places[:, 0] + 1)
         weights = np.zeros(len(ids), np.float32)
         for start, end in written:
             weights[(first < end) & (last > start)] = 1
         return ids, weights
+
+    def written(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> tuple[str, list[tuple[int, int]]]:
+        """The text of a conversation, and (start, end) in characters of what the model writes in it; raises what `encode` does."""
+        text, written = self.template.render(messages, tools)
+        return text, written if self.template.marks_turns else _turns(self.template, messages, tools, text)
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> np.ndarray:
         """Ids int32 `[n]` of a conversation for the model to answer, with begin-of-sequence only if the template writes it."""

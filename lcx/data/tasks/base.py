@@ -113,6 +113,11 @@ class RetrievalTask:
         self._digits = tokenizer.characters(DIGITS)
         self._needle, self._query, self._equals, self._refers, self._newline = tokenizer.characters("#?=@\n")
 
+    def describe(self, length: int) -> str:
+        """What a row of `length` predictions holds."""
+        needles, queries = self.counts(length)
+        return f"{needles} needles and {queries} queries"
+
     @property
     def line_length(self) -> int:
         """Length in tokens of a needle with a value, and of a query."""

@@ -35,7 +35,7 @@ class Needles(Questions):
     def build(cls, materials: Materials) -> Self | None:
         """The items of the mixture's first retrieval task, or of the one that `evals.task` names."""
         config, counts = materials.config, cls.counts_of(materials)
-        named = config.task or any(part.is_task for part in materials.data.parts.values())
+        named = config.task or any(part.is_retrieval for part in materials.data.parts.values())
         if not (named and any(counts) and config.depths):
             return None
         part = materials.part(config.task, "task", is_task=True)

@@ -89,11 +89,13 @@ class Spans:
 def mean_loss(
     task: str, metric: str, length: int, losses: np.ndarray, named: str, counted: np.ndarray | None = None
 ) -> Measurement:
-    """The row of losses `[R, n]`, of those alone that are `counted` (boolean, at least one): their mean, and those of single spans
-    for pairing, spans with none left out."""
+    """The row of losses `[R, n]`, of those alone that are `counted` (boolean, at least one): their mean, and what each span adds to
+    it, times the number of spans, for pairing."""
     counted = np.ones(losses.shape, bool) if counted is None else counted
-    means = tuple(round(float(row[here].mean()), 6) for row, here in zip(losses, counted, strict=True) if here.any())
-    return Measurement(task, metric, length, float(losses[counted].mean()), int(counted.sum()), scores=means, digest=named)
+    n = int(counted.sum())
+    shares = np.where(counted, losses, 0.0).sum(axis=1) * len(losses) / n
+    kept = tuple(round(float(share), 6) for share in shares)
+    return Measurement(task, metric, length, float(losses[counted].mean()), n, scores=kept, digest=named)
 
 
 @dataclasses.dataclass(frozen=True)
