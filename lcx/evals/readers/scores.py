@@ -1,6 +1,7 @@
 """How published benchmarks score answers in words, written anew from their descriptions.
 
-Every function takes a prediction and the references of a question, and returns a score from 0 to 1.
+Every function takes a prediction and the references of a question, and returns a score from 0 to 1. Those with a library behind
+them raise `UserError` without it.
 """
 
 from __future__ import annotations
@@ -9,9 +10,12 @@ import collections
 import difflib
 import re
 import string
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Callable, Sequence
 
 from lcx.core.extras import library
+
+# ---- words
 
 
 def normalized(text: str) -> str:
@@ -25,8 +29,17 @@ def token_f1(prediction: str, references: Sequence[str]) -> float:
     return max(_f1(normalized(prediction).split(), normalized(reference).split()) for reference in references)
 
 
+def folded_f1(prediction: str, references: Sequence[str]) -> float:
+    """`token_f1` of text whose letters have lost their accents (ZeroSCROLLS)."""
+
+    def folded(text: str) -> str:
+        return "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+
+    return token_f1(folded(prediction), [folded(reference) for reference in references])
+
+
 def chinese_f1(prediction: str, references: Sequence[str]) -> float:
-    """F1 of jieba's words, without punctuation; the best of the references. Raises `UserError` without the library."""
+    """F1 of jieba's words, without punctuation; the best of the references (LongBench)."""
     jieba = library("jieba", "a Chinese dataset", "suites")
 
     def words(text: str) -> list[str]:
@@ -50,20 +63,86 @@ def contained(prediction: str, references: Sequence[str]) -> float:
     return float(any(normalized(reference) in normalized(prediction) for reference in references))
 
 
+def named(prediction: str, references: Sequence[str]) -> float:
+    """1 if a reference stands in the prediction as it is written, capitals included (NoLiMa)."""
+    return float(any(reference in prediction for reference in references))
+
+
+def of_first_line(score: Callable[..., float]) -> Callable[..., float]:
+    """A score of a prediction's first line alone, line breaks before it aside."""
+
+    def scored(prediction: str, references: Sequence[str]) -> float:
+        return score(prediction.lstrip("\n").split("\n")[0], references)
+
+    return scored
+
+
+# ---- summaries
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
-    """F of the longest common subsequence of words; the best of the references."""
-    return max(_lcs_f(prediction.split(), reference.split()) for reference in references)
+    """ROUGE-L as LongBench's library `rouge` 1.0.1 has it; the best of the references.
+
+    2u / (m + n) for m and n different words, of which u stand in the longest common subsequence of any sentence of the prediction
+    with any of the reference. A full stop ends a sentence, spaces separate words.
+    """
+    return max(_rouge_l(prediction, reference) for reference in references)
 
 
-def _lcs_f(found: Sequence[str], wanted: Sequence[str]) -> float:
-    row = [0] * (len(wanted) + 1)
-    for one in found:
-        before = row[:]
-        for j, other in enumerate(wanted, 1):
-            row[j] = before[j - 1] + 1 if one == other else max(before[j], row[j - 1])
-    return 2 * row[-1] / (len(found) + len(wanted)) if row[-1] else 0.0
+def _rouge_l(prediction: str, reference: str) -> float:
+    found, wanted = ([part.split() or [""] for part in text.split(".") if part] for text in (prediction, reference))
+    if not found or not wanted:
+        return 0.0
+    common = {word for one in wanted for other in found for word in _common_subsequence(one, other)}
+    return 2 * len(common) / sum(len({word for sentence in side for word in sentence}) for side in (found, wanted))
 
 
+def _common_subsequence(one: Sequence[str], other: Sequence[str]) -> set[str]:
+    """Words of the longest common subsequence; of several, the one that is found from the end, giving up words of `other` first."""
+    table = [[0] * (len(other) + 1)]
+    for word in one:
+        row, above = [0], table[-1]
+        for j, again in enumerate(other):
+            row.append(above[j] + 1 if word == again else max(above[j + 1], row[j]))
+        table.append(row)
+    words, i, j = set(), len(one), len(other)
+    while i and j:
+        if one[i - 1] == other[j - 1]:
+            words.add(one[i - 1])
+            i, j = i - 1, j - 1
+        elif table[i - 1][j] > table[i][j - 1]:
+            i -= 1
+        else:
+            j -= 1
+    return words
+
+
+def chinese_rouge_l(prediction: str, references: Sequence[str]) -> float:
+    """`rouge_l` of jieba's words (LongBench)."""
+    jieba = library("jieba", "a Chinese dataset", "suites")
+    prediction, *wanted = (" ".join(jieba.cut(text)) for text in (prediction, *references))
+    return rouge_l(prediction, wanted)
+
+
+def rouge_l_sum(prediction: str, references: Sequence[str]) -> float:
+    """F of ROUGE-Lsum by the library rouge-score, lines being sentences; the best of the references (InfiniteBench)."""
+    return _rouge(prediction, references, ("rougeLsum",))[0]
+
+
+def rouge_mean(prediction: str, references: Sequence[str]) -> float:
+    """The geometric mean of F of ROUGE-1, -2 and -L by rouge-score, each the best of the references (ZeroSCROLLS, L-Eval)."""
+    one, two, longest = _rouge(prediction, references, ("rouge1", "rouge2", "rougeL"))
+    return (one * two * longest) ** (1 / 3)
+
+
+def _rouge(prediction: str, references: Sequence[str], kinds: Sequence[str]) -> list[float]:
+    library("rouge_score", "a dataset of summaries", "suites")
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(list(kinds))
+    scored = [scorer.score(reference, prediction) for reference in references]
+    return [max(score[kind].fmeasure for score in scored) for kind in kinds]
+
+
+# ---- classes, choices, lists and numbers
 def classification(prediction: str, references: Sequence[str], classes: Sequence[str] = ()) -> float:
     """One over the number of classes that the prediction names, if the right one is among them (LongBench).
 
@@ -155,3 +234,82 @@ def name_among(prediction: str, references: Sequence[str]) -> float:
     """1 if a reference in capitals is one of the prediction's words in capitals (InfiniteBench's dialogue)."""
     words = re.split(r"[^A-Z']+", prediction.upper())
     return float(any(reference.upper() in words for reference in references))
+
+
+def first_choice(prediction: str, references: Sequence[str]) -> float:
+    """1 if the first letter from A to D that stands alone is the first one of the reference, too (ZeroSCROLLS' QuALITY)."""
+    found, wanted = (re.search(r"\b[A-D]\b", text) for text in (prediction, references[0]))
+    return float(found is not None and wanted is not None and found[0] == wanted[0])
+
+
+def initial_choice(prediction: str, references: Sequence[str]) -> float:
+    """1 if the prediction begins with the letter of the reference, in either case (BAMBOO's questions)."""
+    return float(prediction.strip()[:1].lower() == references[0].lower())
+
+
+def same_text(prediction: str, references: Sequence[str]) -> float:
+    """1 if the prediction is the reference but for case, space and full stops around it (BAMBOO's AltQA)."""
+    found, wanted = (text.strip().strip(".").lower() for text in (prediction, references[0]))
+    return float(found == wanted)
+
+
+def yes_or_no(prediction: str, references: Sequence[str]) -> float:
+    """1 if "yes" in the first three characters and a reference of "Yes" go together (BAMBOO's hallucinations)."""
+    return float(("yes" in prediction.strip()[:3].lower()) == (references[0] == "Yes"))
+
+
+def yes_metrics(references: Sequence[Sequence[str]], scores: Sequence[float]) -> dict[str, float]:
+    """Precision, recall and F1 of "Yes" over questions with `yes_or_no` scores; 0 where there is none (BAMBOO)."""
+    wanted = [reference[0] == "Yes" for reference in references]
+    right = sum(score == 1 and yes for score, yes in zip(scores, wanted, strict=True))
+    # A "No" that is wrong was answered by a yes.
+    said = right + sum(score == 0 and not yes for score, yes in zip(scores, wanted, strict=True))
+    yes = sum(wanted)
+    return {
+        "precision": right / said if said else 0.0,
+        "recall": right / yes if yes else 0.0,
+        "f1": 2 * right / (said + yes) if said + yes else 0.0,
+    }
+
+
+def concordance(prediction: str, references: Sequence[str]) -> float:
+    """The share of pairs of references that the prediction's whole numbers have in the same order (BAMBOO's sorting).
+
+    0 if there are not as many numbers as references. Numbers that are counted from 1 are moved to 0.
+    """
+    found = [int(number) for number in re.findall(r"\d+", prediction)]
+    if len(found) != len(references):
+        return 0.0
+    if found and min(found) == 1:
+        found = [number - 1 for number in found]
+    wanted = _pairs([int(reference) for reference in references])
+    return len(wanted & _pairs(found)) / len(wanted) if wanted else 1.0
+
+
+def _pairs(numbers: Sequence[int]) -> set[tuple[int, int]]:
+    return {(one, other) for i, one in enumerate(numbers) for other in numbers[i + 1 :]}
+
+
+def concordance_of_permutation(prediction: str, references: Sequence[str]) -> float:
+    """The share of pairs of references that the prediction has in the same order; 0 for no permutation (ZeroSCROLLS' BookSumSort).
+
+    Only digits, commas and space count in the prediction; commas separate numbers.
+    """
+    kept = re.sub(r"[^\d,\s]", "", prediction)
+    found, wanted = [part.strip() for part in kept.strip().strip(",").split(",")], list(references)
+    if not all(part.isdigit() for part in found) or sorted(map(int, found)) != sorted(map(int, wanted)):
+        return 0.0
+    pairs = _pairs([int(number) for number in wanted])
+    return len(pairs & _pairs([int(number) for number in found])) / len(pairs) if pairs else 1.0
+
+
+def near_percentage(prediction: str, references: Sequence[str]) -> float:
+    """Half for every ten points that the first percentage is off; 0 without one (ZeroSCROLLS' SpaceDigest)."""
+    found, wanted = (re.search(r"(\d+(?:\.\d+)?)\s*%", text) for text in (prediction, references[0]))
+    return 2 ** (-abs(float(found[1]) - float(wanted[1])) / 10) if found and wanted else 0.0
+
+
+def labelled(prediction: str, references: Sequence[str], prefix: str = "label:") -> float:
+    """`exact_match` of what follows the prefix on its line, or of the first line without one (HELMET)."""
+    found = re.search(rf"{re.escape(prefix)}(.*)", prediction, re.IGNORECASE)
+    return exact_match(found[1] if found else prediction.split("\n")[0], references)

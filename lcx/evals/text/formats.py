@@ -31,14 +31,23 @@ class Sample(NamedTuple):
 class PromptFormat(Protocol):
     """How a sample becomes the text that a model reads, and that text tokens."""
 
-    name: str
-    tokenizer: Tokenizer
+    @property
+    def name(self) -> str:
+        """What `evals.questions.prompt_format` calls it."""
+        ...
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's."""
+        ...
 
     def text(self, sample: Sample) -> str:
         """All that the model reads before its own first word."""
+        ...
 
     def encode(self, text: str) -> np.ndarray:
         """Its tokens, int32 `[n]`, begin-of-sequence included where the model was trained with it."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
