@@ -50,6 +50,7 @@ class Reading:
 @dataclasses.dataclass(frozen=True)
 class DocumentQuestions(TextQuestions):
     """The question's own documents among others, drawn from the file; a unit is a word of these, the last of which is cut.
+    With `faithful` a unit is a document, the question's own included.
 
     Found if any of the answers stands in the output. Chance is about 0.
     """
@@ -78,7 +79,7 @@ class DocumentQuestions(TextQuestions):
         """`faithful` takes the questions in the order of the file and shuffles every sample's documents alike."""
         rng, questions, faithful = draw.rng, self.reading.questions, self.settings.faithful
         question = questions[draw.number % len(questions)] if faithful else rng.choice(questions)
-        others = self._whole(rng, question, units) if faithful else self._words(rng, question, units)
+        others = self._whole(rng, question, units - len(question.gold)) if faithful else self._words(rng, question, units)
         documents = [*(self.reading.documents[i] for i in question.gold), *others]
         (random.Random(FAITHFUL_SEED) if faithful else random.Random(rng.random())).shuffle(documents)
         asked = "Answer the question from the given documents. Give only the answer and nothing else."
@@ -103,7 +104,7 @@ class DocumentQuestions(TextQuestions):
 
     def _whole(self, rng: random.Random, question: Question, count: int) -> list[str]:
         """That many other documents."""
-        return list(itertools.islice(self._others(rng, question), count))
+        return list(itertools.islice(self._others(rng, question), max(0, count)))
 
     def _others(self, rng: random.Random, question: Question) -> Iterator[str]:
         """Other documents, those that look alike first, then the rest of the file at random, then all of them again."""
