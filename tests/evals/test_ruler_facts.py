@@ -640,7 +640,7 @@ def test_only_answerable_questions_of_squad_are_asked(tmp_path):
         {"question": "five", "answers": [{"text": "5"}], "is_impossible": False},
     ]
     path = tmp_path / "squad.json"
-    path.write_text(json.dumps({"version": "v2.0", "data": [{"paragraphs": [{"context": "All.", "qas": asked}]}]}))
+    path.write_text(json.dumps({"data": [{"paragraphs": [{"context": "All.", "qas": asked}, {"context": "None.", "qas": []}]}]}))
     questions = ruler_qa.read(str(path), "evals.questions.qa_1").questions
     assert [(question.text, question.answers) for question in questions] == [("one", ("1", "one")), ("five", ("5",))]
 
@@ -780,7 +780,9 @@ def size(name, text):
 @pytest.mark.parametrize("name", STEPS)
 def test_quirk_3_sizes_go_in_steps_under_faithful_and_one_by_one_by_default(name, folder):
     # Lengths from 4,096 on, and shorter ones.
-    for lengths, step in zip(((8200, 9500, 11000, 13500, 16384), (2600, 2800, 3000, 3450, 3700, 3900)), STEPS[name], strict=True):
+    for lengths, step in zip(
+        ((8200, 9500, 11000, 13500, 16384), (2600, 2700, 2800, 3000, 3450, 3700, 3900)), STEPS[name], strict=True
+    ):
         kept, made = (task(name, folder, faithful=faithful) for faithful in (True, False))
         length, sizes = lengths[-1], set()
         for tried in lengths:
@@ -846,6 +848,16 @@ def test_quirk_3_a_length_below_the_first_step_is_refused_under_faithful_before_
     for refused in (functools.partial(kept.items, count=1), kept.check):
         with pytest.raises(UserError, match=rf"{name} takes at least [\d,]+ tokens"):
             refused(length)
+
+
+@pytest.mark.parametrize("content", ["squad", "hotpot"])
+def test_quirk_3_a_file_with_nothing_to_fill_a_length_with_is_refused(content, tmp_path):
+    path, asked = tmp_path / "alone.json", {"question": "What?", "answer": "All", "answers": [{"text": "All"}]}
+    item = {**asked, "supporting_facts": [["One", 0]], "context": [["One", ["All."]]]}
+    alone = [item] if content == "hotpot" else {"data": [{"paragraphs": [{"context": "All.", "qas": [asked]}]}]}
+    path.write_text(json.dumps(alone))
+    with pytest.raises(UserError, match="evals.questions.qa_1='.*' has no documents but those of one question"):
+        ruler_qa.read(str(path), "evals.questions.qa_1")
 
 
 @pytest.mark.parametrize("seed", range(5))

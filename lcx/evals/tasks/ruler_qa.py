@@ -111,7 +111,7 @@ class DocumentQuestions(TextQuestions):
         own = {*question.gold, *question.similar}
         rest = [i for i in range(len(self.reading.documents)) if i not in own]
         order = [*rng.sample(question.similar, len(question.similar)), *rng.sample(rest, len(rest))]
-        return (self.reading.documents[i] for i in (itertools.cycle(order) if order else ()))
+        return (self.reading.documents[i] for i in itertools.cycle(order))
 
 
 def read(path: str, setting: str) -> Reading:
@@ -137,6 +137,10 @@ def _read(path: str, setting: str) -> Reading:
         ) from error
     if not reading.questions:
         raise UserError(f"{setting}={path!r} has no question with an answer; give another file")
+    if any(len(reading.documents) <= len(question.gold) for question in reading.questions):
+        raise UserError(
+            f"{setting}={path!r} has no documents but those of one question; give a file with others to put around them"
+        )
     return reading
 
 
