@@ -104,14 +104,18 @@ class FrequentWords(TextQuestions):
         return 128
 
     def step(self, length: int) -> int:
-        """A 32nd of the length."""
+        """A 32nd of the length; sizes are a sixth of the length and such steps more or less."""
         return max(1, length // 32)
 
     def compose(self, draw: Draw, units: int) -> Sample:
         """The coded words first, so that they are the same whatever the size."""
         rng, distinct = draw.rng, words.Distinct()
         vocabulary = max(8, (draw.length - 50) // 50)
-        coded = ["...", *(distinct(words.letters, rng, 6, string.ascii_lowercase) for _ in range(vocabulary))]
+        drawn = [distinct(words.letters, rng, 6, string.ascii_lowercase) for _ in range(vocabulary)]
+        # The dots are a word of the vocabulary.
+        coded = ["...", *drawn][:vocabulary]
+        if self.settings.faithful:
+            units += draw.length // 6 % self.step(draw.length)
         text: list[str] = []
         for rank, word in enumerate(coded, 1):
             text += [word] * int(units * rank**-self.alpha / ZETA)

@@ -50,6 +50,7 @@ class Reading:
 @dataclasses.dataclass(frozen=True)
 class DocumentQuestions(TextQuestions):
     """The question's own documents among others, drawn from the file; a unit is a word of these, the last of which is cut.
+    With `faithful` a unit is a document, the question's own included.
 
     Found if any of the answers stands in the output. Chance is about 0.
     """
@@ -78,7 +79,7 @@ class DocumentQuestions(TextQuestions):
         """`faithful` takes the questions in the order of the file and shuffles every sample's documents alike."""
         rng, questions, faithful = draw.rng, self.reading.questions, self.settings.faithful
         question = questions[draw.number % len(questions)] if faithful else rng.choice(questions)
-        others = self._whole(rng, question, units) if faithful else self._words(rng, question, units)
+        others = self._whole(rng, question, units - len(question.gold)) if faithful else self._words(rng, question, units)
         documents = [*(self.reading.documents[i] for i in question.gold), *others]
         (random.Random(FAITHFUL_SEED) if faithful else random.Random(rng.random())).shuffle(documents)
         asked = "Answer the question from the given documents. Give only the answer and nothing else."
@@ -103,14 +104,14 @@ class DocumentQuestions(TextQuestions):
 
     def _whole(self, rng: random.Random, question: Question, count: int) -> list[str]:
         """That many other documents."""
-        return list(itertools.islice(self._others(rng, question), count))
+        return list(itertools.islice(self._others(rng, question), max(0, count)))
 
     def _others(self, rng: random.Random, question: Question) -> Iterator[str]:
         """Other documents, those that look alike first, then the rest of the file at random, then all of them again."""
         own = {*question.gold, *question.similar}
         rest = [i for i in range(len(self.reading.documents)) if i not in own]
         order = [*rng.sample(question.similar, len(question.similar)), *rng.sample(rest, len(rest))]
-        return (self.reading.documents[i] for i in (itertools.cycle(order) if order else ()))
+        return (self.reading.documents[i] for i in itertools.cycle(order))
 
 
 def read(path: str, setting: str) -> Reading:
@@ -136,6 +137,10 @@ def _read(path: str, setting: str) -> Reading:
         ) from error
     if not reading.questions:
         raise UserError(f"{setting}={path!r} has no question with an answer; give another file")
+    if any(len(reading.documents) <= len(question.gold) for question in reading.questions):
+        raise UserError(
+            f"{setting}={path!r} has no documents but those of one question; give a file with others to put around them"
+        )
     return reading
 
 

@@ -24,6 +24,7 @@ class VariableTracking(TextQuestions):
 
     hops: int = 4
 
+    version = 2
     answer_tokens = 30
     units_per_1024 = 64
 
@@ -41,9 +42,11 @@ class VariableTracking(TextQuestions):
 
     def compose(self, draw: Draw, units: int) -> Sample:
         """The chain first, so that it is the same whatever the size."""
-        rng = draw.rng
-        example = self.chain(random.Random(rng.random()), example_units(self, draw.length), letters=3, value="12345")
-        asked = self.chain(rng, units, letters=5, value=str(rng.randrange(10000, 99999)))
+        rng, distinct = draw.rng, words.Distinct()
+        example_rng = random.Random(rng.random())
+        solved_value, value = (distinct(lambda: str(rng.randrange(10000, 99999))) for _ in range(2))
+        example = self.chain(example_rng, example_units(self, draw.length), letters=3, value=solved_value)
+        asked = self.chain(rng, units, letters=5, value=value)
         solved = example.prompt + example.prefix + self.answer(example)
         return asked._replace(prompt=f"{solved}\n\n{asked.prompt}")
 

@@ -108,9 +108,9 @@ class TextQuestions(Task):
 
     def items(self, length: int, count: int) -> list[Item]:
         """`count` questions of each depth that each fill the length as far as whole units allow."""
-        step = self.step(length) if self.settings.faithful else 1
+        step, least = self._steps(length)
         new_tokens, guess = self.new_tokens(length), max(1, self.units_per_1024 * length // 1024 // step)
-        least, made = -(-self.least(length) // step), {}
+        made = {}
         groups = [tuple(self.depths)] if self.one_text else [(depth,) for depth in self.depths]
         for depths, number in itertools.product(groups, range(count)):
 
@@ -135,7 +135,8 @@ class TextQuestions(Task):
 
     def check(self, length: int) -> None:
         """Composes the smallest prompt."""
-        text = self.format.text(self.compose(self._draw(length), self.least(length)))
+        step, least = self._steps(length)
+        text = self.format.text(self.compose(self._draw(length), least * step))
         needed = self.counted(len(self.format.encode(text))) + self.new_tokens(length)
         if needed > length:
             raise _too_long(self.name, needed, length)
@@ -184,6 +185,11 @@ class TextQuestions(Task):
             Measurement(self.name, "empty", length, empty / n, n),
             Measurement(self.name, "fill", length, min(fills), n),
         ]
+
+    def _steps(self, length: int) -> tuple[int, int]:
+        """By how many units sizes differ, and the smallest size in such steps."""
+        step = self.step(length) if self.settings.faithful else 1
+        return step, -(-self.least(length) // step)
 
     def _draw(self, length: int, number: int = 0, depth: float | None = None) -> Draw:
         at = None if self.one_text else depth
