@@ -23,7 +23,9 @@ from lcx.recipes.recipe import evaluate_loaded, free_label
 
 def define(values: flags.FlagValues) -> None:
     """The command's flags."""
-    flags.DEFINE_string("checkpoint", None, "a run's workdir, one of its checkpoints, or a Hugging Face folder", flag_values=values)
+    flags.DEFINE_string(
+        "checkpoint", None, "a run's workdir, one of its checkpoints, a Hugging Face folder or a GGUF file", flag_values=values
+    )
     flags.DEFINE_string("endpoint", None, "in place of a checkpoint, a server such as http://localhost:8000/v1", flag_values=values)
     flags.DEFINE_string("model", None, "the endpoint's name of the model", flag_values=values)
     flags.DEFINE_string("tokenizer", None, "the tokenizer of the endpoint's model", flag_values=values)

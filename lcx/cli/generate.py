@@ -25,7 +25,9 @@ from lcx.recipes.generation import Completion, OnEnd, generate_text, read_prompt
 
 def define(values: flags.FlagValues) -> None:
     """The command's flags."""
-    flags.DEFINE_string("checkpoint", None, "a run's workdir, one of its checkpoints, or a Hugging Face folder", flag_values=values)
+    flags.DEFINE_string(
+        "checkpoint", None, "a run's workdir, one of its checkpoints, a Hugging Face folder or a GGUF file", flag_values=values
+    )
     flags.DEFINE_string("stage", None, "use the weights from the end of this stage (default: the newest)", flag_values=values)
     flags.DEFINE_multi_string("prompt", [], "text to continue; may be repeated", flag_values=values)
     flags.DEFINE_multi_string(

@@ -26,7 +26,9 @@ from lcx.report import markdown
 
 def define(values: flags.FlagValues) -> None:
     """The command's flags."""
-    flags.DEFINE_string("checkpoint", None, "a run's workdir, one of its checkpoints, or a Hugging Face folder", flag_values=values)
+    flags.DEFINE_string(
+        "checkpoint", None, "a run's workdir, one of its checkpoints, a Hugging Face folder or a GGUF file", flag_values=values
+    )
     flags.DEFINE_string("stage", None, "use the weights from the end of this stage (default: the newest)", flag_values=values)
     flags.DEFINE_integer("step", None, "use the weights from this step", flag_values=values)
     flags.DEFINE_string("positions", "none", "positional scheme to use zero-shot, such as yarn:factor=16", flag_values=values)
