@@ -78,7 +78,7 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     for name in ("model", "tokenizer"):
         if values[name].value is not None:
             raise UserError(f"--{name} belongs to --endpoint, which is not given; add it or leave --{name} out")
-    checkpoint = parse.needed(values, "checkpoint", "name a run's workdir or a Hugging Face folder, or an --endpoint")
+    checkpoint = parse.needed(values, "checkpoint", "name a run's workdir, a Hugging Face folder or a GGUF file, or an --endpoint")
     loaded = models.load(checkpoint, step=values.step, stage=values.stage)
     named = values.label or "-".join([values.stage or models.short_name(checkpoint, loaded), *values.positions])
     if values.label in ("before", "after"):

@@ -50,7 +50,7 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     """Generate."""
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}; give prompts with --prompt=TEXT")
-    checkpoint = parse.needed(values, "checkpoint", "name a run's workdir or a Hugging Face folder")
+    checkpoint = parse.needed(values, "checkpoint", "name a run's workdir, a Hugging Face folder or a GGUF file")
     prompts = [*values.prompt, *(prompt for path in values.prompt_file for prompt in read_prompts(path))]
     if not prompts:
         raise UserError("no prompt given; use --prompt=TEXT or --prompt_file=FILE")

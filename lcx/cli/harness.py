@@ -50,7 +50,7 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     from lcx.evals import harness
 
     tasks = parse.needed(values, "tasks", "name tasks of lm_eval, such as niah_single_1; `lm_eval ls tasks` lists them")
-    checkpoint = parse.needed(values, "checkpoint", "name a run's workdir or a Hugging Face folder")
+    checkpoint = parse.needed(values, "checkpoint", "name a run's workdir, a Hugging Face folder or a GGUF file")
     include = None if values.include is None else Path(values.include).expanduser()
     if include is not None and not include.is_dir():
         raise UserError(f"--include={values.include} is not a folder; name one with YAML files of tasks")

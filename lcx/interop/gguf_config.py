@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from lcx.core.configs import nearest
 from lcx.core.console import warn
 from lcx.core.errors import UserError
 from lcx.core.gguf import Gguf
@@ -92,8 +91,7 @@ class Metadata:
         self.name = found.metadata.get("general.architecture")
         if self.name not in ARCHS:
             raise UserError(
-                f"{self.where}: general.architecture={self.name!r} is not supported{nearest(str(self.name), ARCHS)}; "
-                f"lcx reads GGUF files of {', '.join(ARCHS)}"
+                f"{self.where}: general.architecture={self.name!r} is not supported; lcx reads GGUF files of {', '.join(ARCHS)}"
             )
         self.arch = ARCHS[self.name]
 
