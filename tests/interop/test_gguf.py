@@ -300,7 +300,12 @@ def test_stored_types_are_kept(llama, tmp_path):
         assert one.read(name).tobytes() == other.read(name).tobytes()
 
 
-@pytest.mark.parametrize("form", "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS TQ1_0 MXFP4".split())
+BLOCKS = (
+    "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "TQ1_0", "MXFP4",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("form", BLOCKS)
 def test_quantised_types_are_dequantised_in_pieces(form, tmp_path):
     heads, dim, rows = 4, 256, 256
     kind = Type[form]
