@@ -80,7 +80,7 @@ WRONG = {
     "train --config.seed=3 --config={config}": "--config.seed=3 comes before --config; name the config file first",
     "train --config.seed=3": "--config is missing; name a file",
     TRAIN + "again": "unexpected argument 'again'; set config values with --config.KEY=VALUE",
-    "eval --checkpoint={run} --items=many": "invalid value --items=many: expected an integer, such as 20",
+    "eval --checkpoint={run} --items=many": "invalid value --items=many: expected a non-negative integer, such as 20",
     "train --config={config} --workdir={new} --profile=fast": "--profile=fast is not a range of steps; give the first and the last",
     "train --config={config} --workdir={new} --profile=4:2": "--profile=4:2 holds no step; the first step is 1",
     "train --config={config} --workdir={new} --profile=0:2": "--profile=0:2 holds no step; the first step is 1",
