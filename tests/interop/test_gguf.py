@@ -1,7 +1,10 @@
 """GGUF files against transformers, the gguf library and what llama.cpp reads: weights, positions, tokenizers, broken files."""
 
+import errno
 import importlib.util
 import json
+import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -468,7 +471,17 @@ def test_tensors_that_cannot_be_right(llama, tmp_path, capsys):
     assert "is stored as I32" in with_tensors(output_norm__weight=(np.ones(64, np.int32), Type.I32))
 
 
-def test_where_a_file_can_be_written(llama, tmp_path, capsys):
+def full_disk(self, tensor):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_folder_with_a_file(llama, capsys, tmp_path):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "x.gguf").symlink_to(llama / "tiny.gguf")
+    assert "name the file itself to read its x.gguf" in refused(tmp_path / "models", capsys)
+
+
+def test_where_a_file_can_be_written(llama, tmp_path, capsys, monkeypatch):
     def said(*words):
         with pytest.raises(SystemExit) as stopped:
             main(["export", f"--checkpoint={llama / 'hf'}", *words])
@@ -479,6 +492,12 @@ def test_where_a_file_can_be_written(llama, tmp_path, capsys):
     assert "already exists" in said("--format=gguf", f"--out={llama / 'tiny.gguf'}")
     assert "format='gguff'" in said("--format=gguff", f"--out={tmp_path / 'a.gguf'}")
     assert "dtype='q8_0'" in said("--dtype=q8_0", f"--out={tmp_path / 'folder'}")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**5))
+        assert "needs 0.0 GB and the disk has 0.0 GB left" in said("--format=gguf", f"--out={tmp_path / 'a.gguf'}")
+    with monkeypatch.context() as patch:
+        patch.setattr(library.GGUFWriter, "write_tensor_data", full_disk)
+        assert "cannot be written (No space left on device)" in said("--format=gguf", f"--out={tmp_path / 'a.gguf'}")
     (tmp_path / "file").touch()
     assert "is a file" in said("--format=gguf", f"--out={tmp_path / 'file' / 'a.gguf'}")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -22,6 +22,7 @@ from lcx.core.errors import UserError
 from lcx.core.extras import library
 from lcx.core.gguf import Gguf
 from lcx.data.tokenizers.special_tokens import files_next_to, read_json
+from lcx.data.tokenizers.tiktoken_ranks import looks_like_ranks
 
 PREFIX = "tokenizer.ggml."
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -276,7 +277,8 @@ def metadata(folder: Path, size: int) -> dict[str, Any]:
     Raises `UserError` if GGUF has no name for how it cuts text, and for other kinds than the two that `files` reads.
     """
     near = files_next_to(folder)
-    if (folder / "tokenizer.model").is_file() and not _is_ranks(folder / "tokenizer.model"):
+    pieces = folder / "tokenizer.model"
+    if pieces.is_file() and not looks_like_ranks(pieces.read_bytes()):
         values, tokens = _of_pieces(folder, near.flag("add_bos_token", True), near.flag("add_eos_token", False))
     elif (folder / "tokenizer.json").is_file():
         values, tokens = _of_json(folder / "tokenizer.json")
@@ -303,12 +305,6 @@ def metadata(folder: Path, size: int) -> dict[str, Any]:
     if (template := _template(folder)) is not None:
         values["tokenizer.chat_template"] = template
     return values
-
-
-def _is_ranks(path: Path) -> bool:
-    from lcx.data.tokenizers.tiktoken_ranks import looks_like_ranks
-
-    return looks_like_ranks(path.read_bytes()[:4096])
 
 
 def _add_ends(folder: Path, values: dict[str, Any]) -> None:
