@@ -79,7 +79,9 @@ def load(
         return dataclasses.replace(loaded, params=cast(loaded.params, jnp.dtype(dtype)), stop_ids=stop_ids(path))
     for name, value, only in (("step", step, 0), ("stage", stage, STAGE)):
         if value is not None and value != only:
-            raise UserError(f"{path} is not a run of lcx, so it has no {name} {value!r}; omit it")
+            raise UserError(
+                f"{path} is a {'GGUF file' if is_gguf(path) else 'Hugging Face model'}, which has no {name} {value!r}; omit it"
+            )
     source = opened(path)
     run = _run_of(source, dtype)
     return Loaded(source.params(dtype, mesh), run, _meta_of(run, source), stop_ids(path))
