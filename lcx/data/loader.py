@@ -83,7 +83,7 @@ class Loader:
         self.rows = mixture.addresses(weights, [part.size for part in self.parts], [(*own, _SHUFFLE) for own in keys])
 
     def batch(self, step: int, rows: slice = slice(None)) -> Batch:
-        """Rows `rows` of step `step`, as NumPy arrays `[B, T]`: weights float32, all others int32."""
+        """Rows `rows` of step `step`, as NumPy arrays `[B, T]` (`row_parts` `[B]`): weights float32, all others int32."""
         part, row = self.addresses(step, rows)
         shape = (len(part), self.seq_len)
         out = {key: np.zeros(shape, np.float32 if key == "loss_weights" else np.int32) for key in _KEYS}
@@ -92,7 +92,7 @@ class Loader:
             own = np.flatnonzero(part == index)
             for key, value in self.parts[index].build(row[own]).items():
                 out[key][own] = value
-        return Batch(**out)
+        return Batch(**out, row_parts=part.astype(np.int32), num_parts=len(self.names))
 
     def batches(self, start: int = 0, rows: slice = slice(None)) -> Iterator[tuple[int, Batch]]:
         """(step, batch) from step `start` onwards, endlessly."""

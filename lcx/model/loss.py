@@ -26,7 +26,8 @@ class LossSums:
 
     `nll` is Σ w·ℓ in nats, `weight` Σ w, `z` Σ w·lse² (the z-loss, which has the same denominator), `correct` Σ w·[the target is
     the most likely token]. If the experts' balance has a weight, `router_aux` is Σ n·(load-balancing loss) over the microbatches
-    and `tokens` Σ n, its own denominator, where n is the number of tokens of a microbatch that are not padding.
+    and `tokens` Σ n, its own denominator, where n is the number of tokens of a microbatch that are not padding. If the batch says
+    which part of a mixture its rows come from, `part_nll` and `part_weight` `[P]` are Σ w·ℓ and Σ w over the rows of each part.
     """
 
     nll: jax.Array
@@ -35,6 +36,16 @@ class LossSums:
     correct: jax.Array
     router_aux: jax.Array | None = None
     tokens: jax.Array | None = None
+    part_nll: jax.Array | None = None
+    part_weight: jax.Array | None = None
+
+    @classmethod
+    def zeros(cls, batch: Batch, balanced: bool) -> "LossSums":
+        """What the sums of microbatches like `batch` are added to; `balanced` if the experts' balance has a weight."""
+        scalars = (jnp.zeros((), jnp.float32) for _ in range(6 if balanced else 4))
+        if batch.row_parts is None:
+            return cls(*scalars)
+        return cls(*scalars).replace(**{name: jnp.zeros(batch.num_parts, jnp.float32) for name in ("part_nll", "part_weight")})
 
 
 @flax.struct.dataclass
@@ -51,6 +62,7 @@ def loss_sums(params: Tree, hidden: jax.Array, batch: Batch, arch: Architecture,
     tokens = None if router_aux is None else unpadded_tokens(batch)
     losses = token_losses(params, hidden, batch.targets, arch)
     weights = batch.loss_weights.astype(jnp.float32)
+    part_nll, part_weight = (None, None) if batch.row_parts is None else part_sums(losses.nll, batch)
     return LossSums(
         nll=jnp.sum(losses.nll * weights),
         weight=jnp.sum(weights),
@@ -58,7 +70,23 @@ def loss_sums(params: Tree, hidden: jax.Array, batch: Batch, arch: Architecture,
         correct=jnp.sum(losses.correct * weights),
         router_aux=None if router_aux is None or tokens is None else router_aux * tokens,
         tokens=tokens,
+        part_nll=part_nll,
+        part_weight=part_weight,
     )
+
+
+def part_sums(nll: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Σ w·ℓ and Σ w over the rows of each part of the mixture, float32 `[P]` each; `nll` is `[B, T]`, and carries no gradient.
+
+    Rows are summed before parts, so that a device passes on a number a row; a row that is not finite spoils its own part only.
+    """
+    weights = batch.loss_weights.astype(jnp.float32)
+    own = batch.row_parts[:, None] == jnp.arange(batch.num_parts, dtype=jnp.int32)[None]
+
+    def by_part(x: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(own, jnp.sum(x, axis=1)[:, None], 0.0), axis=0)
+
+    return by_part(jax.lax.stop_gradient(nll) * weights), by_part(weights)
 
 
 def unpadded_tokens(batch: Batch) -> jax.Array:

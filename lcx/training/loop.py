@@ -297,7 +297,8 @@ class PendingMetrics:
             "seq_len": built.stage.seq_len,
             "theta": built.theta,
         }
-        row = metrics_log.row(place, metrics, {**built.meter.speed(seconds), "data_wait": waited})
+        timing = {**built.meter.speed(seconds), "data_wait": waited}
+        row = metrics_log.row(place, metrics, timing, built.loader.names)
         trainer.writer.write(row)
         if built.attempt.watched and len(self._history.losses) < trainer.config.monitor.steps:
             self._history.losses.append(row["loss"])
