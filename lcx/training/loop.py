@@ -23,7 +23,7 @@ from lcx.training import metrics as metrics_log
 from lcx.training import monitor
 from lcx.training.builder import BuiltStage, StageBuilder
 from lcx.training.checkpoints import InitialWeights, Meta, Store, initial_weights, scheme_configs, stage_ends
-from lcx.training.checks import warn_unusual
+from lcx.training.checks import warn_repeats, warn_unusual
 from lcx.training.prefetch import Prefetcher, Stop
 from lcx.training.profile import Profiler, ProfileSteps
 from lcx.training.resume import ResumePoint, continue_into, reread_stage_start, resume_point
@@ -83,6 +83,8 @@ def train(
         if given is not None:
             given.keep(workdir)
         warn_unusual(run)
+        for stage, loader in zip(run.stages, builder.loaders, strict=True):
+            warn_repeats(stage, loader)
         stop, store = held.enter_context(Stop()), held.enter_context(Store(workdir, run.checkpoint, stage_ends(run)))
         profiler = held.enter_context(Profiler(profile, workdir))
         writer = metrics_log.Writer(workdir, run.metrics, active=main)
