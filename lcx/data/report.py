@@ -134,9 +134,8 @@ def compare_upsampling(loader: Loader) -> list[UpsamplingShare]:
     for how in get_args(Upsampling) if texts else ():
         weights = loader.weights(how)[list(texts)]
         shares = weights / weights.sum()
-        counts = np.stack(
-            [_counts(part.whole if how == "none" else part.thinned, part.config.short_tokens) for part in texts.values()]
-        )
+        read = [(part.whole if how == "none" else part.thinned, part.config.short_tokens) for part in texts.values()]
+        counts = np.stack([_counts(*chosen) for chosen in read])
         # A part is read in proportion to its share, so its documents come at the rate share / tokens.
         rates = counts * (shares / counts[:, 1])[:, None]
         names = [loader.names[i] for i in texts]
