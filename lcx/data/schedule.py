@@ -25,9 +25,7 @@ def over_stage(where: str, knots: Knots, tokens: int) -> Knots:
     Raises `UserError`, which begins with `where`, for negative weights, unsorted places, and knots that do not cover the stage.
     """
     if len(knots) < 2:
-        raise UserError(
-            f"{where}={knots} has {len(knots)} knots; give a weight, or at least the knots of the stage's start and end"
-        )
+        raise UserError(f"{where}={knots} has too few knots; give a weight, or at least the knots of the stage's start and end")
     places, weights = np.asarray(knots, np.float64).T
     if not np.isfinite(places).all() or not np.isfinite(weights).all() or (weights < 0).any():
         raise UserError(f"{where}={knots} must hold finite places and weights that are not negative")
@@ -35,10 +33,10 @@ def over_stage(where: str, knots: Knots, tokens: int) -> Knots:
         raise UserError(f"{where}={knots} is not sorted; give knots (place, weight) in the order of their places")
     total = 1 if places[-1] <= 1 else tokens
     if places[0] != 0 or places[-1] < total:
-        end = (
-            "1 (shares of the stage's steps)" if total == 1 else f"the stage's {tokens:,} tokens (or to 1, for shares of its steps)"
+        raise UserError(
+            f"{where}={knots} covers {places[0]:g} to {places[-1]:g}; its places must go from 0 to 1, as shares of the stage's "
+            f"steps, or to its {tokens:,} tokens"
         )
-        raise UserError(f"{where}={knots} covers {places[0]:g} to {places[-1]:g}; its places must go from 0 to {end}")
     inside = places < total
     at_end = weights[places == total]  # the first of a jump there
     ends = float(at_end[0] if len(at_end) else np.interp(total, places, weights))

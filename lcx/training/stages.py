@@ -48,9 +48,9 @@ class StageConfig:
     length (default `seq_len`). `positions` changes the scheme from here on, per layer kind: a number is a new theta, a text or
     mapping another scheme, which keeps the theta it does not name. `mixture` sets weights of data parts by name: a number, or knots
     (place, weight) between which the weight runs straight, with places from 0 to 1 as shares of the stage's steps, or from 0 to
-    its number of tokens. `parts` changes any of their fields, `optim` fields of the optimizer, for this stage. `keep_optimizer_state` carries AdamW's moments over.
-    `mesh` replaces the run's. `monitor` switches the early monitor on or off (None: as the run says); `thetas` is the ladder that
-    it tries (empty: around the critical base).
+    its number of tokens. `parts` changes any of their fields, `optim` fields of the optimizer, for this stage.
+    `keep_optimizer_state` carries AdamW's moments over. `mesh` replaces the run's. `monitor` switches the early monitor on or off
+    (None: as the run says); `thetas` is the ladder that it tries (empty: around the critical base).
     """
 
     name: str
