@@ -31,9 +31,9 @@ def find_mixture(
 ) -> dict[str, float]:
     """Weights of the parts of a run's mixture by DoReMi, in one of its stages (None: the first), which sum to 1.
 
-    Trains `workdir/reference` on the stage's own weights and `workdir/proxy` on equal ones, each with the stage's steps, and writes
-    `workdir/mixture.json`; `workdir/proxy/doremi.jsonl` has a row for each update. The same call resumes. Parts of weight 0 are left
-    out. Raises `UserError` for a mixture of one part, and for whatever a run raises.
+    Trains `workdir/reference` on the stage's own weights and `workdir/proxy` on equal ones, each for the stage's steps, and writes
+    `workdir/mixture.json`; `workdir/proxy/doremi.jsonl` has a row for each update. The same call resumes. Parts of weight 0 are
+    left out. Raises `UserError` for a mixture of one part, and for whatever a run raises.
     """
     chosen = next((one for one in run.stages if stage in (None, one.name)), None)
     if chosen is None:
@@ -54,7 +54,7 @@ def find_mixture(
 
 
 def single(run: RunConfig, stage: StageConfig, equal: bool) -> RunConfig:
-    """A run of one stage of `run` without the monitor, on its parts of positive weight, each with its own or with an `equal` one."""
+    """One stage of `run` as a run without the monitor, on its parts that have a weight, each with its own or with an `equal` one."""
     data = run.data_of(stage)
     parts = {name: part for name, part in data.parts.items() if part.weight > 0}
     if equal:

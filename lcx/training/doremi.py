@@ -1,8 +1,8 @@
 """DoReMi's weights of domains (Xie et al., arXiv:2305.10429, algorithm 1): more for what a small model can still learn.
 
-A reference is trained on some mixture. A proxy of the same size is trained on rows of all domains alike, and at each step a domain's
-weight grows with its excess: how much the proxy's losses lie above the reference's. Text that both know, and noise that neither can
-learn, has none. The result is the average of the weights over the steps.
+A reference is trained on some mixture. A proxy of the same size is trained on rows of all domains alike, and at each step a
+domain's weight grows with its excess: how far the proxy's losses lie above the reference's. Text that both know has none, noise
+that neither can learn little. The result is the average of the weights over the steps.
 
 Legend: B batch rows, T tokens in a row, P domains (parts of a mixture).
 """

@@ -69,8 +69,8 @@ def train(
     """Run all stages that are not finished in the workdir; the same call resumes after any interruption.
 
     `given` are the weights that `run.init_from` names (None: a checkpoint written by lcx, read when needed).
-    `profile` are steps to trace; the call raises `UserError` if they are done already. `reweight` gives the batch that is trained on
-    in place of the loader's, of the same shapes.
+    `profile` are steps to trace; the call raises `UserError` if they are done already. `reweight` gives the batch to train on in
+    place of the loader's, of the same shapes.
     Ctrl-C saves and raises `KeyboardInterrupt`, SIGTERM saves and exits with status 143. Raises `UserError` for a config that
     cannot work, a workdir of another run, a full disk, and too many non-finite steps in a row.
     """

@@ -30,9 +30,7 @@ def run(tmp_path_factory):
         texts = {"easy": np.full(3000, 97, np.uint8), "noise": letters[rng.integers(0, 26, 3000)], "hard": letters[walk]}
         for name, text in texts.items():
             (folder / f"{name}{i}.txt").write_bytes(text.tobytes() + f"{i}".encode())
-    parts = {
-        name: {"weight": 1.0, "source": {"kind": "text", "path": f"{folder}/{name}*.txt"}} for name in ("easy", "noise", "hard")
-    }
+    parts = {name: {"weight": 1.0, "source": {"kind": "text", "path": f"{folder}/{name}*.txt"}} for name in texts}
     return run_config(
         {
             "model": dict(vocab_size=256, model_dim=32, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=16, mlp_dim=64),
@@ -64,14 +62,13 @@ def test_the_hard_domain_is_found(found):
 
 
 def test_the_proxy_is_trained_on_the_weights_of_its_log(found):
-    """Domains have as many rows each, so their weights in the loss are in the ratio of DoReMi's."""
+    """The reference had the same rows, all with weight 1, and a third of them from each domain."""
     workdir, _ = found
+    reference = metrics.read(workdir / "reference" / "metrics.jsonl")
     rows, log = (metrics.read(workdir / "proxy" / name) for name in ("metrics.jsonl", "doremi.jsonl"))
-    for row, entry in zip(rows, log, strict=True):
-        given = row["weight_by_part"]
-        total = sum(given.values())
+    for plain, row, entry in zip(reference, rows, log, strict=True):
         for name, weight in entry["weights"].items():
-            assert given[name] / total == pytest.approx(weight, rel=0.02)
+            assert row["weight_by_part"][name] == pytest.approx(3 * weight * plain["weight_by_part"][name], rel=1e-5)
 
 
 def test_a_killed_search_goes_on_bitwise(run, found, tmp_path):
