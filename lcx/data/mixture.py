@@ -8,6 +8,7 @@ Legend: N rows of a stage, P parts.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -62,11 +63,17 @@ def interleave(shares: np.ndarray) -> np.ndarray:
         release.append([*np.searchsorted(due, counts + slack).tolist(), total])
         deadline.append([*np.searchsorted(due, counts + 1 - slack).tolist(), total])
     chosen, given = np.empty(total, np.int64), [0] * parts
+    # The next row of each part is in one of two heaps: it is not due yet, or it can come now.
+    waiting, ready = [(release[part][0], deadline[part][0], part) for part in range(parts)], []
+    heapq.heapify(waiting)
     for row in range(total):
+        while waiting and waiting[0][0] <= row:
+            heapq.heappush(ready, heapq.heappop(waiting)[1:])
         # None may be ready by a rounding; then the next one to be is.
-        part = min(range(parts), key=lambda part: (max(release[part][given[part]], row), deadline[part][given[part]]))
+        part = heapq.heappop(ready)[1] if ready else heapq.heappop(waiting)[2]
         chosen[row] = part
         given[part] += 1
+        heapq.heappush(waiting, (release[part][given[part]], deadline[part][given[part]], part))
     return chosen
 
 
