@@ -43,9 +43,8 @@ class LossSums:
     def zeros(cls, batch: Batch, balanced: bool) -> "LossSums":
         """What the sums of microbatches like `batch` are added to; `balanced` if the experts' balance has a weight."""
         scalars = (jnp.zeros((), jnp.float32) for _ in range(6 if balanced else 4))
-        if batch.row_parts is None:
-            return cls(*scalars)
-        return cls(*scalars).replace(**{name: jnp.zeros(batch.num_parts, jnp.float32) for name in ("part_nll", "part_weight")})
+        parts = None if batch.row_parts is None else jnp.zeros(batch.num_parts, jnp.float32)
+        return cls(*scalars, part_nll=parts, part_weight=parts)
 
 
 @flax.struct.dataclass
@@ -62,7 +61,10 @@ def loss_sums(params: Tree, hidden: jax.Array, batch: Batch, arch: Architecture,
     tokens = None if router_aux is None else unpadded_tokens(batch)
     losses = token_losses(params, hidden, batch.targets, arch)
     weights = batch.loss_weights.astype(jnp.float32)
-    part_nll, part_weight = (None, None) if batch.row_parts is None else part_sums(losses.nll, batch)
+    part_nll = part_weight = None
+    if batch.row_parts is not None:
+        part_nll = sums_by_part(jax.lax.stop_gradient(losses.nll) * weights, batch.row_parts, batch.num_parts)
+        part_weight = sums_by_part(weights, batch.row_parts, batch.num_parts)
     return LossSums(
         nll=jnp.sum(losses.nll * weights),
         weight=jnp.sum(weights),
@@ -75,18 +77,13 @@ def loss_sums(params: Tree, hidden: jax.Array, batch: Batch, arch: Architecture,
     )
 
 
-def part_sums(nll: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Σ w·ℓ and Σ w over the rows of each part of the mixture, float32 `[P]` each; `nll` is `[B, T]`, and carries no gradient.
+def sums_by_part(x: jax.Array, row_parts: jax.Array, num_parts: int) -> jax.Array:
+    """The sum of `x` `[B, T]` over the rows of each part, float32 `[P]`; `row_parts` int32 `[B]` are the rows' parts.
 
     Rows are summed before parts, so that a device passes on a number a row; a row that is not finite spoils its own part only.
     """
-    weights = batch.loss_weights.astype(jnp.float32)
-    own = batch.row_parts[:, None] == jnp.arange(batch.num_parts, dtype=jnp.int32)[None]
-
-    def by_part(x: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(own, jnp.sum(x, axis=1)[:, None], 0.0), axis=0)
-
-    return by_part(jax.lax.stop_gradient(nll) * weights), by_part(weights)
+    own = row_parts[:, None] == jnp.arange(num_parts, dtype=jnp.int32)[None]
+    return jnp.sum(jnp.where(own, jnp.sum(x, axis=1)[:, None], 0.0), axis=0)
 
 
 def unpadded_tokens(batch: Batch) -> jax.Array:

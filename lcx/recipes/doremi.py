@@ -16,14 +16,16 @@ from lcx.core.console import say
 from lcx.core.errors import UserError
 from lcx.core.files import write_atomically
 from lcx.core.trees import Tree
+from lcx.recipes import models
 from lcx.training import doremi, metrics
 from lcx.training.builder import BuiltStage
 from lcx.training.doremi import DomainWeights, DoReMiConfig
 from lcx.training.loop import train
 from lcx.training.stages import RunConfig, StageConfig
 from lcx.training.step import TrainState
+from lcx.training.workdir import make_workdir
 
-LOG, RESULT = "doremi.jsonl", "mixture.json"
+LOG, RESULT, SETTINGS = "doremi.jsonl", "mixture.json", "doremi.json"
 
 
 def find_mixture(
@@ -33,8 +35,12 @@ def find_mixture(
 
     Trains `workdir/reference` on the stage's own weights and `workdir/proxy` on equal ones, each for the stage's steps, and writes
     `workdir/mixture.json`; `workdir/proxy/doremi.jsonl` has a row for each update. The same call resumes. Parts of weight 0 are
-    left out. Raises `UserError` for a mixture of one part, and for whatever a run raises.
+    left out. Raises `UserError` for a mixture of one part, for a workdir of other settings, and for whatever a run raises.
     """
+    if run.resume_from is not None:
+        raise UserError(
+            f"resume_from={run.resume_from!r} does not go with DoReMi, whose runs begin anew; give init_from, or neither"
+        )
     chosen = next((one for one in run.stages if stage in (None, one.name)), None)
     if chosen is None:
         raise UserError(f"stage {stage!r} is not in the config; its stages are {', '.join(one.name for one in run.stages)}")
@@ -42,19 +48,31 @@ def find_mixture(
     names = sorted(reference.data.parts)
     if len(names) < 2:
         raise UserError(f"stage {chosen.name} trains on {', '.join(names)} alone; DoReMi weighs two parts or more")
+    _claim(workdir, {"stage": chosen.name, **dataclasses.asdict(config)})
+    given = models.initial_weights(run.init_from)
     say(f"doremi: the reference, in {workdir / 'reference'}")
-    trained = train(reference, workdir / "reference", devices)
+    trained = train(reference, workdir / "reference", devices, given)
     say(f"doremi: the proxy, in {workdir / 'proxy'}")
     reweight = Reweight(trained.params, config, workdir / "proxy" / LOG)
-    train(single(run, chosen, equal=True), workdir / "proxy", devices, reweight=reweight)
+    train(single(run, chosen, equal=True), workdir / "proxy", devices, given, reweight=reweight)
     found = metrics.read(workdir / "proxy" / LOG)[-1]["mean"]
     if jax.process_index() == 0:
         write_atomically(workdir / RESULT, json.dumps({"stage": chosen.name, "mixture": found}, indent=1) + "\n")
     return found
 
 
+def _claim(workdir: Path, settings: dict[str, Any]) -> None:
+    """Keep the settings in the workdir; raises `UserError` if others are there, whose updates would be mixed with these."""
+    path = workdir / SETTINGS
+    if path.exists() and (there := json.loads(path.read_text())) != settings:
+        raise UserError(f"workdir {workdir} holds a search with {there}, not {settings}; name another --workdir")
+    make_workdir(workdir)
+    if jax.process_index() == 0:
+        write_atomically(path, json.dumps(settings) + "\n")
+
+
 def single(run: RunConfig, stage: StageConfig, equal: bool) -> RunConfig:
-    """One stage of `run` as a run without the monitor, on its parts that have a weight, each with its own or with an `equal` one."""
+    """One stage of `run` as a run without the monitor, on its parts that have a weight, each with its own or an `equal` one."""
     data = run.data_of(stage)
     parts = {name: part for name, part in data.parts.items() if part.weight > 0}
     if equal:

@@ -23,7 +23,7 @@ from lcx.core.configs import positive
 from lcx.core.errors import UserError
 from lcx.core.trees import Tree
 from lcx.model.architecture import Architecture
-from lcx.model.loss import token_losses
+from lcx.model.loss import sums_by_part, token_losses
 from lcx.model.transformer import hidden_states
 
 
@@ -57,11 +57,11 @@ class DomainWeights:
 
 
 def update(before: DomainWeights, excess: np.ndarray, config: DoReMiConfig) -> DomainWeights:
-    """The weights after one step's `excess` `[P]` of `excess_by_part`, NaN for domains that it has no tokens of.
+    """The weights after one step's `excess` `[P]` of `excess_by_part`, which is not finite for domains that it has no tokens of.
 
     log α ← log α + η·λ, normalised, then α ← (1 - ε)·α + ε/P. An absent domain keeps its last λ, which counts again.
     """
-    latest = np.where(np.isnan(excess), before.excess, np.asarray(excess, np.float64))
+    latest = np.where(np.isfinite(excess), np.asarray(excess, np.float64), before.excess)
     logits = np.log(np.maximum(before.now, np.finfo(np.float64).tiny)) + config.step_size * latest
     grown = np.exp(logits - logits.max())
     now = (1 - config.smoothing) * grown / grown.sum() + config.smoothing / len(grown)
@@ -76,12 +76,8 @@ def excess_by_part(proxy_nll: jax.Array, reference_nll: jax.Array, batch: Batch)
     """
     counted = batch.loss_weights > 0
     clipped = jnp.where(counted, jnp.maximum(proxy_nll - reference_nll, 0.0), 0.0)
-    own = batch.row_parts[:, None] == jnp.arange(batch.num_parts, dtype=jnp.int32)[None]
-
-    def by_part(x: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(own, jnp.sum(x, axis=1)[:, None], 0.0), axis=0)
-
-    return by_part(clipped) / by_part(counted.astype(jnp.float32))
+    tokens = counted.astype(jnp.float32)
+    return sums_by_part(clipped, batch.row_parts, batch.num_parts) / sums_by_part(tokens, batch.row_parts, batch.num_parts)
 
 
 @functools.partial(jax.jit, static_argnums=4)

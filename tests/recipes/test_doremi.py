@@ -1,5 +1,6 @@
 """Three domains of which one can be learned and is not yet: DoReMi as two runs finds it, killed in between or not."""
 
+import dataclasses
 import json
 import shutil
 
@@ -84,7 +85,15 @@ def test_a_killed_search_goes_on_bitwise(run, found, tmp_path):
         find_mixture(run, tmp_path / "cut", DoReMiConfig(), devices=jax.devices()[:1])
 
 
+def test_a_search_with_other_settings_is_not_mixed_in(run, found):
+    workdir, _ = found
+    with pytest.raises(UserError, match=r"holds a search with .*'step_size': 1.0.*, not .*'step_size': 0.5"):
+        find_mixture(run, workdir, DoReMiConfig(step_size=0.5), devices=jax.devices()[:1])
+
+
 def test_what_cannot_be_weighed(run, tmp_path):
+    with pytest.raises(UserError, match="resume_from='x' does not go with DoReMi"):
+        find_mixture(dataclasses.replace(run, resume_from="x"), tmp_path, DoReMiConfig())
     with pytest.raises(UserError, match="stage 'other' is not in the config; its stages are only"):
         find_mixture(run, tmp_path, DoReMiConfig(), "other")
     alone = run_config(
