@@ -25,6 +25,7 @@ COMMANDS = {
     "generate": "continue prompts with a checkpoint, under its own or any other positional scheme",
     "report": "rewrite a run's report.html from its files",
     "sweep": "run the unfinished points of a sweep, then print a table and draw a plot",
+    "doremi": "find weights for the parts of a mixture with a reference and a proxy run",
     "theta": "choose theta for a target length",
     "import": "convert a Hugging Face folder to a run's checkpoint",
     "export": "write a run's weights as a Hugging Face folder",
