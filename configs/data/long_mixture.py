@@ -1,7 +1,8 @@
 """Books and code, cleaned and deduplicated for a long-context mixture.
 
-Command:  lcx data curate --config=configs/data/long_mixture.py --config.sources.books.source.path='books/**/*.txt' --out=data/curated
-          (with an evaluation to keep out: --config.decontaminate.path='benchmarks/**/*.jsonl')
+Command:  lcx data curate --config=configs/data/long_mixture.py --out=data/curated
+          (with other texts: --config.sources.books.source.path='texts/*.txt';
+          with an evaluation to keep out: --config.decontaminate.path='benchmarks/**/*.jsonl')
 Hardware: 2 CPU cores.
 Time:     TIME
 Result:   RESULT

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +43,8 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
         _show(name, of)
     if "evaluation" in found:
         known = found["evaluation"]
-        say(
-            f"evaluation files: {known['texts']:,} texts, {known['ngrams']:,} n-grams; {known['texts_too_short']:,} texts too short to find"
-        )
+        short = f"{known['texts_too_short']:,} texts too short to find"
+        say(f"evaluation files: {known['texts']:,} texts, {known['ngrams']:,} n-grams; {short}")
     say(f"report: {Path(values.out, REPORT)}")
     say("to tokenise a source for training:")
     for name, of in found["sources"].items():

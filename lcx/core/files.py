@@ -25,7 +25,7 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path
 
 @contextlib.contextmanager
 def opened_atomically(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """A file to write to, in pieces, that takes the place of `path` at the end of the body; if that raises, `path` is left as it was."""
+    """A file to write to in pieces; it takes the place of `path` at the end of the body, and is left aside if that raises."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")

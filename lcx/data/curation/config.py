@@ -14,7 +14,7 @@ from lcx.core.configs import choice, positive
 from lcx.core.errors import UserError
 from lcx.data.config import SourceConfig
 from lcx.data.curation.filters import FILTERS
-from lcx.data.curation.settings import FilterSettings, MinHashSettings
+from lcx.data.curation.settings import FilterSettings, GopherRepetitionSettings, MinHashSettings
 
 KINDS = ("stdlib", "text", "jsonl", "parquet", "tfds")
 """Kinds of sources that hold text; chats and prepared datasets are not curated."""
@@ -104,17 +104,22 @@ PRESETS: dict[str, dict[str, Any]] = {
     "web": {},
     "long": {
         "filters": ("length", "gopher_quality", "gopher_repetition"),
-        "gopher_quality": {"max_words": None, "min_stop_words": None},
+        "gopher_quality": {"max_words": None, "max_symbol_ratio": None, "min_alphabetic_words": None, "min_stop_words": None},
         "gopher_repetition": {
             "max_duplicate_lines": None,
             "max_duplicate_line_chars": None,
             "max_duplicate_paragraphs": None,
             "max_duplicate_paragraph_chars": None,
+            "max_duplicate_ngram": tuple(2 * share for share in GopherRepetitionSettings().max_duplicate_ngram or ()),
         },
     },
 }
-"""Name -> what differs from the published filters. `web` is them as they are; `long` leaves out what drops books and code: the limit
-of 100,000 words, the rules on repeated lines and paragraphs, and those of FineWeb and C4, which are about web pages."""
+"""Name -> what differs from the published filters.
+
+`web` is the filters as published. `long` leaves out what drops books and code: the limit of 100,000 words, `#` and `...` per word,
+the share of words with letters, English stop words, repeated lines and paragraphs, and all of FineWeb and C4, which are about web
+pages; sequences of 5 to 10 words may repeat in twice the published share, as they do in a tenth of Python's standard library.
+"""
 
 
 def curated(preset: str = "web", **values: Any) -> ml_collections.ConfigDict:

@@ -74,7 +74,7 @@ def load(path: str | os.PathLike[str]) -> Forbidden:
 def collect(patterns: Sequence[str], ngram: int) -> Forbidden:
     """The sequences of `ngram` words in the files that match the patterns.
 
-    Raises `UserError` for a pattern without files and for a file that cannot be read, since leaving one out would defeat the purpose.
+    Raises `UserError` for a pattern without files and for a file that cannot be read: leaving one out would defeat the purpose.
     """
     keys, texts, short = [np.zeros(0, np.uint64)], 0, 0
     for path in _files(patterns):

@@ -128,17 +128,18 @@ class Document:
         return sum(sum([len(line) < below for line in passage.lines]) for passage in self.passages())
 
     def holds(self, some: tuple[str, ...]) -> int:
-        """How many of some lower-case words occur, whole."""
-        found: set[str] = set()
+        """How many of some words occur."""
+        wanted = {found[0] for one in some if len(found := words.split(one).hashes) == 1}
+        missing = set(wanted)
         for passage in self.passages():
-            lowered = passage.text.lower()
-            found |= {word for word in some if word not in found and re.search(rf"(?<!\w){re.escape(word)}(?!\w)", lowered)}
-        return len(found)
+            missing -= {one for one in missing if (passage.words.hashes == one).any()}
+        return len(wanted) - len(missing)
 
     def mentions(self, what: str) -> bool:
         """Whether some lower-case ASCII text occurs, in any case of letters."""
         wanted = what.encode()
-        return wanted in self.text or any(what in passage.text.lower() for passage in self.passages())
+        starts = range(0, len(self.text), PASSAGE_BYTES)
+        return any(wanted in self.text[at : at + PASSAGE_BYTES + len(wanted) - 1].lower() for at in starts)
 
     def has_sentences(self, enough: int, settings: C4Settings) -> bool:
         """Whether the lines that C4 keeps hold at least `enough` sentences."""
@@ -233,7 +234,7 @@ def _grouped(keys: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def _most_frequent(order: np.ndarray, same: np.ndarray, total: np.ndarray, n: int) -> int:
-    """Characters, spaces between words included, in the occurrences of the most frequent sequence (of several, the first in the text)."""
+    """Characters, with spaces between words, in all occurrences of the most frequent sequence; of several, of the first."""
     firsts = np.flatnonzero(np.concatenate([[True], ~same]))
     counts = np.diff(firsts, append=len(order))
     most = int(counts.max())

@@ -1,8 +1,8 @@
 """From sources to curated JSONL files: read, judge each document by itself, compare the rest, write what stays.
 
-Layout of the folder: `curation.json` (whose folder it is), `SOURCE/00000.jsonl`, … (what stays), `report.json` (written last, so that
-its presence means that all is done), and until then `work/`, where each judged shard is kept. A rerun after a kill takes shards from
-there. The bytes depend on sources and config alone, never on the number of workers or on interruptions.
+Layout of the folder: `curation.json` (whose folder it is), `SOURCE/00000.jsonl`, … (what stays), `report.json` (written last: where
+it is, all is done), and until then `work/`, where each judged shard is kept; a rerun after a kill takes shards from there. Bytes
+depend on sources and config alone, never on the number of workers or on interruptions.
 
 Legend: D documents, B buckets.
 """
@@ -54,8 +54,8 @@ def curate(
 ) -> dict[str, Any]:
     """Curate the sources into `out_dir` and return the content of its `report.json`.
 
-    `report` is called after every shard. Raises `UserError` for a source without documents, an evaluation file that cannot be read, a
-    folder that holds something else or is being written, sources that changed in between, and a disk that cannot be written.
+    `report` is called after every shard. Raises `UserError` for a source without documents, an evaluation file that cannot be
+    read, a folder that holds something else or is being written, sources that changed in between, and a disk that is full.
     """
     if workers < 1:
         raise UserError(f"workers={workers} must be at least 1")

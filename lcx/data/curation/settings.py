@@ -1,7 +1,7 @@
 """Settings of the filters, with the published thresholds as defaults; None leaves a rule out.
 
-A share is a fraction from 0 to 1, of the characters or of the lines, words or paragraphs that the name says. A document exactly at a
-threshold is kept. This file imports nothing heavy, because every worker process starts with it.
+A share is a fraction from 0 to 1, of the characters or of the lines, words or paragraphs that the name says. A document exactly at
+a threshold is kept. This file imports nothing heavy, because every worker process starts with it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class LengthSettings:
 
     def __post_init__(self) -> None:
         positive("length", min_bytes=self.min_bytes, max_bytes=self.max_bytes)
-        if None not in (self.min_bytes, self.max_bytes) and self.max_bytes < self.min_bytes:
+        if self.min_bytes is not None and self.max_bytes is not None and self.max_bytes < self.min_bytes:
             raise UserError(f"length.max_bytes={self.max_bytes} is below length.min_bytes={self.min_bytes}; raise it")
 
 
@@ -41,9 +41,9 @@ class GopherQualitySettings:
     """Whether a document is made of words and sentences (Gopher, arXiv:2112.11446, table A1).
 
     Words are runs of characters without white space that hold a letter or digit, and a word's length is its letters and digits.
-    `max_symbol_ratio`: `#` signs, and ellipses, per word. `max_bullet_lines`, `max_ellipsis_lines`: share of lines that begin with a
-    bullet, that end in an ellipsis. `min_alphabetic_words`: share of words with a letter. `min_stop_words`: how many of `stop_words`
-    have to occur; set it to None, or other words, for languages other than English.
+    `max_symbol_ratio`: `#` signs, and ellipses, per run of characters without white space. `max_bullet_lines`: share of lines that
+    begin with a bullet; `max_ellipsis_lines`: that end in an ellipsis. `min_alphabetic_words`: share of such runs with a letter.
+    `min_stop_words`: how many of `stop_words` have to occur; None, or other words, for languages other than English.
     """
 
     min_words: int | None = 50
@@ -71,9 +71,9 @@ class GopherRepetitionSettings:
     """How much of a document repeats itself (Gopher, arXiv:2112.11446, table A1).
 
     `max_duplicate_lines`, `max_duplicate_paragraphs`: share of the lines and paragraphs that occurred before in the document;
-    `..._chars` the share of the characters in them. `max_top_ngram`: share of the characters in all occurrences of the most frequent
-    sequence of 2, 3 and 4 words. `max_duplicate_ngram`: share of the characters in words that belong to a sequence of 5 to 10 words
-    which occurred before.
+    `..._chars` the share of the characters in them. `max_top_ngram`: share of the characters in all occurrences of the most
+    frequent sequence of 2, 3 and 4 words. `max_duplicate_ngram`: share of the characters in words that belong to a sequence of 5 to
+    10 words which occurred before.
     """
 
     max_duplicate_lines: float | None = 0.3

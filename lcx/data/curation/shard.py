@@ -46,7 +46,7 @@ class Shard:
 class Judged:
     """What is left of a shard: `rows` are lines of JSONL, `names` and `sizes` (bytes of text) theirs.
 
-    `keys` uint64 `[1 + buckets, D]`: the hash of each text in its first row, MinHash's keys in the others. `tally` is `Tally.state`.
+    `keys` uint64 `[1 + buckets, D]`: the hash of each text in its first row, MinHash's keys in the others. `tally`: `Tally.state`.
     """
 
     rows: bytes

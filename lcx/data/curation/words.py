@@ -1,7 +1,7 @@
 """Words of a text as arrays: where they are, how long, and a 64-bit hash of each, with a few NumPy operations per character.
 
 A word is a run of letters, digits and combining marks, in lower case; whatever else there is separates words. In scripts written
-without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese) each character is a word. No language model and no list of words is used.
+without spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese) each character is a word. No list of words of any language is used.
 
 Legend: C characters, W words, K n-grams.
 """

@@ -6,11 +6,12 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from lcx.core.errors import UserError
 
-Task, Result = TypeVar("Task"), TypeVar("Result")
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 
 def ordered(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
@@ -85,7 +86,7 @@ class _Crew:
             self._results[self._busy.pop(worker)] = result
             self._idle.append(worker)
 
-    def _died(self, worker: Connection) -> None:
+    def _died(self, worker: Connection) -> NoReturn:
         process = self._processes[worker]
         process.join(5)
         raise UserError(

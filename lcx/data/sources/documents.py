@@ -38,8 +38,8 @@ def stop(name: str, reason: str, sentence: str) -> None:
 def read(config: SourceConfig, refuse: Refuse = stop) -> Iterator[tuple[str, bytes]]:
     """The documents of a source, without empty ones, up to `config.limit_bytes` of text.
 
-    Raises `UserError` if nothing is found. What cannot be read (a file, a line, a row) is passed to `refuse`; unless that raises, as
-    by default, reading goes on behind it.
+    Raises `UserError` if nothing is found. What cannot be read (a file, a line, a row) is passed to `refuse`; unless that raises,
+    as it does by default, reading goes on behind it.
     """
     readers = {"stdlib": _stdlib, "text": _text, "jsonl": _jsonl, "parquet": _parquet, "tfds": _tfds, "chat": _chat}
     if config.kind not in readers:
