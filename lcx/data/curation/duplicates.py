@@ -5,6 +5,7 @@ Legend: D documents, W words, K n-grams, B buckets.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 
 import numpy as np
@@ -15,6 +16,8 @@ from lcx.data.curation.settings import MinHashSettings
 
 _BLOCK = 1 << 13
 """N-grams hashed at once, few enough for the processor's cache."""
+_FEW = 1 << 9
+"""N-grams for which all permutations are computed at once."""
 
 
 def bucket_keys(settings: MinHashSettings, document: Document) -> np.ndarray | None:
@@ -35,6 +38,8 @@ def signature(shingles: np.ndarray, count: int) -> np.ndarray:
     """
     short = (words.mix(shingles) >> np.uint64(32)).astype(np.uint32)
     factors, summands = _permutations(count)
+    if len(short) <= _FEW:
+        return (short * factors[:, None] ^ summands[:, None]).min(1)
     smallest = np.full(count, 0xFFFFFFFF, np.uint32)
     for at in range(0, len(short), _BLOCK):
         block = short[at : at + _BLOCK]
@@ -49,10 +54,7 @@ def signature(shingles: np.ndarray, count: int) -> np.ndarray:
 def keys_of(smallest: np.ndarray, settings: MinHashSettings) -> np.ndarray:
     """A signature's keys uint64 `[B]`, each a hash of the values of one bucket."""
     rows = smallest.reshape(settings.buckets, settings.hashes).astype(np.uint64)
-    keys = np.zeros(settings.buckets, np.uint64)
-    for column in rows.T:
-        keys = words.mix(keys * np.uint64(0x9E3779B97F4A7C15) + column + np.uint64(1))
-    return keys
+    return words.mix((rows * _factors(settings.hashes)).sum(1, dtype=np.uint64))
 
 
 def first_come(columns: Iterable[np.ndarray], candidates: np.ndarray) -> dict[int, int]:
@@ -94,6 +96,12 @@ def _greedy(member: np.ndarray, group: np.ndarray) -> dict[int, int]:
     return dropped
 
 
+@functools.cache
+def _factors(count: int) -> np.ndarray:
+    return np.random.Generator(np.random.PCG64(count)).integers(1 << 32, 1 << 63, count, np.uint64) | np.uint64(1)
+
+
+@functools.cache
 def _permutations(count: int) -> tuple[np.ndarray, np.ndarray]:
     """Odd factors and numbers to xor, uint32 `[count]` each: x → (x · factor) xor number is a permutation of 32 bits."""
     drawn = np.random.Generator(np.random.PCG64(20240625)).integers(0, 1 << 32, (2, count), np.uint64).astype(np.uint32)
