@@ -82,7 +82,7 @@ def corpus(tmp_path_factory):
     pages[6:6] = ['{"body": "bro', "[1]", '{"boby": "x"}', '{"body": 5}', "", '{"body": "\\ud800 half a character"}']
     (folder / "pages.jsonl.gz").write_bytes(gzip.compress("\n".join(pages).encode()))
     (folder / "torn.jsonl.gz").write_bytes(gzip.compress(b"long" * 99)[:20])
-    table = pyarrow.table({"text": [prose(rng, 400) for _ in range(20)] + [None, ""]})
+    table = pyarrow.table({"text": [prose(rng, 300 + 10 * i) for i in range(20)] + [None, ""]})
     pyarrow.parquet.write_table(table, folder / "rows.parquet")
     quality = {"min_stop_words": None}
     config = CurationConfig(

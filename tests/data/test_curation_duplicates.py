@@ -68,7 +68,7 @@ def test_planted_near_duplicates_are_found_and_others_are_not():
     rng = np.random.default_rng(5)
     met = {"near": [], "far": []}
     for kind, low, high in (("near", 0.85, 0.99), ("far", 0.0, 0.5)):
-        while len(met[kind]) < 500:
+        while len(met[kind]) < 400:
             tokens, wanted = text_of(rng, int(rng.integers(300, 600))), rng.uniform(low, high)
             lost = 1 - (2 * wanted / (1 + wanted)) ** 0.2
             copy = near_copy(tokens, max(1, round(len(tokens) * lost)), rng)
