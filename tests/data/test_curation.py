@@ -280,6 +280,14 @@ def test_what_changed_since_the_start_is_refused(tmp_path):
         curate(config, out)
 
 
+def test_a_start_that_judged_nothing_leaves_the_folder_to_another_config(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(UserError, match="matches no file"):
+        curate(CurationConfig({"a": plain_source(tmp_path, "*.tkt")}), tmp_path / "out")
+    report = curate(CurationConfig({"a": plain_source(tmp_path)}), tmp_path / "out")
+    assert report["sources"]["a"]["kept"]["documents"] == 1
+
+
 def test_a_folder_in_use_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     config = CurationConfig({"a": plain_source(tmp_path)})

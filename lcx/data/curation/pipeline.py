@@ -283,15 +283,8 @@ def _claimed(folder: pathlib.Path, identity: dict[str, Any]) -> Iterator[None]:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; name a directory with --out")
     path = folder / META
-    if path.exists():
-        there = json.loads(path.read_bytes())
-        if there != identity:
-            raise UserError(
-                f"{folder} holds another curation ({_difference('config', there, identity)}); use a new folder or delete it"
-            )
-    elif folder.exists() and (
-        foreign := sorted(entry.name for entry in folder.iterdir() if entry.name not in (LOCK, META + ".partial"))
-    ):
+    known = (LOCK, META + ".partial")
+    if not path.exists() and folder.exists() and (foreign := sorted(one.name for one in folder.iterdir() if one.name not in known)):
         raise UserError(f"{folder} contains {foreign[0]!r}, which is not part of a curation; use a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("w") as lock:
@@ -299,7 +292,13 @@ def _claimed(folder: pathlib.Path, identity: dict[str, Any]) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f"another lcx data curate is writing to {folder}; wait for it to end or use another folder") from error
-        if not path.exists():
+        there = json.loads(path.read_bytes()) if path.exists() else None
+        # A start that judged no shard, because of a wrong path perhaps, leaves the folder to any config.
+        begun = (folder / REPORT).exists() or any((folder / WORK).glob("*/*.json"))
+        if begun and there is not None and there != identity:
+            difference = _difference("config", there, identity)
+            raise UserError(f"{folder} holds another curation ({difference}); use a new folder or delete it")
+        if there != identity:
             write_atomically(path, _json(identity))
         yield
 
