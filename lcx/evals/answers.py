@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -21,6 +21,9 @@ class AnswerLog:
 
     def __init__(self, path: pathlib.Path | None) -> None:
         self._path, self._known = path, {}
+        self.heard: Callable[[int], None] = lambda count: None
+        """Is called with the number of answers that this object has added, whenever there is one more."""
+        self.added = 0
         if path is None or not path.exists():
             return
         text = path.read_text("utf-8")
@@ -33,6 +36,11 @@ class AnswerLog:
             warn(f"{path} ends in the middle of an answer, which is asked for again")
             os.truncate(path, len(text.encode()) - len(cut_off.encode()))
 
+    @property
+    def items_folder(self) -> pathlib.Path | None:
+        """Where questions that took long to compose are kept; None without a path."""
+        return None if self._path is None else self._path.parent / "items"
+
     def known(self, key: str) -> Mapping[str, Any] | None:
         """The answer with that key, if it has been given."""
         return self._known.get(key)
@@ -40,6 +48,8 @@ class AnswerLog:
     def add(self, key: str, **values: Any) -> None:
         """Keep an answer; it is on the disk when this returns. Raises `UserError` if it cannot be written."""
         self._known[key] = {"key": key, **values}
+        self.added += 1
+        self.heard(self.added)
         if self._path is None or jax.process_index() != 0:
             return
         try:

@@ -187,7 +187,8 @@ def _measured(
         for spec, task, lengths, count in planned:
             found: list[Measurement] = []
             for length in lengths:
-                bar.advance(f"{task.name}, {spec} at {length:,}")
+                bar.advance(doing := f"{task.name}, {spec} at {length:,}")
+                log.heard = functools.partial(_heard, bar, doing, log.added)
                 found += task.measure(backend(spec, length), length, count, log)
             rows += [dataclasses.replace(row, scheme=spec) for row in found]
             announce(f"{label}: {task.name}, {spec}: {_by_length(found)}")
@@ -197,6 +198,10 @@ def _measured(
             announce(f"{label}: {name}, {spec}: {_by_length([row for row in averages if row.scheme == spec])}")
         rows += averages
     return tuple(rows), tuple(note for task, _ in tasks for note in task.notes)
+
+
+def _heard(bar: Progress, doing: str, before: int, added: int) -> None:
+    bar.note(f"{doing}, answer {added - before:,}")
 
 
 def _settings(config: EvalConfig) -> dict[str, object]:

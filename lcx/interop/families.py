@@ -104,6 +104,32 @@ NO_EFFECT = frozenset((
 ))  # fmt: skip
 """Keys that do not change what a model computes in evaluation, or whose information lcx takes from elsewhere."""
 
+BOOKKEEPING = frozenset((
+    # transformers' own, of training, of outputs, and of generation, which generation_config.json has nowadays.
+    "torchscript", "use_bfloat16", "tf_legacy_loss", "tie_encoder_decoder", "cross_attention_hidden_size", "finetuning_task",
+    "task_specific_params", "prefix", "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups",
+    "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty",
+    "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores",
+    "return_dict_in_generate", "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens",
+    "begin_suppress_tokens", "is_llama_config", "gradient_checkpointing", "use_flash_attention", "use_flash_attn", "use_sdpa",
+    "flash_attn", "classifier_dropout", "hidden_dropout", "attention_probs_dropout_prob", "hidden_dropout_prob", "ffn_dropout",
+    # What a length was called by others, beside max_position_embeddings.
+    "max_sequence_length", "model_max_length", "seq_length", "max_seq_len", "tokenizer_model_max_length",
+    # Tools that trained or converted the model.
+    "axolotl_version", "license", "custom_pipelines",
+    # Written for models without windows by transformers, which reads layer_types.
+    "max_window_layers",
+))  # fmt: skip
+"""More keys that change nothing, which a line names when a model is read. So are keys with an underscore in front, ids of tokens
+and keys of unsloth's."""
+
+
+def changes_nothing(key: str) -> bool:
+    """Whether a key that no family knows is bookkeeping of transformers or of another tool."""
+    ids = ("_token_id", "_token_ids", "_token_index")
+    return key in BOOKKEEPING or key.startswith(("_", "unsloth_")) or key.endswith(ids)
+
+
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False,),
     "is_decoder": (False, True),
@@ -112,6 +138,15 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_bidirectional_attention": (None, False),
     "mlp_only_layers": (None, []),
     "decoder_sparse_step": (1,),
+    "pruned_heads": (None, {}),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "lm_head_bias": (False,),
+    "rope_interleaved": (False,),
+    "use_sliding_window": (False,),
+    "use_mrope": (False,),
+    "use_qk_norm": (False,),
+    "qk_layernorm": (False,),
 }
 """Keys for which lcx supports only these values."""
 

@@ -1,6 +1,7 @@
 """Conversion between the config.json of a Hugging Face model and lcx's configs.
 
-Nothing is skipped: reading fails with the name of any key that lcx does not know, and what was written is read back and compared.
+Keys are of three kinds: those that lcx computes, those that change nothing, which are named, and all others, at which reading
+fails. What was written is read back and compared.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 
 from lcx.core.configs import nearest
 from lcx.core.errors import UserError
-from lcx.interop.families import FAMILIES, NEUTRAL, NO_EFFECT, REQUIRED, ROPE_KEYS, Family
+from lcx.interop.families import FAMILIES, NEUTRAL, NO_EFFECT, REQUIRED, ROPE_KEYS, Family, changes_nothing
 from lcx.model.config import ModelConfig, is_local
 from lcx.positions import hf
 from lcx.positions.absolute import Nope
@@ -61,12 +62,14 @@ FIELDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Described:
-    """The contents of a config.json: the family's name, the model, the scheme of each layer kind, the length it was trained for."""
+    """What a config.json says: the family's name, the model, the scheme of each layer kind, the length it was trained for."""
 
     model_type: str
     model: ModelConfig
     schemes: dict[str, Scheme]
     length: int
+    ignored: tuple[str, ...] = ()
+    """Keys that change nothing and are not among the usual ones."""
 
     @property
     def family(self) -> Family:
@@ -108,7 +111,7 @@ def read(values: Mapping[str, Any], where: str = FILE) -> Described:
     architectures = values.get("architectures") or [family.architecture]
     if architectures != [family.architecture]:
         raise UserError(f"{where}: architectures={architectures!r} is not supported; expected {[family.architecture]!r}")
-    _check_keys(values, family, where)
+    ignored = _check_keys(values, family, where)
     full = {**family.optional, **{ours: values[theirs] for theirs, ours in family.aliases.items() if theirs in values}, **values}
     for key in (*REQUIRED, *family.optional):
         _check_type(key, full.get(key), family, where)
@@ -125,7 +128,7 @@ def read(values: Mapping[str, Any], where: str = FILE) -> Described:
             schemes[kind] = by_type["sliding_attention" if is_local(kind) else "full_attention"]
         else:
             schemes[kind] = by_type
-    return Described(model_type, model, schemes, int(full["max_position_embeddings"]))
+    return Described(model_type, model, schemes, int(full["max_position_embeddings"]), ignored)
 
 
 def write(
@@ -161,7 +164,9 @@ def write(
     raise UserError(f"none of the Hugging Face families that lcx writes can represent this model ({'; '.join(reasons)})")
 
 
-def _check_keys(values: Mapping[str, Any], family: Family, where: str) -> None:
+def _check_keys(values: Mapping[str, Any], family: Family, where: str) -> tuple[str, ...]:
+    """The keys that are ignored; raises `UserError` for those that would change what the model computes, or might."""
+    ignored = []
     known = {*REQUIRED, *ROPE_KEYS, *family.optional, *family.aliases, *NO_EFFECT, *NEUTRAL}
     for key, value in values.items():
         if key in NEUTRAL and key not in family.optional and value not in NEUTRAL[key]:
@@ -169,13 +174,16 @@ def _check_keys(values: Mapping[str, Any], family: Family, where: str) -> None:
         if key == "quantization_config" and value is not None:
             raise UserError(f"{where}: {key}={value!r} is not supported; use the original checkpoint before quantisation")
         if key not in known and value is not None:
-            raise UserError(
-                f"{where}: {key}={value!r} is not supported for {values['model_type']}; "
-                "if it does not change what the model computes, remove it from the file"
-            )
+            if not changes_nothing(key):
+                raise UserError(
+                    f"{where}: {key}={value!r} is not supported for {values['model_type']}; "
+                    "if it does not change what the model computes, remove it from the file"
+                )
+            ignored.append(key)
     for key in REQUIRED:
         if values.get(key) is None:
             raise UserError(f"{where}: {key} is missing")
+    return tuple(ignored)
 
 
 _TYPES: dict[str, tuple[type, ...]] = {

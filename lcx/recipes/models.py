@@ -188,6 +188,8 @@ def _check_tokenizer(run: RunConfig) -> None:
 
 def _run_of(source: HfFolder, dtype: str) -> RunConfig:
     model = source.described.model
+    if source.described.ignored:
+        say(f"{source.folder}: keys of config.json that change nothing: {', '.join(source.described.ignored)}", stderr=True)
     execution = ExecutionConfig(compute_dtype="float32" if dtype == "float32" else "bfloat16")
     stage = StageConfig(name=STAGE, seq_len=source.described.length, steps=1, batch_size=1, monitor=False)
     data = DataConfig(tokenizer=tokenizer_of(source.folder, model))

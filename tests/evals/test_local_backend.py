@@ -1,8 +1,13 @@
 """Answers of a model: alike with and without sharing what prompts begin with, whatever groups they are answered in."""
 
+import math
+
+import jax
 import numpy as np
 import pytest
 
+from lcx.core.mesh import MeshConfig, make_mesh
+from lcx.core.param_spec import shardings
 from lcx.data.config import DataConfig
 from lcx.data.tokenizers import tokenizers
 from lcx.evals.answers import AnswerLog
@@ -16,6 +21,7 @@ from lcx.model.architecture import build_schemes
 from lcx.model.config import ModelConfig
 from lcx.model.decode import generate
 from lcx.model.execution import ExecutionConfig
+from lcx.model.params import specs
 from tests.model.test_transformer import build
 
 MODEL = ModelConfig(
@@ -80,6 +86,25 @@ def test_what_questions_have_in_common_is_computed_once(weights, rows, monkeypat
         tokens.append(sum(computed))
     assert found[0] == found[1] and len(set(found[0])) > 1
     assert tokens[0] < 0.05 * tokens[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [{"context": 2}, {"context": 4, "ulysses": 2}])
+def test_what_is_shared_is_the_same_on_a_mesh(weights, layout, devices):
+    params, schemes = weights
+    count = math.prod(layout.values()) // layout.get("ulysses", 1)
+    mesh = make_mesh(MeshConfig(fsdp=1, **layout), devices[:count])
+    split = jax.device_put(params, shardings(specs(MODEL, schemes, 1024), mesh))
+    config = EvalConfig(questions=QuestionConfig(1))
+    task = TASKS["needle_in_prose"](Materials(config, DataConfig(), tokenizers.load("bytes"), None))
+    items = [*task.items(1024, 1), Item(row((7, 100)), row((1, 1)))]
+    found = []
+    for placed, share in ((params, False), (split, False), (split, True)):
+        backend = LocalBackend(
+            placed, MODEL, ExecutionConfig(), schemes, 1024, 4 * 1024, tokenizers.load("bytes"), share_prefixes=share
+        )
+        found.append(answers(backend, items, 6))
+    assert found[0] == found[1] == found[2] and len(set(found[0])) > 1
 
 
 def test_rows_are_the_same(weights):

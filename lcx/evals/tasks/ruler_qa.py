@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import pathlib
@@ -45,6 +46,11 @@ class Reading:
 
     documents: tuple[str, ...]
     questions: tuple[Question, ...]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Sixteen hex digits that change with any of it."""
+        return hashlib.sha256(repr((self.documents, self.questions)).encode()).hexdigest()[:16]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import hashlib
+import inspect
 import itertools
 import random
 from collections.abc import Callable, Sequence
@@ -15,6 +17,7 @@ from lcx.core.errors import UserError
 from lcx.evals.answers import AnswerLog
 from lcx.evals.base import Backend, Item, Materials, Task, mean_score
 from lcx.evals.config import QuestionConfig
+from lcx.evals.items import kept
 from lcx.evals.results import Measurement
 from lcx.evals.text.asking import ask
 from lcx.evals.text.fit import largest
@@ -43,6 +46,10 @@ class TextQuestions(Task):
     format: PromptFormat
     settings: QuestionConfig
     seed: int
+    made: dict[tuple[int, int], list[Item]] = dataclasses.field(
+        default_factory=dict, init=False, compare=False, repr=False, kw_only=True
+    )
+    """The items of a length and a number, composed for the first scheme that is asked about them."""
 
     chance: ClassVar[float] = 0.0
     """The expected score of a guess."""
@@ -166,7 +173,10 @@ class TextQuestions(Task):
     def measure(self, backend: Backend, length: int, count: int, log: AnswerLog) -> list[Measurement]:
         """The mean score of each depth with its interval; for the length the score of a guess, the mean number of units where they
         count, the share of empty answers, and how full the least full prompt is."""
-        items, new_tokens = self.items(length, count), self.new_tokens(length)
+        if (length, count) not in self.made:
+            named = (*self._named(), length, count)
+            self.made[length, count] = kept(log.items_folder, named, lambda: self.items(length, count))
+        items, new_tokens = self.made[length, count], self.new_tokens(length)
         fills = [(self.counted(len(item.prompt)) + new_tokens) / length for item in items]
         outputs = ask(backend, log, self.name, self.version, length, items, fills, new_tokens, self.score)
         scores = [self.score(item, output) for item, output in zip(items, outputs, strict=True)]
@@ -185,6 +195,19 @@ class TextQuestions(Task):
             Measurement(self.name, "empty", length, empty / n, n),
             Measurement(self.name, "fill", length, min(fills), n),
         ]
+
+    def _named(self) -> tuple[Any, ...]:
+        """What items depend on but for length and number: the code of the task, its fields, and how text is written."""
+        code = hashlib.sha256(inspect.getsource(inspect.getmodule(type(self))).encode()).hexdigest()
+        asked = self.format.text(Sample("question", "prefix", (), turns=("one", "two")))
+        own = {
+            field.name: getattr(value, "digest", None) or getattr(value, "__qualname__", None) or repr(value)
+            for field in dataclasses.fields(self)
+            if field.init and field.name not in ("format", "settings")
+            for value in [getattr(self, field.name)]
+        }
+        faithful = self.settings.faithful
+        return (self.name, self.version, code, faithful, self.format.name, asked, self.format.tokenizer.fingerprint, own)
 
     def _steps(self, length: int) -> tuple[int, int]:
         """By how many units sizes differ, and the smallest size in such steps."""
