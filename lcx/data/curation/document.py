@@ -36,7 +36,12 @@ class Lines:
     newlines: int = 0
     bullets: int = 0
     ellipses: int = 0
-    punctuated: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Repeats:
+    """Lines and paragraphs that occurred before, and the characters in them."""
+
     duplicates: int = 0
     duplicate_chars: int = 0
     paragraphs: int = 0
@@ -102,8 +107,13 @@ class Document:
 
     @functools.cached_property
     def lines(self) -> Lines:
-        """Lines and paragraphs."""
+        """Lines."""
         return _total(Lines, map(_count_lines, self.passages()))
+
+    @functools.cached_property
+    def repeats(self) -> Repeats:
+        """Repeated lines and paragraphs."""
+        return _total(Repeats, map(_count_repeats, self.passages()))
 
     @functools.cached_property
     def top_ngrams(self) -> tuple[float, ...]:
@@ -122,6 +132,10 @@ class Document:
             chars += repeated_chars(passage.words.hashes, passage.words.lengths)
         shares = (chars / max(1, self.counts.chars)).tolist()
         return tuple(shares[:3]), tuple(shares[3:])
+
+    def punctuated_lines(self) -> int:
+        """Lines that end in the end of a sentence."""
+        return sum(sum([ended(line) for line in passage.lines]) for passage in self.passages())
 
     def short_lines(self, below: int) -> int:
         """Lines of fewer than `below` characters."""
@@ -250,23 +264,25 @@ def _count(passage: Passage) -> Counts:
 
 def _count_lines(passage: Passage) -> Lines:
     lines = passage.lines
-    distinct = set(lines)
-    chars = sum(map(len, lines))
-    text = passage.text.replace("\r\n", "\n") if "\r" in passage.text else passage.text
-    paragraphs = list(filter(None, map(str.strip, text.split("\n\n"))))
-    distinct_paragraphs = set(paragraphs)
     return Lines(
         lines=len(lines),
-        chars=chars,
+        chars=sum(map(len, lines)),
         newlines=passage.text.count("\n"),
         bullets=sum([line[0] in _BULLETS for line in lines]),
         ellipses=sum([line.endswith(("...", "…")) for line in lines]),
-        punctuated=sum([ended(line) for line in lines]),
-        duplicates=len(lines) - len(distinct),
-        duplicate_chars=chars - sum(map(len, distinct)),
+    )
+
+
+def _count_repeats(passage: Passage) -> Repeats:
+    text = passage.text.replace("\r\n", "\n") if "\r" in passage.text else passage.text
+    paragraphs = list(filter(None, map(str.strip, text.split("\n\n"))))
+    distinct_lines, distinct = set(passage.lines), set(paragraphs)
+    return Repeats(
+        duplicates=len(passage.lines) - len(distinct_lines),
+        duplicate_chars=sum(map(len, passage.lines)) - sum(map(len, distinct_lines)),
         paragraphs=len(paragraphs),
-        duplicate_paragraphs=len(paragraphs) - len(distinct_paragraphs),
-        duplicate_paragraph_chars=sum(map(len, paragraphs)) - sum(map(len, distinct_paragraphs)),
+        duplicate_paragraphs=len(paragraphs) - len(distinct),
+        duplicate_paragraph_chars=sum(map(len, paragraphs)) - sum(map(len, distinct)),
     )
 
 

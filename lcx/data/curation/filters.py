@@ -73,14 +73,14 @@ def gopher_repetition(settings: GopherRepetitionSettings, document: Document) ->
         settings.max_duplicate_line_chars,
     )
     if any(limit is not None for limit in limits):
-        lines, chars = document.lines, max(1, document.counts.chars)
-        if _above(lines.duplicate_paragraphs / max(1, lines.paragraphs), settings.max_duplicate_paragraphs):
+        repeats, chars = document.repeats, max(1, document.counts.chars)
+        if _above(repeats.duplicate_paragraphs / max(1, repeats.paragraphs), settings.max_duplicate_paragraphs):
             yield "duplicate_paragraphs"
-        if _above(lines.duplicate_paragraph_chars / chars, settings.max_duplicate_paragraph_chars):
+        if _above(repeats.duplicate_paragraph_chars / chars, settings.max_duplicate_paragraph_chars):
             yield "duplicate_paragraph_chars"
-        if _above(lines.duplicates / max(1, lines.lines), settings.max_duplicate_lines):
+        if _above(repeats.duplicates / max(1, document.lines.lines), settings.max_duplicate_lines):
             yield "duplicate_lines"
-        if _above(lines.duplicate_chars / chars, settings.max_duplicate_line_chars):
+        if _above(repeats.duplicate_chars / chars, settings.max_duplicate_line_chars):
             yield "duplicate_line_chars"
     if settings.max_top_ngram is not None:
         for n, share, limit in zip((2, 3, 4), document.top_ngrams, settings.max_top_ngram, strict=True):
@@ -97,13 +97,16 @@ def fineweb(settings: FineWebSettings, document: Document) -> Iterator[str]:
     lines = document.lines
     if not lines.lines:
         yield "no_lines"
-    if _below(lines.punctuated / max(1, lines.lines), settings.min_punctuated_lines):
-        yield "too_few_punctuated_lines"
+    if settings.min_punctuated_lines is not None:
+        punctuated = document.punctuated_lines()
+        if _below(punctuated / max(1, lines.lines), settings.min_punctuated_lines):
+            yield "too_few_punctuated_lines"
     if settings.max_short_lines is not None:
         short = document.short_lines(settings.short_line_chars)
         if _above(short / max(1, lines.lines), settings.max_short_lines):
             yield "too_many_short_lines"
-    if _above(lines.duplicate_chars / max(1, lines.chars), settings.max_duplicate_line_chars):
+    limit = settings.max_duplicate_line_chars
+    if limit is not None and _above(document.repeats.duplicate_chars / max(1, lines.chars), limit):
         yield "duplicate_line_chars"
     if settings.max_newlines_per_word is not None and lines.newlines > settings.max_newlines_per_word * document.counts.named_runs:
         yield "too_many_newlines"
