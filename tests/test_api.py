@@ -51,3 +51,9 @@ def test_importing_lcx_loads_nothing_heavy():
     assert "load" in dir(lcx) and lcx.__version__ == "0.1.0"
     with pytest.raises(AttributeError, match="no attribute 'lood'"):
         getattr(lcx, "lood")  # noqa: B009
+
+
+def test_commands_are_found_without_jax():
+    """Help, misspelled commands and their like are answered before anything heavy is loaded."""
+    code = "import sys, lcx.cli.main; sys.exit(any(name in sys.modules for name in ('jax', 'flax', 'matplotlib')))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

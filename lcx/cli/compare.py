@@ -26,6 +26,11 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     """Print every task's two means and their paired difference."""
     if len(rest) == 1:
         folder = Path(rest[0]) / "eval"
+        if folder.parent.is_dir() and not all((folder / f"{label}.json").exists() for label in ("before", "after")):
+            raise UserError(
+                f"{rest[0]} has not been evaluated before and after; `lcx run` does that at its end, so repeat the command to "
+                "finish it, or name two evaluations"
+            )
         rest = [str(folder / f"{label}.json") for label in ("before", "after")]
     if len(rest) != 2:
         raise UserError(
@@ -35,13 +40,23 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     found = comparison.compare(before, after, values.scheme, values.up_to)
     if not found:
         raise UserError(
-            f"{rest[0]} and {rest[1]} have no items in common under scheme {values.scheme!r}; evaluate both with the same "
-            "tokenizer, tasks, lengths, items and seed"
+            f"{rest[0]} and {rest[1]} have no items in common under scheme {values.scheme!r}{_why(before, after)}; evaluate both "
+            "with the same tokenizer, tasks, lengths, items and seed"
         )
     heads = ("task", "metric", "length", "items", before.label, after.label, "difference [95%]", "higher / lower", "verdict")
     table("the same items", heads, map(_cells, found))
     better, worse = (sum(row.verdict == verdict for row in found) for verdict in ("better", "worse"))
     say(f"{len(found)} compared: {better} better, {worse} worse, the rest equal within 95%")
+
+
+def _why(before: results.EvalResult, after: results.EvalResult) -> str:
+    """The first task and length that both have with other items, or nothing if there is none."""
+    counts = [{(row.task, row.length): row.n for row in result.rows if row.scores} for result in (before, after)]
+    task, length = next((key for key in counts[0] if key in counts[1]), (None, 0))
+    if task is None:
+        return ""
+    one, other = (found[task, length] for found in counts)
+    return f": {task} at {length:,} has {one} and {other} items" if one != other else f": {task} at {length:,} has other items"
 
 
 def _cells(row: comparison.Comparison) -> tuple[object, ...]:

@@ -35,9 +35,11 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_multi_string("positions", [], "positional scheme to try zero-shot, such as yarn:factor=16", flag_values=values)
     flags.DEFINE_list("lengths", None, "lengths in tokens (default: 256 to 4096)", flag_values=values)
     flags.DEFINE_list("tasks", list(EvalConfig().tasks), "what to measure", flag_values=values)
-    flags.DEFINE_integer("items", 20, "needles per cell of the grid", flag_values=values)
-    flags.DEFINE_integer("generation_items", 0, "needles per cell to answer by generation as well", flag_values=values)
-    flags.DEFINE_integer("perplexity_tokens", 1 << 16, "held-out tokens to score at each length", flag_values=values)
+    flags.DEFINE_integer("items", 20, "needles per cell, and questions of each task in words", lower_bound=0, flag_values=values)
+    flags.DEFINE_integer(
+        "generation_items", 0, "needles per cell to answer by generation as well", lower_bound=0, flag_values=values
+    )
+    flags.DEFINE_integer("perplexity_tokens", 1 << 16, "held-out tokens to score at each length", lower_bound=0, flag_values=values)
     flags.DEFINE_enum("prompt_format", "auto", ["auto", "base", "chat"], "how questions in words are asked", flag_values=values)
     flags.DEFINE_multi_string(
         "prose", [], "text files to hide answers in, as a pattern (default: Python's own)", flag_values=values

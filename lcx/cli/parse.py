@@ -20,7 +20,6 @@ from absl import flags
 
 from lcx.core.configs import nearest
 from lcx.core.errors import UserError
-from lcx.model.execution import refuse_moved
 
 CONFIG_HELP = "    --config.KEY=VALUE     change a value of the config, as in --config.seed=1; may be repeated\n"
 
@@ -146,6 +145,9 @@ def _quoted(word: str) -> str:
 def check_key(config: Any, key: str) -> None:
     """Raises `UserError` with the nearest field where a config has nothing under a dotted key."""
     place, parts = "config", re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", key).split(".")
+    # JAX is imported with it, which help and misspelled commands do without.
+    from lcx.model.execution import refuse_moved
+
     refuse_moved(".".join(["--config", *parts]))
     for part in parts:
         if isinstance(config, Mapping | ml_collections.ConfigDict):

@@ -27,8 +27,7 @@ from lcx.evals.base import Backend, Evaluator, Materials, Task
 from lcx.evals.config import EndpointConfig, EvalConfig
 from lcx.evals.readers.files import FileQuestions
 from lcx.evals.results import EvalResult, Measurement, perplexity
-from lcx.evals.tasks.table import GROUPS, TASKS, WORDS
-from lcx.evals.text import words
+from lcx.evals.tasks.table import GROUPS, TASKS
 from lcx.evals.text.questions import TextQuestions, average
 from lcx.evals.zero_shot import at_length, refuse_learned
 from lcx.model.architecture import build_architecture
@@ -54,12 +53,10 @@ def gather(data: DataConfig, config: EvalConfig) -> Materials:
 def chosen_tasks(config: EvalConfig) -> list[Callable[[Materials], Task | None]]:
     """The rows of the table that `evals.tasks` names, groups taken apart.
 
-    Raises `UserError` with the nearest name for another, and for words that are not installed, before any time is spent.
+    Raises `UserError` with the nearest name for another.
     """
     named = [choice("evals.tasks", name, (*TASKS, *GROUPS)) for name in config.tasks]
     chosen = list(dict.fromkeys(one for name in named for one in GROUPS.get(name, (name,))))
-    if config.questions.samples and set(chosen) & set(WORDS):
-        words.vocabulary()
     return [TASKS[name] for name in chosen]
 
 

@@ -66,12 +66,12 @@ def losses(results: Sequence[EvalResult]) -> str:
                 for metric in ("nll", "other_nll"):
                     by_length = chosen.by_length() if (chosen := shown.select(metric=metric)) else {}
                     cells = (style.number(perplexity(by_length[n])) if n in by_length else "–" for n in lengths)
-                    if by_length:
-                        rows.append(((name, _called(task, metric), *cells), ""))
+                    if chosen:
+                        rows.append(((name, (_called(task, metric), f" {chosen.rows[0].n:,}"), *cells), ""))
     if not rows:
         return ""
     note = " ".join(dict.fromkeys(note for result in results for note in result.notes if note.startswith("Key tokens")))
-    heads = ("model", "perplexity of", *(f"{n:,}" for n in lengths))
+    heads = ("model", "perplexity of so many", *(f"{n:,}" for n in lengths))
     return table(heads, rows) + (f"<p class=note>{html.escape(note)}</p>" if note else "")
 
 

@@ -224,8 +224,10 @@ class QuestionTask:
         size = question.quoted + len(answer)
         if len(prose) < 2 * size:
             return None
+        # What is to be written begins with a word where the tokens allow it.
+        places = np.flatnonzero(self._begins_word[prose[question.quoted : len(prose) - len(answer)]])
         for _ in range(8):
-            at = rng.randrange(len(prose) - size)
+            at = int(rng.choice(places)) if len(places) else rng.randrange(len(prose) - size)
             quote, answer = prose[at : at + question.quoted], prose[at + question.quoted : at + size]
             windows = np.lib.stride_tricks.sliding_window_view(prose, question.quoted)
             if np.sum((windows == quote).all(axis=1)) == 1:
@@ -248,8 +250,20 @@ class QuestionTask:
     @functools.cached_property
     def _ends_sentence(self) -> np.ndarray:
         """Which tokens end a sentence or a line, boolean `[vocabulary]`."""
+        return np.array([text.rstrip(" ").endswith((".", "!", "?", "\n")) for text in self._texts])
+
+    @functools.cached_property
+    def _begins_word(self) -> np.ndarray:
+        """Which tokens begin with a space, boolean `[vocabulary]`."""
+        return np.array([text.startswith((" ", "\n")) for text in self._texts])
+
+    @functools.cached_property
+    def _texts(self) -> list[str]:
+        """The text of every token behind another one, as some tokenizers drop the space before a first word."""
+        (first, *_) = self._encode(".")
+        start = len(self._tokenizer.decode(np.array([first], np.int32)))
         ids = range(self._tokenizer.vocab_size)
-        return np.array([self._tokenizer.decode(np.array([i], np.int32)).rstrip(" ").endswith((".", "!", "?", "\n")) for i in ids])
+        return [self._tokenizer.decode(np.array([first, i], np.int32))[start:] for i in ids]
 
     @functools.cached_property
     def _bytes_per_token(self) -> float:

@@ -18,6 +18,7 @@ from typing import Self
 
 import numpy as np
 
+from lcx.core.console import warn
 from lcx.core.errors import UserError
 from lcx.data.tokenizers.stream import pieces
 from lcx.data.tokenizers.tokenizers import Tokenizer
@@ -32,6 +33,9 @@ GAIN, MOST = 2.0, 2.0
 
 WEIGHT = 5.0
 """LongCE's largest weight."""
+
+FEW = 100
+"""Key tokens that a warning says are too few."""
 
 SHORT = 4096
 """Tokens of LongPPL's short context, of which a quarter moves on at a time."""
@@ -81,6 +85,8 @@ class KeyTokens(Task):
         """Losses of key tokens and of others; of `key_share` alone where there are no key tokens."""
         mask = np.stack([self._mask(row, log) for row in self.spans.text])
         losses, named = self.spans.losses(backend, length), f"{self.spans.digest} {self.evaluator.name} {self.short}"
+        if length == self.spans.longest and mask.sum() < FEW:
+            warn(f"{self.name}: only {mask.sum():,} of {mask.size:,} tokens are key tokens; raise evals.perplexity_tokens")
         made = [Measurement(self.name, "key_share", length, float(mask.mean()), mask.size)]
         if mask.any():
             made.insert(0, mean_loss(self.name, "nll", length, losses, named, mask))

@@ -1,6 +1,6 @@
 """Words, numbers and identifiers that no prompt holds by chance.
 
-The lists are those of the wonderwords library (extra `eval`), which RULER draws from as well.
+The lists are those of the wonderwords library, which RULER draws from as well.
 """
 
 from __future__ import annotations
@@ -11,16 +11,13 @@ import string
 import uuid
 from collections.abc import Sequence
 
-from lcx.core.extras import library
+import wonderwords
 
 
 @functools.cache
 def listed(*kinds: str) -> tuple[str, ...]:
-    """The words of some kinds ("noun", "adjective", "verb"), each once, in alphabetical order, one lowercase word an entry.
-
-    Raises `UserError` if the library is missing.
-    """
-    reader = library("wonderwords", "a generated benchmark", "eval").RandomWord
+    """The words of some kinds ("noun", "adjective", "verb"), each once, in alphabetical order, one lowercase word an entry."""
+    reader = wonderwords.RandomWord
     found = {word for kind in kinds for word in reader.read_words(f"{kind}list.txt")}
     return tuple(sorted(word for word in found if word.isascii() and word.isalpha() and word.islower()))
 
