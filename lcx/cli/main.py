@@ -31,6 +31,7 @@ COMMANDS = {
     "export": "write a run's weights as a Hugging Face folder",
     "diff": "compare two models tensor by tensor",
     "compare": "compare two evaluations on the same items, paired",
+    "data curate": "filter and deduplicate sources of text, and say what was dropped and why",
     "data prepare": "tokenise a corpus once into a dataset that runs read",
     "data inspect": "print and plot what a config's data mixture contains",
 }
