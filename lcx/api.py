@@ -32,7 +32,7 @@ __all__ = ["evaluate", "export", "generate", "load", "scheme", "theta_report", "
 def load(
     path: str | Path, *, stage: str | None = None, step: int | None = None, dtype: str = "float32", mesh: Mesh | None = None
 ) -> Loaded:
-    """The weights of a run's workdir, of one of its checkpoint folders, or of a Hugging Face folder.
+    """The weights of a run's workdir, of one of its checkpoint folders, of a Hugging Face folder, or of a GGUF file.
 
     `stage` or `step` chooses a checkpoint of a run (default: the newest); `dtype` is float32, bfloat16 or float16; `mesh` defaults
     to the first device. Raises `UserError` if nothing can be read there.
@@ -116,13 +116,19 @@ def train(
 
 
 def export(
-    path: str | Path, out: str | Path, *, stage: str | None = None, step: int | None = None, dtype: str | None = None
+    path: str | Path,
+    out: str | Path,
+    *,
+    stage: str | None = None,
+    step: int | None = None,
+    dtype: str | None = None,
+    form: str = "hf",
 ) -> Path:
-    """Write the weights of a run as a new Hugging Face folder `out`, and return it.
+    """Write the weights of a run as a new Hugging Face folder `out`, or with `form` "gguf" as a GGUF file, and return it.
 
-    `dtype` None is that of the model that the run started from, else float32.
+    `dtype` None is that of the model that the run started from, else float32; a GGUF file may also be `q8_0`.
     """
-    models.export_model(path, Path(out), step=step, stage=stage, dtype=dtype)
+    models.export_model(path, Path(out), step=step, stage=stage, dtype=dtype, form=form)
     return Path(out)
 
 

@@ -1,4 +1,4 @@
-"""Compare two models tensor by tensor: runs, their checkpoint folders, or Hugging Face folders, in any pairing.
+"""Compare two models tensor by tensor: runs, their checkpoint folders, Hugging Face folders or GGUF files, in any pairing.
 
 lcx diff runs/extend_hf models/Llama-3.2-1B
 """

@@ -23,7 +23,9 @@ from lcx.recipes.recipe import evaluate_loaded, free_label
 
 def define(values: flags.FlagValues) -> None:
     """The command's flags."""
-    flags.DEFINE_string("checkpoint", None, "a run's workdir, one of its checkpoints, or a Hugging Face folder", flag_values=values)
+    flags.DEFINE_string(
+        "checkpoint", None, "a run's workdir, one of its checkpoints, a Hugging Face folder or a GGUF file", flag_values=values
+    )
     flags.DEFINE_string("endpoint", None, "in place of a checkpoint, a server such as http://localhost:8000/v1", flag_values=values)
     flags.DEFINE_string("model", None, "the endpoint's name of the model", flag_values=values)
     flags.DEFINE_string("tokenizer", None, "the tokenizer of the endpoint's model", flag_values=values)
@@ -78,7 +80,7 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     for name in ("model", "tokenizer"):
         if values[name].value is not None:
             raise UserError(f"--{name} belongs to --endpoint, which is not given; add it or leave --{name} out")
-    checkpoint = parse.needed(values, "checkpoint", "name a run's workdir or a Hugging Face folder, or an --endpoint")
+    checkpoint = parse.needed(values, "checkpoint", "name a run's workdir, a Hugging Face folder or a GGUF file, or an --endpoint")
     loaded = models.load(checkpoint, step=values.step, stage=values.stage)
     named = values.label or "-".join([values.stage or models.short_name(checkpoint, loaded), *values.positions])
     if values.label in ("before", "after"):

@@ -25,7 +25,9 @@ from lcx.recipes.generation import Completion, OnEnd, generate_text, read_prompt
 
 def define(values: flags.FlagValues) -> None:
     """The command's flags."""
-    flags.DEFINE_string("checkpoint", None, "a run's workdir, one of its checkpoints, or a Hugging Face folder", flag_values=values)
+    flags.DEFINE_string(
+        "checkpoint", None, "a run's workdir, one of its checkpoints, a Hugging Face folder or a GGUF file", flag_values=values
+    )
     flags.DEFINE_string("stage", None, "use the weights from the end of this stage (default: the newest)", flag_values=values)
     flags.DEFINE_multi_string("prompt", [], "text to continue; may be repeated", flag_values=values)
     flags.DEFINE_multi_string(
@@ -48,7 +50,7 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     """Generate."""
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}; give prompts with --prompt=TEXT")
-    checkpoint = parse.needed(values, "checkpoint", "name a run's workdir or a Hugging Face folder")
+    checkpoint = parse.needed(values, "checkpoint", "name a run's workdir, a Hugging Face folder or a GGUF file")
     prompts = [*values.prompt, *(prompt for path in values.prompt_file for prompt in read_prompts(path))]
     if not prompts:
         raise UserError("no prompt given; use --prompt=TEXT or --prompt_file=FILE")

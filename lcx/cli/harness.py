@@ -26,7 +26,9 @@ from lcx.report import markdown
 
 def define(values: flags.FlagValues) -> None:
     """The command's flags."""
-    flags.DEFINE_string("checkpoint", None, "a run's workdir, one of its checkpoints, or a Hugging Face folder", flag_values=values)
+    flags.DEFINE_string(
+        "checkpoint", None, "a run's workdir, one of its checkpoints, a Hugging Face folder or a GGUF file", flag_values=values
+    )
     flags.DEFINE_string("stage", None, "use the weights from the end of this stage (default: the newest)", flag_values=values)
     flags.DEFINE_integer("step", None, "use the weights from this step", flag_values=values)
     flags.DEFINE_string("positions", "none", "positional scheme to use zero-shot, such as yarn:factor=16", flag_values=values)
@@ -48,7 +50,7 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     from lcx.evals import harness
 
     tasks = parse.needed(values, "tasks", "name tasks of lm_eval, such as niah_single_1; `lm_eval ls tasks` lists them")
-    checkpoint = parse.needed(values, "checkpoint", "name a run's workdir or a Hugging Face folder")
+    checkpoint = parse.needed(values, "checkpoint", "name a run's workdir, a Hugging Face folder or a GGUF file")
     include = None if values.include is None else Path(values.include).expanduser()
     if include is not None and not include.is_dir():
         raise UserError(f"--include={values.include} is not a folder; name one with YAML files of tasks")

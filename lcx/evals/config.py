@@ -71,9 +71,10 @@ class EvalConfig:
     `final_tokens` of each span are reported apart (None: half the shortest length). `text` and `task` name the parts of the
     data mixture that give held-out text and needles (None: the first of each kind). `tokens_per_forward` bounds memory: rows x
     length of one pass, one row at least; `share_prefixes` prefills once what several questions in words begin with.
-    `evaluator` is a run's workdir or a Hugging Face folder whose model says which tokens are key tokens of `long_perplexity` (None:
-    the model itself), and `short_context` the tokens that it compares a whole context with (None: 4,096, at most an eighth of the
-    longest length). `effective_threshold` is the mean over depths that a length must exceed to count as reached (RULER's 85.6%).
+    `evaluator` is a run's workdir, a Hugging Face folder or a GGUF file, whose model says which tokens are key tokens of
+    `long_perplexity` (None: the model itself), and `short_context` the tokens that it compares a whole context with (None: 4,096,
+    at most an eighth of the longest length). `effective_threshold` is the mean over depths that a length must exceed to count as
+    reached (RULER's 85.6%).
     """
 
     tasks: tuple[str, ...] = ("needles", "generated_needles", "perplexity", "loss_by_kind")

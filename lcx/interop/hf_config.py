@@ -86,7 +86,9 @@ def values_of(folder: Path) -> dict[str, Any]:
     """The config.json of a folder."""
     path = folder / FILE
     if not path.exists():
-        raise UserError(f"{folder} has no {FILE}, so it is not a Hugging Face model")
+        found = sorted(folder.glob("*.gguf"))
+        hint = f"; name the file itself to read its {found[0].name}" if found else ""
+        raise UserError(f"{folder} has no {FILE}, so it is not a Hugging Face model{hint}")
     return read_json(path)
 
 

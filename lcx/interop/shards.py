@@ -9,7 +9,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -24,6 +24,25 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Names of floating-point types in safetensors -> names in numpy."""
+
+
+class Tensors(Protocol):
+    """What parameters are read from: tensors by Hugging Face's names, with their shapes, read in pieces.
+
+    `folder` is where they lie, for errors; `open` yields a function from slices, one for each axis, to numbers that are finite.
+    """
+
+    folder: Path
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Tensor name -> shape."""
+
+    def dtype(self, name: str) -> str:
+        """numpy's name of the type in which a tensor is read."""
+
+    def open(self, name: str) -> contextlib.AbstractContextManager[Callable[[tuple[slice, ...]], np.ndarray]]:
+        """Context manager for reading pieces of a tensor."""
 
 
 class Shards:

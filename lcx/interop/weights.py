@@ -27,7 +27,7 @@ from lcx.core.mesh import fitting_spec
 from lcx.core.param_spec import ParamSpec, is_spec, paths_of
 from lcx.core.trees import Tree
 from lcx.interop.families import Family
-from lcx.interop.shards import Shards, finite, some
+from lcx.interop.shards import Tensors, finite, some
 
 Box = tuple[tuple[int, int], ...]
 """Start and end of a piece along every axis."""
@@ -72,7 +72,7 @@ class Slot:
             return self.shape
         return (self.rows, math.prod(self.shape[: self.inputs])) if self.inputs else (self.rows,)
 
-    def fill(self, shards: Shards, pieces: Mapping[Box, np.ndarray]) -> None:
+    def fill(self, shards: Tensors, pieces: Mapping[Box, np.ndarray]) -> None:
         """Read into each array of `pieces` the part of the slot in its box.
 
         The needed rows are read a few at a time, each once however many pieces share them. A box may cut the leading axes of
@@ -139,8 +139,11 @@ def slots(table: Tree, family: Family, num_layers: int) -> dict[str, list[Slot]]
     return {name: _filled(parts) for name, parts in found.items()}
 
 
-def check(shards: Shards, wanted: Mapping[str, list[Slot]], tied: bool) -> None:
-    """Raises `UserError` listing tensors that are missing, do not belong to the model, or have another shape."""
+def check(shards: Tensors, wanted: Mapping[str, list[Slot]], tied: bool, described: str = "config.json") -> None:
+    """Raises `UserError` listing tensors that are missing, do not belong to the model, or have another shape.
+
+    `described` is what said which tensors there have to be.
+    """
     extra = {name for name in shards.shapes if name not in wanted and not _UNUSED.fullmatch(name)}
     if tied and "lm_head.weight" in extra and _is_copy(shards):
         extra.discard("lm_head.weight")
@@ -161,12 +164,12 @@ def check(shards: Shards, wanted: Mapping[str, list[Slot]], tied: bool) -> None:
     wrong = [f"{what}: {some(names, 8)}" for what, names in lists.items() if names]
     if wrong:
         raise UserError(
-            f"{shards.folder}: the tensors do not match its config.json; {'; '.join(wrong)}. "
-            "Was config.json changed, or does a file belong to another model?"
+            f"{shards.folder}: the tensors do not match its {described}; {'; '.join(wrong)}. "
+            f"Was {described} changed, or does a file belong to another model?"
         )
 
 
-def load(shards: Shards, table: Tree, wanted: Mapping[str, list[Slot]], dtype: str, mesh: Mesh | None = None) -> Tree:
+def load(shards: Tensors, table: Tree, wanted: Mapping[str, list[Slot]], dtype: str, mesh: Mesh | None = None) -> Tree:
     """The parameters of a table in numpy's `dtype`, each placed on `mesh` (None: the first device) as specified in the table.
 
     Every process reads only what its own devices hold. Raises `UserError` for numbers that are not finite.
@@ -212,7 +215,7 @@ def _filled(parts: list[Slot]) -> list[Slot]:
     return placed
 
 
-def _leaf(shards: Shards, spec: ParamSpec, parts: list[Slot], dtype: Any, sharding: Any) -> jax.Array:
+def _leaf(shards: Tensors, spec: ParamSpec, parts: list[Slot], dtype: Any, sharding: Any) -> jax.Array:
     """One parameter, read layer by layer into one buffer for each distinct piece that this process holds."""
     places = {device: _box(index, spec.shape) for device, index in sharding.addressable_devices_indices_map(spec.shape).items()}
     buffers = {box: _aligned(tuple(b - a for a, b in box), dtype) for box in places.values()}
@@ -288,7 +291,7 @@ def _on_host(x: jax.Array) -> np.ndarray:
     return np.asarray(x)
 
 
-def _is_copy(shards: Shards) -> bool:
+def _is_copy(shards: Tensors) -> bool:
     """Whether a tied model's output weights are a copy of the embedding."""
     names = ("lm_head.weight", "model.embed_tokens.weight")
     if any(name not in shards.shapes for name in names) or len({shards.shapes[name] for name in names}) > 1:

@@ -1,4 +1,4 @@
-"""Somebody's checkpoint extended to a target length: model, positions and stages of a run worked out from a Hugging Face folder."""
+"""Somebody's checkpoint extended to a target length: model, positions and stages of a run, worked out from what it says."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from lcx.core import configs
 from lcx.core.configs import positive
 from lcx.core.errors import UserError
 from lcx.evals.config import EvalConfig
-from lcx.interop import folder as hf
-from lcx.interop.hf_config import Described, read_file
+from lcx.interop.hf_config import Described
 from lcx.model.config import is_local
 from lcx.positions.rotary import Rope
 from lcx.positions.theta import critical_base
-from lcx.recipes import recipe
-from lcx.recipes.models import is_tokenizer_of, tokenizer_of
+from lcx.recipes import models, recipe
+from lcx.recipes.models import is_foreign, is_tokenizer_of, tokenizer_of
 from lcx.training.checkpoints import scheme_configs
 
 ASKED = ("needle_in_prose", "key_value", "ruler_vt", "session_state", "many_shot", "perplexity", "loss_by_kind")
@@ -30,8 +29,8 @@ ASKED = ("needle_in_prose", "key_value", "ruler_vt", "session_state", "many_shot
 class ExtensionConfig:
     """How a model is extended.
 
-    `source`: a Hugging Face folder. `target`: length in tokens to reach, in stages each at most `growth` times longer than the
-    one before; the first starts from `trained`, the length that the source was trained for (None: what its config.json says).
+    `source`: a Hugging Face folder or GGUF file. `target`: length in tokens to reach, in stages each at most `growth` times longer
+    than the one before; the first starts from `trained`, the length that the source was trained for (None: what it says).
     `theta`: that of the last stage (None: the critical base of each stage's length). `steps` of `tokens_per_step` tokens a stage,
     at least one row; `accumulate` microbatches a step.
     """
@@ -86,11 +85,12 @@ def complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     names = [field.name for field in dataclasses.fields(ExtensionConfig)]
     wanted = configs.build(ExtensionConfig, {name: values.pop(name) for name in names}, "config")
     source = Path(str(wanted.source)).expanduser()
-    if not hf.is_folder(source):
+    if not is_foreign(source):
         raise UserError(
-            f"config.source={wanted.source!r} is not a Hugging Face model; the directory needs a config.json with a model_type"
+            f"config.source={wanted.source!r} is not a Hugging Face model; the directory needs a config.json with a model_type, "
+            "or name a .gguf file"
         )
-    described = read_file(source)
+    described = models.described(source)
     trained = wanted.trained or described.length
     if wanted.target <= trained:
         raise UserError(f"config.target={wanted.target} must exceed the {trained} tokens that {source} was trained for")

@@ -1,4 +1,4 @@
-"""Models wherever they come from: lcx's own checkpoints and Hugging Face folders, read alike and turned into one another."""
+"""Models wherever they come from: lcx's own checkpoints, Hugging Face folders, GGUF files; read alike, turned into one another."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import dataclasses
 import functools
 import hashlib
 import shutil
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +18,15 @@ from jax.sharding import Mesh
 from lcx.core.configs import choice
 from lcx.core.console import say, warn
 from lcx.core.errors import UserError
+from lcx.core.gguf import is_gguf, stem
 from lcx.core.trees import cast, num_bytes, num_elements
 from lcx.data.config import DataConfig
 from lcx.data.tokenizers import tokenizers
-from lcx.interop import byte_tokenizer
+from lcx.interop import byte_tokenizer, gguf
 from lcx.interop import folder as hf
 from lcx.interop.folder import HfFolder
-from lcx.interop.hf_config import read_json, values_of
+from lcx.interop.gguf import GgufModel
+from lcx.interop.hf_config import Described, read_file, read_json, values_of
 from lcx.model.architecture import build_schemes
 from lcx.model.config import ModelConfig
 from lcx.model.execution import ExecutionConfig
@@ -32,6 +36,9 @@ from lcx.training.stages import CheckpointConfig, RunConfig, StageConfig
 from lcx.training.workdir import CONFIG, begun, fingerprint, open_workdir
 
 DTYPES = ("float32", "bfloat16", "float16")
+GGUF_DTYPES = tuple(gguf.TYPES)
+"""What a GGUF file can be written in."""
+FORMATS = ("hf", "gguf")
 STAGE = "imported"
 """Name of the stage of a run that holds nothing but imported weights."""
 
@@ -39,23 +46,43 @@ HF_FOLDER = "hf"
 """Directory of a workdir for the files that came with the run's initial weights: an export needs them."""
 
 
+Source = HfFolder | GgufModel
+
+
+def is_foreign(path: str | Path) -> bool:
+    """Whether a path means a model that is not lcx's own: a Hugging Face folder or a GGUF file."""
+    return is_gguf(path) or hf.is_folder(path)
+
+
+def opened(path: str | Path) -> Source:
+    """A Hugging Face folder or a GGUF file; raises `UserError` for what lcx would not compute exactly."""
+    return GgufModel(path) if is_gguf(path) else HfFolder(path)
+
+
+def described(path: Path) -> Described:
+    """What a Hugging Face folder or a GGUF file says about its model, without a look at its weights."""
+    return gguf.describe(path) if is_gguf(path) else read_file(path)
+
+
 def load(
     path: str | Path, step: int | None = None, stage: str | None = None, mesh: Mesh | None = None, dtype: str = "float32"
 ) -> Loaded:
-    """The weights of a run (see `training.checkpoints.load_params`) or of a Hugging Face folder, in `dtype`, on `mesh`.
+    """The weights of a run (see `training.checkpoints.load_params`), a Hugging Face folder or a GGUF file, in `dtype`, on `mesh`.
 
-    A Hugging Face folder counts as a run with one stage, `imported`, at step 0.
+    The latter two count as a run with one stage, `imported`, at step 0.
     """
     choice("dtype", dtype, DTYPES)
     if step is not None and stage is not None:
         raise UserError(f"--step={step} and --stage={stage} conflict; give only one of them")
-    if not hf.is_folder(path):
+    if not is_foreign(path):
         loaded = checkpoints.load_params(path, step=step, stage=stage, mesh=mesh)
         return dataclasses.replace(loaded, params=cast(loaded.params, jnp.dtype(dtype)), stop_ids=stop_ids(path))
     for name, value, only in (("step", step, 0), ("stage", stage, STAGE)):
         if value is not None and value != only:
-            raise UserError(f"{path} is a Hugging Face model, which has no {name} {value!r}; omit it")
-    source = HfFolder(path)
+            raise UserError(
+                f"{path} is a {'GGUF file' if is_gguf(path) else 'Hugging Face model'}, which has no {name} {value!r}; omit it"
+            )
+    source = opened(path)
     run = _run_of(source, dtype)
     return Loaded(source.params(dtype, mesh), run, _meta_of(run, source), stop_ids(path))
 
@@ -65,9 +92,9 @@ def initial_weights(init_from: str | None) -> InitialWeights | None:
     if init_from is None:
         return None
     keep = functools.partial(copy_hf_files, init_from)
-    if not hf.is_folder(init_from):
+    if not is_foreign(init_from):
         return dataclasses.replace(checkpoints.initial_weights(init_from), keep=keep)
-    source = HfFolder(init_from)
+    source = opened(init_from)
     run = _run_of(source, "float32")
     meta = _meta_of(run, source)
     return InitialWeights(init_from, meta, lambda mesh: Loaded(source.params("float32", mesh), run, meta), keep)
@@ -86,13 +113,13 @@ def stop_ids(path: str | Path) -> tuple[int, ...]:
 
 
 def workdir_of(path: str | Path) -> Path:
-    """Where what is found out about a model is kept: in its run, and for a Hugging Face folder under runs/."""
-    return Path("runs") / Path(path).resolve().name if hf.is_folder(path) else checkpoints.locate(Path(path))[0]
+    """Where what is found out about a model is kept: in its run, and for one that is not lcx's own under runs/."""
+    return Path("runs") / stem(Path(path).resolve()) if is_foreign(path) else checkpoints.locate(Path(path))[0]
 
 
 def short_name(path: str | Path, loaded: Loaded) -> str:
-    """What tells loaded weights from others with the same `workdir_of`: their step, or where a Hugging Face folder lies."""
-    if not hf.is_folder(path):
+    """What tells loaded weights from others with the same `workdir_of`: their step, or where one that is not lcx's own lies."""
+    if not is_foreign(path):
         return str(loaded.meta.step)
     return f"{STAGE}-{hashlib.sha256(str(Path(path).resolve()).encode()).hexdigest()[:6]}"
 
@@ -107,12 +134,15 @@ def copy_hf_files(init_from: str, workdir: Path) -> None:
 
 
 def import_model(source: str | Path, workdir: Path, mesh: Mesh | None = None, dtype: str | None = None) -> None:
-    """Write the weights of a Hugging Face folder as a run's checkpoint at step 0, in `dtype` (None: as they are stored)."""
+    """Write the weights of a Hugging Face folder or a GGUF file as a run's checkpoint at step 0, in `dtype` (None: as stored).
+
+    What a GGUF file stores in blocks becomes float32.
+    """
     source = Path(source)
-    if not source.is_dir():
+    if not is_gguf(source) and not source.is_dir():
         hint = "; fetch a model first, for example with huggingface_hub's `hf download`" if not source.exists() else ""
         raise UserError(f"{source} does not exist or is not a directory{hint}")
-    given = HfFolder(source)
+    given = opened(source)
     dtype = _dtype(dtype, given.dtype)
     if (workdir / CONFIG).exists():
         raise UserError(f"{workdir} already holds a run; name another --workdir")
@@ -120,7 +150,7 @@ def import_model(source: str | Path, workdir: Path, mesh: Mesh | None = None, dt
         raise UserError(f"{workdir} holds checkpoints without a config.json; name another --workdir, or delete it")
     run = _run_of(given, dtype)
     _check_tokenizer(run)
-    if hf.tokenizer_files(source):
+    if hf.tokenizer_files(_files(source)):
         run = dataclasses.replace(run, data=DataConfig(tokenizer=str(workdir / HF_FOLDER)))
     params = given.params(dtype, mesh)
     if jax.process_count() > 1:
@@ -141,13 +171,20 @@ def import_model(source: str | Path, workdir: Path, mesh: Mesh | None = None, dt
 
 def export_model(
     checkpoint: str | Path, out: Path, step: int | None = None, stage: str | None = None, mesh: Mesh | None = None,
-    dtype: str | None = None, max_shard_bytes: int = hf.MAX_SHARD_BYTES,
+    dtype: str | None = None, max_shard_bytes: int = hf.MAX_SHARD_BYTES, form: str = "hf",
 ) -> None:  # fmt: skip
-    """Write the weights of a run as a Hugging Face folder, in `dtype` (None: that of the model it began with, else float32)."""
+    """Write the weights of a run as a Hugging Face folder, or with `form` "gguf" as a GGUF file.
+
+    `dtype` None is that of the model it began with, else float32; a GGUF file may also be `q8_0`. Raises `UserError` if `out`
+    exists, and for what the format cannot represent.
+    """
+    choice("format", form, FORMATS)
     base = _kept(Path(checkpoint))
     stored = values_of(base) if base else {}
-    dtype = _dtype(dtype, stored.get("dtype") or stored.get("torch_dtype"))
-    hf.check_new(out)
+    stored = stored.get("dtype") or stored.get("torch_dtype")
+    as_gguf = form == "gguf"
+    dtype = choice("dtype", dtype or _dtype(None, stored), GGUF_DTYPES) if as_gguf else _dtype(dtype, stored)
+    (gguf if as_gguf else hf).check_new(out)
     loaded = load(checkpoint, step=step, stage=stage, mesh=mesh)
     model = loaded.run.model
     name = loaded.run.data.tokenizer
@@ -156,9 +193,18 @@ def export_model(
             f"{checkpoint} was trained with the tokenizer {name!r}, but the model it was trained from has another one, which would "
             "be exported with the weights; train with that model's own"
         )
+    schemes = build_schemes(model, loaded.schemes)
+    if as_gguf:
+        with tempfile.TemporaryDirectory() as made:
+            own = base if base is not None and hf.tokenizer_files(base) else Path(made)
+            if own != base:
+                write_tokenizer(name, tokenizers.load(name), own)
+            values = gguf.save(out, loaded.params, model, schemes, loaded.meta.length, dtype, own, base)
+        _say_exported(loaded, dtype, values, out)
+        return
     tokenizer = None if base else tokenizers.load(name)
     values = hf.save(
-        out, loaded.params, model, build_schemes(model, loaded.schemes), loaded.meta.length, dtype, base, max_shard_bytes,
+        out, loaded.params, model, schemes, loaded.meta.length, dtype, base, max_shard_bytes,
         tokenizer and tokenizer.bos_id, tokenizer and tokenizer.eos_id,
     )  # fmt: skip
     if jax.process_index() != 0:
@@ -167,6 +213,12 @@ def export_model(
         write_tokenizer(name, tokenizer, out)
     if not hf.tokenizer_files(out):
         warn(f"the tokenizer {name!r} was not exported; copy its files into {out}")
+    _say_exported(loaded, dtype, values, out)
+
+
+def _say_exported(loaded: Loaded, dtype: str, values: dict[str, Any], out: Path) -> None:
+    if jax.process_index() != 0:
+        return
     say(
         f"exported {num_elements(loaded.params):,} parameters as {dtype}, {values['architectures'][0]}, into {out}: step "
         f"{loaded.meta.step} of stage {loaded.meta.stage}, for {loaded.meta.length:,} tokens"
@@ -186,7 +238,7 @@ def _check_tokenizer(run: RunConfig) -> None:
         )
 
 
-def _run_of(source: HfFolder, dtype: str) -> RunConfig:
+def _run_of(source: Source, dtype: str) -> RunConfig:
     model = source.described.model
     if source.described.ignored:
         say(f"{source.folder}: keys of config.json that change nothing: {', '.join(source.described.ignored)}", stderr=True)
@@ -197,7 +249,7 @@ def _run_of(source: HfFolder, dtype: str) -> RunConfig:
     return RunConfig(model, (stage,), execution, positions, data, init_from=str(source.folder))
 
 
-def _meta_of(run: RunConfig, source: HfFolder) -> Meta:
+def _meta_of(run: RunConfig, source: Source) -> Meta:
     return Meta(
         stage=STAGE, stage_index=0, attempt=0, stage_step=0, step=0, length=source.described.length, seed=run.seed,
         config=fingerprint(run), positions=scheme_configs(source.described.schemes),
@@ -205,25 +257,30 @@ def _meta_of(run: RunConfig, source: HfFolder) -> Meta:
 
 
 def tokenizer_of(folder: Path, model: ModelConfig) -> str:
-    """What `DataConfig.tokenizer` says for the tokenizer of a folder, or for the bytes that a model without one reads."""
-    if hf.tokenizer_files(folder):
+    """What `DataConfig.tokenizer` says for the tokenizer of a folder or GGUF file, or for the bytes of a model without one."""
+    if hf.tokenizer_files(_files(folder)):
         return str(folder)
     if model.vocab_size not in (256, 257, 258):
         warn(f"{folder} has no tokenizer; text is read as bytes")
     return {257: "bytes+eos", 258: "bytes+bos+eos"}.get(model.vocab_size, "bytes")
 
 
+def _files(path: Path) -> Path:
+    """The folder with the files next to the weights of a model that is not lcx's own: itself, or what a GGUF file contains."""
+    return gguf.files(path) if is_gguf(path) else path
+
+
 def _kept(path: Path) -> Path | None:
     """The folder with the Hugging Face files of a model: its own, or what its run kept."""
-    if hf.is_folder(path):
-        return path
+    if is_foreign(path):
+        return _files(path)
     kept = checkpoints.locate(path)[0] / HF_FOLDER
     return kept if kept.is_dir() else None
 
 
 def is_tokenizer_of(name: str, folder: Path) -> bool:
-    """May `DataConfig.tokenizer` say `name` for the model in a folder? As far as files tell: one without any takes all."""
-    own, given = hf.tokenizer_files(folder), Path(name).expanduser()
+    """May `DataConfig.tokenizer` say `name` for the model in `folder`? As far as files tell: one without any takes all."""
+    own, given = hf.tokenizer_files(_files(folder)), _files(Path(name).expanduser())
     if not own or name == str(folder):
         return True
     others = hf.tokenizer_files(given) if given.is_dir() else []

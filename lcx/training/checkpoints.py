@@ -365,8 +365,8 @@ def locate(path: Path, step: int | None = None) -> tuple[Path, int | None]:
     """The workdir that a path names or lies in, and the step of the checkpoint that it names, else `step`."""
     if not path.is_dir():
         raise UserError(
-            f"checkpoint {path} does not exist or is not a directory; name a run's workdir, one of its {FOLDER}/<step>, or a "
-            "Hugging Face folder"
+            f"checkpoint {path} does not exist or is not a directory; name a run's workdir, one of its {FOLDER}/<step>, a "
+            "Hugging Face folder or a GGUF file"
         )
     if path.name == FOLDER:
         return path.parent, step

@@ -1,4 +1,4 @@
-"""Text to token ids and back: bytes (embedded), `tokenizer.json`, SentencePiece models, tiktoken ranks (extra `hf`).
+"""Text to token ids and back: bytes (embedded), `tokenizer.json`, SentencePiece models, tiktoken ranks (extra `hf`), GGUF.
 
 Where begin-of-sequence (BOS) and end-of-sequence (EOS) tokens come from:
 
@@ -29,7 +29,9 @@ import numpy as np
 from lcx.core.configs import nearest
 from lcx.core.errors import UserError
 from lcx.core.files import refuse_lfs_pointer
+from lcx.core.gguf import is_gguf
 from lcx.data.tokenizers import special_tokens
+from lcx.data.tokenizers.gguf_vocab import unpacked
 from lcx.data.tokenizers.hugging_face import HuggingFace
 from lcx.data.tokenizers.sentence_piece import SentencePiece
 from lcx.data.tokenizers.tiktoken_ranks import Ranks, looks_like_ranks
@@ -141,11 +143,14 @@ def load(name: str) -> Tokenizer:
 
     A file is a `tokenizer.json`, a SentencePiece model or tiktoken ranks; which of them is determined from its content, since Llama
     3's `tokenizer.model` holds ranks. In a folder, `tokenizer.json` is preferred, then `tokenizer.model`, then the only `*.model`
-    or `*.tiktoken`. Raises `UserError` for an unknown name, a missing or unreadable file, and a missing library.
+    or `*.tiktoken`. Of a GGUF file it is the tokenizer in it. Raises `UserError` for an unknown name, a missing or unreadable file,
+    and a missing library.
     """
     if name in _BYTES:
         return _BYTES[name]
     path = pathlib.Path(name).expanduser()
+    if is_gguf(path):
+        path = unpacked(path)
     if path.is_dir():
         path = _in_folder(path)
     if path.is_file():
