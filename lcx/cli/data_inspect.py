@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from absl import flags
 
 from lcx.cli import config_flags
@@ -15,10 +16,11 @@ from lcx.core.configs import choice
 from lcx.core.console import say, table
 from lcx.core.errors import UserError
 from lcx.data.loader import Loader
-from lcx.data.report import COLUMNS, Report, inspect
+from lcx.data.report import COLUMNS, UPSAMPLING_COLUMNS, Report, compare_upsampling, inspect
 from lcx.recipes.recipe import recipe
 from lcx.report import style
 from lcx.report.mixture_plot import mixture
+from lcx.training.checks import warn_repeats
 from lcx.training.stages import RunConfig
 
 
@@ -42,6 +44,12 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     report = inspect(loader, values.rows, values.samples)
     say(f"stage {run.stages[loader.stage_index].name}: rows of {report.seq_len:,} tokens, {report.fill_ratio:.2%} filled")
     _show(report)
+    _show_upsampling(loader)
+    _show_schedule(loader)
+    warn_repeats(run.stages[loader.stage_index], loader)
+    for part in report.parts:
+        for sample in part.samples:
+            say(f"\n{part.name} > {sample}")
     if values.plot is not None:
         style.save(mixture(report), values.plot)
         say(f"plot: {values.plot}")
@@ -51,7 +59,15 @@ def _loader(run: RunConfig, name: str | None) -> Loader:
     names = [stage.name for stage in run.stages]
     index = names.index(choice("--stage", names[-1] if name is None else name, names))
     stage = run.stages[index]
-    return Loader(run.data_of(stage), stage.seq_len, stage.batch_size, run.seed, index, max_position=stage.max_position)
+    return Loader(
+        run.data_of(stage),
+        stage.seq_len,
+        stage.batch_size,
+        run.seed,
+        index,
+        max_position=stage.max_position,
+        schedule=run.schedule_of(stage),
+    )
 
 
 def _show(report: Report) -> None:
@@ -59,6 +75,28 @@ def _show(report: Report) -> None:
     columns = ("document length", *(part.name for part in report.parts))
     table("documents by length", columns, report.documents_by_length())
     table("share of all tokens by length", (*columns, "total"), report.shares_by_length())
-    for part in report.parts:
-        for sample in part.samples:
-            say(f"\n{part.name} > {sample}")
+
+
+def _show_upsampling(loader: Loader) -> None:
+    """What each way of length upsampling would do to the mix, where some part thins its short documents."""
+    config = loader.config
+    if any(config.parts[name].short_keep < 1 for name in loader.names):
+        rows = [
+            (found.how, found.part, f"{found.tokens:.1%}", f"{found.long_documents:.2%}", f"{found.long_tokens:.1%}")
+            for found in compare_upsampling(loader)
+        ]
+        table(f"length upsampling: {config.length_upsampling} is set, the others are for comparison", UPSAMPLING_COLUMNS, rows)
+
+
+def _show_schedule(loader: Loader) -> None:
+    """The shares of rows in each tenth of the stage, where weights change."""
+    if loader.schedule is None:
+        return
+    steps = loader.schedule.steps
+    rows = []
+    for i in range(min(10, steps)):
+        first, stop = i * steps // min(10, steps), (i + 1) * steps // min(10, steps)
+        found = np.concatenate([loader.addresses(step)[0] for step in range(first, stop)])
+        shares = np.bincount(found, minlength=len(loader.names)) / len(found)
+        rows.append((f"{first + 1:,}-{stop:,}", *(f"{share:.1%}" for share in shares)))
+    table("share of rows over the stage", ("steps", *loader.names), rows)

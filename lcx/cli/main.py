@@ -25,11 +25,13 @@ COMMANDS = {
     "generate": "continue prompts with a checkpoint, under its own or any other positional scheme",
     "report": "rewrite a run's report.html from its files",
     "sweep": "run the unfinished points of a sweep, then print a table and draw a plot",
+    "doremi": "find weights for the parts of a mixture with a reference and a proxy run",
     "theta": "choose theta for a target length",
     "import": "convert a Hugging Face folder or a GGUF file to a run's checkpoint",
     "export": "write a run's weights as a Hugging Face folder or a GGUF file",
     "diff": "compare two models tensor by tensor",
     "compare": "compare two evaluations on the same items, paired",
+    "data curate": "filter and deduplicate sources of text, and say what was dropped and why",
     "data prepare": "tokenise a corpus once into a dataset that runs read",
     "data inspect": "print and plot what a config's data mixture contains",
 }

@@ -54,7 +54,8 @@ class Batch:
     """Training or scoring rows: int32 `[B, T]` each, `loss_weights` float32 `[B, T]`.
 
     `targets[b, t]` is the token that follows `tokens[b, t]` in its row (shifted before any permutation); `loss_weights` scales its
-    loss, 0 where there is nothing to predict. `layout` as in `Index`.
+    loss, 0 where there is nothing to predict. `layout` as in `Index`. `row_parts` int32 `[B]` (or None) is the number of the part
+    of a mixture that a row comes from, below `num_parts`.
     """
 
     tokens: jax.Array
@@ -64,7 +65,9 @@ class Batch:
     positions: jax.Array
     segments: jax.Array
     is_prefix: jax.Array | None = None
+    row_parts: jax.Array | None = None
     layout: SequenceLayout = flax.struct.field(pytree_node=False, default="contiguous")
+    num_parts: int = flax.struct.field(pytree_node=False, default=0)
 
     @property
     def index(self) -> Index:

@@ -181,8 +181,8 @@ def _convert_union(options: tuple[Any, ...], value: Any, path: str) -> Any:
             return _convert(option, value, path)
         except UserError as error:
             errors.append(error)
-    # A mapping was meant for the option that accepts mappings, whose error is about the contents.
-    raise errors[-1] if isinstance(value, Mapping) else errors[0]
+    # A mapping or list was meant for the option that accepts such, whose error is about the contents.
+    raise errors[-1] if isinstance(value, Mapping | list | tuple) else errors[0]
 
 
 def _convert_sequence(hint: Any, value: Any, path: str) -> Any:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from lcx.core.errors import UserError
 
@@ -15,15 +18,22 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path
 
     Text is written as UTF-8.
     """
+    with opened_atomically(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+    return Path(path)
+
+
+@contextlib.contextmanager
+def opened_atomically(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """A file to write to in pieces; it takes the place of `path` at the end of the body, and is left aside if that raises."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        yield file
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
-    return path
 
 
 def refuse_lfs_pointer(path: str | os.PathLike[str]) -> None:

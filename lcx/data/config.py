@@ -69,6 +69,8 @@ class PackingConfig:
     shared_bos: bool = False
 
 
+Upsampling = Literal["per_source", "global", "none"]
+
 QUESTIONS = "questions"
 """The kind of a part that holds training questions in words."""
 
@@ -79,8 +81,9 @@ class PartConfig:
 
     `kind`: `text`, `questions` (training questions in words, `lcx.data.synthetic.questions`), or a row of `lcx.data.tasks.table`.
     `weight`: share of the rows, relative to the other parts' weights. `loss_weight` multiplies the part's loss weights.
-    Length upsampling per source, as in arXiv:2402.10171: documents below `short_tokens` are kept with probability `short_keep`,
-    longer ones always; `min_tokens` and `max_tokens` exclude documents of other lengths entirely.
+    Length upsampling, as in arXiv:2402.10171: documents below `short_tokens` are kept with probability `short_keep`, longer ones
+    always; `DataConfig.length_upsampling` says what becomes of the part's share. `min_tokens` and `max_tokens` exclude documents
+    of other lengths entirely.
     `remap`: positions passed to the model are `none` (as packed), `pose` (PoSE's skips) or `randomized`, up to the stage's
     `max_position`.
     """
@@ -134,12 +137,15 @@ class DataConfig:
     `tokenizer`: `bytes`, `bytes+bos`, `bytes+eos`, `bytes+bos+eos`, or the path of a Hugging Face `tokenizer.json`, a
     SentencePiece model, a file of tiktoken ranks, or a folder that contains one of these. `chat_template`: path of a jinja2
     template for sources of kind `chat` (None: the tokenizer's own).
+    `length_upsampling`: where short documents are thinned (`short_keep` of a text part), `per_source` keeps each part's share of
+    the rows, `global` lets a part's share shrink as its text does (`lcx.data.upsampling`); `none` thins nothing, for comparison.
     `heldout_fraction`: documents whose content hash falls below it are kept out of training.
     """
 
     tokenizer: str = "bytes"
     chat_template: str | None = None
     parts: dict[str, PartConfig] = dataclasses.field(default_factory=_default_parts)
+    length_upsampling: Upsampling = "per_source"
     heldout_fraction: float = 0.05
 
     def __post_init__(self) -> None:

@@ -1,7 +1,7 @@
 """Batches as a pure function of (config, seed, stage, step): there is no state, so resuming takes only a step number.
 
-Legend: B batch rows, T tokens in a row. Row r of step s is element s * B + r of the mixture. A process builds only the rows
-that it needs.
+Legend: B batch rows, T tokens in a row, P parts. Row r of step s is element s * B + r of the mixture. A process builds only the
+rows that it needs.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import numpy as np
 
 from lcx.core.batch import Batch
 from lcx.core.errors import UserError
-from lcx.data import mixture, packing, remap
+from lcx.data import mixture, packing, remap, upsampling
 from lcx.data.chat import chat
 from lcx.data.chat.frame import chat_frame
-from lcx.data.config import QUESTIONS, DataConfig, PartConfig, SourceConfig
+from lcx.data.config import QUESTIONS, DataConfig, PartConfig, SourceConfig, Upsampling
+from lcx.data.schedule import Schedule
 from lcx.data.sources import sources
 from lcx.data.synthetic.questions import QuestionTask
 from lcx.data.tasks.base import RetrievalTask
@@ -51,8 +52,9 @@ class Loader:
     """The rows of one stage's mixture.
 
     `rows` is B, the number of rows of the whole batch; `seq_len` is T. Remapped positions stay below `max_position` (default
-    `seq_len`). `split` is `train` or `heldout`. Pass `corpus` to avoid reading the sources again. Raises `UserError` if the
-    sources or the tasks do not fit.
+    `seq_len`). `split` is `train` or `heldout`. `schedule` has the weights of parts that change within the stage, which then has
+    no rows beyond its steps. Pass `corpus` to avoid reading the sources again. Raises `UserError` if the sources or the tasks do
+    not fit.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Loader:
         max_position: int | None = None,
         corpus: Corpus | None = None,
         split: sources.Split = "train",
+        schedule: Schedule | None = None,
     ) -> None:
         if seq_len < 1 or rows < 1:
             raise UserError(f"a batch of {rows} rows of {seq_len} tokens is empty; give at least one row of one token")
@@ -79,11 +82,20 @@ class Loader:
         key = (seed, stage_index, int(split == "heldout"))
         keys = [(*key, zlib.crc32(name.encode())) for name in self.names]
         self.parts = [_make_part(self, name, split, own) for name, own in zip(self.names, keys, strict=True)]
-        weights = [config.parts[name].weight for name in self.names]
-        self.rows = mixture.addresses(weights, [part.size for part in self.parts], [(*own, _SHUFFLE) for own in keys])
+        self.schedule = schedule
+        sizes, keys = [part.size for part in self.parts], [(*own, _SHUFFLE) for own in keys]
+        constant = [config.parts[name].weight for name in self.names]
+        if schedule is None:
+            weights = self.weights(config.length_upsampling)
+            self.shares = weights / weights.sum()
+            self.rows = mixture.addresses(weights.tolist(), sizes, keys)
+        else:
+            weights = upsampling.weigh(schedule.weights(self.names, constant, rows), self._kept(), config.length_upsampling)
+            self.shares = (weights / weights.sum(axis=1, keepdims=True)).mean(axis=0)
+            self.rows = mixture.changing(weights, sizes, keys)
 
     def batch(self, step: int, rows: slice = slice(None)) -> Batch:
-        """Rows `rows` of step `step`, as NumPy arrays `[B, T]`: weights float32, all others int32."""
+        """Rows `rows` of step `step`, as NumPy arrays `[B, T]` (`row_parts` `[B]`): weights float32, all others int32."""
         part, row = self.addresses(step, rows)
         shape = (len(part), self.seq_len)
         out = {key: np.zeros(shape, np.float32 if key == "loss_weights" else np.int32) for key in _KEYS}
@@ -92,7 +104,30 @@ class Loader:
             own = np.flatnonzero(part == index)
             for key, value in self.parts[index].build(row[own]).items():
                 out[key][own] = value
-        return Batch(**out)
+        return Batch(**out, row_parts=part.astype(np.int32), num_parts=len(self.names))
+
+    def weights(self, how: Upsampling) -> np.ndarray:
+        """The weights float64 `[P]` with which parts would be mixed under `how`; averages, where they change within the stage."""
+        return upsampling.weigh(np.asarray([self.config.parts[name].weight for name in self.names]), self._kept(), how)
+
+    def repeats(self, steps: int) -> dict[SourceConfig, tuple[float, list[str]]]:
+        """How often the documents of each source of packed text are read in `steps` steps, by all its parts, and the parts' names.
+
+        With a schedule, `steps` are those of its stage.
+        """
+        found: dict[SourceConfig, tuple[float, list[str]]] = {}
+        for name, part, share in zip(self.names, self.parts, self.shares.tolist(), strict=True):
+            if part.size is not None:
+                source = self.config.parts[name].source
+                before, names = found.get(source, (0.0, []))
+                found[source] = before + share * steps * self.num_rows / part.size, [*names, name]
+        return found
+
+    def _kept(self) -> np.ndarray:
+        """The fraction of its tokens that thinning leaves to each part of text, NaN for the others."""
+        texts = [part.part if isinstance(part, Remapped) else part for part in self.parts]
+        fractions = [part.thinned.num_tokens / part.whole.num_tokens if isinstance(part, TextPart) else np.nan for part in texts]
+        return np.asarray(fractions)
 
     def batches(self, start: int = 0, rows: slice = slice(None)) -> Iterator[tuple[int, Batch]]:
         """(step, batch) from step `start` onwards, endlessly."""
@@ -111,15 +146,19 @@ class Loader:
         first, stop, stride = rows.indices(self.num_rows)
         if step < 0 or stride != 1 or stop <= first:
             raise ValueError(f"step {step}, rows {rows} of {self.num_rows}: rows must be a non-empty contiguous slice, step >= 0")
+        if self.schedule is not None and step >= self.schedule.steps:
+            raise ValueError(f"step {step} is beyond the {self.schedule.steps} steps over which the stage's weights change")
         return mixture.locate(self.rows, step * self.num_rows + first, stop - first)
 
 
 @dataclasses.dataclass(frozen=True)
 class TextPart:
-    """Packed rows of text."""
+    """Packed rows of text from `source`, which is `whole` or what is left of it when short documents are `thinned`."""
 
     config: PartConfig
     seq_len: int
+    whole: sources.Subset
+    thinned: sources.Subset
     source: sources.Subset
     plan: packing.Plan
     bos_id: int | None
@@ -216,10 +255,11 @@ def _make_part(loader: Loader, name: str, split: sources.Split, key: tuple[int, 
             if isinstance(part.task, QuestionTask):
                 part.task.check(seq_len, source)
         else:
-            kept = _keep(source, config, np.random.default_rng((*key, _KEEP)))
+            thinned = upsampling.thin(source, config.short_tokens, config.short_keep, np.random.default_rng((*key, _KEEP)))
+            kept = source if loader.config.length_upsampling == "none" else thinned
             rng = np.random.default_rng((*key, _PLAN))
             plan = packing.plan(config.packing.method, kept.lengths, seq_len - config.packing.shared_bos, rng)
-            part = TextPart(config, seq_len, kept, plan, tokenizer.bos_id)
+            part = TextPart(config, seq_len, source, thinned, kept, plan, tokenizer.bos_id)
             part.build(np.arange(1))
     except UserError as error:
         raise UserError(f"data.parts.{name}: {error}") from error
@@ -233,14 +273,6 @@ def _task(config: PartConfig, corpus: Corpus) -> RetrievalTask | QuestionTask:
     wanted = config.questions.prompt_format
     is_chat = wanted == "chat" or (wanted == "auto" and (template is not None or chat.has_template(tokenizer)))
     return QuestionTask(config.questions, tokenizer, chat_frame(chat.load(tokenizer, template)) if is_chat else None)
-
-
-def _keep(source: sources.Subset, config: PartConfig, rng: np.random.Generator) -> sources.Subset:
-    """All long documents, and short ones with probability `short_keep`, drawn once per stage."""
-    keep = (source.lengths >= config.short_tokens) | (rng.random(len(source.lengths)) < config.short_keep)
-    if not keep.any():
-        raise UserError(f"short_keep={config.short_keep} keeps none of {len(keep)} documents; raise it or lower short_tokens")
-    return sources.Subset(source.source, source.ids[keep])
 
 
 def probe(config: DataConfig, seq_len: int, rows: int, seed: int, corpus: Corpus | None = None) -> Batch:

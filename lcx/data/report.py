@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import get_args
 
 import numpy as np
 
 from lcx.core.batch import PADDING
 from lcx.core.errors import UserError
+from lcx.data.config import Upsampling
 from lcx.data.loader import Loader, Remapped, TextPart
+from lcx.data.sources import sources
 from lcx.data.sources.documents import describe
 
 _SHOWN = 240
@@ -102,21 +106,79 @@ class Report:
 COLUMNS = ("part", "kind", "source", "rows", "tokens", "share", "filled", "documents", "with loss")
 
 
+@dataclasses.dataclass(frozen=True)
+class UpsamplingShare:
+    """What one way of length upsampling makes of one part of text, or of all of them (`part` is `all text`).
+
+    `tokens` is the part's share of all text. Of the documents and tokens that are read, `long_documents` and `long_tokens` are the
+    shares of documents of at least `short_tokens` tokens.
+    """
+
+    how: Upsampling
+    part: str
+    tokens: float
+    long_documents: float
+    long_tokens: float
+
+
+UPSAMPLING_COLUMNS = ("length upsampling", "part", "share of text", "long documents", "tokens in long documents")
+
+
+def compare_upsampling(loader: Loader) -> list[UpsamplingShare]:
+    """The mix under each way of length upsampling, computed from the lengths of the documents that each would leave.
+
+    A part's share of tokens is its share of rows, which holds where rows are full. Empty without parts of text.
+    """
+    texts = {i: part for i, part in enumerate(map(_text, loader.parts)) if isinstance(part, TextPart)}
+    found = []
+    for how in get_args(Upsampling) if texts else ():
+        weights = loader.weights(how)[list(texts)]
+        shares = weights / weights.sum()
+        read = [(part.whole if how == "none" else part.thinned, part.config.short_tokens) for part in texts.values()]
+        counts = np.stack([_counts(*chosen) for chosen in read])
+        # A part is read in proportion to its share, so its documents come at the rate share / tokens.
+        rates = counts * (shares / counts[:, 1])[:, None]
+        names = [loader.names[i] for i in texts]
+        for name, row in [*zip(names, rates, strict=True), *([("all text", rates.sum(0))] if len(names) > 1 else [])]:
+            documents, tokens, long_documents, long_tokens = row.tolist()
+            found.append(UpsamplingShare(how, name, tokens, long_documents / documents, long_tokens / tokens))
+    return found
+
+
+def _counts(source: sources.Subset, long: int) -> np.ndarray:
+    """Documents, their tokens, documents of at least `long` tokens and the tokens of those, float64 `[4]`."""
+    above = source.lengths[source.lengths >= long]
+    return np.asarray([len(source.lengths), source.num_tokens, len(above), above.sum()], np.float64)
+
+
 def inspect(loader: Loader, rows: int, samples: int = 3) -> Report:
-    """Counts over the first `rows` rows of a loader's mixture (rounded up to whole steps). Raises `UserError` if it is below 1."""
+    """Counts over the first `rows` rows of a loader's mixture (rounded up to whole steps).
+
+    Where weights change within the stage, over rows of whole steps that are evenly spread over it. Raises `UserError` if `rows` is
+    below 1.
+    """
     if rows < 1:
         raise UserError(f"rows={rows} must be at least 1")
     texts = [part for part in map(_text, loader.parts) if isinstance(part, TextPart)]
     longest = max([loader.seq_len, *(int(part.source.lengths.max()) for part in texts)])
     edges = (1, *(1 << power for power in range(6, max(longest.bit_length(), 6) + 1)))
     tallies = [_Tally(loader, index, edges) for index in range(len(loader.parts))]
-    for step in range(-(-rows // loader.num_rows)):
+    for step in _steps(loader, -(-rows // loader.num_rows)):
         part, row = loader.addresses(step)
         batch = loader.batch(step)
         for index in np.unique(part):
             own = part == index
             tallies[index].add(row[own], batch.segments[own], batch.loss_weights[own], batch.tokens[own])
     return Report(loader.seq_len, edges, tuple(tally.report(samples) for tally in tallies))
+
+
+def _steps(loader: Loader, count: int) -> Sequence[int]:
+    """The first `count` steps, or as many (at most all) over the stage of a schedule, each from the middle of its stretch."""
+    if loader.schedule is None:
+        return range(count)
+    total = loader.schedule.steps
+    count = min(count, total)
+    return [(2 * i + 1) * total // (2 * count) for i in range(count)]
 
 
 class _Tally:

@@ -26,7 +26,8 @@ class LossSums:
 
     `nll` is Σ w·ℓ in nats, `weight` Σ w, `z` Σ w·lse² (the z-loss, which has the same denominator), `correct` Σ w·[the target is
     the most likely token]. If the experts' balance has a weight, `router_aux` is Σ n·(load-balancing loss) over the microbatches
-    and `tokens` Σ n, its own denominator, where n is the number of tokens of a microbatch that are not padding.
+    and `tokens` Σ n, its own denominator, where n is the number of tokens of a microbatch that are not padding. If the batch says
+    which part of a mixture its rows come from, `part_nll` and `part_weight` `[P]` are Σ w·ℓ and Σ w over the rows of each part.
     """
 
     nll: jax.Array
@@ -35,6 +36,15 @@ class LossSums:
     correct: jax.Array
     router_aux: jax.Array | None = None
     tokens: jax.Array | None = None
+    part_nll: jax.Array | None = None
+    part_weight: jax.Array | None = None
+
+    @classmethod
+    def zeros(cls, batch: Batch, balanced: bool) -> "LossSums":
+        """What the sums of microbatches like `batch` are added to; `balanced` if the experts' balance has a weight."""
+        scalars = (jnp.zeros((), jnp.float32) for _ in range(6 if balanced else 4))
+        parts = None if batch.row_parts is None else jnp.zeros(batch.num_parts, jnp.float32)
+        return cls(*scalars, part_nll=parts, part_weight=parts)
 
 
 @flax.struct.dataclass
@@ -51,6 +61,10 @@ def loss_sums(params: Tree, hidden: jax.Array, batch: Batch, arch: Architecture,
     tokens = None if router_aux is None else unpadded_tokens(batch)
     losses = token_losses(params, hidden, batch.targets, arch)
     weights = batch.loss_weights.astype(jnp.float32)
+    part_nll = part_weight = None
+    if batch.row_parts is not None:
+        part_nll = sums_by_part(jax.lax.stop_gradient(losses.nll) * weights, batch.row_parts, batch.num_parts)
+        part_weight = sums_by_part(weights, batch.row_parts, batch.num_parts)
     return LossSums(
         nll=jnp.sum(losses.nll * weights),
         weight=jnp.sum(weights),
@@ -58,7 +72,18 @@ def loss_sums(params: Tree, hidden: jax.Array, batch: Batch, arch: Architecture,
         correct=jnp.sum(losses.correct * weights),
         router_aux=None if router_aux is None or tokens is None else router_aux * tokens,
         tokens=tokens,
+        part_nll=part_nll,
+        part_weight=part_weight,
     )
+
+
+def sums_by_part(x: jax.Array, row_parts: jax.Array, num_parts: int) -> jax.Array:
+    """The sum of `x` `[B, T]` over the rows of each part, float32 `[P]`; `row_parts` int32 `[B]` are the rows' parts.
+
+    Rows are summed before parts, so that a device passes on a number a row; a row that is not finite spoils its own part only.
+    """
+    own = row_parts[:, None] == jnp.arange(num_parts, dtype=jnp.int32)[None]
+    return jnp.sum(jnp.where(own, jnp.sum(x, axis=1)[:, None], 0.0), axis=0)
 
 
 def unpadded_tokens(batch: Batch) -> jax.Array:

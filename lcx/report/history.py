@@ -19,18 +19,19 @@ from lcx.core.console import warn
 from lcx.core.errors import UserError
 from lcx.evals import results
 from lcx.evals.results import EvalResult
-from lcx.report.plots import StageCurve
+from lcx.report.plots import PartCurve, StageCurve
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One try of one stage: its curve, the tokens and seconds that it took, and what the monitor said of it."""
+    """One try of one stage: its curve, the tokens and seconds that it took, what the monitor said of it, and its parts' curves."""
 
     curve: StageCurve
     attempt: int
     tokens: int
     seconds: float
     decisions: tuple[Mapping[str, Any], ...] = ()
+    parts: Mapping[str, PartCurve] = dataclasses.field(default_factory=dict)
 
     @property
     def final_loss(self) -> float:
@@ -84,7 +85,7 @@ class Run:
         seconds = sum(tokens / speed for speed in speeds if speed > 0)
         curve = StageCurve(name, length, theta, tuple(steps), tuple(_number(row["loss"], math.nan) for row in rows), kept)
         said = tuple(d for d in self.decisions if str(d.get("stage")) == name and int(d.get("attempt", 0)) == attempt)
-        return Stage(curve, attempt, tokens * len(rows), seconds, said)
+        return Stage(curve, attempt, tokens * len(rows), seconds, said, _parts(steps, rows))
 
 
 def load(workdir: str | os.PathLike[str], add: Sequence[str | os.PathLike[str]] = ()) -> Run:
@@ -111,6 +112,15 @@ def load(workdir: str | os.PathLike[str], add: Sequence[str | os.PathLike[str]] 
     if not run.metrics and not run.evals:
         raise UserError(f"workdir {workdir} has neither metrics.jsonl nor eval/*.json; train or evaluate there first")
     return run
+
+
+def _parts(steps: Sequence[int], rows: Sequence[Mapping[str, Any]]) -> dict[str, PartCurve]:
+    """The loss of each part of the mixture, by name, over the steps in which it had tokens to learn from."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for step, row in zip(steps, rows, strict=True):
+        for name, loss in row.get("loss_by_part", {}).items():
+            found.setdefault(name, []).append((step, _number(loss, math.nan)))
+    return {name: PartCurve(*zip(*found[name], strict=True)) for name in sorted(found)}
 
 
 def _number(value: Any, missing: float = 0.0) -> float:

@@ -27,6 +27,14 @@ class StageCurve:
     kept: bool = True
 
 
+@dataclasses.dataclass(frozen=True)
+class PartCurve:
+    """Mean loss of a mixture's part over the steps of one stage that had tokens of it, in nats per token."""
+
+    steps: tuple[int, ...]
+    loss: tuple[float, ...]
+
+
 @style.typography()
 def needles(grids: Mapping[str, EvalResult]) -> Figure:
     """Needle heatmaps side by side on one scale: x token limit, y depth in percent with 0 at the top; titles are the keys."""
@@ -79,6 +87,40 @@ def losses(stages: Sequence[StageCurve]) -> Figure:
     """Training loss through the stages; each stage is shaded and named with its length and theta, rolled-back tries are grey."""
     figure = style.new_figure(9.0, 4.2)
     draw_losses(figure.subplots(), stages)
+    return figure
+
+
+@style.typography()
+def part_losses(stages: Sequence[Mapping[str, PartCurve]]) -> Figure:
+    """Training loss of each part of the mixture, by name, over the steps of the stages that a run kept; one line for each part."""
+    figure = style.new_figure(9.0, 4.2)
+    axes = figure.subplots()
+    names = list(dict.fromkeys(name for parts in stages for name in parts))
+    values, ends, first, last = [], [], math.inf, 0
+    for i, name in enumerate(names):
+        colour, end = style.LINES[i % len(style.LINES)], None
+        for curve in (parts[name] for parts in stages if name in parts):
+            loss = np.asarray(curve.loss)
+            steps, loss = np.asarray(curve.steps)[np.isfinite(loss)], loss[np.isfinite(loss)]
+            if not len(loss):
+                continue
+            smooth = _smooth(loss, max(1, len(loss) // 25))
+            axes.plot(steps, loss, color=colour, alpha=0.22, linewidth=0.8, zorder=2)
+            axes.plot(steps, smooth, color=colour, linewidth=2, zorder=3)
+            values += [*np.percentile(loss, [1, 98]), *smooth]
+            first, last, end = min(first, steps[0]), max(last, steps[-1]), (steps[-1], smooth[-1])
+        if end is not None:
+            ends.append((*end, name, colour))
+    # Not every part has tokens in the last step: names of lines that end near it share one column.
+    ends = [(last if last - x < 0.05 * (last - first) else x, *rest) for x, *rest in ends]
+    style.value_axis(axes, *_extent(values), "training loss, nats per token")
+    if last > first:
+        axes.set_xlim(first, last)
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    style.grid_lines(axes)
+    axes.set_title("Training loss by part of the mixture")
+    style.end_labels(axes, ends)
     return figure
 
 

@@ -69,6 +69,9 @@ def pictures(run: Run) -> dict[str, Figure]:
         figures["kinds"] = figure
     if stages:
         figures["loss"] = plots.losses(stages)
+    parts = [stage.parts for stage in run.stages() if stage.curve.kept]
+    if len({name for names in parts for name in names}) > 1:
+        figures["loss_by_part"] = plots.part_losses(parts)
     return figures
 
 
@@ -120,6 +123,7 @@ def render(run: Run, figures: dict[str, Figure]) -> str:
         ("Short contexts: what the extension cost", retention.section(run.before, run.after), ""),
         ("Perplexity", images.get("perplexity", ""), _perplexity_note(run)),
         ("Stages", images.get("loss", "") + _stage_table(run.stages()), ""),
+        ("Parts of the mixture", images.get("loss_by_part", "") + _part_table(run.stages()), _PART_NOTE),
         ("Zero-shot: other schemes on the model before extension", zero_shot, ""),
         (
             "Loss by position",
@@ -218,6 +222,30 @@ def _stage_table(stages: Sequence[Stage]) -> str:
         rows.append((cells, "" if curve.kept else "dim"))
     heads = ("stage", "length", "theta", "steps", "tokens", "seconds", "final loss", "monitor")
     return f"<div class=words>{table(heads, rows)}</div>" if rows else ""
+
+
+_PART_NOTE = (
+    "Mean loss per token, weighted as in training, over the last tenth of the steps that had tokens of the part; in grey, over the "
+    "first tenth."
+)
+
+
+def _part_table(stages: Sequence[Stage]) -> str:
+    """The loss of each part at the end of each stage that the run kept; nothing where there are not several parts."""
+    kept = [stage for stage in stages if stage.curve.kept]
+    names = list(dict.fromkeys(name for stage in kept for name in stage.parts))
+    if len(names) < 2:
+        return ""
+    rows: list[tuple[Sequence[Cell], str]] = []
+    for stage in kept:
+        cells: list[Cell] = [stage.curve.name]
+        for name in names:
+            loss = [x for x in stage.parts[name].loss if math.isfinite(x)] if name in stage.parts else []
+            count = max(1, len(loss) // 10)
+            first, last = (sum(x) / count for x in (loss[:count], loss[-count:]))
+            cells.append((f"{last:.3f}", f"{first:.3f}") if loss else "–")
+        rows.append((cells, ""))
+    return table(("stage", *names), rows)
 
 
 def _decision(row: Any) -> str:

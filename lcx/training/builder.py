@@ -135,7 +135,14 @@ class StageBuilder:
         data = self.run.data_of(stage)
         try:
             return Loader(
-                data, stage.seq_len, stage.batch_size, self.run.seed, index, max_position=stage.max_position, corpus=self.corpus
+                data,
+                stage.seq_len,
+                stage.batch_size,
+                self.run.seed,
+                index,
+                max_position=stage.max_position,
+                corpus=self.corpus,
+                schedule=self.run.schedule_of(stage),
             )
         except UserError as error:
             raise UserError(f"stages.{stage.name}: {error}") from error

@@ -11,6 +11,8 @@ from lcx.core.errors import UserError
 from lcx.core.mesh import RULES, axis_size, check_divides, multiples
 from lcx.core.param_spec import abstract, paths_of
 from lcx.core.trees import Tree
+from lcx.data.loader import Loader
+from lcx.data.sources.documents import describe
 from lcx.model.architecture import row_layout
 from lcx.model.config import ModelConfig
 from lcx.training.optimizer import check_patterns
@@ -64,6 +66,24 @@ def check_vocabulary(model: ModelConfig, vocab_size: int, tokenizer: str) -> Non
         raise UserError(
             f"model.vocab_size={model.vocab_size} is below the {vocab_size} tokens of data.tokenizer={tokenizer!r}; "
             f"set it to at least {vocab_size}"
+        )
+
+
+MOST_REPEATS = 4
+"""Readings of a text after which reading it again teaches clearly less than new text (arXiv:2305.16264)."""
+
+
+def warn_repeats(stage: StageConfig, loader: Loader) -> None:
+    """Warn, in one sentence for the stage, of sources whose documents are read more than `MOST_REPEATS` times in it."""
+    found = [
+        f"{describe(source)} ({', '.join(names)}) {times:,.1f} times"
+        for source, (times, names) in loader.repeats(stage.steps).items()
+        if times > MOST_REPEATS
+    ]
+    if found:
+        warn(
+            f"stages.{stage.name} reads {' and '.join(found)}; beyond {MOST_REPEATS} repeats a text teaches ever less: "
+            f"add documents, lower its weight in stages.{stage.name}.mixture, raise short_keep, or train fewer steps"
         )
 
 

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from lcx.core.batch import Batch
 from lcx.core.console import Progress, console, say, warn
 from lcx.core.errors import UserError
 from lcx.core.trees import Tree, num_elements
@@ -23,13 +24,16 @@ from lcx.training import metrics as metrics_log
 from lcx.training import monitor
 from lcx.training.builder import BuiltStage, StageBuilder
 from lcx.training.checkpoints import InitialWeights, Meta, Store, initial_weights, scheme_configs, stage_ends
-from lcx.training.checks import warn_unusual
+from lcx.training.checks import warn_repeats, warn_unusual
 from lcx.training.prefetch import Prefetcher, Stop
 from lcx.training.profile import Profiler, ProfileSteps
 from lcx.training.resume import ResumePoint, continue_into, reread_stage_start, resume_point
 from lcx.training.stages import RunConfig
 from lcx.training.step import TrainState
 from lcx.training.workdir import exclusive, fingerprint, make_workdir, open_workdir
+
+Reweight = Callable[[BuiltStage, int, TrainState, Batch], Batch]
+"""(stage, its step, the state before it, its batch) -> the batch to train on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +64,13 @@ def train(
     devices: Sequence[jax.Device] | None = None,
     given: InitialWeights | None = None,
     profile: ProfileSteps | None = None,
+    reweight: Reweight | None = None,
 ) -> Result:
     """Run all stages that are not finished in the workdir; the same call resumes after any interruption.
 
     `given` are the weights that `run.init_from` names (None: a checkpoint written by lcx, read when needed).
-    `profile` are steps to trace; the call raises `UserError` if they are done already.
+    `profile` are steps to trace; the call raises `UserError` if they are done already. `reweight` gives the batch to train on in
+    place of the loader's, of the same shapes.
     Ctrl-C saves and raises `KeyboardInterrupt`, SIGTERM saves and exits with status 143. Raises `UserError` for a config that
     cannot work, a workdir of another run, a full disk, and too many non-finite steps in a row.
     """
@@ -83,11 +89,13 @@ def train(
         if given is not None:
             given.keep(workdir)
         warn_unusual(run)
+        for stage, loader in zip(run.stages, builder.loaders, strict=True):
+            warn_repeats(stage, loader)
         stop, store = held.enter_context(Stop()), held.enter_context(Store(workdir, run.checkpoint, stage_ends(run)))
         profiler = held.enter_context(Profiler(profile, workdir))
         writer = metrics_log.Writer(workdir, run.metrics, active=main)
         try:
-            return Trainer(builder, workdir, store, writer, decisions, stop, profiler).run()
+            return Trainer(builder, workdir, store, writer, decisions, stop, profiler, reweight).run()
         finally:
             writer.close()
 
@@ -104,9 +112,11 @@ class Trainer:
         decisions: list[dict[str, Any]],
         stop: Stop,
         profiler: Profiler,
+        reweight: Reweight | None = None,
     ):
         self.builder, self.config, self.workdir = builder, builder.run, workdir
         self.store, self.writer, self.decisions, self.stop, self.profiler = store, writer, decisions, stop, profiler
+        self.reweight = reweight
         self.ends = stage_ends(self.config)
         self.config_fingerprint = fingerprint(self.config)
 
@@ -157,6 +167,8 @@ class Trainer:
         ):
             for step in range(at, stage.steps):
                 batch, waited = batches.next()
+                if self.reweight is not None:
+                    batch = self.reweight(built, step, state, batch)
                 if not built.step.is_compiled_for(batch):
                     bar.note("compiling")
                     with pending.excluded():
@@ -297,7 +309,8 @@ class PendingMetrics:
             "seq_len": built.stage.seq_len,
             "theta": built.theta,
         }
-        row = metrics_log.row(place, metrics, {**built.meter.speed(seconds), "data_wait": waited})
+        timing = {**built.meter.speed(seconds), "data_wait": waited}
+        row = metrics_log.row(place, metrics, timing, built.loader.names)
         trainer.writer.write(row)
         if built.attempt.watched and len(self._history.losses) < trainer.config.monitor.steps:
             self._history.losses.append(row["loss"])

@@ -8,7 +8,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +89,19 @@ class Meter:
         return {"tokens_per_second": self.tokens / seconds, "mfu": self.flops / seconds / self.peak}
 
 
-def row(place: Mapping[str, Any], metrics: Mapping[str, jax.Array], timing: Mapping[str, float]) -> dict[str, Any]:
-    """One row of `metrics.jsonl`; waits until the device has the metrics."""
-    values = {name: value.item() for name, value in jax.device_get(dict(metrics)).items()}
+def row(
+    place: Mapping[str, Any], metrics: Mapping[str, jax.Array], timing: Mapping[str, float], parts: Sequence[str] = ()
+) -> dict[str, Any]:
+    """One row of `metrics.jsonl`; waits until the device has the metrics.
+
+    `parts` names the entries of metrics `[P]`; parts without a token to learn from in the step are left out.
+    """
+    fetched = jax.device_get(dict(metrics))
+    values: dict[str, Any] = {name: value.item() for name, value in fetched.items() if not value.ndim}
+    there = fetched["weight_by_part"] > 0 if "weight_by_part" in fetched else ()
+    for name in (name for name, value in fetched.items() if value.ndim):
+        given = zip(parts, fetched[name].tolist(), there, strict=True)
+        values[name] = {part: value for part, value, seen in given if seen}
     perplexity = math.exp(min(values["loss"], 700.0)) if math.isfinite(values["loss"]) else math.inf
     memory = psutil.Process().memory_info().rss
     return {**place, **values, "perplexity": perplexity, **timing, "host_memory": memory, "time": time.time()}
@@ -125,7 +135,8 @@ class Writer:
             return
         append(self._path, entry)
         if self._events is not None:
-            for name, value in entry.items():
+            by_part = {f"{name}/{part}": x for name, found in entry.items() if isinstance(found, dict) for part, x in found.items()}
+            for name, value in (entry | by_part).items():
                 if isinstance(value, int | float) and name not in ("step", "stage_index", "stage_step", "attempt", "time"):
                     self._events.add_scalar(f"train/{name}", value, entry["step"])
 

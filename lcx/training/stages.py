@@ -9,9 +9,10 @@ from typing import Any
 import ml_collections
 
 from lcx.core import configs
-from lcx.core.configs import positive
+from lcx.core.configs import not_negative, positive
 from lcx.core.errors import UserError
 from lcx.core.mesh import MeshConfig
+from lcx.data import schedule
 from lcx.data.config import DataConfig
 from lcx.model.config import ModelConfig
 from lcx.model.execution import ExecutionConfig, refuse_moved
@@ -45,10 +46,11 @@ class StageConfig:
 
     `seq_len` tokens a row, `batch_size` rows a step in `accumulate` microbatches, `steps` steps. `max_position` is the declared
     length (default `seq_len`). `positions` changes the scheme from here on, per layer kind: a number is a new theta, a text or
-    mapping another scheme, which keeps the theta it does not name. `mixture` sets weights of data parts by name, `parts` changes
-    any of their fields, `optim` fields of the optimizer, for this stage. `keep_optimizer_state` carries AdamW's moments over.
-    `mesh` replaces the run's. `monitor` switches the early monitor on or off (None: as the run says); `thetas` is the ladder that
-    it tries (empty: around the critical base).
+    mapping another scheme, which keeps the theta it does not name. `mixture` sets weights of data parts by name: a number, or knots
+    (place, weight) between which the weight runs straight, with places from 0 to 1 as shares of the stage's steps, or from 0 to
+    its number of tokens. `parts` changes any of their fields, `optim` fields of the optimizer, for this stage.
+    `keep_optimizer_state` carries AdamW's moments over. `mesh` replaces the run's. `monitor` switches the early monitor on or off
+    (None: as the run says); `thetas` is the ladder that it tries (empty: around the critical base).
     """
 
     name: str
@@ -58,7 +60,7 @@ class StageConfig:
     accumulate: int = 1
     max_position: int | None = None
     positions: dict[str, Any] = dataclasses.field(default_factory=dict)
-    mixture: dict[str, float] = dataclasses.field(default_factory=dict)
+    mixture: dict[str, float | schedule.Knots] = dataclasses.field(default_factory=dict)
     parts: dict[str, Any] = dataclasses.field(default_factory=dict)
     optim: dict[str, Any] = dataclasses.field(default_factory=dict)
     keep_optimizer_state: bool = False
@@ -83,11 +85,28 @@ class StageConfig:
                 f"stages.{self.name}.batch_size={self.batch_size} must be divisible by accumulate={self.accumulate}; "
                 f"its divisors are {divisors}"
             )
+        for part, weight in self.mixture.items():
+            if isinstance(weight, int | float):
+                not_negative(f"stages.{self.name}.mixture", **{part: weight})
+        self.changing_weights()  # wrong ones are answered here
 
     @property
     def length(self) -> int:
         """The declared length, in tokens."""
         return self.max_position or self.seq_len
+
+    @property
+    def tokens(self) -> int:
+        """Places of tokens in the stage's rows; those with padding count."""
+        return self.steps * self.batch_size * self.seq_len
+
+    def changing_weights(self) -> dict[str, schedule.Knots]:
+        """The knots of `mixture`, by part, with places as shares of the steps; raises `UserError` for those that do not fit."""
+        return {
+            part: schedule.over_stage(f"stages.{self.name}.mixture.{part}", weight, self.tokens)
+            for part, weight in self.mixture.items()
+            if not isinstance(weight, int | float)
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,14 +162,20 @@ class RunConfig:
             raise UserError(str(error) if where in str(error) else f"{where}{error}") from error
 
     def data_of(self, stage: StageConfig) -> DataConfig:
-        """The mixture of a stage: the run's with the stage's weights and changed parts."""
+        """The mixture of a stage: the run's with the stage's weights (averages of those that change) and changed parts."""
         if not stage.mixture and not stage.parts:
             return self.data
         values = configs.plain(self.data)
+        changing = stage.changing_weights()
         for name, weight in stage.mixture.items():
             configs.choice(f"stages.{stage.name}.mixture", name, [*values["parts"], *stage.parts])
-            values["parts"].setdefault(name, {})["weight"] = weight
+            values["parts"].setdefault(name, {})["weight"] = schedule.mean(changing[name]) if name in changing else weight
         return configs.build(DataConfig, _merge(values, {"parts": stage.parts}), f"stages.{stage.name}.data")
+
+    def schedule_of(self, stage: StageConfig) -> schedule.Schedule | None:
+        """The weights that change within a stage; None if all are constant."""
+        changing = {part: knots for part, knots in stage.changing_weights().items() if not schedule.is_constant(knots)}
+        return schedule.Schedule(stage.steps, changing) if changing else None
 
     def mesh_of(self, stage: StageConfig) -> MeshConfig:
         """The mesh of a stage."""

@@ -64,6 +64,7 @@ class TrainStep:
         self._schedule = learning_rate(optim, steps)
         self._param_shardings = shardings(self.specs, mesh)
         self._batch_sharding = named_sharding(mesh, ("batch", "sequence"))
+        self._row_sharding = named_sharding(mesh, ("batch",))
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self.state_shardings = self._state_shardings()
         out = (self.state_shardings, self._replicated)
@@ -78,7 +79,7 @@ class TrainStep:
     def __call__(self, state: TrainState, batch: Batch, buffers: Mapping[str, Any]) -> tuple[TrainState, dict[str, jax.Array]]:
         """The next state and this step's metrics; `state` is donated.
 
-        `batch` holds `[B, T]` arrays from `to_device`, `buffers` is from `model.architecture.build_architecture`. A step whose loss
+        `batch` is from `to_device`, `buffers` is from `model.architecture.build_architecture`. A step whose loss
         or gradient is not finite, or whose weights are all zero, leaves parameters and optimizer as they were, and says so in `ok`.
         """
         if not self.is_compiled_for(batch):
@@ -107,20 +108,19 @@ class TrainStep:
         return slice(min(i[0].start or 0 for i in indices), max(rows if i[0].stop is None else i[0].stop for i in indices))
 
     def to_device(self, batch: Batch, rows: int) -> Batch:
-        """Host arrays of this process's rows as global arrays `[rows, T]`, in the mesh's sequence layout."""
-        ring = self.mesh.shape["ring"]
-        layout = row_layout(self.arch.config, self.arch.execution, batch.tokens.shape[1], self.mesh)
+        """Host arrays of this process's rows as global arrays `[rows, T]`, in the mesh's sequence layout, or `[rows]`."""
+        ring, length = self.mesh.shape["ring"], batch.tokens.shape[1]
+        layout = row_layout(self.arch.config, self.arch.execution, length, self.mesh)
         batch = arrange(batch, layout, ring).replace(layout=layout)
+        first = self.local_rows(rows, length).start
 
         def one(x: np.ndarray) -> jax.Array:
-            shape = (rows, x.shape[1])
-            first = self.local_rows(*shape).start
-
             def part(index: tuple[slice, ...]) -> np.ndarray:
                 start, stop, _ = index[0].indices(rows)
-                return x[start - first : stop - first, index[1]]
+                return x[(slice(start - first, stop - first), *index[1:])]
 
-            return jax.make_array_from_callback(shape, self._batch_sharding, part)
+            sharding = self._row_sharding if x.ndim == 1 else self._batch_sharding
+            return jax.make_array_from_callback((rows, *x.shape[1:]), sharding, part)
 
         return jax.tree.map(one, batch)
 
@@ -187,8 +187,7 @@ class TrainStep:
                 return jax.tree.map(jnp.add, carry, (sums, self._shard(grads))), None
 
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.params)
-            nothing = LossSums(*(jnp.zeros((), jnp.float32) for _ in range(6 if balanced else 4)))
-            (sums, grads), _ = jax.lax.scan(add, (nothing, self._shard(zeros)), parts)
+            (sums, grads), _ = jax.lax.scan(add, (LossSums.zeros(batch, balanced), self._shard(zeros)), parts)
         weight = jnp.maximum(sums.weight, jnp.finfo(jnp.float32).tiny)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32) / weight, self._shard(grads))
         after, metrics = self._update(state, sums, weight, grads)
@@ -226,6 +225,9 @@ class TrainStep:
         }
         if sums.router_aux is not None:
             metrics["router_aux_loss"] = sums.router_aux / jnp.maximum(sums.tokens, 1.0)
+        if sums.part_nll is not None:
+            metrics["loss_by_part"] = sums.part_nll / sums.part_weight  # not a number for a part without rows in this step
+            metrics["weight_by_part"] = sums.part_weight
         return after, metrics
 
     def _loss(self, params: Tree, batch: Batch, buffers: Mapping[str, Any], rate: jax.Array | None) -> tuple[jax.Array, LossSums]:
@@ -249,12 +251,13 @@ def _form(batch: Batch) -> tuple[tuple[int, ...], jax.tree_util.PyTreeDef]:
 
 
 def microbatches(batch: Batch, count: int) -> Batch:
-    """`[B, T]` arrays as `[A, B / A, T]`; microbatch a takes rows a, a + A, ..., so that no row leaves its device."""
+    """`[B, T]` arrays as `[A, B / A, T]`, `[B]` as `[A, B / A]`; microbatch a takes rows a, a + A, ..., so that no row leaves
+    its device."""
 
     def one(x: jax.Array) -> jax.Array:
-        rows, length = x.shape
-        x = x.reshape(rows // count, count, length).swapaxes(0, 1)
-        return jax.lax.with_sharding_constraint(x, partition_spec((None, "batch", "sequence")))
+        axes = (None, "batch", "sequence")[: x.ndim + 1]
+        x = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
+        return jax.lax.with_sharding_constraint(x, partition_spec(axes))
 
     return jax.tree.map(one, batch)
 

@@ -15,6 +15,7 @@ import pytest
 from lcx.cli.main import main
 
 CONFIG = Path(__file__).parent / "tiny.py"
+CURATION = Path(__file__).parents[2] / "configs" / "data" / "long_mixture.py"
 
 TINY = "from tests.cli import tiny\n\ndef get_config():\n    c = tiny.get_config()\n    {}\n    return c\n"
 """A config file that changes the tiny one."""
@@ -161,6 +162,15 @@ WRONG = {
     "data prepare --out={tmp}": "which is not part of an lcx dataset; use a new folder",
     "data prepare --kind=tfds --path=nosuch --out={new}": "tfds dataset 'nosuch' split 'train' cannot be opened",
     "data prepare --append_eos --out={new}": "end-of-sequence token, and tokenizer 'bytes' has none; use tokenizer 'bytes+eos'",
+    "data curate --out={new}": "--config is missing",
+    "data curate --config={curation}": "--out is missing; name the directory to write, such as --out=data/curated",
+    "data curate --config={curation} --out={new} --workers=0": "--workers=0 must be at least 1",
+    "data curate --config={curation} --out={new}": "source.path='books/**/*.txt' matches no file; give a path or a glob pattern",
+    "data curate --config={curation} --config.sources.books.source.path={tmp}/empty.txt --out={new}": "empty.txt has no text; give",
+    "data curate --config={curation} --out={tmp}": "which is not part of a curation; use a new folder",
+    "data curate --config={curation} --out={tmp}/empty.txt": "empty.txt is a file; name a directory with --out",
+    "data curate --config={curation} --config.decontaminate.path={tmp}/broken.jsonl --out={new}": "broken.jsonl cannot be read",
+    "data curate --config={config} --out={new}": "config has no field",
     "data inspect --config={config} --stage=lnger": "--stage='lnger' is unknown; did you mean 'longer'",
     "data inspect --config={config} --rows=0": "--rows=0 must be at least 1",
     "data inspect --config={config} --rows=1 --plot={tmp}/mixture.svg": "mixture.svg must end in .png and its directory must",
@@ -296,7 +306,7 @@ def places(tmp_path, run):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     (tmp_path / "latin.prompt").write_bytes("café"[2:].encode("latin-1"))
-    return {"config": CONFIG, "tmp": tmp_path, "run": run, "new": tmp_path / "new"}
+    return {"config": CONFIG, "curation": CURATION, "tmp": tmp_path, "run": run, "new": tmp_path / "new"}
 
 
 def contents(folder: Path) -> dict[str, str]:

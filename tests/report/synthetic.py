@@ -84,6 +84,8 @@ def write_run(workdir: pathlib.Path) -> None:
             tries[stage.name] = attempt + 1
             for step, loss in zip(stage.steps, stage.loss, strict=True):
                 row = {"step": step, "stage": stage.name, "attempt": attempt, "loss": loss, "seq_len": stage.length}
+                if stage.name == "far":  # needles are in every other step only
+                    row["loss_by_part"] = {"text": loss + 0.5} | ({"needles": loss - 0.5} if step % 2 else {})
                 file.write(json.dumps({**row, "theta": stage.theta, "tokens_per_second": 1024.0}) + "\n")
         file.write('{"step": 61, "stage": "far", "lo')  # cut off by a kill
     decisions = [

@@ -51,7 +51,7 @@ def read(workdir) -> tuple[str, Reader]:
 def test_the_report_needs_nothing_else(workdir):
     page, reader = read(workdir)
     assert reader.links and all(link.startswith("data:image/png;base64,") for link in reader.links)
-    assert len(reader.links) == 4
+    assert len(reader.links) == 5
     assert not re.search(r"https?:|//[a-z]|@import|url\(|<script", re.sub(r"base64,[^']+", "", page))
     assert "prefers-color-scheme: dark" in page
 
@@ -74,19 +74,27 @@ def test_the_report_holds_the_numbers_it_was_given(workdir):
     # At 256 tokens 59 of 60 before, all 60 after.
     assert "In none of 1 comparisons is the extended model worse than before beyond chance." in text
     assert "98.3 100.0 +1.7 ±" in re.sub(r"\s+", " ", text)
+    # Loss by part over the last tenth of the steps, and in grey over the first: needles have one step there, text two.
+    far = STAGES[2].loss
+    cells = (far[-2] - 0.5, far[0] - 0.5, sum(far[-2:]) / 2 + 0.5, sum(far[:2]) / 2 + 0.5)
+    assert "far " + " ".join(f"{cell:.3f}" for cell in cells) in re.sub(r"\s+", " ", text)
     for length, share in (("512", "35%"), ("4,096", "5%")):
         assert share in text, length
 
 
 def test_the_pictures_lie_beside_it(workdir):
     names = {path.name for path in (workdir / "plots").iterdir()}
-    assert names == {"summary.png", "needles.png", "perplexity.png", "positions.png", "loss.png"}
+    assert names == {"summary.png", "needles.png", "perplexity.png", "positions.png", "loss.png", "loss_by_part.png"}
 
 
 def test_history_reads_stages_back(workdir):
     run = history.load(workdir)
     stages = run.stages()
     assert [stage.curve for stage in stages] == list(STAGES)
+    base, _, far = (stage.parts for stage in stages)
+    assert base == {} and list(far) == ["needles", "text"]
+    assert far["text"].steps == STAGES[2].steps and far["needles"].steps == STAGES[2].steps[::2]
+    assert far["needles"].loss == tuple(loss - 0.5 for loss in STAGES[2].loss[::2])
     assert [stage.tokens for stage in stages] == [40 * 256 * 8, 10 * 4096 * 2, 20 * 4096 * 2]
     assert [stage.seconds for stage in stages] == [80, 80, 160]
     assert [len(stage.decisions) for stage in stages] == [0, 1, 1]

@@ -15,7 +15,9 @@ import tiny
 
 from lcx.core import configs
 from lcx.core.errors import UserError
+from lcx.training.builder import StageBuilder
 from lcx.training.checkpoints import load_params
+from lcx.training.checks import warn_repeats
 from lcx.training.loop import train
 from lcx.training.metrics import TIMING, read
 from lcx.training.profile import ProfileSteps
@@ -281,3 +283,49 @@ def test_steps_that_are_not_finite_stop_the_run(tmp_path, capfd):
         go(tmp_path, stages=stages, max_bad_steps=3)
     assert [row["in_a_row"] for row in rows(tmp_path)] == [1, 2, 3]
     assert "parameters are left unchanged" in capfd.readouterr().err.replace("\n", " ")
+
+
+CHANGING = tiny.stages(mixture={"text": ((0, 0.8), (1, 0.1)), "needles": ((0, 0.2), (0.5, 0.2), (1, 0.9))})
+
+
+def test_weights_that_change_within_a_stage_resume_bitwise(tmp_path):
+    """Stopped in the middle of the stage, and on another mesh, a run sees the rows that it would have seen."""
+    result = go(tmp_path / "whole", stages=CHANGING)
+    found = rows(tmp_path / "whole")
+    # Rows have one weight in each part here, so the shares of rows can be read off the weights of tokens.
+    text = [row["weight_by_part"].get("text", 0) for row in found[8:]]
+    assert sum(text[:4]) > 2 * sum(text[-4:]) > 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut", ignore=shutil.ignore_patterns("18", "16"))
+    again = go(tmp_path / "cut", stages=CHANGING)
+    same(tmp_path / "cut", again, (tmp_path / "whole", result))
+    one, two = (
+        StageBuilder(run_config(tiny.config(stages=CHANGING, mesh={"data": n, "fsdp": 1})), [], jax.devices()[:n]).build(1)
+        for n in (1, 2)
+    )
+    jax.tree.map(np.testing.assert_array_equal, *(jax.device_get(built.batch(9)) for built in (one, two)))
+
+
+def test_loss_of_each_part_is_in_every_row(whole):
+    for row in rows(whole[0]):
+        loss, weight = row["loss_by_part"], row["weight_by_part"]
+        assert set(loss) == set(weight) == {"text", "needles"}
+        assert sum(weight.values()) == pytest.approx(row["weight"])
+        assert sum(loss[part] * weight[part] for part in loss) / row["weight"] == pytest.approx(row["loss"], rel=1e-5)
+
+
+def test_too_many_repeats_are_said_once_a_stage(tmp_path, capsys):
+    corpus = tmp_path / "few.txt"
+    corpus.write_text("a few words to read again and again\n" * 40)
+    values = tiny.config(data={"parts": {"text": {"source": {"kind": "text", "path": str(corpus)}}}}, stages=tiny.stages())
+    run = run_config({**values, "data": {**values["data"], "heldout_fraction": 0.0}})
+    builder = StageBuilder(run, [], jax.devices()[:1])
+    # 1,440 tokens in rows of 64 and 128; 8 steps of 8 rows and 10 of 4.
+    for stage, loader, times in zip(run.stages, builder.loaders, (64 / 23, 40 / 12), strict=True):
+        ((found, names),) = loader.repeats(stage.steps).values()
+        assert (found, names) == (pytest.approx(times), ["text"])
+        warn_repeats(stage, loader)
+    assert capsys.readouterr().err == ""
+    train(run_config({**values, "data": run.data, "stages": tiny.stages(steps=20)}), tmp_path / "run", jax.devices()[:1])
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if "repeats" in line]
+    assert f"stages.longer reads text:{corpus} (text) 6.7 times; beyond 4 repeats" in warning
+    assert "lower its weight in stages.longer.mixture" in warning

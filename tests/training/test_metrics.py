@@ -17,6 +17,19 @@ def test_a_row_is_plain_and_has_a_perplexity():
     assert row(PLACE, {"loss": jax.numpy.float32("nan")}, {})["perplexity"] == float("inf")
 
 
+def test_values_of_parts_have_their_names(tmp_path):
+    by_part = {"loss_by_part": jax.numpy.array([1.5, jax.numpy.nan, 2.5]), "weight_by_part": jax.numpy.array([8.0, 0.0, 1.0])}
+    found = row(PLACE, {"loss": jax.numpy.float32(2.0), **by_part}, {}, ("books", "code", "needles"))
+    assert found["loss_by_part"] == {"books": 1.5, "needles": 2.5}
+    assert found["weight_by_part"] == {"books": 8.0, "needles": 1.0}
+    writer = Writer(tmp_path, MetricsConfig(tensorboard=True))
+    writer.write(found)
+    writer.close()
+    assert read(tmp_path / "metrics.jsonl")[0]["loss_by_part"] == {"books": 1.5, "needles": 2.5}
+    events = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
+    assert b"train/loss_by_part/books" in events
+
+
 def test_cut_back_to_the_restored_step(tmp_path):
     writer = Writer(tmp_path, MetricsConfig(tensorboard=True))
     for step in range(1, 6):

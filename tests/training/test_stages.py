@@ -5,9 +5,10 @@ import ml_collections
 import pytest
 import tiny
 
-from lcx.core.configs import plain
+from lcx.core.configs import build, plain
 from lcx.core.errors import UserError
 from lcx.core.mesh import MeshConfig
+from lcx.data.schedule import Schedule
 from lcx.training.builder import StageBuilder
 from lcx.training.ladder import choose
 from lcx.training.stages import RunConfig, run_config
@@ -26,8 +27,6 @@ def test_named_stages_are_ordered_by_length_or_as_told():
 
 
 def test_a_saved_config_reads_back():
-    from lcx.core.configs import build
-
     run = run_config(tiny.config(stages=tiny.stages(mesh={"data": 2, "fsdp": 1}, optim={"lr": 1e-4})))
     assert build(RunConfig, plain(run)) == run
 
@@ -52,10 +51,35 @@ def test_mixture_and_parts_change_one_stage():
     assert (first["needles"].task.needles, second["needles"].task.needles, second["needles"].task.queries) == (1, 3, 1)
 
 
+def test_weights_may_change_within_a_stage():
+    run = run_config(tiny.config(stages=tiny.stages(mixture={"text": [[0, 0.9], [1, 0.3]], "needles": 0.25})))
+    first, second = run.stages
+    assert run.schedule_of(first) is None
+    assert run.schedule_of(second) == Schedule(10, {"text": ((0.0, 0.9), (1.0, 0.3))})
+    parts = run.data_of(second).parts
+    assert (parts["text"].weight, parts["needles"].weight) == (pytest.approx(0.6), 0.25)
+    assert build(RunConfig, plain(run)) == run
+    tokens = run_config(tiny.config(stages=tiny.stages(mixture={"text": ((0, 0.9), (10 * 4 * 128, 0.3))})))
+    assert tokens.schedule_of(tokens.stages[1]) == run.schedule_of(second)
+
+
+def test_knots_of_one_weight_are_that_weight():
+    """Bit for bit: the same mixture, so the same rows."""
+    given = (0.1, ((0.0, 0.1), (0.7, 0.1), (1.0, 0.1)))
+    runs = [run_config(tiny.config(stages=tiny.stages(mixture={"text": weight}))) for weight in given]
+    assert runs[0].data_of(runs[0].stages[1]) == runs[1].data_of(runs[1].stages[1])
+    assert runs[1].schedule_of(runs[1].stages[1]) is None
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"stages": []}, "stages is empty"),
+        ({"stages": tiny.stages(mixture={"text": -1.0})}, "stages.longer.mixture.text=-1.0 must not be negative"),
+        ({"stages": tiny.stages(mixture={"text": "much"})}, "stages.*mixture.text='much': expected float"),
+        ({"stages": tiny.stages(mixture={"text": ((0, 1), (0.5,))})}, r"mixture.text\[1\]=\(0.5,\): expected 2 values, got 1"),
+        ({"stages": tiny.stages(mixture={"text": ((0, 1), (0.5, 1))})}, "stages.longer.mixture.text=.* covers 0 to 0.5"),
+        ({"stages": tiny.stages(mixture={"txt": ((0, 1), (1, 0))})}, "'txt' is unknown; did you mean 'text'"),
         ({"sead": 1}, "config has no field 'sead'; did you mean 'seed'"),
         ({"stages": tiny.stages(name="base")}, "stages has 'base' twice"),
         ({"stages": tiny.stages(steps=0)}, r"stages.longer.steps=0 must be above 0"),

@@ -13,7 +13,9 @@ from lcx.core.param_spec import initialize, paths_of
 from lcx.model.architecture import build_architecture
 from lcx.model.config import ModelConfig
 from lcx.model.execution import ExecutionConfig
+from lcx.model.loss import token_losses
 from lcx.model.params import specs
+from lcx.model.transformer import hidden_states
 from lcx.positions.registry import from_config
 from lcx.training.optimizer import OptimConfig
 from lcx.training.step import TrainStep, train_step
@@ -124,6 +126,58 @@ def test_accumulation_equals_one_batch(accumulate):
 @pytest.mark.slow
 def test_accumulation_on_a_mesh():
     check(*run(*make_step(MeshConfig(data=2, fsdp=2, tensor=2), 2))[:2])
+
+
+ROW_PARTS = np.array([2, 0, 0, 1, 2, 2, 0, 1], np.int32)
+
+
+def with_parts(step):
+    """A batch whose rows come from three of four parts, the fourth being absent."""
+    return host_batch(step).replace(row_parts=ROW_PARTS, num_parts=4)
+
+
+@functools.cache
+def oracle():
+    """Mean loss of each part, from the losses of all tokens on one device, summed in float64."""
+    arch, buffers, table = laid_out()
+    params, batch = initialize(table, jax.random.key(0)), host_batch(0)
+    nll = token_losses(params, hidden_states(params, buffers, arch, batch)[0], batch.targets, arch).nll
+    nll, weights = np.asarray(nll, np.float64), np.asarray(batch.loss_weights, np.float64)
+    rows = [part == ROW_PARTS for part in range(4)]
+    weight = [weights[own].sum() for own in rows]
+    return [(nll[own] * weights[own]).sum() / w if w else np.nan for own, w in zip(rows, weight, strict=True)], weight
+
+
+@pytest.mark.parametrize(("sizes", "accumulate"), [((1, 1, 1), 1), ((1, 1, 1), 4), ((2, 2, 1), 2), ((2, 1, 4), 1), ((1, 1, 8), 2)])
+def test_loss_of_each_part(sizes, accumulate):
+    """Over microbatches, devices that split the rows and devices that split each row."""
+    data, fsdp, context = sizes
+    step, buffers = make_step(MeshConfig(data=data, fsdp=fsdp, context=context), accumulate)
+    _, metrics = step(fresh(step), step.to_device(with_parts(0), ROWS), buffers)
+    loss, weight = oracle()
+    np.testing.assert_allclose(metrics["loss_by_part"], loss, rtol=1e-6)
+    np.testing.assert_allclose(metrics["weight_by_part"], weight, rtol=1e-6)
+    whole = np.nansum(np.multiply(loss, weight)) / np.sum(weight)
+    assert metrics["loss"] == pytest.approx(whole, rel=1e-6)
+
+
+def test_parts_change_no_other_number():
+    step, buffers = make_step(MeshConfig(fsdp=1), 2)
+    found = [step.with_gradients(fresh(step), step.to_device(make(0), ROWS), buffers) for make in (host_batch, with_parts)]
+    (plain_state, plain, plain_grads), (state, metrics, grads) = jax.device_get(found)
+    jax.tree.map(np.testing.assert_array_equal, (plain_state, plain_grads), (state, grads))
+    assert {name: metrics[name] for name in plain} == plain
+
+
+def test_a_part_that_is_not_finite_spoils_no_other():
+    step, buffers = make_step(MeshConfig(fsdp=1))
+    batch = with_parts(0)
+    weights = batch.loss_weights.copy()
+    weights[3, 5] = np.inf
+    _, metrics = step(fresh(step), step.to_device(batch.replace(loss_weights=weights), ROWS), buffers)
+    loss = np.asarray(metrics["loss_by_part"])
+    assert not metrics["ok"] and np.isnan(loss[1])
+    np.testing.assert_allclose(loss[[0, 2]], np.asarray(oracle()[0])[[0, 2]], rtol=1e-6)
 
 
 def test_theta_compiles_nothing_again():

@@ -47,12 +47,16 @@ def check_length(what: str, length: int, layout: SequenceLayout, ring_size: int)
 def arrange(tree: Any, layout: SequenceLayout, ring_size: int) -> Any:
     """Arrays `[B, T, ...]` in row order, host or device, rearranged so that part i of a plain split along T is device i's.
 
+    Arrays `[B]`, which say something about whole rows, stay as they are.
+
     contiguous: tokens in order. zigzag: of 2n chunks, device i gets chunks i and 2n - 1 - i, so that under a causal mask all
     devices have the same work. striped: device i gets tokens i, i + n, ... (arXiv 2311.09431). Uses reshape and flip: a gather
     would become a serial loop on a TPU. Shift labels first.
     """
 
     def one(x: Any) -> Any:
+        if x.ndim == 1:
+            return x
         B, T, *rest = x.shape
         check_length("a row's length", T, layout, ring_size)
         if layout == "zigzag":

@@ -14,7 +14,7 @@ import os
 import pathlib
 import sysconfig
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import IO
 
 from lcx.core.configs import nearest
@@ -26,23 +26,39 @@ _TESTS = {"test", "tests", "idle_test"}
 _FOREIGN = {"site-packages", "dist-packages", "__pycache__"}
 
 
-def read(config: SourceConfig) -> Iterator[tuple[str, bytes]]:
+Refuse = Callable[[str, str, str], None]
+"""Called with the name of what cannot be read, the reason in a word or two, and a sentence for the user."""
+
+
+def stop(name: str, reason: str, sentence: str) -> None:
+    """The `Refuse` that ends the reading: raises `UserError` with the sentence."""
+    raise UserError(sentence)
+
+
+def read(config: SourceConfig, refuse: Refuse = stop) -> Iterator[tuple[str, bytes]]:
     """The documents of a source, without empty ones, up to `config.limit_bytes` of text.
 
-    Raises `UserError` if nothing is found, a file cannot be read, or a field is missing.
+    Raises `UserError` if nothing is found. What cannot be read (a file, a line, a row) is passed to `refuse`; unless that raises,
+    as it does by default, reading goes on behind it.
     """
     readers = {"stdlib": _stdlib, "text": _text, "jsonl": _jsonl, "parquet": _parquet, "tfds": _tfds, "chat": _chat}
     if config.kind not in readers:
         raise UserError(f"source.kind={config.kind!r} holds tokens, not text; use one of {', '.join(readers)}")
-    taken = 0
-    for name, text in readers[config.kind](config):
+    taken, refused = 0, False
+
+    def noting(name: str, reason: str, sentence: str) -> None:
+        nonlocal refused
+        refused = True
+        refuse(name, reason, sentence)
+
+    for name, text in readers[config.kind](config, noting):
         if not text:
             continue
         yield name, text
         taken += len(text)
         if config.limit_bytes is not None and taken >= config.limit_bytes:
             return
-    if not taken:
+    if not taken and not refused:
         raise UserError(f"source {describe(config)} has no text; give files that are not empty")
 
 
@@ -69,7 +85,7 @@ def files(config: SourceConfig) -> list[pathlib.Path]:
     return sorted(found)
 
 
-def _stdlib(config: SourceConfig) -> Iterator[tuple[str, bytes]]:
+def _stdlib(config: SourceConfig, refuse: Refuse) -> Iterator[tuple[str, bytes]]:
     """Each top-level module as one document, and each package as one document of its files in path order (like a repository)."""
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
     skip = _FOREIGN if config.include_tests else _FOREIGN | _TESTS
@@ -87,67 +103,79 @@ def _stdlib(config: SourceConfig) -> Iterator[tuple[str, bytes]]:
         yield name, b"\n".join(path.read_bytes() for path in sorted(documents[name]))
 
 
-def _text(config: SourceConfig) -> Iterator[tuple[str, bytes]]:
+def _text(config: SourceConfig, refuse: Refuse) -> Iterator[tuple[str, bytes]]:
     for path in files(config):
-        text = _bytes(path)
+        try:
+            with opened(path) as file:
+                text = file.read()
+        except UserError as error:
+            refuse(str(path), "unreadable_file", str(error))
+            continue
         if b"\0" in text:
-            raise UserError(f"{path} is not text (it contains zero bytes); exclude it from source.path")
-        yield str(path), text
+            refuse(str(path), "zero_bytes", f"{path} is not text (it contains zero bytes); exclude it from source.path")
+        else:
+            yield str(path), text
 
 
-def _jsonl(config: SourceConfig) -> Iterator[tuple[str, bytes]]:
-    for name, row in _rows(config, config.field, "text"):
-        if not isinstance(row[config.field], str):
-            raise UserError(f"{name} has {row[config.field]!r:.60} under source.field={config.field!r}; expected text")
-        yield name, row[config.field].encode("utf-8", "surrogatepass")
+def _jsonl(config: SourceConfig, refuse: Refuse) -> Iterator[tuple[str, bytes]]:
+    for name, row in _rows(config, config.field, "text", refuse):
+        if isinstance(row[config.field], str):
+            yield name, row[config.field].encode("utf-8", "surrogatepass")
+        else:
+            refuse(name, "not_text", f"{name} has {row[config.field]!r:.60} under source.field={config.field!r}; expected text")
 
 
-def _chat(config: SourceConfig) -> Iterator[tuple[str, bytes]]:
+def _chat(config: SourceConfig, refuse: Refuse) -> Iterator[tuple[str, bytes]]:
     # The default is the key of plain text, which never holds a conversation.
     field = "messages" if config.field == "text" else config.field
-    for name, row in _rows(config, field, "messages"):
+    for name, row in _rows(config, field, "messages", refuse):
         chat = {"messages": row[field], "tools": row.get("tools")}
         yield name, json.dumps(chat, sort_keys=True, ensure_ascii=False).encode("utf-8", "replace")
 
 
-def _rows(config: SourceConfig, field: str, what: str) -> Iterator[tuple[str, dict]]:
+def _rows(config: SourceConfig, field: str, what: str, refuse: Refuse) -> Iterator[tuple[str, dict]]:
     """The objects of JSONL files, named `file:line`, each with a value under `field`."""
     for path in files(config):
-        for number, line in enumerate(_lines(path), 1):
+        for number, line in enumerate(_lines(path, refuse), 1):
             if not line.strip():
                 continue
+            name = f"{path}:{number}"
             try:
                 row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}:{number} is not valid JSON: {error}") from error
+            except (ValueError, RecursionError) as error:
+                refuse(name, "broken_line", f"{name} is not valid JSON: {error}")
+                continue
             if not isinstance(row, dict):
-                raise UserError(f"{path}:{number} is not a JSON object; expected lines such as {{{field!r}: ...}}")
-            if field not in row:
-                raise UserError(f"{path}:{number} has no {what} under source.field={field!r}{nearest(field, row)}")
-            yield f"{path}:{number}", row
+                refuse(name, "not_an_object", f"{name} is not a JSON object; expected lines such as {{{field!r}: ...}}")
+            elif field not in row:
+                refuse(name, "no_field", f"{name} has no {what} under source.field={field!r}{nearest(field, row)}")
+            else:
+                yield name, row
 
 
-def _parquet(config: SourceConfig) -> Iterator[tuple[str, bytes]]:
+def _parquet(config: SourceConfig, refuse: Refuse) -> Iterator[tuple[str, bytes]]:
     try:
         import pyarrow.parquet as parquet
     except ImportError as error:
         raise UserError("source.kind='parquet' needs pyarrow; install the extra: pip install -e '.[hf]'") from error
     for path in files(config):
+        number = 0
         try:
             table = parquet.ParquetFile(path)
+            columns = table.schema_arrow.names
+            if config.field not in columns:
+                raise UserError(f"{path} has no column {config.field!r} (source.field){nearest(config.field, columns)}")
+            for piece in table.iter_batches(columns=[config.field]):
+                for value in piece.column(0).to_pylist():
+                    yield f"{path}:{number}", _as_bytes(value)
+                    number += 1
+        except UserError as error:
+            refuse(str(path), "no_field", str(error))
         except Exception as error:
-            raise UserError(f"{path} cannot be read as a Parquet file: {error}") from error
-        columns = table.schema_arrow.names
-        if config.field not in columns:
-            raise UserError(f"{path} has no column {config.field!r} (source.field){nearest(config.field, columns)}")
-        number = 0
-        for piece in table.iter_batches(columns=[config.field]):
-            for value in piece.column(0).to_pylist():
-                yield f"{path}:{number}", _as_bytes(value)
-                number += 1
+            refuse(str(path), "unreadable_file", f"{path} cannot be read as a Parquet file: {error}")
 
 
-def _tfds(config: SourceConfig) -> Iterator[tuple[str, bytes]]:
+def _tfds(config: SourceConfig, refuse: Refuse) -> Iterator[tuple[str, bytes]]:
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
@@ -178,19 +206,17 @@ def _as_bytes(value: object) -> bytes:
     return value if isinstance(value, bytes) else str(value).encode("utf-8", "surrogatepass")
 
 
-def _bytes(path: pathlib.Path) -> bytes:
-    with _opened(path) as file:
-        return file.read()
-
-
-def _lines(path: pathlib.Path) -> Iterator[bytes]:
-    with _opened(path) as file:
-        yield from file
+def _lines(path: pathlib.Path, refuse: Refuse) -> Iterator[bytes]:
+    try:
+        with opened(path) as file:
+            yield from file
+    except UserError as error:
+        refuse(str(path), "unreadable_file", str(error))
 
 
 @contextlib.contextmanager
-def _opened(path: pathlib.Path) -> Iterator[IO[bytes]]:
-    """A file for reading, decompressed if its name ends in .gz."""
+def opened(path: pathlib.Path) -> Iterator[IO[bytes]]:
+    """A file for reading, decompressed if its name ends in .gz; raises `UserError` if it cannot be read, now or in the body."""
     try:
         refuse_lfs_pointer(path)
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:

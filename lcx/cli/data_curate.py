@@ -1,0 +1,79 @@
+"""Filter and deduplicate sources of text into JSONL files that runs read. Rerun the same command to resume.
+
+lcx data curate --config=configs/data/long_mixture.py --config.sources.books.source.path='books/**/*.txt' --out=data/curated
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from lcx.cli import config_flags
+from lcx.core import configs
+from lcx.core.console import say, table
+from lcx.core.errors import UserError
+from lcx.data.curation.config import CurationConfig
+from lcx.data.curation.pipeline import REPORT, Progress, curate
+
+
+def define(values: flags.FlagValues) -> None:
+    """The command's flags."""
+    config_flags.define(values, workdir=False)
+    flags.DEFINE_string(
+        "out", None, "directory to write to: a folder of JSONL files per source, and report.json", flag_values=values
+    )
+    flags.DEFINE_integer("workers", None, "processes that judge documents (default: one per CPU)", flag_values=values)
+
+
+def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
+    """Curate the sources."""
+    config = configs.build(CurationConfig, config_flags.chosen(values, rest).to_dict(), "config")
+    if not values.out:
+        raise UserError("--out is missing; name the directory to write, such as --out=data/curated")
+    workers = len(os.sched_getaffinity(0)) if values.workers is None else values.workers
+    if workers < 1:
+        raise UserError(f"--workers={workers} must be at least 1")
+    found = curate(config, values.out, workers, _progress(time.perf_counter()))
+    for name, of in found["sources"].items():
+        _show(name, of)
+    if "evaluation" in found:
+        known = found["evaluation"]
+        short = f"{known['texts_too_short']:,} texts too short to find"
+        say(f"evaluation files: {known['texts']:,} texts, {known['ngrams']:,} n-grams; {short}")
+    say(f"report: {Path(values.out, REPORT)}")
+    say("to tokenise a source for training:")
+    for name, of in found["sources"].items():
+        if of["kept"]["documents"]:
+            pattern = str(Path(values.out, name, "*.jsonl"))
+            say(f"    lcx data prepare --kind=jsonl --path={pattern!r} --tokenizer=TOKENIZER --out={Path('data', name)}")
+
+
+def _show(name: str, of: dict[str, Any]) -> None:
+    """What became of one source."""
+    rows = [("read", f"{of['read']['documents']:,}", f"{of['read']['bytes']:,}", "")]
+    for stage, dropped in of["dropped"].items():
+        if dropped["documents"]:
+            reasons = ", ".join(f"{reason} {count:,}" for reason, count in dropped["reasons"].items())
+            rows.append((f"dropped by {stage}", f"{dropped['documents']:,}", f"{dropped['bytes']:,}", reasons))
+    rows.append(("kept", f"{of['kept']['documents']:,}", f"{of['kept']['bytes']:,}", ""))
+    table(name, (of["source"], "documents", "bytes", "reasons"), rows)
+
+
+def _progress(start: float) -> Callable[[Progress], None]:
+    """Says every few seconds how far it is."""
+    last = start
+
+    def report(progress: Progress) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        if now - last >= 5:
+            last = now
+            speed = progress.fresh_bytes / 1e6 / (now - start)
+            say(f"{progress.source}: {progress.shards} shards judged, {progress.bytes / 1e6:,.0f} MB, {speed:,.1f} MB/s")
+
+    return report
