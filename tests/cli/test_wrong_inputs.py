@@ -251,7 +251,7 @@ WRONG = {
     "import --source={tmp}/empty_llama --dtype=int8 --workdir={new}": "has no model.safetensors",
     "import {tmp}/lama": "unexpected argument '",
     "harness --checkpoint={run}": "--tasks is missing; name tasks of lm_eval",
-    "harness --tasks=niah_single_1": "--checkpoint is missing; name a run's workdir or a Hugging Face folder",
+    "harness --tasks=niah_single_1": "--checkpoint is missing; name a run's workdir, a Hugging Face folder or a GGUF file",
     "harness --checkpoint={run} --tasks=a --include={new}": "is not a folder; name one with YAML files of tasks",
     "harness --checkpoint={run} --tasks=a --lengths=64,long": "invalid value 'long' in --lengths",
     "harness --checkpoint={run} --tasks=a --lengths=64 --length=32": "--length=32 must be at least 64, the longest of --lengths",
