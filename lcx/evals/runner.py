@@ -9,13 +9,11 @@ import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-import jax
-
 from lcx.core import configs
 from lcx.core.configs import choice
 from lcx.core.console import Progress, say, warn
 from lcx.core.errors import UserError
-from lcx.core.trees import Tree
+from lcx.core.trees import Tree, num_elements
 from lcx.data.config import DataConfig, SourceConfig
 from lcx.data.sources import sources
 from lcx.data.tokenizers import tokenizers
@@ -112,7 +110,7 @@ def evaluate(
     )
     specs = ("none", *(spec for spec in config.zero_shot if spec != "none"))
     rows, notes = _measured(_tasks(materials), specs, backend, config, label, workdir, announce)
-    settings = {**_settings(config), "parameters": int(sum(x.size for x in jax.tree.leaves(params)))}
+    settings = {**_settings(config), "parameters": num_elements(params)}
     return _kept(EvalResult(label, trained, step, rows, time.perf_counter() - started, settings, notes), workdir)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -174,7 +175,7 @@ def evaluate_loaded(loaded: Loaded, evals: EvalConfig, label: str, workdir: Path
     if evals.evaluator is not None:
         chosen = models.load(evals.evaluator)
         judge = Evaluator(
-            lambda length: backend_of(chosen, length, tokens_per_forward=evals.tokens_per_forward),
+            functools.cache(lambda length: backend_of(chosen, length, tokens_per_forward=evals.tokens_per_forward)),
             tokenizers.load(chosen.run.data.tokenizer),
             evals.evaluator,
         )
