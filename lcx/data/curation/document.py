@@ -23,7 +23,6 @@ ENDS = frozenset(".!?…。！？।۔؟։።။។")
 _CLOSERS = "\"'”’»)]*_」』）"
 _BULLETS = frozenset("•-*‣●○■–")
 _SENTENCE = re.compile(rf"[{re.escape(''.join(sorted(ENDS)))}]+[{re.escape(_CLOSERS)}]*(?=\s|$)|[。！？]")
-_STEP = np.uint64(0x9E3779B97F4A7C15)
 _POLICIES = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
 
 
@@ -210,7 +209,7 @@ def repeated_chars(hashes: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     candidates: np.ndarray | None = None
     keys = hashes
     for n in range(2, 11):
-        keys = keys[:-1] * _STEP + hashes[n - 1 :]
+        keys = words.longer(keys, hashes, n)
         if not len(keys):
             break
         if candidates is None:

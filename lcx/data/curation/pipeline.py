@@ -130,12 +130,12 @@ class _Curation:
     def _read(self, name: str) -> Iterator[tuple[Shard, str]]:
         """A source in shards, each with a hash of its documents."""
         source = self._config.sources[name]
-        refused: list[Unreadable] = []
         found: list[tuple[str, bytes] | Unreadable] = []
         digest, size = hashlib.blake2b(digest_size=16), 0
 
         def refuse(where: str, reason: str, sentence: str) -> None:
-            refused.append(Unreadable(where, reason, sentence))
+            found.append(bad := Unreadable(where, reason, sentence))
+            digest.update(repr(bad).encode("utf-8", "replace"))
 
         def cut() -> tuple[Shard, str]:
             shard = Shard(
@@ -151,19 +151,12 @@ class _Curation:
             return shard, digest.hexdigest()
 
         for one in documents.read(source.source, refuse):
-            for bad in refused:
-                found.append(bad)
-                digest.update(repr(bad).encode("utf-8", "replace"))
-            refused.clear()
             found.append(one)
             digest.update(one[0].encode("utf-8", "replace") + len(one[1]).to_bytes(8, "little") + one[1])
             size += len(one[1])
             if size >= self._config.shard_bytes or len(found) >= SHARD_DOCUMENTS:
                 yield cut()
                 size = 0
-        found += refused
-        for bad in refused:
-            digest.update(repr(bad).encode("utf-8", "replace"))
         if found:
             yield cut()
 

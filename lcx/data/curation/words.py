@@ -98,9 +98,14 @@ def ngrams(hashes: np.ndarray, n: int) -> np.ndarray:
     if len(hashes) < n:
         return hashes[:0]
     found = hashes
-    for k in range(1, n):
-        found = found[:-1] * _MULTIPLIER + hashes[k:]
+    for size in range(2, n + 1):
+        found = longer(found, hashes, size)
     return found
+
+
+def longer(shorter: np.ndarray, hashes: np.ndarray, n: int) -> np.ndarray:
+    """Hashes uint64 `[K]` of the sequences of n words, from those of n − 1 words and of the words themselves."""
+    return shorter[:-1] * _MULTIPLIER + hashes[n - 1 :]
 
 
 def mix(keys: np.ndarray) -> np.ndarray:
