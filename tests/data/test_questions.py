@@ -89,8 +89,7 @@ def test_rows_are_exactly_as_long_as_asked_and_weigh_answers(skill, length):
 def test_facts_are_told_and_found_again():
     tokenizer, rows = rows_of("retrieval", 2048, facts=9)
     depths = []
-    for text in texts(tokenizer, rows):
-        context, pairs = asked(text)
+    for context, pairs in map(asked, texts(tokenizer, rows)):
         for question, answer in pairs:
             values = answer.strip().split(", ")
             places = [context.find(value) for value in values]
@@ -101,8 +100,7 @@ def test_facts_are_told_and_found_again():
 
 def test_looked_up_values_stand_in_the_line_of_their_key():
     tokenizer, rows = rows_of("lookup")
-    for text in texts(tokenizer, rows):
-        context, pairs = asked(text)
+    for context, pairs in map(asked, texts(tokenizer, rows)):
         for question, answer in pairs:
             lines = [line for line in context.split("\n") if answer.strip() in line]
             assert any(re.search(rf"\b{word}\b", line) for line in lines for word in re.findall(r"\w+", question) if len(word) > 4)
@@ -118,8 +116,7 @@ PASSED = (
 def test_chains_are_followed_to_their_end():
     tokenizer, rows = rows_of("tracking", 2048, facts=9, hops=2)
     seen = set()
-    for text in texts(tokenizer, rows):
-        context, pairs = asked(text)
+    for context, pairs in map(asked, texts(tokenizer, rows)):
         told = re.findall(TOLD, context)
         passed = re.findall(PASSED, context)
         holds = {}
@@ -143,8 +140,7 @@ def test_chains_are_followed_to_their_end():
 
 def test_counts_are_those_of_the_lines():
     tokenizer, rows = rows_of("counting")
-    for text in texts(tokenizer, rows):
-        context, pairs = asked(text)
+    for context, pairs in map(asked, texts(tokenizer, rows)):
         lines = re.findall(r"^(\w+) (borrowed|sold|repaired|planted) a (\w+) \w+\.$", context, re.M)
         for question, answer in pairs:
             who = next((name for name in words.NAMES if f"by {name}?" in question), None)
@@ -159,8 +155,7 @@ def test_answers_depend_on_what_stands_far_back(skill):
     """The words of the question stand all over the context, or answers could be had from its end."""
     tokenizer, rows = rows_of(skill, 8192, 40)
     places = []
-    for text in texts(tokenizer, rows):
-        context, pairs = asked(text)
+    for context, pairs in map(asked, texts(tokenizer, rows)):
         for question, _ in pairs:
             named = [word for word in re.findall(r"[\w-]{5,}", question) if re.match("|".join(words.ONSETS), word)]
             if skill == "copying":
@@ -174,8 +169,7 @@ def test_answers_depend_on_what_stands_far_back(skill):
 
 def test_states_are_the_last_and_the_one_before():
     tokenizer, rows = rows_of("state", 2048)
-    for text in texts(tokenizer, rows):
-        context, pairs = asked(text)
+    for context, pairs in map(asked, texts(tokenizer, rows)):
         moves = re.findall(r"carried the (\w+) to the (\w+)\.|^(\w+): shipped to (\w+) by|\] mv (\w+) (\w+)/", context, re.M)
         history = {}
         for move in moves:
@@ -190,8 +184,7 @@ def test_states_are_the_last_and_the_one_before():
 
 def test_the_mark_of_an_example_follows_from_the_others():
     tokenizer, rows = rows_of("learning", 2048)
-    for text in texts(tokenizer, rows):
-        context, pairs = asked(text)
+    for context, pairs in map(asked, texts(tokenizer, rows)):
         shown = re.findall(r"^(?:in: )?(\w+ \w+ \w+ \w+) (?:=> |\[|out: )(\w+)\]?$", context, re.M)
         by_word = {}
         for example, label in shown:
@@ -205,8 +198,7 @@ def test_the_mark_of_an_example_follows_from_the_others():
 
 def test_quotations_go_on_as_the_text_does():
     tokenizer, rows = rows_of("copying", 4096)
-    for text in texts(tokenizer, rows):
-        context, pairs = asked(text)
+    for context, pairs in map(asked, texts(tokenizer, rows)):
         for question, answer in pairs:
             quote = re.split(r"text does: |that reads: |quotation: ", question)[1]
             assert context.count(quote + answer) == 1 and context.count(quote) == 1
