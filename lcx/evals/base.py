@@ -8,12 +8,13 @@ from __future__ import annotations
 import abc
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
 from lcx.core.configs import choice
+from lcx.core.console import warn
 from lcx.core.errors import UserError
 from lcx.data.config import DataConfig, PartConfig, SourceConfig
 from lcx.data.sources.sources import Subset
@@ -48,6 +49,12 @@ class Scores(NamedTuple):
 
     nll: np.ndarray
     correct: np.ndarray
+
+
+def warn_left_out(task: str, lengths: Iterable[int]) -> None:
+    """Says that a task is not asked at some lengths."""
+    named = " and ".join(f"{length:,}" for length in lengths)
+    warn(f"{task} is left out at {named}, which its shortest question does not fit into with this tokenizer")
 
 
 def digest(*arrays: np.ndarray) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from lcx.core import configs
 from lcx.core.configs import choice
-from lcx.core.console import Progress, say, warn
+from lcx.core.console import Progress, say
 from lcx.core.errors import UserError
 from lcx.core.trees import Tree, num_elements
 from lcx.data.config import DataConfig, SourceConfig
@@ -21,7 +21,7 @@ from lcx.evals import results
 from lcx.evals.answers import AnswerLog
 from lcx.evals.backends.endpoint import EndpointBackend
 from lcx.evals.backends.local import LocalBackend
-from lcx.evals.base import Backend, Evaluator, Materials, Task
+from lcx.evals.base import Backend, Evaluator, Materials, Task, warn_left_out
 from lcx.evals.config import EndpointConfig, EvalConfig
 from lcx.evals.readers.files import FileQuestions
 from lcx.evals.results import EvalResult, Measurement, perplexity
@@ -160,8 +160,7 @@ def _tasks(materials: Materials) -> list[tuple[Task, list[int]]]:
             raise refused[max(refused)]
         found.append((task, fitting))
         if refused:
-            lengths = " and ".join(f"{length:,}" for length in refused)
-            warn(f"{task.name} is left out at {lengths}, which its shortest question does not fit into with this tokenizer")
+            warn_left_out(task.name, refused)
     return found
 
 

@@ -20,7 +20,7 @@ from lcx.core.errors import UserError
 from lcx.core.extras import library
 from lcx.core.files import refuse_lfs_pointer
 from lcx.evals.answers import AnswerLog
-from lcx.evals.base import Backend, Item, Materials, Task, mean_score
+from lcx.evals.base import Backend, Item, Materials, Task, mean_score, warn_left_out
 from lcx.evals.results import Measurement
 from lcx.evals.text.asking import ask
 from lcx.evals.text.formats import BasePrompt, PromptFormat, Sample, choose
@@ -151,7 +151,7 @@ class FileQuestions(Task):
             try:
                 task.check(length)
             except UserError:
-                warn(f"{task.name} is left out at {length:,}, which its shortest question does not fit into with this tokenizer")
+                warn_left_out(task.name, [length])
                 continue
             rows += task.measure(backend, length, count, log)
         return rows
