@@ -256,6 +256,7 @@ WRONG = {
     "harness --checkpoint={run} --tasks=a --lengths=64,long": "invalid value 'long' in --lengths",
     "harness --checkpoint={run} --tasks=a --lengths=64 --length=32": "--length=32 must be at least 64, the longest of --lengths",
     "harness --checkpoint={run} --tasks=a --prompt_format=chat": "has no chat template",
+    "eval --checkpoint={run} --tasks=needles --evaluator={run}": "has nothing to judge: only long_perplexity has key tokens",
     "eval --checkpoint={tmp}/pickled": "pytorch_model.bin is a pickle",
     "export": "--checkpoint is missing; name a run's workdir",
     "export --checkpoint={run}": "--out is missing; name a new directory",
