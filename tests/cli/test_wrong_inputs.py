@@ -274,6 +274,11 @@ WRONG = {
     "diff {run}": "lcx diff takes two models but got 1; use lcx diff ONE OTHER",
     "diff {run} {tmp}/lama": "model_type='lama' is not an architecture",
     "train --config={config} --workdir={new} --config.init_from={tmp}/pickled": "pytorch_model.bin is a pickle",
+    # doremi
+    "doremi --config={config} --workdir={new} --stage=nope": "stage 'nope' is not in the config; its stages are base, longer",
+    "doremi --config={config} --workdir={new} --step_size=-1": "doremi.step_size=-1.0 must be above 0",
+    "doremi --config={config} --workdir={new} --smoothing=2": "doremi.smoothing=2.0 must be at least 0 and below 1",
+    "doremi --config={config} --workdir={new}": "stage base trains on text alone; DoReMi weighs two parts or more",
     # theta
     "theta --from=-1": "length=-1 must be at least",
     "theta --theta=-500": "theta=-500.0 must be a number above 1",
