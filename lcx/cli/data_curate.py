@@ -45,10 +45,14 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
         known = found["evaluation"]
         short = f"{known['texts_too_short']:,} texts too short to find"
         say(f"evaluation files: {known['texts']:,} texts, {known['ngrams']:,} n-grams; {short}")
+    for name, of in found.get("assembled", {}).items():
+        _show_assembled(name, of)
     say(f"report: {Path(values.out, REPORT)}")
     say("to tokenise a source for training:")
-    for name, of in found["sources"].items():
-        if of["kept"]["documents"]:
+    written = {name: of["kept"] for name, of in found["sources"].items()}
+    written |= {name: of["out"] for name, of in found.get("assembled", {}).items()}
+    for name, of in written.items():
+        if of["documents"]:
             pattern = str(Path(values.out, name, "*.jsonl"))
             say(f"    lcx data prepare --kind=jsonl --path={pattern!r} --tokenizer=TOKENIZER --out={Path('data', name)}")
 
@@ -62,6 +66,15 @@ def _show(name: str, of: dict[str, Any]) -> None:
             rows.append((f"dropped by {stage}", f"{dropped['documents']:,}", f"{dropped['bytes']:,}", reasons))
     rows.append(("kept", f"{of['kept']['documents']:,}", f"{of['kept']['bytes']:,}", ""))
     table(name, (of["source"], "documents", "bytes", "reasons"), rows)
+
+
+def _show_assembled(name: str, of: dict[str, Any]) -> None:
+    """What became of the documents that one assembled source was made of."""
+    lengths = {where: f"{found['median']:,.0f} {of['unit']} (median)" for where, found in of["lengths"].items()}
+    rows = [("taken", f"{of['in']['documents']:,}", f"{of['in']['bytes']:,}", lengths["before"])]
+    rows += [(f"left over: {why}", f"{left['documents']:,}", f"{left['bytes']:,}", "") for why, left in of["left_over"].items()]
+    rows.append(("assembled", f"{of['out']['documents']:,}", f"{of['out']['bytes']:,}", lengths["after"]))
+    table(name, (f"{of['method']} of {', '.join(of['sources'])}", "documents", "bytes", "length"), rows)
 
 
 def _progress(start: float) -> Callable[[Progress], None]:

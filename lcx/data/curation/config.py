@@ -13,6 +13,7 @@ from lcx.core import configs
 from lcx.core.configs import choice, positive
 from lcx.core.errors import UserError
 from lcx.data.config import SourceConfig
+from lcx.data.curation.assemble.settings import AssembleConfig
 from lcx.data.curation.filters import FILTERS
 from lcx.data.curation.settings import FilterSettings, GopherRepetitionSettings, MinHashSettings
 
@@ -66,7 +67,7 @@ class CurationConfig:
     white space and case stays), `minhash` (None: no near-duplicates are looked for). Those that judge a document by itself come
     first, so that a document which is dropped anyway never displaces another. Of duplicates the first stays: sources in `order`
     (empty: by name), documents of a source as they are read. A shard of the output holds what is left of at least `shard_bytes` of
-    text. `samples`: dropped documents to show for each stage in the report.
+    text. `samples`: dropped documents to show for each stage in the report. `assemble`: sources to make of the curated ones.
     """
 
     sources: dict[str, CuratedSource] = dataclasses.field(default_factory=dict)
@@ -76,15 +77,16 @@ class CurationConfig:
     minhash: MinHashSettings | None = MinHashSettings()
     shard_bytes: int = 1 << 22
     samples: int = 20
+    assemble: dict[str, AssembleConfig] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         positive("config", shard_bytes=self.shard_bytes)
         if not self.sources:
             raise UserError("config.sources is empty; name at least one source, as in configs/data/long_mixture.py")
-        for name in self.sources:
+        for where, name in [*(("sources", name) for name in self.sources), *(("assemble", name) for name in self.assemble)]:
             if not re.fullmatch(r"\w[\w.-]*", name) or name == "work":
                 raise UserError(
-                    f"config.sources has the name {name!r}, which becomes a folder; use letters, digits, '_' and '-', not 'work'"
+                    f"config.{where} has the name {name!r}, which becomes a folder; use letters, digits, '_' and '-', not 'work'"
                 )
         for name in self.order:
             choice("config.order", name, self.sources)
@@ -93,6 +95,20 @@ class CurationConfig:
             raise UserError(f"config.order={self.order} must name each source once ({', '.join(missing) or 'one is named twice'})")
         if self.samples < 0:
             raise UserError(f"config.samples={self.samples} must not be negative")
+        for name, assembly in self.assemble.items():
+            self._check_assembly(name, assembly)
+
+    def _check_assembly(self, name: str, config: AssembleConfig) -> None:
+        if name in self.sources:
+            raise UserError(f"config.assemble has the name {name!r}, which is a source already; use another name")
+        for source in config.sources:
+            choice(f"config.assemble.{name}.sources", source, self.sources)
+        for source in config.sources or self.sources:
+            if config.method == "repository" and (kind := self.sources[source].source.kind) != "text":
+                raise UserError(
+                    f"config.assemble.{name} puts files of repositories in order, but source {source!r} is of kind {kind!r}, whose "
+                    "documents have no paths; use a source of kind 'text'"
+                )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -132,10 +148,16 @@ def curated(preset: str = "web", **values: Any) -> ml_collections.ConfigDict:
     return configs.to_config_dict(configs.build(CuratedSource, merged, "sources.NAME"))
 
 
-def defaults(**sources: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Every field of a curation of these sources with its default, as a `ConfigDict`."""
+def defaults(
+    assemble: Mapping[str, Mapping[str, Any]] | None = None, **sources: ml_collections.ConfigDict
+) -> ml_collections.ConfigDict:
+    """Every field of a curation of these sources with its default, as a `ConfigDict`.
+
+    `assemble` holds the settings of assembled sources by name: `{"long": {"method": "nearest", "target": 65536}}`.
+    """
     built = {name: configs.build(CuratedSource, values, f"sources.{name}") for name, values in sources.items()}
-    return configs.to_config_dict(CurationConfig(sources=built))
+    made = {name: configs.build(AssembleConfig, values, f"assemble.{name}") for name, values in (assemble or {}).items()}
+    return configs.to_config_dict(CurationConfig(sources=built, assemble=made))
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

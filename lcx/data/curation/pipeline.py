@@ -1,4 +1,4 @@
-"""From sources to curated JSONL files: read, judge each document by itself, compare the rest, write what stays.
+"""From sources to curated JSONL files: read, judge each document by itself, compare the rest, write what stays, assemble.
 
 Layout of the folder: `curation.json` (whose folder it is), `SOURCE/00000.jsonl`, … (what stays), `report.json` (written last: where
 it is, all is done), and until then `work/`, where each judged shard is kept; a rerun after a kill takes shards from there. Bytes
@@ -27,6 +27,7 @@ from lcx.core.configs import plain
 from lcx.core.errors import UserError
 from lcx.core.files import opened_atomically, write_atomically
 from lcx.data.curation import contamination
+from lcx.data.curation.assemble.stage import assemble
 from lcx.data.curation.config import CurationConfig
 from lcx.data.curation.duplicates import first_come
 from lcx.data.curation.shard import Judged, Shard, Unreadable, judge
@@ -99,8 +100,11 @@ class _Curation:
             self._forbidden.save(self._forbidden_path)
         self._judge()
         duplicates = self._duplicates()
-        kept = self._write(duplicates)
-        write_atomically(self._folder / REPORT, _json(self._content(kept)))
+        content = self._content(self._write(duplicates))
+        if self._config.assemble:
+            config, work = self._config, self._folder / WORK
+            content["assembled"] = assemble(config.assemble, config.names, self._folder, work, self._workers, config.shard_bytes)
+        write_atomically(self._folder / REPORT, _json(content))
 
     def _judge(self) -> None:
         """Judge the shards that are not yet in `work/`, and count all of them."""
