@@ -463,7 +463,7 @@ from lcx.data.curation.config import curated, defaults
 
 def get_config():
     notes = curated("long", filters=(), source={{"kind": "text", "path": {path!r}}})
-    return defaults(notes=notes, assemble={{"long": {{"method": "concatenate", "target": 100}}}})
+    return defaults({{"assemble": {{"long": {{"method": "concatenate", "target": 100}}}}}}, notes=notes)
 """
 
 
