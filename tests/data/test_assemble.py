@@ -20,6 +20,7 @@ from lcx.data.curation.assemble import chunks, keywords, library, neighbours, pl
 from lcx.data.curation.assemble.methods import METHODS, placed_in
 from lcx.data.curation.assemble.settings import AssembleConfig, NearestSettings, NextLongSettings, QuestSettings, RepositorySettings
 from lcx.data.curation.config import CuratedSource, CurationConfig
+from lcx.data.curation.embed import EmbedConfig
 from lcx.data.curation.pipeline import curate
 
 
@@ -242,7 +243,8 @@ def test_the_table_and_the_settings_name_the_same_methods():
             lambda: AssembleConfig(quest=QuestSettings(3)),
             "assemble.quest has no effect with method='concatenate'; leave it out or set",
         ),
-        (lambda: AssembleConfig(embeddings="hashed"), "assemble.embeddings='hashed' has no effect with method='concatenate'"),
+        (lambda: AssembleConfig(embedding=EmbedConfig("hashed")), "assemble.embedding has no effect with method='concatenate'"),
+        (lambda: AssembleConfig("nextlong", embedding=EmbedConfig("vectors", "v.npz")), "'v.npz' has vectors of documents, but"),
         (lambda: AssembleConfig("nextlong", keep_short=True), "assemble.keep_short=True has no effect with method='nextlong'"),
         (lambda: NearestSettings(neighbours=0), "nearest.neighbours=0 must be above 0"),
         (lambda: NearestSettings(max_similarity=1.5), "nearest.max_similarity=1.5 must be a cosine above 0 and at most 1"),
@@ -300,8 +302,14 @@ def corpus(tmp_path_factory):
         assemble={
             "joined": AssembleConfig("concatenate", ("notes",), 2000, seed=1),
             "tokens": AssembleConfig("concatenate", ("notes",), 1500, "tokens", "bytes", keep_short=True),
-            "path": AssembleConfig("nearest", ("notes",), 1500),
-            "hard": AssembleConfig("nextlong", ("notes",), 3000, nextlong=NextLongSettings(chunk_chars=160, max_negatives=8)),
+            "path": AssembleConfig("nearest", ("notes",), 1500, embedding=EmbedConfig("hashed")),
+            "hard": AssembleConfig(
+                "nextlong",
+                ("notes",),
+                3000,
+                embedding=EmbedConfig("hashed"),
+                nextlong=NextLongSettings(chunk_chars=160, max_negatives=8),
+            ),
             "topics": AssembleConfig(
                 "quest", ("notes",), 1200, separator="\n\f\n", quest=QuestSettings(candidates=1, max_share=0.3)
             ),

@@ -24,10 +24,12 @@ import numpy as np
 from lcx.core.configs import plain
 from lcx.core.errors import UserError
 from lcx.core.files import opened_atomically, write_atomically
-from lcx.data.curation import contamination, scoring
-from lcx.data.curation.assemble.stage import assemble
+from lcx.data.curation import contamination, quality, scoring
+from lcx.data.curation.assemble.stage import Assembler
 from lcx.data.curation.config import CurationConfig
 from lcx.data.curation.duplicates import first_come
+from lcx.data.curation.embed import EmbedderFactory
+from lcx.data.curation.labels import AskFactory
 from lcx.data.curation.scores import Learner, Scorer, ScorerFactory, build_scorers
 from lcx.data.curation.shard import Shard, Unreadable, judge
 from lcx.data.curation.store import REPORT, WORK, Documents, Drop, Stored, claimed, to_json
@@ -35,8 +37,6 @@ from lcx.data.curation.tally import SAMPLE_CHARS, Tally
 from lcx.data.curation.workers import ordered
 from lcx.data.sources import documents
 
-SCORERS: dict[str, ScorerFactory] = {}
-"""Kinds of scores that need no model."""
 SHARD_DOCUMENTS = 1 << 14
 """Documents after which a shard ends, however small they are."""
 
@@ -58,24 +58,29 @@ def curate(
     workers: int = 1,
     report: Callable[[Progress], None] | None = None,
     scorers: Mapping[str, ScorerFactory] | None = None,
+    embedders: Mapping[str, EmbedderFactory] | None = None,
+    ask: AskFactory | None = None,
 ) -> dict[str, Any]:
     """Curate the sources into `out_dir` and return the content of its `report.json`.
 
-    `report` is called after every shard. `scorers`: kinds of scores beside those of this package. Raises `UserError` for a source
-    without documents, an evaluation file that cannot be read, a kind of score that is not known, a folder that holds something else
-    or is being written, sources that changed in between, and a disk that is full.
+    `report` is called after every shard. `scorers`: kinds of scores beside `quality`; `embedders`: that of `hidden`, which needs a
+    model; `ask`: asks an endpoint. Raises `UserError` for a source without documents, an evaluation file that cannot be read, a kind
+    of score or an embedding that is not there, a folder that holds something else or is being written, sources that changed in
+    between, and a disk that is full.
     """
     if workers < 1:
         raise UserError(f"workers={workers} must be at least 1")
     folder = pathlib.Path(out_dir).expanduser()
     patterns = config.decontaminate.paths
     forbidden = contamination.collect(patterns, config.decontaminate.ngram) if patterns else None
-    built = build_scorers(config.scores, SCORERS | dict(scorers or {}))
-    identity = _identity(config, forbidden, built)
+    others = dict(scorers or {})
+    built = build_scorers(config.scores, {"quality": quality.factory(others, embedders or {}, ask), **others})
+    assembler = Assembler(config.assemble, embedders or {})
+    identity = _identity(config, forbidden, built, assembler)
     try:
         with claimed(folder, identity):
             if not (folder / REPORT).exists():
-                _Curation(config, folder, forbidden, built, workers, report or (lambda progress: None)).run()
+                _Curation(config, folder, forbidden, built, assembler, workers, report or (lambda progress: None)).run()
             shutil.rmtree(folder / WORK, ignore_errors=True)
             return json.loads((folder / REPORT).read_bytes())
     except OSError as error:
@@ -93,11 +98,12 @@ class _Curation:
         folder: pathlib.Path,
         forbidden: contamination.Forbidden | None,
         scorers: Mapping[str, Scorer | Learner],
+        assembler: Assembler,
         workers: int,
         report: Callable[[Progress], None],
     ) -> None:
         self._config, self._folder, self._workers, self._report = config, folder, workers, report
-        self._forbidden, self._scorers = forbidden, scorers
+        self._forbidden, self._scorers, self._assembler = forbidden, scorers, assembler
         self._forbidden_path = folder / WORK / "forbidden.npz"
         self._tallies = {name: Tally(config.samples) for name in config.names}
         self._shards: list[Stored] = []
@@ -116,8 +122,8 @@ class _Curation:
         left.left[list(found)] = False
         content = self._content(self._write(left, drops | found, scored), scored)
         if self._config.assemble:
-            config, work = self._config, self._folder / WORK
-            content["assembled"] = assemble(config.assemble, config.names, self._folder, work, self._workers, config.shard_bytes)
+            shard = self._config.shard_bytes
+            content["assembled"] = self._assembler.run(self._config.names, self._folder, self._folder / WORK, self._workers, shard)
         write_atomically(self._folder / REPORT, to_json(content))
 
     def _judge(self) -> None:
@@ -257,13 +263,24 @@ class _Curation:
 
 
 def _identity(
-    config: CurationConfig, forbidden: contamination.Forbidden | None, scorers: Mapping[str, Scorer | Learner]
+    config: CurationConfig,
+    forbidden: contamination.Forbidden | None,
+    scorers: Mapping[str, Scorer | Learner],
+    assembler: Assembler,
 ) -> dict[str, Any]:
-    """What the bytes of the folder depend on; that of a curation without scores is what it was before there were any."""
+    """What the bytes of the folder depend on; that of a curation without scores and assembly is what it was before they existed."""
     found = {"format": 1, **plain(config), "forbidden": forbidden.fingerprint if forbidden else None}
-    if scorers:
-        return found | {"scorers": {name: scorer.fingerprint for name, scorer in scorers.items()}}
-    del found["scores"]
     for source in found["sources"].values():
-        del source["keep"]
+        # Joins conversations, which are not curated.
+        del source["source"]["join"]
+    if scorers:
+        found["scorers"] = {name: scorer.fingerprint for name, scorer in scorers.items()}
+    else:
+        del found["scores"]
+        for source in found["sources"].values():
+            del source["keep"]
+    if config.assemble:
+        found["assembled_with"] = assembler.fingerprints
+    else:
+        del found["assemble"]
     return found

@@ -63,7 +63,8 @@ def prepare(
         "fingerprint": encoder.fingerprint,
         "vocab_size": encoder.vocab_size,
         "dtype": np.min_scalar_type(encoder.vocab_size - 1).name,
-        "source": plain(source),
+        # Conversations, which alone can be joined, are not prepared.
+        "source": {key: value for key, value in plain(source).items() if key != "join"},
         "shard_tokens": shard_tokens,
     }
     try:

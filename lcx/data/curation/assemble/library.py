@@ -19,8 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from lcx.core.errors import UserError
 from lcx.core.files import opened_atomically, write_atomically
 from lcx.data.curation.assemble import chunks, keywords, repository
+from lcx.data.curation.embed import Embedder, fitted
 from lcx.data.curation.workers import ordered
 
 BLOCK_BYTES, BLOCK_SPANS = 1 << 22, 1 << 12
@@ -72,20 +74,8 @@ def _tokenizer(name: str):
     return tokenizers.load(name)
 
 
-def _vectors(texts: Texts, embedder: str) -> np.ndarray:
-    return _embedder(embedder)([text.decode() for text in texts])
-
-
-@functools.lru_cache(maxsize=1)
-def _embedder(name: str):
-    from lcx.data.curation import embed
-
-    return embed.load(name)
-
-
 JOBS: dict[str, Callable[[Texts, Any], Any]] = {
     "tokens": _tokens,
-    "vectors": _vectors,
     "words": lambda texts, setting: [keywords.prominent(text.decode()) for text in texts],
     "chunks": lambda texts, most: [chunks.ends(text.decode(), most) for text in texts],
     "references": lambda texts, paths: [
@@ -136,19 +126,54 @@ class Library:
         spans = np.arange(len(self)), np.zeros(len(self), np.int64), self.sizes
         return list(itertools.chain.from_iterable(self.run(name, setting, *spans)))
 
-    def array(self, name: str, setting: str, document: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
-        """As `run`, for arrays with a row for each span, concatenated; blocks are kept in `work/`, for whoever asks again."""
+    def tokens(self, tokenizer: str, document: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
+        """How many tokens each span has, int64 `[S]`."""
+        folder, blocks = self._kept("tokens", tokenizer, document, start, end)
+        missing = [i for i, path in enumerate(blocks) if not (folder / path[0]).exists()]
+        jobs = (self.job("tokens", tokenizer, document[blocks[i][1]], start[blocks[i][1]], end[blocks[i][1]]) for i in missing)
+        for i, found in zip(missing, ordered(perform, jobs, self._workers if len(missing) > 1 else 1), strict=True):
+            _save(folder / blocks[i][0], found)
+        return np.concatenate([np.load(folder / path) for path, _ in blocks])
+
+    def vectors(self, embedder: Embedder, document: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
+        """A vector for each span, float32 `[S, E]`, by an embedder that is fitted to all of them if it is one that fits.
+
+        Computed in this process: tokenizers have threads of their own, and a model may be in use. Raises `UserError` for a document
+        without a vector.
+        """
+        folder, blocks = self._kept("vectors", embedder.fingerprint, document, start, end)
+        fit: Embedder | None = None
+        for path, block in blocks:
+            if (folder / path).exists():
+                continue
+            if fit is None:
+                fit = fitted(embedder, self._decoded(document, start, end))
+            names = [self.names[number] for number in document[block].tolist()]
+            found = fit(list(self._decoded(document[block], start[block], end[block])), names)
+            if np.isnan(found).any():
+                name = names[int(np.flatnonzero(np.isnan(found).any(1))[0])]
+                raise UserError(f"embedding {embedder.kind!r} has no vector for {name}; add it, or leave the document out")
+            _save(folder / path, found)
+        return np.concatenate([np.load(folder / path) for path, _ in blocks])
+
+    def _decoded(self, document: np.ndarray, start: np.ndarray, end: np.ndarray) -> Iterator[str]:
+        for text in texts(self.job("", None, document, start, end)):
+            yield text.decode()
+
+    def _kept(
+        self, name: str, setting: str, document: np.ndarray, start: np.ndarray, end: np.ndarray
+    ) -> tuple[pathlib.Path, list[tuple[str, slice]]]:
+        """Where results for spans are kept, for whoever asks again: a folder, and the file and the spans of each block."""
         digest = hashlib.blake2b(repr((self.sources, setting)).encode(), digest_size=8)
         for column in (document, start, end):
             digest.update(np.ascontiguousarray(column, np.int64).tobytes())
-        folder = self._work / name / digest.hexdigest()
-        blocks = list(_blocks(end - start))
-        missing = [i for i in range(len(blocks)) if not (folder / f"{i:05d}.npy").exists()]
-        jobs = (self.job(name, setting, document[blocks[i]], start[blocks[i]], end[blocks[i]]) for i in missing)
-        for i, found in zip(missing, ordered(perform, jobs, self._workers if len(missing) > 1 else 1), strict=True):
-            with opened_atomically(folder / f"{i:05d}.npy") as file:
-                np.save(file, found)
-        return np.concatenate([np.load(folder / f"{i:05d}.npy") for i in range(len(blocks))])
+        blocks = [(f"{i:05d}.npy", block) for i, block in enumerate(_blocks(end - start))]
+        return self._work / name / digest.hexdigest(), blocks
+
+
+def _save(path: pathlib.Path, found: np.ndarray) -> None:
+    with opened_atomically(path) as file:
+        np.save(file, found)
 
 
 def _blocks(sizes: np.ndarray) -> Iterator[slice]:

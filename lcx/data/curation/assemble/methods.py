@@ -16,14 +16,19 @@ from lcx.data.curation.assemble.chunks import Chunks, Pool
 from lcx.data.curation.assemble.library import Library
 from lcx.data.curation.assemble.plan import Builder, Plan, Span
 from lcx.data.curation.assemble.settings import AssembleConfig, Method
+from lcx.data.curation.embed import Embedder
 
 
 class Given(NamedTuple):
-    """What a method works on; `gap` is the length of the separator in the unit of the target."""
+    """What a method works on; `gap` is the length of the separator in the unit of the target.
+
+    `embedder` is there for methods that compare vectors.
+    """
 
     library: Library
     config: AssembleConfig
     gap: int
+    embedder: Embedder | None = None
 
     @property
     def rng(self) -> np.random.Generator:
@@ -39,13 +44,12 @@ class Given(NamedTuple):
         """Lengths int64 of spans in the unit of the target."""
         if self.config.tokenizer is None or not len(document):
             return end - start
-        return self.library.array("tokens", self.config.tokenizer, document, start, end)
+        return self.library.tokens(self.config.tokenizer, document, start, end)
 
     def vectors(self, document: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
         """Normalised vectors float32 of the texts of spans."""
-        if not len(document):
-            return np.zeros((0, 1), np.float32)
-        return self.library.array("vectors", self.config.embeddings, document, start, end)
+        assert self.embedder is not None
+        return self.library.vectors(self.embedder, document, start, end) if len(document) else np.zeros((0, 1), np.float32)
 
     def joined(self, groups: list[list[int]], reasons: dict[int, str]) -> Plan:
         """The plan that concatenates the documents of each group in their order, and starts anew with each group."""

@@ -1,7 +1,4 @@
-"""Settings of assembly: which curated documents become longer ones, how, and how long.
-
-This file imports nothing heavy, because every worker process starts with it.
-"""
+"""Settings of assembly: which curated documents become longer ones, how, and how long."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ from typing import Literal
 
 from lcx.core.configs import choice, positive
 from lcx.core.errors import UserError
+from lcx.data.curation.embed import EmbedConfig
 
 Method = Literal["concatenate", "nearest", "nextlong", "quest", "repository"]
 METHODS: tuple[Method, ...] = ("concatenate", "nearest", "nextlong", "quest", "repository")
@@ -99,8 +97,8 @@ class AssembleConfig:
     keyword, arXiv:2405.19846), `repository` (files behind those that they import). `sources`: the curated sources (empty: all).
     A document ends with the part that brings it to `target` `unit`s, `bytes` or `tokens` of `tokenizer`, which are counted part by
     part. What is left when parts run out is shorter, and dropped unless `keep_short`. Parts are separated by `separator`.
-    `embeddings`: what makes vectors of texts, for `nearest` and `nextlong` (`lcx.data.curation.embed`). The settings of a method
-    are under its name; those of another one are refused, as they would have no effect.
+    `embedding`: the vectors by which `nearest` and `nextlong` compare texts. The settings of a method are under its name; those of
+    another one are refused, as they would have no effect.
     """
 
     method: Method = "concatenate"
@@ -111,7 +109,7 @@ class AssembleConfig:
     separator: str = "\n\n"
     keep_short: bool = False
     seed: int = 0
-    embeddings: str = "auto"
+    embedding: EmbedConfig = EmbedConfig()
     nearest: NearestSettings = NearestSettings()
     nextlong: NextLongSettings = NextLongSettings()
     quest: QuestSettings = QuestSettings()
@@ -138,10 +136,14 @@ class AssembleConfig:
             raise UserError(
                 "assemble.keep_short=True has no effect with method='nextlong', which writes full documents; leave it out"
             )
-        if self.embeddings != "auto" and not self.embeds:
+        if self.embedding != EmbedConfig() and not self.embeds:
             raise UserError(
-                f"assemble.embeddings={self.embeddings!r} has no effect with method={self.method!r}; leave it out, or use "
-                "'nearest' or 'nextlong'"
+                f"assemble.embedding has no effect with method={self.method!r}; leave it out, or use 'nearest' or 'nextlong'"
+            )
+        if self.method == "nextlong" and (self.embedding.kind == "vectors" or self.embedding.path.endswith((".npy", ".npz"))):
+            raise UserError(
+                f"assemble.embedding.path={self.embedding.path!r} has vectors of documents, but method='nextlong' compares chunks; "
+                "use another kind of embedding"
             )
 
     @property

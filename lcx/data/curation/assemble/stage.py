@@ -22,36 +22,44 @@ from lcx.data.curation.assemble.library import Job, Library, texts
 from lcx.data.curation.assemble.methods import METHODS, Given
 from lcx.data.curation.assemble.plan import Plan
 from lcx.data.curation.assemble.settings import AssembleConfig
+from lcx.data.curation.embed import EmbedderFactory, build_embedder
 from lcx.data.curation.rows import row
 from lcx.data.curation.workers import ordered
 
 QUANTILES = {"min": 0.0, "median": 0.5, "max": 1.0}
 
 
-def assemble(
-    configs: Mapping[str, AssembleConfig],
-    sources: tuple[str, ...],
-    folder: pathlib.Path,
-    work: pathlib.Path,
-    workers: int,
-    shard: int,
-) -> dict[str, Any]:
-    """Write every assembled source of at least `shard` bytes a file into `folder`, and return what the report says of each.
+class Assembler:
+    """The assemblies of a curation, with what makes their vectors; `fingerprints` change with that.
 
-    `sources` are the curated ones, for assemblies that name none. Raises `UserError` for embeddings or a tokenizer that cannot be
-    had.
+    `factories` has embedders that need a model. Raises `UserError` for an embedding that cannot be had.
     """
-    found = {}
-    for name, config in configs.items():
-        library = Library(folder, config.sources or sources, work, workers)
-        given = Given(library, config, _gap(config))
-        path = work / ".assemble" / "plans" / f"{name}.npz"
-        if not path.exists():
-            METHODS[config.method](given).save(path)
-        plan = plans.load(path)
-        _write(name, config, library, plan, folder / name, workers, shard)
-        found[name] = _summary(given, plan)
-    return found
+
+    def __init__(self, configs: Mapping[str, AssembleConfig], factories: Mapping[str, EmbedderFactory]) -> None:
+        self._configs = configs
+        self._embedders = {name: build_embedder(one.embedding, factories) for name, one in configs.items() if one.embeds}
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """That of each embedder, by the name of the assembly."""
+        return {name: embedder.fingerprint for name, embedder in self._embedders.items()}
+
+    def run(self, sources: tuple[str, ...], folder: pathlib.Path, work: pathlib.Path, workers: int, shard: int) -> dict[str, Any]:
+        """Write every assembled source, at least `shard` bytes a file, into `folder`, and return what the report says of each.
+
+        `sources` are the curated ones, for assemblies that name none. Raises `UserError` for a tokenizer that cannot be read.
+        """
+        found = {}
+        for name, config in self._configs.items():
+            library = Library(folder, config.sources or sources, work, workers)
+            given = Given(library, config, _gap(config), self._embedders.get(name))
+            path = work / ".assemble" / "plans" / f"{name}.npz"
+            if not path.exists():
+                METHODS[config.method](given).save(path)
+            plan = plans.load(path)
+            _write(name, config, library, plan, folder / name, workers, shard)
+            found[name] = _summary(given, plan)
+        return found
 
 
 def _gap(config: AssembleConfig) -> int:
