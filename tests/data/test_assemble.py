@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import os
 import pickle
 import re
 import signal
@@ -279,7 +280,8 @@ def corpus(tmp_path_factory):
     for i in range(48):
         topic = TOPICS[i % 4]
         lines = [
-            f"{topic} " + " ".join(rng.choice(WORDS, 7)) + (" é語" if i % 5 == 0 else "") for _ in range(int(rng.integers(4, 16)))
+            f"{topic} {topic} {topic} " + " ".join(rng.choice(WORDS, 7)) + (" é語" if i % 5 == 0 else "")
+            for _ in range(int(rng.integers(4, 16)))
         ]
         (folder / f"note{i:02d}.txt").write_text("\n".join(lines))
     for name in ("one", "two"):
@@ -300,7 +302,7 @@ def corpus(tmp_path_factory):
         minhash=None,
         shard_bytes=4_000,
         assemble={
-            "joined": AssembleConfig("concatenate", ("notes",), 2000, seed=1),
+            "joined": AssembleConfig("concatenate", ("notes",), 9000, seed=1),
             "tokens": AssembleConfig("concatenate", ("notes",), 1500, "tokens", "bytes", keep_short=True),
             "path": AssembleConfig("nearest", ("notes",), 1500, embedding=EmbedConfig("hashed")),
             "hard": AssembleConfig(
@@ -440,19 +442,42 @@ def test_killed_while_assembling_it_ends_with_the_same_bytes(corpus, finished, t
     (tmp_path / "slow.py").write_text(SLOW)
     out = tmp_path / "out"
     command = [sys.executable, str(tmp_path / "slow.py"), str(tmp_path / "config.pickle"), str(out)]
-    for wanted in ("vectors/", "hard/00001"):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        while line := process.stdout.readline():
-            if re.search(wanted, line):
-                break
-        assert line
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert not (out / "report.json").exists()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert any(line.endswith("hard/00001.jsonl\n") for line in iter(process.stdout.readline, ""))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL and not (out / "report.json").exists()
     kept = {path: path.stat().st_mtime_ns for path in (out / "hard").glob("*.jsonl")}
     assert curate(corpus, out) == finished[1]
     assert contents(out) == contents(finished[0])
-    assert kept and all(path.stat().st_mtime_ns == time for path, time in kept.items())
+    assert len(kept) >= 2 and all(path.stat().st_mtime_ns == time for path, time in kept.items())
+
+
+def test_interrupted_at_any_file_it_ends_with_the_same_bytes(corpus, finished, tmp_path, monkeypatch):
+    replace, out, reached = os.replace, tmp_path / "out", []
+    for wanted in (
+        "texts/notes.txt",
+        "texts/notes.json",
+        "tokens/",
+        "vectors/",
+        "plans/path",
+        "path/00000",
+        "plans/hard",
+        "report",
+    ):
+
+        def stop(source, target, wanted=wanted):
+            if wanted in str(target):
+                reached.append(wanted)
+                raise KeyboardInterrupt
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", stop)
+        with pytest.raises(KeyboardInterrupt):
+            curate(corpus, out)
+    monkeypatch.setattr(os, "replace", replace)
+    assert len(reached) == 8 and curate(corpus, out) == finished[1]
+    assert contents(out) == contents(finished[0])
 
 
 def test_nothing_to_assemble_is_no_error(tmp_path):

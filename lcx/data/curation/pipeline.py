@@ -64,9 +64,9 @@ def curate(
     """Curate the sources into `out_dir` and return the content of its `report.json`.
 
     `report` is called after every shard. `scorers`: kinds of scores beside `quality`; `embedders`: that of `hidden`, which needs a
-    model; `ask`: asks an endpoint. Raises `UserError` for a source without documents, an evaluation file that cannot be read, a kind
-    of score or an embedding that is not there, a folder that holds something else or is being written, sources that changed in
-    between, and a disk that is full.
+    model; `ask`: asks an endpoint. Raises `UserError` for a source without documents, an evaluation file that cannot be read, a
+    kind of score or an embedding that is not there, a folder that holds something else or is being written, sources that changed
+    in between, and a disk that is full.
     """
     if workers < 1:
         raise UserError(f"workers={workers} must be at least 1")
