@@ -52,8 +52,9 @@ class SourceConfig:
     `path`: one or several glob patterns; for `tfds` the dataset's name, for `array_record` the folder.
     `field`: the key, column or feature that holds the text (for `chat` the messages, `messages` by default).
     `split`: split of a `tfds` dataset. `data_dir`: where `tfds` looks for it. `include_tests`: also read the test packages of the
-    standard library. `append_eos`: end each document with the tokenizer's end-of-sequence token. `limit_bytes`: stop reading
-    documents once this much text has been read (None: read all). `join`: short conversations of a `chat` become long ones.
+    standard library. `append_eos`: end each document with the tokenizer's end-of-sequence token, and each part of a document that
+    curation has assembled. `limit_bytes`: stop reading documents once this much text has been read (None: read all). `join`: short
+    conversations of a `chat` become long ones.
     """
 
     kind: Literal["stdlib", "text", "jsonl", "parquet", "tfds", "array_record", "chat"] = "stdlib"

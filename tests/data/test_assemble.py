@@ -23,6 +23,9 @@ from lcx.data.curation.assemble.settings import AssembleConfig, NearestSettings,
 from lcx.data.curation.config import CuratedSource, CurationConfig
 from lcx.data.curation.embed import EmbedConfig
 from lcx.data.curation.pipeline import curate
+from lcx.data.sources import sources
+from lcx.data.sources.prepare import prepare
+from lcx.data.tokenizers.tokenizers import Bytes
 
 
 def on_a_circle(*degrees):
@@ -422,6 +425,9 @@ def test_any_number_of_workers_writes_the_same_bytes(corpus, tmp_path, monkeypat
 SLOW = """
 import os, pickle, sys, time
 from lcx.data.curation.pipeline import curate
+from lcx.data.sources import sources
+from lcx.data.sources.prepare import prepare
+from lcx.data.tokenizers.tokenizers import Bytes
 
 replace = os.replace
 
@@ -510,3 +516,27 @@ def test_the_command(tmp_path, capsys):
     assert re.search(r"concatenate of notes", said) and re.search(r"assembled\W+[34]\b", said)
     assert f"--path='{tmp_path}/out/long/*.jsonl'" in said.replace("\n", "")
     assert all(row["bytes"] >= 150 for row in rows(tmp_path / "out", "long"))
+
+
+def test_end_tokens_stand_behind_each_part_in_packed_rows(finished, tmp_path):
+    """With `append_eos`, packing's stream has an end token wherever a part ends, and no separator."""
+    folder, _ = finished
+    source, tokenizer = SourceConfig("jsonl", f"{folder}/topics/*.jsonl", append_eos=True), Bytes(eos=True)
+    prepare(source, "bytes+eos", tmp_path / "ready")
+    ready = SourceConfig("array_record", str(tmp_path / "ready"), append_eos=True)
+    for found in (sources.load(source, tokenizer), sources.load(ready, tokenizer)):
+        for i, row in enumerate(rows(folder, "topics")):
+            tokens = found.gather(np.array([i]), np.array([0]), found.lengths[[i]])
+            text = row["text"].encode()
+            assert tokens.tolist() == [
+                one for part in row["parts"] for one in (*text[part["start"] : part["end"]], tokenizer.eos_id)
+            ]
+    plain = sources.load(dataclasses.replace(source, append_eos=False), tokenizer)
+    assert plain.lengths.tolist() == [row["bytes"] for row in rows(folder, "topics")]
+
+
+@pytest.mark.parametrize("parts", [None, 5, [1], [{"start": 0}], [{"start": 0, "end": 99}], [{"start": 3, "end": 1}]])
+def test_parts_of_other_programs_are_not_ours(tmp_path, parts):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "four", "parts": parts}))
+    found = sources.load(SourceConfig("jsonl", f"{tmp_path}/a.jsonl", append_eos=True), Bytes(eos=True))
+    assert found.lengths.tolist() == [5]

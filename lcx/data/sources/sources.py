@@ -151,6 +151,16 @@ def eos_tail(append_eos: bool, tokenizer: Tokenizer) -> np.ndarray:
     return np.asarray([tokenizer.eos_id] if append_eos else [], np.int32)
 
 
+def encode(tokenizer: Tokenizer, text: bytes, parts: Sequence[documents.Part], tail: np.ndarray) -> np.ndarray:
+    """Ids int32 `[n]` of a document with `tail` behind it, none if the text has none.
+
+    In an assembled document the tail, if it is not empty, stands behind each part, in place of the separator.
+    """
+    pieces = [text[start:end] for start, end in parts] if len(tail) and parts else [text]
+    ids = [found for found in map(tokenizer.encode, pieces) if len(found)]
+    return np.concatenate([one for found in ids for one in (found, tail)]) if ids else np.zeros(0, np.int32)
+
+
 def load(config: SourceConfig, tokenizer: Tokenizer, chat_template: str | None = None) -> Source:
     """The source that `config` names, tokenised; a prepared one (`array_record`) is opened and read lazily.
 
@@ -164,11 +174,11 @@ def load(config: SourceConfig, tokenizer: Tokenizer, chat_template: str | None =
         return _load_chats(config, chat.load(tokenizer, chat_template))
     tail = eos_tail(config.append_eos, tokenizer)
     names, tokens, hashes = [], [], []
-    for name, text in documents.read(config):
-        ids = tokenizer.encode(text)
+    for name, text, parts in documents.read_parts(config):
+        ids = encode(tokenizer, text, parts, tail)
         if len(ids):
             names.append(name)
-            tokens.append(np.concatenate([ids, tail]).astype(np.min_scalar_type(tokenizer.vocab_size - 1)))
+            tokens.append(ids.astype(np.min_scalar_type(tokenizer.vocab_size - 1)))
             hashes.append(text_hash(text))
     if not names:
         raise UserError(f"source {documents.describe(config)} has no tokens; give files that are not empty")
