@@ -1,4 +1,4 @@
-"""Filter and deduplicate sources of text into JSONL files that runs read. Rerun the same command to resume.
+"""Filter and deduplicate sources of text into JSONL files that runs read, and assemble long documents. Rerun to resume.
 
 lcx data curate --config=configs/data/long_mixture.py --config.sources.books.source.path='books/**/*.txt' --out=data/curated
 """
