@@ -540,3 +540,34 @@ def test_parts_of_other_programs_are_not_ours(tmp_path, parts):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "four", "parts": parts}))
     found = sources.load(SourceConfig("jsonl", f"{tmp_path}/a.jsonl", append_eos=True), Bytes(eos=True))
     assert found.lengths.tolist() == [5]
+
+
+def test_what_cannot_be_had_is_said_before_anything_is_read(tmp_path):
+    sources = {"a": CuratedSource(filters=(), source=SourceConfig("text", f"{tmp_path}/nothing.txt"))}
+    for config, message in (
+        (AssembleConfig(unit="tokens", tokenizer=f"{tmp_path}/none.json"), r"none\.json"),
+        (AssembleConfig("nearest", embedding=EmbedConfig("vectors", f"{tmp_path}/none.npz")), "none.npz' cannot be read"),
+        (AssembleConfig("nearest", embedding=EmbedConfig("hidden", model="runs/x")), "embedding.model='runs/x' needs a caller"),
+    ):
+        with pytest.raises(UserError, match=message):
+            curate(CurationConfig(sources, assemble={"long": config}), tmp_path / "out")
+
+
+def test_own_vectors_decide_the_path_and_a_missing_one_is_named(tmp_path):
+    paths = [tmp_path / f"{i}.txt" for i in range(6)]
+    for i, path in enumerate(paths):
+        path.write_text(f"text {i}")
+    sources = {"a": CuratedSource(filters=(), source=SourceConfig("text", f"{tmp_path}/*.txt"))}
+    embedding, one = EmbedConfig("vectors", f"{tmp_path}/v.npz"), NearestSettings(neighbours=1)
+    config = AssembleConfig("nearest", target=10_000, keep_short=True, embedding=embedding, nearest=one)
+    # Each is nearest to the one before it; of the two ends the path begins at the one with the smaller number.
+    order = [3, 0, 5, 1, 4, 2]
+    vectors = on_a_circle(*((0, 20, 41, 63, 86, 110)[order.index(i)] for i in range(6)))
+    np.savez(tmp_path / "v.npz", names=[str(path) for path in paths], vectors=vectors)
+    curate(CurationConfig(sources, assemble={"long": config}, minhash=None), tmp_path / "out")
+    (row,) = rows(tmp_path / "out", "long")
+    found = [int(part["name"][-5]) for part in row["parts"]]
+    assert found == order[::-1]
+    np.savez(tmp_path / "v.npz", names=[str(path) for path in paths[:5]], vectors=vectors[:5])
+    with pytest.raises(UserError, match=r"embedding 'vectors' has no vector for .*5\.txt; add it, or leave the document out"):
+        curate(CurationConfig(sources, assemble={"long": config}, minhash=None), tmp_path / "other")

@@ -32,12 +32,13 @@ QUANTILES = {"min": 0.0, "median": 0.5, "max": 1.0}
 class Assembler:
     """The assemblies of a curation, with what makes their vectors; `fingerprints` change with that.
 
-    `factories` has embedders that need a model. Raises `UserError` for an embedding that cannot be had.
+    `factories` has embedders that need a model. Raises `UserError` for an embedding or a tokenizer that cannot be had.
     """
 
     def __init__(self, configs: Mapping[str, AssembleConfig], factories: Mapping[str, EmbedderFactory]) -> None:
         self._configs = configs
         self._embedders = {name: build_embedder(one.embedding, factories) for name, one in configs.items() if one.embeds}
+        self._gaps = {name: _gap(one) for name, one in configs.items()}
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -47,12 +48,12 @@ class Assembler:
     def run(self, sources: tuple[str, ...], folder: pathlib.Path, work: pathlib.Path, workers: int, shard: int) -> dict[str, Any]:
         """Write every assembled source, at least `shard` bytes a file, into `folder`, and return what the report says of each.
 
-        `sources` are the curated ones, for assemblies that name none. Raises `UserError` for a tokenizer that cannot be read.
+        `sources` are the curated ones, for assemblies that name none. Raises `UserError` for a document without a vector.
         """
         found = {}
         for name, config in self._configs.items():
             library = Library(folder, config.sources or sources, work, workers)
-            given = Given(library, config, _gap(config), self._embedders.get(name))
+            given = Given(library, config, self._gaps[name], self._embedders.get(name))
             path = work / ".assemble" / "plans" / f"{name}.npz"
             if not path.exists():
                 METHODS[config.method](given).save(path)
