@@ -6,6 +6,7 @@ Legend: C chunks of all documents, m chunks of one document, E dimensions of a v
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,8 +17,8 @@ from lcx.data.curation.assemble import neighbours
 def ends(text: str, most: int) -> list[int]:
     """Where the chunks of a text end, in bytes: as many whole lines as have at most `most` characters; a longer line is cut."""
     found, chars, at = [], 0, 0
-    lines = text.split("\n")
-    for line in (*(f"{line}\n" for line in lines[:-1]), lines[-1]):
+    *lines, last = text.split("\n")
+    for line in itertools.chain((f"{line}\n" for line in lines), [last]):
         for i in range(0, len(line), most):
             piece = line[i : i + most]
             if chars and chars + len(piece) > most:

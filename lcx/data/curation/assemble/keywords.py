@@ -17,9 +17,13 @@ import re
 from collections.abc import Sequence
 
 from lcx.data.curation.assemble.settings import QuestSettings
+from lcx.data.curation.embed import pieces
 
 PROMINENT = 64
 """Words of a document that are looked at."""
+
+PIECE_CHARS = 1 << 20
+"""Characters of a long document whose words are listed at once."""
 
 _WORD = re.compile(r"[^\W\d_]{3,}")
 
@@ -29,7 +33,9 @@ Counts = list[tuple[str, int]]
 
 def prominent(text: str) -> Counts:
     """The words of at least three letters that occur most, in lower case; of equally frequent ones the first in the alphabet."""
-    counts = collections.Counter(map(str.lower, _WORD.findall(text)))
+    counts: collections.Counter[str] = collections.Counter()
+    for piece in pieces(text, PIECE_CHARS):
+        counts.update(map(str.lower, _WORD.findall(piece)))
     return sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:PROMINENT]
 
 
