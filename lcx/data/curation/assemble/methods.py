@@ -77,14 +77,35 @@ def nearest(given: Given) -> Plan:
 
 
 def quest(given: Given) -> Plan:
-    """Documents with the same keyword, keywords and documents in random order."""
-    words = keywords.choose(given.library.whole("words", None), given.config.quest)
-    groups: dict[str, list[int]] = {}
-    for document in given.rng.permutation(len(words)).tolist():
-        word = words[document]
-        if word is not None:
-            groups.setdefault(word, []).append(document)
-    return given.joined(list(groups.values()), {i: "no_keyword" for i, word in enumerate(words) if word is None})
+    """Documents that share a keyword, in random order."""
+    config, count = given.config, len(given.library)
+    words = keywords.candidates(given.library.whole("words", None), config.quest)
+    builder = Builder(config.target, given.gap, config.keep_short)
+    lengths, sizes = given.lengths(*given.whole).tolist(), given.library.sizes.tolist()
+    place, used = given.rng.permutation(count), set()
+
+    def use(documents: list[int]) -> list[int]:
+        """Fill documents as long as there is enough; what remains may share another keyword."""
+        taken, pending = [], []
+        for document in sorted(documents, key=place.__getitem__):
+            pending.append(document)
+            if builder.add(Span(document, 0, sizes[document], lengths[document])):
+                taken += pending
+                pending = []
+        builder.discard()
+        used.update(taken)
+        return taken
+
+    keywords.by_text(words, lengths, config.target, use)
+    rest: dict[str, list[int]] = {}
+    for document in np.argsort(place).tolist():
+        if words[document] and document not in used:
+            rest.setdefault(words[document][0], []).append(document)
+    for documents in rest.values():
+        for document in documents:
+            builder.add(Span(document, 0, sizes[document], lengths[document]))
+        builder.end()
+    return builder.plan(count, {i: "no_keyword" for i, own in enumerate(words) if not own})
 
 
 def in_repositories(given: Given) -> Plan:

@@ -90,11 +90,15 @@ class Builder:
         """Parts have run out: the open document is kept or dropped as it is."""
         if self._keep_short and self._open:
             self._close()
+        self.discard()
+
+    def discard(self) -> None:
+        """Forget the open document, whose parts are put to other use."""
         self._open, self._length = [], 0
 
     def _close(self) -> None:
         self._documents.append(self._open)
-        self._open, self._length = [], 0
+        self.discard()
 
     def plan(self, documents: int, reasons: dict[int, str]) -> Plan:
         """All complete documents; of the `documents` there were, what is not in them is `too_short` or left for another reason."""

@@ -66,12 +66,12 @@ class NextLongSettings:
 
 @dataclasses.dataclass(frozen=True)
 class QuestSettings:
-    """Of its `candidates` best words a document's keyword is the one that most documents share.
+    """Each document may be put together with others by one of its `candidates` best words.
 
     A word is no keyword if it is prominent in fewer than `min_documents`, or in more than the share `max_share` of them.
     """
 
-    candidates: int = 5
+    candidates: int = 10
     min_documents: int = 2
     max_share: float = 0.2
 
