@@ -18,6 +18,7 @@ from lcx.core import configs
 from lcx.core.console import say, table
 from lcx.core.errors import UserError
 from lcx.data.curation.config import CurationConfig
+from lcx.data.curation.embed import EmbedConfig, Embedder
 from lcx.data.curation.labels import Ask, EndpointLabels
 from lcx.data.curation.pipeline import REPORT, Progress, curate
 
@@ -39,7 +40,7 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     workers = len(os.sched_getaffinity(0)) if values.workers is None else values.workers
     if workers < 1:
         raise UserError(f"--workers={workers} must be at least 1")
-    found = curate(config, values.out, workers, _progress(time.perf_counter()), ask=_ask)
+    found = curate(config, values.out, workers, _progress(time.perf_counter()), embedders={"hidden": _hidden}, ask=_ask)
     for name, of in found["sources"].items():
         _show(name, of)
     for name, learned in found.get("scores", {}).items():
@@ -81,8 +82,14 @@ def _show(name: str, of: dict[str, Any]) -> None:
         table(f"{name}: scores", ("score", *counts, "minimum", "median", "maximum"), rows)
 
 
-def _ask(config: EndpointLabels) -> Ask:
+def _hidden(config: EmbedConfig) -> Embedder:
     # Loads jax, which a curation that asks no model does without.
+    from lcx.recipes import hidden
+
+    return hidden.embedder(config)
+
+
+def _ask(config: EndpointLabels) -> Ask:
     from lcx.recipes import labelling
 
     return labelling.ask(config)
