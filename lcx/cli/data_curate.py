@@ -1,4 +1,4 @@
-"""Filter and deduplicate sources of text into JSONL files that runs read. Rerun the same command to resume.
+"""Filter and deduplicate sources of text into JSONL files that runs read, and assemble long documents. Rerun to resume.
 
 lcx data curate --config=configs/data/long_mixture.py --config.sources.books.source.path='books/**/*.txt' --out=data/curated
 """
@@ -18,6 +18,8 @@ from lcx.core import configs
 from lcx.core.console import say, table
 from lcx.core.errors import UserError
 from lcx.data.curation.config import CurationConfig
+from lcx.data.curation.embed import EmbedConfig, Embedder
+from lcx.data.curation.labels import Ask, EndpointLabels
 from lcx.data.curation.pipeline import REPORT, Progress, curate
 
 
@@ -38,17 +40,28 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     workers = len(os.sched_getaffinity(0)) if values.workers is None else values.workers
     if workers < 1:
         raise UserError(f"--workers={workers} must be at least 1")
-    found = curate(config, values.out, workers, _progress(time.perf_counter()))
+    found = curate(config, values.out, workers, _progress(time.perf_counter()), embedders={"hidden": _hidden}, ask=_ask)
     for name, of in found["sources"].items():
         _show(name, of)
+    for name, learned in found.get("scores", {}).items():
+        if "rounds" in learned:
+            _show_classifier(name, learned)
+    if variety := found.get("diversity"):
+        say(f"diversity: {variety['kept']:,} of {variety['documents']:,} documents, embedding: {variety['embedding']}")
+        scores = f"{variety['vendi_before']:,.1f} before, {variety['vendi_after']:,.1f} after"
+        say(f"    Vendi score {scores}, {variety['vendi_random']:,.1f} of as many drawn at random")
     if "evaluation" in found:
         known = found["evaluation"]
         short = f"{known['texts_too_short']:,} texts too short to find"
         say(f"evaluation files: {known['texts']:,} texts, {known['ngrams']:,} n-grams; {short}")
+    for name, of in found.get("assembled", {}).items():
+        _show_assembled(name, of)
     say(f"report: {Path(values.out, REPORT)}")
     say("to tokenise a source for training:")
-    for name, of in found["sources"].items():
-        if of["kept"]["documents"]:
+    written = {name: of["kept"] for name, of in found["sources"].items()}
+    written |= {name: of["out"] for name, of in found.get("assembled", {}).items()}
+    for name, of in written.items():
+        if of["documents"]:
             pattern = str(Path(values.out, name, "*.jsonl"))
             say(f"    lcx data prepare --kind=jsonl --path={pattern!r} --tokenizer=TOKENIZER --out={Path('data', name)}")
 
@@ -62,6 +75,47 @@ def _show(name: str, of: dict[str, Any]) -> None:
             rows.append((f"dropped by {stage}", f"{dropped['documents']:,}", f"{dropped['bytes']:,}", reasons))
     rows.append(("kept", f"{of['kept']['documents']:,}", f"{of['kept']['bytes']:,}", ""))
     table(name, (of["source"], "documents", "bytes", "reasons"), rows)
+    if scores := of.get("scores"):
+        counts = ("documents", "missing", "failed")
+        columns = [tuple(f"{one[key]:,}" for key in counts) + tuple(map(_number, one["deciles"][::5])) for one in scores.values()]
+        rows = [(score, *column) for score, column in zip(scores, columns, strict=True)]
+        table(f"{name}: scores", ("score", *counts, "minimum", "median", "maximum"), rows)
+
+
+def _hidden(config: EmbedConfig) -> Embedder:
+    # Loads jax, which a curation that asks no model does without.
+    from lcx.recipes import hidden
+
+    return hidden.embedder(config)
+
+
+def _ask(config: EndpointLabels) -> Ask:
+    from lcx.recipes import labelling
+
+    return labelling.ask(config)
+
+
+def _show_classifier(name: str, learned: dict[str, Any]) -> None:
+    """What a quality classifier was made of, and how good it is on labels that it has not seen."""
+    labels, last = learned["labels"], learned["rounds"][-1]
+    say(f"{name}: learned from {labels['used']:,} labels ({labels['from']}), embedding: {learned['embedding']}")
+    figures = ", ".join(
+        f"{key} {'none' if last[key] is None else format(last[key], '.3f')}" for key in ("auc", "precision", "recall")
+    )
+    say(f"    on {sum(learned['held_out'].values()):,} held-out labels: {figures}")
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _show_assembled(name: str, of: dict[str, Any]) -> None:
+    """What became of the documents that one assembled source was made of."""
+    lengths = {where: f"{found['median']:,.0f} {of['unit']} (median)" for where, found in of["lengths"].items()}
+    rows = [("taken", f"{of['in']['documents']:,}", f"{of['in']['bytes']:,}", lengths["before"])]
+    rows += [(f"left over: {why}", f"{left['documents']:,}", f"{left['bytes']:,}", "") for why, left in of["left_over"].items()]
+    rows.append(("assembled", f"{of['out']['documents']:,}", f"{of['out']['bytes']:,}", lengths["after"]))
+    table(name, (f"{of['method']} of {', '.join(of['sources'])}", "documents", "bytes", "length"), rows)
 
 
 def _progress(start: float) -> Callable[[Progress], None]:
@@ -74,6 +128,7 @@ def _progress(start: float) -> Callable[[Progress], None]:
         if now - last >= 5:
             last = now
             speed = progress.fresh_bytes / 1e6 / (now - start)
-            say(f"{progress.source}: {progress.shards} shards judged, {progress.bytes / 1e6:,.0f} MB, {speed:,.1f} MB/s")
+            done = f"{progress.shards} shards {progress.done}, {progress.bytes / 1e6:,.0f} MB, {speed:,.1f} MB/s"
+            say(f"{progress.source}: {done}")
 
     return report
