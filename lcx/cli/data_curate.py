@@ -62,6 +62,15 @@ def _show(name: str, of: dict[str, Any]) -> None:
             rows.append((f"dropped by {stage}", f"{dropped['documents']:,}", f"{dropped['bytes']:,}", reasons))
     rows.append(("kept", f"{of['kept']['documents']:,}", f"{of['kept']['bytes']:,}", ""))
     table(name, (of["source"], "documents", "bytes", "reasons"), rows)
+    if scores := of.get("scores"):
+        counts = ("documents", "missing", "failed")
+        columns = [tuple(f"{one[key]:,}" for key in counts) + tuple(map(_number, one["deciles"][::5])) for one in scores.values()]
+        rows = [(score, *column) for score, column in zip(scores, columns, strict=True)]
+        table(f"{name}: scores", ("score", *counts, "minimum", "median", "maximum"), rows)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
 
 
 def _progress(start: float) -> Callable[[Progress], None]:
@@ -74,6 +83,7 @@ def _progress(start: float) -> Callable[[Progress], None]:
         if now - last >= 5:
             last = now
             speed = progress.fresh_bytes / 1e6 / (now - start)
-            say(f"{progress.source}: {progress.shards} shards judged, {progress.bytes / 1e6:,.0f} MB, {speed:,.1f} MB/s")
+            done = f"{progress.shards} shards {progress.done}, {progress.bytes / 1e6:,.0f} MB, {speed:,.1f} MB/s"
+            say(f"{progress.source}: {done}")
 
     return report

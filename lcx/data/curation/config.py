@@ -14,6 +14,8 @@ from lcx.core.configs import choice, positive
 from lcx.core.errors import UserError
 from lcx.data.config import SourceConfig
 from lcx.data.curation.filters import FILTERS
+from lcx.data.curation.scores import ScoreConfig, check_scores
+from lcx.data.curation.select import KeepRule, check_keep
 from lcx.data.curation.settings import FilterSettings, GopherRepetitionSettings, MinHashSettings
 
 KINDS = ("stdlib", "text", "jsonl", "parquet", "tfds")
@@ -22,9 +24,13 @@ KINDS = ("stdlib", "text", "jsonl", "parquet", "tfds")
 
 @dataclasses.dataclass(frozen=True)
 class CuratedSource(FilterSettings):
-    """A source and its filters: `source` says where documents come from, the other fields what has to be true of them."""
+    """A source and its filters: `source` says where documents come from, the other fields what has to be true of them.
+
+    `keep`: by name of a score (`CurationConfig.scores`), which values a document must have to stay.
+    """
 
     source: SourceConfig = SourceConfig()
+    keep: dict[str, KeepRule] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         choice("source.kind", self.source.kind, KINDS)
@@ -63,10 +69,10 @@ class CurationConfig:
     """The whole curation: sources by name, then what all of their documents have in common.
 
     Stages run in this order: the filters of each source, `decontaminate`, `exact` (one of several documents that differ at most in
-    white space and case stays), `minhash` (None: no near-duplicates are looked for). Those that judge a document by itself come
-    first, so that a document which is dropped anyway never displaces another. Of duplicates the first stays: sources in `order`
-    (empty: by name), documents of a source as they are read. A shard of the output holds what is left of at least `shard_bytes` of
-    text. `samples`: dropped documents to show for each stage in the report.
+    white space and case stays), `minhash` (None: no near-duplicates are looked for), `scores` and what sources `keep` by them.
+    Filters come first, so that a document which is dropped anyway never displaces another. Of duplicates the first stays: sources
+    in `order` (empty: by name), documents of a source as they are read. A shard of the output holds what is left of at least
+    `shard_bytes` of text. `samples`: dropped documents to show for each stage in the report.
     """
 
     sources: dict[str, CuratedSource] = dataclasses.field(default_factory=dict)
@@ -74,6 +80,7 @@ class CurationConfig:
     decontaminate: DecontaminateConfig = DecontaminateConfig()
     exact: bool = True
     minhash: MinHashSettings | None = MinHashSettings()
+    scores: dict[str, ScoreConfig] = dataclasses.field(default_factory=dict)
     shard_bytes: int = 1 << 22
     samples: int = 20
 
@@ -91,6 +98,9 @@ class CurationConfig:
         if self.order and sorted(self.order) != sorted(self.sources):
             missing = sorted(set(self.sources) - set(self.order))
             raise UserError(f"config.order={self.order} must name each source once ({', '.join(missing) or 'one is named twice'})")
+        check_scores(self.scores, tuple(self.sources))
+        for name, source in self.sources.items():
+            check_keep(source.keep, name, self.scores)
         if self.samples < 0:
             raise UserError(f"config.samples={self.samples} must not be negative")
 
@@ -98,6 +108,10 @@ class CurationConfig:
     def names(self) -> tuple[str, ...]:
         """The sources in the order in which duplicates stay."""
         return self.order or tuple(sorted(self.sources))
+
+    def scores_of(self, source: str) -> tuple[str, ...]:
+        """The names of the scores that documents of a source get, sorted."""
+        return tuple(sorted(name for name, one in self.scores.items() if not one.sources or source in one.sources))
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -132,10 +146,14 @@ def curated(preset: str = "web", **values: Any) -> ml_collections.ConfigDict:
     return configs.to_config_dict(configs.build(CuratedSource, merged, "sources.NAME"))
 
 
-def defaults(**sources: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Every field of a curation of these sources with its default, as a `ConfigDict`."""
-    built = {name: configs.build(CuratedSource, values, f"sources.{name}") for name, values in sources.items()}
-    return configs.to_config_dict(CurationConfig(sources=built))
+def defaults(values: Mapping[str, Any] | None = None, /, **sources: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Every field of a curation of these sources with its default, as a `ConfigDict`.
+
+    `values` are other fields of `CurationConfig`: `{"scores": {"digits": {"kind": "digits"}}}`. Raises `UserError` for anything
+    unknown.
+    """
+    built = {name: configs.build(CuratedSource, one, f"sources.{name}") for name, one in sources.items()}
+    return configs.to_config_dict(configs.build(CurationConfig, {**(values or {}), "sources": built}))
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""From sources to curated JSONL files: read, judge each document by itself, compare the rest, write what stays.
+"""From sources to curated JSONL files: read, judge each document by itself, compare and score the rest, write what stays.
 
 Layout of the folder: `curation.json` (whose folder it is), `SOURCE/00000.jsonl`, … (what stays), `report.json` (written last: where
 it is, all is done), and until then `work/`, where each judged shard is kept; a rerun after a kill takes shards from there. Bytes
@@ -10,15 +10,13 @@ Legend: D documents, B buckets.
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -26,47 +24,57 @@ import numpy as np
 from lcx.core.configs import plain
 from lcx.core.errors import UserError
 from lcx.core.files import opened_atomically, write_atomically
-from lcx.data.curation import contamination
+from lcx.data.curation import contamination, scoring
 from lcx.data.curation.config import CurationConfig
 from lcx.data.curation.duplicates import first_come
-from lcx.data.curation.shard import Judged, Shard, Unreadable, judge
+from lcx.data.curation.scores import Learner, Scorer, ScorerFactory, build_scorers
+from lcx.data.curation.shard import Shard, Unreadable, judge
+from lcx.data.curation.store import REPORT, WORK, Documents, Drop, Stored, claimed, to_json
 from lcx.data.curation.tally import SAMPLE_CHARS, Tally
 from lcx.data.curation.workers import ordered
 from lcx.data.sources import documents
 
-META, REPORT, WORK, LOCK = "curation.json", "report.json", "work", ".lock"
+SCORERS: dict[str, ScorerFactory] = {}
+"""Kinds of scores that need no model."""
 SHARD_DOCUMENTS = 1 << 14
 """Documents after which a shard ends, however small they are."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """What has been judged: shards and bytes of text, those of an earlier start included, and bytes in this start."""
+    """What has been judged, or whatever else is `done`: shards and bytes of text, and bytes in this start, not an earlier one."""
 
     source: str
     shards: int
     bytes: int
     fresh_bytes: int
+    done: str = "judged"
 
 
 def curate(
-    config: CurationConfig, out_dir: str | os.PathLike[str], workers: int = 1, report: Callable[[Progress], None] | None = None
+    config: CurationConfig,
+    out_dir: str | os.PathLike[str],
+    workers: int = 1,
+    report: Callable[[Progress], None] | None = None,
+    scorers: Mapping[str, ScorerFactory] | None = None,
 ) -> dict[str, Any]:
     """Curate the sources into `out_dir` and return the content of its `report.json`.
 
-    `report` is called after every shard. Raises `UserError` for a source without documents, an evaluation file that cannot be
-    read, a folder that holds something else or is being written, sources that changed in between, and a disk that is full.
+    `report` is called after every shard. `scorers`: kinds of scores beside those of this package. Raises `UserError` for a source
+    without documents, an evaluation file that cannot be read, a kind of score that is not known, a folder that holds something else
+    or is being written, sources that changed in between, and a disk that is full.
     """
     if workers < 1:
         raise UserError(f"workers={workers} must be at least 1")
     folder = pathlib.Path(out_dir).expanduser()
     patterns = config.decontaminate.paths
     forbidden = contamination.collect(patterns, config.decontaminate.ngram) if patterns else None
-    identity = {"format": 1, **plain(config), "forbidden": forbidden.fingerprint if forbidden else None}
+    built = build_scorers(config.scores, SCORERS | dict(scorers or {}))
+    identity = _identity(config, forbidden, built)
     try:
-        with _claimed(folder, identity):
+        with claimed(folder, identity):
             if not (folder / REPORT).exists():
-                _Curation(config, folder, forbidden, workers, report or (lambda progress: None)).run()
+                _Curation(config, folder, forbidden, built, workers, report or (lambda progress: None)).run()
             shutil.rmtree(folder / WORK, ignore_errors=True)
             return json.loads((folder / REPORT).read_bytes())
     except OSError as error:
@@ -83,14 +91,15 @@ class _Curation:
         config: CurationConfig,
         folder: pathlib.Path,
         forbidden: contamination.Forbidden | None,
+        scorers: Mapping[str, Scorer | Learner],
         workers: int,
         report: Callable[[Progress], None],
     ) -> None:
         self._config, self._folder, self._workers, self._report = config, folder, workers, report
-        self._forbidden = forbidden
+        self._forbidden, self._scorers = forbidden, scorers
         self._forbidden_path = folder / WORK / "forbidden.npz"
         self._tallies = {name: Tally(config.samples) for name in config.names}
-        self._shards: list[_Stored] = []
+        self._shards: list[Stored] = []
         self._bytes = self._fresh = 0
 
     def run(self) -> None:
@@ -98,25 +107,30 @@ class _Curation:
         if self._forbidden is not None:
             self._forbidden.save(self._forbidden_path)
         self._judge()
-        duplicates = self._duplicates()
-        kept = self._write(duplicates)
-        write_atomically(self._folder / REPORT, _json(self._content(kept)))
+        left = Documents(self._shards)
+        drops = self._duplicates()
+        left.left[list(drops)] = False
+        scored = scoring.run(self._config, self._scorers, left, self._scored)
+        found = scored.drops()
+        left.left[list(found)] = False
+        kept = self._write(left, drops | found, scored)
+        write_atomically(self._folder / REPORT, to_json(self._content(kept, scored)))
 
     def _judge(self) -> None:
         """Judge the shards that are not yet in `work/`, and count all of them."""
-        asked: collections.deque[tuple[_Stored, str]] = collections.deque()
+        asked: collections.deque[tuple[Stored, str]] = collections.deque()
         for judged in ordered(judge, self._unjudged(asked), self._workers):
             stored, digest = asked.popleft()
             stored.write(judged, digest)
             self._count(stored, fresh=True)
         self._shards.sort(key=lambda stored: (self._config.names.index(stored.source), stored.number))
 
-    def _unjudged(self, asked: collections.deque[tuple[_Stored, str]]) -> Iterator[Shard]:
+    def _unjudged(self, asked: collections.deque[tuple[Stored, str]]) -> Iterator[Shard]:
         """All shards without those in `work/`; `asked` gets the place of each, with the hash of its documents."""
         for name in self._config.names:
             number = 0
             for shard, digest in self._read(name):
-                stored = _Stored(self._folder / WORK / name, number)
+                stored = Stored(self._folder / WORK / name, number)
                 if stored.exists():
                     stored.check(digest, name, self._folder)
                     self._count(stored, fresh=False)
@@ -124,7 +138,7 @@ class _Curation:
                     asked.append((stored, digest))
                     yield shard
                 number += 1
-            if _Stored(self._folder / WORK / name, number).exists():
+            if Stored(self._folder / WORK / name, number).exists():
                 raise UserError(f"source {name!r} has changed since {self._folder} was started; delete the folder and start again")
 
     def _read(self, name: str) -> Iterator[tuple[Shard, str]]:
@@ -160,7 +174,7 @@ class _Curation:
         if found:
             yield cut()
 
-    def _count(self, stored: _Stored, fresh: bool) -> None:
+    def _count(self, stored: Stored, fresh: bool) -> None:
         tally = stored.meta()["tally"]
         self._tallies[stored.source].add(tally)
         self._shards.append(stored)
@@ -168,62 +182,64 @@ class _Curation:
         self._fresh += tally["bytes"] if fresh else 0
         self._report(Progress(stored.source, len(self._shards), self._bytes, self._fresh))
 
-    def _duplicates(self) -> dict[int, tuple[str, int]]:
-        """Number of a duplicate, over all shards in order -> the stage that drops it, and the number of the document that stays."""
+    def _scored(self, source: str, name: str, shards: int, size: int, fresh: int) -> None:
+        self._report(Progress(source, shards, size, fresh, f"scored by {name}"))
+
+    def _duplicates(self) -> dict[int, Drop]:
+        """Number of a duplicate, over all shards in order -> why it goes."""
         files = [np.load(stored.path(".npy"), mmap_mode="r") for stored in self._shards]
 
         def column(row: int) -> np.ndarray:
             return np.concatenate([file[row] for file in files]) if files else np.zeros(0, np.uint64)
 
         candidates = np.ones(sum(file.shape[1] for file in files), bool)
-        found: dict[int, tuple[str, int]] = {}
+        found: dict[int, Drop] = {}
         if self._config.exact:
-            found |= {one: ("exact", first) for one, first in first_come([column(0)], candidates).items()}
+            found |= {one: Drop("exact", "duplicate", first) for one, first in first_come([column(0)], candidates).items()}
             candidates[list(found)] = False
         if self._config.minhash is not None:
             columns = map(column, range(1, 1 + self._config.minhash.buckets))
-            found |= {one: ("minhash", first) for one, first in first_come(columns, candidates).items()}
+            found |= {one: Drop("minhash", "duplicate", first) for one, first in first_come(columns, candidates).items()}
         return found
 
-    def _write(self, duplicates: dict[int, tuple[str, int]]) -> dict[str, list[int]]:
+    def _write(self, left: Documents, drops: dict[int, Drop], scored: scoring.Scored) -> dict[str, list[int]]:
         """Write what stays, count what does not, and return documents and bytes that stay by source."""
-        starts = np.concatenate([[0], np.cumsum([stored.documents for stored in self._shards])]).astype(np.int64)
         kept = {name: [0, 0] for name in self._config.names}
-        for stored, first in zip(self._shards, starts.tolist(), strict=False):
-            name, meta = stored.source, stored.meta()
-            with (
-                opened_atomically(self._folder / name / f"{stored.number:05d}.jsonl") as out,
-                stored.path(".jsonl").open("rb") as rows,
-            ):
-                for i, row in enumerate(rows):
-                    size = meta["sizes"][i]
-                    if (first + i) not in duplicates:
-                        out.write(row)
+        for stored, first in zip(left.shards, left.starts.tolist(), strict=False):
+            name, names = stored.source, stored.meta()["names"]
+            with opened_atomically(self._folder / name / f"{stored.number:05d}.jsonl") as out:
+                for number, row in enumerate(stored.rows(), first):
+                    size = int(left.sizes[number])
+                    scored.look(name, number, row)
+                    if number not in drops:
+                        out.write(scored.marked(name, number, row))
                         kept[name][0] += 1
                         kept[name][1] += size
                         continue
-                    stage, other = duplicates[first + i]
+                    drop = drops[number]
 
-                    def details(row: bytes = row, other: int = other) -> dict[str, Any]:
-                        shard = int(np.searchsorted(starts, other, side="right")) - 1
-                        original = self._shards[shard].meta()["names"][other - starts[shard]]
-                        return {"text": json.loads(row)["text"][:SAMPLE_CHARS], "duplicate_of": original}
+                    def details(row: bytes = row, drop: Drop = drop) -> dict[str, Any]:
+                        found = {"text": json.loads(row)["text"][:SAMPLE_CHARS], **drop.details}
+                        return found if drop.other is None else {**found, "duplicate_of": left.name(drop.other)}
 
-                    self._tallies[name].dropped(stage, "duplicate", meta["names"][i], size, details)
+                    self._tallies[name].dropped(drop.stage, drop.reason, names[number - first], size, details)
         return kept
 
-    def _content(self, kept: dict[str, list[int]]) -> dict[str, Any]:
+    def _content(self, kept: dict[str, list[int]], scored: scoring.Scored) -> dict[str, Any]:
         """The report."""
         sources = {}
         for name in self._config.names:
             tally = self._tallies[name]
-            stages = ("read", *self._config.sources[name].filters, "decontaminate", "exact", "minhash", "failed")
+            after = ("score", "select") if self._config.scores else ()
+            stages = ("read", *self._config.sources[name].filters, "decontaminate", "exact", "minhash", *after, "failed")
             sources[name] = {
                 "source": documents.describe(self._config.sources[name].source),
                 "read": {"documents": tally.documents, "bytes": tally.bytes},
                 "kept": {"documents": kept[name][0], "bytes": kept[name][1]},
                 "dropped": tally.summary(stages),
             }
+            if found := scored.report(name):
+                sources[name]["scores"] = found
         report: dict[str, Any] = {"format": 1, "sources": sources}
         if self._forbidden is not None:
             report["evaluation"] = {
@@ -231,79 +247,19 @@ class _Curation:
                 "ngrams": len(self._forbidden.keys),
                 "texts_too_short": self._forbidden.short,
             }
+        if scored.learned:
+            report["scores"] = scored.learned
         return report
 
 
-@dataclasses.dataclass(frozen=True)
-class _Stored:
-    """A judged shard in `work/`; its `.json` is written last and says that the others are whole."""
-
-    folder: pathlib.Path
-    number: int
-
-    @property
-    def source(self) -> str:
-        return self.folder.name
-
-    @property
-    def documents(self) -> int:
-        return len(self.meta()["sizes"])
-
-    def path(self, suffix: str) -> pathlib.Path:
-        return self.folder / f"{self.number:05d}{suffix}"
-
-    def exists(self) -> bool:
-        return self.path(".json").exists()
-
-    def meta(self) -> dict[str, Any]:
-        return json.loads(self.path(".json").read_bytes())
-
-    def check(self, digest: str, name: str, folder: pathlib.Path) -> None:
-        if self.meta()["input"] != digest:
-            raise UserError(f"source {name!r} has changed since {folder} was started; delete the folder and start again")
-
-    def write(self, judged: Judged, digest: str) -> None:
-        write_atomically(self.path(".jsonl"), judged.rows)
-        with opened_atomically(self.path(".npy")) as file:
-            np.save(file, judged.keys)
-        meta = {"input": digest, "names": judged.names, "sizes": judged.sizes, "tally": judged.tally}
-        write_atomically(self.path(".json"), json.dumps(meta, ensure_ascii=True))
-
-
-@contextlib.contextmanager
-def _claimed(folder: pathlib.Path, identity: dict[str, Any]) -> Iterator[None]:
-    """Hold the folder, marked as that of this curation, for the time of the body."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; name a directory with --out")
-    path = folder / META
-    known = (LOCK, META + ".partial")
-    if not path.exists() and folder.exists() and (foreign := sorted(one.name for one in folder.iterdir() if one.name not in known)):
-        raise UserError(f"{folder} contains {foreign[0]!r}, which is not part of a curation; use a new folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"another lcx data curate is writing to {folder}; wait for it to end or use another folder") from error
-        there = json.loads(path.read_bytes()) if path.exists() else None
-        # A start that judged no shard, because of a wrong path perhaps, leaves the folder to any config.
-        begun = (folder / REPORT).exists() or any((folder / WORK).glob("*/*.json"))
-        if begun and there is not None and there != identity:
-            difference = _difference("config", there, identity)
-            raise UserError(f"{folder} holds another curation ({difference}); use a new folder or delete it")
-        if there != identity:
-            write_atomically(path, _json(identity))
-        yield
-
-
-def _difference(key: str, old: Any, new: Any) -> str:
-    """The first value that differs."""
-    while isinstance(old, dict) and isinstance(new, dict):
-        name = next(name for name in {**new, **old} if old.get(name) != new.get(name))
-        key, old, new = f"{key}.{name}", old.get(name), new.get(name)
-    return f"{key} is {old!r}, not {new!r}"
-
-
-def _json(content: dict[str, Any]) -> bytes:
-    # Names of files may hold bytes that are not UTF-8.
-    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+def _identity(
+    config: CurationConfig, forbidden: contamination.Forbidden | None, scorers: Mapping[str, Scorer | Learner]
+) -> dict[str, Any]:
+    """What the bytes of the folder depend on; that of a curation without scores is what it was before there were any."""
+    found = {"format": 1, **plain(config), "forbidden": forbidden.fingerprint if forbidden else None}
+    if scorers:
+        return found | {"scorers": {name: scorer.fingerprint for name, scorer in scorers.items()}}
+    del found["scores"]
+    for source in found["sources"].values():
+        del source["keep"]
+    return found
