@@ -19,6 +19,7 @@ from lcx.core.console import say, table
 from lcx.core.errors import UserError
 from lcx.data.curation.config import CurationConfig
 from lcx.data.curation.pipeline import REPORT, Progress, curate
+from lcx.data.curation.scores import ScorerFactory
 
 
 def define(values: flags.FlagValues) -> None:
@@ -38,7 +39,7 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     workers = len(os.sched_getaffinity(0)) if values.workers is None else values.workers
     if workers < 1:
         raise UserError(f"--workers={workers} must be at least 1")
-    found = curate(config, values.out, workers, _progress(time.perf_counter()))
+    found = curate(config, values.out, workers, _progress(time.perf_counter()), _scorers(config))
     for name, of in found["sources"].items():
         _show(name, of)
     if "evaluation" in found:
@@ -51,6 +52,15 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
         if of["kept"]["documents"]:
             pattern = str(Path(values.out, name, "*.jsonl"))
             say(f"    lcx data prepare --kind=jsonl --path={pattern!r} --tokenizer=TOKENIZER --out={Path('data', name)}")
+
+
+def _scorers(config: CurationConfig) -> dict[str, ScorerFactory]:
+    """Kinds of scores that take a model, whose libraries are not loaded without a score."""
+    if not config.scores:
+        return {}
+    from lcx.recipes.scorers import factories
+
+    return factories()
 
 
 def _show(name: str, of: dict[str, Any]) -> None:

@@ -63,9 +63,9 @@ class LadmSettings:
 
     def __post_init__(self) -> None:
         positive("ladm", chunk=self.chunk, stride=self.stride, interval=self.interval, window=self.window)
-        for name in ("stride", "interval", "window"):
-            if getattr(self, name) % self.chunk:
-                raise UserError(f"ladm.{name}={getattr(self, name)} must be a multiple of ladm.chunk={self.chunk}")
+        for name, unit in (("stride", "chunk"), ("interval", "chunk"), ("window", "stride")):
+            if getattr(self, name) % getattr(self, unit):
+                raise UserError(f"ladm.{name}={getattr(self, name)} must be a multiple of ladm.{unit}={getattr(self, unit)}")
         if self.first + self.chunk > self.window:
             raise UserError(f"ladm.window={self.window} holds no chunk to score; make it at least {self.first + self.chunk}")
 
@@ -111,10 +111,10 @@ class EntropyDropSettings:
         positive("entropy_drop", short=self.short, step=self.step, window=self.window)
         if not 0 < self.tail <= 1:
             raise UserError(f"entropy_drop.tail={self.tail} must be a share of the document above 0, at most 1")
-        if self.first(self.window - 1) < self.short:
+        if self.first(self.window - 1) < self.short or self.short + self.step > self.window:
             raise UserError(
                 f"entropy_drop.window={self.window} leaves the last {self.tail:g} of a document no more than entropy_drop.short="
-                f"{self.short} tokens before it; raise the window or lower short"
+                f"{self.short} tokens before it, or is less than short + step; raise the window or lower them"
             )
 
     def first(self, n: int) -> int:
@@ -137,10 +137,10 @@ def lds(perplexities: np.ndarray, pairs: np.ndarray, conditional: np.ndarray, se
     `pairs` (i, j) `[P, 2]`. A pair counts as its relative fall of perplexity plus its distance, from 0 to 1, times how specific
     segment i is about what it depends on: 1 − (entropy of the softmax of the falls) / (the most it can be).
     """
-    alone = np.asarray(perplexities, np.float64)
+    marginal = np.asarray(perplexities, np.float64)
     later, earlier = np.asarray(pairs, np.int64).reshape(-1, 2).T
-    falls = alone[later] - np.asarray(conditional, np.float64)
-    strength, distance = falls / alone[later], (later - earlier) / (settings.segments - 1)
+    falls = marginal[later] - np.asarray(conditional, np.float64)
+    strength, distance = falls / marginal[later], (later - earlier) / (settings.segments - 1)
     counted = strength > settings.threshold
     total = 0.0
     for i in np.unique(later[counted]):
