@@ -1,17 +1,14 @@
 """Scores of documents by a tiny random model, against the same done for one document at a time without batches or padding."""
 
-import dataclasses
 import json
 import math
 
-import jax
 import numpy as np
 import pytest
 
 from lcx.cli.main import main
 from lcx.core.errors import UserError
-from lcx.core.param_spec import initialize
-from lcx.data.config import DataConfig, SourceConfig
+from lcx.data.config import SourceConfig
 from lcx.data.curation import dependency
 from lcx.data.curation.config import CuratedSource, CurationConfig
 from lcx.data.curation.dependency import EntropyDropSettings, LadmSettings, LdsSettings, LongAttnSettings
@@ -20,34 +17,13 @@ from lcx.data.curation.scores import Learner, ScoreConfig
 from lcx.data.curation.select import KeepRule
 from lcx.data.sources.sources import text_hash
 from lcx.interop import byte_tokenizer
-from lcx.model.architecture import build_schemes
-from lcx.model.execution import ExecutionConfig
-from lcx.model.params import specs
 from lcx.recipes import scorers
 from lcx.recipes.dependency import EntropyDrop, Ladm, Lds, LongAttn
 from lcx.recipes.likelihood import LikelihoodRatio, LossPerByte, LossSettings
 from lcx.recipes.reader import Reader, ReaderConfig, by_length
-from lcx.training.checkpoints import Loaded, Meta
-from lcx.training.stages import RunConfig, StageConfig
 from tests.interop import hf_models
-from tests.model.numpy_decoder import MODEL, THETA, forward, softmax
-
-LENGTH = 256
-
-
-def reader(seed: int = 0, tokens_per_forward: int = 1024) -> Reader:
-    config = dataclasses.replace(MODEL, num_layers=2)
-    stage = StageConfig(name="only", seq_len=LENGTH, steps=1, batch_size=1, monitor=False)
-    positions = {"default": {"name": "rope", "theta": THETA}}
-    run = RunConfig(config, (stage,), ExecutionConfig(attention="dense"), positions=positions, data=DataConfig(tokenizer="bytes"))
-    meta = Meta(
-        stage="only", stage_index=0, attempt=0, stage_step=0, step=0, length=LENGTH, seed=0, config="", positions=positions
-    )  # fmt: skip
-    loaded = Loaded(None, run, meta)
-    # Larger weights than a model begins with, so that attention and losses differ from place to place.
-    params = initialize(specs(config, build_schemes(config, loaded.schemes), LENGTH), jax.random.key(seed))
-    params = jax.tree.map(lambda x: 2.5 * x if x.ndim > 1 else x, params)
-    return Reader(dataclasses.replace(loaded, params=params), f"model {seed}", tokens_per_forward)
+from tests.model.numpy_decoder import forward, softmax
+from tests.recipes.tiny_reader import reader
 
 
 def texts() -> list[str]:

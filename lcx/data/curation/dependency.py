@@ -122,6 +122,27 @@ class EntropyDropSettings:
         return n - math.ceil(n * self.tail)
 
 
+@dataclasses.dataclass(frozen=True)
+class LongCeSettings:
+    """LongCE (2410.23771): a token's loss weighs exp(what the whole context adds to `short` tokens of it, in nats), at most `most`.
+
+    The whole context is that of a row of `window` tokens, a short one has `short` to `short + step`. Small models: `window` as in
+    training, `short` an eighth of it, `step` a quarter of `short`.
+    """
+
+    short: int = 4096
+    step: int = 1024
+    window: int = 32768
+    most: float = MOST_WEIGHT
+
+    def __post_init__(self) -> None:
+        positive("longce", short=self.short, step=self.step, window=self.window, most=self.most)
+        if 2 * max(self.short, self.step) >= self.window:
+            raise UserError(
+                f"longce.window={self.window} must be more than twice longce.short={self.short} and longce.step={self.step}"
+            )
+
+
 def lds_pairs(segments: int, settings: LdsSettings, rng: np.random.Generator) -> np.ndarray:
     """Pairs (i, j) of segments with j < i, int64 `[P, 2]` in order: `settings.pairs` that are drawn, or all if there are fewer."""
     later, earlier = np.tril_indices(segments, -1)
