@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -146,8 +147,8 @@ class LongAttn(ModelScore):
         parts = self.measure(texts)
         return self._scale(parts, *_range(parts))
 
-    def learn(self, corpus: Corpus) -> tuple[Scorer, dict[str, Any]]:
-        """The scorer of a corpus, which remembers the parts that it has measured, and their ranges."""
+    def learn(self, corpus: Corpus, folder: pathlib.Path) -> tuple[Scorer, dict[str, Any]]:
+        """The scorer of a corpus, which remembers the parts that it has measured, and their ranges. Keeps nothing in `folder`."""
         known: dict[int, np.ndarray] = {}
         for texts in _groups(text for _, text in corpus()):
             known |= zip(map(_hash, texts), self.measure(texts), strict=True)

@@ -115,7 +115,7 @@ def test_ladm(model):
     assert settings.first + 8 == 40 and math.isnan(Ladm(model, settings)(["x" * 39])[0]) and found[0] > 0.01
 
 
-def test_longattn(model):
+def test_longattn(model, tmp_path):
     settings = LongAttnSettings(window=256, distance=0.3, min_tokens=80)
     scorer, parts = LongAttn(model, settings), []
     for text in texts():
@@ -128,10 +128,10 @@ def test_longattn(model):
     (least, most), parts = (f(parts, axis=0) for f in (np.nanmin, np.nanmax)), np.asarray(parts)
     wanted = (parts[:, 0] - least[0]) / (most[0] - least[0]) - 0.5 * (parts[:, 1] - least[1]) / (most[1] - least[1])
     close(scorer(texts()), wanted)
-    learned, ranges = scorer.learn(lambda: iter([(str(i), text) for i, text in enumerate(texts())]))
+    learned, ranges = scorer.learn(lambda: iter([(str(i), text) for i, text in enumerate(texts())]), tmp_path)
     close(learned(texts()[2:]), wanted[2:])
     assert isinstance(scorer, Learner) and ranges["strength"] == pytest.approx([least[0], most[0]], rel=1e-4)
-    nothing, ranges = scorer.learn(lambda: iter([("a", "short")]))
+    nothing, ranges = scorer.learn(lambda: iter([("a", "short")]), tmp_path)
     assert np.isnan(nothing(["short"])).all() and ranges == {"strength": [0.0, 0.0], "variance": [0.0, 0.0]}
 
 

@@ -90,7 +90,7 @@ def run(
 ) -> Scored:
     """Every score of every document that is left and belongs to one of the score's sources.
 
-    `report` is called after every shard with its source, the score, shards scored, their bytes, and those of this start.
+    `report` is called after every shard with its source, what was done, for how many shards and bytes, and bytes in this start.
     """
     scored = Scored(config, documents)
     for name, scorer in scorers.items():
@@ -99,21 +99,22 @@ def run(
         todo = [i for i in shards if not _path(documents.shards[i], name).exists()]
         if isinstance(scorer, Learner) and shards:
             if todo or not path.exists():
-                scorer, content = scorer.learn(lambda shards=shards: _corpus(documents, shards))
+                scorer, content = scorer.learn(lambda shards=shards: _corpus(documents, shards), path.parents[1])
                 write_atomically(path, json.dumps(content))
             scored.learned[name] = json.loads(path.read_bytes())
         done = fresh = 0
         for count, shard in enumerate(shards, 1):
             stored, numbers = documents.shards[shard], documents.in_shard(shard)
             if shard in todo:
-                column = scores.score(name, scorer, [text for _, text in documents.texts(shard)])
+                names, texts = zip(*documents.texts(shard), strict=True) if len(numbers) else ((), ())
+                column = scores.score(name, scorer, texts, names)
                 write_atomically(_path(stored, name), column.to_json())
                 fresh += int(documents.sizes[numbers].sum())
             column = Column.from_json(_path(stored, name).read_bytes())
             scored.values[name][numbers] = column.values
             scored.errors[name].update({int(numbers[place]): error for place, error in column.errors.items()})
             done += int(documents.sizes[numbers].sum())
-            report(stored.source, name, count, done, fresh)
+            report(stored.source, f"scored by {name}", count, done, fresh)
     scored.summarise()
     return scored
 
