@@ -6,7 +6,7 @@ Passages of books are clean; as many are made bad: words shuffled, turned to boi
 passages of some books are labelled, and `lcx data curate` scores the others. Then a small byte-level model is trained on all and
 on the selection, with equal tokens, and read on books that none of them comes from. Two CPU cores, about eight minutes, two with
 --seeds=0; `pip install wordllama` first. Resumes: what is finished is not done again. Writes
-quality.json and the tables of quality.md beside this file.
+quality.json and the tables of README.md beside this file.
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ def main() -> None:
             found["training"].append(json.loads(kept.read_text()))
             say(f"{name}, seed {seed}: {found['training'][-1]}")
     path.write_text(json.dumps(found, indent=1) + "\n")
-    markdown.fill(HERE / "quality.md", "findings", findings(found))
+    markdown.fill(HERE / "README.md", "quality", findings(found))
     print(findings(found))
 
 

@@ -21,6 +21,7 @@ from lcx.data.curation.config import CurationConfig
 from lcx.data.curation.embed import EmbedConfig, Embedder
 from lcx.data.curation.labels import Ask, EndpointLabels
 from lcx.data.curation.pipeline import REPORT, Progress, curate
+from lcx.data.curation.scores import ScorerFactory
 
 
 def define(values: flags.FlagValues) -> None:
@@ -40,7 +41,9 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     workers = len(os.sched_getaffinity(0)) if values.workers is None else values.workers
     if workers < 1:
         raise UserError(f"--workers={workers} must be at least 1")
-    found = curate(config, values.out, workers, _progress(time.perf_counter()), embedders={"hidden": _hidden}, ask=_ask)
+    found = curate(
+        config, values.out, workers, _progress(time.perf_counter()), _scorers(config), embedders={"hidden": _hidden}, ask=_ask
+    )
     for name, of in found["sources"].items():
         _show(name, of)
     for name, learned in found.get("scores", {}).items():
@@ -64,6 +67,15 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
         if of["documents"]:
             pattern = str(Path(values.out, name, "*.jsonl"))
             say(f"    lcx data prepare --kind=jsonl --path={pattern!r} --tokenizer=TOKENIZER --out={Path('data', name)}")
+
+
+def _scorers(config: CurationConfig) -> dict[str, ScorerFactory]:
+    """Kinds of scores that take a model, whose libraries are not loaded without a score."""
+    if not config.scores:
+        return {}
+    from lcx.recipes.scorers import factories
+
+    return factories()
 
 
 def _show(name: str, of: dict[str, Any]) -> None:
