@@ -198,6 +198,9 @@ def test_repetition_against_counting_word_by_word(vocabulary):
     [
         ("Too few.", {"min_line_words": 3}),
         ("No end of a sentence", {"line_ends": True}),
+        ("It goes on and on...", {"line_ends": True}),
+        ("It goes on and on…", {"line_ends": True}),
+        ("In brackets (it is.)", {"line_ends": True}),
         ("Please turn on JavaScript now.", {"javascript": True}),
         ("Read our Privacy Policy here.", {"policies": True}),
         ("This site uses cookies here.", {"policies": True}),
@@ -208,6 +211,11 @@ def test_lines_that_c4_removes_hold_no_sentences(line, rule):
     assert reasons("c4", f"{good}\n{line}", min_sentences=5) == []
     assert reasons("c4", f"{good}\n{line}", min_sentences=5, **rule) == ["too_few_sentences"]
     assert reasons("c4", f"{good}\n{line}", min_sentences=4, **rule) == []
+
+
+@pytest.mark.parametrize("line", ["She said it.", "So “he went,”", 'So "he went,"', "He went 'so'", "これは文です。"])
+def test_lines_that_c4_keeps(line):
+    assert reasons("c4", "\n".join([line] * 5), min_sentences=5, line_ends=True) == []
 
 
 def test_a_document_without_lines():

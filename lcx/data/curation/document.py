@@ -23,6 +23,7 @@ ENDS = frozenset(".!?…。！？।۔؟։።။។")
 _CLOSERS = "\"'”’»)]*_」』）"
 _BULLETS = frozenset("•-*‣●○■–")
 _SENTENCE = re.compile(rf"[{re.escape(''.join(sorted(ENDS)))}]+[{re.escape(_CLOSERS)}]*(?=\s|$)|[。！？]")
+_C4_ENDS = (*sorted(ENDS - {"…"}), *"\"'”’»」』")
 _POLICIES = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
 
 
@@ -134,7 +135,7 @@ class Document:
 
     def punctuated_lines(self) -> int:
         """Lines that end in the end of a sentence."""
-        return sum(sum([ended(line) for line in passage.lines]) for passage in self.passages())
+        return sum(sum([line[-1] in ENDS or ended(line) for line in passage.lines]) for passage in self.passages())
 
     def short_lines(self, below: int) -> int:
         """Lines of fewer than `below` characters."""
@@ -142,7 +143,7 @@ class Document:
 
     def holds(self, some: tuple[str, ...]) -> int:
         """How many of some words occur."""
-        wanted = {found[0] for one in some if len(found := words.split(one).hashes) == 1}
+        wanted = _single_words(some)
         missing = set(wanted)
         for passage in self.passages():
             missing -= {one for one in missing if (passage.words.hashes == one).any()}
@@ -181,6 +182,12 @@ class Document:
         return found.digest()
 
 
+@functools.lru_cache(maxsize=64)
+def _single_words(some: tuple[str, ...]) -> frozenset[np.uint64]:
+    """Hashes of those that are one word."""
+    return frozenset(found[0] for one in some if len(found := words.split(one).hashes) == 1)
+
+
 def ended(line: str) -> bool:
     """Whether a line, without white space around it, ends in the end of a sentence, maybe inside quotation marks or brackets."""
     last = line[-1]
@@ -189,7 +196,7 @@ def ended(line: str) -> bool:
 
 def c4_sentences(line: str, settings: C4Settings) -> int:
     """Sentences in a line; none in one that C4 removes."""
-    if settings.line_ends and not ended(line):
+    if settings.line_ends and (not line.endswith(_C4_ENDS) or line.endswith("...")):
         return 0
     if settings.min_line_words is not None and len(line.split()) < settings.min_line_words:
         return 0
@@ -248,8 +255,8 @@ def _grouped(keys: np.ndarray, places: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 def _most_frequent(order: np.ndarray, same: np.ndarray, total: np.ndarray, n: int) -> int:
     """Characters, with spaces between words, in all occurrences of the most frequent sequence; of several, of the first."""
-    firsts = np.flatnonzero(np.concatenate([[True], ~same]))
-    counts = np.diff(firsts, append=len(order))
+    bounds = np.flatnonzero(np.concatenate([[True], ~same, [True]]))
+    firsts, counts = bounds[:-1], bounds[1:] - bounds[:-1]
     most = int(counts.max())
     first = int(order[firsts[counts == most]].min())
     return most * int(total[first + n] - total[first] + n - 1)

@@ -15,9 +15,9 @@ from lcx.data.curation.document import Document
 from lcx.data.curation.settings import MinHashSettings
 
 _BLOCK = 1 << 13
-"""N-grams hashed at once, few enough for the processor's cache."""
-_FEW = 1 << 9
-"""N-grams for which all permutations are computed at once."""
+"""N-grams taken at once."""
+_VALUES = 1 << 15
+"""Values of n-grams under permutations computed at once: few enough for the processor's cache, enough to be worth a call."""
 
 
 def bucket_keys(settings: MinHashSettings, document: Document) -> np.ndarray | None:
@@ -38,16 +38,17 @@ def signature(shingles: np.ndarray, count: int) -> np.ndarray:
     """
     short = (words.mix(shingles) >> np.uint64(32)).astype(np.uint32)
     factors, summands = _permutations(count)
-    if len(short) <= _FEW:
-        return (short * factors[:, None] ^ summands[:, None]).min(1)
     smallest = np.full(count, 0xFFFFFFFF, np.uint32)
+    step = max(1, _VALUES // max(1, min(_BLOCK, len(short))))
+    buffer = np.empty((min(step, count), min(_BLOCK, len(short))), np.uint32)
     for at in range(0, len(short), _BLOCK):
         block = short[at : at + _BLOCK]
-        value = np.empty_like(block)
-        for i in range(count):
-            np.multiply(block, factors[i], out=value)
-            value ^= summands[i]
-            smallest[i] = min(smallest[i], value.min())
+        for i in range(0, count, step):
+            some = slice(i, i + step)
+            value = buffer[: min(step, count - i), : len(block)]
+            np.multiply(block, factors[some, None], out=value)
+            value ^= summands[some, None]
+            smallest[some] = np.minimum(smallest[some], value.min(1))
     return smallest
 
 

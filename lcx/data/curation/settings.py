@@ -91,9 +91,9 @@ class GopherRepetitionSettings:
 class FineWebSettings:
     """Whether lines look like prose (FineWeb, arXiv:2406.17557).
 
-    `min_punctuated_lines`: share of lines that end in a sentence's end. `max_short_lines`: share of lines of fewer than
-    `short_line_chars` characters. `max_duplicate_line_chars`: share of characters in lines that occurred before.
-    `max_newlines_per_word`: line breaks divided by words.
+    `min_punctuated_lines`: share of lines that end in a sentence's end, with or without quotation marks and brackets behind it.
+    `max_short_lines`: share of lines of fewer than `short_line_chars` characters. `max_duplicate_line_chars`: share of characters in
+    lines that occurred before, without the white space around lines. `max_newlines_per_word`: line breaks divided by words.
     """
 
     min_punctuated_lines: float | None = 0.12
@@ -111,9 +111,10 @@ class FineWebSettings:
 class C4Settings:
     """The rules that made C4 of web pages (arXiv:1910.10683, section 2.2), as a decision about the whole document.
 
-    Lines that C4 removes do not count: those of fewer than `min_line_words` words, without a sentence's end (`line_ends`), that
-    mention JavaScript (`javascript`), or with a notice of policies or cookies (`policies`). The others must hold `min_sentences`.
-    `lorem_ipsum`, `curly_brackets`: drop documents that hold one.
+    Lines that C4 removes do not count: those of fewer than `min_line_words` words, that do not end in a sentence's end or a closing
+    quotation mark or do in an ellipsis (`line_ends`), that mention JavaScript (`javascript`), or with a notice of policies or
+    cookies (`policies`). The others must hold `min_sentences`. `lorem_ipsum`, `curly_brackets`: drop documents that hold one, in any
+    line, because lines that C4 would have removed stay.
     """
 
     min_sentences: int | None = 5
