@@ -141,9 +141,22 @@ def gpu_attention(found: dict[str, Any]) -> str:
     return markdown.table((*header, "lcx / default", "lcx / flash"), rows)
 
 
+def curation(found: dict[str, Any]) -> str:
+    """A row a set of filters: documents on which the decisions are the same, and speeds for all filters together."""
+    speed = found["megabytes_per_second"]
+    rows = []
+    for name, same in found["agreement"].items():
+        share = f"{same['same'] / found['documents']:.2%}"
+        row = (name, f"{found['documents']:,}", f"{same['kept']['lcx']:,}", f"{same['kept']['datatrove']:,}", share)
+        both = (speed["cpu"]["lcx"], speed["cpu"]["datatrove"], speed["cpu"]["ratio"], speed["wall"]["ratio"])
+        rows.append((*row, *(f"{x:.2f}" for x in both)) if name == "all" else (*row, "", "", "", ""))
+    header = ("filters", "documents", "lcx keeps", "datatrove keeps", "same decisions", "lcx, MB per CPU second", "datatrove")
+    return markdown.table((*header, "ratio", "ratio, wall"), rows)
+
+
 def main() -> None:
     """Fill in what has been measured."""
-    for make in (train_step, attention, context_parallel, import_hf, generation, evaluation):
+    for make in (train_step, attention, context_parallel, import_hf, generation, evaluation, curation):
         path = HERE / "results" / f"{make.__name__}.json"
         if path.exists():
             markdown.fill(HERE / "README.md", make.__name__, make(json.loads(path.read_text())))

@@ -92,8 +92,8 @@ class FineWebSettings:
     """Whether lines look like prose (FineWeb, arXiv:2406.17557).
 
     `min_punctuated_lines`: share of lines that end in a sentence's end, with or without quotation marks and brackets behind it.
-    `max_short_lines`: share of lines of fewer than `short_line_chars` characters. `max_duplicate_line_chars`: share of characters in
-    lines that occurred before, without the white space around lines. `max_newlines_per_word`: line breaks divided by words.
+    `max_short_lines`: share of lines of fewer than `short_line_chars` characters. `max_duplicate_line_chars`: share of characters
+    in lines that occurred before, without the white space around lines. `max_newlines_per_word`: line breaks divided by words.
     """
 
     min_punctuated_lines: float | None = 0.12
@@ -113,8 +113,8 @@ class C4Settings:
 
     Lines that C4 removes do not count: those of fewer than `min_line_words` words, that do not end in a sentence's end or a closing
     quotation mark or do in an ellipsis (`line_ends`), that mention JavaScript (`javascript`), or with a notice of policies or
-    cookies (`policies`). The others must hold `min_sentences`. `lorem_ipsum`, `curly_brackets`: drop documents that hold one, in any
-    line, because lines that C4 would have removed stay.
+    cookies (`policies`). The others must hold `min_sentences`. `lorem_ipsum`, `curly_brackets`: drop documents that hold one, in
+    any line, because lines that C4 would have removed stay.
     """
 
     min_sentences: int | None = 5
