@@ -5,6 +5,7 @@ lcx data curate --config=configs/data/long_mixture.py --config.sources.books.sou
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from lcx.cli import config_flags
 from lcx.core import configs
 from lcx.core.console import say, table
 from lcx.core.errors import UserError
+from lcx.data.curation import cluster
 from lcx.data.curation.config import CurationConfig
 from lcx.data.curation.embed import EmbedConfig, Embedder
 from lcx.data.curation.labels import Ask, EndpointLabels
@@ -30,7 +32,13 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "out", None, "directory to write to: a folder of JSONL files per source, and report.json", flag_values=values
     )
-    flags.DEFINE_integer("workers", None, "processes that judge documents (default: one per CPU)", flag_values=values)
+    flags.DEFINE_integer(
+        "workers", None, "processes that judge documents (default: one per CPU, with Ray of the cluster)", flag_values=values
+    )
+    flags.DEFINE_enum("engine", "processes", ("processes", "ray"), "what runs them (ray: extra ray)", flag_values=values)
+    flags.DEFINE_string(
+        "ray_address", None, "with --engine=ray: the cluster to join (default: RAY_ADDRESS, or a local one)", flag_values=values
+    )
 
 
 def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
@@ -41,9 +49,12 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     workers = len(os.sched_getaffinity(0)) if values.workers is None else values.workers
     if workers < 1:
         raise UserError(f"--workers={workers} must be at least 1")
-    found = curate(
-        config, values.out, workers, _progress(time.perf_counter()), _scorers(config), embedders={"hidden": _hidden}, ask=_ask
-    )
+    if values.ray_address is not None and values.engine != "ray":
+        raise UserError(f"--ray_address={values.ray_address} needs --engine=ray; add it")
+    scorers, embedders = _scorers(config), {"hidden": _hidden}
+    with cluster.engine(values.ray_address, values.workers) if values.engine == "ray" else contextlib.nullcontext() as run:
+        progress = _progress(time.perf_counter())
+        found = curate(config, values.out, workers, progress, scorers, embedders, ask=_ask, run=run)
     for name, of in found["sources"].items():
         _show(name, of)
     for name, learned in found.get("scores", {}).items():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -34,7 +35,7 @@ from lcx.data.curation.scores import Learner, Scorer, ScorerFactory, build_score
 from lcx.data.curation.shard import Shard, Unreadable, judge
 from lcx.data.curation.store import REPORT, WORK, Documents, Drop, Stored, claimed, to_json
 from lcx.data.curation.tally import SAMPLE_CHARS, Tally
-from lcx.data.curation.workers import ordered
+from lcx.data.curation.workers import Runner, ordered
 from lcx.data.sources import documents
 
 SHARD_DOCUMENTS = 1 << 14
@@ -60,13 +61,14 @@ def curate(
     scorers: Mapping[str, ScorerFactory] | None = None,
     embedders: Mapping[str, EmbedderFactory] | None = None,
     ask: AskFactory | None = None,
+    run: Runner | None = None,
 ) -> dict[str, Any]:
     """Curate the sources into `out_dir` and return the content of its `report.json`.
 
     `report` is called after every shard. `scorers`: kinds of scores beside `quality`; `embedders`: that of `hidden`, which needs a
-    model; `ask`: asks an endpoint. Raises `UserError` for a source without documents, an evaluation file that cannot be read, a
-    kind of score or an embedding that is not there, a folder that holds something else or is being written, sources that changed
-    in between, and a disk that is full.
+    model; `ask`: asks an endpoint; `run`: judges shards elsewhere than in `workers` processes (`lcx.data.curation.cluster`). Raises
+    `UserError` for a source without documents, an evaluation file that cannot be read, a kind of score or an embedding that is not
+    there, a folder that holds something else or is being written, sources that changed in between, and a disk that is full.
     """
     if workers < 1:
         raise UserError(f"workers={workers} must be at least 1")
@@ -81,7 +83,7 @@ def curate(
     try:
         with claimed(folder, identity):
             if not (folder / REPORT).exists():
-                _Curation(config, folder, forbidden, built, embedder, assembler, workers, report or (lambda progress: None)).run()
+                _Curation(config, folder, forbidden, built, embedder, assembler, workers, run, report or _say_nothing).run()
             shutil.rmtree(folder / WORK, ignore_errors=True)
             return json.loads((folder / REPORT).read_bytes())
     except OSError as error:
@@ -102,9 +104,11 @@ class _Curation:
         embedder: Embedder | None,
         assembler: Assembler,
         workers: int,
+        run: Runner | None,
         report: Callable[[Progress], None],
     ) -> None:
         self._config, self._folder, self._workers, self._report = config, folder, workers, report
+        self._ordered = run or functools.partial(ordered, workers=workers)
         self._forbidden, self._scorers, self._embedder = forbidden, scorers, embedder
         self._assembler = assembler
         self._forbidden_path = folder / WORK / "forbidden.npz"
@@ -140,7 +144,7 @@ class _Curation:
     def _judge(self) -> None:
         """Judge the shards that are not yet in `work/`, and count all of them."""
         asked: collections.deque[tuple[Stored, str]] = collections.deque()
-        for judged in ordered(judge, self._unjudged(asked), self._workers):
+        for judged in self._ordered(judge, self._unjudged(asked)):
             stored, digest = asked.popleft()
             stored.write(judged, digest)
             self._count(stored, fresh=True)
@@ -276,6 +280,10 @@ class _Curation:
         if scored.learned:
             report["scores"] = scored.learned
         return report
+
+
+def _say_nothing(progress: Progress) -> None:
+    pass
 
 
 def _identity(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import socket
 from typing import Any
 
 import numpy as np
 
+from lcx.core.errors import UserError
 from lcx.data.curation import contamination
 from lcx.data.curation.document import Document
 from lcx.data.curation.duplicates import bucket_keys
@@ -58,6 +60,8 @@ class Judged:
 
 def judge(shard: Shard) -> Judged:
     """Judge the documents of a shard; one that makes a stage fail is dropped with the name of the error as its reason."""
+    if shard.forbidden is not None:
+        _forbidden(shard.forbidden)  # not being able to read it is no fault of a document
     tally = Tally(shard.samples)
     rows, names, sizes, keys = [], [], [], []
     for one in shard.documents:
@@ -107,4 +111,10 @@ def _judged(shard: Shard, name: str, text: bytes) -> np.ndarray | tuple[tuple[st
 
 @functools.lru_cache(maxsize=1)
 def _forbidden(path: str) -> contamination.Forbidden:
-    return contamination.load(path)
+    try:
+        return contamination.load(path)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"a worker on {socket.gethostname()} finds no {path}; decontamination on several machines needs --out on a disk that "
+            "all of them share"
+        ) from error

@@ -6,12 +6,20 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 from lcx.core.errors import UserError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+
+
+class Runner(Protocol):
+    """What computes the results of a function that a module defines, in the order of its tasks, drawing few tasks ahead."""
+
+    def __call__(self, function: Callable[[Task], Result], tasks: Iterable[Task], /) -> Iterator[Result]:
+        """The results; raises what the function raised, and `UserError` if a worker died."""
+        ...
 
 
 def ordered(function: Callable[[Task], Result], tasks: Iterable[Task], workers: int) -> Iterator[Result]:
