@@ -29,7 +29,9 @@ def define(values: flags.FlagValues) -> None:
     config_flags.define(values, workdir=False)
     flags.DEFINE_string("stage", None, "stage to inspect (default: the last)", flag_values=values)
     flags.DEFINE_integer("rows", 256, "rows to count, rounded up to whole steps", flag_values=values)
-    flags.DEFINE_integer("samples", 3, "sample documents to print from each part", lower_bound=0, flag_values=values)
+    flags.DEFINE_integer(
+        "samples", 3, "sample documents to print from each part; of questions one of each skill", lower_bound=0, flag_values=values
+    )
     flags.DEFINE_string("plot", None, "plot the length histograms and the shares to this PNG file", flag_values=values)
 
 

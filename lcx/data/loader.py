@@ -192,9 +192,7 @@ class TaskPart:
 
     def build(self, rows: np.ndarray) -> Mapping[str, np.ndarray]:
         """Arrays `[n, T]` of the named rows."""
-        count = self.task.uniforms(self.seq_len)
-        uniforms = np.stack([rng.random(count) for rng in generators(self.key, rows)])
-        samples = self.task.rows(uniforms, self.seq_len, self.source)
+        samples = self.task.rows(self._uniforms(rows), self.seq_len, self.source)
         return {
             "tokens": samples.tokens[:, :-1],
             "targets": samples.tokens[:, 1:],
@@ -206,6 +204,16 @@ class TaskPart:
     def describe(self, row: int) -> str:
         """The task's name and counts."""
         return f"{self.config.kind} with {self.task.describe(self.seq_len)}"
+
+    def skills(self, rows: np.ndarray) -> tuple[str, ...]:
+        """The skill of each of the named rows of questions in words; of another task, its kind."""
+        if not isinstance(self.task, QuestionTask):
+            return (self.config.kind,) * len(rows)
+        return self.task.rows(self._uniforms(rows), self.seq_len, self.source).skills
+
+    def _uniforms(self, rows: np.ndarray) -> np.ndarray:
+        count = self.task.uniforms(self.seq_len)
+        return np.stack([rng.random(count) for rng in generators(self.key, rows)])
 
 
 @dataclasses.dataclass(frozen=True)

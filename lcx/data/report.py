@@ -10,12 +10,14 @@ import numpy as np
 
 from lcx.core.batch import PADDING
 from lcx.core.errors import UserError
-from lcx.data.config import Upsampling
+from lcx.data.config import QUESTIONS, Upsampling
 from lcx.data.loader import Loader, Remapped, TextPart
 from lcx.data.sources import sources
 from lcx.data.sources.documents import describe
+from lcx.data.synthetic.skills import SKILLS
 
-_SHOWN = 240
+_SHOWN, _KEPT = 240, 16
+"""Tokens of a sample; samples kept of each kind of a task's rows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +27,8 @@ class PartReport:
     `places` is the number of token positions, `tokens` how many of them are filled (shared anchors included), `trained` how many
     have a loss weight, and `loss_weight` the sum of the weights. `documents` is the number of different documents seen,
     `documents_by_length[i]` how many have a total length in bin i, and `tokens_by_length[i]` how many tokens came from those (a
-    task's row counts as one document). `samples` are the beginnings of a few documents.
+    task's row counts as one document). `samples` are the beginnings of a few documents, or the ends of a task's rows: of questions
+    one of each skill, which is named.
     """
 
     name: str
@@ -189,21 +192,30 @@ class _Tally:
         self._rows = self._tokens = self._trained = 0
         self._loss_weight = 0.0
         self._by_document: dict[int, int] = {}
-        self._openings: list[str] = []
+        self._ends: dict[str, list[str]] = {}
 
     def add(self, rows: np.ndarray, segments: np.ndarray, weights: np.ndarray, tokens: np.ndarray) -> None:
         self._rows += len(rows)
         self._tokens += int((segments != PADDING).sum())
         self._trained += int((weights > 0).sum())
         self._loss_weight += float(weights.sum(dtype=np.float64))
+        if not isinstance(self._part, TextPart) and self._wants_samples():
+            for skill, content in zip(self._part.skills(rows), tokens, strict=True):
+                ends = self._ends.setdefault(skill, [])
+                if len(ends) < _KEPT:
+                    ends.append(self._loader.corpus.tokenizer.decode(content[-_SHOWN:]))
         for row, content in zip(rows.tolist(), tokens, strict=True):
             if isinstance(self._part, TextPart):
                 for document, start, end in self._part.plan.spans(row):
                     self._by_document[document] = self._by_document.get(document, 0) + end - start
             else:
                 self._by_document[row] = len(content)
-                if len(self._openings) < 16:
-                    self._openings.append(self._loader.corpus.tokenizer.decode(content[-_SHOWN:]))
+
+    def _wants_samples(self) -> bool:
+        """Whether a skill of questions has not been seen; as its rows are composed again for that, it is asked only so long."""
+        if self._part.config.kind == QUESTIONS:
+            return len(self._ends) < len(self._part.config.questions.skills or SKILLS)
+        return sum(map(len, self._ends.values())) < _KEPT
 
     def report(self, samples: int) -> PartReport:
         documents, part = np.fromiter(self._by_document, np.int64, len(self._by_document)), self._part
@@ -213,7 +225,11 @@ class _Tally:
         by_length = np.bincount(bins, minlength=len(self._edges) - 1)
         tokens_by_length = np.bincount(bins, weights=taken, minlength=len(self._edges) - 1).astype(np.int64)
         if isinstance(part, TextPart):
-            self._openings = [self._opening(i) for i in documents[:samples].tolist()]
+            shown = [self._opening(i) for i in documents[:samples].tolist()]
+        elif part.config.kind == QUESTIONS:
+            shown = [f"{skill}: {end}" for skill, ends in sorted(self._ends.items()) for end in ends[: min(samples, 1)]]
+        else:
+            shown = [end for ends in self._ends.values() for end in ends[:samples]]
         return PartReport(
             name=self._name,
             kind=part.config.kind,
@@ -226,7 +242,7 @@ class _Tally:
             documents=len(documents),
             documents_by_length=tuple(by_length.tolist()),
             tokens_by_length=tuple(tokens_by_length.tolist()),
-            samples=tuple(self._openings[:samples]),
+            samples=tuple(shown),
         )
 
     def _opening(self, document: int) -> str:
