@@ -18,6 +18,7 @@ from lcx.core import configs
 from lcx.core.console import say, table
 from lcx.core.errors import UserError
 from lcx.data.curation.config import CurationConfig
+from lcx.data.curation.labels import Ask, EndpointLabels
 from lcx.data.curation.pipeline import REPORT, Progress, curate
 
 
@@ -38,9 +39,12 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     workers = len(os.sched_getaffinity(0)) if values.workers is None else values.workers
     if workers < 1:
         raise UserError(f"--workers={workers} must be at least 1")
-    found = curate(config, values.out, workers, _progress(time.perf_counter()))
+    found = curate(config, values.out, workers, _progress(time.perf_counter()), ask=_ask)
     for name, of in found["sources"].items():
         _show(name, of)
+    for name, learned in found.get("scores", {}).items():
+        if "rounds" in learned:
+            _show_classifier(name, learned)
     if "evaluation" in found:
         known = found["evaluation"]
         short = f"{known['texts_too_short']:,} texts too short to find"
@@ -67,6 +71,23 @@ def _show(name: str, of: dict[str, Any]) -> None:
         columns = [tuple(f"{one[key]:,}" for key in counts) + tuple(map(_number, one["deciles"][::5])) for one in scores.values()]
         rows = [(score, *column) for score, column in zip(scores, columns, strict=True)]
         table(f"{name}: scores", ("score", *counts, "minimum", "median", "maximum"), rows)
+
+
+def _ask(config: EndpointLabels) -> Ask:
+    # Loads jax, which a curation that asks no model does without.
+    from lcx.recipes import labelling
+
+    return labelling.ask(config)
+
+
+def _show_classifier(name: str, learned: dict[str, Any]) -> None:
+    """What a quality classifier was made of, and how good it is on labels that it has not seen."""
+    labels, last = learned["labels"], learned["rounds"][-1]
+    say(f"{name}: learned from {labels['used']:,} labels ({labels['from']}), embedding: {learned['embedding']}")
+    figures = ", ".join(
+        f"{key} {'none' if last[key] is None else format(last[key], '.3f')}" for key in ("auc", "precision", "recall")
+    )
+    say(f"    on {sum(learned['held_out'].values()):,} held-out labels: {figures}")
 
 
 def _number(value: float | None) -> str:

@@ -24,9 +24,11 @@ import numpy as np
 from lcx.core.configs import plain
 from lcx.core.errors import UserError
 from lcx.core.files import opened_atomically, write_atomically
-from lcx.data.curation import contamination, scoring
+from lcx.data.curation import contamination, quality, scoring
 from lcx.data.curation.config import CurationConfig
 from lcx.data.curation.duplicates import first_come
+from lcx.data.curation.embed import EmbedderFactory
+from lcx.data.curation.labels import AskFactory
 from lcx.data.curation.scores import Learner, Scorer, ScorerFactory, build_scorers
 from lcx.data.curation.shard import Shard, Unreadable, judge
 from lcx.data.curation.store import REPORT, WORK, Documents, Drop, Stored, claimed, to_json
@@ -34,8 +36,6 @@ from lcx.data.curation.tally import SAMPLE_CHARS, Tally
 from lcx.data.curation.workers import ordered
 from lcx.data.sources import documents
 
-SCORERS: dict[str, ScorerFactory] = {}
-"""Kinds of scores that need no model."""
 SHARD_DOCUMENTS = 1 << 14
 """Documents after which a shard ends, however small they are."""
 
@@ -57,10 +57,13 @@ def curate(
     workers: int = 1,
     report: Callable[[Progress], None] | None = None,
     scorers: Mapping[str, ScorerFactory] | None = None,
+    embedders: Mapping[str, EmbedderFactory] | None = None,
+    ask: AskFactory | None = None,
 ) -> dict[str, Any]:
     """Curate the sources into `out_dir` and return the content of its `report.json`.
 
-    `report` is called after every shard. `scorers`: kinds of scores beside those of this package. Raises `UserError` for a source
+    `report` is called after every shard. `scorers`: kinds of scores beside `quality`; `embedders`: that of `hidden`, which
+    needs a model; `ask`: asks an endpoint. Raises `UserError` for a source
     without documents, an evaluation file that cannot be read, a kind of score that is not known, a folder that holds something else
     or is being written, sources that changed in between, and a disk that is full.
     """
@@ -69,7 +72,8 @@ def curate(
     folder = pathlib.Path(out_dir).expanduser()
     patterns = config.decontaminate.paths
     forbidden = contamination.collect(patterns, config.decontaminate.ngram) if patterns else None
-    built = build_scorers(config.scores, SCORERS | dict(scorers or {}))
+    others = dict(scorers or {})
+    built = build_scorers(config.scores, {"quality": quality.factory(others, embedders or {}, ask), **others})
     identity = _identity(config, forbidden, built)
     try:
         with claimed(folder, identity):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -48,8 +49,20 @@ class Learner(Protocol):
 
     fingerprint: str
 
-    def learn(self, corpus: Corpus) -> tuple[Scorer, dict[str, Any]]:
-        """The scorer, and what the report says of the learning. The same corpus gives the same scorer."""
+    def learn(self, corpus: Corpus, folder: pathlib.Path) -> tuple[Scorer, dict[str, Any]]:
+        """The scorer, and what the report says of the learning. The same corpus gives the same scorer.
+
+        `folder` is the curation's, for what was costly to get and is to be kept.
+        """
+        ...
+
+
+@runtime_checkable
+class Named(Protocol):
+    """A scorer that goes by the names of documents too."""
+
+    def named(self, texts: Sequence[str], names: Sequence[str]) -> np.ndarray:
+        """Scores float32 `[D]`, as those of `Scorer`."""
         ...
 
 
@@ -97,7 +110,7 @@ class Column:
         return cls(values, {int(i): (reason, message) for i, (reason, message) in read["errors"].items()})
 
 
-def score(name: str, scorer: Scorer, texts: Sequence[str]) -> Column:
+def score(name: str, scorer: Scorer, texts: Sequence[str], names: Sequence[str] = ()) -> Column:
     """The score of some documents; one whose scoring raises has the name of the error and its message instead.
 
     A score that is not finite counts as none. Raises `UserError` if a scorer gives anything but a number for each document.
@@ -105,17 +118,21 @@ def score(name: str, scorer: Scorer, texts: Sequence[str]) -> Column:
     if not texts:
         return Column(np.zeros(0, np.float32))
     try:
-        found = scorer(texts)
+        found = _call(scorer, texts, names)
     except Exception:
-        return _one_by_one(name, scorer, texts)
+        return _one_by_one(name, scorer, texts, names)
     return Column(_finite(name, found, len(texts)))
 
 
-def _one_by_one(name: str, scorer: Scorer, texts: Sequence[str]) -> Column:
+def _call(scorer: Scorer, texts: Sequence[str], names: Sequence[str]) -> np.ndarray:
+    return scorer.named(texts, names) if isinstance(scorer, Named) else scorer(texts)
+
+
+def _one_by_one(name: str, scorer: Scorer, texts: Sequence[str], names: Sequence[str]) -> Column:
     values, errors = np.full(len(texts), np.nan, np.float32), {}
     for i, text in enumerate(texts):
         try:
-            found = scorer([text])
+            found = _call(scorer, [text], names[i : i + 1])
         except Exception as error:
             errors[i] = type(error).__name__, f"{type(error).__name__}: {error}"
         else:

@@ -99,14 +99,15 @@ def run(
         todo = [i for i in shards if not _path(documents.shards[i], name).exists()]
         if isinstance(scorer, Learner) and shards:
             if todo or not path.exists():
-                scorer, content = scorer.learn(lambda shards=shards: _corpus(documents, shards))
+                scorer, content = scorer.learn(lambda shards=shards: _corpus(documents, shards), path.parents[1])
                 write_atomically(path, json.dumps(content))
             scored.learned[name] = json.loads(path.read_bytes())
         done = fresh = 0
         for count, shard in enumerate(shards, 1):
             stored, numbers = documents.shards[shard], documents.in_shard(shard)
             if shard in todo:
-                column = scores.score(name, scorer, [text for _, text in documents.texts(shard)])
+                names, texts = zip(*documents.texts(shard), strict=True) if len(numbers) else ((), ())
+                column = scores.score(name, scorer, texts, names)
                 write_atomically(_path(stored, name), column.to_json())
                 fresh += int(documents.sizes[numbers].sum())
             column = Column.from_json(_path(stored, name).read_bytes())
