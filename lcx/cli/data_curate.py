@@ -20,13 +20,17 @@ from lcx.core.errors import UserError
 from lcx.data.curation.config import CurationConfig
 from lcx.data.curation.labels import Ask, EndpointLabels
 from lcx.data.curation.pipeline import REPORT, Progress, curate
+from lcx.report import curation_page
 
 
 def define(values: flags.FlagValues) -> None:
     """The command's flags."""
     config_flags.define(values, workdir=False)
     flags.DEFINE_string(
-        "out", None, "directory to write to: a folder of JSONL files per source, and report.json", flag_values=values
+        "out",
+        None,
+        "directory to write to: a folder of JSONL files per source, report.json, and report.html to look at",
+        flag_values=values,
     )
     flags.DEFINE_integer("workers", None, "processes that judge documents (default: one per CPU)", flag_values=values)
 
@@ -50,6 +54,7 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
         short = f"{known['texts_too_short']:,} texts too short to find"
         say(f"evaluation files: {known['texts']:,} texts, {known['ngrams']:,} n-grams; {short}")
     say(f"report: {Path(values.out, REPORT)}")
+    say(f"page to look at: {curation_page.write(values.out)}")
     say("to tokenise a source for training:")
     for name, of in found["sources"].items():
         if of["kept"]["documents"]:
