@@ -49,6 +49,10 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     for name, learned in found.get("scores", {}).items():
         if "rounds" in learned:
             _show_classifier(name, learned)
+    if variety := found.get("diversity"):
+        say(f"diversity: {variety['kept']:,} of {variety['documents']:,} documents, embedding: {variety['embedding']}")
+        scores = f"{variety['vendi_before']:,.1f} before, {variety['vendi_after']:,.1f} after"
+        say(f"    Vendi score {scores}, {variety['vendi_random']:,.1f} of as many drawn at random")
     if "evaluation" in found:
         known = found["evaluation"]
         short = f"{known['texts_too_short']:,} texts too short to find"

@@ -13,6 +13,7 @@ from lcx.core import configs
 from lcx.core.configs import choice, positive
 from lcx.core.errors import UserError
 from lcx.data.config import SourceConfig
+from lcx.data.curation.diversify import DiversityConfig, check_diversity
 from lcx.data.curation.filters import FILTERS
 from lcx.data.curation.scores import ScoreConfig, check_scores
 from lcx.data.curation.select import KeepRule, check_keep
@@ -69,10 +70,11 @@ class CurationConfig:
     """The whole curation: sources by name, then what all of their documents have in common.
 
     Stages run in this order: the filters of each source, `decontaminate`, `exact` (one of several documents that differ at most in
-    white space and case stays), `minhash` (None: no near-duplicates are looked for), `scores` and what sources `keep` by them.
-    Filters come first, so that a document which is dropped anyway never displaces another. Of duplicates the first stays: sources
-    in `order` (empty: by name), documents of a source as they are read. A shard of the output holds what is left of at least
-    `shard_bytes` of text. `samples`: dropped documents to show for each stage in the report.
+    white space and case stays), `minhash` (None: no near-duplicates are looked for), `scores` and what sources `keep` by them,
+    `diversity` (None: documents are not compared). Filters come first, so that a document which is dropped anyway never displaces
+    another. Of duplicates the first stays: sources in `order` (empty: by name), documents of a source as they are read. A shard of
+    the output holds what is left of at least `shard_bytes` of text. `samples`: dropped documents to show for each stage in the
+    report.
     """
 
     sources: dict[str, CuratedSource] = dataclasses.field(default_factory=dict)
@@ -81,6 +83,7 @@ class CurationConfig:
     exact: bool = True
     minhash: MinHashSettings | None = MinHashSettings()
     scores: dict[str, ScoreConfig] = dataclasses.field(default_factory=dict)
+    diversity: DiversityConfig | None = None
     shard_bytes: int = 1 << 22
     samples: int = 20
 
@@ -99,6 +102,7 @@ class CurationConfig:
             missing = sorted(set(self.sources) - set(self.order))
             raise UserError(f"config.order={self.order} must name each source once ({', '.join(missing) or 'one is named twice'})")
         check_scores(self.scores, tuple(self.sources))
+        check_diversity(self.diversity, tuple(self.sources))
         for name, source in self.sources.items():
             check_keep(source.keep, name, self.scores)
         if self.samples < 0:

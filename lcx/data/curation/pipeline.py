@@ -24,10 +24,10 @@ import numpy as np
 from lcx.core.configs import plain
 from lcx.core.errors import UserError
 from lcx.core.files import opened_atomically, write_atomically
-from lcx.data.curation import contamination, quality, scoring
+from lcx.data.curation import contamination, diversify, quality, scoring
 from lcx.data.curation.config import CurationConfig
 from lcx.data.curation.duplicates import first_come
-from lcx.data.curation.embed import EmbedderFactory
+from lcx.data.curation.embed import Embedder, EmbedderFactory, build_embedder
 from lcx.data.curation.labels import AskFactory
 from lcx.data.curation.scores import Learner, Scorer, ScorerFactory, build_scorers
 from lcx.data.curation.shard import Shard, Unreadable, judge
@@ -74,11 +74,12 @@ def curate(
     forbidden = contamination.collect(patterns, config.decontaminate.ngram) if patterns else None
     others = dict(scorers or {})
     built = build_scorers(config.scores, {"quality": quality.factory(others, embedders or {}, ask), **others})
-    identity = _identity(config, forbidden, built)
+    embedder = build_embedder(config.diversity.embedding, embedders) if config.diversity else None
+    identity = _identity(config, forbidden, built, embedder)
     try:
         with claimed(folder, identity):
             if not (folder / REPORT).exists():
-                _Curation(config, folder, forbidden, built, workers, report or (lambda progress: None)).run()
+                _Curation(config, folder, forbidden, built, embedder, workers, report or (lambda progress: None)).run()
             shutil.rmtree(folder / WORK, ignore_errors=True)
             return json.loads((folder / REPORT).read_bytes())
     except OSError as error:
@@ -96,11 +97,12 @@ class _Curation:
         folder: pathlib.Path,
         forbidden: contamination.Forbidden | None,
         scorers: Mapping[str, Scorer | Learner],
+        embedder: Embedder | None,
         workers: int,
         report: Callable[[Progress], None],
     ) -> None:
         self._config, self._folder, self._workers, self._report = config, folder, workers, report
-        self._forbidden, self._scorers = forbidden, scorers
+        self._forbidden, self._scorers, self._embedder = forbidden, scorers, embedder
         self._forbidden_path = folder / WORK / "forbidden.npz"
         self._tallies = {name: Tally(config.samples) for name in config.names}
         self._shards: list[Stored] = []
@@ -114,11 +116,19 @@ class _Curation:
         left = Documents(self._shards)
         drops = self._duplicates()
         left.left[list(drops)] = False
-        scored = scoring.run(self._config, self._scorers, left, self._scored)
+        scored = scoring.run(self._config, self._scorers, left, self._step)
         found = scored.drops()
         left.left[list(found)] = False
-        kept = self._write(left, drops | found, scored)
-        write_atomically(self._folder / REPORT, to_json(self._content(kept, scored)))
+        drops |= found
+        diversified = None
+        if self._config.diversity is not None and self._embedder is not None:
+            diversified = diversify.run(self._config.diversity, self._embedder, left, self._folder, self._step)
+            drops |= diversified.drops
+        kept = self._write(left, drops, scored, diversified)
+        content = self._content(kept, scored)
+        if diversified is not None:
+            content["diversity"] = diversified.report()
+        write_atomically(self._folder / REPORT, to_json(content))
 
     def _judge(self) -> None:
         """Judge the shards that are not yet in `work/`, and count all of them."""
@@ -186,8 +196,8 @@ class _Curation:
         self._fresh += tally["bytes"] if fresh else 0
         self._report(Progress(stored.source, len(self._shards), self._bytes, self._fresh))
 
-    def _scored(self, source: str, name: str, shards: int, size: int, fresh: int) -> None:
-        self._report(Progress(source, shards, size, fresh, f"scored by {name}"))
+    def _step(self, source: str, done: str, shards: int, size: int, fresh: int) -> None:
+        self._report(Progress(source, shards, size, fresh, done))
 
     def _duplicates(self) -> dict[int, Drop]:
         """Number of a duplicate, over all shards in order -> why it goes."""
@@ -206,7 +216,9 @@ class _Curation:
             found |= {one: Drop("minhash", "duplicate", first) for one, first in first_come(columns, candidates).items()}
         return found
 
-    def _write(self, left: Documents, drops: dict[int, Drop], scored: scoring.Scored) -> dict[str, list[int]]:
+    def _write(
+        self, left: Documents, drops: dict[int, Drop], scored: scoring.Scored, diversified: diversify.Diversified | None
+    ) -> dict[str, list[int]]:
         """Write what stays, count what does not, and return documents and bytes that stay by source."""
         kept = {name: [0, 0] for name in self._config.names}
         for stored, first in zip(left.shards, left.starts.tolist(), strict=False):
@@ -215,6 +227,8 @@ class _Curation:
                 for number, row in enumerate(stored.rows(), first):
                     size = int(left.sizes[number])
                     scored.look(name, number, row)
+                    if diversified is not None:
+                        diversified.look(number, row)
                     if number not in drops:
                         out.write(scored.marked(name, number, row))
                         kept[name][0] += 1
@@ -235,6 +249,7 @@ class _Curation:
         for name in self._config.names:
             tally = self._tallies[name]
             after = ("score", "select") if self._config.scores else ()
+            after += ("diversity",) if self._config.diversity else ()
             stages = ("read", *self._config.sources[name].filters, "decontaminate", "exact", "minhash", *after, "failed")
             sources[name] = {
                 "source": documents.describe(self._config.sources[name].source),
@@ -258,10 +273,17 @@ class _Curation:
 
 
 def _identity(
-    config: CurationConfig, forbidden: contamination.Forbidden | None, scorers: Mapping[str, Scorer | Learner]
+    config: CurationConfig,
+    forbidden: contamination.Forbidden | None,
+    scorers: Mapping[str, Scorer | Learner],
+    embedder: Embedder | None,
 ) -> dict[str, Any]:
-    """What the bytes of the folder depend on; that of a curation without scores is what it was before there were any."""
+    """What the bytes of the folder depend on; without scores and diversity it is what it was before there were any."""
     found = {"format": 1, **plain(config), "forbidden": forbidden.fingerprint if forbidden else None}
+    if embedder is None:
+        del found["diversity"]
+    else:
+        found["embedder"] = embedder.fingerprint
     if scorers:
         return found | {"scorers": {name: scorer.fingerprint for name, scorer in scorers.items()}}
     del found["scores"]

@@ -90,7 +90,7 @@ def run(
 ) -> Scored:
     """Every score of every document that is left and belongs to one of the score's sources.
 
-    `report` is called after every shard with its source, the score, shards scored, their bytes, and those of this start.
+    `report` is called after every shard with its source, what was done, for how many shards and bytes, and bytes in this start.
     """
     scored = Scored(config, documents)
     for name, scorer in scorers.items():
@@ -114,7 +114,7 @@ def run(
             scored.values[name][numbers] = column.values
             scored.errors[name].update({int(numbers[place]): error for place, error in column.errors.items()})
             done += int(documents.sizes[numbers].sum())
-            report(stored.source, name, count, done, fresh)
+            report(stored.source, f"scored by {name}", count, done, fresh)
     scored.summarise()
     return scored
 

@@ -120,6 +120,10 @@ class Documents:
         self.sizes = np.array([size for meta in metas for size in meta], np.int64)
         self.left = np.ones(len(self.sizes), bool)
 
+    def source(self, number: int) -> str:
+        """A document's source."""
+        return self.shards[int(np.searchsorted(self.starts, number, side="right")) - 1].source
+
     def name(self, number: int) -> str:
         """A document's name."""
         shard = int(np.searchsorted(self.starts, number, side="right")) - 1
