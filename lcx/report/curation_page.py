@@ -18,10 +18,9 @@ from lcx.report.curation_plots import Points, size
 from lcx.report.page import Cell, document, folded, page, panels, picture, sections, table
 
 PAGE = "report.html"
-DOCUMENTS = 1200
-"""Documents on a page at most, so that it stays small however many sources there are."""
-CLUSTERS = 100
-"""Clusters with documents to read at most, the largest ones."""
+DOCUMENTS, CLUSTERS, HISTOGRAMS = 800, 80, 16
+"""Of dropped and of scored documents to read, of clusters and of pictures of scores a page has about so many at most, so that it
+stays small however many sources there are."""
 _LENGTHS = (0, 1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20)
 _STYLE = """
 td span { margin-left: 7px; min-width: 0; }
@@ -65,7 +64,7 @@ def render(report: Mapping[str, Any], config: Mapping[str, Any] | None = None, p
             ("What was dropped, to read", _dropped(sources), ""),
             *((f"Score: {name}", _score(name, sources, config or {}), _SCORE_NOTE) for name in _score_names(sources)),
             *((f"Classifier: {name}", _classifier(of), "") for name, of in report.get("scores", {}).items() if "rounds" in of),
-            ("Map", _map(report.get("diversity"), points), _map_note(report.get("diversity"))),
+            ("Map", _map(report.get("diversity"), points, list(sources)), _map_note(report.get("diversity"))),
             ("Assembled documents", _assembled(report.get("assembled", {})), ""),
             ("Settings", _settings(config), ""),
         ]
@@ -93,17 +92,15 @@ def _tiles(report: Mapping[str, Any], read: Mapping[str, int], kept: Mapping[str
         hits = lost.get("decontaminate", 0)
         tiles.append(("share text with evaluations", f"{hits:,}", f"{found['texts']:,} texts, {found['ngrams']:,} n-grams"))
     if found := report.get("diversity"):
-        after = style.number(found["vendi_after"])
-        tiles.append(
-            ("Vendi score", f"{style.number(found['vendi_before'])} → {after}", f"effective documents, of {found['documents']:,}")
-        )
+        before, after, random = (style.number(found[f"vendi_{when}"]) for when in ("before", "after", "random"))
+        tiles.append(("Vendi score", f"{before} → {after}", f"{random} for as many at random"))
     return tiles
 
 
 def _drawn(draw: Callable[[Mapping[str, Any], str], Figure | None], sources: Mapping[str, Any]) -> str:
     """A picture of documents beside one of bytes."""
     figures = {what: draw(sources, what) for what in ("documents", "bytes")}
-    return panels((what, style.png(figure)) for what, figure in figures.items() if figure is not None)
+    return panels([(what, style.png(figure)) for what, figure in figures.items() if figure is not None])
 
 
 def _kept_table(sources: Mapping[str, Any]) -> str:
@@ -185,8 +182,10 @@ def _score(name: str, sources: Mapping[str, Any], config: Mapping[str, Any]) -> 
     found = {source: of["scores"][name] for source, of in sources.items() if name in of.get("scores", {})}
     rules = {source: config.get("sources", {}).get(source, {}).get("keep", {}).get(name) for source in found}
     minimum = {source: rule["minimum"] for source, rule in rules.items() if rule and rule.get("minimum") is not None}
-    figures = {source: curation_plots.score(of, source, minimum.get(source)) for source, of in found.items() if of["histogram"]}
-    parts = [panels((source, style.png(figure)) for source, figure in figures.items())] if figures else []
+    largest = sorted((source for source, of in found.items() if of["histogram"]), key=lambda source: -found[source]["documents"])
+    drawn = largest[: max(2, HISTOGRAMS // len(_score_names(sources)))]
+    figures = {source: curation_plots.score(found[source], source, minimum.get(source)) for source in found if source in drawn}
+    parts = [panels((source, style.png(figure)) for source, figure in figures.items())]
     rows = []
     for source, of in found.items():
         counts = (f"{of[key]:,}" for key in ("documents", "missing", "failed"))
@@ -242,11 +241,11 @@ def _classifier(of: Mapping[str, Any]) -> str:
     return f"{drawn}{table(heads, rows)}<p class=note>{note}</p>"
 
 
-def _map(found: Mapping[str, Any] | None, points: Points | None) -> str:
+def _map(found: Mapping[str, Any] | None, points: Points | None, sources: Sequence[str]) -> str:
     """The corpus in the plane, and its clusters with documents to read."""
     if not found:
         return ""
-    figure = curation_plots.corpus_map(points) if points is not None else None
+    figure = curation_plots.corpus_map(points, curation_plots.colours(sources)) if points is not None else None
     largest = sorted(enumerate(found["clusters"]), key=lambda item: (-item[1]["documents"], item[0]))[:CLUSTERS]
     parts = [picture(style.png(figure), "map")] if figure else []
     for number, of in largest:

@@ -16,8 +16,9 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from lcx.report import style
 
-MOST = 8
+MOST, OTHERS = 8, "#A9B4BF"
 """Sources that have a colour of their own; the others share a grey."""
+_MORE = ("#D6335A", "#7FA8D9", "#E0B36A", "#6C7683", "#B9A3DC", "#74BFAE")
 PANEL = 4.8
 """Inches across of a picture that stands beside another one."""
 _UNITS = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
@@ -44,14 +45,14 @@ def size(value: float) -> str:
 
 def colours(names: Sequence[str]) -> dict[str, str]:
     """A colour for each source, by its place."""
-    return {name: style.LINES[i] if i < MOST else "#A9B4BF" for i, name in enumerate(names)}
+    return {name: style.LINES[i] if i < MOST else OTHERS for i, name in enumerate(names)}
 
 
 @style.typography()
 def shares(sources: Mapping[str, Any], what: str) -> Figure:
     """Which share of each source's `documents` or `bytes` stays, and which each stage drops."""
     stages = list(dict.fromkeys(stage for of in sources.values() for stage, lost in of["dropped"].items() if lost["documents"]))
-    painted = {"kept": style.AFTER, **{stage: style.LINES[(i + 1) % MOST] for i, stage in enumerate(stages)}}
+    painted = {"kept": style.AFTER, **dict(zip(stages, (*style.LINES[1:], *_MORE), strict=False))}
     figure = style.new_figure(PANEL, 1.1 + 0.36 * len(sources) + 0.2 * (-(-len(painted) // 3)))
     axes, left = figure.subplots(), np.zeros(len(sources))
     for part, colour in painted.items():
@@ -89,7 +90,7 @@ def lengths(sources: Mapping[str, Any], what: str) -> Figure | None:
     figure, painted = style.new_figure(PANEL, 3.5), colours(list(sources))
     axes, bottom, places = figure.subplots(), np.zeros(len(marks)), np.arange(len(marks))
     for source, row in zip(known, counts / unit, strict=True):
-        axes.bar(places, row[0], bottom=bottom, color=painted[source], width=0.84, zorder=2, label=shortened(source))
+        axes.bar(places, row[0], bottom=bottom, color=painted[source], width=0.84, zorder=2, label=source)
         bottom += row[0]
     dropped = counts[:, 1].sum(0) / unit - bottom
     if dropped.any():
@@ -101,8 +102,20 @@ def lengths(sources: Mapping[str, Any], what: str) -> Figure | None:
     axes.set_xticks(shown, [marks[at] for at in shown], fontsize=8.5, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_xlabel("length of the document from")
     axes.set_title(f"{name.capitalize() if unit == 1 else name} by length")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=4, frameon=False, fontsize=9)
+    _legend(figure, painted, ["dropped"] if dropped.any() else [], "#CBD3DB")
     return figure
+
+
+def _legend(figure: Figure, painted: Mapping[str, str], more: Sequence[str], colour: str) -> None:
+    """Names of sources by colour, of those that share one a single `others`."""
+    named = {shortened(name): hue for name, hue in list(painted.items())[:MOST]}
+    named |= {"others": OTHERS} if len(painted) > MOST else {}
+    marks = [(name, {"color": hue}) for name, hue in named.items()]
+    marks += [(name, {"color": colour, "markerfacecolor": "none" if colour == style.MUTED else colour}) for name in more]
+    handles = [
+        Line2D([], [], marker="o" if colour == style.MUTED else "s", linestyle="", markersize=7, **look) for _, look in marks
+    ]
+    figure.legend(handles, [name for name, _ in marks], loc="outside lower left", ncols=4, frameon=False, fontsize=9)
 
 
 @style.typography()
@@ -157,20 +170,19 @@ def calibration(bins: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 @style.typography()
-def corpus_map(points: Points) -> Figure | None:
-    """Documents in the plane, a colour a source, hollow where dropped, and the number of each cluster at its middle."""
+def corpus_map(points: Points, painted: Mapping[str, str]) -> Figure | None:
+    """Documents in the plane in the colour of their source, hollow where dropped, and the number of each cluster at its middle."""
     if not len(points.xy):
         return None
     figure = style.new_figure(9.0, 6.4)
-    axes, painted = figure.subplots(), list(colours(points.names).values())
+    axes = figure.subplots()
     area = float(np.clip(9000 / len(points.xy), 2, 26))
-    for source, colour in enumerate(painted):
+    for source, colour in enumerate(painted[name] for name in points.names):
         for kept in (False, True):
             x, y = points.xy[(points.source == source) & (points.kept == kept)].T
             face = colour if kept else "none"
             axes.scatter(x, y, s=area, facecolors=face, edgecolors=colour, linewidths=0.5, alpha=0.75 if kept else 0.45, zorder=2)
-    for cluster in _named_clusters(points.cluster):
-        x, y = np.median(points.xy[points.cluster == cluster], axis=0)
+    for cluster, (x, y) in _named_clusters(points):
         axes.annotate(
             str(cluster + 1), (x, y), ha="center", va="center", fontsize=9, fontweight="bold", color=style.INK, zorder=4,
             bbox={"boxstyle": "round,pad=0.25", "facecolor": style.PAPER, "edgecolor": style.FAINT, "alpha": 0.88},
@@ -179,19 +191,20 @@ def corpus_map(points: Points) -> Figure | None:
     axes.set_yticks([])
     for side in axes.spines.values():
         side.set_visible(False)
-    handles = [Line2D([], [], marker="o", linestyle="", markersize=6, color=colour) for colour in painted]
-    names = [shortened(name) for name in points.names]
-    if not points.kept.all():
-        handles.append(Line2D([], [], marker="o", linestyle="", markersize=6, markerfacecolor="none", color=style.MUTED))
-        names.append("dropped")
-    figure.legend(handles[: MOST + 1], names[: MOST + 1], loc="outside lower left", ncols=6, frameon=False, fontsize=9)
+    _legend(figure, {name: painted[name] for name in points.names}, [] if points.kept.all() else ["dropped"], style.MUTED)
     return figure
 
 
-def _named_clusters(cluster: np.ndarray, most: int = 40) -> list[int]:
-    """The largest clusters, as many as a picture has room for."""
-    counts = np.bincount(cluster[cluster >= 0]) if (cluster >= 0).any() else np.zeros(0, int)
-    return [int(i) for i in np.argsort(-counts, kind="stable")[:most] if counts[i]]
+def _named_clusters(points: Points) -> list[tuple[int, np.ndarray]]:
+    """Clusters and their middles, the largest first, without those whose number would cover another one's."""
+    room = 0.035 * np.ptp(points.xy, axis=0)
+    placed: list[tuple[int, np.ndarray]] = []
+    counts = np.bincount(points.cluster[points.cluster >= 0]) if (points.cluster >= 0).any() else np.zeros(0, int)
+    for cluster in np.argsort(-counts, kind="stable").tolist():
+        middle = np.median(points.xy[points.cluster == cluster], axis=0) if counts[cluster] else None
+        if middle is not None and not any((abs(middle - other) < room).all() for _, other in placed):
+            placed.append((cluster, middle))
+    return placed
 
 
 def shortened(name: str, most: int = 22) -> str:

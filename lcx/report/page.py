@@ -116,8 +116,9 @@ def picture(png: bytes, name: str) -> str:
 
 
 def panels(pngs: Iterable[tuple[str, bytes]]) -> str:
-    """HTML of (name, image) side by side where there is room, and below one another where there is none."""
-    return f"<div class=panels>{''.join(picture(png, name) for name, png in pngs)}</div>"
+    """HTML of (name, image) side by side where there is room, below one another where there is none; empty without images."""
+    shown = "".join(picture(png, name) for name, png in pngs)
+    return f"<div class=panels>{shown}</div>" if shown else ""
 
 
 def folded(summary: str, content: str, note: str = "", is_open: bool = False) -> str:
@@ -127,6 +128,8 @@ def folded(summary: str, content: str, note: str = "", is_open: bool = False) ->
 
 
 def document(name: str, facts: str, text: str) -> str:
-    """HTML of a document to read: its name, what is known of it, and the start of its text (none: without)."""
-    shown = f"<pre>{html.escape(text)}</pre>" if text else ""
-    return f"<div class=document><div class=name>{html.escape(name)}</div><div class=facts>{html.escape(facts)}</div>{shown}</div>"
+    """HTML of a document to read: its name, what is known of it, and the start of its text; what is empty is left out."""
+    shown = f"<pre>{html.escape(text, quote=False)}</pre>" if text else ""
+    heads = ((kind, content) for kind, content in (("name", name), ("facts", facts)) if content)
+    named = "".join(f"<div class={kind}>{html.escape(content)}</div>" for kind, content in heads)
+    return f"<div class=document>{named}{shown}</div>"
