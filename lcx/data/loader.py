@@ -125,7 +125,7 @@ class Loader:
 
     def _kept(self) -> np.ndarray:
         """The fraction of its tokens that thinning leaves to each part of text, NaN for the others."""
-        texts = [part.part if isinstance(part, Remapped) else part for part in self.parts]
+        texts = [unmapped(part) for part in self.parts]
         fractions = [part.thinned.num_tokens / part.whole.num_tokens if isinstance(part, TextPart) else np.nan for part in texts]
         return np.asarray(fractions)
 
@@ -243,6 +243,11 @@ class Remapped:
     def describe(self, row: int) -> str:
         """The part's own description, and the remap."""
         return f"{self.part.describe(row)}; positions {self.part.config.remap} up to {self.max_position}"
+
+
+def unmapped(part: TextPart | TaskPart | Remapped) -> TextPart | TaskPart:
+    """The part whose positions are remapped, or else the part itself."""
+    return part.part if isinstance(part, Remapped) else part
 
 
 def generators(key: tuple[int, ...], rows: np.ndarray) -> Iterator[np.random.Generator]:
