@@ -189,7 +189,7 @@ def test_sections_without_data_are_left_out(loader, folder, content):
 def test_weights_that_change(folder):
     parts = {
         "a": {"weight": 1.0, "source": {"kind": "text", "path": f"{folder}/d*.txt"}},
-        "n": {"kind": "key_value", "weight": 1.0},
+        "n": {"kind": "key_value", "weight": 1.0, "task": {"queries": 1}},
     }
     config = build(DataConfig, {"parts": parts, "heldout_fraction": 0.0})
     loader = Loader(config, 64, 4, seed=0, schedule=Schedule(steps=20, knots={"a": ((0.0, 1.0), (1.0, 0.0))}))
