@@ -38,9 +38,7 @@ def dense(
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
-    q = q_BTNH.reshape(B, T, K, N // K, H)
-    logits = jnp.einsum("btkgh,bskh->bkgts", q, k_BSKH, preferred_element_type=wide).reshape(B, N, T, S) * spec.scale
-    weights, lse = weigh(spec, logits, q_index, k_index, bias_params)
+    weights, lse = weigh(spec, scaled_scores(spec, q_BTNH, k_BSKH), q_index, k_index, bias_params)
     probabilities = weights.reshape(B, K, N // K, T, S)
     o = jnp.einsum("bkgts,bskh->btkgh", probabilities, v_BSKH.astype(wide)).reshape(B, T, N, H)
     return o.astype(spec.out_dtype or q_BTNH.dtype), lse
@@ -64,6 +62,15 @@ def dense_vjp(
         return with_barrier(pull((do * share[..., None], jnp.where(seen, share * slope, 0.0))), in_flight)
 
     return AttentionVjp(zeros_fp32(q_BTNH), step, lambda dq: dq)
+
+
+def scaled_scores(spec: KernelSpec, q_BTNH: jax.Array, k_BSKH: jax.Array) -> jax.Array:
+    """scale · q·k `[B, N, T, S]` in float32 or wider."""
+    B, T, N, H = q_BTNH.shape
+    S, K = k_BSKH.shape[1:3]
+    wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
+    q = q_BTNH.reshape(B, T, K, N // K, H)
+    return jnp.einsum("btkgh,bskh->bkgts", q, k_BSKH, preferred_element_type=wide).reshape(B, N, T, S) * spec.scale
 
 
 def weigh(spec: KernelSpec, logits: jax.Array, q_index: Index, k_index: Index, bias_params: Any) -> tuple[jax.Array, jax.Array]:

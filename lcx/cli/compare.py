@@ -61,11 +61,6 @@ def _why(before: results.EvalResult, after: results.EvalResult) -> str:
 
 def _cells(row: comparison.Comparison) -> tuple[object, ...]:
     mean, low, high, above, below = row.difference
-    gap = f"{_number(mean, row, '+')} [{_number(low, row, '+')}, {_number(high, row, '+')}]"
-    means = _number(row.before, row), _number(row.after, row)
+    gap = f"{row.shown(mean, '+')} [{row.shown(low, '+')}, {row.shown(high, '+')}]"
+    means = row.shown(row.before), row.shown(row.after)
     return row.task, row.metric, f"{row.length:,}", row.n, *means, gap, f"{above} / {below}", row.verdict
-
-
-def _number(value: float, row: comparison.Comparison, sign: str = "") -> str:
-    """A mean or a difference: losses in nats, scores in percent."""
-    return f"{value:{sign}.4f}" if row.is_loss else f"{100 * value:{sign}.1f}%"

@@ -1,4 +1,4 @@
-"""Filter and deduplicate sources of text into JSONL files that runs read. Rerun the same command to resume.
+"""Filter and deduplicate sources of text into JSONL files that runs read, and assemble long documents. Rerun to resume.
 
 lcx data curate --config=configs/data/long_mixture.py --config.sources.books.source.path='books/**/*.txt' --out=data/curated
 """
@@ -18,8 +18,10 @@ from lcx.core import configs
 from lcx.core.console import say, table
 from lcx.core.errors import UserError
 from lcx.data.curation.config import CurationConfig
+from lcx.data.curation.embed import EmbedConfig, Embedder
 from lcx.data.curation.labels import Ask, EndpointLabels
 from lcx.data.curation.pipeline import REPORT, Progress, curate
+from lcx.data.curation.scores import ScorerFactory
 from lcx.report import curation_page
 
 
@@ -43,7 +45,9 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     workers = len(os.sched_getaffinity(0)) if values.workers is None else values.workers
     if workers < 1:
         raise UserError(f"--workers={workers} must be at least 1")
-    found = curate(config, values.out, workers, _progress(time.perf_counter()), ask=_ask)
+    found = curate(
+        config, values.out, workers, _progress(time.perf_counter()), _scorers(config), embedders={"hidden": _hidden}, ask=_ask
+    )
     for name, of in found["sources"].items():
         _show(name, of)
     for name, learned in found.get("scores", {}).items():
@@ -57,13 +61,26 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
         known = found["evaluation"]
         short = f"{known['texts_too_short']:,} texts too short to find"
         say(f"evaluation files: {known['texts']:,} texts, {known['ngrams']:,} n-grams; {short}")
+    for name, of in found.get("assembled", {}).items():
+        _show_assembled(name, of)
     say(f"report: {Path(values.out, REPORT)}")
     say(f"page to look at: {curation_page.write(values.out)}")
     say("to tokenise a source for training:")
-    for name, of in found["sources"].items():
-        if of["kept"]["documents"]:
+    written = {name: of["kept"] for name, of in found["sources"].items()}
+    written |= {name: of["out"] for name, of in found.get("assembled", {}).items()}
+    for name, of in written.items():
+        if of["documents"]:
             pattern = str(Path(values.out, name, "*.jsonl"))
             say(f"    lcx data prepare --kind=jsonl --path={pattern!r} --tokenizer=TOKENIZER --out={Path('data', name)}")
+
+
+def _scorers(config: CurationConfig) -> dict[str, ScorerFactory]:
+    """Kinds of scores that take a model, whose libraries are not loaded without a score."""
+    if not config.scores:
+        return {}
+    from lcx.recipes.scorers import factories
+
+    return factories()
 
 
 def _show(name: str, of: dict[str, Any]) -> None:
@@ -82,8 +99,14 @@ def _show(name: str, of: dict[str, Any]) -> None:
         table(f"{name}: scores", ("score", *counts, "minimum", "median", "maximum"), rows)
 
 
-def _ask(config: EndpointLabels) -> Ask:
+def _hidden(config: EmbedConfig) -> Embedder:
     # Loads jax, which a curation that asks no model does without.
+    from lcx.recipes import hidden
+
+    return hidden.embedder(config)
+
+
+def _ask(config: EndpointLabels) -> Ask:
     from lcx.recipes import labelling
 
     return labelling.ask(config)
@@ -101,6 +124,15 @@ def _show_classifier(name: str, learned: dict[str, Any]) -> None:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
+
+
+def _show_assembled(name: str, of: dict[str, Any]) -> None:
+    """What became of the documents that one assembled source was made of."""
+    lengths = {where: f"{found['median']:,.0f} {of['unit']} (median)" for where, found in of["lengths"].items()}
+    rows = [("taken", f"{of['in']['documents']:,}", f"{of['in']['bytes']:,}", lengths["before"])]
+    rows += [(f"left over: {why}", f"{left['documents']:,}", f"{left['bytes']:,}", "") for why, left in of["left_over"].items()]
+    rows.append(("assembled", f"{of['out']['documents']:,}", f"{of['out']['bytes']:,}", lengths["after"]))
+    table(name, (f"{of['method']} of {', '.join(of['sources'])}", "documents", "bytes", "length"), rows)
 
 
 def _progress(start: float) -> Callable[[Progress], None]:

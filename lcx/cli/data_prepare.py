@@ -16,7 +16,9 @@ from lcx.core.configs import nearest
 from lcx.core.console import say
 from lcx.core.errors import UserError
 from lcx.data.config import SourceConfig
+from lcx.data.curation.dependency import LongCeSettings
 from lcx.data.sources.prepare import Progress, prepare
+from lcx.data.tokenizers import tokenizers
 
 
 def define(values: flags.FlagValues) -> None:
@@ -34,6 +36,11 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("append_eos", False, "end each document with the end-of-sequence token", flag_values=values)
     flags.DEFINE_integer("limit_bytes", None, "stop after this many bytes of text", flag_values=values)
     flags.DEFINE_string("name", "lcx", "name of the dataset for TFDS", flag_values=values)
+    flags.DEFINE_string("longce", None, "a model that weighs the tokens by how much a long context helps it", flag_values=values)
+    flags.DEFINE_integer("longce_window", 32768, "tokens of the long context, as in training", flag_values=values)
+    flags.DEFINE_integer(
+        "longce_short", None, "tokens of the short one (an eighth, at most 4096)", lower_bound=1, flag_values=values
+    )
     flags.DEFINE_integer("shard_tokens", 1 << 24, "tokens per shard; finished shards survive an interruption", flag_values=values)
 
 
@@ -48,6 +55,7 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     fields = [field.name for field in dataclasses.fields(SourceConfig) if field.name != "path"]
     given = {"path": tuple(values.path), **{name: values[name].value for name in fields}}
     source = configs.build(SourceConfig, given, "source")
+    weigher = _weigher(values)
     done = prepare(
         source,
         values.tokenizer,
@@ -56,10 +64,32 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
         shard_tokens=values.shard_tokens,
         report=_progress(time.perf_counter()),
     )
+    if weigher is not None:
+        weigher()
+        say(f"loss weights by LongCE of {values.longce}, which runs that read the dataset use")
     say(f"dataset: {values.out}: {done.documents:,} documents, {done.tokens:,} tokens in {done.shards} shards")
     say("to use it in a config:")
     say(f"    config.data.tokenizer = {values.tokenizer!r}")
     say(f"    config.data.parts.NAME.source = {{'kind': 'array_record', 'path': {values.out!r}}}")
+
+
+def _weigher(values: flags.FlagValues) -> Callable[[], None] | None:
+    """What adds the loss weights, its model loaded and its settings checked."""
+    if values.longce is None:
+        for name in ("longce_window", "longce_short"):
+            if values[name].present:
+                raise UserError(f"--{name} belongs to --longce, which is not given; add it or leave --{name} out")
+        return None
+    from lcx.recipes.longce import add_weights
+    from lcx.recipes.reader import Reader, ReaderConfig
+
+    short = values.longce_short or max(4, min(4096, values.longce_window // 8))
+    settings = LongCeSettings(short, max(1, short // 4), values.longce_window)
+    reader = Reader.load(ReaderConfig(values.longce))
+    reader.check("longce_window", settings.window)
+    if reader.tokenizer.fingerprint != tokenizers.load(values.tokenizer).fingerprint:
+        raise UserError(f"--longce={values.longce} has another tokenizer than --tokenizer={values.tokenizer}; use the model's own")
+    return lambda: add_weights(values.out, reader, settings, lambda shards: say(f"{shards} shards weighed"))
 
 
 def _text_kinds() -> tuple[str, ...]:

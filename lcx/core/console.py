@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 
 import rich.console
@@ -43,14 +44,22 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
     out.print(grid)
 
 
+PATIENCE = 30.0
+"""Seconds after which a log gets a line from a bar that writes none for its steps."""
+
+
 class Progress:
-    """A progress bar with a line of figures; if the output is not a terminal, a plain line every `every` steps (None: none)."""
+    """A progress bar with a line of figures.
+
+    If the output is not a terminal, a plain line every `every` steps; None: one for whatever `note` is told, at most every 30 s.
+    """
 
     def __init__(self, title: str, total: int, done: int = 0, every: int | None = 20):
         self._title, self._total, self._done, self._every = title, total, done, every
         self._console = console()
         self._bar: rich.progress.Progress | None = None
         self._task: rich.progress.TaskID | None = None
+        self._spoken = time.monotonic()
 
     def __enter__(self) -> "Progress":
         if self._console.is_terminal:
@@ -76,6 +85,9 @@ class Progress:
             self._bar.update(self._task, figures=text)
         elif self._every:
             self._console.print(rich.markup.escape(f"{self._title}: {text}"))
+        elif time.monotonic() - self._spoken >= PATIENCE:
+            self._spoken = time.monotonic()
+            self._console.print(rich.markup.escape(f"{self._title} {self._done}/{self._total}: {text}"))
 
     def advance(self, figures: str = "", steps: int = 1) -> None:
         """Record `steps` more completed steps, with `figures` to show next to the bar."""

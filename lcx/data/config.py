@@ -16,6 +16,32 @@ from lcx.data.tasks.table import TASKS
 
 
 @dataclasses.dataclass(frozen=True)
+class JoinConfig:
+    """Short conversations joined into long ones (`lcx.data.chat.join`).
+
+    `tokens`: as many conversations as have at most so many tokens together, under the chat template, become one (None: each stays
+    as it is, and the other settings mean nothing). Those that are not of user and assistant by turns, that have empty turns or
+    tools, or fewer than `min_turns` turns or `min_chars` characters of the assistant, are left out, and so are repeated ones.
+    `seed` shuffles them.
+    """
+
+    tokens: int | None = None
+    min_turns: int = 1
+    min_chars: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        positive("source.join", tokens=self.tokens, min_turns=self.min_turns)
+        for field in dataclasses.fields(self)[1:]:
+            value = getattr(self, field.name)
+            not_negative("source.join", **{field.name: value})
+            if self.tokens is None and value != field.default:
+                raise UserError(
+                    f"source.join.{field.name}={value!r} has no effect without source.join.tokens; set it, or leave this out"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
 class SourceConfig:
     """Where documents come from.
 
@@ -26,8 +52,9 @@ class SourceConfig:
     `path`: one or several glob patterns; for `tfds` the dataset's name, for `array_record` the folder.
     `field`: the key, column or feature that holds the text (for `chat` the messages, `messages` by default).
     `split`: split of a `tfds` dataset. `data_dir`: where `tfds` looks for it. `include_tests`: also read the test packages of the
-    standard library. `append_eos`: end each document with the tokenizer's end-of-sequence token. `limit_bytes`: stop reading
-    documents once this much text has been read (None: read all).
+    standard library. `append_eos`: end each document with the tokenizer's end-of-sequence token, and each part of a document that
+    curation has assembled. `limit_bytes`: stop reading documents once this much text has been read (None: read all). `join`: short
+    conversations of a `chat` become long ones.
     """
 
     kind: Literal["stdlib", "text", "jsonl", "parquet", "tfds", "array_record", "chat"] = "stdlib"
@@ -38,9 +65,14 @@ class SourceConfig:
     include_tests: bool = False
     append_eos: bool = False
     limit_bytes: int | None = None
+    join: JoinConfig = JoinConfig()
 
     def __post_init__(self) -> None:
         positive("source", limit_bytes=self.limit_bytes)
+        if self.join.tokens is not None and self.kind != "chat":
+            raise UserError(
+                f"source.join.tokens={self.join.tokens} joins conversations, but source.kind={self.kind!r}; leave it out"
+            )
         if self.kind != "stdlib" and not self.paths:
             raise UserError(f"source.path is empty, but source.kind={self.kind!r} needs one; give a path, or use kind='stdlib'")
         if self.kind == "chat" and self.append_eos:

@@ -92,6 +92,7 @@ class Report:
                 f"{part.fill_ratio:.2%}",
                 f"{part.documents:,}",
                 f"{part.trained / max(part.tokens, 1):.1%}",
+                f"{part.loss_weight / max(part.trained, 1):.2f}",
             )
             for part in self.parts
         ]
@@ -111,7 +112,7 @@ class Report:
         ]
 
 
-COLUMNS = ("part", "kind", "source", "rows", "tokens", "share", "filled", "documents", "with loss")
+COLUMNS = ("part", "kind", "source", "rows", "tokens", "share", "filled", "documents", "with loss", "mean weight")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,10 +17,13 @@ from lcx.core.errors import UserError
 
 
 class AnswerLog:
-    """A file of JSON lines, one answer a line; without a path nothing is kept. A line that a kill cut off is dropped."""
+    """A file of JSON lines, one answer a line; without a path nothing is kept. A line that a kill cut off is dropped.
 
-    def __init__(self, path: pathlib.Path | None) -> None:
-        self._path, self._known = path, {}
+    `label` names the evaluation that adds answers.
+    """
+
+    def __init__(self, path: pathlib.Path | None, label: str = "") -> None:
+        self._path, self._label, self._known = path, label, {}
         self.heard: Callable[[int], None] = lambda count: None
         """Is called with the number of answers that this object has added, whenever there is one more."""
         self.added = 0
@@ -47,7 +50,7 @@ class AnswerLog:
 
     def add(self, key: str, **values: Any) -> None:
         """Keep an answer; it is on the disk when this returns. Raises `UserError` if it cannot be written."""
-        self._known[key] = {"key": key, **values}
+        self._known[key] = {"key": key, "label": self._label, **values}
         self.added += 1
         self.heard(self.added)
         if self._path is None or jax.process_index() != 0:

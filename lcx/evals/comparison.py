@@ -30,6 +30,10 @@ class Comparison(NamedTuple):
         low, high = (-self.difference.high, -self.difference.low) if self.is_loss else self.difference[1:3]
         return "better" if low > 0 else "worse" if high < 0 else "equal"
 
+    def shown(self, value: float, sign: str = "") -> str:
+        """A mean or a difference (`sign` "+") as text: losses in nats, scores in percent."""
+        return f"{value:{sign}.4f}" if self.is_loss else f"{100 * value:{sign}.1f}%"
+
 
 def is_loss(metric: str) -> bool:
     """Whether a metric is one of loss, of which less is better."""

@@ -175,7 +175,7 @@ def _measured(
 ) -> tuple[tuple[Measurement, ...], tuple[str, ...]]:
     """The rows of all tasks under all schemes at all lengths, and what readers of them should know."""
     planned = [(spec, task, lengths, count) for spec in specs for task, lengths in tasks if (count := task.count(spec != "none"))]
-    log = AnswerLog(None if workdir is None else pathlib.Path(workdir) / FOLDER / ANSWERS)
+    log = AnswerLog(None if workdir is None else pathlib.Path(workdir) / FOLDER / ANSWERS, label)
     rows: list[Measurement] = []
     with Progress(f"{label}: measuring", sum(len(lengths) for _, _, lengths, _ in planned), every=None) as bar:
         for spec, task, lengths, count in planned:

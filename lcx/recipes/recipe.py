@@ -14,6 +14,7 @@ import ml_collections
 from lcx.core import configs
 from lcx.core.configs import choice
 from lcx.core.console import say
+from lcx.core.errors import UserError
 from lcx.core.mesh import make_mesh
 from lcx.data.config import PartConfig
 from lcx.data.tokenizers import tokenizers
@@ -173,6 +174,11 @@ def evaluate_loaded(loaded: Loaded, evals: EvalConfig, label: str, workdir: Path
     schemes = build_schemes(run.model, loaded.schemes)
     judge = None
     if evals.evaluator is not None:
+        if "long_perplexity" not in evals.tasks:
+            raise UserError(
+                f"evals.evaluator={evals.evaluator} has nothing to judge: only long_perplexity has key tokens, and evals.tasks is "
+                f"{', '.join(evals.tasks)}; add it to --tasks, or leave --evaluator out"
+            )
         chosen = models.load(evals.evaluator)
         judge = Evaluator(
             functools.cache(lambda length: backend_of(chosen, length, tokens_per_forward=evals.tokens_per_forward)),

@@ -74,6 +74,11 @@ class Run:
         last_try = {stage: max(attempt for name, attempt in groups if name == stage) for stage, _ in groups}
         return [self._stage(stage, attempt, rows, last_try[stage] == attempt) for (stage, attempt), rows in groups.items()]
 
+    def progress(self) -> list[tuple[str, int, int]]:
+        """Each stage of the config with the last step of its last try, and the number of its steps."""
+        done = {str(row.get("stage")): int(row.get("stage_step", 0)) for row in self.metrics}
+        return [(stage["name"], done.get(stage["name"], 0), stage.get("steps", 0)) for stage in self.config.get("stages", ())]
+
     def _stage(self, name: str, attempt: int, by_step: Mapping[int, Mapping[str, Any]], kept: bool) -> Stage:
         steps = sorted(by_step)
         rows = [by_step[step] for step in steps]

@@ -270,7 +270,7 @@ def line_colour(name: str, index: int) -> str:
     """The colour of a curve: fixed for common names, so that pictures agree; else by its place in the order."""
     blue, amber, violet, teal, plum, *others = style.LINES
     fixed = {
-        "none": style.BEFORE, "before": style.BEFORE, "extended": style.AFTER, "after": style.AFTER,
+        "unchanged": style.BEFORE, "before": style.BEFORE, "extended": style.AFTER, "after": style.AFTER,
         "linear": amber, "ntk": violet, "yarn": teal, "rope": plum, "theta": plum, "dynamic": blue,
     }  # fmt: skip
     return fixed.get(name.split(":")[0].split(" ")[0], others[index % len(others)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from lcx.evals.results import EvalResult, Measurement
@@ -39,17 +39,27 @@ def grids(results: Sequence[EvalResult]) -> dict[str, dict[str, EvalResult]]:
     return found
 
 
-def reading(answers: Sequence[Mapping[str, Any]]) -> str:
-    """Some answers of each task at its longest length, wrong ones first, as people learn most from those."""
-    parts, answers = [], [answer for answer in answers if "output" in answer]
-    for task in dict.fromkeys(answer["task"] for answer in answers):
-        of_task = [answer for answer in answers if answer["task"] == task]
-        longest = max(answer["length"] for answer in of_task)
-        here = [answer for answer in of_task if answer["length"] == longest]
-        wrong, right = ([x for x in here if (x["score"] >= 1) == good] for good in (False, True))
-        shown = "".join(map(_answer, (*wrong[:READ], *right[:READ])))
-        said = f"{task} at {longest:,}: {len(right)} of {len(here)} right"
-        parts.append(f"<details><summary>{html.escape(said)}</summary>{shown}</details>")
+def reading(answers: Sequence[Mapping[str, Any]], finished: Collection[str]) -> str:
+    """Some answers of each task at its longest length, wrong ones first, as people learn most from those.
+
+    `finished` are the labels of evaluations that have results; what others answered is said to be of an interrupted one.
+    """
+    groups: dict[str, dict[tuple[str, str], list[Mapping[str, Any]]]] = {}
+    for answer in answers:
+        if "output" in answer:
+            asked = (answer.get("label", ""), answer.get("scheme", "none"))
+            groups.setdefault(answer["task"], {}).setdefault(asked, []).append(answer)
+    parts = []
+    for task, found in groups.items():
+        for (label, scheme), of_task in found.items():
+            longest = max(answer["length"] for answer in of_task)
+            here = [answer for answer in of_task if answer["length"] == longest]
+            wrong, right = ([x for x in here if (x["score"] >= 1) == good] for good in (False, True))
+            shown = "".join(map(_answer, (*wrong[:READ], *right[:READ])))
+            who = [label, "" if scheme == "none" else scheme, "interrupted" if label and label not in finished else ""]
+            said = f"{task} at {longest:,}, {len(right)} of {len(here)} right"
+            said = ": ".join(filter(None, (", ".join(filter(None, who)), said)))
+            parts.append(f"<details><summary>{html.escape(said)}</summary>{shown}</details>")
     return "".join(parts)
 
 

@@ -61,7 +61,7 @@ def pictures(run: Run) -> dict[str, Figure]:
     if curves:
         trained = run.before.trained if run.before else run.after.trained if run.after else None
         figures["perplexity"] = plots.perplexity(curves, trained)
-        few = {name: curve for name, curve in curves.items() if name in ("none", "yarn", "extended") or len(curves) < 4}
+        few = {name: curve for name, curve in curves.items() if name in ("unchanged", "yarn", "extended") or len(curves) < 4}
         figures["positions"] = plots.positions(few, trained)
     if run.after and (figure := likelihood.kinds(run.before, run.after)) is not None:
         figures["kinds"] = figure
@@ -103,8 +103,8 @@ def _losses(result: EvalResult | None, **fields: str) -> EvalResult | None:
 
 
 def scheme_name(spec: str) -> str:
-    """A short name for a line: `rope:theta=critical` is what people call changing theta."""
-    return "theta" if spec == "rope:theta=critical" else spec
+    """A name for a line that a reader understands without the spec's grammar."""
+    return {"none": "unchanged", "rope:theta=critical": "theta raised"}.get(spec, spec)
 
 
 def render(run: Run, figures: dict[str, Figure]) -> str:
@@ -116,7 +116,7 @@ def render(run: Run, figures: dict[str, Figure]) -> str:
         [
             ("Needles", images.get("needles", ""), _needle_note(run)),
             ("Questions in words", asked + questions.section(run.evals), ""),
-            ("Answers to read", questions.reading(run.answers), ""),
+            ("Answers to read", questions.reading(run.answers, [result.label for result in run.evals]), ""),
             ("Which tokens gain from context", images.get("kinds", "") + likelihood.losses(run.evals), ""),
             ("Key tokens", likelihood.passages(run.answers), ""),
             ("Short contexts: what the extension cost", retention.section(run.before, run.after), ""),
@@ -142,7 +142,13 @@ def _headline(run: Run) -> tuple[str, str]:
         how = f"Context extended {_factor(after.trained / before.trained)} in {_stages(stages, above=before.trained)}."
         return f"{before.trained:,} → {after.trained:,} tokens", f"{how} Run {run.name}."
     longest = after.trained if after else max((stage.curve.length for stage in stages), default=0)
-    return f"{longest:,} tokens", f"{_stages(stages)}. Run {run.name}." if stages else f"Evaluations of {run.name}."
+    if not stages:
+        return f"{longest:,} tokens", f"Evaluations of {run.name}."
+    said = f"{_stages(stages)}. Run {run.name}."
+    for name, done, steps in run.progress():
+        if done < steps:
+            return f"{longest:,} tokens", f"{said} Not finished: {name} has {done:,} of {steps:,} steps."
+    return f"{longest:,} tokens", said
 
 
 def _tiles(run: Run) -> list[tuple[str, str, str]]:

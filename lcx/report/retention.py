@@ -24,7 +24,7 @@ def section(before: EvalResult | None, after: EvalResult | None) -> str:
     )
     note = (
         f"{said} Both models answered the same items, up to the {before.trained:,} tokens that the first was trained at; "
-        "differences are paired, with the half-width of their 95% interval in grey. Losses are in nats a token, scores in percent."
+        "differences are paired, with the half-width of their 95% interval in grey. Losses are in nats a token."
     )
     rows = [(_row(row), "strong" if row.verdict == "better" else "") for row in found]
     heads = ("task", "length", "items", "before", "after", "difference", "")
@@ -32,9 +32,7 @@ def section(before: EvalResult | None, after: EvalResult | None) -> str:
 
 
 def _row(row: Comparison) -> tuple[Cell, ...]:
-    scale, digits = (1, 3) if row.is_loss else (100, 1)
-    half = scale * (row.difference.high - row.difference.low) / 2
+    half = (row.difference.high - row.difference.low) / 2
     name = row.task if row.metric in ("score", "accuracy") else f"{row.task} ({row.metric})"
-    before, after = (f"{scale * value:.{digits}f}" for value in (row.before, row.after))
-    gap = (f"{scale * row.difference.mean:+.{digits}f}", f"±{half:.{digits}f}")
-    return name, f"{row.length:,}", f"{row.n:,}", before, after, gap, SIGNS[row.verdict]
+    gap = (row.shown(row.difference.mean, "+"), f"±{row.shown(half)}")
+    return name, f"{row.length:,}", f"{row.n:,}", row.shown(row.before), row.shown(row.after), gap, SIGNS[row.verdict]

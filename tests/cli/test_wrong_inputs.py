@@ -258,6 +258,7 @@ WRONG = {
     "harness --checkpoint={run} --tasks=a --lengths=64,long": "invalid value 'long' in --lengths",
     "harness --checkpoint={run} --tasks=a --lengths=64 --length=32": "--length=32 must be at least 64, the longest of --lengths",
     "harness --checkpoint={run} --tasks=a --prompt_format=chat": "has no chat template",
+    "eval --checkpoint={run} --tasks=needles --evaluator={run}": "has nothing to judge: only long_perplexity has key tokens",
     "eval --checkpoint={tmp}/pickled": "pytorch_model.bin is a pickle",
     "export": "--checkpoint is missing; name a run's workdir",
     "export --checkpoint={run}": "--out is missing; name a new directory",
@@ -275,6 +276,11 @@ WRONG = {
     "diff {run}": "lcx diff takes two models but got 1; use lcx diff ONE OTHER",
     "diff {run} {tmp}/lama": "model_type='lama' is not an architecture",
     "train --config={config} --workdir={new} --config.init_from={tmp}/pickled": "pytorch_model.bin is a pickle",
+    # doremi
+    "doremi --config={config} --workdir={new} --stage=nope": "stage 'nope' is not in the config; its stages are base, longer",
+    "doremi --config={config} --workdir={new} --step_size=-1": "doremi.step_size=-1.0 must be above 0",
+    "doremi --config={config} --workdir={new} --smoothing=2": "doremi.smoothing=2.0 must be at least 0 and below 1",
+    "doremi --config={config} --workdir={new}": "stage base trains on text alone; DoReMi weighs two parts or more",
     # theta
     "theta --from=-1": "length=-1 must be at least",
     "theta --theta=-500": "theta=-500.0 must be a number above 1",

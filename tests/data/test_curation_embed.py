@@ -180,6 +180,8 @@ def test_the_ladder(monkeypatch, tmp_path):
     assert build_embedder(EmbedConfig(model="run"), {"hidden": lambda config: Model()}).kind == "hidden"
     with pytest.raises(UserError, match="embedding.model='run' needs a caller that runs models"):
         build_embedder(EmbedConfig(model="run"))
+    with pytest.raises(UserError, match="dim=64 is that of hashed vectors, but these are hidden"):
+        build_embedder(EmbedConfig(model="run", dim=64), {"hidden": lambda config: Model()})
     with pytest.raises(UserError, match="'wordllama' needs the package; pip install wordllama, or use 'hashed'"):
         build_embedder(EmbedConfig("wordllama"))
 
@@ -192,6 +194,8 @@ def test_the_ladder(monkeypatch, tmp_path):
         ({"kind": "static"}, "'static' needs embedding.path; name it"),
         ({"kind": "hidden"}, "'hidden' needs embedding.model; name it"),
         ({"dim": 0}, "embedding.dim=0 must be above 0"),
+        ({"kind": "wordllama", "dim": 64}, "dim=64 is not used by embedding.kind='wordllama'"),
+        ({"path": "x.npz", "model": "run"}, "are two kinds of vectors; leave one out"),
     ],
 )
 def test_wrong_configs(values, message):
@@ -200,4 +204,4 @@ def test_wrong_configs(values, message):
 
 
 def test_the_config_can_be_kept_as_json():
-    assert json.loads(json.dumps(EmbedConfig().__dict__)) == {"kind": "auto", "path": "", "model": "", "dim": 256}
+    assert json.loads(json.dumps(EmbedConfig().__dict__)) == {"kind": "auto", "path": "", "model": "", "dim": None}

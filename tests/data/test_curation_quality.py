@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -353,6 +354,12 @@ def test_a_document_that_cannot_be_embedded_has_no_label_and_no_score(planted, t
     }
 
 
-def test_labels_need_two_things_to_choose_from():
+def test_without_scikit_learn(planted, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
+    with pytest.raises(UserError, match=r"a quality classifier needs the sklearn.linear_model library; .*'\.\[data\]'"):
+        curate(config_of(planted, {"labels": {"file": {"path": f"{planted}/labels.jsonl"}}}), tmp_path / "out")
+
+
+def test_an_endpoint_is_asked_about_something():
     with pytest.raises(UserError, match="must be above 0"):
         EndpointLabels("http://x", "m", documents=0)

@@ -69,8 +69,8 @@ def asked(text):
     return context, [tuple(part.strip("\n") for part in pair.split("\nAnswer:")) for pair in pairs]
 
 
-@pytest.mark.parametrize("skill", SKILLS)
-@pytest.mark.parametrize("length", [400, 1024, 5000])
+# A cloze needs a passage that occurs once, and the prose of the tests repeats itself: in 400 bytes there is none.
+@pytest.mark.parametrize(("skill", "length"), [(s, n) for s in SKILLS for n in (400, 1024, 5000) if (s, n) != ("cloze", 400)])
 def test_rows_are_exactly_as_long_as_asked_and_weigh_answers(skill, length):
     tokenizer, rows = rows_of(skill, length, 6, answer_weight=5.0, fact_weight=0.25, question_weight=0.125, haystack_weight=2.0)
     assert rows.tokens.shape == rows.loss_weights.shape == rows.answers.shape == (6, length + 1)
@@ -84,7 +84,7 @@ def test_rows_are_exactly_as_long_as_asked_and_weigh_answers(skill, length):
         assert np.all(weights[answers] == 5.0) and np.all(weights[~answers] < 5.0)
         kinds = set(np.unique(weights[: len(context)]).tolist())
         assert kinds <= {0.25, 0.125, 2.0}
-        assert 0.125 in kinds and (2.0 in kinds or skill not in ("retrieval", "tracking", "copying"))
+        assert 0.125 in kinds and (2.0 in kinds or skill not in ("retrieval", "tracking", "copying", "cloze"))
 
 
 def test_facts_are_told_and_found_again():

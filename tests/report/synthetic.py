@@ -52,9 +52,9 @@ def curve(scheme: str, perplexities: tuple[float, ...], trained: int = 256) -> E
 
 
 CURVES = {
-    "none": curve("none", (4.25, 13.5, 44.0, 467.0)),
+    "unchanged": curve("none", (4.25, 13.5, 44.0, 467.0)),
     "yarn": curve("yarn", (4.25, 5.0, 6.0, 8.75)),
-    "theta": curve("rope:theta=critical", (4.25, 5.75, 7.75, 14.5)),
+    "theta raised": curve("rope:theta=critical", (4.25, 5.75, 7.75, 14.5)),
     "extended": curve("none", (4.0, 3.75, 3.5, 3.25), trained=4096),
 }
 
@@ -67,7 +67,7 @@ STAGES = (
 
 def write_run(workdir: pathlib.Path) -> None:
     yarn = needles(((20, 7, 3, 1),) * 3, scheme="yarn")
-    rows = BEFORE.rows + yarn.rows + CURVES["none"].rows + CURVES["yarn"].rows + CURVES["theta"].rows
+    rows = BEFORE.rows + yarn.rows + CURVES["unchanged"].rows + CURVES["yarn"].rows + CURVES["theta raised"].rows
     before = EvalResult("before", 256, 40, rows, 3.0)
     after = EvalResult("after", 4096, 60, AFTER.rows + CURVES["extended"].rows, 2.0)
     results.write(before, workdir / "eval" / "before.json")

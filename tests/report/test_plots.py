@@ -51,9 +51,9 @@ def test_perplexity_lines_hold_the_data_and_their_names():
 
 
 def test_infinite_perplexity_is_left_out():
-    *others, last = CURVES["none"].select(metric="nll").rows
-    broken = dataclasses.replace(CURVES["none"], rows=(*others, dataclasses.replace(last, value=math.inf)))
-    axes = plots.perplexity({"none": broken}).axes[0]
+    *others, last = CURVES["unchanged"].select(metric="nll").rows
+    broken = dataclasses.replace(CURVES["unchanged"], rows=(*others, dataclasses.replace(last, value=math.inf)))
+    axes = plots.perplexity({"unchanged": broken}).axes[0]
     assert len(axes.lines[0].get_ydata()) == 3
 
 
@@ -67,7 +67,7 @@ def test_positions_are_drawn_where_they_are():
 def test_a_mixture_is_drawn_as_it_was_counted():
     counted = [("code", (3, 1, 0), (90, 80, 0), 170), ("needles", (0, 0, 5), (0, 0, 330), 330)]
     parts = tuple(
-        PartReport(name, "text", "a corpus", 4, 500, tokens, 0, 0.0, sum(documents), documents, by_length, ())
+        PartReport(name, "text", "a corpus", 4, 500, tokens, 0, 0.0, sum(documents), documents, by_length, 9, 5, 4, 500, ())
         for name, documents, by_length, tokens in counted
     )
     left, middle, right = mixture(Report(128, (1, 64, 128, 256), parts)).axes

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import re
 
 from lcx.evals import results
 from lcx.evals.results import EvalResult, Measurement
@@ -43,8 +44,23 @@ def test_scores_averages_and_answers(tmp_path):
     assert "up to 25%, in ruler_cwe at 4,096" in page
     assert (tmp_path / "plots" / "depths_passkey.png").exists() and "alt='depths_passkey'" in page
     # The longest length alone is read: two wrong answers, then the right one.
-    assert "ruler_vt at 8,192: 1 of 4 right" in page and page.count("the prompt ends") == 3
+    assert "ruler_vt at 8,192, 1 of 4 right" in page and page.count("the prompt ends") == 3
     assert page.index("(nothing)") < page.index("&lt;A&gt; B") and "Evaluations of" in page
+
+
+def test_answers_say_who_gave_them(tmp_path):
+    write(tmp_path)
+    path = tmp_path / "eval" / "answers.jsonl"
+    answers = [json.loads(line) for line in path.read_text().splitlines()]
+    givers = (("tuned", "none"), ("tuned", "yarn:factor=2"), ("stopped", "none"))
+    said = [{**answer, "label": label, "scheme": scheme} for label, scheme in givers for answer in answers]
+    path.write_text("".join(json.dumps(answer) + "\n" for answer in said))
+    page = write_report(tmp_path).read_text()
+    assert re.findall(r"<summary>(.*?)</summary>", page)[:3] == [
+        "tuned: ruler_vt at 8,192, 1 of 4 right",
+        "tuned, yarn:factor=2: ruler_vt at 8,192, 1 of 4 right",
+        "stopped, interrupted: ruler_vt at 8,192, 1 of 4 right",
+    ]
 
 
 def test_scores_by_number_of_shots(tmp_path):

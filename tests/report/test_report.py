@@ -109,6 +109,21 @@ def test_a_step_logged_twice_counts_once(tmp_path):
     assert stage.curve.loss == (3.0, 2.0, 1.0)
 
 
+def test_a_run_that_is_not_finished_says_so(tmp_path):
+    write_run(tmp_path)
+    (tmp_path / "eval" / "before.json").unlink()
+    config = json.loads((tmp_path / "config.json").read_text())
+    names = [stage.name for stage in STAGES if stage.kept]
+    rows = [{"step": i, "stage_step": i, "stage": name, "loss": 2.0} for name in names for i in range(1, 4)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stages = [{"name": name, "steps": 3} for name in names]
+    (tmp_path / "config.json").write_text(json.dumps({**config, "stages": stages}))
+    assert "Not finished" not in write_report(tmp_path).read_text()
+    stages[-1]["steps"] = 1200
+    (tmp_path / "config.json").write_text(json.dumps({**config, "stages": stages}))
+    assert f"Not finished: {names[-1]} has 3 of 1,200 steps." in write_report(tmp_path).read_text()
+
+
 def test_part_of_a_run_makes_a_report_too(tmp_path):
     write_run(tmp_path)
     (tmp_path / "eval" / "before.json").unlink()

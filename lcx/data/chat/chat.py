@@ -95,6 +95,10 @@ class Chat:
         text, written = self.template.render(messages, tools)
         return text, written if self.template.marks_turns else _turns(self.template, messages, tools, text)
 
+    def tokens(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> np.ndarray:
+        """Ids int32 `[n]` of a conversation, without asking what in it is the model's."""
+        return self.tokenizer.encode_chat(self.template.render(messages, tools)[0])[0]
+
     def prompt(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> np.ndarray:
         """Ids int32 `[n]` of a conversation for the model to answer, with begin-of-sequence only if the template writes it."""
         return self.tokenizer.encode_chat(self.template.render(messages, tools, add_generation_prompt=True)[0])[0]

@@ -13,6 +13,7 @@ from lcx.core import configs
 from lcx.core.configs import choice, positive
 from lcx.core.errors import UserError
 from lcx.data.config import SourceConfig
+from lcx.data.curation.assemble.settings import AssembleConfig
 from lcx.data.curation.diversify import DiversityConfig, check_diversity
 from lcx.data.curation.filters import FILTERS
 from lcx.data.curation.scores import ScoreConfig, check_scores
@@ -74,7 +75,7 @@ class CurationConfig:
     `diversity` (None: documents are not compared). Filters come first, so that a document which is dropped anyway never displaces
     another. Of duplicates the first stays: sources in `order` (empty: by name), documents of a source as they are read. A shard of
     the output holds what is left of at least `shard_bytes` of text. `samples`: dropped documents to show for each stage in the
-    report.
+    report. `assemble`: sources to make of the curated ones.
     """
 
     sources: dict[str, CuratedSource] = dataclasses.field(default_factory=dict)
@@ -86,15 +87,16 @@ class CurationConfig:
     diversity: DiversityConfig | None = None
     shard_bytes: int = 1 << 22
     samples: int = 20
+    assemble: dict[str, AssembleConfig] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         positive("config", shard_bytes=self.shard_bytes)
         if not self.sources:
             raise UserError("config.sources is empty; name at least one source, as in configs/data/long_mixture.py")
-        for name in self.sources:
+        for where, name in [*(("sources", name) for name in self.sources), *(("assemble", name) for name in self.assemble)]:
             if not re.fullmatch(r"\w[\w.-]*", name) or name == "work":
                 raise UserError(
-                    f"config.sources has the name {name!r}, which becomes a folder; use letters, digits, '_' and '-', not 'work'"
+                    f"config.{where} has the name {name!r}, which becomes a folder; use letters, digits, '_' and '-', not 'work'"
                 )
         for name in self.order:
             choice("config.order", name, self.sources)
@@ -107,6 +109,20 @@ class CurationConfig:
             check_keep(source.keep, name, self.scores)
         if self.samples < 0:
             raise UserError(f"config.samples={self.samples} must not be negative")
+        for name, assembly in self.assemble.items():
+            self._check_assembly(name, assembly)
+
+    def _check_assembly(self, name: str, config: AssembleConfig) -> None:
+        if name in self.sources:
+            raise UserError(f"config.assemble has the name {name!r}, which is a source already; use another name")
+        for source in config.sources:
+            choice(f"config.assemble.{name}.sources", source, self.sources)
+        for source in config.sources or self.sources:
+            if config.method == "repository" and (kind := self.sources[source].source.kind) != "text":
+                raise UserError(
+                    f"config.assemble.{name} puts files of repositories in order, but source {source!r} is of kind {kind!r}, whose "
+                    "documents have no paths; use a source of kind 'text'"
+                )
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -82,7 +82,10 @@ class BalanceSettings:
 
 @dataclasses.dataclass(frozen=True)
 class KCenterSettings:
-    """Keep a `share` of the documents, each as far as can be from those chosen before it (arXiv:1708.00489)."""
+    """Keep a `share` of the documents, each as far as can be from those chosen before it (arXiv:1708.00489).
+
+    Takes as many passes over the vectors as documents stay: right for tens of thousands, or behind another step.
+    """
 
     share: float = 0.5
 

@@ -51,8 +51,7 @@ def k_means(x_DE: Vectors, clusters: int, seed: int, iterations: int = 25) -> tu
         if before is not None and (labels_D == before).all():
             break
         before = labels_D
-        sums_KE = np.zeros(centers_KE.shape)
-        np.add.at(sums_KE, labels_D, sample_DE)
+        sums_KE = _sums(sample_DE, labels_D, clusters)
         for empty, far in zip(np.flatnonzero(np.bincount(labels_D, minlength=clusters) == 0), np.argsort(cosines_D), strict=False):
             sums_KE[empty] = sample_DE[far]
         lengths_K = np.linalg.norm(sums_KE, axis=1, keepdims=True)
@@ -63,13 +62,26 @@ def k_means(x_DE: Vectors, clusters: int, seed: int, iterations: int = 25) -> tu
 def _plus_plus(x_DE: np.ndarray, clusters: int, rng: np.random.Generator) -> np.ndarray:
     """Documents to begin with, each drawn in proportion to its squared distance from those drawn before (k-means++)."""
     chosen = [int(rng.integers(len(x_DE)))]
-    distance_D = _squared_distances(x_DE, x_DE[chosen[0]])
+    squared_D = np.einsum("de,de->d", x_DE, x_DE)
+
+    def distance() -> np.ndarray:
+        return np.maximum(squared_D + squared_D[chosen[-1]] - 2 * (x_DE @ x_DE[chosen[-1]]), 0)
+
+    distance_D = distance()
     for _ in range(1, clusters):
-        total = np.cumsum(distance_D)
+        total = np.cumsum(distance_D, dtype=np.float64)
         place = int(np.searchsorted(total, rng.random() * total[-1], side="right"))
         chosen.append(min(place, len(x_DE) - 1))
-        distance_D = np.minimum(distance_D, _squared_distances(x_DE, x_DE[chosen[-1]]))
+        distance_D = np.minimum(distance_D, distance())
     return x_DE[chosen]
+
+
+def _sums(x_DE: np.ndarray, labels_D: np.ndarray, clusters: int) -> np.ndarray:
+    """The sum of each cluster's vectors, float64 `[K, E]`."""
+    found_KE, order = np.zeros((clusters, x_DE.shape[1])), np.argsort(labels_D, kind="stable")
+    there, starts = np.unique(labels_D[order], return_index=True)
+    found_KE[there] = np.add.reduceat(x_DE[order], starts, axis=0, dtype=np.float64)
+    return found_KE
 
 
 def _nearest(x_DE: Vectors, centers_KE: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -39,24 +39,28 @@ class EmbedConfig:
     | `vectors` | the user's: `path` is an .npz with `names` and `vectors` [D, E], or an .npy beside a .txt with a name a line |
     | `static` | the mean of the tokens' vectors in the folder `path` (model2vec: model.safetensors, tokenizer.json) |
     | `wordllama` | the same with the two files of the package wordllama, if it is installed |
-    | `hidden` | the mean hidden state of `model`, by whoever passes in what computes it |
-    | `hashed` | TF-IDF of words and pairs of words in 2^16 buckets, projected at random to `dim` numbers (arXiv:0902.2206) |
-    | `auto` | the first of these that is there: `path`, wordllama, `model`, hashed |
+    | `hidden` | the mean hidden state of `model`: a workdir, a Hugging Face folder or a GGUF file |
+    | `hashed` | TF-IDF of words and pairs of words in 2^16 buckets, projected at random to `dim` (256) numbers (arXiv:0902.2206) |
+    | `auto` | the first of these that is there: `path` or `model`, wordllama, hashed |
     """
 
     kind: str = "auto"
     path: str = ""
     model: str = ""
-    dim: int = 256
+    dim: int | None = None
 
     def __post_init__(self) -> None:
         choice("embedding.kind", self.kind, KINDS)
         positive("embedding", dim=self.dim)
-        for field, kinds in (("path", ("vectors", "static")), ("model", ("hidden",))):
+        if self.path and self.model:
+            raise UserError(
+                f"embedding.path={self.path!r} and embedding.model={self.model!r} are two kinds of vectors; leave one out"
+            )
+        for field, kinds in (("path", ("vectors", "static")), ("model", ("hidden",)), ("dim", ("hashed",))):
             value = getattr(self, field)
             if value and self.kind not in (*kinds, "auto"):
                 raise UserError(f"embedding.{field}={value!r} is not used by embedding.kind={self.kind!r}; leave it out")
-            if not value and self.kind in kinds:
+            if not value and self.kind in kinds and field != "dim":
                 raise UserError(f"embedding.kind={self.kind!r} needs embedding.{field}; name it")
 
 
@@ -93,6 +97,8 @@ def build_embedder(config: EmbedConfig, factories: Mapping[str, EmbedderFactory]
             kind = "wordllama"
         else:
             kind = "hidden" if config.model else "hashed"
+    if config.dim is not None and kind != "hashed":
+        raise UserError(f"embedding.dim={config.dim} is that of hashed vectors, but these are {kind}; leave it out or use 'hashed'")
     if kind == "vectors":
         return Vectors.load(config.path)
     if kind == "static":
@@ -105,7 +111,7 @@ def build_embedder(config: EmbedConfig, factories: Mapping[str, EmbedderFactory]
                 f"embedding.model={config.model!r} needs a caller that runs models; lcx data curate does, or use 'hashed'"
             )
         return factories[kind](config)
-    return Hashed(config.dim)
+    return Hashed(config.dim or 256)
 
 
 def fitted(embedder: Embedder, texts: Iterable[str]) -> Embedder:

@@ -1,4 +1,4 @@
-"""From sources to curated JSONL files: read, judge each document by itself, compare and score the rest, write what stays.
+"""From sources to curated JSONL files: read, judge documents by themselves, compare and score the rest, write, assemble.
 
 Layout of the folder: `curation.json` (whose folder it is), `SOURCE/00000.jsonl`, … (what stays), `report.json` (written last: where
 it is, all is done), and until then `work/`, where each judged shard is kept; a rerun after a kill takes shards from there. Bytes
@@ -25,6 +25,7 @@ from lcx.core.configs import plain
 from lcx.core.errors import UserError
 from lcx.core.files import opened_atomically, write_atomically
 from lcx.data.curation import contamination, diversify, quality, scoring
+from lcx.data.curation.assemble.stage import Assembler
 from lcx.data.curation.config import CurationConfig
 from lcx.data.curation.duplicates import first_come
 from lcx.data.curation.embed import Embedder, EmbedderFactory, build_embedder
@@ -62,10 +63,10 @@ def curate(
 ) -> dict[str, Any]:
     """Curate the sources into `out_dir` and return the content of its `report.json`.
 
-    `report` is called after every shard. `scorers`: kinds of scores beside `quality`; `embedders`: that of `hidden`, which
-    needs a model; `ask`: asks an endpoint. Raises `UserError` for a source
-    without documents, an evaluation file that cannot be read, a kind of score that is not known, a folder that holds something else
-    or is being written, sources that changed in between, and a disk that is full.
+    `report` is called after every shard. `scorers`: kinds of scores beside `quality`; `embedders`: that of `hidden`, which needs a
+    model; `ask`: asks an endpoint. Raises `UserError` for a source without documents, an evaluation file that cannot be read, a
+    kind of score or an embedding that is not there, a folder that holds something else or is being written, sources that changed
+    in between, and a disk that is full.
     """
     if workers < 1:
         raise UserError(f"workers={workers} must be at least 1")
@@ -75,11 +76,12 @@ def curate(
     others = dict(scorers or {})
     built = build_scorers(config.scores, {"quality": quality.factory(others, embedders or {}, ask), **others})
     embedder = build_embedder(config.diversity.embedding, embedders) if config.diversity else None
-    identity = _identity(config, forbidden, built, embedder)
+    assembler = Assembler(config.assemble, embedders or {})
+    identity = _identity(config, forbidden, built, embedder, assembler)
     try:
         with claimed(folder, identity):
             if not (folder / REPORT).exists():
-                _Curation(config, folder, forbidden, built, embedder, workers, report or (lambda progress: None)).run()
+                _Curation(config, folder, forbidden, built, embedder, assembler, workers, report or (lambda progress: None)).run()
             shutil.rmtree(folder / WORK, ignore_errors=True)
             return json.loads((folder / REPORT).read_bytes())
     except OSError as error:
@@ -98,11 +100,13 @@ class _Curation:
         forbidden: contamination.Forbidden | None,
         scorers: Mapping[str, Scorer | Learner],
         embedder: Embedder | None,
+        assembler: Assembler,
         workers: int,
         report: Callable[[Progress], None],
     ) -> None:
         self._config, self._folder, self._workers, self._report = config, folder, workers, report
         self._forbidden, self._scorers, self._embedder = forbidden, scorers, embedder
+        self._assembler = assembler
         self._forbidden_path = folder / WORK / "forbidden.npz"
         self._tallies = {name: Tally(config.samples) for name in config.names}
         self._shards: list[Stored] = []
@@ -128,6 +132,9 @@ class _Curation:
         content = self._content(kept, scored)
         if diversified is not None:
             content["diversity"] = diversified.report()
+        if self._config.assemble:
+            shard = self._config.shard_bytes
+            content["assembled"] = self._assembler.run(self._config.names, self._folder, self._folder / WORK, self._workers, shard)
         write_atomically(self._folder / REPORT, to_json(content))
 
     def _judge(self) -> None:
@@ -277,13 +284,21 @@ def _identity(
     forbidden: contamination.Forbidden | None,
     scorers: Mapping[str, Scorer | Learner],
     embedder: Embedder | None,
+    assembler: Assembler,
 ) -> dict[str, Any]:
-    """What the bytes of the folder depend on; without scores and diversity it is what it was before there were any."""
+    """What the bytes of the folder depend on; without scores, diversity and assembly it is what it was before there were any."""
     found = {"format": 1, **plain(config), "forbidden": forbidden.fingerprint if forbidden else None}
+    for source in found["sources"].values():
+        # Conversations, which alone can be joined, are not curated.
+        del source["source"]["join"]
     if embedder is None:
         del found["diversity"]
     else:
         found["embedder"] = embedder.fingerprint
+    if config.assemble:
+        found["assembled_with"] = assembler.fingerprints
+    else:
+        del found["assemble"]
     if scorers:
         return found | {"scorers": {name: scorer.fingerprint for name, scorer in scorers.items()}}
     del found["scores"]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from typing import Any
 
 import numpy as np
 
 from lcx.data.curation import contamination
-from lcx.data.curation.document import PASSAGE_BYTES, Document
+from lcx.data.curation.document import Document
 from lcx.data.curation.duplicates import bucket_keys
 from lcx.data.curation.filters import verdict
+from lcx.data.curation.rows import row
 from lcx.data.curation.settings import FilterSettings, MinHashSettings
 from lcx.data.curation.tally import SAMPLE_CHARS, Tally
 
@@ -73,7 +73,7 @@ def judge(shard: Shard) -> Judged:
             message = f"{type(error).__name__}: {error}"
             found = ("failed", type(error).__name__), message
         if isinstance(found, np.ndarray):
-            rows += [_row(shard.source, name, text)]
+            rows.append(row(shard.source, name, text))
             names.append(name)
             sizes.append(len(text))
             keys.append(found)
@@ -108,16 +108,3 @@ def _judged(shard: Shard, name: str, text: bytes) -> np.ndarray | tuple[tuple[st
 @functools.lru_cache(maxsize=1)
 def _forbidden(path: str) -> contamination.Forbidden:
     return contamination.load(path)
-
-
-def _row(source: str, name: str, text: bytes) -> bytes:
-    """A line of JSONL; the text is escaped in parts, because copies of a long one would be many."""
-    head = json.dumps({"name": name, "source": source, "bytes": len(text)}, ensure_ascii=False)
-    parts, at = [head[:-1].encode("utf-8", "replace"), b', "text": "'], 0
-    while at < len(text):
-        end = min(len(text), at + PASSAGE_BYTES)
-        while end < len(text) and text[end] & 0xC0 == 0x80:
-            end -= 1
-        parts.append(json.dumps(text[at:end].decode(), ensure_ascii=False)[1:-1].encode())
-        at = end
-    return b"".join([*parts, b'"}\n'])

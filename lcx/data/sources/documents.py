@@ -35,12 +35,22 @@ def stop(name: str, reason: str, sentence: str) -> None:
     raise UserError(sentence)
 
 
+Part = tuple[int, int]
+"""Where a part of a document begins and ends, in bytes."""
+
+
 def read(config: SourceConfig, refuse: Refuse = stop) -> Iterator[tuple[str, bytes]]:
     """The documents of a source, without empty ones, up to `config.limit_bytes` of text.
 
     Raises `UserError` if nothing is found. What cannot be read (a file, a line, a row) is passed to `refuse`; unless that raises,
     as it does by default, reading goes on behind it.
     """
+    for name, text, _ in read_parts(config, refuse):
+        yield name, text
+
+
+def read_parts(config: SourceConfig, refuse: Refuse = stop) -> Iterator[tuple[str, bytes, tuple[Part, ...]]]:
+    """As `read`, with the parts that a document was assembled of (`lcx.data.curation.assemble`), none for others."""
     readers = {"stdlib": _stdlib, "text": _text, "jsonl": _jsonl, "parquet": _parquet, "tfds": _tfds, "chat": _chat}
     if config.kind not in readers:
         raise UserError(f"source.kind={config.kind!r} holds tokens, not text; use one of {', '.join(readers)}")
@@ -51,10 +61,10 @@ def read(config: SourceConfig, refuse: Refuse = stop) -> Iterator[tuple[str, byt
         refused = True
         refuse(name, reason, sentence)
 
-    for name, text in readers[config.kind](config, noting):
+    for name, text, *parts in readers[config.kind](config, noting):
         if not text:
             continue
-        yield name, text
+        yield name, text, parts[0] if parts else ()
         taken += len(text)
         if config.limit_bytes is not None and taken >= config.limit_bytes:
             return
@@ -117,12 +127,23 @@ def _text(config: SourceConfig, refuse: Refuse) -> Iterator[tuple[str, bytes]]:
             yield str(path), text
 
 
-def _jsonl(config: SourceConfig, refuse: Refuse) -> Iterator[tuple[str, bytes]]:
+def _jsonl(config: SourceConfig, refuse: Refuse) -> Iterator[tuple[str, bytes, tuple[Part, ...]]]:
     for name, row in _rows(config, config.field, "text", refuse):
         if isinstance(row[config.field], str):
-            yield name, row[config.field].encode("utf-8", "surrogatepass")
+            text = row[config.field].encode("utf-8", "surrogatepass")
+            yield name, text, _parts(row.get("parts"), len(text))
         else:
             refuse(name, "not_text", f"{name} has {row[config.field]!r:.60} under source.field={config.field!r}; expected text")
+
+
+def _parts(found: object, size: int) -> tuple[Part, ...]:
+    """What assembly wrote under `parts`; other programs may keep something else there."""
+    if not isinstance(found, list) or not all(isinstance(part, dict) for part in found):
+        return ()
+    parts = tuple((part.get("start"), part.get("end")) for part in found)
+    bounds = [0, *(bound for part in parts for bound in part), size]
+    whole = all(isinstance(bound, int) for bound in bounds)
+    return parts if whole and bounds == sorted(bounds) else ()
 
 
 def _chat(config: SourceConfig, refuse: Refuse) -> Iterator[tuple[str, bytes]]:

@@ -21,7 +21,7 @@ from lcx.core.errors import UserError
 from lcx.core.files import write_atomically
 from lcx.data.config import SourceConfig
 from lcx.data.sources import documents, records
-from lcx.data.sources.sources import eos_tail, text_hash
+from lcx.data.sources.sources import encode, eos_tail, text_hash
 from lcx.data.tokenizers import tokenizers
 
 
@@ -63,18 +63,19 @@ def prepare(
         "fingerprint": encoder.fingerprint,
         "vocab_size": encoder.vocab_size,
         "dtype": np.min_scalar_type(encoder.vocab_size - 1).name,
-        "source": plain(source),
+        # Conversations, which alone can be joined, are not prepared.
+        "source": {key: value for key, value in plain(source).items() if key != "join"},
         "shard_tokens": shard_tokens,
     }
     try:
         (folder / "index").mkdir(parents=True, exist_ok=True)
         if _claim(folder, identity):
             return _Writer(folder, identity).progress
-        writer = _Writer(folder, identity)
-        for text_name, text, digest in writer.remaining(documents.read(source), encoder):
-            tokens = encoder.encode(text)
+        writer, tail = _Writer(folder, identity), eos_tail(source.append_eos, encoder)
+        for text_name, text, parts, digest in writer.remaining(documents.read_parts(source), encoder):
+            tokens = encode(encoder, text, parts, tail)
             if len(tokens):
-                writer.add(text_name, np.concatenate([tokens, eos_tail(source.append_eos, encoder)]), digest)
+                writer.add(text_name, tokens, digest)
                 if writer.full and writer.commit() and report is not None:
                     report(writer.progress)
         writer.finish()
@@ -133,13 +134,15 @@ class _Writer:
     def full(self) -> bool:
         return sum(len(tokens) for _, tokens, _ in self._pending) >= self._identity["shard_tokens"]
 
-    def remaining(self, texts: Iterator[tuple[str, bytes]], encoder: tokenizers.Tokenizer) -> Iterator[tuple[str, bytes, int]]:
-        """Documents that are not yet in a committed shard."""
+    def remaining(
+        self, texts: Iterator[tuple[str, bytes, tuple[documents.Part, ...]]], encoder: tokenizers.Tokenizer
+    ) -> Iterator[tuple[str, bytes, tuple[documents.Part, ...], int]]:
+        """Documents that are not yet in a committed shard, each with its hash."""
         done = collections.deque(self._hashes)
-        for name, text in texts:
+        for name, text, parts in texts:
             digest = text_hash(text)
             if not done:
-                yield name, text, digest
+                yield name, text, parts, digest
             elif digest == done[0]:
                 done.popleft()
             elif len(encoder.encode(text)):  # a text without tokens was never written

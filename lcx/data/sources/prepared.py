@@ -10,23 +10,29 @@ import numpy as np
 
 from lcx.core.errors import UserError
 from lcx.data.config import SourceConfig
-from lcx.data.sources import records
+from lcx.data.sources import records, token_weights
 from lcx.data.tokenizers.tokenizers import Tokenizer
 
 _KEEP_DOCUMENTS = 64
 
 
 class Prepared:
-    """A source over ArrayRecord shards; keeps the last few documents in memory, since long ones are read in pieces."""
+    """A source over ArrayRecord shards; keeps the last few documents in memory, since long ones are read in pieces.
 
-    weighted = False
+    `shards` lists each shard's documents. Its tokens have the loss weights that lie next to them, unless `weighted` is False.
+    """
 
-    def __init__(self, folder: pathlib.Path, meta: dict) -> None:
+    def __init__(self, folder: pathlib.Path, meta: dict, weighted: bool = True) -> None:
         from array_record.python import array_record_data_source
 
         indexes = [records.read_index(records.index_path(folder, shard)) for shard in range(meta["shards"])]
         self.names = [name for names, _, _ in indexes for name in names]
-        self.lengths = np.concatenate([lengths for _, lengths, _ in indexes])
+        by_shard = [lengths for _, lengths, _ in indexes]
+        self.lengths = np.concatenate(by_shard)
+        ends = np.cumsum([len(lengths) for lengths in by_shard]).tolist()
+        self.shards = [list(range(end - len(lengths), end)) for end, lengths in zip(ends, by_shard, strict=True)]
+        self._weights = token_weights.find(folder, by_shard) if weighted else None
+        self.weighted = self._weights is not None
         self.hashes = np.concatenate([hashes for _, _, hashes in indexes])
         self._dtype = np.dtype(meta["dtype"])
         paths = [str(records.shard_path(folder, meta["name"], shard)) for shard in range(meta["shards"])]
@@ -43,6 +49,11 @@ class Prepared:
         pieces = [self._document(document)[start:end] for document, start, end in spans]
         return np.concatenate(pieces).astype(np.int32) if pieces else np.zeros(0, np.int32)
 
+    def loss_weights(self, documents: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """Loss weights float32 of the spans' tokens, each at the place of its own token."""
+        assert self._weights is not None
+        return self._weights.gather(documents, starts, ends)
+
     def _document(self, document: int) -> np.ndarray:
         tokens = self._kept.pop(document, None)
         if tokens is None:
@@ -53,9 +64,10 @@ class Prepared:
         return tokens
 
 
-def open_prepared(config: SourceConfig, tokenizer: Tokenizer) -> Prepared:
-    """The dataset in the single folder that `config.path` names; raises `UserError` like `checked_meta`."""
-    return Prepared(*checked_meta(config, tokenizer))
+def open_prepared(config: SourceConfig, tokenizer: Tokenizer, weighted: bool = True) -> Prepared:
+    """The dataset in the single folder that `config.path` names; raises `UserError` like `checked_meta`, and for loss weights (of
+    which there are none if not `weighted`) that are unfinished."""
+    return Prepared(*checked_meta(config, tokenizer), weighted)
 
 
 def checked_meta(config: SourceConfig, tokenizer: Tokenizer) -> tuple[pathlib.Path, dict]:

@@ -5,15 +5,17 @@ Legend: D documents, S spans (document, start, end), R rows, T tokens in a row.
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, Protocol
 
 import numpy as np
 
+from lcx.core.console import warn
 from lcx.core.errors import UserError
-from lcx.data.chat import chat
+from lcx.data.chat import chat, join
 from lcx.data.config import SourceConfig
 from lcx.data.sources import documents
 from lcx.data.sources.prepared import checked_meta, open_prepared
@@ -149,6 +151,16 @@ def eos_tail(append_eos: bool, tokenizer: Tokenizer) -> np.ndarray:
     return np.asarray([tokenizer.eos_id] if append_eos else [], np.int32)
 
 
+def encode(tokenizer: Tokenizer, text: bytes, parts: Sequence[documents.Part], tail: np.ndarray) -> np.ndarray:
+    """Ids int32 `[n]` of a document with `tail` behind it, none if the text has none.
+
+    In an assembled document the tail, if it is not empty, stands behind each part, in place of the separator.
+    """
+    pieces = [text[start:end] for start, end in parts] if len(tail) and parts else [text]
+    ids = [found for found in map(tokenizer.encode, pieces) if len(found)]
+    return np.concatenate([one for found in ids for one in (found, tail)]) if ids else np.zeros(0, np.int32)
+
+
 def load(config: SourceConfig, tokenizer: Tokenizer, chat_template: str | None = None) -> Source:
     """The source that `config` names, tokenised; a prepared one (`array_record`) is opened and read lazily.
 
@@ -162,11 +174,11 @@ def load(config: SourceConfig, tokenizer: Tokenizer, chat_template: str | None =
         return _load_chats(config, chat.load(tokenizer, chat_template))
     tail = eos_tail(config.append_eos, tokenizer)
     names, tokens, hashes = [], [], []
-    for name, text in documents.read(config):
-        ids = tokenizer.encode(text)
+    for name, text, parts in documents.read_parts(config):
+        ids = encode(tokenizer, text, parts, tail)
         if len(ids):
             names.append(name)
-            tokens.append(np.concatenate([ids, tail]).astype(np.min_scalar_type(tokenizer.vocab_size - 1)))
+            tokens.append(ids.astype(np.min_scalar_type(tokenizer.vocab_size - 1)))
             hashes.append(text_hash(text))
     if not names:
         raise UserError(f"source {documents.describe(config)} has no tokens; give files that are not empty")
@@ -180,6 +192,10 @@ def check(config: SourceConfig, tokenizer: Tokenizer, chat_template: str | None 
         return
     template = chat.load(tokenizer, chat_template) if config.kind == "chat" else None
     eos_tail(config.append_eos, tokenizer)
+    if config.join.tokens is not None:
+        # Any one may be left out; whether all are shows when all are read.
+        next(iter(_usable(config)))
+        return
     name, text = next(documents.read(config))
     if template is not None:
         _encode_chat(template, name, text)
@@ -187,13 +203,48 @@ def check(config: SourceConfig, tokenizer: Tokenizer, chat_template: str | None 
 
 def _load_chats(config: SourceConfig, template: chat.Chat) -> InMemorySource:
     names, tokens, hashes, loss_weights = [], [], [], []
-    for name, text in documents.read(config):
+    for name, text in documents.read(config) if config.join.tokens is None else _joined(config, template):
         ids, own = _encode_chat(template, name, text)
         names.append(name)
         tokens.append(ids)
         hashes.append(text_hash(text))
         loss_weights.append(own)
     return InMemorySource(names, tokens, hashes, template.tokenizer.vocab_size, loss_weights)
+
+
+def _joined(config: SourceConfig, template: chat.Chat) -> Iterator[tuple[str, bytes]]:
+    """Long conversations with the names of the first and the last that each was made of; warns of those that are left out."""
+    for group in join.join(list(_usable(config)), config.join, lambda messages: len(template.tokens(messages))):
+        ends = dict.fromkeys((group[0].name, group[-1].name))
+        conversation = {"messages": join.messages(group), "tools": None}
+        yield (
+            f"{len(group)} from {' to '.join(ends)}",
+            json.dumps(conversation, sort_keys=True, ensure_ascii=False).encode("utf-8", "replace"),
+        )
+
+
+def _usable(config: SourceConfig) -> Iterator[join.Usable]:
+    """The conversations that can be joined; raises `UserError` if there are none, else warns of what is left out."""
+    refused: collections.Counter[str] = collections.Counter()
+    seen: set[int] = set()
+    for name, text in documents.read(config):
+        try:
+            found = join.reform(name, **json.loads(text), config=config.join)
+            digest = text_hash(json.dumps([found.system, found.turns]).encode())
+            if digest in seen:
+                raise join.Refused("repeated")
+        except join.Refused as error:
+            refused[str(error)] += 1
+            continue
+        seen.add(digest)
+        yield found
+    reasons = ", ".join(f"{count} {reason}" for reason, count in refused.most_common())
+    if not seen:
+        raise UserError(
+            f"source {documents.describe(config)} has no conversation that can be joined ({reasons}); leave out source.join"
+        )
+    if refused:
+        warn(f"source {documents.describe(config)}: of {len(seen) + refused.total()} conversations some are not joined ({reasons})")
 
 
 def _encode_chat(template: chat.Chat, name: str, text: bytes) -> tuple[np.ndarray, np.ndarray]:

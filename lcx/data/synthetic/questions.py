@@ -18,12 +18,19 @@ import numpy as np
 
 from lcx.core.configs import choice, not_negative, positive
 from lcx.core.errors import UserError
+from lcx.data.synthetic import gaps
 from lcx.data.synthetic.skills import SKILLS, Exercise, Size
 from lcx.data.tasks.base import Haystack
 from lcx.data.tokenizers.tokenizers import Tokenizer
 
 QUOTED, CONTINUED = 40, 32
 """Bytes, about, of a quotation and of its continuation."""
+
+PASSAGE, GAP = 176, 24
+"""Bytes, about, of a passage around a gap, and at most of each word in the gap."""
+
+BLANK = " ____"
+"""What stands for the gap."""
 
 LINE = 48
 """Bytes, about, of a line."""
@@ -39,8 +46,9 @@ class QuestionsConfig:
     `skills`: rows of `lcx.data.synthetic.skills.SKILLS`, one for each row at random (none named: all). `prompt_format`: `base`
     (text), `chat` (turns of the chat template, the questions after the first as further turns), `auto` (chat where there is a
     template). `facts` hidden in prose and `questions` asked in a row, each raised to `..._per_1024` times the row's length in
-    units of 1,024 tokens if that is more; `hops` renamings in a chain. Loss weights: `answer_weight` on answers and their end,
-    `fact_weight` on facts and lines, `question_weight` on what asks, `haystack_weight` on prose.
+    units of 1,024 tokens if that is more; `hops` renamings in a chain. A cloze leaves out `gap_words` words, which lie at least the
+    share `gap_distance` of the row in front of the questions. Loss weights: `answer_weight` on answers and their end, `fact_weight`
+    on facts and lines, `question_weight` on what asks, `haystack_weight` on prose.
     """
 
     skills: tuple[str, ...] = ()
@@ -50,6 +58,8 @@ class QuestionsConfig:
     questions: int = 3
     questions_per_1024: float = 0.0
     hops: int = 2
+    gap_words: int = 2
+    gap_distance: float = 0.25
     answer_weight: float = 6.0
     fact_weight: float = 0.0
     question_weight: float = 0.0
@@ -60,6 +70,12 @@ class QuestionsConfig:
             choice("questions.skills", skill, SKILLS)
         choice("questions.prompt_format", self.prompt_format, ("auto", "base", "chat"))
         positive("questions", facts=self.facts, questions=self.questions, hops=self.hops, answer_weight=self.answer_weight)
+        positive("questions", gap_words=self.gap_words)
+        for name, value, default in (("gap_words", self.gap_words, 2), ("gap_distance", self.gap_distance, 0.25)):
+            if value != default and self.skills and "cloze" not in self.skills:
+                raise UserError(f"questions.{name}={value!r} has no effect without the skill 'cloze'; add it or leave this out")
+        if not 0 <= self.gap_distance < 1:
+            raise UserError(f"questions.gap_distance={self.gap_distance!r} must be a share of the row, from 0 to below 1")
         not_negative("questions", facts_per_1024=self.facts_per_1024, questions_per_1024=self.questions_per_1024)
         not_negative("questions", fact_weight=self.fact_weight, question_weight=self.question_weight)
         not_negative("questions", haystack_weight=self.haystack_weight)
@@ -180,7 +196,7 @@ class QuestionTask:
                 return None
         else:
             body = [(self._encode(f" {fact} "), _FACT) for fact in exercise.facts]
-        asked = [self._asked(pair) for _ in range(questions) if (pair := exercise.ask()) is not None]
+        asked = [self._asked(pair, total) for _ in range(questions) if (pair := exercise.ask()) is not None]
         left = total - fixed - sum(len(run) for run, _ in body) - sum(question.size + len(answer) for question, answer in asked)
         if len(asked) < questions or left < 0:
             return None
@@ -190,7 +206,7 @@ class QuestionTask:
         else:
             body = [(prose, _HAYSTACK), (opening, _QUESTION), *body]
             opening = opening[:0]
-        quoted = [self._quoted(rng, prose, question, answer) for question, answer in asked]
+        quoted = [self._quoted(rng, prose, total, question, answer) for question, answer in asked]
         if any(pair is None for pair in quoted):
             return None
         runs = [*_framed(frame[0]), (opening, _QUESTION), *body, (ask, _QUESTION)]
@@ -213,20 +229,28 @@ class QuestionTask:
         lines.append((line, _FACT))
         return lines if len(lines) > questions else None
 
-    def _asked(self, pair: tuple[str, str]) -> tuple[_Question, np.ndarray]:
+    def _asked(self, pair: tuple[str, str], total: int) -> tuple[_Question, np.ndarray]:
         """A question with room for its quotation, and its answer, in tokens."""
         text, answer = pair
+        before, mark, after = text.partition("{gap}")
+        if mark:
+            # A passage and a gap together have a fixed size; short rows have short passages.
+            passage = self._tokens_of(min(PASSAGE, round(total * self._bytes_per_token / 6))) + len(self._encode(BLANK))
+            filled = self._tokens_of(GAP * self.config.gap_words)
+            return _Question(self._encode(before), passage, self._encode(after), True), np.zeros(filled, np.int32)
         before, mark, after = text.partition("{quote}")
         quoted = self._tokens_of(QUOTED) if mark else 0
         answered = np.zeros(self._tokens_of(CONTINUED), np.int32) if mark else self._encode(self._space + answer)
         return _Question(self._encode(before), quoted, self._encode(after)), answered
 
     def _quoted(
-        self, rng: random.Random, prose: np.ndarray, question: _Question, answer: np.ndarray
+        self, rng: random.Random, prose: np.ndarray, total: int, question: _Question, answer: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray] | None:
         """Question and answer with a passage that stands in the prose once; None if there is none."""
         if not question.quoted:
             return np.concatenate([question.before, question.after]), answer
+        if question.gap:
+            return self._gapped(rng, prose, total, question, len(answer))
         size = question.quoted + len(answer)
         if len(prose) < 2 * size:
             return None
@@ -239,6 +263,26 @@ class QuestionTask:
             if np.sum((windows == quote).all(axis=1)) == 1:
                 return np.concatenate([question.before, quote, question.after]), answer
         return None
+
+    def _gapped(
+        self, rng: random.Random, prose: np.ndarray, total: int, question: _Question, most: int
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """Question and answer of a cloze, as long together as was reserved."""
+        blank = self._encode(BLANK)
+        gap = gaps.find(
+            rng,
+            prose,
+            self._begins_word,
+            self._blank,
+            self._tokenizer.decode,
+            words=self.config.gap_words,
+            room=question.quoted - len(blank) + most,
+            most=most,
+            before=len(prose) - round(self.config.gap_distance * total),
+        )
+        if gap is None:
+            return None
+        return np.concatenate([question.before, gap.left, blank, gap.right, question.after]), gap.answer
 
     def _hidden(self, rng: random.Random, prose: np.ndarray, facts: list[tuple[np.ndarray, int]]) -> list[tuple[np.ndarray, int]]:
         """The prose with the facts in it, at places drawn evenly, each behind the sentence that ends next."""
@@ -264,6 +308,11 @@ class QuestionTask:
         return np.array([text.startswith((" ", "\n")) for text in self._texts])
 
     @functools.cached_property
+    def _blank(self) -> np.ndarray:
+        """Which tokens are white space alone, boolean `[vocabulary]`."""
+        return np.array([text.isspace() for text in self._texts])
+
+    @functools.cached_property
     def _texts(self) -> list[str]:
         """The text of every token behind another one, as some tokenizers drop the space before a first word."""
         (first, *_) = self._encode(".")
@@ -287,9 +336,12 @@ _HAYSTACK, _FACT, _QUESTION, _ANSWER = range(4)
 
 
 class _Question(NamedTuple):
+    """The question's text around a passage of the prose of `quoted` tokens, in which a `gap` may be to fill."""
+
     before: np.ndarray
     quoted: int
     after: np.ndarray
+    gap: bool = False
 
     @property
     def size(self) -> int:

@@ -19,7 +19,8 @@ class Exercise(NamedTuple):
 
     `facts` are sentences to hide in prose, in this order; or else the text is made of lines, one more with each call of `line`.
     `ask` gives a question about all that has been written, and its answer, another one with each call; None if there is none
-    left. A `{quote}` in a question is where words of the prose go, and the answer is what follows them there.
+    left. A `{quote}` in a question is where words of the prose go, and the answer is what follows them there; a `{gap}` is where a
+    passage of the prose goes with words left out, which are the answer.
     """
 
     opening: str
@@ -271,6 +272,18 @@ def copying(rng: random.Random, size: Size) -> Exercise:
     return Exercise("Read these pages; you will be asked to quote from them.\n", lambda: (question, ""))
 
 
+def cloze(rng: random.Random, size: Size) -> Exercise:
+    """The words that are left out of a passage of the text."""
+    question = rng.choice(
+        (
+            "Which words fill the blank: {gap}",
+            "Some words of this passage were rubbed out; restore them: {gap}",
+            "Complete it: {gap}",
+        )
+    )
+    return Exercise("Passages of these pages will come back with holes in them.\n", lambda: (question, ""))
+
+
 def _each(rng: random.Random, things: list, about: Callable) -> Callable[[], tuple[str, str] | None]:
     """Questions about a list's members, none twice, in random order."""
     done: set[int] = set()
@@ -294,5 +307,6 @@ SKILLS: dict[str, Callable[[random.Random, Size], Exercise]] = {
     "state": state,
     "learning": learning,
     "copying": copying,
+    "cloze": cloze,
 }
 """By name."""

@@ -2,7 +2,7 @@
 
 An evaluator reads every span twice, once whole and once in windows of a short context. A token is a *key* token if the whole
 context lowers its loss by more than `GAIN` nats and leaves less than `MOST`; none is among the first tokens, which a short
-context holds whole. What LongCE weights a token with in training, min(exp(gain), `WEIGHT`), is kept for a picture.
+context holds whole. What LongCE weights a token with in training is kept for a picture.
 
 Legend: R spans, n tokens of one span that are predicted.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import itertools
-import math
 from collections.abc import Sequence
 from typing import Self
 
@@ -20,6 +19,7 @@ import numpy as np
 
 from lcx.core.console import warn
 from lcx.core.errors import UserError
+from lcx.data.curation.dependency import longce_weights
 from lcx.data.tokenizers.stream import pieces
 from lcx.data.tokenizers.tokenizers import Tokenizer
 from lcx.evals.answers import AnswerLog, key_of
@@ -30,9 +30,6 @@ from lcx.evals.tasks.perplexity import Spans, mean_loss
 
 GAIN, MOST = 2.0, 2.0
 """Nats: the least gain of a key token, and the most that is left of its loss."""
-
-WEIGHT = 5.0
-"""LongCE's largest weight."""
 
 FEW = 100
 """Key tokens that a warning says are too few."""
@@ -102,7 +99,7 @@ class KeyTokens(Task):
             other = self.evaluator.tokenizer.fingerprint != self.tokenizer.fingerprint
             texts = pieces(self.tokenizer, row)
             read = self.evaluator.tokenizer.encode("".join(texts))[: length + 1] if other else row
-            before, after = losses(self.evaluator, read, self.short, step, length)
+            ((before, after),) = losses(self.evaluator, [read], self.short, step, length)
             found = is_key(before, after, self.short)
             gains = before - after
             if other:
@@ -118,16 +115,30 @@ class KeyTokens(Task):
         return mask
 
 
-def losses(evaluator: Evaluator, row: np.ndarray, short: int, step: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Losses `[n]` of the predictions of a span `[n + 1]` within a short context (NaN for the first `short`) and the whole one."""
-    n = len(row) - 1
-    (whole,) = evaluator.backend(length).loglikelihood([Item(row[:1], row[1:])])
-    ends = [(first, min(first + step, n)) for first in range(short, n, step)]
-    windows = [Item(row[first - short : first + 1], row[first + 1 : end + 1]) for first, end in ends]
-    before = np.full(n, np.nan)
-    for (first, end), scores in zip(ends, evaluator.backend(short + step).loglikelihood(windows), strict=True):
-        before[first:end] = scores.nll
-    return before, whole.nll.astype(np.float64)
+def losses(
+    evaluator: Evaluator, rows: Sequence[np.ndarray], short: int, step: int, length: int, firsts: Sequence[int] | None = None
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Losses `[n]` of the predictions of spans `[n + 1]` within a short context (NaN for the first `short`) and the whole one.
+
+    `length` is the evaluator's, at least every n. `firsts`: the prediction of each span from which on it is asked, NaN before it.
+    """
+    begun = [0] * len(rows) if firsts is None else firsts
+    asked = [Item(row[: first + 1], row[first + 1 :]) for row, first in zip(rows, begun, strict=True)]
+    whole = evaluator.backend(length).loglikelihood(asked)
+    places, windows = [], []
+    for i, (row, first) in enumerate(zip(rows, begun, strict=True)):
+        n = len(row) - 1
+        for start in range(max(short, first), n, step):
+            end = min(start + step, n)
+            places.append((i, start, end))
+            windows.append(Item(row[start - short : start + 1], row[start + 1 : end + 1]))
+    found = [(np.full(len(row) - 1, np.nan), np.full(len(row) - 1, np.nan)) for row in rows]
+    for (_, after), scores, first in zip(found, whole, begun, strict=True):
+        after[first:] = scores.nll
+    if windows:
+        for (i, start, end), scores in zip(places, evaluator.backend(short + step).loglikelihood(windows), strict=True):
+            found[i][0][start:end] = scores.nll
+    return found
 
 
 def is_key(before: np.ndarray, after: np.ndarray, short: int) -> np.ndarray:
@@ -164,5 +175,5 @@ def passage(texts: Sequence[str], gains: np.ndarray, found: np.ndarray) -> dict[
     counts = np.convolve(found, np.ones(min(SHOWN, len(found)), int), "valid")
     first = int(np.argmax(counts))
     here = slice(first, first + SHOWN)
-    weights = [round(min(math.exp(min(gain, 20.0)), WEIGHT), 2) if math.isfinite(gain) else 1.0 for gain in gains[here]]
+    weights = longce_weights(gains[here]).round(2).tolist()
     return {"texts": list(texts[here]), "weights": weights, "keys": np.flatnonzero(found[here]).tolist()}
