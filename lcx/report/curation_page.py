@@ -62,7 +62,7 @@ def render(report: Mapping[str, Any], config: Mapping[str, Any] | None = None, p
             ("What stays", _drawn(curation_plots.shares, sources) + _kept_table(sources), ""),
             ("Lengths by source", _drawn(curation_plots.lengths, sources) + _length_table(sources), _LENGTH_NOTE),
             ("What was dropped, to read", _dropped(sources), ""),
-            *((f"Score: {name}", _score(name, sources, config or {}), _SCORE_NOTE) for name in _score_names(sources)),
+            *((f"Score: {name}", _score(name, sources, config or {}), "") for name in _score_names(sources)),
             *((f"Classifier: {name}", _classifier(of), "") for name, of in report.get("scores", {}).items() if "rounds" in of),
             ("Map", _map(report.get("diversity"), points, list(sources)), _map_note(report.get("diversity"))),
             ("Assembled documents", _assembled(report.get("assembled", {})), ""),
@@ -174,15 +174,14 @@ def _score_names(sources: Mapping[str, Any]) -> list[str]:
     return sorted({name for of in sources.values() for name in of.get("scores", {})})
 
 
-_SCORE_NOTE = "Grey: below the minimum. The documents of a decile are drawn by a hash of their names."
-
-
 def _score(name: str, sources: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     """Histograms, a table of quantiles and documents of each decile of a score."""
     found = {source: of["scores"][name] for source, of in sources.items() if name in of.get("scores", {})}
     rules = {source: config.get("sources", {}).get(source, {}).get("keep", {}).get(name) for source in found}
     minimum = {source: rule["minimum"] for source, rule in rules.items() if rule and rule.get("minimum") is not None}
-    largest = sorted((source for source, of in found.items() if of["histogram"]), key=lambda source: -found[source]["documents"])
+    largest = sorted(
+        (source for source, of in found.items() if of.get("histogram")), key=lambda source: -found[source]["documents"]
+    )
     drawn = largest[: max(2, HISTOGRAMS // len(_score_names(sources)))]
     figures = {source: curation_plots.score(found[source], source, minimum.get(source)) for source in found if source in drawn}
     parts = [panels((source, style.png(figure)) for source, figure in figures.items())]
@@ -200,7 +199,11 @@ def _score(name: str, sources: Mapping[str, Any], config: Mapping[str, Any]) -> 
                 shown.append(f"<h3>Tenth {decile + 1} of 10, from {low} to {high}</h3>")
                 shown += [document(one["name"], f"{name} {_number(one['value'])}", one["text"]) for one in samples[:most]]
         if shown:
-            parts.append(folded(source, "".join(shown), "documents from each tenth, the lowest first"))
+            parts.append(
+                folded(source, "".join(shown), "documents from each tenth, the lowest first, drawn by a hash of their names")
+            )
+    if minimum:
+        parts.append("<p class=note>Grey: below the minimum.</p>")
     return "".join(parts)
 
 

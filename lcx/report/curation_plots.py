@@ -174,9 +174,9 @@ def corpus_map(points: Points, painted: Mapping[str, str]) -> Figure | None:
     """Documents in the plane in the colour of their source, hollow where dropped, and the number of each cluster at its middle."""
     if not len(points.xy):
         return None
-    figure = style.new_figure(9.0, 6.4)
+    figure = style.new_figure(6.2, 4.8)
     axes = figure.subplots()
-    area = float(np.clip(9000 / len(points.xy), 2, 26))
+    area = float(np.clip(4500 / len(points.xy), 1.5, 18))
     for source, colour in enumerate(painted[name] for name in points.names):
         for kept in (False, True):
             x, y = points.xy[(points.source == source) & (points.kept == kept)].T
@@ -197,7 +197,7 @@ def corpus_map(points: Points, painted: Mapping[str, str]) -> Figure | None:
 
 def _named_clusters(points: Points) -> list[tuple[int, np.ndarray]]:
     """Clusters and their middles, the largest first, without those whose number would cover another one's."""
-    room = 0.035 * np.ptp(points.xy, axis=0)
+    room = 0.05 * np.ptp(points.xy, axis=0)
     placed: list[tuple[int, np.ndarray]] = []
     counts = np.bincount(points.cluster[points.cluster >= 0]) if (points.cluster >= 0).any() else np.zeros(0, int)
     for cluster in np.argsort(-counts, kind="stable").tolist():

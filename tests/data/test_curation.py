@@ -347,6 +347,9 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert "dropped by exact" in said and re.search(r"kept\W+4\b", said)
     assert f"lcx data prepare --kind=jsonl --path='{tmp_path}/out/notes/*.jsonl'" in said.replace("\n", "")
     first = contents(tmp_path / "out")
+    assert "What stays" in first["report.html"].decode() and f"page to look at: {tmp_path}/out/report.html" in said.replace(
+        "\n", ""
+    )
     main(words)  # finished: nothing is done again
     assert contents(tmp_path / "out") == first
     main([*words[:-2], f"--out={tmp_path}/strict", "--config.sources.notes.gopher_quality.min_words=101", "--workers=1"])
