@@ -108,14 +108,14 @@ def _kept_table(sources: Mapping[str, Any]) -> str:
     for name, of in sources.items():
         read, kept = of["read"], of["kept"]
         cells = (
-            (name, of["source"]), f"{read['documents']:,}", (f"{kept['documents']:,}", _share(kept, read, "documents")),
-            size(read["bytes"]), (size(kept["bytes"]), _share(kept, read, "bytes")),
+            (name, of["source"]), f"{read['documents']:,}", (f"{kept['documents']:,}", _fraction(kept, read, "documents")),
+            size(read["bytes"]), (size(kept["bytes"]), _fraction(kept, read, "bytes")),
         )  # fmt: skip
         rows.append((cells, ""))
     return table(("source", "documents read", "kept", "text read", "kept"), rows)
 
 
-def _share(part: Mapping[str, int], whole: Mapping[str, int], what: str) -> str:
+def _fraction(part: Mapping[str, int], whole: Mapping[str, int], what: str) -> str:
     return f"{part[what] / max(whole[what], 1):.1%}"
 
 

@@ -83,7 +83,7 @@ def render(mixture: Mixture) -> str:
         ]
     )
     lead = f"{mixture.steps:,} steps on rows of {report.seq_len:,} tokens. Counts are over {total}."
-    css = row_page.style_of(row_page.shades(mixture.rows))
+    css = row_page.style_of(row_page.shades(mixture.rows)) + "th { white-space: nowrap; }"
     return page(
         f"Mixture of {mixture.stage}", f"Mixture of {mixture.stage}", lead, _tiles(report), body, footer=_FOOTER, extra_style=css
     )
