@@ -238,6 +238,7 @@ def test_a_source_of_which_nothing_is_left_is_no_error(tmp_path):
     assert rows(tmp_path / "out", "a") == []
 
 
+@pytest.mark.slow
 def test_many_tiny_documents(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{i} {i * 7} {i * 31} {i * 67}"}}\n' for i in range(20_000)))
     one = CuratedSource(filters=("length",), source=SourceConfig("jsonl", f"{tmp_path}/a.jsonl"))
