@@ -262,6 +262,7 @@ class _Curation:
                 "source": documents.describe(self._config.sources[name].source),
                 "read": {"documents": tally.documents, "bytes": tally.bytes},
                 "kept": {"documents": kept[name][0], "bytes": kept[name][1]},
+                "lengths": tally.length_histogram(),
                 "dropped": tally.summary(stages),
             }
             if found := scored.report(name):
