@@ -20,6 +20,7 @@ def sides(monkeypatch):
         del sys.modules[name]
 
 
+@pytest.mark.slow
 def test_lcx_side_takes_the_same_steps_on_one_device_and_two(sides):
     lcx_side, side = sides
     (step, facts), (on_two, same_facts) = (lcx_side.build(1, 16, devices) for devices in (1, 2))

@@ -24,6 +24,7 @@ from lcx.model.params import specs
 from lcx.model.transformer import hidden_states
 from lcx.positions.registry import SCHEMES
 from tests.positions.test_registry import TEXTS
+from tests.quick import mostly_slow
 
 T = 56
 """More than two of dual chunk attention's chunks, and several of the windows."""
@@ -131,14 +132,18 @@ def check(found: np.ndarray, documents: np.ndarray) -> None:
         assert not len(deaf), f"{packing}: the output at {deaf[0][0]} does not depend on the token at {deaf[0][1]}"
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+QUICK = ("rope", "alibi", "self_extend", "learned")
+"""One of each way to tell positions."""
+
+
+@pytest.mark.parametrize("name", mostly_slow(SCHEMES, QUICK))
 def test_no_scheme_and_no_packing_leaks(name, packed):
     batch, documents = packed
     params, buffers, arch = build_model(TEXTS[name], vocab_size=batch.tokens.size)
     check(reach(params, buffers, arch, batch), documents)
 
 
-@pytest.mark.parametrize("name", ["rope", "self_extend"])
+@pytest.mark.parametrize("name", mostly_slow(["rope", "self_extend"], ["rope"]))
 def test_nor_does_the_blockwise_kernel(name, packed):
     batch, documents = packed
     params, buffers, arch = build_model(TEXTS[name], batch.tokens.size, "blockwise")

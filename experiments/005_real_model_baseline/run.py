@@ -75,33 +75,38 @@ def prompts(data: DataConfig, questions: QuestionConfig, count: int) -> list[tup
     return [(name, items[i], new) for i in range(each) for name, (items, new) in made.items()][:count]
 
 
-def compare(loaded: Loaded, folder: Path, questions: QuestionConfig, count: int) -> dict:
-    """Greedy answers and log-likelihoods of right answers, by lcx and by transformers, to `count` prompts."""
+def compare(loaded: Loaded, folder: Path, questions: QuestionConfig, count: int, kept: Path) -> dict:
+    """Greedy answers to `count` prompts, kept in a file, and log-likelihoods of right ones, by lcx and by transformers."""
     asked = prompts(loaded.run.data, questions, count)
     tokenizer = tokenizers.load(loaded.run.data.tokenizer)
     backend = backend_of(loaded, COMPARED, tokens_per_forward=1 << 13)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    different, worst = [], 0.0
-    for new in sorted({new for *_, new in asked}):
-        group = [(name, item) for name, item, n in asked if n == new]
-        ours = {i: text for some in backend.complete([item for _, item in group], new) for i, text in some.items()}
-        for i, (name, item) in enumerate(group):
-            text = ours[i]
-            ids = torch.tensor(item.prompt[None]).long()
-            with torch.no_grad():
-                out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
-            theirs = tokenizer.decode(out[0, ids.shape[1] :].numpy())
-            if theirs != text:
-                different.append({"task": name, "lcx": text, "transformers": theirs})
-        say(f"{len(group)} prompts with {new} new tokens compared, {len(different)} differ so far")
+    answers = {row["prompt"]: row for row in map(json.loads, kept.read_text().splitlines())} if kept.exists() else {}
+    missing = {i: ask for i, ask in enumerate(asked) if i not in answers}
+    for new in sorted({new for *_, new in missing.values()}):
+        group = [i for i, (_, _, n) in missing.items() if n == new]
+        for some in backend.complete([missing[i][1] for i in group], new):
+            for at, text in some.items():
+                name, item, _ = missing[group[at]]
+                ids = torch.tensor(item.prompt[None]).long()
+                with torch.no_grad():
+                    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
+                theirs = tokenizer.decode(out[0, ids.shape[1] :].numpy())
+                answers[group[at]] = {"prompt": group[at], "task": name, "lcx": text, "transformers": theirs}
+                with kept.open("a") as file:
+                    file.write(json.dumps(answers[group[at]]) + "\n")
+            differ = sum(row["lcx"] != row["transformers"] for row in answers.values())
+            say(f"{len(answers)} of {count} prompts compared, {differ} differ")
     # Right answers in full, as far as they fit behind their prompts.
     scored = [Item(item.prompt, item.answer) for _, item, _ in asked if len(item.prompt) + len(item.answer) <= COMPARED][:100]
+    worst = 0.0
     for item, scores in zip(scored, backend.loglikelihood(scored), strict=True):
         ids = torch.tensor(np.concatenate([item.prompt, item.answer])[None]).long()
         with torch.no_grad():
             logits = model(ids).logits[0, len(item.prompt) - 1 : -1].log_softmax(-1)
         theirs = float(logits.gather(1, ids[0, len(item.prompt) :, None]).sum())
         worst = max(worst, abs(theirs + float(scores.nll.sum())))
+    different = [answers[i] for i in range(count) if answers[i]["lcx"] != answers[i]["transformers"]]
     return {
         "prompts": len(asked), "different": different, "log_likelihoods": len(scored), "largest_difference": worst,
     }  # fmt: skip
@@ -161,7 +166,9 @@ def main() -> None:
         heat = EvalConfig(tasks=("needle_in_prose",), lengths=LENGTHS, questions=QuestionConfig(arguments.needles, "chat"))
         record["needles"] = rows(evaluated(loaded, heat, f"needles-{arguments.needles}", arguments.workdir))
     if "compare" in arguments.parts:
-        record["compared"] = compare(loaded, folder, questions, arguments.compare)
+        arguments.workdir.mkdir(parents=True, exist_ok=True)
+        kept = arguments.workdir / "compared.jsonl"
+        record["compared"] = compare(loaded, folder, questions, arguments.compare, kept)
     write(record)
 
 

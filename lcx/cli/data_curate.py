@@ -24,13 +24,17 @@ from lcx.data.curation.embed import EmbedConfig, Embedder
 from lcx.data.curation.labels import Ask, EndpointLabels
 from lcx.data.curation.pipeline import REPORT, Progress, curate
 from lcx.data.curation.scores import ScorerFactory
+from lcx.report import curation_page
 
 
 def define(values: flags.FlagValues) -> None:
     """The command's flags."""
     config_flags.define(values, workdir=False)
     flags.DEFINE_string(
-        "out", None, "directory to write to: a folder of JSONL files per source, and report.json", flag_values=values
+        "out",
+        None,
+        "directory to write to: a folder of JSONL files per source, report.json, and report.html to look at",
+        flag_values=values,
     )
     flags.DEFINE_integer(
         "workers", None, "processes that judge documents (default: one per CPU, with Ray of the cluster)", flag_values=values
@@ -71,6 +75,7 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     for name, of in found.get("assembled", {}).items():
         _show_assembled(name, of)
     say(f"report: {Path(values.out, REPORT)}")
+    say(f"page to look at: {curation_page.write(values.out)}")
     say("to tokenise a source for training:")
     written = {name: of["kept"] for name, of in found["sources"].items()}
     written |= {name: of["out"] for name, of in found.get("assembled", {}).items()}

@@ -1,6 +1,6 @@
 """Show what a config's data mixture contains, counted over rows that a stage trains on: lengths, shares, fill, samples.
 
-lcx data inspect --config=configs/quickstart.py --stage=extend_4096 --rows=256 --plot=mixture.png
+lcx data inspect --config=configs/quickstart.py --stage=extend_4096 --rows=256 --plot=mixture.png --html=mixture.html
 """
 
 from __future__ import annotations
@@ -8,17 +8,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from absl import flags
 
 from lcx.cli import config_flags
 from lcx.core.configs import choice
 from lcx.core.console import say, table
 from lcx.core.errors import UserError
+from lcx.core.files import write_atomically
 from lcx.data.loader import Loader
-from lcx.data.report import COLUMNS, UPSAMPLING_COLUMNS, Report, compare_upsampling, inspect
+from lcx.data.report import COLUMNS, UPSAMPLING_COLUMNS, Report, compare_upsampling, inspect, shares_over_stage
 from lcx.recipes.recipe import recipe
-from lcx.report import style
+from lcx.report import mixture_page, style
 from lcx.report.mixture_plot import mixture
 from lcx.training.checks import warn_repeats
 from lcx.training.stages import RunConfig
@@ -29,8 +29,11 @@ def define(values: flags.FlagValues) -> None:
     config_flags.define(values, workdir=False)
     flags.DEFINE_string("stage", None, "stage to inspect (default: the last)", flag_values=values)
     flags.DEFINE_integer("rows", 256, "rows to count, rounded up to whole steps", flag_values=values)
-    flags.DEFINE_integer("samples", 3, "sample documents to print from each part", lower_bound=0, flag_values=values)
+    flags.DEFINE_integer(
+        "samples", 3, "sample documents to print from each part; of questions one of each skill", lower_bound=0, flag_values=values
+    )
     flags.DEFINE_string("plot", None, "plot the length histograms and the shares to this PNG file", flag_values=values)
+    flags.DEFINE_string("html", None, "write a page with all of it, and rows to read, to this HTML file", flag_values=values)
 
 
 def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
@@ -38,21 +41,34 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     run = recipe(config_flags.chosen(values, rest)).run
     if values.rows < 1:
         raise UserError(f"--rows={values.rows} must be at least 1")
-    if values.plot is not None and (not values.plot.endswith(".png") or not Path(values.plot).absolute().parent.is_dir()):
-        raise UserError(f"--plot={values.plot} must end in .png and its directory must exist, as in --plot=mixture.png")
+    _check(values, "plot", ".png")
+    _check(values, "html", ".html")
     loader = _loader(run, values.stage)
+    stage = run.stages[loader.stage_index]
     report = inspect(loader, values.rows, values.samples)
-    say(f"stage {run.stages[loader.stage_index].name}: rows of {report.seq_len:,} tokens, {report.fill_ratio:.2%} filled")
+    say(f"stage {stage.name}: rows of {report.seq_len:,} tokens, {report.fill_ratio:.2%} filled")
     _show(report)
     _show_upsampling(loader)
     _show_schedule(loader)
-    warn_repeats(run.stages[loader.stage_index], loader)
+    warn_repeats(stage, loader)
     for part in report.parts:
         for sample in part.samples:
             say(f"\n{part.name} > {sample}")
     if values.plot is not None:
         style.save(mixture(report), values.plot)
         say(f"plot: {values.plot}")
+    if values.html is not None:
+        content = mixture_page.render(mixture_page.collect(stage.name, stage.steps, loader, report))
+        # Names of files may hold bytes that are not UTF-8.
+        write_atomically(values.html, content.encode("utf-8", "backslashreplace"))
+        say(f"page to look at: {values.html}")
+
+
+def _check(values: flags.FlagValues, name: str, ending: str) -> None:
+    """Raises `UserError` for a file that could not be written, before time is spent on what it is to hold."""
+    path = values[name].value
+    if path is not None and (not path.endswith(ending) or not Path(path).absolute().parent.is_dir()):
+        raise UserError(f"--{name}={path} must end in {ending} and its directory must exist, as in --{name}=mixture{ending}")
 
 
 def _loader(run: RunConfig, name: str | None) -> Loader:
@@ -90,13 +106,6 @@ def _show_upsampling(loader: Loader) -> None:
 
 def _show_schedule(loader: Loader) -> None:
     """The shares of rows in each tenth of the stage, where weights change."""
-    if loader.schedule is None:
-        return
-    steps = loader.schedule.steps
-    rows = []
-    for i in range(min(10, steps)):
-        first, stop = i * steps // min(10, steps), (i + 1) * steps // min(10, steps)
-        found = np.concatenate([loader.addresses(step)[0] for step in range(first, stop)])
-        shares = np.bincount(found, minlength=len(loader.names)) / len(found)
-        rows.append((f"{first + 1:,}-{stop:,}", *(f"{share:.1%}" for share in shares)))
-    table("share of rows over the stage", ("steps", *loader.names), rows)
+    rows = [(f"{first:,}-{last:,}", *(f"{share:.1%}" for share in shares)) for first, last, shares in shares_over_stage(loader)]
+    if rows:
+        table("share of rows over the stage", ("steps", *loader.names), rows)

@@ -52,7 +52,8 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
         raise UserError(f"--out is missing; name the directory to write, such as --out=data/{values.kind}")
     if values.kind == "array_record":
         raise UserError(f"--kind=array_record is the format this command writes, not reads{nearest('array_record', _text_kinds())}")
-    fields = [field.name for field in dataclasses.fields(SourceConfig) if field.name != "path"]
+    # What is about chats has no flag, as they are not prepared.
+    fields = [field.name for field in dataclasses.fields(SourceConfig) if field.name != "path" and field.name in values]
     given = {"path": tuple(values.path), **{name: values[name].value for name in fields}}
     source = configs.build(SourceConfig, given, "source")
     weigher = _weigher(values)

@@ -125,7 +125,7 @@ class Loader:
 
     def _kept(self) -> np.ndarray:
         """The fraction of its tokens that thinning leaves to each part of text, NaN for the others."""
-        texts = [part.part if isinstance(part, Remapped) else part for part in self.parts]
+        texts = [unmapped(part) for part in self.parts]
         fractions = [part.thinned.num_tokens / part.whole.num_tokens if isinstance(part, TextPart) else np.nan for part in texts]
         return np.asarray(fractions)
 
@@ -192,9 +192,7 @@ class TaskPart:
 
     def build(self, rows: np.ndarray) -> Mapping[str, np.ndarray]:
         """Arrays `[n, T]` of the named rows."""
-        count = self.task.uniforms(self.seq_len)
-        uniforms = np.stack([rng.random(count) for rng in generators(self.key, rows)])
-        samples = self.task.rows(uniforms, self.seq_len, self.source)
+        samples = self.task.rows(self._uniforms(rows), self.seq_len, self.source)
         return {
             "tokens": samples.tokens[:, :-1],
             "targets": samples.tokens[:, 1:],
@@ -206,6 +204,16 @@ class TaskPart:
     def describe(self, row: int) -> str:
         """The task's name and counts."""
         return f"{self.config.kind} with {self.task.describe(self.seq_len)}"
+
+    def skills(self, rows: np.ndarray) -> tuple[str, ...]:
+        """The skill of each of the named rows of questions in words; of another task, its kind."""
+        if not isinstance(self.task, QuestionTask):
+            return (self.config.kind,) * len(rows)
+        return self.task.rows(self._uniforms(rows), self.seq_len, self.source).skills
+
+    def _uniforms(self, rows: np.ndarray) -> np.ndarray:
+        count = self.task.uniforms(self.seq_len)
+        return np.stack([rng.random(count) for rng in generators(self.key, rows)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,6 +243,11 @@ class Remapped:
     def describe(self, row: int) -> str:
         """The part's own description, and the remap."""
         return f"{self.part.describe(row)}; positions {self.part.config.remap} up to {self.max_position}"
+
+
+def unmapped(part: TextPart | TaskPart | Remapped) -> TextPart | TaskPart:
+    """The part whose positions are remapped, or else the part itself."""
+    return part.part if isinstance(part, Remapped) else part
 
 
 def generators(key: tuple[int, ...], rows: np.ndarray) -> Iterator[np.random.Generator]:

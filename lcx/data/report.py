@@ -10,12 +10,14 @@ import numpy as np
 
 from lcx.core.batch import PADDING
 from lcx.core.errors import UserError
-from lcx.data.config import Upsampling
-from lcx.data.loader import Loader, Remapped, TextPart
+from lcx.data.config import QUESTIONS, Upsampling
+from lcx.data.loader import Loader, TextPart, unmapped
 from lcx.data.sources import sources
 from lcx.data.sources.documents import describe
+from lcx.data.synthetic.skills import SKILLS
 
-_SHOWN = 240
+_SHOWN, _KEPT = 240, 16
+"""Tokens of a sample; samples kept of each kind of a task's rows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +27,9 @@ class PartReport:
     `places` is the number of token positions, `tokens` how many of them are filled (shared anchors included), `trained` how many
     have a loss weight, and `loss_weight` the sum of the weights. `documents` is the number of different documents seen,
     `documents_by_length[i]` how many have a total length in bin i, and `tokens_by_length[i]` how many tokens came from those (a
-    task's row counts as one document). `samples` are the beginnings of a few documents.
+    task's row counts as one document). `pieces` are the spans of documents in rows, `cut` those that are not a whole document;
+    `full_rows` have no padding, and the emptiest row has `least_tokens`. `samples` are the beginnings of a few documents, or the
+    ends of a task's rows: of questions one of each skill, which is named.
     """
 
     name: str
@@ -39,6 +43,10 @@ class PartReport:
     documents: int
     documents_by_length: tuple[int, ...]
     tokens_by_length: tuple[int, ...]
+    pieces: int
+    cut: int
+    full_rows: int
+    least_tokens: int
     samples: tuple[str, ...]
 
     @property
@@ -130,7 +138,7 @@ def compare_upsampling(loader: Loader) -> list[UpsamplingShare]:
 
     A part's share of tokens is its share of rows, which holds where rows are full. Empty without parts of text.
     """
-    texts = {i: part for i, part in enumerate(map(_text, loader.parts)) if isinstance(part, TextPart)}
+    texts = {i: part for i, part in enumerate(map(unmapped, loader.parts)) if isinstance(part, TextPart)}
     found = []
     for how in get_args(Upsampling) if texts else ():
         weights = loader.weights(how)[list(texts)]
@@ -144,6 +152,30 @@ def compare_upsampling(loader: Loader) -> list[UpsamplingShare]:
             documents, tokens, long_documents, long_tokens = row.tolist()
             found.append(UpsamplingShare(how, name, tokens, long_documents / documents, long_tokens / tokens))
     return found
+
+
+def shares_over_stage(loader: Loader) -> list[tuple[int, int, np.ndarray]]:
+    """First and last step of each tenth of a stage, from 1, and the shares of rows by part, float64 `[P]`.
+
+    Empty where weights do not change.
+    """
+    if loader.schedule is None:
+        return []
+    steps, found = loader.schedule.steps, []
+    for i in range(min(10, steps)):
+        first, stop = i * steps // min(10, steps), (i + 1) * steps // min(10, steps)
+        parts = np.concatenate([loader.addresses(step)[0] for step in range(first, stop)])
+        found.append((first + 1, stop, np.bincount(parts, minlength=len(loader.names)) / len(parts)))
+    return found
+
+
+def spread_steps(loader: Loader, count: int) -> Sequence[int]:
+    """The first `count` steps, or as many (at most all) over the stage of a schedule, each from the middle of its stretch."""
+    if loader.schedule is None:
+        return range(count)
+    total = loader.schedule.steps
+    count = min(count, total)
+    return [(2 * i + 1) * total // (2 * count) for i in range(count)]
 
 
 def _counts(source: sources.Subset, long: int) -> np.ndarray:
@@ -160,11 +192,11 @@ def inspect(loader: Loader, rows: int, samples: int = 3) -> Report:
     """
     if rows < 1:
         raise UserError(f"rows={rows} must be at least 1")
-    texts = [part for part in map(_text, loader.parts) if isinstance(part, TextPart)]
+    texts = [part for part in map(unmapped, loader.parts) if isinstance(part, TextPart)]
     longest = max([loader.seq_len, *(int(part.source.lengths.max()) for part in texts)])
     edges = (1, *(1 << power for power in range(6, max(longest.bit_length(), 6) + 1)))
     tallies = [_Tally(loader, index, edges) for index in range(len(loader.parts))]
-    for step in _steps(loader, -(-rows // loader.num_rows)):
+    for step in spread_steps(loader, -(-rows // loader.num_rows)):
         part, row = loader.addresses(step)
         batch = loader.batch(step)
         for index in np.unique(part):
@@ -173,38 +205,45 @@ def inspect(loader: Loader, rows: int, samples: int = 3) -> Report:
     return Report(loader.seq_len, edges, tuple(tally.report(samples) for tally in tallies))
 
 
-def _steps(loader: Loader, count: int) -> Sequence[int]:
-    """The first `count` steps, or as many (at most all) over the stage of a schedule, each from the middle of its stretch."""
-    if loader.schedule is None:
-        return range(count)
-    total = loader.schedule.steps
-    count = min(count, total)
-    return [(2 * i + 1) * total // (2 * count) for i in range(count)]
-
-
 class _Tally:
     """Running counts of one part."""
 
     def __init__(self, loader: Loader, index: int, edges: tuple[int, ...]) -> None:
-        self._loader, self._name, self._part, self._edges = loader, loader.names[index], _text(loader.parts[index]), edges
-        self._rows = self._tokens = self._trained = 0
+        self._loader, self._name, self._part, self._edges = loader, loader.names[index], unmapped(loader.parts[index]), edges
+        self._rows = self._tokens = self._trained = self._pieces = self._cut = self._full = 0
+        self._least = loader.seq_len
         self._loss_weight = 0.0
         self._by_document: dict[int, int] = {}
-        self._openings: list[str] = []
+        self._ends: dict[str, list[str]] = {}
 
     def add(self, rows: np.ndarray, segments: np.ndarray, weights: np.ndarray, tokens: np.ndarray) -> None:
         self._rows += len(rows)
-        self._tokens += int((segments != PADDING).sum())
+        filled = (segments != PADDING).sum(axis=1)
+        self._tokens += int(filled.sum())
+        self._full += int((filled == segments.shape[1]).sum())
+        self._least = min(self._least, int(filled.min()))
         self._trained += int((weights > 0).sum())
         self._loss_weight += float(weights.sum(dtype=np.float64))
+        if not isinstance(self._part, TextPart) and self._wants_samples():
+            for skill, content in zip(self._part.skills(rows), tokens, strict=True):
+                ends = self._ends.setdefault(skill, [])
+                if len(ends) < _KEPT:
+                    ends.append(self._loader.corpus.tokenizer.decode(content[-_SHOWN:]))
         for row, content in zip(rows.tolist(), tokens, strict=True):
             if isinstance(self._part, TextPart):
                 for document, start, end in self._part.plan.spans(row):
                     self._by_document[document] = self._by_document.get(document, 0) + end - start
+                    self._pieces += 1
+                    self._cut += end - start < int(self._part.source.lengths[document])
             else:
                 self._by_document[row] = len(content)
-                if len(self._openings) < 16:
-                    self._openings.append(self._loader.corpus.tokenizer.decode(content[-_SHOWN:]))
+                self._pieces += 1
+
+    def _wants_samples(self) -> bool:
+        """Whether a skill of questions has not been seen; as its rows are composed again for that, it is asked only so long."""
+        if self._part.config.kind == QUESTIONS:
+            return len(self._ends) < len(self._part.config.questions.skills or SKILLS)
+        return sum(map(len, self._ends.values())) < _KEPT
 
     def report(self, samples: int) -> PartReport:
         documents, part = np.fromiter(self._by_document, np.int64, len(self._by_document)), self._part
@@ -214,7 +253,11 @@ class _Tally:
         by_length = np.bincount(bins, minlength=len(self._edges) - 1)
         tokens_by_length = np.bincount(bins, weights=taken, minlength=len(self._edges) - 1).astype(np.int64)
         if isinstance(part, TextPart):
-            self._openings = [self._opening(i) for i in documents[:samples].tolist()]
+            shown = [self._opening(i) for i in documents[:samples].tolist()]
+        elif part.config.kind == QUESTIONS:
+            shown = [f"{skill}: {end}" for skill, ends in sorted(self._ends.items()) for end in ends[: min(samples, 1)]]
+        else:
+            shown = [end for ends in self._ends.values() for end in ends[:samples]]
         return PartReport(
             name=self._name,
             kind=part.config.kind,
@@ -227,7 +270,11 @@ class _Tally:
             documents=len(documents),
             documents_by_length=tuple(by_length.tolist()),
             tokens_by_length=tuple(tokens_by_length.tolist()),
-            samples=tuple(self._openings[:samples]),
+            pieces=self._pieces,
+            cut=self._cut,
+            full_rows=self._full,
+            least_tokens=self._least,
+            samples=tuple(shown),
         )
 
     def _opening(self, document: int) -> str:
@@ -235,7 +282,3 @@ class _Tally:
         end = min(int(source.lengths[document]), _SHOWN)
         tokens = source.gather(np.array([document]), np.array([0]), np.array([end]))
         return f"{source.name(document)}: {self._loader.corpus.tokenizer.decode(tokens)}"
-
-
-def _text(part):
-    return part.part if isinstance(part, Remapped) else part

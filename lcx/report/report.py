@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import json
 import math
 import os
@@ -19,7 +17,7 @@ from lcx.evals.results import EvalResult, perplexity
 from lcx.evals.statistics import wilson
 from lcx.report import export, history, likelihood, plots, question_plots, questions, retention, scaling, style
 from lcx.report.history import Run, Stage
-from lcx.report.page import Cell, page, table
+from lcx.report.page import Cell, page, picture, sections, table
 
 
 def write_report(workdir: str | os.PathLike[str], add: Sequence[str | os.PathLike[str]] = ()) -> pathlib.Path:
@@ -111,31 +109,28 @@ def scheme_name(spec: str) -> str:
 
 def render(run: Run, figures: dict[str, Figure]) -> str:
     """The whole HTML document."""
-    images = {name: _image(figure, name) for name, figure in figures.items()}
+    images = {name: picture(style.png(figure), name) for name, figure in figures.items()}
     zero_shot = _zero_shot(run)
     asked = "".join(image for name, image in images.items() if name.partition("_")[0] in ("tasks", "growth", "scaling", "depths"))
-    sections = [
-        ("Needles", images.get("needles", ""), _needle_note(run)),
-        ("Questions in words", asked + questions.section(run.evals), ""),
-        ("Answers to read", questions.reading(run.answers, [result.label for result in run.evals]), ""),
-        ("Which tokens gain from context", images.get("kinds", "") + likelihood.losses(run.evals), ""),
-        ("Key tokens", likelihood.passages(run.answers), ""),
-        ("Short contexts: what the extension cost", retention.section(run.before, run.after), ""),
-        ("Perplexity", images.get("perplexity", ""), _perplexity_note(run)),
-        ("Stages", images.get("loss", "") + _stage_table(run.stages()), ""),
-        ("Parts of the mixture", images.get("loss_by_part", "") + _part_table(run.stages()), _PART_NOTE),
-        ("Zero-shot: other schemes on the model before extension", zero_shot, ""),
-        (
-            "Loss by position",
-            images.get("positions", ""),
-            "Means over held-out windows of the longest length, in logarithmic bins.",
-        ),
-        ("Reproduce", _reproduce(run), ""),
-    ]
-    body = "".join(
-        f"<section><h2>{html.escape(title)}</h2>{content}{f'<p class=note>{note}</p>' if note else ''}</section>"
-        for title, content, note in sections
-        if content
+    body = sections(
+        [
+            ("Needles", images.get("needles", ""), _needle_note(run)),
+            ("Questions in words", asked + questions.section(run.evals), ""),
+            ("Answers to read", questions.reading(run.answers, [result.label for result in run.evals]), ""),
+            ("Which tokens gain from context", images.get("kinds", "") + likelihood.losses(run.evals), ""),
+            ("Key tokens", likelihood.passages(run.answers), ""),
+            ("Short contexts: what the extension cost", retention.section(run.before, run.after), ""),
+            ("Perplexity", images.get("perplexity", ""), _perplexity_note(run)),
+            ("Stages", images.get("loss", "") + _stage_table(run.stages()), ""),
+            ("Parts of the mixture", images.get("loss_by_part", "") + _part_table(run.stages()), _PART_NOTE),
+            ("Zero-shot: other schemes on the model before extension", zero_shot, ""),
+            (
+                "Loss by position",
+                images.get("positions", ""),
+                "Means over held-out windows of the longest length, in logarithmic bins.",
+            ),
+            ("Reproduce", _reproduce(run), ""),
+        ]
     )
     title, lead = _headline(run)
     return page(title=f"{run.name}: {title}", heading=title, lead=lead, tiles=_tiles(run), body=body)
@@ -296,14 +291,6 @@ def _reproduce(run: Run) -> str:
         text = html.escape(json.dumps(run.config, indent=2))
         parts.append(f"<details><summary>Config</summary><pre>{text}</pre></details>")
     return "".join(parts)
-
-
-def _image(figure: Figure, name: str) -> str:
-    buffer = io.BytesIO()
-    with style.typography():
-        figure.savefig(buffer, format="png", dpi=200, metadata={"Software": "lcx"})
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f"<figure><img alt='{html.escape(name)}' src='data:image/png;base64,{data}'></figure>"
 
 
 def _setting(result: EvalResult, name: str, default: Any) -> Any:

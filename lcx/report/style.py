@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import os
 import pathlib
@@ -76,9 +77,16 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> pathlib.Path:
     """Write the figure as PNG at 200 dots per inch."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with typography():
-        figure.savefig(path, format="png", dpi=200, metadata={"Software": "lcx"})
+    path.write_bytes(png(figure))
     return path
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as PNG at 200 dots per inch."""
+    buffer = io.BytesIO()
+    with typography():
+        figure.savefig(buffer, format="png", dpi=200, metadata={"Software": "lcx"})
+    return buffer.getvalue()
 
 
 def tokens(length: float) -> str:

@@ -15,6 +15,7 @@ from lcx.core.mesh import SEQUENCE, MeshConfig, make_mesh
 from lcx.positions.rotary import tables
 from tests.attention.cases import HEADS, B, H, N, index
 from tests.attention.context_cases import MASKS, SCHEMES
+from tests.quick import mostly_slow
 
 S = 48
 
@@ -34,7 +35,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.parametrize("case", mostly_slow(CASES, CASES[::2]), ids=lambda case: "-".join(map(str, case)))
 def test_split_slots_equal_dense(case):
     size, ulysses, count, scheme, mask, kernel, kv_heads, segments = case
     where = index(segments, "reset", S)

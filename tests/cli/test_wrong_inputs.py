@@ -175,6 +175,8 @@ WRONG = {
     "data inspect --config={config} --rows=0": "--rows=0 must be at least 1",
     "data inspect --config={config} --rows=1 --plot={tmp}/mixture.svg": "mixture.svg must end in .png and its directory must",
     "data inspect --config={config} --rows=1 --plot={new}/mixture.png": "must end in .png and its directory must exist, as in",
+    "data inspect --config={config} --rows=1 --html={tmp}/mixture.png": "mixture.png must end in .html and its directory must",
+    "data inspect --config={config} --rows=1 --html={new}/mixture.html": "must end in .html and its directory must exist, as in",
     # workdirs and checkpoints
     "train --config={config} --config.seed=1 --workdir={run}": "holds a run with another config: seed is 0 there but 1 here",
     "train --config={config} --config.stages.longer.steps=9 --workdir={run}": "stages.longer.steps is 2 there but 9 here",

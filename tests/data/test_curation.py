@@ -145,6 +145,23 @@ def test_what_stays_and_what_is_dropped(finished):
     assert not (folder / "work").exists()
 
 
+def test_lengths_are_those_of_what_was_read_and_of_what_stays(corpus, finished):
+    folder, report = finished
+    for name, of in report["sources"].items():
+        edges, read, kept = (of["lengths"][key] for key in ("edges", "read", "kept"))
+        sizes = [row["bytes"] for row in rows(folder, name)]
+        for i, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+            inside = [size for size in sizes if low <= size < high]
+            assert (kept["documents"][i], kept["bytes"][i]) == (len(inside), sum(inside))
+        assert sum(kept["documents"]) == len(sizes)
+        assert {what: sum(counts) for what, counts in read.items()} == of["read"]
+    paths = [Path(path) for path in sorted(Path(corpus.sources["books"].source.path).parent.glob("book*.txt"))]
+    edges, read = report["sources"]["books"]["lengths"]["edges"], report["sources"]["books"]["lengths"]["read"]["documents"]
+    # What cannot be read has no length.
+    sizes = [0 if path.name == "book91.txt" else path.stat().st_size for path in paths]
+    assert read == [sum(low <= size < high for size in sizes) for low, high in zip(edges[:-1], edges[1:], strict=True)]
+
+
 def test_texts_are_written_as_they_were_read(tmp_path):
     text = 'Tab\t, "quotes", \\ backslash,\r\n line \u2028 separator, \x7f and 語 😀\n' * 9
     (tmp_path / "a.txt").write_bytes(text.encode())
@@ -221,6 +238,7 @@ def test_a_source_of_which_nothing_is_left_is_no_error(tmp_path):
     assert rows(tmp_path / "out", "a") == []
 
 
+@pytest.mark.slow
 def test_many_tiny_documents(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{i} {i * 7} {i * 31} {i * 67}"}}\n' for i in range(20_000)))
     one = CuratedSource(filters=("length",), source=SourceConfig("jsonl", f"{tmp_path}/a.jsonl"))
@@ -330,6 +348,9 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert "dropped by exact" in said and re.search(r"kept\W+4\b", said)
     assert f"lcx data prepare --kind=jsonl --path='{tmp_path}/out/notes/*.jsonl'" in said.replace("\n", "")
     first = contents(tmp_path / "out")
+    assert "What stays" in first["report.html"].decode() and f"page to look at: {tmp_path}/out/report.html" in said.replace(
+        "\n", ""
+    )
     main(words)  # finished: nothing is done again
     assert contents(tmp_path / "out") == first
     main([*words[:-2], f"--out={tmp_path}/strict", "--config.sources.notes.gopher_quality.min_words=101", "--workers=1"])

@@ -118,6 +118,8 @@ def test_the_report_shows_documents_of_each_decile(corpus):
     assert (found["kind"], found["documents"], found["missing"], found["failed"]) == ("digits", 23, 1, 1)
     assert found["deciles"] == [number(np.float32(i) / 100) for i in range(0, 21, 2)]
     assert found["mean"] == pytest.approx(0.1)
+    # 0.00 to 0.20 in 24 bins: a value i falls into bin 24 * i / 20, the maximum into the last one.
+    assert found["histogram"] == [sum(min(24 * i // 20, 23) == bin for i in range(21)) for bin in range(24)]
     assert [len(decile) for decile in found["samples"]] == [3, 2, 2, 2, 2, 2, 2, 2, 2, 2]
     values = [sample["value"] for decile in found["samples"] for sample in sorted(decile, key=lambda one: one["value"])]
     assert values == [number(np.float32(i) / 100) for i in range(21)]
@@ -234,26 +236,21 @@ def test_a_folder_belongs_to_its_scores(corpus):
         curate(with_scores(corpus), corpus / "out", scorers=SCORERS | {"digits": newer})
 
 
-def test_without_scores_a_folder_is_what_it_was_before_there_were_any(corpus):
+def test_without_scores_a_report_has_none(corpus):
     curate(CurationConfig({"a": source(corpus)}), corpus / "out")
-    identity, report = (json.loads((corpus / "out" / name).read_text()) for name in ("curation.json", "report.json"))
-    assert list(identity) == [
-        "format",
-        "sources",
-        "order",
-        "decontaminate",
-        "exact",
-        "minhash",
-        "shard_bytes",
-        "samples",
-        "forbidden",
-    ]
-    assert list(identity["sources"]["a"]) == [
-        *("filters", "length", "gopher_quality", "gopher_repetition", "fineweb", "c4", "source")
-    ]
-    assert list(report) == ["format", "sources"] and list(report["sources"]["a"]) == ["source", "read", "kept", "dropped"]
+    report = json.loads((corpus / "out" / "report.json").read_text())
+    assert list(report) == ["format", "sources"]
+    assert list(report["sources"]["a"]) == ["source", "read", "kept", "lengths", "dropped"]
     assert list(report["sources"]["a"]["dropped"]) == ["read", "decontaminate", "exact", "minhash", "failed"]
     assert list(rows(corpus / "out", "a")[0]) == ["name", "source", "bytes", "text"]
+
+
+def test_a_folder_of_an_older_lcx_is_refused(corpus):
+    curate(CurationConfig({"a": source(corpus)}), corpus / "out")
+    path = corpus / "out" / "curation.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 1}))
+    with pytest.raises(UserError, match="holds another curation .config.format is 1, not 2.; use a new folder or delete it"):
+        curate(CurationConfig({"a": source(corpus)}), corpus / "out")
 
 
 @pytest.mark.parametrize(

@@ -90,3 +90,16 @@ def test_samples_table_and_json(loader):
     assert plain(report)["parts"][0]["rows"] == 10
     with pytest.raises(UserError, match="at least 1"):
         inspect(loader, rows=0)
+
+
+def test_questions_are_shown_by_skill():
+    parts = {"asked": {"kind": "questions", "questions": {"skills": ("copying", "lookup", "counting")}}}
+    loader = Loader(build(DataConfig, {"parts": parts}), 1024, 8, seed=0)
+    (part,) = inspect(loader, rows=64).parts
+    assert [sample.partition(": ")[0] for sample in part.samples] == ["copying", "counting", "lookup"]
+    _, rows = loader.addresses(0)
+    skills = loader.parts[0].skills(rows)
+    openings = {"copying": b"Read these pages", "counting": b"A diary, one", "lookup": b"A list to consult"}
+    found = [[skill for skill, opening in openings.items() if opening in bytes(row.tolist())] for row in loader.batch(0).tokens]
+    assert found == [[skill] for skill in skills] and len(set(skills)) > 1
+    assert inspect(loader, rows=8, samples=0).parts[0].samples == ()

@@ -64,6 +64,12 @@ def test_bytes(name, size, bos, eos):
     assert tokenizer.decode(np.concatenate([specials, ids]).astype(int)) == text
 
 
+def test_special_tokens_are_spelled(byte_level):
+    assert [tokenizers.load("bytes+bos+eos").special(i) for i in (255, 256, 257)] == [None, "<s>", "</s>"]
+    assert [tokenizers.load("bytes+eos").special(i) for i in (255, 256)] == [None, "</s>"]
+    assert [tokenizers.load(str(byte_level)).special(i) for i in (0, 1, 2)] == ["<s>", "</s>", None]
+
+
 def test_hugging_face_round_trip(byte_level):
     tokenizer = tokenizers.load(str(byte_level))
     text = "def f(self):\n    return 12 → ok"
@@ -204,6 +210,7 @@ def test_sentence_piece_equals_transformers(legacy, pieces, tmp_path):
     assert [chat[a:b] for (a, b), id in zip(places, ids, strict=True) if id in (1, 2, 700, 701)] == [
         "<s>", "<|im_start|>", "<|im_end|>", "<|im_start|>", "</s>",
     ]  # fmt: skip
+    assert [ours.special(i) for i in (1, 2, 700, 701, 300)] == ["<s>", "</s>", "<|im_start|>", "<|im_end|>", None]
     assert ours.decode(ids).split() == ["user", "self", "é", "return", "1def" if not legacy else "1", *["def"] * legacy]
 
 
@@ -218,6 +225,7 @@ def test_ranks_equal_another_library(ranks):
     assert sorted(ours.decode(np.array([ours._ordinary(chr(i))[0]])) for i in range(128)) == list(map(chr, range(128)))
     assert ours.decode(ours.characters("a1#=\n")) == "a1#=\n"
     assert ours.encode("<|end|>").max() < 800
+    assert [ours.special(i) for i in (799, 800, 802)] == [None, "<|bos|>", "<|end|>"]
     chat = "<|bos|>user é🙂<|end|>\n"
     ids, places = ours.encode_chat(chat)
     assert ids[0] == 800 and (ids == 802).sum() == 1

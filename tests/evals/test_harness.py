@@ -100,6 +100,7 @@ def test_rolling_log_likelihoods_are_those_of_transformers(ours, theirs):
     np.testing.assert_allclose(ours.loglikelihood_rolling(asked), theirs.loglikelihood_rolling(asked), rtol=5e-6)
 
 
+@pytest.mark.slow
 def test_texts_are_those_of_transformers(ours, theirs):
     settings = {"do_sample": False, "max_gen_toks": 24, "until": []}
     cut = {**settings, "until": ["e", "\n"]}
@@ -128,6 +129,7 @@ def test_chats_are_written_by_the_template(ours, theirs):
     assert ours.apply_chat_template(turns, False) == theirs.apply_chat_template(turns, False)
 
 
+@pytest.mark.slow
 def test_tasks_have_the_results_of_transformers(folder, theirs, tmp_path, monkeypatch, capsys):
     own = tmp_path / "tasks"
     own.mkdir()

@@ -17,6 +17,7 @@ from lcx.model.sampling import Sampling
 from lcx.model.transformer import hidden_states, unstack
 from lcx.positions.registry import from_config
 from tests.model.test_transformer import build
+from tests.quick import mostly_slow
 
 CONFIG = ModelConfig(
     model_dim=32, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64, pattern=("local", "global"), window=6
@@ -62,9 +63,7 @@ FURTHER = ([3, *PROMPTS[0]], PROMPTS[0][:3], [3, 3, *PROMPTS[1]])
 CONTINUED = [np.concatenate([BEGINNING, further]) for further in FURTHER]
 
 
-@pytest.mark.parametrize(
-    "scheme", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("nope", "sinusoidal"))) for name in SCHEMES]
-)
+@pytest.mark.parametrize("scheme", mostly_slow(SCHEMES, (SCHEMES[0], "alibi")))
 def test_a_prefix_is_computed_once_for_all_its_continuations(scheme):
     """Padding stands before the prefix (of 18 in chunks of 4 or 16) and behind it, where windows of 6 reach across it."""
     params, buffers, arch = build(CONFIG, {"default": scheme}, length=64)

@@ -19,6 +19,7 @@ from lcx.model.execution import ExecutionConfig
 from lcx.model.loss import logits
 from lcx.model.transformer import hidden_states, unstack
 from tests.model.decode_cases import build, by_chunks, forward, furthest, place
+from tests.quick import mostly_slow
 
 CONFIG = ModelConfig(
     model_dim=32, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64, pattern=("local", "global"), window=6
@@ -41,7 +42,7 @@ CASES = {
 QUICK = ("2 x 2, several pieces",)
 
 
-@pytest.mark.parametrize("case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES])
+@pytest.mark.parametrize("case", mostly_slow(CASES, QUICK))
 def test_tokens_and_logits_are_those_of_one_device(case):
     """Rows of 9 and 37 tokens in chunks of 8, rings of 13 to 16 slots overwritten twice."""
     mesh, positions, changes, *execution = CASES[case]

@@ -34,6 +34,7 @@ from tests.compare import worst_error
 from tests.model.decode_cases import build, by_chunks, furthest, place
 from tests.model.decode_cases import forward as all_at_once
 from tests.model.make_hf_experts import CASES, FIXTURES, D, E, F, K, problem, reference
+from tests.quick import mostly_slow
 
 T = 32
 TINY = ModelConfig(
@@ -156,7 +157,7 @@ def one_device(**changes):
     "changes",
     [
         pytest.param({"remat": "block", "expert_matmul": "ragged"}, marks=pytest.mark.slow),
-        {"layer_unroll": 2, "mlp_tile": T // 4},
+        pytest.param({"layer_unroll": 2, "mlp_tile": T // 4}, marks=pytest.mark.slow),
         pytest.param({"remat": "attention", "attention": "blockwise"}, marks=pytest.mark.slow),
         pytest.param({"mlp_tile": T // 4, "expert_matmul": "ragged"}, marks=pytest.mark.slow),
     ],
@@ -175,10 +176,10 @@ MESHES = {
     "expert=4 x fsdp=2, dense": (MeshConfig(fsdp=2, expert=4), "dense"),
     "fsdp=2 x tensor=2 x ring=2": (MeshConfig(fsdp=2, tensor=2, context=2), "ragged"),
 }
-QUICK = tuple(MESHES)[:2]
+QUICK = tuple(MESHES)[:1]
 
 
-@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MESHES])
+@pytest.mark.parametrize("name", mostly_slow(MESHES, QUICK))
 def test_meshes_equal_one_device(name):
     sizes, matmul = MESHES[name]
     params, buffers, arch, table = build(
@@ -276,7 +277,8 @@ def test_the_balance_has_a_denominator_of_its_own():
     assert worst_error(jax.device_get(gradients), want)[0] <= 1e-5
 
 
-@pytest.mark.parametrize("matmul", ["dense", pytest.param("ragged", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("matmul", ["dense", "ragged"])
 def test_training_lowers_loss_and_balance(matmul):
     config, execution = dataclasses.replace(TINY, router_aux_weight=1.0), dataclasses.replace(ONE_BY_ONE, expert_matmul=matmul)
     step, state, buffers = make_step(config, MeshConfig(fsdp=1), execution=execution)

@@ -20,6 +20,7 @@ from lcx.model.presets import FAMILIES, shrink
 from lcx.model.transformer import hidden_states, scan_layers
 from lcx.positions.derive import with_theta
 from tests.compare import worst_error
+from tests.quick import mostly_slow
 
 T = 32
 TINY = ModelConfig(
@@ -44,7 +45,7 @@ def loss(params, buffers, arch, batch):
     return loss_sums(params, hidden_states(params, buffers, arch, batch)[0], batch, arch).nll
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", mostly_slow(FAMILIES, ("llama3_8b", "gemma3_4b", "smollm3_3b")))
 def test_families_run_and_see_no_future(name):
     family = FAMILIES[name]
     config = dataclasses.replace(shrink(family.model), tied_embeddings=False)
@@ -91,11 +92,11 @@ def test_scan_over_periods_equals_single_layers():
     "changes",
     [
         {"remat": "attention", "attention": "blockwise"},
-        {"remat": "dots"},
+        pytest.param({"remat": "dots"}, marks=pytest.mark.slow),
         pytest.param({"remat": "block"}, marks=pytest.mark.slow),
         pytest.param({"remat": "offload", "attention": "blockwise"}, marks=pytest.mark.slow),
         pytest.param({"layer_unroll": 1}, marks=pytest.mark.slow),
-        {"mlp_tile": T // 4},
+        pytest.param({"mlp_tile": T // 4}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -44,6 +44,7 @@ def test_import_export_diff(source, tmp_path, capsys):
     assert "12 of 12 tensors are equal, 0 options differ" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_extension_is_evaluated_and_exported(source, tmp_path, capsys):
     extended = tmp_path / "extended"
     changes = dict(source=source, target=TARGET, steps=2, tokens_per_step=TARGET)

@@ -67,7 +67,7 @@ def test_positions_are_drawn_where_they_are():
 def test_a_mixture_is_drawn_as_it_was_counted():
     counted = [("code", (3, 1, 0), (90, 80, 0), 170), ("needles", (0, 0, 5), (0, 0, 330), 330)]
     parts = tuple(
-        PartReport(name, "text", "a corpus", 4, 500, tokens, 0, 0.0, sum(documents), documents, by_length, ())
+        PartReport(name, "text", "a corpus", 4, 500, tokens, 0, 0.0, sum(documents), documents, by_length, 9, 5, 4, 500, ())
         for name, documents, by_length, tokens in counted
     )
     left, middle, right = mixture(Report(128, (1, 64, 128, 256), parts)).axes

@@ -20,6 +20,7 @@ from lcx.positions.registry import from_config
 from lcx.training.optimizer import OptimConfig
 from lcx.training.step import TrainStep, train_step
 from tests.compare import worst_error
+from tests.quick import mostly_slow
 
 ROWS, LENGTH, STEPS = 8, 48, 5
 MODEL = ModelConfig(vocab_size=64, model_dim=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=32)
@@ -74,7 +75,7 @@ def check(losses, gradients):
         assert error <= 1e-5, where
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 4, 1), (2, 2, 2)])
+@pytest.mark.parametrize("sizes", mostly_slow([(8, 1, 1), (2, 4, 1), (2, 2, 2)], [(2, 2, 2)]))
 def test_meshes_equal_one_device(sizes):
     data, fsdp, tensor = sizes
     step, buffers = make_step(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
@@ -86,8 +87,16 @@ def test_meshes_equal_one_device(sizes):
     assert moments.mu["layers"]["mlp"]["up"]["kernel"].sharding == kernel.sharding
 
 
-CONTEXT_MESHES = [(1, 1, 1, 8, 1), (2, 1, 2, 2, 1), (1, 1, 1, 6, 1)]
-MORE_MESHES = [(1, 1, 1, 8, 2), (1, 2, 1, 4, 1), (1, 1, 1, 8, 4), (1, 2, 1, 4, 4), (2, 1, 2, 2, 2), (1, 1, 1, 6, 2)]
+CONTEXT_MESHES = [(2, 1, 2, 2, 1), (1, 1, 1, 6, 1)]
+MORE_MESHES = [
+    (1, 1, 1, 8, 1),
+    (1, 1, 1, 8, 2),
+    (1, 2, 1, 4, 1),
+    (1, 1, 1, 8, 4),
+    (1, 2, 1, 4, 4),
+    (2, 1, 2, 2, 2),
+    (1, 1, 1, 6, 2),
+]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +127,7 @@ def test_residuals_in_host_memory_on_a_context_mesh():
     check(*run(*make_step(MeshConfig(data=2, fsdp=1, context=4, ulysses=2), **execution))[:2])
 
 
-@pytest.mark.parametrize("accumulate", [2, 4])
+@pytest.mark.parametrize("accumulate", mostly_slow([2, 4], [4]))
 def test_accumulation_equals_one_batch(accumulate):
     check(*run(*make_step(MeshConfig(fsdp=1), accumulate))[:2])
 
@@ -148,8 +157,12 @@ def oracle():
     return [(nll[own] * weights[own]).sum() / w if w else np.nan for own, w in zip(rows, weight, strict=True)], weight
 
 
-@pytest.mark.parametrize(("sizes", "accumulate"), [((1, 1, 1), 1), ((1, 1, 1), 4), ((2, 2, 1), 2), ((2, 1, 4), 1), ((1, 1, 8), 2)])
-def test_loss_of_each_part(sizes, accumulate):
+LOSSES_OF_PARTS = [((1, 1, 1), 1), ((1, 1, 1), 4), ((2, 2, 1), 2), ((2, 1, 4), 1), ((1, 1, 8), 2)]
+
+
+@pytest.mark.parametrize("layout", mostly_slow(LOSSES_OF_PARTS, [((1, 1, 1), 4), ((2, 1, 4), 1)]))
+def test_loss_of_each_part(layout):
+    sizes, accumulate = layout
     """Over microbatches, devices that split the rows and devices that split each row."""
     data, fsdp, context = sizes
     step, buffers = make_step(MeshConfig(data=data, fsdp=fsdp, context=context), accumulate)

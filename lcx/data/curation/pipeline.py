@@ -33,7 +33,7 @@ from lcx.data.curation.embed import Embedder, EmbedderFactory, build_embedder
 from lcx.data.curation.labels import AskFactory
 from lcx.data.curation.scores import Learner, Scorer, ScorerFactory, build_scorers
 from lcx.data.curation.shard import Shard, Unreadable, judge
-from lcx.data.curation.store import REPORT, WORK, Documents, Drop, Stored, claimed, to_json
+from lcx.data.curation.store import FORMAT, REPORT, WORK, Documents, Drop, Stored, claimed, to_json
 from lcx.data.curation.tally import SAMPLE_CHARS, Tally
 from lcx.data.curation.workers import Runner, ordered
 from lcx.data.sources import documents
@@ -266,11 +266,12 @@ class _Curation:
                 "source": documents.describe(self._config.sources[name].source),
                 "read": {"documents": tally.documents, "bytes": tally.bytes},
                 "kept": {"documents": kept[name][0], "bytes": kept[name][1]},
+                "lengths": tally.length_histogram(),
                 "dropped": tally.summary(stages),
             }
             if found := scored.report(name):
                 sources[name]["scores"] = found
-        report: dict[str, Any] = {"format": 1, "sources": sources}
+        report: dict[str, Any] = {"format": FORMAT, "sources": sources}
         if self._forbidden is not None:
             report["evaluation"] = {
                 "texts": self._forbidden.texts,
@@ -293,22 +294,12 @@ def _identity(
     embedder: Embedder | None,
     assembler: Assembler,
 ) -> dict[str, Any]:
-    """What the bytes of the folder depend on; without scores, diversity and assembly it is what it was before there were any."""
-    found = {"format": 1, **plain(config), "forbidden": forbidden.fingerprint if forbidden else None}
-    for source in found["sources"].values():
-        # Conversations, which alone can be joined, are not curated.
-        del source["source"]["join"]
-    if embedder is None:
-        del found["diversity"]
-    else:
-        found["embedder"] = embedder.fingerprint
-    if config.assemble:
-        found["assembled_with"] = assembler.fingerprints
-    else:
-        del found["assemble"]
-    if scorers:
-        return found | {"scorers": {name: scorer.fingerprint for name, scorer in scorers.items()}}
-    del found["scores"]
-    for source in found["sources"].values():
-        del source["keep"]
-    return found
+    """What the bytes of the folder depend on."""
+    return {
+        "format": FORMAT,
+        **plain(config),
+        "forbidden": forbidden.fingerprint if forbidden else None,
+        "scorers": {name: scorer.fingerprint for name, scorer in scorers.items()},
+        "embedder": embedder.fingerprint if embedder else None,
+        "assembled_with": assembler.fingerprints,
+    }

@@ -16,6 +16,9 @@ from lcx.data.curation.scores import Column, ScoreConfig, number
 DECILE_SAMPLES = 3
 """Documents of each decile that a report shows."""
 
+HISTOGRAM_BINS = 24
+"""Bins of a score's values in a report."""
+
 
 @dataclasses.dataclass(frozen=True)
 class KeepRule:
@@ -86,8 +89,8 @@ def drops(keep: Mapping[str, KeepRule], scores: Mapping[str, np.ndarray], sizes:
 def summary(config: ScoreConfig, column: Column, names: Sequence[str], samples: int) -> tuple[dict[str, Any], dict[int, int]]:
     """What a report says of a score in a source, and the documents to show: place -> decile, from 0 for the lowest tenth.
 
-    `deciles` are the eleven quantiles from the minimum to the maximum, each a value that occurs. Shown are those whose names have
-    the smallest hashes.
+    `deciles` are the eleven quantiles from the minimum to the maximum, each a value that occurs; `histogram` counts documents in
+    bins of equal width between these two. Shown are those whose names have the smallest hashes.
     """
     known = np.flatnonzero(~np.isnan(column.values))
     order = known[np.argsort(column.values[known], kind="stable")]
@@ -99,6 +102,7 @@ def summary(config: ScoreConfig, column: Column, names: Sequence[str], samples: 
         "failed": len(column.errors),
         "mean": number(np.float32(column.values[known].mean(dtype=np.float64))) if len(known) else None,
         "deciles": [number(value) for value in ends],
+        "histogram": np.histogram(column.values[known].astype(np.float64), HISTOGRAM_BINS)[0].tolist() if len(known) else [],
     }
     shown: dict[int, int] = {}
     for decile, places in enumerate(np.array_split(order, 10)):

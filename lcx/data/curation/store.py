@@ -21,6 +21,8 @@ from lcx.core.files import opened_atomically, write_atomically
 from lcx.data.curation.shard import Judged
 
 META, REPORT, WORK, LOCK = "curation.json", "report.json", "work", ".lock"
+FORMAT = 2
+"""Of the folder; to be raised when what is kept in it changes, so that a newer lcx resumes no older start."""
 
 
 @dataclasses.dataclass(frozen=True)

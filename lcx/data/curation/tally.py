@@ -10,6 +10,9 @@ from typing import Any
 SAMPLE_CHARS = 300
 """Characters of a dropped document that the report shows."""
 
+_LENGTHS = 48
+"""Sizes are counted up to 2^47 bytes."""
+
 
 class Tally:
     """Counts of one source by stage and reason, with up to `samples` dropped documents a stage.
@@ -21,11 +24,14 @@ class Tally:
         self._samples = samples
         self.documents = self.bytes = 0
         self.stages: dict[str, dict[str, Any]] = {}
+        # By number of binary digits of a document's size: documents and bytes read, then dropped.
+        self.lengths = [[0, 0, 0, 0] for _ in range(_LENGTHS)]
 
     def seen(self, size: int) -> None:
         """Count a document that was read, of `size` bytes."""
         self.documents += 1
         self.bytes += size
+        self._measured(size, 0)
 
     def dropped(self, stage: str, reason: str, name: str, size: int, details: Callable[[], dict[str, Any]]) -> None:
         """Count a dropped document; `details` are asked for only if it is one of the samples."""
@@ -33,6 +39,7 @@ class Tally:
         count = found["reasons"].setdefault(reason, [0, 0])
         count[0] += 1
         count[1] += size
+        self._measured(size, 2)
         key = hashlib.blake2b(f"{stage}\0{name}".encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
         self._keep(found["samples"], key, lambda: {"name": name, "reason": reason, "bytes": size, **details()})
 
@@ -40,6 +47,7 @@ class Tally:
         """Add what `state` of another one gave."""
         self.documents += other["documents"]
         self.bytes += other["bytes"]
+        self.lengths = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(self.lengths, other["lengths"], strict=True)]
         for stage, theirs in other["stages"].items():
             found = self._stage(stage)
             for reason, (documents, size) in theirs["reasons"].items():
@@ -51,7 +59,19 @@ class Tally:
 
     def state(self) -> dict[str, Any]:
         """Everything, for JSON."""
-        return {"documents": self.documents, "bytes": self.bytes, "stages": self.stages}
+        return {"documents": self.documents, "bytes": self.bytes, "lengths": self.lengths, "stages": self.stages}
+
+    def length_histogram(self) -> dict[str, Any]:
+        """What a report holds of lengths: documents and bytes, read and kept, from `edges[i]` to below `edges[i + 1]` bytes."""
+        used = [i for i, (documents, *_) in enumerate(self.lengths) if documents]
+        if not used:
+            return {"edges": []}
+        low, high = used[0], used[-1] + 1
+        read, kept = {}, {}
+        for at, what in enumerate(("documents", "bytes")):
+            read[what] = [one[at] for one in self.lengths[low:high]]
+            kept[what] = [one[at] - one[at + 2] for one in self.lengths[low:high]]
+        return {"edges": [(1 << i) >> 1 for i in range(low, high + 1)], "read": read, "kept": kept}
 
     def summary(self, stages: tuple[str, ...]) -> dict[str, Any]:
         """What a report holds of each stage, in the given order; reasons by number of documents."""
@@ -66,6 +86,11 @@ class Tally:
                 "samples": [sample for _, sample in of["samples"]],
             }
         return found
+
+    def _measured(self, size: int, at: int) -> None:
+        of = self.lengths[min(size.bit_length(), _LENGTHS - 1)]
+        of[at] += 1
+        of[at + 1] += size
 
     def _stage(self, stage: str) -> dict[str, Any]:
         return self.stages.setdefault(stage, {"reasons": {}, "samples": []})

@@ -93,11 +93,15 @@ Frame = Callable[[int], Sequence[Sequence[Run]]]
 
 
 class Rows(NamedTuple):
-    """`tokens` int32 `[R, T + 1]`, `loss_weights` float32 and `answers` boolean `[R, T + 1]` of the token that is predicted."""
+    """`tokens` int32 `[R, T + 1]`, `loss_weights` float32 and `answers` boolean `[R, T + 1]` of the token that is predicted.
+
+    `skills`: the skill of each row.
+    """
 
     tokens: np.ndarray
     loss_weights: np.ndarray
     answers: np.ndarray
+    skills: tuple[str, ...]
 
 
 class QuestionTask:
@@ -135,13 +139,15 @@ class QuestionTask:
             raise UserError(f"the haystack has {haystack.num_tokens} tokens, but a row needs {total}; use a larger corpus")
         tokens, kinds = np.zeros((len(uniforms), total), np.int32), np.zeros((len(uniforms), total), np.int8)
         starts = (uniforms[:, 1] * (haystack.num_tokens - total + 1)).astype(np.int64)
+        skills = []
         for i, (row, prose) in enumerate(zip(uniforms, haystack.windows(starts, total), strict=True)):
-            runs = self._row(random.Random(int(row[0] * (1 << 53))), total, prose)
+            skill, runs = self._row(random.Random(int(row[0] * (1 << 53))), total, prose)
             tokens[i] = np.concatenate([run for run, _ in runs])
             kinds[i] = np.repeat([kind for _, kind in runs], [len(run) for run, _ in runs])
+            skills.append(skill)
         config = self.config
         by_kind = np.array([config.haystack_weight, config.fact_weight, config.question_weight, config.answer_weight], np.float32)
-        return Rows(tokens, by_kind[kinds], kinds == _ANSWER)
+        return Rows(tokens, by_kind[kinds], kinds == _ANSWER, tuple(skills))
 
     def check(self, length: int, haystack: Haystack) -> None:
         """Raises `UserError` if a skill finds no room in rows of `length` predictions."""
@@ -150,11 +156,11 @@ class QuestionTask:
             if not any(self._exercised(rng, skill, total, haystack.windows(np.zeros(1, int), total)[0]) for _ in range(TRIES)):
                 raise UserError(f"a row of {length} tokens is too short for a question of {skill}; use longer rows or other skills")
 
-    def _row(self, rng: random.Random, total: int, prose: np.ndarray) -> list[tuple[np.ndarray, int]]:
-        """Runs of tokens with their kinds, `total` tokens in all; of another skill where the first finds no room."""
+    def _row(self, rng: random.Random, total: int, prose: np.ndarray) -> tuple[str, list[tuple[np.ndarray, int]]]:
+        """A skill, and runs of tokens with their kinds, `total` tokens in all; another skill where the first finds no room."""
         for skill in rng.sample(self._skills, len(self._skills)):
             if runs := self._exercised(rng, skill, total, prose):
-                return runs
+                return skill, runs
         raise UserError(f"a row of {total - 1} tokens is too short for a question of {', '.join(self._skills)}; use longer rows")
 
     def _exercised(self, rng: random.Random, skill: str, total: int, prose: np.ndarray) -> list[tuple[np.ndarray, int]] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import pathlib
 
@@ -58,6 +59,15 @@ class HuggingFace:
     def decode(self, tokens: np.ndarray) -> str:
         """Text, special tokens left out."""
         return self._tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True)
+
+    def special(self, token: int) -> str | None:
+        """How a special token is spelled, None for any other token."""
+        return self._spelled.get(token)
+
+    @functools.cached_property
+    def _spelled(self) -> dict[int, str]:
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        return {number: entry.content for number, entry in added if entry.special}
 
     def characters(self, alphabet: str) -> np.ndarray:
         """Id of each character: its entry in the vocabulary, or else its encoding if that is a single token."""

@@ -95,6 +95,14 @@ class SentencePiece:
         special = {*self._special.values()}
         return self._model.decode([t for t in map(int, tokens) if t not in special and 0 <= t < self._model.vocab_size()])
 
+    def special(self, token: int) -> str | None:
+        """How a special token is spelled, None for any other token."""
+        return self._spelled.get(token)
+
+    @functools.cached_property
+    def _spelled(self) -> dict[int, str]:
+        return {number: token for token, number in self._special.items()}
+
     def characters(self, alphabet: str) -> np.ndarray:
         """Id of each character: its entry in the vocabulary, or else its encoding if that is a single token."""
         name = str(self.path)

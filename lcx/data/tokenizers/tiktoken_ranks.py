@@ -97,6 +97,10 @@ class Ranks:
         """The text, without special tokens; malformed UTF-8 becomes replacement characters."""
         return self._encoding.decode([token for token in map(int, tokens) if token in self._ids])
 
+    def special(self, token: int) -> str | None:
+        """How a special token is spelled, None for any other token."""
+        return next((spelled for spelled, number in self._special.items() if number == token), None)
+
     def characters(self, alphabet: str) -> np.ndarray:
         """Id of each character."""
         ids = [self._ordinary(one) for one in alphabet]

@@ -64,6 +64,9 @@ class Tokenizer(Protocol):
     def decode(self, tokens: np.ndarray) -> str:
         """Text of token ids; special tokens are left out."""
 
+    def special(self, token: int) -> str | None:
+        """How a special token is spelled, None for any other token."""
+
     def characters(self, alphabet: str) -> np.ndarray:
         """Id of each single character, int32 `[len(alphabet)]`; raises `UserError` if one needs several ids."""
 
@@ -126,6 +129,10 @@ class Bytes:
         """UTF-8 text; malformed bytes become replacement characters."""
         tokens = np.asarray(tokens)
         return tokens[tokens < 256].astype(np.uint8).tobytes().decode("utf-8", "replace")
+
+    def special(self, token: int) -> str | None:
+        """`<s>` or `</s>`, None for a byte."""
+        return {self.bos_id: "<s>", self.eos_id: "</s>"}.get(token)
 
     def characters(self, alphabet: str) -> np.ndarray:
         """The byte of each character."""
