@@ -5,6 +5,7 @@ Legend: D documents, W words, K n-grams, B buckets.
 
 from __future__ import annotations
 
+import array
 import functools
 from collections.abc import Iterable
 
@@ -18,6 +19,9 @@ _BLOCK = 1 << 13
 """N-grams taken at once."""
 _VALUES = 1 << 15
 """Values of n-grams under permutations computed at once: few enough for the processor's cache, enough to be worth a call."""
+
+_ROWS = 1 << 14
+"""Documents whose groups are turned into Python's numbers at once."""
 
 
 def bucket_keys(settings: MinHashSettings, document: Document) -> np.ndarray | None:
@@ -58,43 +62,55 @@ def keys_of(smallest: np.ndarray, settings: MinHashSettings) -> np.ndarray:
     return words.mix((rows * _factors(settings.hashes)).sum(1, dtype=np.uint64))
 
 
-def first_come(columns: Iterable[np.ndarray], candidates: np.ndarray) -> dict[int, int]:
-    """Duplicate -> the document it duplicates: each shares a key with an earlier document that stays.
+def first_come(columns: Iterable[np.ndarray], candidates: np.ndarray) -> np.ndarray:
+    """The document int64 `[D]` that each duplicates, with which it shares a key and which stays; -1 for one that stays itself.
 
     `columns` are keys uint64 `[D]`, a column per bucket; `candidates` bool `[D]` says which documents take part. Documents are in
-    the order in which the first stays. One that shares a key with nothing but dropped documents stays too.
+    the order in which the first stays. One that shares a key with nothing but dropped documents stays too. Needs 4 bytes for each
+    key of a document.
     """
-    members, groups, count = [], [], 0
     ids = np.flatnonzero(candidates)
+    columns_of_groups, count = [], 0
     for column in columns:
-        keys = column[ids]
-        order = np.argsort(keys, kind="stable")
-        same = keys[order[1:]] == keys[order[:-1]]
-        group = np.cumsum(np.concatenate([[True], ~same])[: len(order)]) + count
-        shared = np.concatenate([same, [False]])[: len(order)] | np.concatenate([[False], same])[: len(order)]
-        members.append(ids[order[shared]])
-        groups.append(group[shared])
-        count += len(order)
-    member, group = np.concatenate(members), np.concatenate(groups)
-    if not len(member):
-        return {}
-    order = np.argsort(member, kind="stable")
-    return _greedy(member[order], group[order])
+        groups_D, fresh = _groups(column[ids])
+        groups_D[groups_D >= 0] += count
+        columns_of_groups.append(groups_D)
+        count += fresh
+    found = np.full(len(candidates), -1, np.int64)
+    first = _greedy(columns_of_groups, count)
+    found[ids] = np.where(first < 0, -1, ids[first])
+    return found
 
 
-def _greedy(member: np.ndarray, group: np.ndarray) -> dict[int, int]:
-    """Documents in order, each with the groups it is in: the first of a group that stays owns it."""
-    owner: dict[int, int] = {}
-    dropped: dict[int, int] = {}
-    bounds = np.flatnonzero(np.concatenate([[True], member[1:] != member[:-1]]))
-    for first, last in zip(bounds.tolist(), [*bounds[1:].tolist(), len(member)], strict=True):
-        document, own = int(member[first]), group[first:last].tolist()
-        owners = [owner[one] for one in own if one in owner]
-        if owners:
-            dropped[document] = min(owners)
-        else:
-            owner.update(dict.fromkeys(own, document))
-    return dropped
+def _groups(keys_D: np.ndarray) -> tuple[np.ndarray, int]:
+    """For each key the number int32 `[D]` of its group of equal ones, -1 where it is alone; and how many groups there are."""
+    order = np.argsort(keys_D)
+    same = np.zeros(len(keys_D) + 1, bool)
+    same[1:-1] = keys_D[order[1:]] == keys_D[order[:-1]]
+    with_last, with_next = same[:-1], same[1:]
+    number = np.cumsum(with_next & ~with_last, dtype=np.int32)
+    shared = with_last | with_next
+    found = np.full(len(keys_D), -1, np.int32)
+    found[order[shared]] = number[shared] - 1
+    return found, int(number[-1]) if len(number) else 0
+
+
+def _greedy(columns: list[np.ndarray], count: int) -> np.ndarray:
+    """For each document int64 `[D]` the first that stays and is in one of its groups int32 `[D]`; -1 if there is none."""
+    owner = array.array("i", [-1]) * count
+    found = np.full(len(columns[0]), -1, np.int64)
+    for at in range(0, len(found), _ROWS):
+        rows_DB = np.stack([column[at : at + _ROWS] for column in columns], 1)
+        some = np.flatnonzero((rows_DB >= 0).any(1))
+        for document, row in zip((some + at).tolist(), rows_DB[some].tolist(), strict=True):
+            own = [group for group in row if group >= 0]
+            owners = [owner[group] for group in own if owner[group] >= 0]
+            if owners:
+                found[document] = min(owners)
+            else:
+                for group in own:
+                    owner[group] = document
+    return found
 
 
 @functools.cache

@@ -17,7 +17,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ from lcx.data.curation.embed import Embedder, EmbedderFactory, build_embedder
 from lcx.data.curation.labels import AskFactory
 from lcx.data.curation.scores import Learner, Scorer, ScorerFactory, build_scorers
 from lcx.data.curation.shard import Shard, Unreadable, judge
-from lcx.data.curation.store import FORMAT, REPORT, WORK, Documents, Drop, Stored, claimed, to_json
+from lcx.data.curation.store import FORMAT, REPORT, WORK, Documents, Drop, Drops, Stored, claimed, to_json
 from lcx.data.curation.tally import SAMPLE_CHARS, Tally
 from lcx.data.curation.workers import Runner, ordered
 from lcx.data.sources import documents
@@ -122,16 +122,15 @@ class _Curation:
             self._forbidden.save(self._forbidden_path)
         self._judge()
         left = Documents(self._shards)
-        drops = self._duplicates()
-        left.left[list(drops)] = False
+        drops = self._duplicates(left)
         scored = scoring.run(self._config, self._scorers, left, self._step)
         found = scored.drops()
         left.left[list(found)] = False
-        drops |= found
+        drops.add(found)
         diversified = None
         if self._config.diversity is not None and self._embedder is not None:
             diversified = diversify.run(self._config.diversity, self._embedder, left, self._folder, self._step)
-            drops |= diversified.drops
+            drops.add(diversified.drops)
         kept = self._write(left, drops, scored, diversified)
         content = self._content(kept, scored)
         if diversified is not None:
@@ -210,25 +209,29 @@ class _Curation:
     def _step(self, source: str, done: str, shards: int, size: int, fresh: int) -> None:
         self._report(Progress(source, shards, size, fresh, done))
 
-    def _duplicates(self) -> dict[int, Drop]:
-        """Number of a duplicate, over all shards in order -> why it goes."""
-        files = [np.load(stored.path(".npy"), mmap_mode="r") for stored in self._shards]
+    def _duplicates(self, left: Documents) -> Drops:
+        """The duplicates among all documents, which are no longer `left`."""
 
         def column(row: int) -> np.ndarray:
-            return np.concatenate([file[row] for file in files]) if files else np.zeros(0, np.uint64)
+            # Files are opened one at a time: there may be more of them than a process may hold open.
+            found = (np.array(np.load(stored.path(".npy"), mmap_mode="r")[row]) for stored in self._shards)
+            return np.concatenate([np.zeros(0, np.uint64), *found])
 
-        candidates = np.ones(sum(file.shape[1] for file in files), bool)
-        found: dict[int, Drop] = {}
+        drops = Drops()
+
+        def drop(stage: str, columns: Iterable[np.ndarray]) -> None:
+            first_D = first_come(columns, left.left)
+            left.left[first_D >= 0] = False
+            drops.add_duplicates(stage, first_D)
+
         if self._config.exact:
-            found |= {one: Drop("exact", "duplicate", first) for one, first in first_come([column(0)], candidates).items()}
-            candidates[list(found)] = False
+            drop("exact", [column(0)])
         if self._config.minhash is not None:
-            columns = map(column, range(1, 1 + self._config.minhash.buckets))
-            found |= {one: Drop("minhash", "duplicate", first) for one, first in first_come(columns, candidates).items()}
-        return found
+            drop("minhash", map(column, range(1, 1 + self._config.minhash.buckets)))
+        return drops
 
     def _write(
-        self, left: Documents, drops: dict[int, Drop], scored: scoring.Scored, diversified: diversify.Diversified | None
+        self, left: Documents, drops: Drops, scored: scoring.Scored, diversified: diversify.Diversified | None
     ) -> dict[str, list[int]]:
         """Write what stays, count what does not, and return documents and bytes that stay by source."""
         kept = {name: [0, 0] for name in self._config.names}
@@ -240,12 +243,12 @@ class _Curation:
                     scored.look(name, number, row)
                     if diversified is not None:
                         diversified.look(number, row)
-                    if number not in drops:
+                    drop = drops.get(number)
+                    if drop is None:
                         out.write(scored.marked(name, number, row))
                         kept[name][0] += 1
                         kept[name][1] += size
                         continue
-                    drop = drops[number]
 
                     def details(row: bytes = row, drop: Drop = drop) -> dict[str, Any]:
                         found = {"text": json.loads(row)["text"][:SAMPLE_CHARS], **drop.details}

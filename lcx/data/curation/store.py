@@ -11,7 +11,7 @@ import dataclasses
 import fcntl
 import json
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -117,9 +117,9 @@ class Documents:
 
     def __init__(self, shards: Sequence[Stored]) -> None:
         self.shards = shards
-        metas = [stored.meta()["sizes"] for stored in shards]
+        metas = [np.array(stored.meta()["sizes"], np.int64) for stored in shards]
         self.starts = np.cumsum([0, *map(len, metas)], dtype=np.int64)
-        self.sizes = np.array([size for meta in metas for size in meta], np.int64)
+        self.sizes = np.concatenate([np.zeros(0, np.int64), *metas])
         self.left = np.ones(len(self.sizes), bool)
 
     def source(self, number: int) -> str:
@@ -166,3 +166,26 @@ class Drop:
     reason: str
     other: int | None = None
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Drops:
+    """Which documents go, by number, and why; duplicates are kept as arrays, because there may be millions."""
+
+    def __init__(self) -> None:
+        self._duplicates: list[tuple[str, np.ndarray]] = []
+        self._others: dict[int, Drop] = {}
+
+    def add_duplicates(self, stage: str, first_D: np.ndarray) -> None:
+        """Documents that a stage drops: int64 `[D]`, the number of the document that each duplicates, -1 for the others."""
+        self._duplicates.append((stage, first_D))
+
+    def add(self, found: Mapping[int, Drop]) -> None:
+        """Other documents."""
+        self._others.update(found)
+
+    def get(self, number: int) -> Drop | None:
+        """Why a document goes; None if it stays."""
+        for stage, first_D in self._duplicates:
+            if first_D[number] >= 0:
+                return Drop(stage, "duplicate", int(first_D[number]))
+        return self._others.get(number)
