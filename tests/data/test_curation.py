@@ -303,6 +303,30 @@ def test_a_start_that_judged_nothing_leaves_the_folder_to_another_config(tmp_pat
     assert report["sources"]["a"]["kept"]["documents"] == 1
 
 
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("empty.txt", "source text:.*empty.txt has no text; give files that are not empty"),
+        ("no/*.txt", "source.path='.*no/.*' matches no file; give a path or a glob pattern"),
+        ("", "source.path='.*' is a directory; add a pattern, such as"),
+    ],
+)
+def test_a_source_without_text_is_one_sentence_of_the_command(tmp_path, capsys, pattern, message):
+    (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "config.py").write_text(CONFIG.format(path=f"{tmp_path}/{pattern}"))
+    with pytest.raises(SystemExit):
+        main(["data", "curate", f"--config={tmp_path}/config.py", f"--out={tmp_path}/out", "--workers=1"])
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert re.search(message, said) and "Traceback" not in said
+    assert not list((tmp_path / "out").rglob("*.jsonl"))
+
+
+def test_a_worker_without_the_evaluation_files_stops_the_run(tmp_path):
+    lost = shard.Shard("a", [("x", b"some text")], CuratedSource(filters=()).settings, None, f"{tmp_path}/forbidden.npz", 1, 20)
+    with pytest.raises(UserError, match="finds no .*forbidden.npz; decontamination on several machines needs --out on a disk that"):
+        shard.judge(lost)
+
+
 def test_a_folder_in_use_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     config = CurationConfig({"a": plain_source(tmp_path)})
