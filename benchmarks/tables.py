@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -141,26 +142,56 @@ def gpu_attention(found: dict[str, Any]) -> str:
     return markdown.table((*header, "lcx / default", "lcx / flash"), rows)
 
 
-def curation(found: dict[str, Any]) -> str:
-    """A row a set of filters: documents on which the decisions are the same, and speeds for all filters together."""
-    speed = found["megabytes_per_second"]
+def curation_filters(found: dict[str, Any]) -> str:
+    """A row a set of filters: documents that each side keeps, and on how many the decisions are the same."""
     rows = []
-    for name, same in found["agreement"].items():
-        share = f"{same['same'] / found['documents']:.2%}"
-        row = (name, f"{found['documents']:,}", f"{same['kept']['lcx']:,}", f"{same['kept']['datatrove']:,}", share)
-        both = (speed["cpu"]["lcx"], speed["cpu"]["datatrove"], speed["cpu"]["ratio"], speed["wall"]["ratio"])
-        rows.append((*row, *(f"{x:.2f}" for x in both)) if name == "all" else (*row, "", "", "", ""))
-    header = ("filters", "documents", "lcx keeps", "datatrove keeps", "same decisions", "lcx, MB per CPU second", "datatrove")
-    return markdown.table((*header, "ratio", "ratio, wall"), rows)
+    for name, as_published in found["agreement"].items():
+        same_words = found["agreement_same_words"][name]
+        kept = (
+            f"{one['kept'][side]:,}"
+            for one, side in ((as_published, "lcx"), (as_published, "datatrove"), (same_words, "datatrove"))
+        )
+        same = (f"{one['same'] / found['documents']:.2%}" for one in (as_published, same_words))
+        rows.append((name, *kept, *same))
+    header = ("filters", "lcx keeps", "datatrove keeps", "with lcx's words", "same decisions", "with lcx's words")
+    return markdown.table(header, rows)
+
+
+def curation_speed(found: dict[str, Any]) -> str:
+    """A row a clock: both sides' speed with all filters."""
+    rows = []
+    for clock, name in (("wall", "wall"), ("cpu", "processor")):
+        speed = found["megabytes_per_second"][clock]
+        rows.append((name, f"{speed['lcx']:.2f}", f"{speed['datatrove']:.2f}", f"{speed['ratio']:.1f}"))
+    return markdown.table(("clock", "lcx MB/s", "datatrove MB/s", "ratio"), rows)
+
+
+def curation_pipeline(found: dict[str, Any]) -> str:
+    """A row a number of workers: medians of the turns, memory of all processes together."""
+    rows = []
+    for workers, turns in found["turns"].items():
+        wall, cpu = (statistics.median(turn[clock] for turn in turns) for clock in ("wall", "cpu"))
+        size, peak = turns[0]["bytes"] / 1e6, max(turn["peak_bytes"] for turn in turns) / 2**20
+        rows.append(
+            (workers, f"{size:.1f}", f"{wall:.1f}", f"{size / wall:.1f}", f"{cpu:.1f}", f"{size / cpu:.1f}", f"{peak:,.0f}")
+        )
+    return markdown.table(("workers", "MB", "wall s", "MB/s", "CPU s", "MB per CPU s", "MiB"), rows)
 
 
 def main() -> None:
     """Fill in what has been measured."""
-    for make in (train_step, attention, context_parallel, import_hf, generation, evaluation, curation):
+    for make in (train_step, attention, context_parallel, import_hf, generation, evaluation):
         path = HERE / "results" / f"{make.__name__}.json"
         if path.exists():
             markdown.fill(HERE / "README.md", make.__name__, make(json.loads(path.read_text())))
     markdown.fill(HERE / "README.md", "gpu_attention", gpu_attention(json.loads((HERE / "results" / "h200.json").read_text())))
+    path = HERE / "results" / "curation.json"
+    if path.exists():
+        figures = json.loads(path.read_text())
+        made = {"curation_filters": curation_filters, "curation_speed": curation_speed, "curation_pipeline": curation_pipeline}
+        for name, make in made.items():
+            if (part := name.replace("speed", "filters").removeprefix("curation_")) in figures:
+                markdown.fill(HERE / "README.md", name, make(figures[part]))
     path = HERE / "results" / "generation.json"
     if path.exists() and "long" in (found := json.loads(path.read_text())):
         markdown.fill(HERE / "README.md", "long_prompt", long_prompt(found))

@@ -1,0 +1,43 @@
+"""One whole curation of books and Python's standard library without model scores: seconds, and memory of all processes together.
+
+Imports are inside `main`, because worker processes import this file. The start of Python and its imports are not timed, that of
+the workers is.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import tempfile
+import time
+
+
+def main() -> None:
+    """Curate for the case in `argv[1]` and print a line of JSON."""
+    from lcx.core.configs import build
+    from lcx.data.curation.config import CurationConfig, curated, defaults
+    from lcx.data.curation.pipeline import curate
+
+    case = json.loads(sys.argv[1])
+    books = curated("long", source={"kind": "text", "path": case["books"]})
+    values = defaults(books=books, code=curated("long", source={"kind": "stdlib"}))
+    config = build(CurationConfig, values.to_dict())
+    with tempfile.TemporaryDirectory() as folder:
+        wall, cpu = time.perf_counter(), _processor()
+        report = curate(config, f"{folder}/out", case["workers"])
+        found = {"wall": time.perf_counter() - wall, "cpu": _processor() - cpu}
+    sources = report["sources"].values()
+    found["bytes"] = sum(source["read"]["bytes"] for source in sources)
+    found["kept"] = sum(source["kept"]["documents"] for source in sources)
+    parent, worker = (resource.getrusage(who).ru_maxrss << 10 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    found["peak_bytes"] = parent + (case["workers"] * worker if case["workers"] > 1 else 0)
+    print(json.dumps(found))
+
+
+def _processor() -> float:
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
+if __name__ == "__main__":
+    main()
