@@ -48,6 +48,7 @@ def test_several_prompts_are_labelled_and_seeds_repeat(lcx, workdir, tmp_path):
     assert once.out == "".join(f"{completion.text}\n\n" for completion in completions)
 
 
+@pytest.mark.slow
 def test_a_mesh_gives_the_same_text(lcx):
     words = ("--prompt=import collections as c", "--max_new_tokens=10", "--temperature=1")
     alone, split = (lcx(*words, *more).out for more in ((), ("--context=2", "--tensor=2", "--chunk=8")))

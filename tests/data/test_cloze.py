@@ -82,7 +82,7 @@ def rows_of(length, count=16, **config):
 def test_answers_stand_once_in_the_row_and_far_from_the_questions(questions, distance, words):
     length, depths = 6000, []
     rows = rows_of(length, questions=questions, gap_distance=distance, gap_words=words, answer_weight=5.0)
-    for tokens, weights, answers in zip(*rows, strict=True):
+    for tokens, weights, answers in zip(*rows[:3], strict=True):
         text = Bytes().decode(tokens)
         assert len(tokens) == length + 1
         context, *asked = re.split(r"\nQuestion: ", text)

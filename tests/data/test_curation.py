@@ -29,6 +29,7 @@ from lcx.data.curation.workers import ordered
 from lcx.data.sources.prepare import prepare
 from lcx.data.sources.sources import load
 from lcx.data.tokenizers import tokenizers
+from tests.quick import mostly_slow
 
 WORDS = np.array([f"{a}{b}{c}{d}" for a in "bdfgklm" for b in "aeiou" for c in "nprst" for d in "aeiou"])
 SLOW = """
@@ -202,7 +203,7 @@ def killed_and_finished(corpus, finished, tmp_path, kills, workers, seed):
     assert contents(out) == contents(finished[0])
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", mostly_slow([1, 2], [2]))
 def test_killed_at_random_it_ends_with_the_same_bytes(corpus, finished, tmp_path, workers):
     killed_and_finished(corpus, finished, tmp_path, {1: 2, 2: 1}[workers], workers, seed=workers)
 
