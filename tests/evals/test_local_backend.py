@@ -23,7 +23,6 @@ from lcx.model.decode import generate
 from lcx.model.execution import ExecutionConfig
 from lcx.model.params import specs
 from tests.model.test_transformer import build
-from tests.quick import mostly_slow
 
 MODEL = ModelConfig(
     model_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64, pattern=("local", "global"), window=40
@@ -62,7 +61,8 @@ def weights():
     return params, build_schemes(MODEL, {"default": "rope:theta=500"})
 
 
-@pytest.mark.parametrize("rows", mostly_slow([1, 4], [4]))
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [1, 4])
 def test_what_questions_have_in_common_is_computed_once(weights, rows, monkeypatch):
     params, schemes = weights
     computed = []

@@ -23,6 +23,7 @@ from lcx.model.architecture import build_schemes
 from lcx.model.config import ModelConfig
 from lcx.model.execution import ExecutionConfig
 from lcx.model.params import specs
+from tests.quick import mostly_slow
 
 MODEL = ModelConfig(model_dim=32, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=16, mlp_dim=32)
 SCHEMES = build_schemes(MODEL, {"default": "rope:theta=100"})
@@ -76,7 +77,8 @@ def test_evaluates_every_scheme_and_writes_json(params, data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "left_out", [{}, {"generation_items": 1}, {"needle_items": 0}, {"zero_shot_items": 0}, {"perplexity_tokens": 0}]
+    "left_out",
+    mostly_slow([{}, {"generation_items": 1}, {"needle_items": 0}, {"zero_shot_items": 0}, {"perplexity_tokens": 0}], [{}]),
 )
 def test_the_bar_ends_at_its_total(params, data, monkeypatch, left_out):
     bars = []

@@ -16,6 +16,7 @@ from lcx.model.loss import loss_sums
 from lcx.model.transformer import hidden_states
 from tests.interop import hf_models
 from tests.interop.hf_models import TRAINED
+from tests.quick import mostly_slow
 
 FAR = 4 * TRAINED
 """Tokens of a row: four times what the small models say they were trained for."""
@@ -122,7 +123,7 @@ def test_import_and_export(name, tmp_path):
     assert read_file(back) == described
 
 
-@pytest.mark.parametrize("name", ["llama-llama3-sharded", pytest.param("qwen2", marks=pytest.mark.slow), "qwen3"])
+@pytest.mark.parametrize("name", mostly_slow(["llama-llama3-sharded", "qwen2", "qwen3"], ["qwen3"]))
 def test_gradients(name, tmp_path):
     model_type, changes = CASES[name]
     # torch gives the row of a padding token no gradient.

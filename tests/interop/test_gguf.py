@@ -39,6 +39,7 @@ from lcx.recipes import extension, models
 from tests.interop import hf_models
 from tests.interop.hf_models import TRAINED
 from tests.interop.test_families import FAR, LINEAR, LLAMA3, PLAIN, YARN, longrope
+from tests.quick import mostly_slow
 
 REAL = Path("/tmp/m/SmolLM2-135M-Instruct")
 """SmolLM2 as transformers converts it from the wheel's file, if somebody has made it; else the slow test does."""
@@ -131,7 +132,10 @@ def rewrite(source, out, metadata=None, tensors=None, split=0):
 # Models.
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = ("llama", "llama-llama3", "qwen2", "gemma3", "phi3-longrope")
+
+
+@pytest.mark.parametrize("name", mostly_slow(CASES, QUICK))
 def test_there_and_back(name, tmp_path):
     model = make(name, tmp_path / "hf")
     out = tmp_path / "model.gguf"
@@ -158,7 +162,7 @@ PLAIN_CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", PLAIN_CASES)
+@pytest.mark.parametrize("name", mostly_slow(PLAIN_CASES, QUICK))
 def test_transformers_reads_what_was_written(name, tmp_path):
     model = make(name, tmp_path / "hf")
     models.export_model(tmp_path / "hf", tmp_path / "model.gguf", form="gguf")

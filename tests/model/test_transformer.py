@@ -122,6 +122,7 @@ def test_linear_has_the_gradients_of_a_contraction(outs):
         np.testing.assert_allclose(got, wanted, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_near_float32():
     params, buffers, arch = build(TINY, POSITIONS)
     batch = Batch.from_tokens(tokens())

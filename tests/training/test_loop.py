@@ -136,6 +136,7 @@ def test_nothing_readable_is_an_error_and_nothing_is_lost(whole, tmp_path):
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["16", "18", "8"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_moves_between_meshes(tmp_path):
     """A run whose stages each go on from the last one's checkpoint on another mesh ends as on one device."""
     stages = [{"name": f"part{i}", "seq_len": 64, "steps": 4, "batch_size": 8, "keep_optimizer_state": True} for i in range(3)]
