@@ -28,6 +28,7 @@ from lcx.attention.spec import AttentionSpec
 from lcx.core.batch import Index
 from lcx.core.errors import UserError
 from lcx.core.mesh import axis_size, context_size, target_platform
+from lcx.positions.query_scaling import scale_queries
 from lcx.positions.rotary import Tables
 
 
@@ -55,9 +56,7 @@ def attend(
     (`attention.parallel.split_kv`), and there is no gradient.
     """
     T, N, S, K = *q_BTNH.shape[1:3], *k_BSKH.shape[1:3]
-    q = q_BTNH
-    if query_scale is not None:
-        q = (q.astype(jnp.float32) * query_scale[:, :, None, None]).astype(q.dtype)
+    q = scale_queries(q_BTNH, query_scale)
     queries, keys = QueryShard(q, q_index, q_tables), KVShard(k_BSKH, v_BSKH, k_index, k_tables)
     wide = jnp.promote_types(q.dtype, jnp.float32)
     mesh = jax.sharding.get_abstract_mesh()

@@ -24,7 +24,7 @@ from lcx.attention.pallas.flash import flash, flash_vjp
 from lcx.attention.partial import AttentionVjp, Partial, merge, to_fp32
 from lcx.attention.spec import KernelSpec, ShardSpec
 from lcx.core.batch import Index
-from lcx.positions.rotary import Tables, rotate
+from lcx.positions.rotary import Tables, rotate_by
 from lcx.positions.scheme import Region
 
 
@@ -70,8 +70,8 @@ def shard_attention(shard: ShardSpec, queries: QueryShard, keys: KVShard, bias_p
     """`(o_BTNH, lse_BTN)` of the queries over these keys, all regions merged; differentiable by JAX."""
     forward, parts = KERNELS[shard.kernel.kernel].forward, []
     for region in shard.regions:
-        q = _rotate(queries.q, region.q_rotation, queries.tables, shard)
-        k = _rotate(keys.k, region.k_rotation, keys.tables, shard)
+        q = rotate_by(queries.q, region.q_rotation, queries.tables, shard.layout)
+        k = rotate_by(keys.k, region.k_rotation, keys.tables, shard.layout)
         parts.append(forward(_spec_of(shard, region), q, k, keys.v, queries.index, keys.index, bias_params))
     return functools.reduce(merge, parts)
 
@@ -97,7 +97,9 @@ def shard_vjp(
     """
     pulls = []
     for region in shard.regions:
-        q, turn_back = jax.vjp(lambda x, name=region.q_rotation: _rotate(x, name, queries.tables, shard), to_fp32(queries.q))
+        q, turn_back = jax.vjp(
+            lambda x, name=region.q_rotation: rotate_by(x, name, queries.tables, shard.layout), to_fp32(queries.q)
+        )
         given = (q.astype(queries.q.dtype), queries.index, kv_heads, bias_params, whole, cotangent)
         pulls.append((region, turn_back, KERNELS[shard.kernel.kernel].vjp(_spec_of(shard, region), *given)))
 
@@ -105,7 +107,7 @@ def shard_vjp(
         dq: list[Any] = []
         total: Any = None
         for region, _, pull in pulls:
-            k, turn_back = jax.vjp(lambda x, name=region.k_rotation: _rotate(x, name, keys.tables, shard), to_fp32(keys.k))
+            k, turn_back = jax.vjp(lambda x, name=region.k_rotation: rotate_by(x, name, keys.tables, shard.layout), to_fp32(keys.k))
             last = region is shard.regions[-1]
             (dq_part, dk, dv, dbias), moved = pull.step(k.astype(keys.k.dtype), keys.v, keys.index, in_flight if last else ())
             dq.append(dq_part)
@@ -168,7 +170,3 @@ def map_head_groups(part: Callable, groups: int, out: tuple[jax.Array, ...], arr
 
 def _spec_of(shard: ShardSpec, region: Region) -> KernelSpec:
     return dataclasses.replace(shard.kernel, mask=dataclasses.replace(shard.kernel.mask, band=region.band))
-
-
-def _rotate(x: jax.Array, rotation: str | None, tables: Tables, shard: ShardSpec) -> jax.Array:
-    return x if rotation is None else rotate(x, *tables[rotation], shard.layout)

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from lcx.attention.dense import scaled_scores, weigh
 from lcx.attention.spec import AttentionSpec, KernelSpec
 from lcx.core.batch import Index
-from lcx.positions.rotary import Tables, rotate
+from lcx.positions.query_scaling import scale_queries
+from lcx.positions.rotary import Tables, rotate_by
 
 
 def attention_weights(
@@ -35,15 +36,12 @@ def attention_weights(
 
     A row sums to 1, to less with `sinks` `[N]`, to 0 for a query that sees no key.
     """
-    if query_scale is not None:
-        q_BTNH = (q_BTNH.astype(jnp.float32) * query_scale[:, :, None, None]).astype(q_BTNH.dtype)
+    q_BTNH = scale_queries(q_BTNH, query_scale)
     parts = []
     for region in spec.scheme.regions:
         kernel = KernelSpec(dataclasses.replace(spec.mask, band=region.band), spec.scale, spec.softcap, spec.scheme.bias)
-        q, k = (
-            x if name is None else rotate(x, *tables[name], spec.scheme.layout)
-            for x, name, tables in ((q_BTNH, region.q_rotation, q_tables), (k_BSKH, region.k_rotation, k_tables))
-        )
+        q = rotate_by(q_BTNH, region.q_rotation, q_tables, spec.scheme.layout)
+        k = rotate_by(k_BSKH, region.k_rotation, k_tables, spec.scheme.layout)
         parts.append(weigh(kernel, scaled_scores(kernel, q, k), q_index, k_index, bias_params))
     lse = functools.reduce(jnp.logaddexp, (lse for _, lse in parts))
     whole = lse if sinks is None else jnp.logaddexp(lse, sinks.astype(lse.dtype)[None, None])

@@ -21,6 +21,11 @@ Kind = Literal["llama4", "ministral", "log_n", "ssmax", "constant"]
 KINDS = ("llama4", "ministral", "log_n", "ssmax", "constant")
 
 
+def scale_queries(q_BTNH: jax.Array, factors_BT: jax.Array | None) -> jax.Array:
+    """Queries times their float32 factors, multiplied in float32, in the queries' dtype; None leaves them as they are."""
+    return q_BTNH if factors_BT is None else (q_BTNH.astype(jnp.float32) * factors_BT[:, :, None, None]).astype(q_BTNH.dtype)
+
+
 @dataclasses.dataclass(frozen=True)
 class QueryScaleFn:
     """The static part of a temperature; `constants` come from `QueryScaling.buffers`."""

@@ -23,6 +23,11 @@ from lcx.positions.scheme import Heads, Layout, Region, Scheme, SchemeSpec
 Tables = dict[str, tuple[jax.Array, jax.Array]]
 
 
+def rotate_by(x_BTNH: jax.Array, name: str | None, tables: Tables, layout: Layout) -> jax.Array:
+    """`x` rotated by the tables of this name, or as it is without a name."""
+    return x_BTNH if name is None else rotate(x_BTNH, *tables[name], layout)
+
+
 def rotate(x_BTNH: jax.Array, cos_BTR: jax.Array, sin_BTR: jax.Array, layout: Layout = "half") -> jax.Array:
     """`x` with its first 2R dims rotated, in the dtype of `x`; the rotation itself is float32.
 
