@@ -26,6 +26,7 @@ from lcx.data.curation.pipeline import curate
 from lcx.data.sources import sources
 from lcx.data.sources.prepare import prepare
 from lcx.data.tokenizers.tokenizers import Bytes
+from tests.data import slow_curation
 
 
 def on_a_circle(*degrees):
@@ -434,32 +435,10 @@ def test_any_number_of_workers_writes_the_same_bytes(corpus, tmp_path, monkeypat
     assert len(rows(tmp_path / "1", "hard")) > 2
 
 
-SLOW = """
-import os, pickle, sys, time
-from lcx.data.curation.pipeline import curate
-from lcx.data.sources import sources
-from lcx.data.sources.prepare import prepare
-from lcx.data.tokenizers.tokenizers import Bytes
-
-replace = os.replace
-
-def slow(source, target):
-    replace(source, target)
-    print(target, flush=True)
-    time.sleep(0.02)
-
-os.replace = slow
-if __name__ == "__main__":
-    curate(pickle.load(open(sys.argv[1], "rb")), sys.argv[2])
-"""
-"""A curation that names each file when it is there, and waits."""
-
-
 def test_killed_while_assembling_it_ends_with_the_same_bytes(corpus, finished, tmp_path):
     (tmp_path / "config.pickle").write_bytes(pickle.dumps(corpus))
-    (tmp_path / "slow.py").write_text(SLOW)
     out = tmp_path / "out"
-    command = [sys.executable, str(tmp_path / "slow.py"), str(tmp_path / "config.pickle"), str(out)]
+    command = [sys.executable, slow_curation.__file__, str(tmp_path / "config.pickle"), str(out), "1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert any(line.endswith("hard/00001.jsonl\n") for line in iter(process.stdout.readline, ""))
     process.send_signal(signal.SIGKILL)

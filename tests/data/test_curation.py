@@ -29,25 +29,10 @@ from lcx.data.curation.workers import ordered
 from lcx.data.sources.prepare import prepare
 from lcx.data.sources.sources import load
 from lcx.data.tokenizers import tokenizers
+from tests.data import slow_curation
 from tests.quick import mostly_slow
 
 WORDS = np.array([f"{a}{b}{c}{d}" for a in "bdfgklm" for b in "aeiou" for c in "nprst" for d in "aeiou"])
-SLOW = """
-import os, pickle, sys, time
-from lcx.data.curation.pipeline import curate
-
-replace = os.replace
-
-def slow(source, target):
-    replace(source, target)
-    print(target, flush=True)
-    time.sleep(0.02)
-
-os.replace = slow
-if __name__ == "__main__":
-    curate(pickle.load(open(sys.argv[1], "rb")), sys.argv[2], workers=int(sys.argv[3]))
-"""
-"""A curation that names each file when it is there, and waits."""
 
 
 def prose(rng, count):
@@ -186,9 +171,8 @@ def test_any_number_of_workers_writes_the_same_bytes(corpus, finished, tmp_path)
 def killed_and_finished(corpus, finished, tmp_path, kills, workers, seed):
     """Kill a curation after so many files, drawn at random from all that it has to write; then let it end."""
     (tmp_path / "config.pickle").write_bytes(pickle.dumps(corpus))
-    (tmp_path / "slow.py").write_text(SLOW)
     out = tmp_path / "out"
-    command = [sys.executable, str(tmp_path / "slow.py"), str(tmp_path / "config.pickle"), str(out), str(workers)]
+    command = [sys.executable, slow_curation.__file__, str(tmp_path / "config.pickle"), str(out), str(workers)]
     # Three files of each shard while it is judged, one when it is written; the others are few.
     shards, before = len(list(finished[0].rglob("*.jsonl"))), 0
     for moment in sorted(np.random.default_rng(seed).choice(np.arange(1, 4 * shards), kills, replace=False).tolist()):
