@@ -378,7 +378,7 @@ def test_a_corpus_of_which_nothing_is_left(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"sources": ("bok",)}, "config.diversity.sources has 'bok', which is no source; did you mean 'books'"),
+        ({"sources": ("bok",)}, "config.diversity.sources='bok' is unknown; did you mean 'books'"),
         ({"clusters": 0}, "diversity.clusters=0 must be above 0"),
         ({"semdedup": {"epsilon": 0.0}}, "diversity.semdedup.epsilon=0.0 must be above 0"),
         ({"semdedup": {"keep": "hardest"}}, "did you mean 'hard'"),

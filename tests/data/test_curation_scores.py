@@ -259,7 +259,7 @@ def test_a_folder_of_an_older_lcx_is_refused(corpus):
         ({"scores": {"a/b": {"kind": "x"}}}, "config.scores has the name 'a/b'"),
         (
             {"scores": {"x": {"kind": "x", "sources": ("bok",)}}},
-            "config.scores.x.sources has 'bok', which is no source; .* 'books'",
+            "config.scores.x.sources='bok' is unknown; .* 'books'",
         ),
         ({"scores": {"x": {}}}, "config.scores.x is missing a value for kind"),
         ({"keep": {"digit": {"minimum": 1}}}, "keep.digit is about no score of config.scores; did you mean 'digits'"),

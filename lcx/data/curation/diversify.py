@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lcx.core.configs import choice, nearest, not_negative, positive
+from lcx.core.configs import choice, not_negative, positive
 from lcx.core.errors import UserError
 from lcx.core.files import opened_atomically, write_atomically
 from lcx.data.config import SourceConfig
@@ -120,8 +120,7 @@ class DiversityConfig:
 def check_diversity(config: DiversityConfig | None, sources: tuple[str, ...]) -> None:
     """Raises `UserError` for a source that is not there."""
     for source in config.sources if config else ():
-        if source not in sources:
-            raise UserError(f"config.diversity.sources has {source!r}, which is no source{nearest(source, sources)}")
+        choice("config.diversity.sources", source, sources)
 
 
 class Diversified:

@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from lcx.core.configs import nearest
+from lcx.core.configs import choice, nearest
 from lcx.core.errors import UserError
 
 
@@ -76,8 +76,7 @@ def check_scores(scores: Mapping[str, ScoreConfig], sources: Sequence[str]) -> N
         if not re.fullmatch(r"\w[\w-]*", name):
             raise UserError(f"config.scores has the name {name!r}, which names a file; use letters, digits, '_' and '-'")
         for source in score.sources:
-            if source not in sources:
-                raise UserError(f"config.scores.{name}.sources has {source!r}, which is no source{nearest(source, sources)}")
+            choice(f"config.scores.{name}.sources", source, sources)
 
 
 def build_scorers(scores: Mapping[str, ScoreConfig], factories: Mapping[str, ScorerFactory]) -> dict[str, Scorer | Learner]:
