@@ -87,13 +87,17 @@ class EndpointBackend:
             found = self._client.completions.create(prompt=prompt, **common)
             return _reply(found, found.choices[0], found.choices[0].text)
         except self._openai.APITimeoutError as error:
-            raise UserError(f"{config.url} gave no answer within {config.timeout:g} s; raise --timeout, or timeout in a config") from error
+            raise UserError(
+                f"{config.url} gave no answer within {config.timeout:g} s; raise --timeout, or timeout in a config"
+            ) from error
         except self._openai.APIStatusError as error:
             raise UserError(f"{config.url} answered {error.status_code} ({_said(error)}); {_way_out(error.status_code)}") from error
         except self._openai.APIConnectionError as error:
             raise UserError(f"{config.url} cannot be reached ({error.__cause__ or error}); is the server running?") from error
         except (self._openai.APIError, AttributeError, IndexError, TypeError, ValueError) as error:
-            raise UserError(f"{config.url} does not answer as OpenAI's protocol says ({_said(error)}); check the address") from error
+            raise UserError(
+                f"{config.url} does not answer as OpenAI's protocol says ({_said(error)}); check the address"
+            ) from error
 
 
 def _reply(found: Any, choice: Any, text: str) -> Reply:
