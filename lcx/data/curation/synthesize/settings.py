@@ -19,6 +19,11 @@ METHODS: tuple[Method, ...] = ("rephrase", "questions", "task")
 _CONNECTION = ("url", "concurrency", "timeout", "retries")
 
 
+def _share(path: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise UserError(f"{path}={value!r} must be a share from 0 to 1")
+
+
 @dataclasses.dataclass(frozen=True)
 class EndpointGenerator:
     """The `model` behind a server that speaks OpenAI's protocol at `url`, such as http://localhost:8000/v1.
@@ -267,8 +272,3 @@ def identity(synthesize: Mapping[str, SynthesizeConfig], generator: GeneratorCon
         if model["endpoint"]:
             model["endpoint"] = {key: value for key, value in model["endpoint"].items() if key not in _CONNECTION}
     return {"synthesize": sources, "generator": model}
-
-
-def _share(path: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise UserError(f"{path}={value!r} must be a share from 0 to 1")
