@@ -162,8 +162,11 @@ def _show_requests(requests: dict[str, Any], config: CurationConfig) -> None:
     for name, counted in requests.items():
         assert config.generator is not None
         say(f"{name}: {asking(counted, config.generator.where)}")
-        if (cost := config.generator.cost(counted["input_tokens"], 0)) is not None:
-            say(f"    requests alone come to about {cost:,.2f}; an answer has at most {config.generator.max_tokens:,} tokens")
+        least, left = counted["input_tokens"], counted["requests"] - counted["answered"]
+        if (cost := config.generator.cost(least, 0)) is not None:
+            most = config.generator.cost(least, left * config.generator.max_tokens)
+            answers = f"answers of {config.generator.max_tokens:,} tokens"
+            say(f"    cost: about {cost:,.4g} for the requests, at most {most:,.4g} with {answers}")
 
 
 def _show_classifier(name: str, learned: dict[str, Any]) -> None:

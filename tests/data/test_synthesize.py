@@ -5,15 +5,17 @@ import itertools
 import json
 import random
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from lcx.core import configs
 from lcx.core.errors import UserError
 from lcx.data.config import SourceConfig
 from lcx.data.curation.answers import Answers
 from lcx.data.curation.assemble.settings import AssembleConfig
-from lcx.data.curation.config import CuratedSource, CurationConfig
+from lcx.data.curation.config import CuratedSource, CurationConfig, curated, defaults
 from lcx.data.curation.pipeline import curate
 from lcx.data.curation.synthesize import stage
 from lcx.data.curation.synthesize.generator import Answer
@@ -250,7 +252,7 @@ def test_a_document_is_rewritten_passage_by_passage(texts, tmp_path):
                 assert after.split() == before.split()[::-1]
             new, old = passage["end"], passage["to"]
         assert text[new:] == original[old:] == b"\n"
-    assert sorted(kept) == ["cut_off", "empty"]
+    assert sorted(kept) == ["cut_off", "empty"] and report["out"]["bytes"] == sum(row["bytes"] for row in found)
     assert report["answers"] == {"used": report["requests"] - 2, "cut_off": 1, "empty": 1}
     assert report["left_over"]["not_drawn"]["documents"] == 5 and report["in"]["documents"] == 9
     assert report["requests"] == len(model.asked) == len(set(model.asked)) > 8
@@ -510,6 +512,15 @@ def test_what_a_rerun_may_change(texts):
 def test_wrong_settings(make, message):
     with pytest.raises(UserError, match=message):
         make()
+
+
+def test_the_documented_config_is_one():
+    text = (Path(__file__).parents[2] / "docs/data.md").read_text().partition("### Synthesis\n")[2]
+    values = {"curated": curated, "defaults": defaults}
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], values)
+    built = configs.build(CurationConfig, values["config"])
+    assert {one.method for one in built.synthesize.values()} == {"rephrase", "questions", "task"}
+    assert built.generator.cost(0, 10**6) == 0.4
 
 
 def test_shards_hold_at_least_so_many_bytes(tmp_path):

@@ -108,7 +108,11 @@ def test_an_endpoint_writes_and_is_asked_once(texts, server, capsys):
     curate(texts, model, "--dry_run")
     said = capsys.readouterr().out
     wanted = int(re.search(r"new: (\d+) requests about 3 documents to writer at http", said)[1])
-    assert not server.asked and "asked: 3 requests about 3 documents" in said and "requests alone come to about" in said
+    assert (
+        not server.asked
+        and "asked: 3 requests about 3 documents" in said
+        and re.search(r"cost: about \S+ for the requests, at most", said)
+    )
     server.troubles += [500, 429]
     curate(texts, model)
     said = capsys.readouterr().out

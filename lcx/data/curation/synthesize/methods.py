@@ -8,7 +8,7 @@ import json
 import random
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from lcx.data.curation.rows import row
 from lcx.data.curation.synthesize import prompts
@@ -59,21 +59,19 @@ class Method(abc.ABC):
         """What the answer to a request says; raises `Unusable` for one that cannot be used."""
 
     @abc.abstractmethod
-    def write(self, draft: Draft, found: Sequence[Any], reasons: Sequence[str], name: str, source: str) -> bytes:
-        """A row, ending in a line break, from what was read (None where it was not, for the reason at its place).
+    def write(self, draft: Draft, found: Sequence[Any], reasons: Sequence[str], name: str, source: str) -> tuple[bytes, int]:
+        """A row, ending in a line break, from what was read (None where it was not, for the reason at its place), and its `bytes`.
 
         Raises `Unusable` for a document that is dropped.
         """
 
-    @abc.abstractmethod
-    def sample(self, draft: Draft, number: int, read: Any) -> tuple[str, str]:
-        """What was asked and what came of it, for a reader."""
+    def shown(self, draft: Draft, number: int, most: int) -> str:
+        """The places that a request shows, at most so many characters of each."""
+        return "\n[...]\n".join(draft.text[start:end][:most] for start, end in draft.places[number])
 
 
 class Rephrase(Method):
     """A document written anew, passage by passage."""
-
-    settings_name: ClassVar[str] = "rephrase"
 
     def __init__(self, settings: RephraseSettings) -> None:
         self._settings = settings
@@ -100,7 +98,7 @@ class Rephrase(Method):
             raise Unusable("copy")
         return found
 
-    def write(self, draft: Draft, found: Sequence[Any], reasons: Sequence[str], name: str, source: str) -> bytes:
+    def write(self, draft: Draft, found: Sequence[Any], reasons: Sequence[str], name: str, source: str) -> tuple[bytes, int]:
         """The text with each passage in its place, and where each stands and stood, in bytes of UTF-8."""
         if any(reasons) and self._settings.failed == "drop":
             raise Unusable("a_passage_failed")
@@ -116,27 +114,23 @@ class Rephrase(Method):
             pieces += [between, written]
             old, new, at = old + len(passage), new + len(written), end
         text = b"".join([*pieces, draft.text[at:].encode()])
-        return row(source, name, text, document=draft.origin, passages=passages)
-
-    def sample(self, draft: Draft, number: int, read: Any) -> tuple[str, str]:
-        """The passage before and after."""
-        ((start, end),) = draft.places[number]
-        return draft.text[start:end], read
+        return row(source, name, text, document=draft.origin, passages=passages), len(text)
 
 
 class Spans(Method):
     """A conversation about a document whose questions need several spans of it that are far apart."""
 
-    settings_name: ClassVar[str] = "questions"
-
     def __init__(self, settings: SpanSettings, seed: int) -> None:
         self._settings, self._seed = settings, seed
+        self._counted: dict[tuple[str, str], tuple[list[float], list[float]]] = {}
 
     def draft(self, source: str, name: str, text: str) -> Draft:
         """A request for each question, of spans that no other one has in this combination."""
         settings = self._settings
         places = list(_trimmed(text, cut(text, settings.span_chars)))
-        starts, ends = self._measured(text, places)
+        if (measured := self._counted.get((source, name))) is None:
+            measured = self._counted[source, name] = self._measured(text, places)
+        starts, ends = measured
         rng = random.Random(f"{self._seed}\0{source}\0{name}")
         chosen: dict[tuple[int, ...], None] = {}
         for _ in range(2 * settings.per_document):
@@ -182,7 +176,7 @@ class Spans(Method):
             raise Unusable("speaks_of_passages")
         return {"question": question, "answer": said}
 
-    def write(self, draft: Draft, found: Sequence[Any], reasons: Sequence[str], name: str, source: str) -> bytes:
+    def write(self, draft: Draft, found: Sequence[Any], reasons: Sequence[str], name: str, source: str) -> tuple[bytes, int]:
         """The conversation, with the spans of each question in bytes of UTF-8 of the document."""
         turns: list[tuple[dict[str, str], Any]] = []
         for one, places in zip(found, draft.places, strict=True):
@@ -198,15 +192,11 @@ class Spans(Method):
             messages.append({"role": "user", "content": "\n\n".join(opening) if i == 0 else one["question"]})
             messages.append({"role": "assistant", "content": one["answer"]})
         spans = [[_in_bytes(draft.text, place) for place in places] for _, places in turns]
-        head = {"name": name, "source": source, "bytes": len(draft.text.encode()), "document": draft.origin}
+        size = len(draft.text.encode())
+        head = {"name": name, "source": source, "bytes": size, "document": draft.origin}
         order = "question_first" if is_first else "document_first"
         line = json.dumps({**head, "order": order, "spans": spans, "messages": messages}, ensure_ascii=False)
-        return (line + "\n").encode("utf-8", "replace")
-
-    def sample(self, draft: Draft, number: int, read: Any) -> tuple[str, str]:
-        """The spans, and question and answer."""
-        shown = "\n[...]\n".join(draft.text[start:end] for start, end in draft.places[number])
-        return shown, f"{read['question']}\n{read['answer']}"
+        return (line + "\n").encode("utf-8", "replace"), size
 
 
 def build(config: SynthesizeConfig) -> Method:

@@ -186,14 +186,14 @@ class _Asked:
                     outcomes[reason or "used"] += 1
                     key, answer = self._kept.key(request), self._kept.get(request)
                     used[key] = tokens(request, answer)
-                    shown[not reason].add(key, lambda d=draft, i=i, a=answer, r=read, w=reason: self._sample(d, i, a, r, w))
+                    shown[not reason].add(key, lambda d=draft, i=i, r=read, w=reason: self._sample(d, i, r, w))
                 try:
                     line = self._method.write(draft, found, reasons, f"{self._name}:{written}", self._name)
                 except Unusable as error:
                     self._left[number] = str(error)
                     continue
                 written += 1
-                yield line, len(draft.text.encode())
+                yield line
 
         documents, size = write(folder, lines(), shard)
         sums = [sum(values) for values in zip(*used.values(), strict=True)] if used else [0, 0, 0]
@@ -249,11 +249,12 @@ class _Asked:
         except Unusable as error:
             return None, str(error)
 
-    def _sample(self, draft: Draft, number: int, answer: Answer, read: Any, reason: str) -> dict[str, str]:
-        asked, found = self._method.sample(draft, number, read) if not reason else (draft.requests[number], answer.text)
-        cut = 4 * SAMPLE_CHARS
-        found = found.encode("utf-8", "replace").decode()
-        return {"name": draft.name, "outcome": reason or "used", "before": asked[:cut], "after": found[:cut]}
+    def _sample(self, draft: Draft, number: int, read: Any, reason: str) -> dict[str, str]:
+        """What the model saw and what came of it, for a reader."""
+        answer = self._kept.get(draft.requests[number]).text
+        found = answer if reason else read if isinstance(read, str) else "\n".join(read.values())
+        shown = self._method.shown(draft, number, SAMPLE_CHARS)
+        return {"name": draft.name, "outcome": reason or "used", "before": shown, "after": found[: 2 * SAMPLE_CHARS]}
 
     def _left_over(self) -> dict[str, dict[str, int]]:
         left: dict[str, dict[str, int]] = {}
