@@ -89,7 +89,7 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     for name, of in found.get("assembled", {}).items():
         _show_assembled(name, of)
     for name, of in found.get("synthesized", {}).items():
-        _show_synthesized(name, of)
+        _show_synthesized(name, of, config.generator)
     say(f"report: {Path(values.out, REPORT)}")
     say(f"page to look at: {curation_page.write(values.out)}")
     say("to tokenise a source for training:")
@@ -192,7 +192,7 @@ def _show_assembled(name: str, of: dict[str, Any]) -> None:
     table(name, (f"{of['method']} of {', '.join(of['sources'])}", "documents", "bytes", "length"), rows)
 
 
-def _show_synthesized(name: str, of: dict[str, Any]) -> None:
+def _show_synthesized(name: str, of: dict[str, Any], generator: GeneratorConfig | None) -> None:
     """What became of one source that was generated."""
     rows = [("taken", f"{of['in']['documents']:,}", f"{of['in']['bytes']:,}", "")]
     rows += [(f"left over: {why}", f"{left['documents']:,}", f"{left['bytes']:,}", "") for why, left in of["left_over"].items()]
@@ -203,8 +203,10 @@ def _show_synthesized(name: str, of: dict[str, Any]) -> None:
         counted, cost = of["tokens"], of["cost"]
         guess = f" ({counted['estimated_requests']:,} requests estimated)" if counted["estimated_requests"] else ""
         tokens = f"{counted['input']:,} tokens in, {counted['output']:,} out{guess}"
-        price = "cost not known without generator.price_per_million_…" if cost is None else f"cost {cost:,.4g}"
-        say(f"    {of['requests']:,} requests to {of['model']}: {tokens}; {price}")
+        price = "" if cost is None else f"; cost {cost:,.4g}"
+        if cost is None and generator is not None and generator.endpoint is not None:
+            price = "; cost not known, as generator.price_per_million_input and _output are not set"
+        say(f"    {of['requests']:,} requests to {of['model']}: {tokens}{price}")
 
 
 def _progress(start: float) -> Callable[[Progress], None]:

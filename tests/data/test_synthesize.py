@@ -21,6 +21,7 @@ from lcx.data.curation.synthesize import stage
 from lcx.data.curation.synthesize.generator import Answer
 from lcx.data.curation.synthesize.methods import Rephrase, Spans, Unusable, copied, parse
 from lcx.data.curation.synthesize.passages import cut, far_apart
+from lcx.data.curation.synthesize.prompts import STYLES
 from lcx.data.curation.synthesize.settings import (
     EndpointGenerator,
     GeneratorConfig,
@@ -130,6 +131,16 @@ def test_rewritten_passages_that_are_not_used():
         method.draft("a", "one", " \n ")
 
 
+def test_prompts_of_ones_own():
+    """Braces in a text or a prompt stay as they are."""
+    method = Rephrase(RephraseSettings(prompt='As {json}: "{text}"'))
+    assert method.draft("a", "one", "int main() { {text} }").requests == ('As {json}: "int main() { {text} }"',)
+    method = Spans(SpanSettings(spans=1, prompt="Ask in {x} about\n{passages}\n!"), 0)
+    assert method.draft("a", "one", "{a} text").requests == ("Ask in {x} about\nPassage 1:\n{a} text\n!",)
+    styles = {Rephrase(RephraseSettings(style)).draft("a", "one", "text").requests for style in STYLES}
+    assert len(styles) == len(STYLES) > 3
+
+
 def test_questions_that_are_not_used():
     method = Spans(SpanSettings(spans=2, span_chars=300), 0)
     draft = method.draft("a", "one", prose(1, 12))
@@ -211,12 +222,18 @@ def texts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("texts")
     for i in range(8):
         (folder / f"long{i}.txt").write_text(prose(i, 12 + i) + "\n")
-    (folder / "short.txt").write_text(prose(99, 1))
+    (folder / "short.txt").write_text(prose(99, 1) + "\n")
     return folder
 
 
-def config_of(texts, generator=PRICED, **synthesized):
-    source = CuratedSource(filters=(), source=SourceConfig("text", f"{texts}/*.txt"))
+@pytest.fixture(autouse=True)
+def inside(texts, monkeypatch):
+    """Documents are drawn by their names, which are to be the same in every run."""
+    monkeypatch.chdir(texts)
+
+
+def config_of(generator=PRICED, **synthesized):
+    source = CuratedSource(filters=(), source=SourceConfig("text", "*.txt"))
     return CurationConfig({"a": source}, minhash=None, shard_bytes=9_000, synthesize=synthesized, generator=generator)
 
 
@@ -228,11 +245,11 @@ def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_a_document_is_rewritten_passage_by_passage(texts, tmp_path):
+def test_a_document_is_rewritten_passage_by_passage(tmp_path):
     # Answers come last first, so the third to come is that to the last but two of all requests.
     faults = {2: Answer("cut", "length"), 5: Answer("")}
     model = Model(faults)
-    report = curate(config_of(texts, new=REPHRASE), tmp_path / "out", generator=model)["synthesized"]["new"]
+    report = curate(config_of(new=REPHRASE), tmp_path / "out", generator=model)["synthesized"]["new"]
     originals = {row["name"]: row["text"].encode() for row in rows(tmp_path / "out", "a")}
     found = rows(tmp_path / "out", "new")
     assert len(found) == 4 == report["out"]["documents"] and [row["name"] for row in found] == [f"new:{i}" for i in range(4)]
@@ -258,28 +275,28 @@ def test_a_document_is_rewritten_passage_by_passage(texts, tmp_path):
     assert report["requests"] == len(model.asked) == len(set(model.asked)) > 8
 
 
-def test_tokens_and_cost_are_those_of_all_requests(texts, tmp_path):
+def test_tokens_and_cost_are_those_of_all_requests(tmp_path):
     model = Model({0: Answer("x" * 100)})
-    of = curate(config_of(texts, new=REPHRASE), tmp_path / "out", generator=model)["synthesized"]["new"]
+    of = curate(config_of(new=REPHRASE), tmp_path / "out", generator=model)["synthesized"]["new"]
     sent = sum(len(request.split()) for request in model.asked[1:]) + -(-len(model.asked[0].encode()) // 4)
     assert of["tokens"]["input"] == sent and of["tokens"]["estimated_requests"] == 1
     assert of["cost"] == pytest.approx((2 * of["tokens"]["input"] + 10 * of["tokens"]["output"]) / 1e6)
     free = GeneratorConfig(EndpointGenerator("http://nowhere/v1", "m"))
-    assert curate(config_of(texts, free, new=REPHRASE), tmp_path / "free", generator=Model())["synthesized"]["new"]["cost"] is None
+    assert curate(config_of(free, new=REPHRASE), tmp_path / "free", generator=Model())["synthesized"]["new"]["cost"] is None
 
 
-def test_a_document_may_be_dropped_for_one_passage(texts, tmp_path):
+def test_a_document_may_be_dropped_for_one_passage(tmp_path):
     rephrase = RephraseSettings(passage_chars=500, failed="drop")
-    config = config_of(texts, new=SynthesizeConfig(documents=4, rephrase=rephrase))
+    config = config_of(new=SynthesizeConfig(documents=4, rephrase=rephrase))
     of = curate(config, tmp_path / "out", generator=Model({0: Answer("")}))["synthesized"]["new"]
     assert of["out"]["documents"] == 3 and of["left_over"]["a_passage_failed"]["documents"] == 1
-    whole = config_of(texts, new=SynthesizeConfig(documents=1, max_failed=1.0))
+    whole = config_of(new=SynthesizeConfig(documents=1, max_failed=1.0))
     of = curate(whole, tmp_path / "none", generator=Model({i: Answer("") for i in range(99)}))["synthesized"]["new"]
     assert of["out"]["documents"] == 0 and of["left_over"]["nothing_rewritten"]["documents"] == 1
 
 
-def test_a_chat_has_loss_on_the_answers_alone(texts, tmp_path):
-    report = curate(config_of(texts, asked=QUESTIONS), tmp_path / "out", generator=Model())["synthesized"]["asked"]
+def test_a_chat_has_loss_on_the_answers_alone(tmp_path):
+    report = curate(config_of(asked=QUESTIONS), tmp_path / "out", generator=Model())["synthesized"]["asked"]
     originals = {row["name"]: row["text"] for row in rows(tmp_path / "out", "a")}
     found = rows(tmp_path / "out", "asked")
     assert len(found) == 5 and report["left_over"]["not_drawn"]["documents"] >= 3
@@ -304,23 +321,23 @@ def test_a_chat_has_loss_on_the_answers_alone(texts, tmp_path):
         assert re.findall(r"(.*?)<end>", said.replace("[assistant]", "")) == answers and set(weights) == {0, 1}
 
 
-def test_nothing_is_asked_twice_and_another_folder_may_share_the_answers(texts, tmp_path):
+def test_nothing_is_asked_twice_and_another_folder_may_share_the_answers(tmp_path):
     cached = GeneratorConfig(PRICED.endpoint, cache=str(tmp_path / "kept.jsonl"))
     first, again = Model(), Model()
-    curate(config_of(texts, cached, new=REPHRASE, asked=QUESTIONS), tmp_path / "one", generator=first)
+    curate(config_of(cached, new=REPHRASE, asked=QUESTIONS), tmp_path / "one", generator=first)
     before = (tmp_path / "kept.jsonl").read_bytes()
-    curate(config_of(texts, cached, new=REPHRASE, asked=QUESTIONS), tmp_path / "two", generator=again)
+    curate(config_of(cached, new=REPHRASE, asked=QUESTIONS), tmp_path / "two", generator=again)
     assert first.asked and not again.asked and (tmp_path / "kept.jsonl").read_bytes() == before
     assert rows(tmp_path / "one", "new") == rows(tmp_path / "two", "new")
     # Another setting is another answer.
-    curate(config_of(texts, cached, new=SynthesizeConfig(documents=4)), tmp_path / "three", generator=again)
+    curate(config_of(cached, new=SynthesizeConfig(documents=4)), tmp_path / "three", generator=again)
     assert again.asked
 
 
 @pytest.mark.parametrize("together", [1, 3])
-def test_killed_anywhere_it_goes_on_and_ends_with_the_same_bytes(texts, tmp_path, monkeypatch, together):
+def test_killed_anywhere_it_goes_on_and_ends_with_the_same_bytes(tmp_path, monkeypatch, together):
     monkeypatch.setattr(stage, "WINDOW", 8)
-    config = config_of(texts, new=REPHRASE, asked=QUESTIONS)
+    config = config_of(new=REPHRASE, asked=QUESTIONS)
     whole = Model(together=together)
     report = curate(config, tmp_path / "whole", generator=whole)
     killed, asked = [], []
@@ -337,8 +354,8 @@ def test_killed_anywhere_it_goes_on_and_ends_with_the_same_bytes(texts, tmp_path
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_a_dry_run_counts_and_asks_nothing(texts, tmp_path):
-    config, model = config_of(texts, new=REPHRASE, asked=QUESTIONS), Model()
+def test_a_dry_run_counts_and_asks_nothing(tmp_path):
+    config, model = config_of(new=REPHRASE, asked=QUESTIONS), Model()
     found = curate(config, tmp_path / "out", generator=model, dry_run=True)["requests"]
     assert not model.asked and not (tmp_path / "out" / "report.json").exists()
     notes = []
@@ -348,7 +365,22 @@ def test_a_dry_run_counts_and_asks_nothing(texts, tmp_path):
     assert "synthesized" in curate(config, tmp_path / "out", generator=model, dry_run=True)
 
 
-def test_nonsense_ends_the_run_early_and_can_be_accepted(texts, tmp_path, monkeypatch):
+def test_settings_may_change_until_all_is_written(tmp_path):
+    """After a dry run, or an error, only what is synthesised is made anew."""
+    curate(config_of(new=REPHRASE), tmp_path / "out", generator=Model(), dry_run=True)
+    judged = (tmp_path / "out" / "work" / "a" / "00000.json").stat().st_mtime_ns
+    (tmp_path / "out" / "work" / ".synthesize.json").write_text('["old"]')
+    (tmp_path / "out" / "old").mkdir()
+    curate(config_of(asked=QUESTIONS), tmp_path / "out", generator=Model(), dry_run=True)
+    assert (tmp_path / "out" / "work" / "a" / "00000.json").stat().st_mtime_ns == judged
+    report = curate(config_of(asked=QUESTIONS), tmp_path / "out", generator=Model())
+    assert curate(config_of(asked=QUESTIONS), tmp_path / "whole", generator=Model()) == report
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole") and not (tmp_path / "out" / "old").exists()
+    with pytest.raises(UserError, match=r"holds another curation \(config.synthesize.new is None"):
+        curate(config_of(new=REPHRASE), tmp_path / "out", generator=Model())
+
+
+def test_nonsense_ends_the_run_early_and_can_be_accepted(tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "WINDOW", 6)
     nonsense = Model({i: Answer("No idea.") for i in range(99)})
     message = (
@@ -356,15 +388,15 @@ def test_nonsense_ends_the_run_early_and_can_be_accepted(texts, tmp_path, monkey
         r"'No idea.'; change the model or the prompt, or raise max_failed=0.5; its answers are kept in .*generated.jsonl"
     )
     with pytest.raises(UserError, match=message):
-        curate(config_of(texts, asked=QUESTIONS), tmp_path / "out", generator=nonsense)
+        curate(config_of(asked=QUESTIONS), tmp_path / "out", generator=nonsense)
     assert len(nonsense.asked) == 6 == len((tmp_path / "out" / "generated.jsonl").read_bytes().splitlines())
     more = SynthesizeConfig("questions", documents=5, max_failed=1.0, questions=QUESTIONS.questions)
     model = Model()
-    of = curate(config_of(texts, asked=more), tmp_path / "out", generator=model)["synthesized"]["asked"]
+    of = curate(config_of(asked=more), tmp_path / "out", generator=model)["synthesized"]["asked"]
     assert of["answers"]["unparsed"] == 6 and not set(model.asked) & set(nonsense.asked)
 
 
-def test_a_model_that_fails_loses_nothing(texts, tmp_path):
+def test_a_model_that_fails_loses_nothing(tmp_path):
     class Down(Model):
         def answer(self, request):
             if len(self.asked) == 3:
@@ -373,18 +405,18 @@ def test_a_model_that_fails_loses_nothing(texts, tmp_path):
 
     down, up = Down(), Model()
     with pytest.raises(UserError, match="cannot be reached"):
-        curate(config_of(texts, new=REPHRASE), tmp_path / "out", generator=down)
+        curate(config_of(new=REPHRASE), tmp_path / "out", generator=down)
     moved = GeneratorConfig(
         EndpointGenerator("http://elsewhere/v1", "m", retries=1), price_per_million_input=2.0, price_per_million_output=10.0
     )
-    curate(config_of(texts, moved, new=REPHRASE), tmp_path / "out", generator=up)
+    curate(config_of(moved, new=REPHRASE), tmp_path / "out", generator=up)
     assert len(down.asked) == 3 and not set(up.asked) & set(down.asked)
     with pytest.raises(UserError, match="config.generator needs a caller that knows models; lcx data curate does"):
-        curate(config_of(texts, new=REPHRASE), tmp_path / "none")
+        curate(config_of(new=REPHRASE), tmp_path / "none")
 
 
-def test_sources_may_be_assembled_ones(texts, tmp_path):
-    source = CuratedSource(filters=(), source=SourceConfig("text", f"{texts}/*.txt"))
+def test_sources_may_be_assembled_ones(tmp_path):
+    source = CuratedSource(filters=(), source=SourceConfig("text", "*.txt"))
     config = CurationConfig(
         {"a": source},
         minhash=None,
@@ -415,11 +447,24 @@ def test_answers_survive_separators_and_torn_lines(tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("content", "message"), [('{"text": "a"}\n', "holds something else than answers; name another"), (None, "cannot be kept in")]
+)
+def test_a_cache_that_is_none(tmp_path, content, message):
+    path = tmp_path / "kept.jsonl"
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_text(content)
+    kept = GeneratorConfig(PRICED.endpoint, cache=str(path))
+    with pytest.raises(UserError, match=message):
+        curate(config_of(kept, new=REPHRASE), tmp_path / "out", generator=Model())
+
+
 @pytest.mark.parametrize("form", ["chat", "text"])
-def test_generated_tasks_as_documents(texts, tmp_path, form):
+def test_generated_tasks_as_documents(tmp_path, form):
     questions = QuestionsConfig(skills=("retrieval", "lookup", "tracking"), questions=2)
     config = config_of(
-        texts,
         None,
         words=SynthesizeConfig("task", documents=6, task=TaskSettings(length=2000, form=form, questions=questions)),
         needles=SynthesizeConfig(
@@ -450,11 +495,11 @@ def test_generated_tasks_as_documents(texts, tmp_path, form):
     assert contents(tmp_path / "out") == contents(tmp_path / "again")
 
 
-def test_a_task_that_does_not_fit(texts, tmp_path):
+def test_a_task_that_does_not_fit(tmp_path):
     with pytest.raises(
         UserError, match="config.synthesize.rows: the haystack has .* tokens, but a row needs 1000001; use a larger"
     ):
-        curate(config_of(texts, None, rows=SynthesizeConfig("task", task=TaskSettings(length=10**6))), tmp_path / "out")
+        curate(config_of(None, rows=SynthesizeConfig("task", task=TaskSettings(length=10**6))), tmp_path / "out")
     (tmp_path / "bad.txt").write_bytes(b"\xff")
     config = CurationConfig(
         {"a": CuratedSource(filters=(), source=SourceConfig("text", f"{tmp_path}/bad.txt"))},
@@ -465,8 +510,8 @@ def test_a_task_that_does_not_fit(texts, tmp_path):
         curate(config, tmp_path / "none", generator=Model())
 
 
-def test_what_a_rerun_may_change(texts):
-    base = config_of(texts, new=REPHRASE)
+def test_what_a_rerun_may_change():
+    base = config_of(new=REPHRASE)
     same = GeneratorConfig(
         EndpointGenerator("https://other/v1", "m", 9, 1.0, 0), cache="x", price_per_million_input=2.0, price_per_million_output=10.0
     )
@@ -502,11 +547,11 @@ def test_what_a_rerun_may_change(texts):
         (lambda: GeneratorConfig(PRICED.endpoint, stop=("",)), "generator.stop=.* has an empty string"),
         (lambda: GeneratorConfig(PRICED.endpoint, temperature=-1.0), "generator.temperature=-1.0 must not be negative"),
         (lambda: EndpointGenerator("localhost:8000", "m"), "generator.endpoint has url='localhost:8000' and model='m'; give an"),
-        (lambda: config_of("x", None, new=REPHRASE), "config.synthesize.new asks a model, but config.generator names none"),
-        (lambda: config_of("x", PRICED), "config.generator has no effect, as no source of config.synthesize asks"),
-        (lambda: config_of("x", new=SynthesizeConfig(sources=("b",))), "config.synthesize.new.sources='b' is unknown"),
-        (lambda: config_of("x", a=REPHRASE), "config.synthesize has the name 'a', which is a source already"),
-        (lambda: config_of("x", **{"../a": REPHRASE}), "config.synthesize has the name '../a', which becomes a folder"),
+        (lambda: config_of(None, new=REPHRASE), "config.synthesize.new asks a model, but config.generator names none"),
+        (lambda: config_of(PRICED), "config.generator has no effect, as no source of config.synthesize asks"),
+        (lambda: config_of(new=SynthesizeConfig(sources=("b",))), "config.synthesize.new.sources='b' is unknown"),
+        (lambda: config_of(a=REPHRASE), "config.synthesize has the name 'a', which is a source already"),
+        (lambda: config_of(**{"../a": REPHRASE}), "config.synthesize has the name '../a', which becomes a folder"),
     ],
 )
 def test_wrong_settings(make, message):

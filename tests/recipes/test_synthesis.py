@@ -135,7 +135,7 @@ def test_tokens_that_a_server_does_not_count_are_estimated(texts, server, capsys
     server.usage = False
     curate(texts, {"endpoint": {"url": server.url, "model": "writer"}})
     said = capsys.readouterr().out
-    assert re.search(r"out \(\d+ requests estimated\); cost not known without generator.price_per_million", said)
+    assert re.search(r"out \(\d+ requests estimated\); cost not known, as generator.price_per_million", said)
     of = json.loads((texts / "out" / "report.json").read_text())["synthesized"]["asked"]
     sent = sum(
         -(-len(one["messages"][0]["content"].encode()) // 4) for one in server.asked if "Below" in one["messages"][0]["content"]

@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+from lcx.core.errors import UserError
 from lcx.core.files import write_atomically
 
 
@@ -18,17 +19,28 @@ def key_of(text: str) -> str:
 
 
 class Answers:
-    """A JSONL file of answers by key, which grows as they come; `known` has them all. An answer is whatever JSON can hold."""
+    """A JSONL file of answers by key, which grows as they come; `known` has them all. An answer is whatever JSON can hold.
+
+    Raises `UserError` for a file that cannot be read or holds something else.
+    """
 
     def __init__(self, path: pathlib.Path) -> None:
         self._path = path
-        self.known: dict[str, Any] = {}
-        if path.exists():
-            # Not `splitlines`, which cuts at separators that JSON leaves inside of strings.
-            for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-                with contextlib.suppress(ValueError):  # the last line of a killed run may be torn
-                    row = json.loads(line)
-                    self.known[row["key"]] = row["answer"]
+        try:
+            text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        except OSError as error:
+            raise UserError(f"answers cannot be kept in {path} ({error.strerror}); name another file as cache") from error
+        # Not `splitlines`, which cuts at separators that JSON leaves inside of strings.
+        self.known: dict[str, Any] = dict(row for line in text.split("\n") if (row := self._row(line)) is not None)
+
+    def _row(self, line: str) -> tuple[str, Any] | None:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            return None  # the last line of a killed run may be torn
+        if not isinstance(row, dict) or not {"key", "answer"} <= row.keys():
+            raise UserError(f"{self._path} holds something else than answers; name another file as cache")
+        return row["key"], row["answer"]
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:

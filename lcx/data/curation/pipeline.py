@@ -41,6 +41,8 @@ from lcx.data.curation.tally import SAMPLE_CHARS, Tally
 from lcx.data.curation.workers import Runner, ordered
 from lcx.data.sources import documents
 
+SYNTHESIS = ("synthesize", "generator", "generated_with")
+"""What only the last stage depends on."""
 SHARD_DOCUMENTS = 1 << 14
 """Documents after which a shard ends, however small they are."""
 
@@ -93,7 +95,7 @@ def curate(
     synthesizer = Synthesizer(config.synthesize, config.generator, generator)
     own = _identity(config, forbidden, built, embedder, assembler, synthesizer)
     try:
-        with claimed(folder, own):
+        with claimed(folder, own, late=SYNTHESIS):
             if not (folder / REPORT).exists():
                 curation = _Curation(
                     config, folder, forbidden, built, embedder, assembler, synthesizer, workers, run, report or _say_nothing

@@ -13,7 +13,9 @@ import collections
 import dataclasses
 import hashlib
 import itertools
+import json
 import pathlib
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -73,11 +75,19 @@ class Synthesizer:
         for a model that does not answer, or gives too many answers that cannot be used; what came until then is kept.
         """
         found = {}
+        self._clear(folder, work)
         for name, maker in self._makers(sources, folder, work):
             if isinstance(maker, _Asked):
                 maker.ask(note)
             found[name] = maker.write(folder / name, shard, samples)
         return found
+
+    def _clear(self, folder: pathlib.Path, work: pathlib.Path) -> None:
+        """Remove what an earlier start wrote, maybe under other settings; its answers stay."""
+        path = work / ".synthesize.json"
+        for name in json.loads(path.read_bytes()) if path.exists() else ():
+            shutil.rmtree(folder / name, ignore_errors=True)
+        write_atomically(path, json.dumps(sorted(self._configs)))
 
     def _makers(self, sources: Sequence[str], folder: pathlib.Path, work: pathlib.Path) -> Iterator[tuple[str, _Asked | _Task]]:
         answers = None
