@@ -24,7 +24,6 @@ from lcx.data.curation.embed import EmbedConfig, Embedder
 from lcx.data.curation.labels import Ask, EndpointLabels
 from lcx.data.curation.pipeline import REPORT, Progress, curate
 from lcx.data.curation.scores import ScorerFactory
-from lcx.report import curation_page
 
 
 def define(values: flags.FlagValues) -> None:
@@ -74,6 +73,9 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
         say(f"evaluation files: {known['texts']:,} texts, {known['ngrams']:,} n-grams; {short}")
     for name, of in found.get("assembled", {}).items():
         _show_assembled(name, of)
+    # Loaded only now: what is wrong with a config is said without the libraries that draw.
+    from lcx.report import curation_page
+
     say(f"report: {Path(values.out, REPORT)}")
     say(f"page to look at: {curation_page.write(values.out)}")
     say("to tokenise a source for training:")
