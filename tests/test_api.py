@@ -53,7 +53,8 @@ def test_importing_lcx_loads_nothing_heavy():
         getattr(lcx, "lood")  # noqa: B009
 
 
-def test_commands_are_found_without_jax():
-    """Help, misspelled commands and their like are answered before anything heavy is loaded."""
-    code = "import sys, lcx.cli.main; sys.exit(any(name in sys.modules for name in ('jax', 'flax', 'matplotlib')))"
+@pytest.mark.parametrize("module", ["lcx.cli.main", "lcx.cli.parse", "lcx.cli.data_curate", "lcx.cli.data_prepare"])
+def test_commands_without_a_model_load_no_jax(module):
+    """Help, misspelled commands and what is done to text are answered before anything heavy is loaded."""
+    code = f"import sys, {module}; sys.exit(any(name in sys.modules for name in ('jax', 'flax', 'matplotlib')))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -97,7 +97,7 @@ def check_extension(notebook, found):
     assert found["theta"] == close(5108, rel=1e-3)
     assert found["stages"][-2:] == ["base_256", "extend"]
     assert all(math.isfinite(x) for x in found["losses"] + found["perplexity"])
-    assert found["schemes"][0] == "none" and found["schemes"][-1] == "extended"
+    assert found["schemes"][0] == "unchanged" and found["schemes"][-1] == "extended"
     assert re.fullmatch(r"\d{4}", found["answer"]) and found["needle"].endswith(f"={found['answer']}")
     assert set(found["answers"]) == {"before", "after"}
 

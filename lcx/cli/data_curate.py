@@ -27,7 +27,6 @@ from lcx.data.curation.scores import ScorerFactory
 from lcx.data.curation.synthesize.generator import Generator
 from lcx.data.curation.synthesize.settings import GeneratorConfig
 from lcx.data.curation.synthesize.stage import asking
-from lcx.report import curation_page
 
 
 def define(values: flags.FlagValues) -> None:
@@ -90,6 +89,9 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
         _show_assembled(name, of)
     for name, of in found.get("synthesized", {}).items():
         _show_synthesized(name, of, config.generator)
+    # Loaded only now: what is wrong with a config is said without the libraries that draw.
+    from lcx.report import curation_page
+
     say(f"report: {Path(values.out, REPORT)}")
     say(f"page to look at: {curation_page.write(values.out)}")
     say("to tokenise a source for training:")

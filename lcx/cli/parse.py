@@ -145,10 +145,11 @@ def _quoted(word: str) -> str:
 def check_key(config: Any, key: str) -> None:
     """Raises `UserError` with the nearest field where a config has nothing under a dotted key."""
     place, parts = "config", re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", key).split(".")
-    # JAX is imported with it, which help and misspelled commands do without.
-    from lcx.model.execution import refuse_moved
+    if parts[0] == "model":
+        # JAX is imported with it, which commands without a model do without.
+        from lcx.model.execution import refuse_moved
 
-    refuse_moved(".".join(["--config", *parts]))
+        refuse_moved(".".join(["--config", *parts]))
     for part in parts:
         if isinstance(config, Mapping | ml_collections.ConfigDict):
             if part not in config:

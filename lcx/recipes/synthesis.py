@@ -28,16 +28,16 @@ _NONE = np.zeros(0, np.int32)
 def generator(config: GeneratorConfig) -> Generator:
     """What `lcx data curate` asks; raises `UserError` without the library openai, and for what is not a model."""
     if config.endpoint is not None:
-        return Endpoint(config, config.endpoint)
+        return EndpointWriter(config, config.endpoint)
     assert config.local is not None
     loaded = models.load(config.local.model, stage=config.local.stage, dtype=config.local.dtype)
-    return Local(config, config.local, loaded)
+    return LocalWriter(config, config.local, loaded)
 
 
-class Endpoint:
+class EndpointWriter:
     """A model behind a server, which gets each request as a message of a user."""
 
-    together = 1
+    batch_size = 1
 
     def __init__(self, config: GeneratorConfig, endpoint: EndpointGenerator) -> None:
         self._config = config
@@ -55,7 +55,7 @@ class Endpoint:
             yield {number: _answer(reply) for number, reply in found.items()}
 
 
-class Local:
+class LocalWriter:
     """A model on this machine.
 
     Greedily, as many requests as fit are answered side by side, always the same ones; at a temperature each by itself, with a seed
@@ -76,14 +76,14 @@ class Local:
         self._chat = chat.load(self._tokenizer) if chat.has_template(self._tokenizer) else None
         options: dict[str, Any] = {"tokens_per_forward": local.tokens_per_forward, "share_prefixes": False}
         self._backend = backend_of(loaded, self._length, **options)
-        self.together = 1 if config.temperature else self._backend.rows
-        weights = f"{self._backend.fingerprint} {self._tokenizer.fingerprint} {self._length} {self.together}"
+        self.batch_size = 1 if config.temperature else self._backend.rows
+        weights = f"{self._backend.fingerprint} {self._tokenizer.fingerprint} {self._length} {self.batch_size}"
         self.fingerprint = _fingerprint(config, weights)
 
     def __call__(self, requests: Sequence[str]) -> Iterator[dict[int, Answer]]:
         """The model's answers, batch by batch."""
-        for first in range(0, len(requests), self.together):
-            prompts = [self._prompt(request) for request in requests[first : first + self.together]]
+        for first in range(0, len(requests), self.batch_size):
+            prompts = [self._prompt(request) for request in requests[first : first + self.batch_size]]
             fits = [i for i, prompt in enumerate(prompts) if len(prompt) + self._config.max_tokens <= self._length]
             found = {first + i: Answer("", "too_long", 0, 0) for i in range(len(prompts)) if i not in fits}
             if fits:
@@ -93,7 +93,7 @@ class Local:
 
     def _batch(self, prompts: list[np.ndarray], request: str) -> list[Reply]:
         """Replies, the first ones those of the prompts, of a batch that is filled up: all have the same shape."""
-        prompts = [*prompts, *[prompts[0]] * (self.together - len(prompts))]
+        prompts = [*prompts, *[prompts[0]] * (self.batch_size - len(prompts))]
         sampling = Sampling(self._config.temperature, seed=_seed(request)) if self._config.temperature else GREEDY
         items = [Item(prompt, _NONE) for prompt in prompts]
         found: dict[int, Reply] = {}

@@ -179,9 +179,9 @@ def test_spans_of_a_question_are_far_apart_in_the_document(unit):
 class Model:
     """Rewrites a passage word by word backwards, or asks about the first word of each passage; knows what it was asked."""
 
-    def __init__(self, faults=(), together=1, killed_after=None):
+    def __init__(self, faults=(), batch_size=1, killed_after=None):
         self.asked, self.configs, self.faults = [], [], dict(faults)
-        self.together, self.fingerprint, self._killed_after = together, "rules", killed_after
+        self.batch_size, self.fingerprint, self._killed_after = batch_size, "rules", killed_after
 
     def __call__(self, config):
         self.configs.append(config)
@@ -205,7 +205,7 @@ class Model:
 
 class _Asked:
     def __init__(self, model):
-        self._model, self.fingerprint, self.together = model, model.fingerprint, model.together
+        self._model, self.fingerprint, self.batch_size = model, model.fingerprint, model.batch_size
 
     def __call__(self, requests):
         for number in reversed(range(len(requests))):
@@ -334,23 +334,23 @@ def test_nothing_is_asked_twice_and_another_folder_may_share_the_answers(tmp_pat
     assert again.asked
 
 
-@pytest.mark.parametrize("together", [1, 3])
-def test_killed_anywhere_it_goes_on_and_ends_with_the_same_bytes(tmp_path, monkeypatch, together):
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_killed_anywhere_it_goes_on_and_ends_with_the_same_bytes(tmp_path, monkeypatch, batch_size):
     monkeypatch.setattr(stage, "WINDOW", 8)
     config = config_of(new=REPHRASE, asked=QUESTIONS)
-    whole = Model(together=together)
+    whole = Model(batch_size=batch_size)
     report = curate(config, tmp_path / "whole", generator=whole)
     killed, asked = [], []
     for at in (0, 5, 4, 9):
-        killed.append(Model(together=together, killed_after=at))
+        killed.append(Model(batch_size=batch_size, killed_after=at))
         with pytest.raises(KeyboardInterrupt):
             curate(config, tmp_path / "out", generator=killed[-1])
         asked += killed[-1].asked[:-1]
         (tmp_path / "out" / "generated.jsonl").open("a").write('{"key": "torn')
-    last = Model(together=together)
+    last = Model(batch_size=batch_size)
     assert curate(config, tmp_path / "out", workers=2, generator=last) == report
     asked += last.asked
-    assert set(asked) == set(whole.asked) and len(asked) <= len(whole.asked) + 4 * (together - 1)
+    assert set(asked) == set(whole.asked) and len(asked) <= len(whole.asked) + 4 * (batch_size - 1)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 

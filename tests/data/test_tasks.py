@@ -165,11 +165,9 @@ def test_counts_grow_with_the_length():
     assert task.counts(4096) == (32, 16)
 
 
-def test_batch_of_samples(haystack):
+def test_answers_alone_have_their_weight(haystack):
     samples = make_task("multikey", TaskConfig(), BYTES).sample(np.random.default_rng(0), 128, haystack, 2)
-    batch = samples.batch()
-    np.testing.assert_array_equal(batch.tokens[:, 1:], batch.targets[:, :-1])
-    np.testing.assert_array_equal(batch.loss_weights > 5, samples.answers[:, 1:])
+    np.testing.assert_array_equal(samples.loss_weights == TaskConfig().answer_weight, samples.answers)
 
 
 def test_other_tokenizers_have_exact_lengths(tmp_path):

@@ -13,7 +13,7 @@ from lcx.cli.main import main
 from lcx.core.errors import UserError
 from lcx.data.curation.synthesize.settings import EndpointGenerator, GeneratorConfig, LocalGenerator
 from lcx.data.tokenizers import tokenizers
-from lcx.recipes.synthesis import Local, generator
+from lcx.recipes.synthesis import LocalWriter, generator
 from tests.recipes import tiny_reader
 from tests.report.html_page import Page
 
@@ -180,7 +180,7 @@ def local(seed=0, **values):
     """A tiny random model, whose answers end at one of a few letters."""
     options = {"max_tokens": 40, "stop": ("e", "t", "a", "o", "n"), **values}
     config = GeneratorConfig(local=LocalGenerator("tiny", tokens_per_forward=1024), **options)
-    return Local(config, config.local, tiny_reader.reader(seed).loaded)
+    return LocalWriter(config, config.local, tiny_reader.reader(seed).loaded)
 
 
 def answers(model, requests):
@@ -194,7 +194,7 @@ def answers(model, requests):
 def test_a_local_model_answers_as_it_does_alone():
     requests = [f"Passage:\n{word} {i}" for i, word in enumerate(("river", "bank", "a long boat", "mill", "bridge", "stone"))]
     model = local()
-    assert model.together == 4 and model.fingerprint == local().fingerprint != local(1).fingerprint
+    assert model.batch_size == 4 and model.fingerprint == local().fingerprint != local(1).fingerprint
     found = answers(model, requests)
     assert answers(local(), requests) == found
     # The second batch by itself, as after a kill, has the same shape and so the same answers.
@@ -217,7 +217,7 @@ def test_drawn_answers_depend_on_the_request_alone():
     found = answers(local(temperature=1.0, stop=()), requests)
     again = answers(local(temperature=1.0, stop=()), requests[::-1])[::-1]
     assert found == again and len({answer.text for answer in found}) == 3 and found[0].ended == "length"
-    assert local(temperature=1.0).together == 1
+    assert local(temperature=1.0).batch_size == 1
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_drawn_answers_depend_on_the_request_alone():
 def test_a_local_model_has_room(values, message):
     config = GeneratorConfig(**{"local": LocalGenerator("tiny"), "max_tokens": 9, **values})
     with pytest.raises(UserError, match=message):
-        Local(config, config.local, tiny_reader.reader().loaded)
+        LocalWriter(config, config.local, tiny_reader.reader().loaded)
 
 
 def test_what_is_no_model_is_one_sentence(texts, capsys):

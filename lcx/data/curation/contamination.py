@@ -20,6 +20,7 @@ from lcx.core.errors import UserError
 from lcx.core.files import opened_atomically
 from lcx.data.curation import words
 from lcx.data.curation.document import Document
+from lcx.data.sources.documents import opened
 
 _PREFILTER_BITS = 22
 
@@ -105,8 +106,6 @@ def _files(patterns: Sequence[str]) -> list[pathlib.Path]:
 
 
 def _texts(path: pathlib.Path) -> Iterator[str]:
-    from lcx.data.sources.documents import opened  # JAX comes with it, which the workers need not load
-
     kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     with opened(path) as file:
         try:

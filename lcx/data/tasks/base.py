@@ -22,7 +22,6 @@ from typing import Protocol
 
 import numpy as np
 
-from lcx.core.batch import Batch
 from lcx.core.configs import not_negative, positive
 from lcx.core.errors import UserError
 from lcx.data.tokenizers.tokenizers import Tokenizer
@@ -88,12 +87,6 @@ class Samples:
     answer_start: int
     answer_length: int
     depths: np.ndarray
-
-    def batch(self) -> Batch:
-        """The rows as a `Batch` of NumPy arrays `[R, T]`, one document each."""
-        rows, length = self.tokens.shape[0], self.tokens.shape[1] - 1
-        order = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length)).copy()
-        return Batch(self.tokens[:, :-1], self.tokens[:, 1:], self.loss_weights[:, 1:], order, order.copy(), np.ones_like(order))
 
 
 @dataclasses.dataclass(frozen=True)

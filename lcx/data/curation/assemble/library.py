@@ -24,6 +24,7 @@ from lcx.core.files import opened_atomically, write_atomically
 from lcx.data.curation.assemble import chunks, keywords, repository
 from lcx.data.curation.embed import Embedder, fitted
 from lcx.data.curation.workers import ordered
+from lcx.data.tokenizers import tokenizers
 
 BLOCK_BYTES, BLOCK_SPANS = 1 << 22, 1 << 12
 """A block of work ends with the span that reaches either; it does not depend on the number of workers."""
@@ -69,8 +70,6 @@ def _tokens(texts: Texts, tokenizer: str) -> np.ndarray:
 
 @functools.lru_cache(maxsize=1)
 def _tokenizer(name: str):
-    from lcx.data.tokenizers import tokenizers  # JAX comes with it, which most workers need not load
-
     return tokenizers.load(name)
 
 

@@ -25,6 +25,7 @@ from lcx.data.curation.assemble.settings import AssembleConfig
 from lcx.data.curation.embed import EmbedderFactory, build_embedder
 from lcx.data.curation.rows import row
 from lcx.data.curation.workers import ordered
+from lcx.data.tokenizers import tokenizers
 
 QUANTILES = {"min": 0.0, "median": 0.5, "max": 1.0}
 
@@ -67,8 +68,6 @@ def _gap(config: AssembleConfig) -> int:
     """Length of the separator in the unit of the target."""
     if config.tokenizer is None:
         return len(config.separator.encode())
-    from lcx.data.tokenizers import tokenizers  # JAX comes with it
-
     return len(tokenizers.load(config.tokenizer).encode(config.separator))
 
 

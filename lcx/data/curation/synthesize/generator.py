@@ -49,12 +49,12 @@ class Answer(NamedTuple):
 class Generator(Protocol):
     """Requests to answers.
 
-    `fingerprint` changes with whatever changes an answer: the model, the temperature, the limit. `together`: as many requests in a
+    `fingerprint` changes with whatever changes an answer: the model, the temperature, the limit. `batch_size`: as many requests in a
     row make one batch, whose answers are the same again only if all of them are asked again.
     """
 
     fingerprint: str
-    together: int
+    batch_size: int
 
     def __call__(self, requests: Sequence[str]) -> Iterator[dict[int, Answer]]:
         """The answers by number of the request, as they come; raises `UserError` for a model that does not answer."""

@@ -15,6 +15,7 @@ from lcx.data.curation.synthesize import prompts
 from lcx.data.curation.synthesize.generator import Answer
 from lcx.data.curation.synthesize.passages import cut, far_apart
 from lcx.data.curation.synthesize.settings import RephraseSettings, SpanSettings, SynthesizeConfig
+from lcx.data.tokenizers import tokenizers
 
 _NGRAM = 5
 _WORD = re.compile(r"\w+")
@@ -148,8 +149,6 @@ class Spans(Method):
         if self._settings.tokenizer is None:
             share = 1 / max(len(text), 1)
             return [start * share for start, _ in places], [end * share for _, end in places]
-        from lcx.data.tokenizers import tokenizers  # JAX comes with it
-
         encode, at, done = tokenizers.load(self._settings.tokenizer).encode, 0, 0
         starts, ends = [], []
         for start, end in places:

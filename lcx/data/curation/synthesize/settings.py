@@ -19,7 +19,7 @@ METHODS: tuple[Method, ...] = ("rephrase", "questions", "task")
 _CONNECTION = ("url", "concurrency", "timeout", "retries")
 
 
-def _share(path: str, value: float) -> None:
+def _check_share(path: str, value: float) -> None:
     if not 0 <= value <= 1:
         raise UserError(f"{path}={value!r} must be a share from 0 to 1")
 
@@ -145,7 +145,7 @@ class RephraseSettings:
         positive("rephrase", passage_chars=self.passage_chars)
         if not 0 <= self.min_ratio < self.max_ratio:
             raise UserError(f"rephrase.min_ratio={self.min_ratio} must be at least 0 and below max_ratio={self.max_ratio}")
-        _share("rephrase.max_copied", self.max_copied)
+        _check_share("rephrase.max_copied", self.max_copied)
         if self.prompt and "{text}" not in self.prompt:
             raise UserError(f"rephrase.prompt={self.prompt[:60]!r} does not say where the passage stands; put {{text}} there")
         if self.prompt and self.style != "plain":
@@ -174,7 +174,7 @@ class SpanSettings:
     def __post_init__(self) -> None:
         positive("questions", spans=self.spans, span_chars=self.span_chars, per_document=self.per_document)
         not_negative("questions", min_distance=self.min_distance)
-        _share("questions.question_first", self.question_first)
+        _check_share("questions.question_first", self.question_first)
         if (self.unit == "tokens") != (self.tokenizer is not None):
             raise UserError(
                 "questions.unit='tokens' needs questions.tokenizer to count with; name one, such as 'bytes'"
@@ -243,7 +243,7 @@ class SynthesizeConfig:
         choice("method", self.method, METHODS)
         positive("synthesize", documents=self.documents)
         not_negative("synthesize", seed=self.seed)
-        _share("synthesize.max_failed", self.max_failed)
+        _check_share("synthesize.max_failed", self.max_failed)
         if len(set(self.sources)) < len(self.sources):
             raise UserError(f"synthesize.sources={self.sources} names a source twice; name each once")
         for field in dataclasses.fields(self):

@@ -31,6 +31,7 @@ from lcx.data.curation.synthesize.methods import Draft, Method, Unusable, build
 from lcx.data.curation.synthesize.settings import GeneratorConfig, SynthesizeConfig
 from lcx.data.curation.tally import SAMPLE_CHARS
 from lcx.data.sources.sources import InMemorySource, Subset
+from lcx.data.tokenizers import tokenizers
 
 GENERATED = "generated.jsonl"
 """Answers, kept in the curation's folder unless the config names another file."""
@@ -123,8 +124,8 @@ class _Kept:
     def ask(self, requests: Sequence[str]) -> None:
         """Ask for what is missing; of requests that make one batch for all of them, so that answers stay the same."""
         missing: list[str] = []
-        for first in range(0, len(requests), self._generator.together):
-            batch = requests[first : first + self._generator.together]
+        for first in range(0, len(requests), self._generator.batch_size):
+            batch = requests[first : first + self._generator.batch_size]
             missing += [] if all(map(self.has, batch)) else batch
         if not missing:
             return
@@ -291,8 +292,6 @@ class _Task:
 
     def write(self, folder: pathlib.Path, shard: int, samples: int) -> dict[str, Any]:
         """Write the rows, and return what the report says."""
-        from lcx.data.tokenizers import tokenizers  # JAX comes with it
-
         config, library = self._config, self._library
         if not len(library):
             raise UserError(
