@@ -318,8 +318,8 @@ def _answers(name: str, of: Mapping[str, Any], most: int) -> str:
     for used in (True, False):
         for one in [one for one in of["samples"] if (one["outcome"] == "used") == used][:most]:
             outcome = one["outcome"].replace("_", " ")
-            shown += document(one["name"], f"{outcome}; what the model saw, then what it wrote", one["before"])
-            shown += document("", "", one["after"])
+            shown += document(one["name"], f"{outcome} · what the model saw", one["before"])
+            shown += document("", "what it wrote", one["after"])
     note = f"answers: {reasons or 'none'}" + (f"; documents left over: {left}" if left else "")
     return folded(name, shown, note)
 

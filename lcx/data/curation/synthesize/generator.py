@@ -49,8 +49,8 @@ class Answer(NamedTuple):
 class Generator(Protocol):
     """Requests to answers.
 
-    `fingerprint` changes with whatever changes an answer: the model, the temperature, the limit. `batch_size`: as many requests in a
-    row make one batch, whose answers are the same again only if all of them are asked again.
+    `fingerprint` changes with whatever changes an answer: the model, the temperature, the limit. Answers to `batch_size` requests
+    in a row come from one batch, and are the same again only if all of it is asked again.
     """
 
     fingerprint: str

@@ -150,18 +150,23 @@ class _Asked:
         self._chosen = self._choose()
 
     def count(self) -> dict[str, Any]:
-        requests = {request for draft in self._drafts() for request in draft.requests}
-        missing = [request for request in requests if not self._kept.has(request)]
-        size = sum(len(request.encode()) for request in missing)
+        """What is to be asked: documents, different requests, those answered before, tokens of the others by their bytes."""
+        keys: set[str] = set()
+        answered = size = 0
+        for request in itertools.chain.from_iterable(draft.requests for draft in self._drafts()):
+            if (key := self._kept.key(request)) in keys:
+                continue
+            keys.add(key)
+            answered += self._kept.has(request)
+            size += 0 if self._kept.has(request) else len(request.encode())
         tokens = -(-size // BYTES_PER_TOKEN)
-        answered = len(requests) - len(missing)
-        return {"documents": len(self._chosen), "requests": len(requests), "answered": answered, "input_tokens": tokens}
+        return {"documents": len(self._chosen), "requests": len(keys), "answered": answered, "input_tokens": tokens}
 
     def ask(self, note: Note) -> None:
         """Get all answers; raises `UserError` for a model that does not answer, or not to the purpose."""
         counted = self.count()
         note(self._name, asking(counted, self._model.where))
-        asked, done = 0, 0
+        asked = 0
         reasons: collections.Counter[str] = collections.Counter()
         example = ""
         requests = ((draft, i) for draft in self._drafts() for i in range(len(draft.requests)))
@@ -175,9 +180,8 @@ class _Asked:
             if reasons.total() > self._config.max_failed * asked:
                 self._kept.sort()
                 raise UserError(self._nonsense(asked, reasons, example))
-            done += len(window)
             if counted["answered"] < counted["requests"]:
-                note(self._name, f"{done:,} requests answered, {reasons.total():,} of no use")
+                note(self._name, f"{asked:,} requests answered, {reasons.total():,} of no use")
         self._kept.sort()
 
     def write(self, folder: pathlib.Path, shard: int, samples: int) -> dict[str, Any]:
@@ -199,12 +203,12 @@ class _Asked:
                     used[key] = tokens(request, answer)
                     shown[not reason].add(key, lambda d=draft, i=i, r=read, w=reason: self._sample(d, i, r, w))
                 try:
-                    line = self._method.write(draft, found, reasons, f"{self._name}:{written}", self._name)
+                    row = self._method.write(draft, found, reasons, f"{self._name}:{written}", self._name)
                 except Unusable as error:
                     self._left[number] = str(error)
                     continue
                 written += 1
-                yield line
+                yield row
 
         documents, size = write(folder, lines(), shard)
         sums = [sum(values) for values in zip(*used.values(), strict=True)] if used else [0, 0, 0]
