@@ -22,6 +22,8 @@ from lcx.recipes import models
 from lcx.recipes.recipe import backend_of
 from lcx.training.checkpoints import Loaded
 
+LENGTH = 8192
+"""Tokens of a request and its answer, if neither the config nor the model says less: a cache for more would take memory in vain."""
 _NONE = np.zeros(0, np.int32)
 
 
@@ -64,7 +66,7 @@ class LocalWriter:
 
     def __init__(self, config: GeneratorConfig, local: LocalGenerator, loaded: Loaded) -> None:
         trained = loaded.meta.length
-        self._config, self._length = config, local.length or trained
+        self._config, self._length = config, local.length or min(LENGTH, trained)
         if self._length > trained:
             raise UserError(f"generator.local.length={self._length:,} exceeds the {trained:,} tokens of {local.model}; lower it")
         if config.max_tokens >= self._length:

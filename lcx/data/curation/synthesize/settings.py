@@ -52,8 +52,8 @@ class EndpointGenerator:
 class LocalGenerator:
     """A `model` on this machine: a workdir (the end of `stage`, or the newest checkpoint), a Hugging Face folder or a GGUF file.
 
-    Requests are turns of its chat template if it has one. It reads and writes up to `length` tokens a request (None: as many as it
-    was trained on), and as many requests at a time as fit into `tokens_per_forward` tokens, one at least.
+    Requests are turns of its chat template if it has one. It reads and writes up to `length` tokens a request (None: 8,192, or as
+    many as it was trained on if that is less), and as many requests at a time as fit into `tokens_per_forward`, one at least.
     """
 
     model: str = ""
