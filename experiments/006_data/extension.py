@@ -43,7 +43,7 @@ from lcx.training.loop import train
 HERE = Path(__file__).parent
 SHORT, LONG, THETA = 256, 2048, 350.0
 TRAINED_BOOKS, HELD_BOOKS = 30, 14
-STEPS, BATCH = 120, 4
+STEPS, BATCH = 60, 4
 TASKS = {"needles": "multikey", "tracking": "variable_tracking"}
 QUERIES = {"needles": 4, "tracking": 3}
 """Needles or chains, each of them asked for, per 256 bytes."""
