@@ -1,4 +1,4 @@
-"""Filter and deduplicate sources of text into JSONL files that runs read, and assemble long documents. Rerun to resume.
+"""Filter and deduplicate sources of text into JSONL files that runs read, and make long or synthetic ones. Rerun to resume.
 
 lcx data curate --config=configs/data/long_mixture.py --config.sources.books.source.path='books/**/*.txt' --out=data/curated
 """
@@ -24,6 +24,9 @@ from lcx.data.curation.embed import EmbedConfig, Embedder
 from lcx.data.curation.labels import Ask, EndpointLabels
 from lcx.data.curation.pipeline import REPORT, Progress, curate
 from lcx.data.curation.scores import ScorerFactory
+from lcx.data.curation.synthesize.generator import Generator
+from lcx.data.curation.synthesize.settings import GeneratorConfig
+from lcx.data.curation.synthesize.stage import asking
 
 
 def define(values: flags.FlagValues) -> None:
@@ -42,6 +45,12 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "ray_address", None, "with --engine=ray: the cluster to join (default: RAY_ADDRESS, or a local one)", flag_values=values
     )
+    flags.DEFINE_bool(
+        "dry_run",
+        False,
+        "say how much config.synthesize would ask its model, and ask nothing; without it, go on",
+        flag_values=values,
+    )
 
 
 def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
@@ -57,7 +66,12 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     scorers, embedders = _scorers(config), {"hidden": _hidden}
     with cluster.engine(values.ray_address, values.workers) if values.engine == "ray" else contextlib.nullcontext() as run:
         progress = _progress(time.perf_counter())
-        found = curate(config, values.out, workers, progress, scorers, embedders, ask=_ask, run=run)
+        found = curate(
+            config, values.out, workers, progress, scorers, embedders, _ask, run, generator=_generator, dry_run=values.dry_run
+        )
+    if "requests" in found:
+        _show_requests(found["requests"], config)
+        return
     for name, of in found["sources"].items():
         _show(name, of)
     for name, learned in found.get("scores", {}).items():
@@ -73,6 +87,8 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
         say(f"evaluation files: {known['texts']:,} texts, {known['ngrams']:,} n-grams; {short}")
     for name, of in found.get("assembled", {}).items():
         _show_assembled(name, of)
+    for name, of in found.get("synthesized", {}).items():
+        _show_synthesized(name, of, config.generator)
     # Loaded only now: what is wrong with a config is said without the libraries that draw.
     from lcx.report import curation_page
 
@@ -81,10 +97,20 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     say("to tokenise a source for training:")
     written = {name: of["kept"] for name, of in found["sources"].items()}
     written |= {name: of["out"] for name, of in found.get("assembled", {}).items()}
+    synthesized = found.get("synthesized", {})
+    written |= {name: of["out"] for name, of in synthesized.items() if not of["chat"]}
     for name, of in written.items():
         if of["documents"]:
-            pattern = str(Path(values.out, name, "*.jsonl"))
+            pattern = _pattern(values.out, name)
             say(f"    lcx data prepare --kind=jsonl --path={pattern!r} --tokenizer=TOKENIZER --out={Path('data', name)}")
+    if chats := [name for name, of in synthesized.items() if of["chat"] and of["out"]["documents"]]:
+        say("to train on conversations, in a config:")
+        for name in chats:
+            say(f"    config.data.parts.NAME.source = {{'kind': 'chat', 'path': {_pattern(values.out, name)!r}}}")
+
+
+def _pattern(out: str, name: str) -> str:
+    return str(Path(out, name, "*.jsonl"))
 
 
 def _scorers(config: CurationConfig) -> dict[str, ScorerFactory]:
@@ -125,6 +151,26 @@ def _ask(config: EndpointLabels) -> Ask:
     return labelling.ask(config)
 
 
+def _generator(config: GeneratorConfig) -> Generator:
+    from lcx.recipes import synthesis
+
+    return synthesis.generator(config)
+
+
+def _show_requests(requests: dict[str, Any], config: CurationConfig) -> None:
+    """What a model would be asked."""
+    if not requests:
+        say("no source of config.synthesize asks a model; nothing would be sent")
+    for name, counted in requests.items():
+        assert config.generator is not None
+        say(f"{name}: {asking(counted, config.generator.where)}")
+        least, left = counted["input_tokens"], counted["requests"] - counted["answered"]
+        if (cost := config.generator.cost(least, 0)) is not None:
+            most = config.generator.cost(least, left * config.generator.max_tokens)
+            answers = f"answers of {config.generator.max_tokens:,} tokens"
+            say(f"    cost: about {cost:,.4g} for the requests, at most {most:,.4g} with {answers}")
+
+
 def _show_classifier(name: str, learned: dict[str, Any]) -> None:
     """What a quality classifier was made of, and how good it is on labels that it has not seen."""
     labels, last = learned["labels"], learned["rounds"][-1]
@@ -148,12 +194,32 @@ def _show_assembled(name: str, of: dict[str, Any]) -> None:
     table(name, (f"{of['method']} of {', '.join(of['sources'])}", "documents", "bytes", "length"), rows)
 
 
+def _show_synthesized(name: str, of: dict[str, Any], generator: GeneratorConfig | None) -> None:
+    """What became of one source that was generated."""
+    rows = [("taken", f"{of['in']['documents']:,}", f"{of['in']['bytes']:,}", "")]
+    rows += [(f"left over: {why}", f"{left['documents']:,}", f"{left['bytes']:,}", "") for why, left in of["left_over"].items()]
+    answers = ", ".join(f"{reason} {count:,}" for reason, count in of.get("answers", {}).items())
+    rows.append(("written", f"{of['out']['documents']:,}", f"{of['out']['bytes']:,}", answers))
+    table(name, (f"{of.get('task', of['method'])} of {', '.join(of['sources'])}", "documents", "bytes", "answers"), rows)
+    if "tokens" in of:
+        counted, cost = of["tokens"], of["cost"]
+        guess = f" ({counted['estimated_requests']:,} requests estimated)" if counted["estimated_requests"] else ""
+        tokens = f"{counted['input']:,} tokens in, {counted['output']:,} out{guess}"
+        price = "" if cost is None else f"; cost {cost:,.4g}"
+        if cost is None and generator is not None and generator.endpoint is not None:
+            price = "; cost not known, as generator.price_per_million_input and _output are not set"
+        say(f"    {of['requests']:,} requests to {of['model']}: {tokens}{price}")
+
+
 def _progress(start: float) -> Callable[[Progress], None]:
     """Says every few seconds how far it is."""
     last = start
 
     def report(progress: Progress) -> None:
         nonlocal last
+        if progress.note:
+            say(f"{progress.source}: {progress.note}")
+            return
         now = time.perf_counter()
         if now - last >= 5:
             last = now

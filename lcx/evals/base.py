@@ -51,6 +51,16 @@ class Scores(NamedTuple):
     correct: np.ndarray
 
 
+class Reply(NamedTuple):
+    """What a model answered in words, and how it `ended`: "stop" (the model's own end, or a stop string), "length" (the limit), or
+    another reason that a server gives. Tokens of prompt and answer are None where a server does not tell."""
+
+    text: str
+    ended: str
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+
+
 def warn_left_out(task: str, lengths: Iterable[int]) -> None:
     """Says that a task is not asked at some lengths."""
     named = " and ".join(f"{length:,}" for length in lengths)

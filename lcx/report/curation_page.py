@@ -66,6 +66,7 @@ def render(report: Mapping[str, Any], config: Mapping[str, Any] | None = None, p
             *((f"Classifier: {name}", _classifier(of), "") for name, of in report.get("scores", {}).items() if "rounds" in of),
             ("Map", _map(report.get("diversity"), points, list(sources)), _map_note(report.get("diversity"))),
             ("Assembled documents", _assembled(report.get("assembled", {})), ""),
+            ("Synthetic documents", _synthesized(report.get("synthesized", {})), ""),
             ("Settings", _settings(config), ""),
         ]
     )
@@ -279,6 +280,48 @@ def _assembled(found: Mapping[str, Any]) -> str:
         )  # fmt: skip
         rows.append((cells, ""))
     return table(("source", "made of", "documents", "text", "median length", "left over"), rows) if rows else ""
+
+
+def _synthesized(found: Mapping[str, Any]) -> str:
+    """What was made of what, at what price, and answers to read."""
+    rows: list[tuple[Sequence[Cell], str]] = []
+    for name, of in found.items():
+        left = sum(one["documents"] for one in of["left_over"].values())
+        made = f"{of.get('task', of['method'])} of {', '.join(of['sources'])}" + (f", by {of['model']}" if "model" in of else "")
+        cells: list[Cell] = [(name, made), f"{of['in']['documents']:,}", f"{of['out']['documents']:,}", size(of["out"]["bytes"])]
+        rows.append(([*cells, *_spent(of), f"{left:,}"], ""))
+    if not rows:
+        return ""
+    heads = ("source", "documents", "written", "text", "requests", "of use", "tokens in → out", "cost", "left over")
+    asked = {name: of for name, of in found.items() if "answers" in of}
+    most = max(1, DOCUMENTS // (4 * max(len(asked), 1)))
+    return table(heads, rows) + "".join(_answers(name, of, most) for name, of in asked.items())
+
+
+def _spent(of: Mapping[str, Any]) -> list[str]:
+    """Requests, answers of use, tokens and cost of a source that a model wrote."""
+    if "answers" not in of:
+        return ["–"] * 4
+    tokens, total = of["tokens"], sum(of["answers"].values())
+    about = "about " if tokens["estimated_requests"] else ""
+    cost = "not known" if of["cost"] is None else f"{of['cost']:,.4g}"
+    used = of["answers"].get("used", 0)
+    return [
+        f"{of['requests']:,}", f"{used / max(total, 1):.1%}", f"{about}{tokens['input']:,} → {tokens['output']:,}", cost,
+    ]  # fmt: skip
+
+
+def _answers(name: str, of: Mapping[str, Any], most: int) -> str:
+    reasons = ", ".join(f"{reason.replace('_', ' ')} {count:,}" for reason, count in of["answers"].items())
+    left = ", ".join(f"{reason.replace('_', ' ')} {one['documents']:,}" for reason, one in of["left_over"].items())
+    shown = ""
+    for used in (True, False):
+        for one in [one for one in of["samples"] if (one["outcome"] == "used") == used][:most]:
+            outcome = one["outcome"].replace("_", " ")
+            shown += document(one["name"], f"{outcome} · what the model saw", one["before"])
+            shown += document("", "what it wrote", one["after"])
+    note = f"answers: {reasons or 'none'}" + (f"; documents left over: {left}" if left else "")
+    return folded(name, shown, note)
 
 
 def _settings(config: Mapping[str, Any] | None) -> str:

@@ -27,7 +27,15 @@ LLAMA = (
     '"num_attention_heads": 4, "max_position_embeddings": 64}'
 )
 
+SYNTHESIS = """
+from lcx.data.curation.config import curated, defaults
+
+def get_config():
+    return defaults({"synthesize": {"new": {"method": "task"}}}, code=curated("long", source={"kind": "stdlib", "limit_bytes": 1}))
+"""
+
 FILES = {
+    "new.py": SYNTHESIS,
     "syntax.py": "def get_config(:\n",
     "empty.py": "x = 1\n",
     "broken.py": "def get_config():\n    return undefined_name\n",
@@ -171,6 +179,11 @@ WRONG = {
     "data curate --config={curation} --out={tmp}/empty.txt": "empty.txt is a file; name a directory with --out",
     "data curate --config={curation} --config.decontaminate.path={tmp}/broken.jsonl --out={new}": "broken.jsonl cannot be read",
     "data curate --config={config} --out={new}": "config has no field",
+    "data curate --config={tmp}/new.py --config.synthesize.new.method=rephrase --out={new}": "but config.generator names none",
+    "data curate --config={tmp}/new.py --config.synthesize.new.method=rephrse --out={new}": "did you mean 'rephrase'",
+    "data curate --config={tmp}/new.py --config.synthesize.new.task.kind=needle --out={new}": "task.kind='needle' is unknown",
+    "data curate --config={tmp}/new.py --config.synthesize.new.rephrase.style=textbook --out={new}": "leave it out or set method=",
+    "data curate --config={tmp}/new.py --config.synthesize.new.task.length=9999999 --out={new}": "use a larger corpus",
     "data inspect --config={config} --stage=lnger": "--stage='lnger' is unknown; did you mean 'longer'",
     "data inspect --config={config} --rows=0": "--rows=0 must be at least 1",
     "data inspect --config={config} --rows=1 --plot={tmp}/mixture.svg": "mixture.svg must end in .png and its directory must",

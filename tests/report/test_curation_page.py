@@ -206,3 +206,28 @@ def test_sizes_are_said_with_three_digits():
     assert [curation_plots.size(size) for size in sizes] == [
         *("0 B", "879 B", "1 KiB", "1.5 KiB", "977 KiB", "1,023 KiB", "50.3 MiB", "3 GiB")
     ]
+
+
+def test_synthetic_documents():
+    counts = {"in": {"documents": 40, "bytes": 4000}, "out": {"documents": 9, "bytes": 900}, "sources": ["a"]}
+    samples = [
+        {"name": "one", "outcome": "used", "before": f"before {EVIL}", "after": f"after {EVIL}"},
+        {"name": "two", "outcome": "cut_off", "before": "asked", "after": "half an ans"},
+    ]
+    synthesized = {
+        "new": {
+            **counts, "method": "rephrase", "model": "m", "left_over": {"not_drawn": {"documents": 31, "bytes": 3100}},
+            "requests": 80, "answers": {"used": 60, "cut_off": 20}, "cost": None, "samples": samples,
+            "tokens": {"input": 12345, "output": 6789, "estimated_requests": 3},
+        },
+        "rows": {**counts, "method": "task", "task": "multikey", "left_over": {}},
+    }  # fmt: skip
+    of = {"source": "stdlib", "read": {"documents": 40, "bytes": 4000}, "kept": {"documents": 40, "bytes": 4000}, "dropped": {}}
+    content = curation_page.render({"sources": {"a": of}, "synthesized": synthesized})
+    found = Page(content).sections["Synthetic documents"]
+    assert found.tables[0][1:] == [
+        ["new rephrase of a, by m", "40", "9", "900 B", "80", "75.0%", "about 12,345 → 6,789", "not known", "31"],
+        ["rows multikey of a", "40", "9", "900 B", "–", "–", "–", "–", "0"],
+    ]
+    assert found.summaries == ["new answers: used 60, cut off 20; documents left over: not drawn 31"]
+    assert f"before {EVIL}" in found.text and "half an ans" in found.text and "<script" not in content

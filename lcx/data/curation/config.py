@@ -19,6 +19,7 @@ from lcx.data.curation.filters import FILTERS
 from lcx.data.curation.scores import ScoreConfig, check_scores
 from lcx.data.curation.select import KeepRule, check_keep
 from lcx.data.curation.settings import FilterSettings, GopherRepetitionSettings, MinHashSettings
+from lcx.data.curation.synthesize.settings import GeneratorConfig, SynthesizeConfig
 
 KINDS = ("stdlib", "text", "jsonl", "parquet", "tfds")
 """Kinds of sources that hold text; chats and prepared datasets are not curated."""
@@ -75,7 +76,7 @@ class CurationConfig:
     `diversity` (None: documents are not compared). Filters come first, so that a document which is dropped anyway never displaces
     another. Of duplicates the first stays: sources in `order` (empty: by name), documents of a source as they are read. A shard of
     the output holds what is left of at least `shard_bytes` of text. `samples`: dropped documents to show for each stage in the
-    report. `assemble`: sources to make of the curated ones.
+    report. `assemble`: sources to make of the curated ones. `synthesize`: sources that a model, the `generator`, makes of both.
     """
 
     sources: dict[str, CuratedSource] = dataclasses.field(default_factory=dict)
@@ -88,12 +89,15 @@ class CurationConfig:
     shard_bytes: int = 1 << 22
     samples: int = 20
     assemble: dict[str, AssembleConfig] = dataclasses.field(default_factory=dict)
+    synthesize: dict[str, SynthesizeConfig] = dataclasses.field(default_factory=dict)
+    generator: GeneratorConfig | None = None
 
     def __post_init__(self) -> None:
         positive("config", shard_bytes=self.shard_bytes)
         if not self.sources:
             raise UserError("config.sources is empty; name at least one source, as in configs/data/long_mixture.py")
-        for where, name in [*(("sources", name) for name in self.sources), *(("assemble", name) for name in self.assemble)]:
+        kinds = {"sources": self.sources, "assemble": self.assemble, "synthesize": self.synthesize}
+        for where, name in ((where, name) for where, named in kinds.items() for name in named):
             if not re.fullmatch(r"\w[\w.-]*", name) or name == "work":
                 raise UserError(
                     f"config.{where} has the name {name!r}, which becomes a folder; use letters, digits, '_' and '-', not 'work'"
@@ -111,6 +115,10 @@ class CurationConfig:
             raise UserError(f"config.samples={self.samples} must not be negative")
         for name, assembly in self.assemble.items():
             self._check_assembly(name, assembly)
+        for name, synthesis in self.synthesize.items():
+            self._check_synthesis(name, synthesis)
+        if self.generator is not None and not any(one.asks for one in self.synthesize.values()):
+            raise UserError("config.generator has no effect, as no source of config.synthesize asks a model; leave it out")
 
     def _check_assembly(self, name: str, config: AssembleConfig) -> None:
         if name in self.sources:
@@ -123,6 +131,17 @@ class CurationConfig:
                     f"config.assemble.{name} puts files of repositories in order, but source {source!r} is of kind {kind!r}, whose "
                     "documents have no paths; use a source of kind 'text'"
                 )
+
+    def _check_synthesis(self, name: str, config: SynthesizeConfig) -> None:
+        if name in self.sources or name in self.assemble:
+            raise UserError(f"config.synthesize has the name {name!r}, which is a source already; use another name")
+        for source in config.sources:
+            choice(f"config.synthesize.{name}.sources", source, (*self.sources, *self.assemble))
+        if config.asks and self.generator is None:
+            raise UserError(
+                f"config.synthesize.{name} asks a model, but config.generator names none; set its endpoint or local, or use "
+                "method='task'"
+            )
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
 import heapq
 import json
 import pathlib
@@ -16,7 +14,8 @@ import numpy as np
 
 from lcx.core.configs import not_negative, positive
 from lcx.core.errors import UserError
-from lcx.core.files import refuse_lfs_pointer, write_atomically
+from lcx.core.files import refuse_lfs_pointer
+from lcx.data.curation.answers import Answers, key_of
 from lcx.data.curation.scores import Corpus, Learner, ScoreConfig, ScorerFactory, build_scorers, score
 
 RUBRIC = """Grade how much a language model would learn from the text below.
@@ -123,11 +122,6 @@ class Labels(dict[str, bool]):
         self.texts, self.counts = dict(texts), dict(counts)
 
 
-def key_of(text: str) -> str:
-    """What a text is known by."""
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-
-
 def from_file(config: FileLabels, corpus: Corpus) -> Labels:
     """Labels of a file; raises `UserError` for one that cannot be read or is about no document."""
     by_name: dict[str, bool] = {}
@@ -163,7 +157,7 @@ def from_endpoint(config: EndpointLabels, corpus: Corpus, ask: Ask, folder: path
     sample = _sample(corpus, config.documents, lambda text: excerpt(text, config.excerpt_chars))
     prompts = {key: f"{config.rubric}\n\nText:\n{part}\n\nGrade:" for key, part in sample}
     path = pathlib.Path(config.cache).expanduser() if config.cache else folder / ANSWERS
-    cache = _Answers(path)
+    cache = Answers(path)
     places = {key: key_of(f"{config.model}\0{prompt}") for key, prompt in prompts.items()}
     missing = [key for key in prompts if places[key] not in cache.known]
     asked = len(missing)
@@ -172,7 +166,7 @@ def from_endpoint(config: EndpointLabels, corpus: Corpus, ask: Ask, folder: path
             for answers in ask([prompts[key] for key in missing]):
                 for number, answer in answers.items():
                     cache.add(places[missing[number]], answer)
-        cache.rewrite()
+    cache.rewrite()
     grades = {key: grade_of(cache.known.get(place, "")) for key, place in places.items()}
     found = {key: grade >= config.threshold for key, grade in grades.items() if grade is not None}
     unread = len(grades) - len(found)
@@ -254,35 +248,3 @@ def _rows(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
                     yield number, row
     except (OSError, ValueError) as error:
         raise UserError(f"labels.file.path={path!r} cannot be read ({error}); name a JSONL file of labels") from error
-
-
-class _Answers:
-    """A JSONL file of answers by key, which grows as they come, so that a killed run has not paid in vain."""
-
-    def __init__(self, path: pathlib.Path) -> None:
-        self._path, self.known = path, {}
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError):  # the last line of a killed run may be torn
-                    row = json.loads(line)
-                    self.known[row["key"]] = row["answer"]
-
-    @contextlib.contextmanager
-    def open(self) -> Iterator[None]:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        torn = self._path.exists() and not self._path.read_bytes().endswith(b"\n")
-        with self._path.open("a", encoding="utf-8") as self._file:
-            self._file.write("\n" if torn else "")
-            yield
-
-    def add(self, key: str, answer: str) -> None:
-        self.known[key] = answer
-        self._file.write(self._line(key))
-        self._file.flush()
-
-    def rewrite(self) -> None:
-        """Write it again in order of the keys, so that its bytes do not depend on who answered first."""
-        write_atomically(self._path, "".join(map(self._line, sorted(self.known))))
-
-    def _line(self, key: str) -> str:
-        return json.dumps({"key": key, "answer": self.known[key]}, ensure_ascii=False) + "\n"

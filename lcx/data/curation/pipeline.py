@@ -1,4 +1,4 @@
-"""From sources to curated JSONL files: read, judge documents by themselves, compare and score the rest, write, assemble.
+"""From sources to curated JSONL files: read, judge documents by themselves, compare and score the rest, write, make new sources.
 
 Layout of the folder: `curation.json` (whose folder it is), `SOURCE/00000.jsonl`, … (what stays), `report.json` (written last: where
 it is, all is done), and until then `work/`, where each judged shard is kept; a rerun after a kill takes shards from there. Bytes
@@ -34,23 +34,32 @@ from lcx.data.curation.labels import AskFactory
 from lcx.data.curation.scores import Learner, Scorer, ScorerFactory, build_scorers
 from lcx.data.curation.shard import Shard, Unreadable, judge
 from lcx.data.curation.store import FORMAT, REPORT, WORK, Documents, Drop, Drops, Stored, claimed, to_json
+from lcx.data.curation.synthesize.generator import GeneratorFactory
+from lcx.data.curation.synthesize.settings import identity
+from lcx.data.curation.synthesize.stage import Synthesizer
 from lcx.data.curation.tally import SAMPLE_CHARS, Tally
 from lcx.data.curation.workers import Runner, ordered
 from lcx.data.sources import documents
 
+SYNTHESIS = ("synthesize", "generator", "generated_with")
+"""What only the last stage depends on."""
 SHARD_DOCUMENTS = 1 << 14
 """Documents after which a shard ends, however small they are."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """What has been judged, or whatever else is `done`: shards and bytes of text, and bytes in this start, not an earlier one."""
+    """What has been judged, or whatever else is `done`: shards and bytes of text, and bytes in this start, not an earlier one.
+
+    A `note` is to be said as it is.
+    """
 
     source: str
     shards: int
     bytes: int
     fresh_bytes: int
     done: str = "judged"
+    note: str = ""
 
 
 def curate(
@@ -62,13 +71,17 @@ def curate(
     embedders: Mapping[str, EmbedderFactory] | None = None,
     ask: AskFactory | None = None,
     run: Runner | None = None,
+    generator: GeneratorFactory | None = None,
+    dry_run: bool = False,
 ) -> dict[str, Any]:
     """Curate the sources into `out_dir` and return the content of its `report.json`.
 
     `report` is called after every shard. `scorers`: kinds of scores beside `quality`; `embedders`: that of `hidden`, which needs a
-    model; `ask`: asks an endpoint; `run`: judges shards elsewhere than in `workers` processes (`lcx.data.curation.cluster`). Raises
-    `UserError` for a source without documents, an evaluation file that cannot be read, a kind of score or an embedding that is not
-    there, a folder that holds something else or is being written, sources that changed in between, and a disk that is full.
+    model; `ask`: asks an endpoint; `run`: judges shards elsewhere than in `workers` processes (`lcx.data.curation.cluster`);
+    `generator`: builds the model that synthesis asks. With `dry_run` the model is not asked: unless all is done already, what
+    comes back has `requests`, by source what it would be asked, and the next start goes on from there. Raises `UserError` for a
+    source without documents, an evaluation file that cannot be read, a kind of score, an embedding or a model that is not there, a
+    folder that holds something else or is being written, sources that changed in between, and a disk that is full.
     """
     if workers < 1:
         raise UserError(f"workers={workers} must be at least 1")
@@ -79,11 +92,18 @@ def curate(
     built = build_scorers(config.scores, {"quality": quality.factory(others, embedders or {}, ask), **others})
     embedder = build_embedder(config.diversity.embedding, embedders) if config.diversity else None
     assembler = Assembler(config.assemble, embedders or {})
-    identity = _identity(config, forbidden, built, embedder, assembler)
+    synthesizer = Synthesizer(config.synthesize, config.generator, generator)
+    own = _identity(config, forbidden, built, embedder, assembler, synthesizer)
     try:
-        with claimed(folder, identity):
+        with claimed(folder, own, late=SYNTHESIS):
             if not (folder / REPORT).exists():
-                _Curation(config, folder, forbidden, built, embedder, assembler, workers, run, report or _say_nothing).run()
+                curation = _Curation(
+                    config, folder, forbidden, built, embedder, assembler, synthesizer, workers, run, report or _say_nothing
+                )
+                content = curation.run(dry_run)
+                if dry_run:
+                    return content
+                write_atomically(folder / REPORT, to_json(content))
             shutil.rmtree(folder / WORK, ignore_errors=True)
             return json.loads((folder / REPORT).read_bytes())
     except OSError as error:
@@ -103,6 +123,7 @@ class _Curation:
         scorers: Mapping[str, Scorer | Learner],
         embedder: Embedder | None,
         assembler: Assembler,
+        synthesizer: Synthesizer,
         workers: int,
         run: Runner | None,
         report: Callable[[Progress], None],
@@ -110,13 +131,14 @@ class _Curation:
         self._config, self._folder, self._workers, self._report = config, folder, workers, report
         self._ordered = run or functools.partial(ordered, workers=workers)
         self._forbidden, self._scorers, self._embedder = forbidden, scorers, embedder
-        self._assembler = assembler
+        self._assembler, self._synthesizer = assembler, synthesizer
         self._forbidden_path = folder / WORK / "forbidden.npz"
         self._tallies = {name: Tally(config.samples) for name in config.names}
         self._shards: list[Stored] = []
         self._bytes = self._fresh = 0
 
-    def run(self) -> None:
+    def run(self, dry_run: bool) -> dict[str, Any]:
+        """All stages; the content of the report, or in a dry run what would be asked."""
         (self._folder / WORK).mkdir(exist_ok=True)
         if self._forbidden is not None:
             self._forbidden.save(self._forbidden_path)
@@ -135,10 +157,14 @@ class _Curation:
         content = self._content(kept, scored)
         if diversified is not None:
             content["diversity"] = diversified.report()
+        names, folder, work, shard = self._config.names, self._folder, self._folder / WORK, self._config.shard_bytes
         if self._config.assemble:
-            shard = self._config.shard_bytes
-            content["assembled"] = self._assembler.run(self._config.names, self._folder, self._folder / WORK, self._workers, shard)
-        write_atomically(self._folder / REPORT, to_json(content))
+            content["assembled"] = self._assembler.run(names, folder, work, self._workers, shard)
+        if dry_run:
+            return {"requests": self._synthesizer.count(names, folder, work)}
+        if self._config.synthesize:
+            content["synthesized"] = self._synthesizer.run(names, folder, work, shard, self._config.samples, self._note)
+        return content
 
     def _judge(self) -> None:
         """Judge the shards that are not yet in `work/`, and count all of them."""
@@ -208,6 +234,9 @@ class _Curation:
 
     def _step(self, source: str, done: str, shards: int, size: int, fresh: int) -> None:
         self._report(Progress(source, shards, size, fresh, done))
+
+    def _note(self, source: str, note: str) -> None:
+        self._report(Progress(source, len(self._shards), self._bytes, self._fresh, note=note))
 
     def _duplicates(self, left: Documents) -> Drops:
         """The duplicates among all documents, which are no longer `left`."""
@@ -296,13 +325,16 @@ def _identity(
     scorers: Mapping[str, Scorer | Learner],
     embedder: Embedder | None,
     assembler: Assembler,
+    synthesizer: Synthesizer,
 ) -> dict[str, Any]:
     """What the bytes of the folder depend on."""
     return {
         "format": FORMAT,
         **plain(config),
+        **identity(config.synthesize, config.generator),
         "forbidden": forbidden.fingerprint if forbidden else None,
         "scorers": {name: scorer.fingerprint for name, scorer in scorers.items()},
         "embedder": embedder.fingerprint if embedder else None,
         "assembled_with": assembler.fingerprints,
+        "generated_with": synthesizer.fingerprint,
     }

@@ -74,8 +74,11 @@ class Stored:
 
 
 @contextlib.contextmanager
-def claimed(folder: pathlib.Path, identity: dict[str, Any]) -> Iterator[None]:
-    """Hold the folder, marked as that of this curation, for the time of the body."""
+def claimed(folder: pathlib.Path, identity: dict[str, Any], late: Sequence[str] = ()) -> Iterator[None]:
+    """Hold the folder, marked as that of this curation, for the time of the body.
+
+    Until the report is there, the values of `late` may change from start to start: nothing else in the folder depends on them.
+    """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; name a directory with --out")
     path = folder / META
@@ -91,12 +94,17 @@ def claimed(folder: pathlib.Path, identity: dict[str, Any]) -> Iterator[None]:
         there = json.loads(path.read_bytes()) if path.exists() else None
         # A start that judged no shard, because of a wrong path perhaps, leaves the folder to any config.
         begun = (folder / REPORT).exists() or any((folder / WORK).glob("*/*.json"))
-        if begun and there is not None and there != identity:
-            difference = _difference("config", there, identity)
+        changeable = () if (folder / REPORT).exists() else late
+        if begun and there is not None and _without(changeable, there) != _without(changeable, identity):
+            difference = _difference("config", _without(changeable, there), _without(changeable, identity))
             raise UserError(f"{folder} holds another curation ({difference}); use a new folder or delete it")
         if there != identity:
             write_atomically(path, to_json(identity))
         yield
+
+
+def _without(names: Sequence[str], identity: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in identity.items() if name not in names}
 
 
 def to_json(content: dict[str, Any]) -> bytes:

@@ -8,17 +8,18 @@ import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from lcx.core.errors import UserError
 from lcx.core.extras import library
-from lcx.evals.base import Item, Scores
+from lcx.evals.base import Item, Reply, Scores
 from lcx.evals.config import EndpointConfig
 
 
 class EndpointBackend:
-    """Answers in words from a server, greedily."""
+    """Answers in words from a server."""
 
     scheme = "none"
 
@@ -32,13 +33,21 @@ class EndpointBackend:
         self.fingerprint = hashlib.sha256(named.encode()).hexdigest()[:16]
 
     def complete(self, items: Sequence[Item], new_tokens: int) -> Iterator[dict[int, str]]:
-        """The text after each prompt, as it comes; raises `UserError` if the server does not give one in spite of all retries.
+        """The text after each prompt, greedily, as it comes; raises what `replies` does."""
+        for found in self.replies(items, new_tokens):
+            yield {number: reply.text for number, reply in found.items()}
 
-        What other requests that are open by then bring comes first.
+    def replies(
+        self, items: Sequence[Item], new_tokens: int, temperature: float = 0.0, stop: Sequence[str] = ()
+    ) -> Iterator[dict[int, Reply]]:
+        """What the server says to each prompt, as it comes; raises `UserError` if it does not answer in spite of all retries.
+
+        What other requests that are open by then bring comes first. At a `temperature` each request has a seed, which depends on
+        its words; not every server heeds it.
         """
-        failed = None
+        failed, more = None, {"temperature": temperature, **({"stop": list(stop)} if stop else {})}
         with concurrent.futures.ThreadPoolExecutor(self._config.concurrency) as pool:
-            asked = {pool.submit(self._ask, item, new_tokens): number for number, item in enumerate(items)}
+            asked = {pool.submit(self._ask, item, new_tokens, more): number for number, item in enumerate(items)}
             waiting = set(asked)
             try:
                 while waiting:
@@ -63,22 +72,38 @@ class EndpointBackend:
         """Raises `UserError`: servers answer in words."""
         raise UserError(f"{self._config.url} answers in words, not in tokens; leave out tasks that need tokens")
 
-    def _ask(self, item: Item, new_tokens: int) -> str:
-        config, common = self._config, {"model": self._config.model, "max_tokens": new_tokens, "temperature": 0}
+    def _ask(self, item: Item, new_tokens: int, more: dict[str, Any]) -> Reply:
+        config, common = self._config, {"model": self._config.model, "max_tokens": new_tokens, **more}
+        if more["temperature"]:
+            common["seed"] = int(hashlib.sha256(item.text.encode("utf-8", "surrogatepass")).hexdigest()[:7], 16)
         try:
             if config.api == "chat":
                 *before, last = item.turns
                 roles = zip(itertools.cycle(("user", "assistant")), (*before, last + item.prefix), strict=False)
                 messages = [{"role": role, "content": text} for role, text in roles]
-                return self._client.chat.completions.create(messages=messages, **common).choices[0].message.content or ""
+                found = self._client.chat.completions.create(messages=messages, **common)
+                return _reply(found, found.choices[0], found.choices[0].message.content or "")
             prompt = item.prompt.tolist() if config.api == "tokens" else item.text
-            return self._client.completions.create(prompt=prompt, **common).choices[0].text
+            found = self._client.completions.create(prompt=prompt, **common)
+            return _reply(found, found.choices[0], found.choices[0].text)
         except self._openai.APITimeoutError as error:
-            raise UserError(f"{config.url} gave no answer within {config.timeout:g} s; raise --timeout") from error
+            raise UserError(
+                f"{config.url} gave no answer within {config.timeout:g} s; raise --timeout, or timeout in a config"
+            ) from error
         except self._openai.APIStatusError as error:
             raise UserError(f"{config.url} answered {error.status_code} ({_said(error)}); {_way_out(error.status_code)}") from error
         except self._openai.APIConnectionError as error:
             raise UserError(f"{config.url} cannot be reached ({error.__cause__ or error}); is the server running?") from error
+        except (self._openai.APIError, AttributeError, IndexError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{config.url} does not answer as OpenAI's protocol says ({_said(error)}); check the address"
+            ) from error
+
+
+def _reply(found: Any, choice: Any, text: str) -> Reply:
+    used = getattr(found, "usage", None)
+    counts = (getattr(used, name, None) for name in ("prompt_tokens", "completion_tokens"))
+    return Reply(text, getattr(choice, "finish_reason", None) or "stop", *counts)
 
 
 def _said(error: Exception) -> str:

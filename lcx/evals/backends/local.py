@@ -22,12 +22,13 @@ from lcx.core.trees import Tree
 from lcx.data.tokenizers.stream import Stream
 from lcx.data.tokenizers.tokenizers import Tokenizer
 from lcx.evals.backends.branches import branches
-from lcx.evals.base import Item, Scores
+from lcx.evals.base import Item, Reply, Scores
 from lcx.model.architecture import Architecture, build_architecture, row_layout
 from lcx.model.config import ModelConfig
 from lcx.model.decode import CHUNK, Prefix, generate, prefill
 from lcx.model.execution import ExecutionConfig
 from lcx.model.loss import token_losses
+from lcx.model.sampling import GREEDY, Sampling
 from lcx.model.transformer import hidden_states
 from lcx.positions.scheme import Scheme
 
@@ -125,6 +126,16 @@ class LocalBackend:
 
         A text ends before the first of `until` in it, too.
         """
+        for found in self.replies(items, new_tokens, until):
+            yield {number: reply.text for number, reply in found.items()}
+
+    def replies(
+        self, items: Sequence[Item], new_tokens: int, until: Sequence[str] = (), sampling: Sampling = GREEDY
+    ) -> Iterator[dict[int, Reply]]:
+        """As `complete`, with how each text ended and its tokens.
+
+        What is drawn, unless greedily, depends on a row's place among those that are answered side by side.
+        """
         prompts = [item.prompt for item in items]
         chunk = round_up(min(CHUNK, max(64, self._length // 8)), self._context)
         # A prefix and what follows it are padded to whole chunks each.
@@ -138,8 +149,8 @@ class LocalBackend:
             while numbers:
                 count = self._side_by_side([len(prompts[i]) - shared for i in numbers[: self.rows]], chunk if shared else None)
                 here, numbers = numbers[:count], numbers[count:]
-                texts = self._continued([prompts[i] for i in here], new_tokens, slots, chunk, prefix, until)
-                yield dict(zip(here, texts, strict=True))
+                found = self._continued([prompts[i] for i in here], new_tokens, slots, chunk, prefix, until, sampling)
+                yield dict(zip(here, found, strict=True))
 
     def _side_by_side(self, lengths: Sequence[int], chunk: int | None) -> int:
         """How many of the prompts, longest first, are answered together: behind a prefix, those padded by up to a `chunk`."""
@@ -153,9 +164,10 @@ class LocalBackend:
         return min(chunk, round_up(max(16, 1 << (tokens - 1).bit_length()), self._context))
 
     def _continued(
-        self, prompts: Sequence[np.ndarray], new_tokens: int, slots: int, chunk: int, prefix: Prefix | None, until: Sequence[str]
-    ) -> list[str]:
-        """The texts after prompts that are answered side by side."""
+        self, prompts: Sequence[np.ndarray], new_tokens: int, slots: int, chunk: int, prefix: Prefix | None, until: Sequence[str],
+        sampling: Sampling,
+    ) -> list[Reply]:  # fmt: skip
+        """What follows prompts that are answered side by side."""
         assert self._tokenizer is not None
         own = () if self._tokenizer.eos_id is None else (self._tokenizer.eos_id,)
         stops, shared = (*own, *self._stop_ids), 0 if prefix is None else len(prefix.tokens)
@@ -166,12 +178,20 @@ class LocalBackend:
         fill = [prompts[0][: shared + 1]] * (rows - len(prompts))
         with mesh_of(self._params):
             found = generate(
-                self._params, self._buffers, self._arch, [*prompts, *fill], new_tokens, stop_ids=stops, slots=slots, prefix=prefix,
+                self._params, self._buffers, self._arch, [*prompts, *fill], new_tokens,
+                sampling=sampling, stop_ids=stops, slots=slots, prefix=prefix,
                 chunk=self._width(max(map(len, prompts)) - shared, chunk) if shared else chunk,
                 on_token=_Ends(len(prompts), until, self._tokenizer),
             )  # fmt: skip
-        texts = (self._tokenizer.decode(row[:-1] if len(row) and row[-1] in stops else row) for row in found[: len(prompts)])
-        return [text[: min((at for stop in until if (at := text.find(stop)) >= 0), default=len(text))] for text in texts]
+        return [self._reply(prompt, row, stops, until) for prompt, row in zip(prompts, found, strict=False)]
+
+    def _reply(self, prompt: np.ndarray, row: np.ndarray, stops: Sequence[int], until: Sequence[str]) -> Reply:
+        """A row of new tokens in words."""
+        assert self._tokenizer is not None
+        ended = len(row) > 0 and row[-1] in stops
+        text = self._tokenizer.decode(row[:-1] if ended else row)
+        at = min((at for stop in until if (at := text.find(stop)) >= 0), default=None)
+        return Reply(text[:at], "length" if at is None and not ended else "stop", len(prompt), len(row))
 
     @functools.cached_property
     def fingerprint(self) -> str:
