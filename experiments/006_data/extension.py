@@ -31,11 +31,12 @@ from lcx.data.sources.prepared import open_prepared
 from lcx.data.tasks.base import TaskConfig
 from lcx.data.tasks.table import make_task
 from lcx.data.tokenizers import tokenizers
+from lcx.evals.base import Item
 from lcx.evals.config import EvalConfig
 from lcx.evals.results import perplexity
 from lcx.positions.theta import critical_base
 from lcx.recipes.models import initial_weights
-from lcx.recipes.recipe import defaults, evaluate_loaded, part, recipe
+from lcx.recipes.recipe import backend_of, defaults, evaluate_loaded, part, recipe
 from lcx.report import markdown
 from lcx.training.checkpoints import Loaded, load_params
 from lcx.training.loop import train
@@ -163,15 +164,27 @@ def measure(loaded: Loaded, folder: Path) -> dict[str, dict[int, float]]:
     config.data.heldout_fraction = 0.99
     config.data.parts = {
         "text": part(source=source),
-        **{name: part(kind=kind, source=source, task=dataclasses.asdict(settings(name))) for name, kind in TASKS.items()},
+        "needles": part(kind=TASKS["needles"], source=source, task=dataclasses.asdict(settings("needles"))),
     }
     loaded = dataclasses.replace(loaded, run=dataclasses.replace(loaded.run, data=recipe(config).run.data))
-    evals = EvalConfig(("needles",), LENGTHS, needle_items=20)
-    found = {name: evaluate_loaded(loaded, dataclasses.replace(evals, task=name), name, None).by_length() for name in TASKS}
-    losses = evaluate_loaded(
-        loaded, dataclasses.replace(evals, tasks=("perplexity",), perplexity_tokens=1 << 17), "perplexity", None
-    )
-    return {**found, "perplexity": {n: perplexity(losses.value(metric="nll", length=n)) for n in LENGTHS}}
+    evals = EvalConfig(("needles", "perplexity"), LENGTHS, needle_items=20, perplexity_tokens=1 << 17)
+    found = evaluate_loaded(loaded, evals, "extension", None)
+    return {
+        "needles": {n: found.value(task="needles", length=n) for n in LENGTHS},
+        "tracking": {n: chains_followed(loaded, folder, n) for n in LENGTHS},
+        "perplexity": {n: perplexity(found.value(metric="nll", length=n)) for n in LENGTHS},
+    }
+
+
+def chains_followed(loaded: Loaded, folder: Path, length: int) -> float:
+    """The share of 100 rows whose last question, at a random place's chain, gets the right value."""
+    tokenizer = tokenizers.load("bytes")
+    haystack = sources.split(sources.load(SourceConfig("jsonl", str(folder / "heldout.jsonl")), tokenizer), 0.0, "train")
+    task = make_task(TASKS["tracking"], settings("tracking"), tokenizer)
+    samples = task.sample(np.random.default_rng([1, length]), length - 1, haystack, 100)
+    start, end = samples.answer_start, samples.answer_start + samples.answer_length
+    scores = backend_of(loaded, length).loglikelihood([Item(row[:start], row[start:end]) for row in samples.tokens])
+    return float(np.mean([np.all(one.correct) for one in scores]))
 
 
 def run(folder: Path, seeds: int) -> Iterator[dict]:
