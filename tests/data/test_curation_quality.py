@@ -237,7 +237,7 @@ def test_an_endpoint_is_asked_once(planted, tmp_path):
     settings = {"labels": {"endpoint": ENDPOINT}, "embedding": {"kind": "hashed"}}
     config, model = config_of(planted, settings, "0[0-4]*.txt"), Model(nonsense=3)
     found = curate(config, tmp_path / "out", ask=model)["scores"]["quality"]["labels"]
-    assert (found["from"], found["model"], found["asked"], found["unread"], found["used"]) == ("endpoint", "m", 60, 3, 57)
+    assert (found["from"], found["model"], found["requests"], found["unread"], found["used"]) == ("endpoint", "m", 60, 3, 57)
     assert found["grades"]["4"] + found["grades"]["1"] == 57 and len(set(model.asked)) == 60
     cached = (tmp_path / "out" / labels.ANSWERS).read_bytes()
     assert len(cached.splitlines()) == 60
@@ -245,7 +245,8 @@ def test_an_endpoint_is_asked_once(planted, tmp_path):
     (tmp_path / "cache.jsonl").write_bytes(cached[:-5])
     other = config_of(planted, {**settings, "labels": {"endpoint": ENDPOINT | {"cache": f"{tmp_path}/cache.jsonl"}}}, "0[0-4]*.txt")
     again = Model()
-    assert curate(other, tmp_path / "again", ask=again)["scores"]["quality"]["labels"]["asked"] == 1 == len(again.asked)
+    # What the report says does not depend on who had been asked before.
+    assert curate(other, tmp_path / "again", ask=again)["scores"]["quality"]["labels"] == found and len(again.asked) == 1
     assert len((tmp_path / "cache.jsonl").read_bytes().splitlines()) == 60
 
 

@@ -160,7 +160,6 @@ def from_endpoint(config: EndpointLabels, corpus: Corpus, ask: Ask, folder: path
     cache = Answers(path)
     places = {key: key_of(f"{config.model}\0{prompt}") for key, prompt in prompts.items()}
     missing = [key for key in prompts if places[key] not in cache.known]
-    asked = len(missing)
     if missing:
         with cache.open():
             for answers in ask([prompts[key] for key in missing]):
@@ -177,7 +176,9 @@ def from_endpoint(config: EndpointLabels, corpus: Corpus, ask: Ask, folder: path
             "labels.endpoint.rubric or the model"
         )
     shares = {str(grade): sum(one is not None and round(one) == grade for one in grades.values()) for grade in range(6)}
-    return Labels(found, {}, {"from": "endpoint", "model": config.model, "asked": asked, "unread": unread, "grades": shares})
+    return Labels(
+        found, {}, {"from": "endpoint", "model": config.model, "requests": len(grades), "unread": unread, "grades": shares}
+    )
 
 
 def from_score(config: ScoreLabels, corpus: Corpus, factories: Mapping[str, ScorerFactory]) -> Labels:
