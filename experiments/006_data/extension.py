@@ -50,7 +50,7 @@ QUERIES = {"needles": 4, "tracking": 3}
 """Needles or chains, each of them asked for, per 256 bytes."""
 SHARES = {"text": 0.4, "needles": 0.3, "tracking": 0.3}
 ANSWER_WEIGHT, HOPS = 10.0, 1
-LENGTHS = (256, 512, 1024, 2048)
+LENGTHS = (SHORT, LONG)
 MIXTURES = {
     "whole books, long questions": (LONG, LONG),
     "whole books, short questions": (LONG, SHORT),
@@ -167,7 +167,7 @@ def measure(loaded: Loaded, folder: Path) -> dict[str, dict[int, float]]:
         "needles": part(kind=TASKS["needles"], source=source, task=dataclasses.asdict(settings("needles"))),
     }
     loaded = dataclasses.replace(loaded, run=dataclasses.replace(loaded.run, data=recipe(config).run.data))
-    evals = EvalConfig(("needles", "perplexity"), LENGTHS, needle_items=20, perplexity_tokens=1 << 17)
+    evals = EvalConfig(("needles", "perplexity"), LENGTHS, needle_items=20, perplexity_tokens=1 << 16)
     found = evaluate_loaded(loaded, evals, "extension", None)
     return {
         "needles": {n: found.value(task="needles", length=n) for n in LENGTHS},
