@@ -1,7 +1,8 @@
 """Eight host devices, exact matrix products, and no silent rank promotion in every test.
 
-Programs are compiled without LLVM's optimisations, which is most of what the tests would wait for; notebooks and the main job of
-`.ci/run` have them. What one process of a test run has compiled, the others read.
+Programs are compiled without LLVM's optimisations and, for the CPU, without XLA's newer way to emit fusions, which are most of what
+the tests would wait for; notebooks and the main job of `.ci/run` have both. What one process of a test run has compiled, the others
+read.
 """
 
 import atexit
@@ -14,6 +15,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 if "xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]:
     os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # Workers and the commands that tests start find it set.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="lcx-tests-")

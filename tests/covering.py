@@ -1,4 +1,4 @@
-"""Pairwise covering arrays: every two settings of every two options meet in at least one row."""
+"""Pairwise covering arrays: every two settings of every two options meet in at least one row; or each setting, in fewer rows."""
 
 from __future__ import annotations
 
@@ -35,3 +35,17 @@ def pairwise(options: Mapping[str, Sequence[Hashable]], allowed: Callable[[Row],
             missing.pop(pair, None)
         rows.append({name: row[name] for name in options})
     return rows
+
+
+def each_setting(rows: Sequence[Row], cost: Callable[[Row], float]) -> list[Row]:
+    """Some of the rows, the same ones at every call, in which each setting of each option occurs; cheap ones rather than few.
+
+    Greedy: the next row is the one with the most missing settings for its cost, and of equal ones the first.
+    """
+    missing = {setting for row in rows for setting in row.items()}
+    chosen: list[Row] = []
+    while missing:
+        best = max(rows, key=lambda row: len(missing & row.items()) / cost(row))
+        missing -= best.items()
+        chosen.append(best)
+    return chosen

@@ -132,8 +132,8 @@ def check(found: np.ndarray, documents: np.ndarray) -> None:
         assert not len(deaf), f"{packing}: the output at {deaf[0][0]} does not depend on the token at {deaf[0][1]}"
 
 
-QUICK = ("rope", "alibi", "self_extend", "learned")
-"""One of each way to tell positions."""
+QUICK = ("alibi", "self_extend", "learned")
+"""One of each way to tell positions; rope, which is the fourth, is quick with the blockwise kernel."""
 
 
 @pytest.mark.parametrize("name", mostly_slow(SCHEMES, QUICK))

@@ -68,21 +68,28 @@ def pulled(run, q, k, v, do):
     return o, pull(do)
 
 
-@pytest.mark.parametrize("name", ["v5e:2x2", "v5p:2x2x1", pytest.param("v6e:2x2x1", marks=pytest.mark.slow)])
+KERNELS = [
+    (128, jnp.bfloat16, {"mask": Mask()}),
+    (
+        64,
+        jnp.float32,
+        {
+            "mask": Mask(window=300, prefix=True, band=Band(1, 7, 8)),
+            "softcap": 5.0,
+            "bias": AlibiBias(),
+            "bias_params": {"slopes": jnp.ones(8)},
+        },
+    ),
+]
+QUICK = {("v5p:2x2x1", 128), ("v5e:2x2", 64)}
+
+
 @pytest.mark.parametrize(
-    ("head_dim", "dtype", "options"),
+    ("name", "head_dim", "dtype", "options"),
     [
-        (128, jnp.bfloat16, {"mask": Mask()}),
-        (
-            64,
-            jnp.float32,
-            {
-                "mask": Mask(window=300, prefix=True, band=Band(1, 7, 8)),
-                "softcap": 5.0,
-                "bias": AlibiBias(),
-                "bias_params": {"slopes": jnp.ones(8)},
-            },
-        ),
+        pytest.param(name, *case, marks=[pytest.mark.slow] * ((name, case[0]) not in QUICK))
+        for name in ("v5e:2x2", "v5p:2x2x1", "v6e:2x2x1")
+        for case in KERNELS
     ],
 )
 def test_kernels_compile(name, head_dim, dtype, options):

@@ -99,6 +99,7 @@ def test_walk_visits_what_is_seen_once_and_masks_what_is_seen_in_part(case, mask
         assert (unmasked + masked).sum() == some.sum() and unmasked.sum() == whole.sum()
 
 
+@pytest.mark.slow
 def test_ring_of_flash_equals_dense():
     check_ring("flash gpu", 2)
 
@@ -125,9 +126,21 @@ def triton_calls(text):
     return [line for line in text.splitlines() if "custom_call @__gpu$xla.gpu.triton" in line]
 
 
-@pytest.mark.parametrize("options", [{"mask": Mask()}, ALL], ids=["plain", "all"])
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("head_dim", [pytest.param(64, marks=pytest.mark.slow), 96, pytest.param(128, marks=pytest.mark.slow)])
+QUICK = {(96, jnp.bfloat16, "plain"), (96, jnp.float32, "all")}
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "options"),
+    [
+        pytest.param(
+            head_dim, dtype, options, id=f"{head_dim}-{dtype.__name__}-{name}",
+            marks=[pytest.mark.slow] * ((head_dim, dtype, name) not in QUICK),
+        )
+        for head_dim in (64, 96, 128)
+        for dtype in (jnp.bfloat16, jnp.float32)
+        for name, options in (("plain", {"mask": Mask()}), ("all", ALL))
+    ],
+)  # fmt: skip
 def test_lowers_to_triton(head_dim, dtype, options):
     q, k = (jax.ShapeDtypeStruct((2, 1000, heads, head_dim), dtype) for heads in (8, 2))
     token = jax.ShapeDtypeStruct((2, 1000), jnp.int32)

@@ -7,35 +7,27 @@ import pytest
 
 from lcx import api
 from lcx.cli.main import main
-from tests.cli.test_wrong_inputs import CONFIG
 
 SPEEDS = r"prefill [\d,]+ tokens/s, decode [\d,.]+ tokens/s \(excluding [\d.]+ s of compilation and setup\)"
 FIGURES = rf"\d+ prompt tokens, \d+ new; {SPEEDS}"
 
 
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("generate") / "run"
-    main(["train", f"--config={CONFIG}", f"--workdir={folder}"])
-    return folder
-
-
 @pytest.fixture
-def lcx(workdir, capsys):
-    def run(*words):
-        main(["generate", f"--checkpoint={workdir}", *words])
+def lcx(run, capsys):
+    def generate(*words):
+        main(["generate", f"--checkpoint={run}", *words])
         return capsys.readouterr()
 
-    return run
+    return generate
 
 
-def test_only_text_is_written_to_standard_output(lcx, workdir):
+def test_only_text_is_written_to_standard_output(lcx, run):
     written = lcx("--prompt=def f(x):", "--max_new_tokens=20")
     assert re.fullmatch(FIGURES, written.err.strip()) and "9 prompt tokens, 20 new" in written.err
-    assert written.out == api.generate(api.load(workdir), ["def f(x):"], max_new_tokens=20)[0].text + "\n"
+    assert written.out == api.generate(api.load(run), ["def f(x):"], max_new_tokens=20)[0].text + "\n"
 
 
-def test_several_prompts_are_labelled_and_seeds_repeat(lcx, workdir, tmp_path):
+def test_several_prompts_are_labelled_and_seeds_repeat(lcx, run, tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in ("import os", "class A")))
     words = (f"--prompt_file={file}", "--prompt=x = 1", "--max_new_tokens=12", "--temperature=1", "--top_k=40", "--seed=5")
@@ -44,7 +36,7 @@ def test_several_prompts_are_labelled_and_seeds_repeat(lcx, workdir, tmp_path):
     assert once.out == again.out and once.out.endswith("\n\n")
     assert "21 prompt tokens, 36 new" in once.err
     prompts, sampled = ["x = 1", "import os", "class A"], {"temperature": 1.0, "top_k": 40, "seed": 5}
-    completions = api.generate(api.load(workdir), prompts, max_new_tokens=12, **sampled)
+    completions = api.generate(api.load(run), prompts, max_new_tokens=12, **sampled)
     assert once.out == "".join(f"{completion.text}\n\n" for completion in completions)
 
 
@@ -55,5 +47,6 @@ def test_a_mesh_gives_the_same_text(lcx):
     assert alone == split != ""
 
 
+@pytest.mark.slow
 def test_more_than_was_trained_is_remarked(lcx):
     assert "add up to 133, but the weights were trained up to 128" in lcx("--prompt=" + "y" * 130, "--max_new_tokens=3").err

@@ -3,7 +3,6 @@
 import base64
 import contextlib
 import hashlib
-import os
 import shlex
 import shutil
 import subprocess
@@ -13,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from lcx.cli.main import main
+from tests.cli.command import CONFIG, lcx
 
-CONFIG = Path(__file__).parent / "tiny.py"
 CURATION = Path(__file__).parents[2] / "configs" / "data" / "long_mixture.py"
 
 TINY = "from tests.cli import tiny\n\ndef get_config():\n    c = tiny.get_config()\n    {}\n    return c\n"
@@ -305,22 +304,6 @@ WRONG = {
 }
 
 
-def lcx(words, limit=None):
-    """The command as a process of its own on one device; no file it writes may pass `limit` bytes: a full disk's stand-in."""
-    before = [] if limit is None else [f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"]
-    code = "\n".join([*before, "from lcx.cli.main import main", "main()"])
-    env = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(Path(__file__).parents[2])}
-    return subprocess.run([sys.executable, "-c", code, *map(str, words)], env=env, capture_output=True, text=True)
-
-
-@pytest.fixture(scope="session")
-def run(tmp_path_factory):
-    """A finished run with a checkpoint at the end of each of its two stages."""
-    workdir = tmp_path_factory.mktemp("run") / "run"
-    assert lcx(["train", f"--config={CONFIG}", f"--workdir={workdir}"]).returncode == 0
-    return workdir
-
-
 @pytest.fixture
 def places(tmp_path, run):
     for name, text in FILES.items():
@@ -391,6 +374,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert "2 non-finite steps in a row, so the run stops: lower optim.lr" in lines[-1]
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_training(places):
     workdir, more = places["tmp"] / "copy", places["tmp"] / "more.py"
     shutil.copytree(places["run"], workdir)
@@ -406,6 +390,7 @@ def test_a_full_disk_while_training(places):
     assert {name: after.get(name) for name in before} == before
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_preparing(places):
     words = ["data", "prepare", "--limit_bytes=300000", "--shard_tokens=50000", f"--out={places['new']}"]
     ended = lcx(words, limit=20_000)

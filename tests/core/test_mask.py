@@ -78,7 +78,7 @@ def test_blocks_never_contradict_tokens(permute):
 
 
 def test_blocks_decide_sharply_for_one_ordinary_document():
-    index = Index.dense(1, 24)
+    index = Index.dense(3, 24)
     for mask in (Mask(), Mask(window=8), Mask(causal=False), Mask(band=Band(low=8))):
         seen, some, whole = (np.asarray(x) for x in decide(mask, index, 4))
         np.testing.assert_array_equal(some, seen.any(axis=-1))

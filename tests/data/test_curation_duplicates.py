@@ -63,6 +63,7 @@ def keys(tokens, settings=FINEWEB):
     return bucket_keys(settings, Document("d", " ".join(tokens).encode()))
 
 
+@pytest.mark.slow
 def test_planted_near_duplicates_are_found_and_others_are_not():
     """The index of pairs is spread evenly over each range; right below a half alone, one in twenty would meet."""
     rng = np.random.default_rng(5)

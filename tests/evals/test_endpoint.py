@@ -100,6 +100,7 @@ class Server:
         self._server.server_close()
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_model_and_nothing_is_lost_or_asked_twice(params, tmp_path):
     local = evaluate(params, MODEL, ExecutionConfig(), SCHEMES, DataConfig(), CONFIG, trained=1024, workdir=tmp_path / "local")
     with Server(params, [429, 500, "cut", "stall", 503]) as server:

@@ -42,9 +42,10 @@ def by_hand(params, buffers, arch, prompt):
 
 
 SCHEMES = ("rope:theta=500", "nope", "alibi", "self_extend:theta=500,window=4,group=2", "sinusoidal")
-# In one chunk for all, in several for the first here and for the others in `make test-all`.
-CHUNKED = [(name, 64) for name in SCHEMES] + [
-    pytest.param(name, 4, marks=[pytest.mark.slow] * (name != SCHEMES[0])) for name in SCHEMES
+# Here rope in several chunks, and biases, pieces and what is added to embeddings in one; `make test-all` has all in both ways.
+QUICK = {(SCHEMES[0], 4), *((name, 64) for name in SCHEMES[2:])}
+CHUNKED = [
+    pytest.param(name, chunk, marks=[pytest.mark.slow] * ((name, chunk) not in QUICK)) for chunk in (64, 4) for name in SCHEMES
 ]
 
 
@@ -63,17 +64,19 @@ FURTHER = ([3, *PROMPTS[0]], PROMPTS[0][:3], [3, 3, *PROMPTS[1]])
 CONTINUED = [np.concatenate([BEGINNING, further]) for further in FURTHER]
 
 
+@pytest.mark.parametrize(
+    ("chunk", "continued"), [(16, ((0, 1, 2), (2,), (0, 1))), pytest.param(4, ((0,), (2, 2)), marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("scheme", mostly_slow(SCHEMES, SCHEMES[:1]))
-def test_a_prefix_is_computed_once_for_all_its_continuations(scheme):
+def test_a_prefix_is_computed_once_for_all_its_continuations(scheme, chunk, continued):
     """Padding stands before the prefix (of 18 in chunks of 4 or 16) and behind it, where windows of 6 reach across it."""
     params, buffers, arch = build(CONFIG, {"default": scheme}, length=64)
     params["embed"]["embedding"] = params["embed"]["embedding"] * 4
     want = generate(params, buffers, arch, CONTINUED, NEW)
-    for chunk in (16, 4):
-        prefix = prefill(params, buffers, arch, BEGINNING, slots=64, chunk=chunk)
-        for prompts in ((0, 1, 2), (2,), (0, 1)) if chunk == 16 else ((0,), (2, 2)):
-            found = generate(params, buffers, arch, [CONTINUED[i] for i in prompts], NEW, chunk=chunk, prefix=prefix)
-            np.testing.assert_array_equal(found, [want[i] for i in prompts])
+    prefix = prefill(params, buffers, arch, BEGINNING, slots=64, chunk=chunk)
+    for prompts in continued:
+        found = generate(params, buffers, arch, [CONTINUED[i] for i in prompts], NEW, chunk=chunk, prefix=prefix)
+        np.testing.assert_array_equal(found, [want[i] for i in prompts])
 
 
 def test_prompts_that_a_prefix_does_not_fit(model):
@@ -100,6 +103,7 @@ LONG = 21
 """More than two blocks."""
 
 
+@pytest.mark.slow
 def test_a_row_draws_the_same_in_any_company_and_chunks(model):
     together = generate(*model, PROMPTS, LONG, sampling=DRAWN)
     np.testing.assert_array_equal(generate(*model, PROMPTS[:1], LONG, sampling=DRAWN)[0], together[0])

@@ -58,6 +58,7 @@ def test_tokens_and_logits_are_those_of_one_device(case):
         np.testing.assert_array_equal(np.argmax(one[-NEW - 1 : -1], axis=-1), new)
 
 
+@pytest.mark.slow
 def test_each_device_holds_its_share_of_the_slots():
     """Token s is in slot s // n of device s % n, and in a ring of R slots in slot s // n mod R."""
     params, buffers, arch, table = build(CONFIG, {"default": "rope:theta=500"}, LENGTH)

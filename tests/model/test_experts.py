@@ -68,8 +68,14 @@ def agrees(arch: Architecture, wanted: dict) -> None:
         np.testing.assert_allclose(found[name], want, rtol=1e-5, atol=1e-5 * np.max(np.abs(want)), err_msg=name)
 
 
-@BOTH
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "matmul"),
+    [
+        pytest.param(name, matmul, marks=[pytest.mark.slow] * (name == "mixtral" and matmul == "dense"))
+        for name in CASES
+        for matmul in ("dense", "ragged")
+    ],
+)
 def test_a_layer_is_that_of_transformers(name, matmul):
     """Output, gradients of x and of every kernel, and the load-balancing loss with and without padding."""
     config = dataclasses.replace(LAYER, normalize_expert_weights=CASES[name])
@@ -225,7 +231,7 @@ def test_decoding_on_a_mesh_equals_the_whole_forward_pass():
         np.testing.assert_array_equal(np.argmax(one[-6:-1], axis=-1), tail)
 
 
-@BOTH
+@pytest.mark.parametrize("matmul", mostly_slow(["dense", "ragged"], ["ragged"]))
 def test_bfloat16_layers_route_as_float32_layers(matmul):
     low, high = (
         Architecture(LAYER, execution, ())

@@ -45,7 +45,7 @@ def loss(params, buffers, arch, batch):
     return loss_sums(params, hidden_states(params, buffers, arch, batch)[0], batch, arch).nll
 
 
-@pytest.mark.parametrize("name", mostly_slow(FAMILIES, ("llama3_8b", "gemma3_4b", "smollm3_3b")))
+@pytest.mark.parametrize("name", mostly_slow(FAMILIES, ("llama3_8b", "gemma3_4b")))
 def test_families_run_and_see_no_future(name):
     family = FAMILIES[name]
     config = dataclasses.replace(shrink(family.model), tied_embeddings=False)

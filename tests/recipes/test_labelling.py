@@ -53,6 +53,7 @@ def server():
     server.server_close()
 
 
+@pytest.mark.slow
 def test_an_endpoint_labels_and_the_rest_is_scored(tmp_path, server, capsys):
     pytest.importorskip("openai", reason="the extra eval")
     url, asked = server

@@ -172,6 +172,31 @@ def as_lcx_0_1_wrote_it(run):
     return {**values, "model": {**values["model"], **execution}}
 
 
+OTHER = {
+    "remat": "dots", "attention": "dense", "mlp_tile": 32, "loss_tile": 4096, "context_strategy": "ring",
+    "context_layout": "striped",
+}  # fmt: skip
+"""What may change between two starts."""
+
+
+def check_refusals(workdir, **changes):
+    for name, value, default in (("compute_dtype", "bfloat16", "float32"), ("expert_matmul", "dense", "auto")):
+        with pytest.raises(UserError, match=rf"another config: execution\.{name} is '{default}' there but '{value}' here"):
+            go(workdir, execution={name: value}, **changes)
+
+
+def test_a_finished_workdir_of_lcx_0_1_is_read(whole, tmp_path):
+    workdir = tmp_path / "copy"
+    shutil.copytree(whole[0], workdir)
+    before = read_config(workdir)
+    (workdir / "config.json").write_text(json.dumps(as_lcx_0_1_wrote_it(before)))
+    assert read_config(workdir) == before
+    check_refusals(workdir)
+    same(workdir, go(workdir, execution=OTHER), whole)
+    assert json.loads((workdir / "config.json").read_text())["execution"]["remat"] == "dots"
+
+
+@pytest.mark.slow
 def test_a_workdir_of_lcx_0_1_is_gone_on_with(tmp_path):
     """Its config is read, and what may change between two starts is what could change then."""
     stages = tiny.stages()
@@ -179,11 +204,8 @@ def test_a_workdir_of_lcx_0_1_is_gone_on_with(tmp_path):
     before = read_config(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(as_lcx_0_1_wrote_it(before)))
     assert read_config(tmp_path) == before and before.execution.layer_unroll == 1
-    for name, value, default in (("compute_dtype", "bfloat16", "float32"), ("expert_matmul", "dense", "auto")):
-        with pytest.raises(UserError, match=rf"another config: execution\.{name} is '{default}' there but '{value}' here"):
-            go(tmp_path, stages=stages[:1], execution={name: value})
-    other = {"remat": "dots", "attention": "dense", "mlp_tile": 32, "loss_tile": 4096, "context_strategy": "ring"}
-    go(tmp_path, stages=[stages[0], {**stages[1], "steps": 2}], execution={**other, "context_layout": "striped"})
+    check_refusals(tmp_path, stages=stages[:1])
+    go(tmp_path, stages=[stages[0], {**stages[1], "steps": 2}], execution=OTHER)
     assert [row["step"] for row in rows(tmp_path)] == list(range(1, 11))
     assert json.loads((tmp_path / "config.json").read_text())["execution"]["remat"] == "dots"
 
@@ -278,6 +300,7 @@ def test_the_monitor_rolls_back(whole, tmp_path, capsys):
     assert rows(tmp_path) == before and len(again.decisions) == 3
 
 
+@pytest.mark.slow
 def test_steps_that_are_not_finite_stop_the_run(tmp_path, capfd):
     stages = [{**tiny.stages()[0], "steps": 8, "parts": {"text": {"loss_weight": 1e38}, "needles": {"loss_weight": 1e38}}}]
     with pytest.raises(UserError, match=r"last of 3 non-finite steps in a row.*lower optim.lr"):
@@ -314,11 +337,25 @@ def test_loss_of_each_part_is_in_every_row(whole):
         assert sum(loss[part] * weight[part] for part in loss) / row["weight"] == pytest.approx(row["loss"], rel=1e-5)
 
 
-def test_too_many_repeats_are_said_once_a_stage(tmp_path, capsys):
+@pytest.fixture
+def few(tmp_path):
+    """A corpus of few words, and the tiny run on it."""
     corpus = tmp_path / "few.txt"
     corpus.write_text("a few words to read again and again\n" * 40)
-    values = tiny.config(data={"parts": {"text": {"source": {"kind": "text", "path": str(corpus)}}}}, stages=tiny.stages())
-    run = run_config({**values, "data": {**values["data"], "heldout_fraction": 0.0}})
+    values = tiny.config(data={"parts": {"text": {"source": {"kind": "text", "path": str(corpus)}}}})
+    return corpus, {**values, "data": {**values["data"], "heldout_fraction": 0.0}}
+
+
+@pytest.mark.slow
+def test_too_many_repeats_are_said_once_a_stage(few, tmp_path, capsys):
+    corpus, values = few
+    train(run_config({**values, "stages": tiny.stages(steps=20)}), tmp_path / "run", jax.devices()[:1])
+    check_warning(capsys, corpus)
+
+
+def test_too_many_repeats_are_said(few, capsys):
+    corpus, values = few
+    run = run_config(values)
     builder = StageBuilder(run, [], jax.devices()[:1])
     # 1,440 tokens in rows of 64 and 128; 8 steps of 8 rows and 10 of 4.
     for stage, loader, times in zip(run.stages, builder.loaders, (64 / 23, 40 / 12), strict=True):
@@ -326,7 +363,13 @@ def test_too_many_repeats_are_said_once_a_stage(tmp_path, capsys):
         assert (found, names) == (pytest.approx(times), ["text"])
         warn_repeats(stage, loader)
     assert capsys.readouterr().err == ""
-    train(run_config({**values, "data": run.data, "stages": tiny.stages(steps=20)}), tmp_path / "run", jax.devices()[:1])
+    longer = run_config({**values, "stages": tiny.stages(steps=20)})
+    for stage, loader in zip(longer.stages, StageBuilder(longer, [], jax.devices()[:1]).loaders, strict=True):
+        warn_repeats(stage, loader)
+    check_warning(capsys, corpus)
+
+
+def check_warning(capsys, corpus):
     (warning,) = [line for line in capsys.readouterr().err.splitlines() if "repeats" in line]
     assert f"stages.longer reads text:{corpus} (text) 6.7 times; beyond 4 repeats" in warning
     assert "lower its weight in stages.longer.mixture" in warning

@@ -104,9 +104,8 @@ MORE_MESHES = [
     ("sizes", "strategy"),
     [
         *((sizes, "ring") for sizes in CONTEXT_MESHES),
-        ((1, 1, 1, 8, 2), "gather"),
         *(pytest.param(sizes, "ring", marks=pytest.mark.slow) for sizes in MORE_MESHES),
-        pytest.param((1, 2, 1, 4, 1), "gather", marks=pytest.mark.slow),
+        *(pytest.param(sizes, "gather", marks=pytest.mark.slow) for sizes in ((1, 1, 1, 8, 2), (1, 2, 1, 4, 1))),
     ],
 )
 def test_context_meshes_equal_one_device(sizes, strategy):
@@ -141,6 +140,11 @@ def test_accumulation_on_a_mesh():
 ROW_PARTS = np.array([2, 0, 0, 1, 2, 2, 0, 1], np.int32)
 
 
+def step_of(layout):
+    (data, fsdp, context), accumulate = layout
+    return make_step(MeshConfig(data=data, fsdp=fsdp, context=context), accumulate)
+
+
 def with_parts(step):
     """A batch whose rows come from three of four parts, the fourth being absent."""
     return host_batch(step).replace(row_parts=ROW_PARTS, num_parts=4)
@@ -158,15 +162,15 @@ def oracle():
     return [(nll[own] * weights[own]).sum() / w if w else np.nan for own, w in zip(rows, weight, strict=True)], weight
 
 
-LOSSES_OF_PARTS = [((1, 1, 1), 1), ((1, 1, 1), 4), ((2, 2, 1), 2), ((2, 1, 4), 1), ((1, 1, 8), 2)]
+LOSSES_OF_PARTS = [((1, 1, 1), 1), ((1, 1, 1), 4), ((2, 2, 1), 2), ((2, 1, 4), 1), ((2, 1, 4), 2), ((1, 1, 8), 2)]
+MOST = LOSSES_OF_PARTS[4]
+"""Microbatches, devices that split the rows and devices that split each row at once."""
 
 
-@pytest.mark.parametrize("layout", mostly_slow(LOSSES_OF_PARTS, [((1, 1, 1), 4), ((2, 1, 4), 1)]))
+@pytest.mark.parametrize("layout", mostly_slow(LOSSES_OF_PARTS, [MOST]))
 def test_loss_of_each_part(layout):
-    sizes, accumulate = layout
     """Over microbatches, devices that split the rows and devices that split each row."""
-    data, fsdp, context = sizes
-    step, buffers = make_step(MeshConfig(data=data, fsdp=fsdp, context=context), accumulate)
+    step, buffers = step_of(layout)
     _, metrics = step(fresh(step), step.to_device(with_parts(0), ROWS), buffers)
     loss, weight = oracle()
     np.testing.assert_allclose(metrics["loss_by_part"], loss, rtol=1e-6)
@@ -175,6 +179,7 @@ def test_loss_of_each_part(layout):
     assert metrics["loss"] == pytest.approx(whole, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_parts_change_no_other_number():
     step, buffers = make_step(MeshConfig(fsdp=1), 2)
     found = [step.with_gradients(fresh(step), step.to_device(make(0), ROWS), buffers) for make in (host_batch, with_parts)]
@@ -184,7 +189,7 @@ def test_parts_change_no_other_number():
 
 
 def test_a_part_that_is_not_finite_spoils_no_other():
-    step, buffers = make_step(MeshConfig(fsdp=1))
+    step, buffers = step_of(MOST)
     batch = with_parts(0)
     weights = batch.loss_weights.copy()
     weights[3, 5] = np.inf
