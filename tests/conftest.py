@@ -6,16 +6,31 @@ read.
 """
 
 import atexit
+import importlib.util
+import mmap
 import os
 import shutil
 import tempfile
+from pathlib import Path
+
+
+def known(flag):
+    """Whether the installed XLA has a flag; one that it does not have would end the process."""
+    for path in Path(importlib.util.find_spec("jaxlib").origin).parent.glob("libjax*.so"):
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            if content.find(flag.encode()) >= 0:
+                return True
+    return False
+
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 if "xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]:
     os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    for flag, value in {"xla_cpu_use_fusion_emitters": "false", "xla_cpu_parallel_codegen_split_count": "1"}.items():
+        if known(flag):
+            os.environ["XLA_FLAGS"] += f" --{flag}={value}"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # Workers and the commands that tests start find it set.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="lcx-tests-")

@@ -67,9 +67,8 @@ def trained(config, steps=8, devices=1):
     """Losses of `steps` steps on one batch, with the parameters before and after and the optimizer state."""
     schemes = {"global": from_config({"name": "rope", "theta": 100.0})}
     arch, buffers = build_architecture(MODEL, ExecutionConfig(), schemes, 16)
-    step = TrainStep(
-        arch, tuple(paths_of(specs(MODEL, schemes, 16))), config, steps, make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
-    )
+    mesh = make_mesh(MeshConfig(fsdp=devices), jax.devices()[:devices])
+    step = TrainStep(arch, tuple(paths_of(specs(MODEL, schemes, 16))), config, steps, mesh)
     state = step.init_state(jax.random.key(0))
     before, losses = jax.tree.map(np.asarray, state.params), []
     tokens = np.random.default_rng(0).integers(0, 32, (4, 16)).astype(np.int32)
