@@ -6,22 +6,11 @@ read.
 """
 
 import atexit
-import importlib.util
-import mmap
 import os
 import shutil
 import tempfile
-from pathlib import Path
 
-
-def known(flag):
-    """Whether the installed XLA has a flag; one that it does not have would end the process."""
-    for path in Path(importlib.util.find_spec("jaxlib").origin).parent.glob("libjax*.so"):
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            if content.find(flag.encode()) >= 0:
-                return True
-    return False
-
+from tests.xla_flags import known
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
