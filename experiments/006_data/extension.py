@@ -216,10 +216,8 @@ def table(rows: Sequence[dict]) -> str:
         return f"{np.mean(values):{form}}{spread}"
 
     kinds = (("needles", ".0f", 100.0), ("tracking", ".0f", 100.0), ("perplexity", ".3f", 1.0))
-    head = [
-        "extended on",
-        *(f"{key}{'' if key == 'perplexity' else ', %,'} at {at:,}" for key, _, _ in kinds for at in (SHORT, LONG)),
-    ]
+    names = {"needles": "needles, %", "tracking": "chains, %", "perplexity": "perplexity"}
+    head = ["extended on", *(f"{names[key]} at {at:,}" for key, _, _ in kinds for at in (SHORT, LONG))]
     lines = []
     for name in ("before", *MIXTURES):
         found = [row for row in rows if row["mixture"] == name]
