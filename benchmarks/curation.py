@@ -7,7 +7,8 @@ Documents are stretches of books of 1 to 32 kB and modules of Python's standard 
 core, and they take turns (A B A B ...). A turn judges all documents by all filters, each document until one drops it; ratios are
 medians over the pairs of turns. Decisions are compared for all filters together and for each by itself, and once more with
 datatrove given lcx's idea of a word and of the end of a line. Then lcx alone curates all books and the standard library (filters,
-duplicates, files written) with one worker and with two, in turns.
+duplicates, files written) with one worker and with two, in turns. `--gigabytes=10` curates as much text instead, which is written
+first: the stretches of the books, over and over, with one letter of 30 replaced anew, so that none is a near-duplicate of another.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ flags.DEFINE_string("books", None, "Pattern of text files.", required=True)
 flags.DEFINE_string("peer_python", None, "The interpreter that datatrove is installed for (None: lcx alone).")
 flags.DEFINE_float("megabytes", 16, "Text to judge.", lower_bound=0.1)
 flags.DEFINE_integer("pairs", 2, "Turns of each side.", lower_bound=1)
+flags.DEFINE_float("gigabytes", None, "Curate books grown to this size alone, and keep the figures by size.", lower_bound=0.01)
+flags.DEFINE_multi_integer("workers", [1, 2], "Numbers of workers to curate with.", lower_bound=1)
 flags.DEFINE_string("differences", None, "A JSONL file that gets the documents on which the decisions differ.")
 
 
@@ -81,11 +84,17 @@ def main(_: list[str]) -> None:
     """Judge in turns, compare, print and keep the tables."""
     out = Path(FLAGS.out)
     found = json.loads(out.read_text()) if out.exists() else {}
-    if FLAGS.peer_python:
-        found["filters"] = filters(documents(FLAGS.books, FLAGS.megabytes * 1e6))
-        print(tables.curation_filters(found["filters"]))
-    found["pipeline"] = pipeline()
-    print(tables.curation_pipeline(found["pipeline"]))
+    if FLAGS.gigabytes is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            grow(documents(FLAGS.books, float("inf")), Path(folder, "grown.jsonl"), FLAGS.gigabytes * 1e9)
+            found.setdefault("grown", {})[f"{FLAGS.gigabytes:g}"] = pipeline({"grown": f"{folder}/grown.jsonl"}, 1)
+        print(tables.curation_grown(found["grown"]))
+    else:
+        if FLAGS.peer_python:
+            found["filters"] = filters(documents(FLAGS.books, FLAGS.megabytes * 1e6))
+            print(tables.curation_filters(found["filters"]))
+        found["pipeline"] = pipeline({"books": FLAGS.books}, FLAGS.pairs)
+        print(tables.curation_pipeline(found["pipeline"]))
     out.write_text(json.dumps(found, indent=1) + "\n")
     tables.main()
 
@@ -106,17 +115,36 @@ def filters(texts: list[str]) -> dict[str, Any]:
     return found
 
 
-def pipeline() -> dict[str, Any]:
-    """Seconds and memory of whole curations, by number of workers."""
-    turns: dict[str, list[dict[str, Any]]] = {"1": [], "2": []}
+def grow(texts: list[str], path: Path, size: float) -> None:
+    """Write `size` bytes of rows: the texts again and again, with other letters in random places each time."""
+    rng, written = np.random.default_rng(0), 0
+    whole = np.frombuffer("".join(texts).encode("ascii", "replace"), np.uint8)
+    ends = np.cumsum([len(text) for text in texts]).tolist()
+    letters = np.flatnonzero((whole | 32) - ord("a") < 26)
+    with path.open("w") as file:
+        while True:
+            copy = whole.copy()
+            places = rng.choice(letters, len(letters) // 30)
+            copy[places] = rng.integers(ord("a"), ord("z") + 1, len(places), np.uint8)
+            content = copy.tobytes().decode()
+            for start, end in zip([0, *ends[:-1]], ends, strict=True):
+                file.write(json.dumps({"text": content[start:end]}) + "\n")
+                written += end - start
+                if written >= size:
+                    return
+
+
+def pipeline(source: dict[str, str], turns: int) -> dict[str, Any]:
+    """Seconds and memory of whole curations of a source, by number of workers."""
+    found: dict[str, list[dict[str, Any]]] = {str(workers): [] for workers in FLAGS.workers}
     load = os.getloadavg()[0]
-    for _ in range(FLAGS.pairs):
-        for workers, found in turns.items():
-            case = json.dumps({"books": FLAGS.books, "workers": int(workers)})
+    for _ in range(turns):
+        for workers, kept in found.items():
+            case = json.dumps({**source, "workers": int(workers)})
             command = [sys.executable, str(HERE / "sides" / "curate_lcx.py"), case]
             out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            found.append(json.loads(out.splitlines()[-1]))
-    return {"machine": machine(load), "turns": turns}
+            kept.append(json.loads(out.splitlines()[-1]))
+    return {"machine": machine(load), "turns": found}
 
 
 def machine(load: float) -> dict[str, Any]:

@@ -166,16 +166,25 @@ def curation_speed(found: dict[str, Any]) -> str:
     return markdown.table(("clock", "lcx MB/s", "datatrove MB/s", "ratio"), rows)
 
 
+_CURATED = ("workers", "MB", "documents", "wall s", "MB/s", "CPU s", "MB per CPU s", "MiB")
+
+
 def curation_pipeline(found: dict[str, Any]) -> str:
     """A row a number of workers: medians of the turns, memory of all processes together."""
-    rows = []
-    for workers, turns in found["turns"].items():
-        wall, cpu = (statistics.median(turn[clock] for turn in turns) for clock in ("wall", "cpu"))
-        size, peak = turns[0]["bytes"] / 1e6, max(turn["peak_bytes"] for turn in turns) / 2**20
-        rows.append(
-            (workers, f"{size:.1f}", f"{wall:.1f}", f"{size / wall:.1f}", f"{cpu:.1f}", f"{size / cpu:.1f}", f"{peak:,.0f}")
-        )
-    return markdown.table(("workers", "MB", "wall s", "MB/s", "CPU s", "MB per CPU s", "MiB"), rows)
+    return markdown.table(_CURATED, [_curated(*item) for item in found["turns"].items()])
+
+
+def curation_grown(found: dict[str, dict[str, Any]]) -> str:
+    """The same, a row a size and number of workers."""
+    rows = [_curated(*item) for size in sorted(found, key=float) for item in found[size]["turns"].items()]
+    return markdown.table(_CURATED, rows)
+
+
+def _curated(workers: str, turns: list[dict[str, Any]]) -> tuple[str, ...]:
+    wall, cpu = (statistics.median(turn[clock] for turn in turns) for clock in ("wall", "cpu"))
+    size, peak = turns[0]["bytes"] / 1e6, max(turn["peak_bytes"] for turn in turns) / 2**20
+    speeds = (f"{wall:,.1f}", f"{size / wall:.1f}", f"{cpu:,.1f}", f"{size / cpu:.1f}")
+    return workers, f"{size:,.1f}", f"{turns[0]['read']:,}", *speeds, f"{peak:,.0f}"
 
 
 def main() -> None:
@@ -188,7 +197,10 @@ def main() -> None:
     path = HERE / "results" / "curation.json"
     if path.exists():
         figures = json.loads(path.read_text())
-        made = {"curation_filters": curation_filters, "curation_speed": curation_speed, "curation_pipeline": curation_pipeline}
+        made = {
+            "curation_filters": curation_filters, "curation_speed": curation_speed, "curation_pipeline": curation_pipeline,
+            "curation_grown": curation_grown,
+        }  # fmt: skip
         for name, make in made.items():
             if (part := name.replace("speed", "filters").removeprefix("curation_")) in figures:
                 markdown.fill(HERE / "README.md", name, make(figures[part]))

@@ -1,4 +1,5 @@
-"""One whole curation of books and Python's standard library without model scores: seconds, and memory of all processes together.
+"""One whole curation of books and Python's standard library, or of one file, without model scores: seconds, and memory of all
+processes together.
 
 Imports are inside `main`, because worker processes import this file. The start of Python and its imports are not timed, that of
 the workers is.
@@ -20,8 +21,11 @@ def main() -> None:
     from lcx.data.curation.pipeline import curate
 
     case = json.loads(sys.argv[1])
-    books = curated("long", source={"kind": "text", "path": case["books"]})
-    values = defaults(books=books, code=curated("long", source={"kind": "stdlib"}))
+    if "grown" in case:
+        values = defaults(grown=curated("long", source={"kind": "jsonl", "path": case["grown"]}))
+    else:
+        books = curated("long", source={"kind": "text", "path": case["books"]})
+        values = defaults(books=books, code=curated("long", source={"kind": "stdlib"}))
     config = build(CurationConfig, values.to_dict())
     with tempfile.TemporaryDirectory() as folder:
         wall, cpu = time.perf_counter(), _processor()
@@ -29,6 +33,7 @@ def main() -> None:
         found = {"wall": time.perf_counter() - wall, "cpu": _processor() - cpu}
     sources = report["sources"].values()
     found["bytes"] = sum(source["read"]["bytes"] for source in sources)
+    found["read"] = sum(source["read"]["documents"] for source in sources)
     found["kept"] = sum(source["kept"]["documents"] for source in sources)
     parent, worker = (resource.getrusage(who).ru_maxrss << 10 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     found["peak_bytes"] = parent + (case["workers"] * worker if case["workers"] > 1 else 0)
