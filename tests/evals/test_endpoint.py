@@ -1,6 +1,5 @@
 """The endpoint backend against a real HTTP server that speaks the protocol, errors included, with answers from a model of lcx."""
 
-import http.server
 import json
 import threading
 import time
@@ -22,6 +21,7 @@ from lcx.model.architecture import build_schemes
 from lcx.model.config import ModelConfig
 from lcx.model.execution import ExecutionConfig
 from lcx.model.params import specs
+from tests import model_server
 
 MODEL = ModelConfig(model_dim=32, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=16, mlp_dim=32)
 SCHEMES = build_schemes(MODEL, {"default": "rope:theta=100"})
@@ -33,7 +33,7 @@ def params():
     return initialize(specs(MODEL, SCHEMES, 1024), jax.random.key(0))
 
 
-class Server:
+class Server(model_server.Server):
     """Answers requests with a model; the first ones may meet with a trouble each, from a list."""
 
     def __init__(self, params, troubles=()):
@@ -43,11 +43,9 @@ class Server:
         lock, left, self.asked, self.answered = threading.Lock(), list(troubles), [], []
         server = self
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
+        class Handler(model_server.Handler):
             def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                body = self.body()
                 with lock:
                     server.asked.append((self.path, body, self.headers.get("Authorization")))
                     trouble = left.pop(0) if left else None
@@ -75,29 +73,7 @@ class Server:
                 choice = {"index": 0, "finish_reason": "stop", "text": text, "message": {"role": "assistant", "content": text}}
                 self.reply(200, {"id": "1", "object": "x", "created": 0, "model": "m", "choices": [choice]})
 
-            def reply(self, status, values):
-                raw = json.dumps(values).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(raw)))
-                self.send_header("retry-after-ms", "10")
-                self.end_headers()
-                self.wfile.write(raw)
-
-            def log_message(self, *args):
-                """Nothing on the screen."""
-
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
-
-    def __enter__(self):
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self._server.shutdown()
-        self._server.server_close()
+        super().__init__(Handler)
 
 
 @pytest.mark.slow

@@ -1,13 +1,12 @@
 """Grades from a real HTTP server, through the command."""
 
-import http.server
 import json
 import random
-import threading
 
 import pytest
 
 from lcx.cli.main import main
+from tests import model_server
 
 pytest.importorskip("sklearn", reason="the extra data")
 
@@ -27,30 +26,17 @@ def server():
     """A model that grades texts about rivers with 5; it answers once with an error."""
     asked, troubles = [], [500]
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+    class Handler(model_server.Handler):
         def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            body = self.body()
             asked.append(body)
             text = body["messages"][-1]["content"]
             content = "Grade: 5" if "river" in text.split("Text:")[1] else "0"
-            status = troubles.pop() if troubles else 200
-            raw = json.dumps({"choices": [{"index": 0, "message": {"role": "assistant", "content": content}}]}).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(raw)))
-            self.end_headers()
-            self.wfile.write(raw)
+            choice = {"index": 0, "message": {"role": "assistant", "content": content}}
+            self.reply(troubles.pop() if troubles else 200, {"choices": [choice]})
 
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}/v1", asked
-    server.shutdown()
-    server.server_close()
+    with model_server.Server(Handler) as found:
+        yield found.url, asked
 
 
 @pytest.mark.slow

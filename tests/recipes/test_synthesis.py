@@ -1,11 +1,9 @@
 """Synthetic documents by a real HTTP server and by a tiny model on this machine, through the command."""
 
 import collections
-import http.server
 import json
 import random
 import re
-import threading
 
 import pytest
 
@@ -14,6 +12,7 @@ from lcx.core.errors import UserError
 from lcx.data.curation.synthesize.settings import EndpointGenerator, GeneratorConfig, LocalGenerator
 from lcx.data.tokenizers import tokenizers
 from lcx.recipes.synthesis import LocalWriter, generator
+from tests import model_server
 from tests.recipes import tiny_reader
 from tests.report.html_page import Page
 
@@ -28,18 +27,16 @@ def get_config():
 """
 
 
-class Server:
+class Server(model_server.Server):
     """A model that writes a passage backwards, or asks about the first words; the first requests meet with a trouble each."""
 
     def __init__(self):
         self.asked, self.troubles, self.usage = [], [], True
         server = self
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
+        class Handler(model_server.Handler):
             def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                body = self.body()
                 server.asked.append(body)
                 trouble = server.troubles.pop(0) if server.troubles else None
                 if trouble == "page":
@@ -53,32 +50,9 @@ class Server:
                     content = json.dumps({"question": "How does it begin, and go on?", "answer": passages[0].split()[0]})
                 choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}
                 counts = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
-                self.reply(
-                    trouble or 200, json.dumps({"choices": [choice], **({"usage": counts} if server.usage else {})}).encode()
-                )
+                self.reply(trouble or 200, {"choices": [choice], **({"usage": counts} if server.usage else {})})
 
-            def reply(self, status, raw, kind="application/json"):
-                self.send_response(status)
-                self.send_header("Content-Type", kind)
-                self.send_header("Content-Length", str(len(raw)))
-                self.send_header("retry-after-ms", "10")
-                self.end_headers()
-                self.wfile.write(raw)
-
-            def log_message(self, *args):
-                pass
-
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
-
-    def __enter__(self):
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self._server.shutdown()
-        self._server.server_close()
+        super().__init__(Handler)
 
 
 @pytest.fixture
