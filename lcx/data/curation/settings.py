@@ -7,11 +7,29 @@ a threshold is kept. This file imports nothing heavy, because every worker proce
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
-from lcx.core.configs import positive
+from lcx.core.configs import choice, not_negative, positive
 from lcx.core.errors import UserError
 
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
+
+
+def check_method(path: str, config: Any, methods: Sequence[str]) -> None:
+    """Check `method`, `seed` and `sources` of the settings of a stage that makes sources; each method has its own under its name.
+
+    Raises `UserError` for a method that is unknown, a negative seed, a source that is named twice, and settings of another method.
+    """
+    choice("method", config.method, methods)
+    not_negative(path, seed=config.seed)
+    if len(set(config.sources)) < len(config.sources):
+        raise UserError(f"{path}.sources={config.sources} names a source twice; name each once")
+    for field in dataclasses.fields(config):
+        if field.name in methods and field.name != config.method and getattr(config, field.name) != field.default:
+            raise UserError(
+                f"{path}.{field.name} has no effect with method={config.method!r}; leave it out or set method={field.name!r}"
+            )
 
 
 def _shares(path: str, settings: object, *names: str) -> None:

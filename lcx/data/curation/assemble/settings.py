@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from lcx.core.configs import choice, positive
+from lcx.core.configs import positive
 from lcx.core.errors import UserError
 from lcx.data.curation.embed import EmbedConfig
+from lcx.data.curation.settings import check_method
 
 Method = Literal["concatenate", "nearest", "nextlong", "quest", "repository"]
 METHODS: tuple[Method, ...] = ("concatenate", "nearest", "nextlong", "quest", "repository")
@@ -116,22 +117,14 @@ class AssembleConfig:
     repository: RepositorySettings = RepositorySettings()
 
     def __post_init__(self) -> None:
-        choice("method", self.method, METHODS)
+        check_method("assemble", self, METHODS)
         positive("assemble", target=self.target)
-        if self.seed < 0:
-            raise UserError(f"assemble.seed={self.seed} must not be negative")
-        if len(set(self.sources)) < len(self.sources):
-            raise UserError(f"assemble.sources={self.sources} names a source twice; name each once")
         if (self.unit == "tokens") != (self.tokenizer is not None):
             raise UserError(
                 "assemble.unit='tokens' needs assemble.tokenizer to count with; name one, such as 'bytes'"
                 if self.tokenizer is None
                 else f"assemble.tokenizer={self.tokenizer!r} has no effect with unit='bytes'; set unit='tokens' or leave it out"
             )
-        for name in METHODS[1:]:
-            field = next(field for field in dataclasses.fields(self) if field.name == name)
-            if name != self.method and getattr(self, name) != field.default:
-                raise UserError(f"assemble.{name} has no effect with method={self.method!r}; leave it out or set method={name!r}")
         if self.keep_short and self.method == "nextlong":
             raise UserError(
                 "assemble.keep_short=True has no effect with method='nextlong', which writes full documents; leave it out"

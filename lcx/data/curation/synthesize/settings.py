@@ -9,6 +9,7 @@ from typing import Any, Literal
 from lcx.core.configs import choice, not_negative, plain, positive
 from lcx.core.errors import UserError
 from lcx.data.config import QUESTIONS
+from lcx.data.curation.settings import check_method
 from lcx.data.curation.synthesize.prompts import STYLES
 from lcx.data.synthetic.questions import QuestionsConfig
 from lcx.data.tasks.base import TaskConfig
@@ -240,17 +241,9 @@ class SynthesizeConfig:
     task: TaskSettings = TaskSettings()
 
     def __post_init__(self) -> None:
-        choice("method", self.method, METHODS)
+        check_method("synthesize", self, METHODS)
         positive("synthesize", documents=self.documents)
-        not_negative("synthesize", seed=self.seed)
         _check_share("synthesize.max_failed", self.max_failed)
-        if len(set(self.sources)) < len(self.sources):
-            raise UserError(f"synthesize.sources={self.sources} names a source twice; name each once")
-        for field in dataclasses.fields(self):
-            if field.name in METHODS and field.name != self.method and getattr(self, field.name) != field.default:
-                raise UserError(
-                    f"synthesize.{field.name} has no effect with method={self.method!r}; leave it out or set method={field.name!r}"
-                )
 
     @property
     def asks(self) -> bool:
