@@ -83,14 +83,18 @@ def text_source(folder: Path, length: int) -> dict:
     return {"kind": "jsonl", "path": str(folder / f"text_{length}.jsonl")}
 
 
+def whole(path: Path) -> sources.Subset:
+    """All documents of a file, to write questions into."""
+    return sources.split(sources.load(SourceConfig("jsonl", str(path)), tokenizers.load("bytes")), 0.0, "train")
+
+
 def write_questions(folder: Path, name: str, length: int) -> None:
     """As many documents of a task as a run reads, and some more, prepared with the loss weights that the task gives them."""
     out = folder / f"{name}_{length}"
     if (out / token_weights.META).exists():
         return
     tokenizer = tokenizers.load("bytes")
-    haystack = sources.split(sources.load(SourceConfig(**text_source(folder, LONG)), tokenizer), 0.0, "train")
-    task = make_task(TASKS[name], settings(name), tokenizer)
+    task, haystack = make_task(TASKS[name], settings(name), tokenizer), whole(folder / f"text_{LONG}.jsonl")
     count = int(1.1 * STEPS * BATCH * LONG * SHARES[name]) // length
     samples = task.sample(np.random.default_rng([length, len(name)]), length - 1, haystack, count)
     file = folder / f"{name}_{length}.jsonl"
@@ -177,10 +181,9 @@ def measure(loaded: Loaded, folder: Path) -> dict[str, dict[int, float]]:
 
 
 def chains_followed(loaded: Loaded, folder: Path, length: int) -> float:
-    """The share of 100 rows whose last question, at a random place's chain, gets the right value."""
+    """The share of 100 rows whose last question gets the right value."""
     tokenizer = tokenizers.load("bytes")
-    haystack = sources.split(sources.load(SourceConfig("jsonl", str(folder / "heldout.jsonl")), tokenizer), 0.0, "train")
-    task = make_task(TASKS["tracking"], settings("tracking"), tokenizer)
+    task, haystack = make_task(TASKS["tracking"], settings("tracking"), tokenizer), whole(folder / "heldout.jsonl")
     samples = task.sample(np.random.default_rng([1, length]), length - 1, haystack, 100)
     start, end = samples.answer_start, samples.answer_start + samples.answer_length
     scores = backend_of(loaded, length).loglikelihood([Item(row[:start], row[start:end]) for row in samples.tokens])

@@ -21,8 +21,8 @@ from lcx.core.errors import UserError
 from lcx.core.files import opened_atomically, write_atomically
 from lcx.data.config import SourceConfig
 from lcx.data.curation import diversity
+from lcx.data.curation.answers import key_of
 from lcx.data.curation.embed import EmbedConfig, Embedder, fitted
-from lcx.data.curation.labels import key_of
 from lcx.data.curation.select import at_top
 from lcx.data.curation.store import Documents, Drop
 from lcx.data.curation.tally import SAMPLE_CHARS

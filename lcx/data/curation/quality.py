@@ -20,9 +20,10 @@ from lcx.core.configs import positive
 from lcx.core.errors import UserError
 from lcx.core.extras import library
 from lcx.data.curation import labels, words
+from lcx.data.curation.answers import key_of
 from lcx.data.curation.classifier import Classifier, fit, held_out_figures
 from lcx.data.curation.embed import EmbedConfig, Embedder, EmbedderFactory, build_embedder, fitted, normalised
-from lcx.data.curation.labels import AskFactory, LabelConfig, Labels, key_of
+from lcx.data.curation.labels import AskFactory, LabelConfig, Labels
 from lcx.data.curation.scores import Corpus, ScoreConfig, ScorerFactory, build_scorers
 
 LEAST = 5
