@@ -48,6 +48,11 @@ class HfFolder:
         weights.check(self.shards, self.slots, model.tied_embeddings)
 
     @property
+    def files(self) -> list[Path]:
+        """The files that hold tensors."""
+        return self.shards.files
+
+    @property
     def dtype(self) -> str:
         """numpy's name of the dtype of the stored weights (the embedding's)."""
         return self.shards.dtype(f"{self.described.family.names['embed']}.weight")

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from lcx.core.configs import choice
 from lcx.core.console import say, warn
 from lcx.core.errors import UserError
+from lcx.core.files import sampled_hash
 from lcx.core.gguf import is_gguf, stem
 from lcx.core.trees import cast, num_bytes, num_elements
 from lcx.data.config import DataConfig
@@ -75,7 +76,7 @@ def load(
     if step is not None and stage is not None:
         raise UserError(f"--step={step} and --stage={stage} conflict; give only one of them")
     if not is_foreign(path):
-        loaded = checkpoints.load_params(path, step=step, stage=stage, mesh=mesh)
+        loaded = checkpoints.load_params(path, step, stage, mesh, _weights)
         return dataclasses.replace(loaded, params=cast(loaded.params, jnp.dtype(dtype)), stop_ids=stop_ids(path))
     for name, value, only in (("step", step, 0), ("stage", stage, STAGE)):
         if value is not None and value != only:
@@ -89,15 +90,21 @@ def load(
 
 def initial_weights(init_from: str | None) -> InitialWeights | None:
     """The weights that a run begins with, of either kind; None without any."""
-    if init_from is None:
-        return None
+    return None if init_from is None else _weights(init_from)
+
+
+def _weights(init_from: str) -> InitialWeights:
     keep = functools.partial(copy_hf_files, init_from)
     if not is_foreign(init_from):
-        return dataclasses.replace(checkpoints.initial_weights(init_from), keep=keep)
+        given = checkpoints.initial_weights(init_from)
+        load = functools.partial(checkpoints.load_params, init_from, None, None, get_weights=_weights)
+        return dataclasses.replace(given, keep=keep, load=load)
     source = opened(init_from)
     run = _run_of(source, "float32")
     meta = _meta_of(run, source)
-    return InitialWeights(init_from, meta, lambda mesh: Loaded(source.params("float32", mesh), run, meta), keep)
+    return InitialWeights(
+        init_from, meta, lambda mesh: Loaded(source.params("float32", mesh), run, meta), lambda: sampled_hash(source.files), keep
+    )
 
 
 def stop_ids(path: str | Path) -> tuple[int, ...]:

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lcx.adapters import lora as adapters
+from lcx.adapters.lora import LoraConfig
 from lcx.core.configs import choice, nearest, positive
 from lcx.core.errors import UserError
 from lcx.core.trees import Tree, joined, paths
@@ -101,27 +103,28 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([rise, main], [warmup])
 
 
-def check_patterns(config: OptimConfig, params: Tree) -> None:
-    """Raises `UserError` for a pattern that matches no parameter, and where all parameters are frozen."""
+def check_patterns(config: OptimConfig, params: Tree, lora: LoraConfig | None = None) -> None:
+    """Raises `UserError` for a pattern that matches no parameter, and where nothing is left to train."""
     names = [path for path, _ in paths(params)]
     for field, pattern in config.patterns:
         if not any(re.search(pattern, name) for name in names):
             raise UserError(f"optim.{field}: {pattern!r} matches no parameter{nearest(pattern, names)}")
-    if all(_matches(config.freeze, name) for name in names):
+    if not any(is_trained(config, lora, name) for name in names):
         raise UserError(f"optim.freeze={config.freeze} freezes all parameters; leave some to train")
 
 
-def frozen(config: OptimConfig, params: Tree) -> Tree:
-    """True for the parameters that `config.freeze` names."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: _matches(config.freeze, joined(path)), params)
+def is_trained(config: OptimConfig, lora: LoraConfig | None, path: str) -> bool:
+    """Whether a step changes the parameter at a path: unless `config.freeze` names it, or adapters are trained in its place."""
+    return not _matches(config.freeze, path) and (lora is None or adapters.is_trained(path, lora))
 
 
 def decay_mask(params: Tree, exclude: Sequence[str] = ()) -> Tree:
-    """True for the weights that decay: matrices, not norms, biases, sinks, vectors, learned positions or what `exclude` names."""
+    """True for the weights that decay: matrices, not norms, biases, sinks, vectors, magnitudes, learned positions or what `exclude`
+    names."""
 
     def decays(path: tuple, leaf: Any) -> bool:
         name = joined(path)
-        spared = name.startswith("positions/") or name.rpartition("/")[2] in ("scale", "bias", "sinks")
+        spared = name.startswith("positions/") or name.rpartition("/")[2] in ("scale", "bias", "sinks", "magnitude")
         return leaf.ndim > 1 and not spared and not _matches(exclude, name)
 
     return jax.tree_util.tree_map_with_path(decays, params)
@@ -132,16 +135,13 @@ def optimizer(config: OptimConfig, steps: int, specs: Tree) -> optax.GradientTra
     # Each extra link is there only where it is asked for, so that the optimizer state keeps its structure without it.
     scale = [_scale_by_path(config.lr_scale)] if config.lr_scale else []
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
-    chain = optax.chain(
+    return optax.chain(
         clip,
         OPTIMIZERS[config.name](config.b1, config.b2, config.eps, specs),
         optax.add_decayed_weights(config.weight_decay, mask=lambda params: decay_mask(params, config.decay_exclude)),
         _scale_by_stage(learning_rate(config, steps)),
         *scale,
     )
-    if not config.freeze:
-        return chain
-    return optax.partition({False: chain, True: optax.set_to_zero()}, lambda params: frozen(config, params))
 
 
 def _scale_by_stage(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
