@@ -103,6 +103,8 @@ def specs(table: Tree, config: LoraConfig, tied_embeddings: bool = False) -> Tre
                 "lora.targets matches embed/embedding, which this model also uses as its output layer, where an adapter would not "
                 "be applied; train the table itself with lora.train=('embed',)"
             )
+        if path == "embed/embedding" and config.dora:
+            raise UserError("lora.dora applies to matrices; take embed out of lora.targets, or train it with lora.train=('embed',)")
         module = path.rpartition("/")[0]
         extended |= {f"{module}/{LORA}/{name}": spec for name, spec in _adapter(path, flat[path], config).items()}
     return flax.traverse_util.unflatten_dict(extended, sep="/")
@@ -183,7 +185,7 @@ def _adapter(path: str, spec: ParamSpec, config: LoraConfig) -> dict[str, ParamS
         "b": ParamSpec((*stacked, rank, *outs), (*axes[:count], None, *axes[split:]), b_init, 0 if table else 1, count),
         "scale": ParamSpec(stacked, axes[:count], Init("constant", config.scale_of(path))),
     }
-    if config.dora and not table:
+    if config.dora:
         found["magnitude"] = ParamSpec((*stacked, *outs), (*axes[:count], *axes[split:]), Init("constant", 1.0))
     return found
 

@@ -88,7 +88,7 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 def keep(folder: Path, into: Path) -> None:
     """Copy to `into` what an export needs from a model's folder: everything except the weights."""
-    part = _part(into)
+    part = new_part(into)
     for path in (folder / configs.FILE, *files_with_weights(folder)):
         shutil.copyfile(path, part / path.name)
     os.replace(part, into)
@@ -123,7 +123,7 @@ def save(
         return values
     size = jnp.dtype(dtype).itemsize
     sizes = {name: size * math.prod(parts[0].tensor_shape) for name, parts in slots.items()}
-    part = _part(out)
+    part = new_part(out)
     try:
         if sum(sizes.values()) > (free := shutil.disk_usage(above).free):
             needed = f"{sum(sizes.values()) / 1e9:,.1f} GB and the disk has {free / 1e9:,.1f} GB left"
@@ -148,7 +148,7 @@ def check_new(out: Path) -> Path:
     return above
 
 
-def _part(out: Path) -> Path:
+def new_part(out: Path) -> Path:
     """An empty folder next to `out` that replaces it when complete, so that an unfinished one is never mistaken for a model."""
     part = out.absolute().with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)

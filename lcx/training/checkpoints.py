@@ -358,12 +358,24 @@ def load_params(
     used. What it lacks because the run did not train it is read from `get_weights(run.init_from)`. Raises `UserError` when there
     is no such checkpoint or it cannot be read.
     """
+    loaded = load_unfolded(path, step, stage, mesh, get_weights)
+    return loaded if loaded.run.lora is None else dataclasses.replace(loaded, params=lora.fold(loaded.params))
+
+
+def load_unfolded(
+    path: str | Path,
+    step: int | None = None,
+    stage: str | None = None,
+    mesh: Mesh | None = None,
+    get_weights: GetWeights = initial_weights,
+) -> Loaded:
+    """As `load_params`, with adapters beside their kernels."""
     loaded = load_kept(path, step, stage, mesh)
     run, meta = loaded.run, loaded.meta
     if not split(run.specs(meta.schemes, meta.length), run.is_kept)[1]:
         return loaded
     rest = unkept(run, meta, mesh, _base_of(run, meta, get_weights))
-    return dataclasses.replace(loaded, params=lora.fold(join(loaded.params, rest)))
+    return dataclasses.replace(loaded, params=join(loaded.params, rest))
 
 
 def load_kept(path: str | Path, step: int | None = None, stage: str | None = None, mesh: Mesh | None = None) -> Loaded:

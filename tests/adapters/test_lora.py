@@ -139,7 +139,7 @@ def test_adapters_start_without_effect(init, deviation):
 @pytest.mark.parametrize(("model", "dora"), [(MODEL, False), (MODEL, True), (EXPERTS, False), (EXPERTS, True)], ids=str)
 def test_folded_equals_unfolded(model, dora):
     """Every kernel and the embeddings adapted, each with its own scale."""
-    params = tree(dataclasses.replace(ALL, dora=dora), model)
+    params = tree(dataclasses.replace(ALL, dora=dora, targets=("kernel",) if dora else ALL.targets), model)
     # Small changes, so that outputs are of the size of a model's.
     params = jax.tree_util.tree_map_with_path(lambda path, x: x * 0.3 if path[-1].key in ("a", "b") else x, params)
     if dora:
@@ -289,6 +289,7 @@ def test_two_parts_of_a_tree():
         ({"train": ("nrm",)}, "lora.train: 'nrm' matches no parameter"),
         ({"train": ("query",)}, "lora.train and lora.targets both match layers/attention/query/kernel"),
         ({"alphas": (("mlp", 2.0),)}, "lora.alphas: 'mlp' matches no target"),
+        ({"dora": True, "targets": ("embed",)}, "lora.dora applies to matrices; take embed out"),
         ({"b_lr_ratio": 0.0}, "lora.b_lr_ratio=0.0 must be above 0"),
     ],
     ids=str,
