@@ -33,6 +33,7 @@ LORA = "lora"
 class LoraConfig:
     """Low-rank adapters beside the kernels that `targets` names; all other parameters are frozen, but for those of `train`.
 
+    Without a `rank` there are none, and a run trains all its parameters.
     `targets` and `train` are regular expressions searched for in parameter paths such as `layers/attention/query/kernel`;
     `embed/embedding`, `head/kernel` and the kernels of experts can be targets too. LongLoRA (2309.12307) trains
     `train=("embed", "norm")` besides. The change of a kernel is scaled by alpha / rank, with `rank_stabilized` by alpha / √rank
@@ -42,7 +43,7 @@ class LoraConfig:
     `b_lr_ratio` multiplies the learning rate of the second matrix (LoRA+, 2402.12354).
     """
 
-    rank: int = 8
+    rank: int | None = None
     alpha: float = 16.0
     targets: tuple[str, ...] = ("layers/attention/(query|key|value|out)/",)
     train: tuple[str, ...] = ()
@@ -54,12 +55,16 @@ class LoraConfig:
     b_lr_ratio: float = 1.0
 
     def __post_init__(self) -> None:
+        if self.rank is None:
+            for field in dataclasses.fields(self):
+                if getattr(self, field.name) != field.default:
+                    raise UserError(f"lora.{field.name} has no effect without adapters; give lora.rank too, for example 8")
         positive("lora", rank=self.rank, alpha=self.alpha, b_lr_ratio=self.b_lr_ratio)
         for field in ("ranks", "alphas"):
             for pattern, value in getattr(self, field):
                 positive(f"lora.{field}", **{pattern: value})
         if not self.targets:
-            raise UserError("lora.targets=() leaves nothing to adapt; name parameters, or set lora=None to train all of them")
+            raise UserError("lora.targets=() leaves nothing to adapt; name parameters, or set lora.rank=None to train all of them")
         for field, pattern in self.patterns:
             try:
                 re.compile(pattern)

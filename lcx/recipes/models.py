@@ -240,8 +240,8 @@ def _export_adapter(
     hf.check_new(out)
     adapted = checkpoints.load_unfolded(checkpoint, step, stage, get_weights=_weights)
     run, meta = adapted.run, adapted.meta
-    if run.lora is None:
-        raise UserError(f"the run in {checkpoint} trained no adapters (config.lora is None); use --format=hf or gguf")
+    if run.adapters is None:
+        raise UserError(f"the run in {checkpoint} trained no adapters (config.lora.rank is None); use --format=hf or gguf")
     base = Path(base_folder if base_folder is not None else str(run.init_from))
     if not hf.is_folder(base):
         raise UserError(

@@ -93,7 +93,7 @@ class StageBuilder:
             arch=arch,
             buffers=buffers,
             specs=table,
-            step=train_step(arch, table, self.run.optim_of(stage), stage.steps, mesh, stage.accumulate, self.run.lora),
+            step=train_step(arch, table, self.run.optim_of(stage), stage.steps, mesh, stage.accumulate, self.run.adapters),
             loader=self.loaders[index],
             meter=Meter(
                 tokens=stage.batch_size * stage.seq_len,

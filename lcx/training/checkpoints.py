@@ -359,7 +359,7 @@ def load_params(
     is no such checkpoint or it cannot be read.
     """
     loaded = load_unfolded(path, step, stage, mesh, get_weights)
-    return loaded if loaded.run.lora is None else dataclasses.replace(loaded, params=lora.fold(loaded.params))
+    return loaded if loaded.run.adapters is None else dataclasses.replace(loaded, params=lora.fold(loaded.params))
 
 
 def load_unfolded(

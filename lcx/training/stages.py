@@ -129,7 +129,7 @@ class RunConfig:
     positions: dict[str, Any] = dataclasses.field(default_factory=lambda: {"default": {"name": "rope", "theta": 10000.0}})
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
-    lora: LoraConfig | None = None
+    lora: LoraConfig = LoraConfig()
     mesh: MeshConfig = MeshConfig()
     monitor: MonitorConfig = MonitorConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -143,8 +143,8 @@ class RunConfig:
         positive("config", max_bad_steps=self.max_bad_steps)
         if self.seed < 0:
             raise UserError(f"config.seed={self.seed} must not be negative")
-        if self.lora is not None and self.init_from is None:
-            raise UserError("lora trains adapters of a model that exists; name it with init_from, or set lora=None")
+        if self.adapters is not None and self.init_from is None:
+            raise UserError("lora.rank is for adapters of a model that exists; name it with init_from, or set lora.rank=None")
         if not self.stages:
             raise UserError("stages is empty; define at least one stage with seq_len, steps and batch_size")
         names = [stage.name for stage in self.stages]
@@ -162,11 +162,16 @@ class RunConfig:
                     f"lower monitor.steps or set stages.{stage.name}.monitor=False"
                 )
 
+    @property
+    def adapters(self) -> LoraConfig | None:
+        """The adapters that the run trains; None if it trains its model's own parameters."""
+        return None if self.lora.rank is None else self.lora
+
     def optim_of(self, stage: StageConfig) -> OptimConfig:
         """The optimizer of a stage: the run's with the stage's changes."""
         try:
             optim = configs.build(OptimConfig, {**configs.plain(self.optim), **stage.optim}, f"stages.{stage.name}.optim")
-            return optim if self.lora is None else dataclasses.replace(optim, lr_scale=(*optim.lr_scale, *self.lora.lr_scale))
+            return dataclasses.replace(optim, lr_scale=(*optim.lr_scale, *self.lora.lr_scale))
         except UserError as error:
             where = f"stages.{stage.name}."
             raise UserError(str(error) if where in str(error) else f"{where}{error}") from error
@@ -174,13 +179,13 @@ class RunConfig:
     def specs(self, schemes: Mapping[str, Scheme], length: int) -> Tree:
         """The table of parameters, adapters included, under schemes by layer kind (or `default`) and a declared length."""
         table = params.specs(self.model, build_schemes(self.model, schemes), length)
-        return table if self.lora is None else lora.specs(table, self.lora, self.model.tied_embeddings)
+        return table if self.adapters is None else lora.specs(table, self.adapters, self.model.tied_embeddings)
 
     def is_kept(self, path: str) -> bool:
         """Whether checkpoints hold the parameter at a path: not if it is and remains what `init_from` has."""
         if self.init_from is None or path.startswith("positions/"):
             return True
-        return any(is_trained(self.optim_of(stage), self.lora, path) for stage in self.stages)
+        return any(is_trained(self.optim_of(stage), self.adapters, path) for stage in self.stages)
 
     def data_of(self, stage: StageConfig) -> DataConfig:
         """The mixture of a stage: the run's with the stage's weights (averages of those that change) and changed parts."""

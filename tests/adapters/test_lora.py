@@ -296,10 +296,10 @@ def test_two_parts_of_a_tree():
 )
 def test_impossible_adapters(values, said):
     with pytest.raises(UserError, match=said):
-        lora.specs(specs(EXPERTS, SCHEMES, LENGTH), LoraConfig(**values))
+        lora.specs(specs(EXPERTS, SCHEMES, LENGTH), LoraConfig(**{"rank": 2, **values}))
 
 
 def test_a_tied_table_has_no_adapter():
     model = dataclasses.replace(MODEL, tied_embeddings=True)
     with pytest.raises(UserError, match="output layer, where an adapter would not be applied; train the table itself"):
-        lora.specs(specs(model, SCHEMES, LENGTH), LoraConfig(targets=("embed",)), model.tied_embeddings)
+        lora.specs(specs(model, SCHEMES, LENGTH), LoraConfig(rank=2, targets=("embed",)), model.tied_embeddings)

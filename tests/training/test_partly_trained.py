@@ -76,7 +76,7 @@ def test_a_run_with_adapters_resumes_bitwise(adapted, base, tmp_path, kept):
 
 
 def test_a_stage_frees_what_another_freezes(base, tmp_path):
-    stages = [{**STAGES[0], "optim": {"freeze": ("mlp", "embed")}}, {**STAGES[1], "optim": {"freeze": ("embed",)}}]
+    stages = [{**STAGES[0], "optim": {"freeze": ("/mlp/", "embed")}}, {**STAGES[1], "optim": {"freeze": ("embed",)}}]
     values = tiny.config(stages=stages, init_from=str(base), monitor={"enabled": False})
     train(run_config(values), tmp_path / "run", jax.devices()[:1])
     old, middle, new = (
@@ -114,7 +114,9 @@ def test_a_base_that_is_gone_or_another(adapted, base, tmp_path):
 
 
 def test_adapters_need_a_model(tmp_path):
-    with pytest.raises(UserError, match="name it with init_from, or set lora=None"):
+    with pytest.raises(UserError, match="name it with init_from, or set lora.rank=None"):
         run_config(tiny.config(lora=LORA))
     with pytest.raises(UserError, match="config.lora has no field 'rnak'; did you mean 'rank'"):
         run_config(tiny.config(init_from="x", lora={"rnak": 2}))
+    with pytest.raises(UserError, match="lora.dora has no effect without adapters; give lora.rank too"):
+        run_config(tiny.config(init_from="x", lora={"dora": True}))
