@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from lcx.core.batch import Batch
 from lcx.core.console import Progress, console, say, warn
 from lcx.core.errors import UserError
+from lcx.core.param_spec import abstract
 from lcx.core.trees import Tree, num_elements, paths
 from lcx.model.architecture import Architecture
 from lcx.positions.scheme import Scheme
@@ -25,6 +26,7 @@ from lcx.training import monitor
 from lcx.training.builder import BuiltStage, StageBuilder
 from lcx.training.checkpoints import InitialWeights, Meta, Store, initial_weights, scheme_configs, stage_ends
 from lcx.training.checks import warn_repeats, warn_unusual
+from lcx.training.optimizer import groups
 from lcx.training.prefetch import Prefetcher, Stop
 from lcx.training.profile import Profiler, ProfileSteps
 from lcx.training.resume import ResumePoint, continue_into, reread_stage_start, resume_point
@@ -264,6 +266,14 @@ class Trainer:
         trained, count = num_elements(state.params), num_elements(state.all_params)
         share = "" if trained == count else f", {trained:,} of them ({trained / count:.2%}) trained,"
         say(f"{count:,} parameters{share} on {devices}; stages {stages}; workdir {self.workdir}")
+        before = None
+        for stage in self.config.stages:
+            optim = self.config.optim_of(stage)
+            plain = self.config.adapters is None and not optim.patterns
+            found = groups(optim, self.config.adapters, abstract(built.specs))
+            if not plain and found != before:
+                say("\n".join(f"{stage.name}: {group}" for group in found))
+            before = found
 
 
 class PendingMetrics:

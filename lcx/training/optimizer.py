@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -118,6 +119,38 @@ def is_trained(config: OptimConfig, lora: LoraConfig | None, path: str) -> bool:
     return not _matches(config.freeze, path) and (lora is None or adapters.is_trained(path, lora))
 
 
+@dataclasses.dataclass(frozen=True)
+class ParamGroup:
+    """Parameters that are treated alike: frozen (`lr` is 0), or trained at the peak rate `lr` and with `weight_decay`."""
+
+    lr: float
+    weight_decay: float
+    paths: tuple[str, ...]
+    size: int
+
+    def __str__(self) -> str:
+        named = ", ".join(self.paths[:NAMED]) + (f" and {len(self.paths) - NAMED} more" if len(self.paths) > NAMED else "")
+        how = f"lr {self.lr:g}, decay {self.weight_decay:g}" if self.lr else "frozen"
+        return f"{how}: {named} ({self.size:,})"
+
+
+NAMED = 6
+"""How many parameters of a group are named."""
+
+
+def groups(config: OptimConfig, lora: LoraConfig | None, params: Tree) -> list[ParamGroup]:
+    """What a stage does with each parameter, those that are treated alike together; `params` may be abstract."""
+    decays = dict(paths(decay_mask(params, config.decay_exclude)))
+    found: dict[tuple[float, float], list[tuple[str, int]]] = {}
+    for path, leaf in paths(params):
+        rate = config.lr * _factor(config.lr_scale, path) if is_trained(config, lora, path) else 0.0
+        key = (rate, config.weight_decay if rate and decays[path] else 0.0)
+        found.setdefault(key, []).append((path, math.prod(leaf.shape)))
+    return [
+        ParamGroup(*key, tuple(path for path, _ in members), sum(size for _, size in members)) for key, members in found.items()
+    ]
+
+
 def decay_mask(params: Tree, exclude: Sequence[str] = ()) -> Tree:
     """True for the weights that decay: matrices, not norms, biases, sinks, vectors, magnitudes, learned positions or what `exclude`
     names."""
@@ -158,10 +191,14 @@ def _scale_by_path(scales: Sequence[tuple[str, float]]) -> optax.GradientTransfo
     """Multiply each update by the factor of the first pattern that its path matches."""
 
     def one(path: tuple, update: jax.Array) -> jax.Array:
-        name = joined(path)
-        return next((update * factor for pattern, factor in scales if re.search(pattern, name)), update)
+        factor = _factor(scales, joined(path))
+        return update if factor == 1 else update * factor
 
     return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(one, updates))
+
+
+def _factor(scales: Sequence[tuple[str, float]], path: str) -> float:
+    return next((factor for pattern, factor in scales if re.search(pattern, path)), 1.0)
 
 
 def _matches(patterns: Sequence[str], name: str) -> bool:
