@@ -17,7 +17,7 @@ from lcx.interop.hf_config import FILE, read_json
 from lcx.merging import models as checks
 from lcx.merging.config import MergeConfig, read
 from lcx.merging.models import LAYER_COUNTS, LENGTH, PER_LAYER, Model, config_text
-from lcx.merging.plan import NO_EFFECT, Job, Plan, Planner, kind
+from lcx.merging.plan import NO_EFFECT, Job, Plan, PlanBuilder, kind
 from lcx.merging.tensors import Tensor, threads
 from lcx.merging.writer import Stored, Writer
 
@@ -42,7 +42,7 @@ class Merge:
         checks.same_architecture(every, whole=self.config.models is not None)
         self.rotary = checks.rotary_source(every, self.config.rotary_source)
         try:
-            self.plan: Plan = Planner(self.config, self.models).plan()
+            self.plan: Plan = PlanBuilder(self.config, self.models).plan()
         except UserError as error:
             raise UserError(f"{self.path}: {error}") from error
         self.main = self.models[self.config.base_model] if self.config.base_model else self.plan.layers[0][0]
@@ -117,10 +117,8 @@ class Merge:
                 model.reader.close()
 
     def _tensor(self, tensor: Tensor, job: Job, writer: Writer) -> None:
-        merge = self.plan.method.prepare(tensor, job.values)
         writer.begin(job.name)
-        for _ in tensor.over(lambda block: writer.write(job.name, block.start, merge(block))):
-            pass
+        self.plan.method.apply(tensor, job.values, lambda start, rows: writer.write(job.name, start, rows))
         writer.finish(job.name)
 
     def _warn(self) -> None:

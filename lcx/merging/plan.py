@@ -72,7 +72,7 @@ class _Source:
     settings: Settings
 
 
-class Planner:
+class PlanBuilder:
     """Makes the plan of a merge of `models` (by their names in the file)."""
 
     def __init__(self, config: MergeConfig, models: Mapping[str, Model]):
@@ -138,10 +138,10 @@ class Planner:
         least, most = self.method.least, self.method.most
         if len(models) < least or most is not None and len(models) > most:
             wanted = f"{least}" if least == most else f"at least {least}" if most is None else f"{least} to {most}"
-            beside = " beside base_model" if self.base is not None else ""
+            relative = " beside base_model" if self.base is not None else ""
             names = ", ".join(source.model.name for source in models) or "none"
             raise UserError(
-                f"{path}: merge_method={self.config.merge_method} takes {wanted} model{'s' * (wanted != '1')}{beside} but got "
+                f"{path}: merge_method={self.config.merge_method} takes {wanted} model{'s' * (wanted != '1')}{relative} but got "
                 f"{len(models)} ({names}); change the list"
             )
         return base, models

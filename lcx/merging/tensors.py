@@ -140,7 +140,7 @@ class Tensor:
         return iter(each(lambda index: work(self.block(index)), range(self.blocks)))
 
     def total(self, work: Callable[[Block], np.ndarray | int]) -> np.ndarray:
-        """The sum over all blocks of what `work` makes of each; 0 for a tensor without numbers."""
+        """The sum over all blocks of what `work` makes of each."""
         return np.asarray(sum(self.over(work), start=np.zeros(())))
 
     def random(self, model: int, block: int) -> np.random.Generator:

@@ -44,6 +44,13 @@ class Method:
     least: int = 1
     most: int | None = None
 
+    def apply(self, tensor: Tensor, values: Values, write: Callable[[int, np.ndarray], None]) -> None:
+        """Merge a tensor; `write` gets the first row and the numbers of each block, from several threads and in any order."""
+        if tensor.size:
+            merge = self.prepare(tensor, values)
+            for _ in tensor.over(lambda block: write(block.start, merge(block))):
+                pass
+
     @property
     def of_models(self) -> list[str]:
         """Names of the parameters that each model has of its own."""

@@ -52,7 +52,7 @@ def arcee_fusion(tensor: Tensor, values: Values) -> Merge:
         start = block.start * tensor.columns
         return importance(*block.inputs()).reshape(-1)[-start % every :: every]
 
-    threshold = np.float32(outstanding(np.concatenate(samples))) if (samples := list(tensor.over(sample))) else 0
+    threshold = np.float32(outstanding(np.concatenate(list(tensor.over(sample)))))
 
     def merge(block: Block) -> np.ndarray:
         base, model = block.inputs()

@@ -174,8 +174,7 @@ def _random(tensor: Tensor, values: Values, densities: np.ndarray, mask: Mask) -
                 found.append((whole, whole if kept is None else (sizes * kept).sum(dtype=np.float64)))
             return np.array(found)
 
-        totals = np.broadcast_to(tensor.total(sums), (len(factors), 2))
-        factors = [whole / kept if kept > 0 else 1.0 for whole, kept in totals]
+        factors = [whole / kept if kept > 0 else 1.0 for whole, kept in tensor.total(sums)]
 
     def sparsify(model: int, delta: np.ndarray, block: int) -> np.ndarray:
         kept = mask(model, delta, block)
@@ -208,7 +207,6 @@ def sce(tensor: Tensor, values: Values) -> Merge:
         return deltas
 
     squares = tensor.total(lambda block: np.array([np.square(delta, dtype=np.float64).sum() for delta in selected(block)]))
-    squares = np.broadcast_to(squares, (len(tensor.models),))
     weights = squares / squares.sum() if squares.sum() > 0 else np.full(len(squares), 1 / len(squares))
 
     def merge(block: Block) -> np.ndarray:
