@@ -1,7 +1,7 @@
-"""The k largest of many numbers that come in blocks: exactly, in two passes that keep next to nothing.
+"""The k largest of many numbers that come in blocks: exactly, in one pass that keeps next to nothing, or rarely three.
 
-The bits of a float32 that is not negative are in the order of the numbers: one pass counts the upper 16 bits, one the lower 16 of
-those that share the threshold's upper ones (a radix selection).
+A sample brackets the threshold; a pass counts what lies above the bracket and keeps what lies inside (Floyd and Rivest, "Expected
+time bounds for selection", 1975). Where the sample misled, a pass that counts by upper bits finds a bracket for certain.
 """
 
 from __future__ import annotations
@@ -14,10 +14,18 @@ import numpy as np
 from lcx.merging.tensors import Block, Tensor
 
 Measure = Callable[[Block], np.ndarray]
-"""From a block to one float32, finite and not negative, for each of its entries."""
+"""From a block to one float32, finite and not negative (nor -0), for each of its entries."""
+
+SAMPLE = 1 << 20
+SAMPLED_BLOCKS = 64
+"""How many numbers a sample has, and from how many blocks."""
+
+MARGIN = 0.005
+"""The share of all numbers that a bracket is to hold on either side of the threshold."""
 
 HALF = 16
-BINS = 1 << HALF
+BINS = 1 << (HALF - 1)
+"""Of float32s without a sign."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,37 +53,60 @@ def largest(tensor: Tensor, k: int, measure: Measure) -> Largest:
         return Largest(np.inf, (0,) * tensor.blocks)
     if k >= tensor.size:
         return Largest(-1.0, (0,) * tensor.blocks)
-    upper, above = _place(tensor.total(lambda block: _count(_bits(measure(block)) >> HALF)), k)
-    within = list(tensor.over(lambda block: _shared(_bits(measure(block)), upper)))
-    lowers = np.zeros(BINS, np.int64)
-    for low, counts in within:
-        lowers[low] += counts
-    lower, higher = _place(lowers, k - above)
-    left = k - above - higher
+    bracket = _guess(tensor, k / tensor.size, measure)
+    above, values, counts = _sorted(found := _inside(tensor, measure, bracket))
+    if not above < k <= above + counts.sum():
+        bracket = _counted(tensor, k, measure)
+        above, values, counts = _sorted(found := _inside(tensor, measure, bracket))
+    from_above = above + np.cumsum(counts[::-1])[::-1]
+    place = len(values) - 1 - int(np.searchsorted(from_above[::-1], k))
+    threshold, left = values[place], k - int(from_above[place] - counts[place])
     ties = []
-    for low, counts in within:
-        equal = int(counts[low == lower].sum())
-        ties.append(min(left, equal))
+    for _, inside, times in found:
+        ties.append(min(left, int(times[inside == threshold].sum())))
         left -= ties[-1]
-    return Largest(float(np.array(upper << HALF | lower, np.uint32).view(np.float32)), tuple(ties))
+    return Largest(float(threshold), tuple(ties))
 
 
-def _place(counts: np.ndarray, k: int) -> tuple[int, int]:
-    """The bin that holds the k-th largest, and how many lie in higher bins."""
-    from_above = np.cumsum(counts[::-1])
-    found = int(np.searchsorted(from_above, k))
-    return len(counts) - 1 - found, int(from_above[found - 1]) if found else 0
+Inside = list[tuple[int, np.ndarray, np.ndarray]]
+"""Of each block: how many numbers lie above a bracket, those inside it (each once, in order), and how often each is there."""
 
 
-def _bits(measured: np.ndarray) -> np.ndarray:
-    # A zero's sign would make it the largest of all.
-    return np.ascontiguousarray(measured, np.float32).reshape(-1).view(np.uint32) & 0x7FFFFFFF
+def _inside(tensor: Tensor, measure: Measure, bracket: tuple[np.float32, np.float32]) -> Inside:
+    def look(block: Block) -> tuple[int, np.ndarray, np.ndarray]:
+        measured = measure(block)
+        above = int(np.count_nonzero(measured > bracket[1]))
+        inside = measured[(measured >= bracket[0]) & (measured <= bracket[1])]
+        return above, *np.unique(inside, return_counts=True)
+
+    return list(tensor.over(look))
 
 
-def _count(halves: np.ndarray) -> np.ndarray:
-    return np.bincount(halves, minlength=BINS)
+def _sorted(found: Inside) -> tuple[int, np.ndarray, np.ndarray]:
+    """How many numbers lie above the bracket; those inside in order, and how often each is there, over all blocks."""
+    values, where = np.unique(np.concatenate([values for _, values, _ in found]), return_inverse=True)
+    counts = np.zeros(len(values), np.int64)
+    np.add.at(counts, where, np.concatenate([counts for _, _, counts in found]))
+    return sum(above for above, _, _ in found), values, counts
 
 
-def _shared(bits: np.ndarray, upper: int) -> tuple[np.ndarray, np.ndarray]:
-    """The lower halves of those with this upper half, each once, and how often each is there."""
-    return np.unique((bits[bits >> HALF == upper] & (BINS - 1)).astype(np.uint16), return_counts=True)
+def _guess(tensor: Tensor, share: float, measure: Measure) -> tuple[np.float32, np.float32]:
+    """A bracket that most likely holds the threshold: from a sample, with `MARGIN` on both sides."""
+    every = -(-tensor.blocks // SAMPLED_BLOCKS)
+    each = max(1, SAMPLE // min(SAMPLED_BLOCKS, tensor.blocks))
+    samples = []
+    for index in range(0, tensor.blocks, every):
+        measured = measure(tensor.block(index)).reshape(-1)
+        samples.append(measured[:: -(-measured.size // each)])
+    sample = np.sort(np.concatenate(samples))
+    places = np.array([1 - share - MARGIN, 1 - share + MARGIN]) * len(sample)
+    low, high = np.clip([np.floor(places[0]), np.ceil(places[1])], 0, len(sample) - 1).astype(int)
+    return sample[low], sample[high]
+
+
+def _counted(tensor: Tensor, k: int, measure: Measure) -> tuple[np.float32, np.float32]:
+    """A bracket that holds the threshold: the numbers that share its upper 16 bits, whose order is that of the numbers."""
+    counts = tensor.total(lambda block: np.bincount(measure(block).reshape(-1).view(np.uint32) >> HALF, minlength=BINS))
+    upper = BINS - 1 - int(np.searchsorted(np.cumsum(counts[::-1]), k))
+    low, high = np.array([upper << HALF, (upper << HALF) + (1 << HALF) - 1], np.uint32).view(np.float32)
+    return low, high
