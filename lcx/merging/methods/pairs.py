@@ -34,9 +34,9 @@ def importance(base: np.ndarray, model: np.ndarray) -> np.ndarray:
 
 
 def outstanding(samples: np.ndarray) -> float:
-    """The median (of an even number the lower of both) plus 1.5 times the way from the lower quartile to the upper."""
-    low, high = np.quantile(samples.astype(np.float64), (0.25, 0.75))
-    return float(np.quantile(samples, 0.5, method="lower") + 1.5 * (high - low))
+    """The median plus 1.5 times the way from the lower quartile to the upper, each of two neighbours the lower."""
+    low, middle, high = np.quantile(samples, (0.25, 0.5, 0.75), method="lower").astype(np.float64)
+    return float(middle + 1.5 * (high - low))
 
 
 def _log_softmax(rows: np.ndarray) -> np.ndarray:
