@@ -141,7 +141,7 @@ class PlanBuilder:
             relative = " beside base_model" if self.base is not None else ""
             names = ", ".join(source.model.name for source in models) or "none"
             raise UserError(
-                f"{path}: merge_method={self.config.merge_method} takes {wanted} model{'s' * (wanted != '1')}{relative} but got "
+                f"{path}: merge_method={self.config.merge_method} takes {wanted} model{'s' * (not wanted.endswith('1'))}{relative} but got "
                 f"{len(models)} ({names}); change the list"
             )
         return base, models

@@ -102,9 +102,20 @@ CASES = {
 }  # fmt: skip
 
 
+DRAWN = {
+    name: with_base(name, 1) | {"models": [{"model": "tuned2", "parameters": {**given, "weight": 1}}]}
+    for name, given in {
+        "dare_linear": {"density": 0.4},
+        "dare_ties": {"density": 0.4},
+        "della_linear": {"density": 0.4, "epsilon": 0.3},
+        "della": {"density": 0.4, "epsilon": 0.3},
+    }.items()
+}
+"""Masks that cannot be the same: the share that is kept, by rank, and the formula on the mask that was drawn are."""
+
+
 def test_every_method_that_draws_nothing_has_a_case():
-    drawing = {"dare_linear", "dare_ties", "della", "della_linear"}
-    assert {case["merge_method"] for case in CASES.values()} >= METHODS.keys() - drawing
+    assert {case["merge_method"] for case in CASES.values()} >= METHODS.keys() - DRAWN.keys()
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +129,7 @@ def theirs(tmp_path_factory):
     for i in range(3):
         make(root / f"tuned{i}", seed=i + 1, near=base, scale=0.1 * (i + 1), **SIZES)
     words = []
-    for i, case in enumerate(CASES.values()):
+    for i, case in enumerate([*CASES.values(), *DRAWN.values()]):
         words += [describe(root / f"{i}.yml", **_placed(case, root), dtype="float32"), root / str(i)]
     side = Path(__file__).with_name("mergekit_side.py")
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
@@ -142,3 +153,23 @@ def test_the_result_is_mergekits(number, case, theirs, tmp_path):
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         np.testing.assert_allclose(found[name], tensor, rtol=1e-6, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, case", enumerate(DRAWN, len(CASES)), ids=DRAWN)
+def test_random_masks_are_drawn_and_rescaled_as_mergekits(number, case, theirs, tmp_path):
+    Merge(theirs / f"{number}.yml").write(tmp_path / "out")
+    base, tuned, ours, others = (load(x) for x in (theirs / "base", theirs / "tuned2", tmp_path / "out", theirs / str(number)))
+    kept_by_rank: list[list[float]] = [[], []]
+    for name in ours:
+        delta = (tuned[name] - base[name]).astype(np.float64)
+        for side, found in enumerate((ours[name], others[name])):
+            kept = found != base[name]
+            factor = np.abs(delta).sum() / np.abs(delta[kept]).sum()
+            np.testing.assert_allclose(found, base[name] + factor * delta * kept, rtol=1e-6, atol=2e-6, err_msg=name)
+            rank = np.argsort(np.argsort(np.abs(delta), axis=-1), axis=-1) / (delta.shape[-1] - 1)
+            kept_by_rank[side].append([kept[(low <= rank) & (rank < low + 0.25)].mean() for low in (0, 0.25, 0.5, 0.75)])
+    shares = [np.mean(found, axis=0) for found in kept_by_rank]
+    wanted = np.full(4, 0.4) if "dare" in case else 0.1 + 0.6 * np.array([0.125, 0.375, 0.625, 0.875])
+    for found in shares:
+        np.testing.assert_allclose(found, wanted, atol=0.02)
