@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lcx.core.console import Progress, say, table, warn
+from lcx.core.console import say, table, warn
 from lcx.core.errors import UserError
 from lcx.interop.families import ROPE_KEYS
 from lcx.interop.folder import created, files_with_weights, refuse_full_disk, tokenizer_files
@@ -18,17 +18,11 @@ from lcx.merging import models as checks
 from lcx.merging.config import MergeConfig, read
 from lcx.merging.models import LAYER_COUNTS, LENGTH, PER_LAYER, Model, config_text
 from lcx.merging.plan import NO_EFFECT, Job, Plan, PlanBuilder, kind
-from lcx.merging.tensors import Tensor, threads
-from lcx.merging.writer import Stored, Writer
+from lcx.merging.stream import MAX_SHARD_BYTES, Work, stream
 
 TEMPLATE = "chat_template.jinja"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION = "generation_config.json"
-
-AHEAD = 2
-"""Tensors that the system begins to read before their turn."""
-
-MAX_SHARD_BYTES = 5 * 10**9
 
 
 class Merge:
@@ -51,8 +45,7 @@ class Merge:
         for model in every:
             checks.same_vocabulary(self.tokenizer, model.folder)
         self.template = self._template(every)
-        self.stored = {job.name: Stored(job.shape, job.dtype) for job in self.plan.jobs}
-        self.bytes = sum(of.bytes for of in self.stored.values())
+        self.bytes = sum(job.stored.bytes for job in self.plan.jobs)
 
     def show(self, out: Path) -> None:
         """Print what would be done, and whether there is room for it."""
@@ -65,7 +58,7 @@ class Merge:
         rows = []
         for name, found in jobs.items():
             first, last = (_values(found[i]) for i in (0, -1))
-            shape = "x".join(map(str, found[0].shape))
+            shape = "x".join(map(str, found[0].stored.shape))
             rows.append((name, len(found), shape, first, "" if last == first else last))
         table(self.config.merge_method, columns, rows)
         settings = [
@@ -74,7 +67,7 @@ class Merge:
         ]
         table("rotary settings", ("model", "layers", "settings", ""), settings)
         free = shutil.disk_usage(next(path for path in out.absolute().parents if path.exists())).free
-        types = ", ".join(sorted({of.dtype for of in self.stored.values()}))
+        types = ", ".join(sorted({job.stored.dtype for job in self.plan.jobs}))
         left = f"the disk has {free / 1e9:,.1f} GB left"
         say(f"would write {self.plan.numbers:,} parameters as {types} ({self.bytes / 1e9:,.2f} GB) into {out}; {left}")
 
@@ -83,7 +76,7 @@ class Merge:
         self._warn()
         start = time.perf_counter()
         with created(out, self.bytes) as part:
-            self._tensors(part, max_shard_bytes)
+            stream(part, self._works(), "merge", max_shard_bytes, self.config.seed)
             self._companions(part)
             (part / FILE).write_text(config_text(self._values()), encoding="utf-8")
             (part / "README.md").write_text(self._card(out), encoding="utf-8")
@@ -92,34 +85,13 @@ class Merge:
         size = f"{self.plan.numbers:,} parameters, {self.bytes / 1e9:,.2f} GB, in {seconds:,.1f} s"
         say(f"merged {what} into {out}: {size}")
 
-    def _tensors(self, part: Path, max_shard_bytes: int) -> None:
-        writer = Writer(part, self.stored, max_shard_bytes)
-        jobs = self.plan.jobs
-        try:
-            with threads() as executor, Progress("merge", len(jobs), every=None) as progress:
-                done, start = 0, time.perf_counter()
-                for i, job in enumerate(jobs):
-                    rows = [one.model.reader.rows(one.name) for one in job.models]
-                    base = None if job.base is None else job.base.model.reader.rows(job.base.name)
-                    for later in jobs[i + 1 : i + 1 + AHEAD]:
-                        for one in (*later.models, *([later.base] if later.base else [])):
-                            one.model.reader.announce(one.name)
-                    tensor = Tensor(job.name, job.shape, rows, base, executor, self.config.seed)
-                    self._tensor(tensor, job, writer)
-                    done += self.stored[job.name].bytes
-                    speed = f"{done / 1e6 / (time.perf_counter() - start):,.0f} MB/s"
-                    progress.note(speed)
-                    progress.advance(speed)
-            writer.close()
-        finally:
-            writer.abandon()
-            for model in self.models.values():
-                model.reader.close()
+    def _works(self) -> list[Work]:
+        def work(job: Job) -> Work:
+            models = tuple((one.model.reader, one.name) for one in job.models)
+            base = None if job.base is None else (job.base.model.reader, job.base.name)
+            return Work(job.name, job.stored, models, base, lambda tensor, write: self.plan.method.apply(tensor, job.values, write))
 
-    def _tensor(self, tensor: Tensor, job: Job, writer: Writer) -> None:
-        writer.begin(job.name)
-        self.plan.method.apply(tensor, job.values, lambda start, rows: writer.write(job.name, start, rows))
-        writer.finish(job.name)
+        return [work(job) for job in self.plan.jobs]
 
     def _warn(self) -> None:
         for path in self.plan.unused:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from lcx.merging.methods.method import Method, Values
 from lcx.merging.methods.table import METHODS
 from lcx.merging.models import LAYER, Model
 from lcx.merging.parameters import Parameter, Setting, parse
+from lcx.merging.writer import Stored
 
 FIRST = ("embed", "wte", "wpe")
 """Parts of the names of tensors that come before the first layer; others outside the layers come after the last."""
@@ -37,11 +39,10 @@ class Input:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One tensor of the result: its name and shape, what it is made of, and the values of the method's parameters."""
+    """One tensor of the result: how it is called and stored, what it is made of, and the values of the method's parameters."""
 
     name: str
-    shape: tuple[int, ...]
-    dtype: str
+    stored: Stored
     models: tuple[Input, ...]
     base: Input | None
     values: Values
@@ -60,7 +61,7 @@ class Plan:
     @property
     def numbers(self) -> int:
         """How many numbers are written."""
-        return sum(_size(job.shape) for job in self.jobs)
+        return sum(math.prod(job.stored.shape) for job in self.jobs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,11 +138,12 @@ class PlanBuilder:
             base = listed[0] if listed else _Source(self.base, sources[0].first, [])
         least, most = self.method.least, self.method.most
         if len(models) < least or most is not None and len(models) > most:
+            plural = "s" * (least != 1 or most is not None and most > 1)
             wanted = f"{least}" if least == most else f"at least {least}" if most is None else f"{least} to {most}"
             relative = " beside base_model" if self.base is not None else ""
             names = ", ".join(source.model.name for source in models) or "none"
             raise UserError(
-                f"{path}: merge_method={self.config.merge_method} takes {wanted} model{'s' * (not wanted.endswith('1'))}{relative} but got "
+                f"{path}: merge_method={self.config.merge_method} takes {wanted} model{plural}{relative} but got "
                 f"{len(models)} ({names}); change the list"
             )
         return base, models
@@ -203,7 +205,7 @@ class PlanBuilder:
             }
             of_models.append(found)
         dtype = self.config.out or reference.model.reader.shards.dtype(reference.name)
-        return Job(name, shape, dtype, tuple(inputs), base, Values(of_tensor, tuple(of_models)))
+        return Job(name, Stored(shape, dtype), tuple(inputs), base, Values(of_tensor, tuple(of_models)))
 
     def _settings(self, path: str, given: Mapping[str, Any] | None, own: bool) -> dict[str, Setting]:
         """The parameters at one place of the file; `own`: of a single model."""
@@ -248,13 +250,6 @@ def _same_names(
 def _length(one: SliceConfig) -> int:
     start, stop = one.sources[0].layer_range
     return stop - start
-
-
-def _size(shape: Sequence[int]) -> int:
-    size = 1
-    for n in shape:
-        size *= n
-    return size
 
 
 def kind(name: str) -> str:

@@ -109,4 +109,4 @@ def _counted(tensor: Tensor, k: int, measure: Measure) -> tuple[np.float32, np.f
     counts = tensor.total(lambda block: np.bincount(measure(block).reshape(-1).view(np.uint32) >> HALF, minlength=BINS))
     upper = BINS - 1 - int(np.searchsorted(np.cumsum(counts[::-1]), k))
     low, high = np.array([upper << HALF, (upper << HALF) + (1 << HALF) - 1], np.uint32).view(np.float32)
-    return low, high
+    return np.float32(low), np.float32(high)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -56,6 +56,10 @@ class Writer:
         if file not in self._open:
             self._open[file] = os.open(self._folder / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             _all(self._open[file], self._header(file), 0)
+
+    def of(self, name: str) -> Callable[[int, np.ndarray], None]:
+        """`write` for one tensor."""
+        return lambda start, rows: self.write(name, start, rows)
 
     def write(self, name: str, start: int, rows: np.ndarray) -> None:
         """Rows of a tensor that has begun, from the row `start` on; raises `UserError` if its type cannot hold a number."""

@@ -82,7 +82,7 @@ WRONG = {
     (LINEAR, "ROOT/tuned", "ROOT/longer"): "say whose counts with rotary_source: ROOT/longer",
     (LINEAR, "{merge", "{rotary_source: ROOT/other, merge"): "rotary_source='ROOT/other' is none of the merged models; name one of",
     # slices
-    (SLICES.replace("[0, 2]", "[0, 5]"), "", ""): "slices[0].sources[0].layer_range=[0, 5] does not lie within the 4 layers of ROOT/tuned; give",
+    (SLICES.replace("[0, 2]", "[0, 5]"), "", ""): "slices[0].sources[0].layer_range=[0, 5] does not lie within the 4 layers",
     (SLICES, "tuned, layer_range: [0, 2]", "tuned, layer_range: [2, 2]"): "its sources have [0, 2] layers; give all of them ranges",
     (SLICES, "tuned, layer_range: [0, 2]", "tuned, layer_range: [1, 3]"): "begin at layers [0, 1], so it is open which of the",
     (SLICES, "[0, 2]", "all"): "slices[0].sources[0].layer_range='all': expected a list, got str",

@@ -55,7 +55,7 @@ def elected(deltas: Sequence[np.ndarray], weights: np.ndarray, divide: bool, raw
         if divisor is not None:
             divisor += np.multiply(kept, float(weight), dtype=divisor.dtype)
     if divisor is not None:
-        divisor[np.abs(divisor) < TINY] = 1
+        divisor += np.abs(divisor) < TINY  # faster than an assignment to some entries
         total /= divisor
     return total
 
@@ -146,12 +146,16 @@ def della(tensor: Tensor, values: Values, elect: bool) -> Merge:
 
 def row_ranks(sizes: np.ndarray) -> np.ndarray:
     """The rank of each entry within its row, from 0 for the smallest to 1 for the largest, float32; 1/2 in a row of one."""
-    columns = sizes.shape[1]
+    rows, columns = sizes.shape
     if columns == 1:
         return np.full(sizes.shape, 0.5, np.float32)
+    # A size's bits, which are in the order of the sizes, before its column: sorting such numbers is ten times faster than argsort.
+    keys = np.ascontiguousarray(sizes, np.float32).view(np.uint32).astype(np.uint64) << np.uint64(32)
+    keys |= np.arange(columns, dtype=np.uint64)
+    keys.sort(axis=1)
+    places = (keys & np.uint64(0xFFFFFFFF)).astype(np.intp) + columns * np.arange(rows)[:, None]
     ranks = np.empty(sizes.shape, np.float32)
-    steps = np.arange(columns, dtype=np.float32) / (columns - 1)
-    np.put_along_axis(ranks, np.argsort(sizes, axis=1, kind="stable"), np.broadcast_to(steps, sizes.shape), axis=1)
+    ranks.reshape(-1)[places] = np.arange(columns, dtype=np.float32) / (columns - 1)
     return ranks
 
 
