@@ -66,6 +66,23 @@ def import_hf(found: dict[str, Any]) -> str:
     return markdown.table(header, rows)
 
 
+def merging(found: dict[str, Any]) -> str:
+    """A row a method and side."""
+    header = ("method", "side", "GB in", "GB out", "seconds", "ratio", "processor seconds", "GiB")
+    rows = []
+    for method, sides in found["summary"].items():
+        for side, row in sides.items():
+            sizes = (f"{times * found['bytes'] / 1e9:.1f}" for times in (2, 1))
+            figures = (
+                f"{row['seconds']:.1f}",
+                f"{row['ratio']:.2f}",
+                f"{row['processor_seconds']:.0f}",
+                f"{row['bytes'] / 2**30:.2f}",
+            )
+            rows.append((method, side, *sizes, *figures))
+    return markdown.table(header, rows)
+
+
 def ways(rows: list[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
     """The columns of `WAYS_HEADER`, with ratios to the fastest run of the peer at the same length where there is one."""
     for row in rows:
@@ -189,7 +206,7 @@ def _curated(workers: str, turns: list[dict[str, Any]]) -> tuple[str, ...]:
 
 def main() -> None:
     """Fill in what has been measured."""
-    for make in (train_step, attention, context_parallel, import_hf, generation, evaluation):
+    for make in (train_step, attention, context_parallel, import_hf, merging, generation, evaluation):
         path = HERE / "results" / f"{make.__name__}.json"
         if path.exists():
             markdown.fill(HERE / "README.md", make.__name__, make(json.loads(path.read_text())))

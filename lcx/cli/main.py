@@ -29,6 +29,7 @@ COMMANDS = {
     "theta": "choose theta for a target length",
     "import": "convert a Hugging Face folder or a GGUF file to a run's checkpoint",
     "export": "write a run's weights as a Hugging Face folder or a GGUF file",
+    "merge": "merge models tensor by tensor into a new Hugging Face folder",
     "diff": "compare two models tensor by tensor",
     "compare": "compare two evaluations on the same items, paired",
     "data curate": "filter and deduplicate sources of text, and say what was dropped and why",

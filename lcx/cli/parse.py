@@ -29,7 +29,7 @@ def parse(values: flags.FlagValues, command: str, words: Sequence[str]) -> list[
 
     Raises `UserError` for unknown flags, invalid values, and a config file that is missing, broken or lacks a key.
     """
-    if "config" in values and (path := given(words, "config")) is not None:
+    if _takes_config(values) and (path := given(words, "config")) is not None:
         config = load(path)
         for word in words:
             if match := re.match(r"--?(?:no)?config\.([^=]+)", word):
@@ -88,6 +88,11 @@ def module(filename: str) -> ModuleType:
     return loaded
 
 
+def _takes_config(values: flags.FlagValues) -> bool:
+    """Whether `--config` is a Python file whose values flags change, and not a file of another kind."""
+    return "config" in values and values["config"].flag_type() == "config object"
+
+
 def help_text(command: str, about: str, values: flags.FlagValues) -> str:
     """The help of a command: what it does, and each flag with its meaning and default."""
     lines = []
@@ -97,7 +102,7 @@ def help_text(command: str, about: str, values: flags.FlagValues) -> str:
             text += f" (default: {flag.default_as_str.strip(chr(39))})"
         name = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}"
         lines.append(textwrap.fill(text, 120, initial_indent=f"    {name:<22} ", subsequent_indent=" " * 27) + "\n")
-        if flag.name == "config":
+        if flag.name == "config" and _takes_config(values):
             lines.append(CONFIG_HELP)
     return f"{about.strip()}\n\nFlags of lcx {command}:\n{''.join(lines)}".rstrip()
 
@@ -181,7 +186,7 @@ def _sentence(error: Exception, values: flags.FlagValues, command: str) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, flags.UnrecognizedFlagError):
         name = error.flagname.partition("=")[0].lstrip("-")
-        if name.startswith("config.") and "config" in values:
+        if name.startswith("config.") and _takes_config(values):
             return f"--{name} overrides a config value but --config is missing; name a file such as configs/quickstart.py"
         known = {f"--{flag.name}" for flag in (values[known] for known in values)}
         return f"unknown flag --{name} for lcx {command}{nearest(f'--{name}', known)}"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def save(
     config.json's other keys, tokenizer, chat template and generation settings are kept; without it `bos_id` and `eos_id` are the
     tokenizer's. Raises `UserError` if `out` already exists, and for what Hugging Face cannot represent.
     """
-    above = check_new(out)
+    check_new(out)
     values = configs.write(model, schemes, length, dtype, configs.values_of(base) if base else None, bos_id, eos_id)
     slots = weights.slots(specs(model, schemes, length), FAMILIES[values["model_type"]], model.num_layers)
     leaves = dict(paths(params))
@@ -123,19 +124,36 @@ def save(
         return values
     size = jnp.dtype(dtype).itemsize
     sizes = {name: size * math.prod(parts[0].tensor_shape) for name, parts in slots.items()}
-    part = new_part(out)
-    try:
-        if sum(sizes.values()) > (free := shutil.disk_usage(above).free):
-            needed = f"{sum(sizes.values()) / 1e9:,.1f} GB and the disk has {free / 1e9:,.1f} GB left"
-            raise UserError(f"{out} needs {needed}; free some space or choose another disk")
+    with created(out, sum(sizes.values())) as part:
         write(part, sizes, lambda name: weights.tensor(leaves, slots[name], dtype), max_shard_bytes)
         for path in files_with_weights(base) if base else ():
             shutil.copyfile(path, part / path.name)
         (part / configs.FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    return values
+
+
+@contextlib.contextmanager
+def created(out: Path, needed_bytes: int) -> Iterator[Path]:
+    """A folder to write in, which becomes `out` at the end of the body, and is removed if that raises.
+
+    What a killed process left of one is removed by the next. Raises `UserError` if `out` exists or cannot be created, and for a
+    disk with fewer than `needed_bytes` left.
+    """
+    check_new(out)
+    part = new_part(out)
+    try:
+        refuse_full_disk(out, needed_bytes)
+        yield part
         os.replace(part, out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return values
+
+
+def refuse_full_disk(out: Path, needed_bytes: int) -> None:
+    """Raises `UserError` if `out` exists, cannot be created, or lies on a disk with fewer than `needed_bytes` left."""
+    if needed_bytes > (free := shutil.disk_usage(check_new(out)).free):
+        needed = f"{needed_bytes / 1e9:,.1f} GB and the disk has {free / 1e9:,.1f} GB left"
+        raise UserError(f"{out} needs {needed}; free some space or choose another disk")
 
 
 def check_new(out: Path) -> Path:

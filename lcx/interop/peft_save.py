@@ -11,7 +11,6 @@ import collections
 import dataclasses
 import json
 import math
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -62,17 +61,13 @@ def save(out: Path, adapted: Adapted, described: Described, base: Path, record: 
         return settings
     from safetensors.numpy import save_file
 
-    part = hf.new_part(out)
-    try:
+    with hf.created(out, sum(x.nbytes for x in tensors.values())) as part:
         save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, part / WEIGHTS, metadata={"format": "pt"})
         for name, content in ((CONFIG, settings), (RECORD, dict(record)), (hf_config.FILE, values)):
             text = json.dumps(content, indent=2, sort_keys=name == CONFIG)
             (part / name).write_text(text + "\n", encoding="utf-8")
         for path in hf.files_with_weights(base):
             shutil.copyfile(path, part / path.name)
-        os.replace(part, out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return settings
 
 

@@ -20,6 +20,7 @@ from lcx.core.files import refuse_lfs_pointer
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+METADATA = "__metadata__"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -56,6 +57,7 @@ class Shards:
         self._where: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, str] = {}
+        self._starts: dict[Path, dict[str, int]] = {}
         index = self.folder / INDEX
         if single == SINGLE and index.exists():
             self._read_index(index)
@@ -83,6 +85,16 @@ class Shards:
                 "quantised checkpoints must be dequantised first"
             )
         return DTYPES[stored]
+
+    def place(self, name: str) -> tuple[Path, int]:
+        """The file that holds a tensor, and the byte at which its numbers begin, row after row."""
+        path = self._where[name]
+        if path not in self._starts:
+            with path.open("rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(size))
+            self._starts[path] = {key: 8 + size + of["data_offsets"][0] for key, of in header.items() if key != METADATA}
+        return path, self._starts[path][name]
 
     def read(self, name: str) -> np.ndarray:
         """A whole tensor, as stored; raises `UserError` if it contains a number that is not finite."""
@@ -167,6 +179,15 @@ def write(folder: Path, sizes: Mapping[str, int], tensor: Callable[[str], np.nda
     """
     from safetensors.numpy import save_file
 
+    files = assigned(sizes, max_bytes)
+    for file, names in files.items():
+        # transformers requires "pt", which says how to interpret the names, not which program wrote them.
+        save_file({name: np.ascontiguousarray(tensor(name)) for name in names}, folder / file, metadata={"format": "pt"})
+    write_index(folder, files, sum(sizes.values()))
+
+
+def assigned(sizes: Mapping[str, int], max_bytes: int) -> dict[str, list[str]]:
+    """Names of files -> names of the tensors in them: in order, at most `max_bytes` in a file, but at least one tensor each."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
@@ -175,13 +196,16 @@ def write(folder: Path, sizes: Mapping[str, int], tensor: Callable[[str], np.nda
             filled = 0
         shards[-1].append(name)
         filled += size
-    files = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for file, names in zip(files, shards, strict=True):
-        # transformers requires "pt", which says how to interpret the names, not which program wrote them.
-        save_file({name: np.ascontiguousarray(tensor(name)) for name in names}, folder / file, metadata={"format": "pt"})
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    return {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards)}
+
+
+def write_index(folder: Path, files: Mapping[str, list[str]], total_bytes: int) -> None:
+    """Write the index of several files, whose tensors `files` lists; of a single one there is none."""
     if len(files) > 1:
-        where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
+        where = {name: file for file, names in files.items() for name in names}
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": where}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,6 +1,7 @@
-"""A command starts itself again with huge pages, once."""
+"""A command starts itself again with huge pages, once; memory that was freed stays with the process where that is asked for."""
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -39,3 +40,27 @@ def test_no_huge_pages_beside_an_accelerator(monkeypatch):
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     monkeypatch.setattr(host.glob, "glob", lambda pattern: ["/dev/nvidia0"] if "nvidia" in pattern else [])
     assert not host.huge_pages_help()
+
+
+FREED = """
+import resource, sys
+import numpy as np
+from lcx.core.host import keep_freed_memory
+
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+for _ in range(100):
+    a, b, c = (np.ones(1 << 18) for _ in range(3))
+    del a, b, c
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator is told")
+def test_memory_that_was_freed_is_not_cleared_again():
+    faults = {}
+    for what in ("keep", "return"):
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "GLIBC_TUNABLES": ""}
+        done = subprocess.run([sys.executable, "-c", FREED, what], env=env, capture_output=True, text=True, check=True)
+        faults[what] = int(done.stdout)
+    assert faults["keep"] < faults["return"] / 4

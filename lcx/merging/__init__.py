@@ -1,0 +1,1 @@
+"""Models merged tensor by tensor: folders of safetensors in, one new folder out."""
