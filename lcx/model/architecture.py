@@ -22,11 +22,15 @@ from lcx.positions.scheme import Scheme, SchemeSpec
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """A model, how it is computed, and the static part of its positional schemes: all that a compiled program depends on."""
+    """A model, how it is computed, and the static part of its positional schemes: all that a compiled program depends on.
+
+    `shifted_group`: tokens in a group of `transformer.shifted_attention`, None for whole rows.
+    """
 
     config: ModelConfig
     execution: ExecutionConfig
     schemes: tuple[tuple[str, SchemeSpec], ...]
+    shifted_group: int | None = None
 
     def scheme(self, kind: str) -> SchemeSpec:
         """The static positional scheme of a layer kind."""
@@ -66,7 +70,7 @@ def build_schemes(config: ModelConfig, positions: Mapping[str, Any]) -> dict[str
 
 
 def build_architecture(
-    config: ModelConfig, execution: ExecutionConfig, schemes: Mapping[str, Scheme], length: int
+    config: ModelConfig, execution: ExecutionConfig, schemes: Mapping[str, Scheme], length: int, shifted_group: int | None = None
 ) -> tuple[Architecture, dict[str, Any]]:
     """Static architecture and the arrays of its schemes for a declared length (in tokens, including generated ones).
 
@@ -75,7 +79,7 @@ def build_architecture(
     """
     specs = tuple((kind, schemes[kind].spec(length)) for kind in config.kinds)
     buffers = {kind: schemes[kind].buffers(config.heads, length) for kind in config.kinds}
-    return Architecture(config, execution, specs), buffers
+    return Architecture(config, execution, specs, shifted_group), buffers
 
 
 def row_layout(config: ModelConfig, execution: ExecutionConfig, length: int, mesh: Mesh) -> SequenceLayout:

@@ -16,11 +16,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lcx.attention.attend import attend
 from lcx.attention.blockwise import SAVED
-from lcx.core.batch import PADDING, Batch, Index
+from lcx.core.batch import PADDING, SHARED, Batch, Index
 from lcx.core.mesh import fitting_spec, target_platform
 from lcx.core.trees import Tree, cast
 from lcx.model.architecture import Architecture
-from lcx.model.config import ModelConfig
+from lcx.model.config import ModelConfig, is_local
 from lcx.model.linear import linear, project
 from lcx.model.mlp import mlp
 from lcx.model.norm import Norm, rms_norm
@@ -58,18 +58,49 @@ def hidden_states(params: Tree, buffers: Tree, arch: Architecture, batch: Batch)
     def attention_fn(
         kind: str, nth: jax.Array | int, layer: Tree, state: None, q: jax.Array, k: jax.Array, v: jax.Array
     ) -> tuple[jax.Array, None]:
-        here = inputs[kind]
-        out = attend(
-            arch.attention(kind), q, k, v, index, index,
-            q_tables=here.tables, k_tables=here.tables, bias_params=here.bias, query_scale=here.query_scale,
-            sinks=layer["attention"].get("sinks"),
-        )  # fmt: skip
-        return out, state
+        here, sinks = inputs[kind], layer["attention"].get("sinks")
+
+        def run(q: jax.Array, k: jax.Array, v: jax.Array, index: Index, sinks: jax.Array | None) -> jax.Array:
+            return attend(
+                arch.attention(kind), q, k, v, index, index,
+                q_tables=here.tables, k_tables=here.tables, bias_params=here.bias, query_scale=here.query_scale, sinks=sinks,
+            )  # fmt: skip
+
+        if arch.shifted_group is None or is_local(kind):
+            return run(q, k, v, index, sinks), state
+        return shifted_attention(run, arch.shifted_group, q, k, v, index, sinks), state
 
     token_mask = batch.segments != PADDING if arch.config.router_aux_weight else None
     x = embed(params, buffers, arch, batch.tokens, index.positions)
     x, _, total = scan_layers(params["layers"], x, arch, attention_fn, token_mask=token_mask)
     return rms_norm(params["final_norm"], x, arch.config), None if total is None else total / arch.config.num_layers
+
+
+def shifted_attention(
+    run: Callable[..., jax.Array], group: int, q: jax.Array, k: jax.Array, v: jax.Array, index: Index, sinks: jax.Array | None
+) -> jax.Array:
+    """LongLoRA's attention within groups of `group` tokens, shifted by half a group in half of the heads (2309.12307, section 3.2).
+
+    `run(q_BTNH, k_BTKH, v_BTKH, index, sinks)` attends. Groups are segments of their own, numbered by `Index.order`: where the
+    paper rolls a row, so that its head shares a group with its tail and would see it, the row here begins and ends with half a
+    group. An odd number of KV heads is split unevenly, a single one is shared by both halves.
+    """
+    N, K, T = q.shape[2], k.shape[2], q.shape[1]
+    kv = K // 2
+    heads = kv * (N // K) or N // 2
+    numbers = T // group + 2
+
+    def half(q: jax.Array, k: jax.Array, v: jax.Array, sinks: jax.Array | None, shift: int) -> jax.Array:
+        own = index.segments * numbers + (index.order + shift) // group
+        kept = (index.segments == PADDING) | (index.segments == SHARED)
+        segments = jnp.where(kept, index.segments, own)
+        return run(q, k, v, dataclasses.replace(index, segments=segments), sinks)
+
+    keys, values = ((x[:, :, :kv], x[:, :, kv:]) if kv else (x, x) for x in (k, v))
+    queries = q[:, :, :heads], q[:, :, heads:]
+    logits = (None, None) if sinks is None else (sinks[:heads], sinks[heads:])
+    halves = zip(queries, keys, values, logits, (0, group // 2), strict=True)
+    return jnp.concatenate([half(*one) for one in halves], axis=2)
 
 
 def cast_params(params: Tree, arch: Architecture) -> Tree:

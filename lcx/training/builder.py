@@ -81,7 +81,9 @@ class StageBuilder:
         stage, mesh = self.run.stages[index], self.meshes[index]
         attempt, schemes = self.choose(index)
         previous = PreviousStage(self.choose(index - 1)[1], self.run.stages[index - 1].length) if index else self.before_first
-        arch, buffers = build_architecture(self.run.model, self.run.execution, build_schemes(self.run.model, schemes), stage.length)
+        arch, buffers = build_architecture(
+            self.run.model, self.run.execution, build_schemes(self.run.model, schemes), stage.length, stage.shifted_group
+        )
         table = self.run.specs(schemes, stage.length)
         peak = peak_flops(mesh.devices.flat[0], self.run.metrics.peak_flops) * mesh.size
         return BuiltStage(
@@ -109,7 +111,8 @@ class StageBuilder:
 
     def probe(self, built: BuiltStage, params: Tree) -> Probe:
         """How `params` do on the stage's held-out probe."""
-        return self._probe(built, params, built.arch, built.buffers, built.stage.seq_len)
+        arch = dataclasses.replace(built.arch, shifted_group=None)
+        return self._probe(built, params, arch, built.buffers, built.stage.seq_len)
 
     def reference(self, built: BuiltStage, params: Tree) -> Probe | None:
         """How they do at the length and with the scheme of the stage before; None in a first stage from scratch."""

@@ -28,10 +28,26 @@ def check_stage(run: RunConfig, stage: StageConfig, mesh: Mesh, specs: Tree) -> 
     check_length(f"stages.{stage.name}.seq_len", stage.seq_len, layout, mesh.shape["ring"])
     check_heads(run.model.num_heads // mesh.shape["tensor"], mesh.shape["ulysses"])
     check_model(run.model, mesh)
+    if stage.shifted_group is not None:
+        check_shifted(run, stage, mesh)
     for path, spec in paths_of(specs):
         for size, name in zip(spec.shape, spec.logical_axes, strict=True):
             if name is not None:
                 check_divides(f"{name} dimension of {path}", size, mesh, name)
+
+
+def check_shifted(run: RunConfig, stage: StageConfig, mesh: Mesh) -> None:
+    """Raises `UserError` where heads cannot be split into two halves."""
+    for axis in ("tensor", "ulysses"):
+        if mesh.shape[axis] > 1:
+            raise UserError(
+                f"stages.{stage.name}.shifted_group splits the heads, and so does mesh.{axis}={mesh.shape[axis]}; use mesh.fsdp "
+                "or a ring (mesh.context with mesh.ulysses=1)"
+            )
+    if run.model.num_heads < 2:
+        raise UserError(
+            f"stages.{stage.name}.shifted_group splits the heads, but model.num_heads={run.model.num_heads}; leave it out"
+        )
 
 
 def check_batch(stage: StageConfig, mesh: Mesh) -> None:

@@ -55,7 +55,9 @@ class StageConfig:
     (place, weight) between which the weight runs straight, with places from 0 to 1 as shares of the stage's steps, or from 0 to
     its number of tokens. `parts` changes any of their fields, `optim` fields of the optimizer, for this stage.
     `keep_optimizer_state` carries AdamW's moments over. `mesh` replaces the run's. `monitor` switches the early monitor on or off
-    (None: as the run says); `thetas` is the ladder that it tries (empty: around the critical base).
+    (None: as the run says); `thetas` is the ladder that it tries (empty: around the critical base). `shifted_group`: train with
+    attention within groups of so many tokens, shifted by half a group in half of the heads (LongLoRA, which takes a quarter of
+    `seq_len`); probes and evaluations see whole rows.
     """
 
     name: str
@@ -72,12 +74,18 @@ class StageConfig:
     mesh: MeshConfig | None = None
     monitor: bool | None = None
     thetas: tuple[float, ...] = ()
+    shifted_group: int | None = None
 
     def __post_init__(self) -> None:
         sizes = ("seq_len", "steps", "batch_size", "accumulate", "max_position")
         positive(f"stages.{self.name}", **{name: getattr(self, name) for name in sizes})
         for theta in self.thetas:
             positive(f"stages.{self.name}.thetas", theta=theta)
+        if self.shifted_group is not None and not (2 <= self.shifted_group <= self.seq_len and self.shifted_group % 2 == 0):
+            raise UserError(
+                f"stages.{self.name}.shifted_group={self.shifted_group} must be an even number of at most seq_len={self.seq_len} "
+                f"tokens; a quarter is {max(2, self.seq_len // 8 * 2)}"
+            )
         if self.max_position is not None and self.max_position < self.seq_len:
             raise UserError(f"stages.{self.name}.max_position={self.max_position} is below seq_len={self.seq_len}")
         if self.length > 2**31 - 1:

@@ -151,8 +151,8 @@ def test_folded_equals_unfolded(model, dora):
     assert worst_error(outputs(base, model), outputs(params, model))[0] > 0.01
 
 
-def make_step(config, mesh, accumulate=1, model=MODEL, lr_scale=(), **optim):
-    arch, buffers = build_architecture(model, ExecutionConfig(), SCHEMES, LENGTH)
+def make_step(config, mesh, accumulate=1, model=MODEL, lr_scale=(), shifted_group=None, **optim):
+    arch, buffers = build_architecture(model, ExecutionConfig(), SCHEMES, LENGTH, shifted_group)
     table = specs(model, SCHEMES, LENGTH) if config is None else lora.specs(specs(model, SCHEMES, LENGTH), config)
     chosen = OptimConfig(**{"lr": 1e-2, "schedule": "constant", "clip_norm": None, "lr_scale": lr_scale, **optim})
     devices = jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor * mesh.context]
@@ -284,6 +284,19 @@ def test_frozen_kernels_cost_no_gradient():
     weights = 2 * ROWS * LENGTH * (3 * 24 * (4 * 4 * 2 + 2 * 4 * 2 + 32 * 3) + 24 * 64)
     # In place of the kernels' gradients: an adapter's two products, with two gradients each, the first one recomputed.
     assert whole - adapter == weights - 2 * ROWS * LENGTH * 3 * (3 * (24 + 32) + 24)
+
+
+@pytest.mark.slow
+def test_shifted_groups_on_a_ring():
+    config = LoraConfig(rank=2, train=("embed", "norm"))
+    params = tree(config)
+    losses, gradients, _ = run(*make_step(config, ONE, shifted_group=12), params, steps=2)
+    got_losses, got_gradients, _ = run(*make_step(config, MeshConfig(fsdp=1, context=4), shifted_group=12), params, steps=2)
+    np.testing.assert_allclose(got_losses, losses, rtol=1e-6)
+    for got, want in zip(got_gradients, gradients, strict=True):
+        assert worst_error(got, want)[0] <= 1e-5
+    _, whole_rows, _ = run(*make_step(config, ONE), params, steps=1)
+    assert worst_error(whole_rows[0], gradients[0])[0] > 1e-4
 
 
 def test_two_parts_of_a_tree():

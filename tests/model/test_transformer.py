@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcx.core.batch import Batch
+from lcx.core.batch import PADDING, SHARED, Batch, Index
+from lcx.core.mask import Mask, visible
 from lcx.core.param_spec import initialize
 from lcx.model import flops
 from lcx.model.architecture import Architecture, build_architecture, build_schemes
@@ -17,7 +18,7 @@ from lcx.model.linear import linear
 from lcx.model.loss import loss_sums
 from lcx.model.params import specs
 from lcx.model.presets import FAMILIES, shrink
-from lcx.model.transformer import hidden_states, scan_layers
+from lcx.model.transformer import hidden_states, scan_layers, shifted_attention
 from lcx.positions.derive import with_theta
 from tests.compare import worst_error
 from tests.quick import mostly_slow
@@ -179,3 +180,63 @@ def test_visible_pairs():
             distance = order[:, None] - order[None, :]
             want = (distance >= 0) & (distance < (window or length))
             assert flops.visible_pairs(length, window) == want.sum()
+
+
+def grouped_index(length: int) -> Index:
+    """Two documents, a token that both see, and padding, in an order that is not that of the row."""
+    order = np.random.default_rng(3).permutation(length)
+    segments = np.where(order < length // 2, 1, 2)
+    segments[order == 0], segments[order >= length - 3] = SHARED, PADDING
+    return Index(*(jnp.asarray(x[None], jnp.int32) for x in (order, order, segments)))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (6, 3), (3, 1)])
+def test_shifted_attention_is_that_of_groups_by_order(heads, kv_heads):
+    """Each head against a softmax over the keys of its document, its group and its past, in float64."""
+    group, length, rng = 8, 36, np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(1, length, n, 5)) for n in (heads, kv_heads, kv_heads))
+    index, seen = grouped_index(length), []
+
+    def run(q, k, v, index, sinks):
+        seen.append(q.shape[2])
+        mask = np.asarray(visible(Mask(), index, index))[0]
+        k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+        scores = jnp.where(mask[None], jnp.einsum("bthd,bshd->bhts", q, k)[0], -jnp.inf)
+        weights = jnp.where(mask.any(1)[None, :, None], jax.nn.softmax(scores, axis=-1), 0.0)
+        return jnp.einsum("hts,bshd->bthd", weights, v)
+
+    got = shifted_attention(run, group, *(jnp.float32(x) for x in (q, k, v)), index, None)[0]
+    order, segments = (np.asarray(x)[0] for x in (index.order, index.segments))
+    assert sum(seen) == heads and len(seen) == 2
+    for h in range(heads):
+        shift = 0 if h < seen[0] else group // 2
+        own = (order + shift) // group
+        kv = h * kv_heads // heads
+        for t in np.flatnonzero(segments != PADDING):
+            keys = (order <= order[t]) & (segments != PADDING)
+            keys &= (segments == SHARED) | (segments == segments[t]) & (own == own[t]) & (segments[t] != SHARED)
+            scores = k[0, keys, kv] @ q[0, t, h]
+            weights = np.exp(scores - scores.max())
+            np.testing.assert_allclose(got[t, h], weights @ v[0, keys, kv] / weights.sum(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_shifted_model_sees_no_future_and_no_other_group():
+    """The token after a boundary of both halves' groups, and the wrapped group of the paper, whose head would see its tail."""
+    config = dataclasses.replace(TINY, pattern=("global",), num_layers=1)
+    params, buffers, arch = build(config, {"default": "rope:theta=500"})
+    arch, batch = dataclasses.replace(arch, shifted_group=8), Batch.from_tokens(tokens(1))
+
+    def influence(place):
+        def out(embedding):
+            changed = {**params, "embed": {"embedding": embedding}}
+            return jnp.sum(jnp.sin(hidden_states(changed, buffers, arch, batch)[0][0, place]))
+
+        gradient = jnp.abs(jax.jit(jax.grad(out))(params["embed"]["embedding"])).sum(axis=1)[batch.tokens[0]]
+        return set(np.flatnonzero(np.asarray(gradient) > 0).tolist())
+
+    assert influence(2) == {0, 1, 2}
+    assert influence(9) == set(range(4, 10))
+    assert influence(13) == set(range(8, 14))
+    whole = hidden_states(params, buffers, dataclasses.replace(arch, shifted_group=2 * T), batch)[0]
+    exact = hidden_states(params, buffers, dataclasses.replace(arch, shifted_group=None), batch)[0]
+    assert worst_error(whole, exact)[0] <= 1e-6

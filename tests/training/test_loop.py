@@ -170,6 +170,8 @@ def as_lcx_0_1_wrote_it(run):
     values = configs.plain(run)
     execution = values.pop("execution")
     del values["lora"]
+    for stage in values["stages"]:
+        del stage["shifted_group"]
     return {**values, "model": {**values["model"], **execution}}
 
 
