@@ -17,8 +17,8 @@ from lcx.core.trees import Tree, paths
 class Init:
     """How a parameter is initialised.
 
-    `kind` is `normal` (standard deviation `value`), `truncated` (the same, cut at two deviations), `constant`, or `diagonal`
-    (`value` where the first two indices are equal, zero elsewhere).
+    `kind` is `normal` (standard deviation `value`), `truncated` (the same, cut at two deviations), `uniform` (from -`value` to
+    `value`), `constant`, or `diagonal` (`value` where the first two indices are equal, zero elsewhere).
     """
 
     kind: str = "truncated"
@@ -90,6 +90,8 @@ def _draw(spec: ParamSpec, key: jax.Array, dtype: jnp.dtype) -> jax.Array:
             return jnp.broadcast_to(matrix.reshape(matrix.shape + (1,) * len(spec.shape[2:])), spec.shape)
         case "normal":
             return (spec.init.value * jax.random.normal(key, spec.shape)).astype(dtype)
+        case "uniform":
+            return jax.random.uniform(key, spec.shape, dtype, -spec.init.value, spec.init.value)
         case "truncated":
             # A normal cut at two deviations has deviation 0.8796; divide it out so that `value` is the actual deviation.
             return (spec.init.value / 0.87962566 * jax.random.truncated_normal(key, -2, 2, spec.shape)).astype(dtype)

@@ -49,6 +49,11 @@ class HfFolder:
         weights.check(self.shards, self.slots, model.tied_embeddings)
 
     @property
+    def files(self) -> list[Path]:
+        """The files that hold tensors."""
+        return self.shards.files
+
+    @property
     def dtype(self) -> str:
         """numpy's name of the dtype of the stored weights (the embedding's)."""
         return self.shards.dtype(f"{self.described.family.names['embed']}.weight")
@@ -84,7 +89,7 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 def keep(folder: Path, into: Path) -> None:
     """Copy to `into` what an export needs from a model's folder: everything except the weights."""
-    part = _part(into)
+    part = new_part(into)
     for path in (folder / configs.FILE, *files_with_weights(folder)):
         shutil.copyfile(path, part / path.name)
     os.replace(part, into)
@@ -135,7 +140,7 @@ def created(out: Path, needed_bytes: int) -> Iterator[Path]:
     disk with fewer than `needed_bytes` left.
     """
     check_new(out)
-    part = _part(out)
+    part = new_part(out)
     try:
         refuse_full_disk(out, needed_bytes)
         yield part
@@ -161,7 +166,7 @@ def check_new(out: Path) -> Path:
     return above
 
 
-def _part(out: Path) -> Path:
+def new_part(out: Path) -> Path:
     """An empty folder next to `out` that replaces it when complete, so that an unfinished one is never mistaken for a model."""
     part = out.absolute().with_name(f".{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)

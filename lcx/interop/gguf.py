@@ -63,6 +63,11 @@ class GgufModel:
         weights.check(self.tensors, self.slots, model.tied_embeddings, "metadata")
 
     @property
+    def files(self) -> list[Path]:
+        """The files that hold tensors."""
+        return list(self._found.files)
+
+    @property
     def dtype(self) -> str:
         """numpy's name of the narrowest dtype that holds all weights as they are: float32 for those with blocks."""
         matrices = {self.tensors.dtype(name) for name, shape in self.tensors.shapes.items() if len(shape) > 1}

@@ -47,24 +47,24 @@ class Tensors(Protocol):
 
 
 class Shards:
-    """The tensors of a model's folder, a single file or indexed shards, opened on demand.
+    """The tensors of a model's folder, a file named `single` or indexed shards, opened on demand.
 
     Raises `UserError` for a folder without safetensors, a broken file, and an index that does not match the contents of the files.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, single: str = SINGLE):
         self.folder = Path(folder)
         self._where: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, str] = {}
         self._starts: dict[Path, dict[str, int]] = {}
         index = self.folder / INDEX
-        if index.exists():
+        if single == SINGLE and index.exists():
             self._read_index(index)
-        elif (self.folder / SINGLE).is_file():
-            self._read_headers([self.folder / SINGLE])
+        elif (self.folder / single).is_file():
+            self._read_headers([self.folder / single])
         else:
-            self._none_found()
+            self._none_found(single)
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -160,10 +160,12 @@ class Shards:
         if twice:
             raise UserError(f"{self.folder} has duplicate tensors: {some(twice)}; delete shards that do not belong to the model")
 
-    def _none_found(self) -> None:
+    def _none_found(self, single: str) -> None:
         pickled = sorted(path for path in self.folder.iterdir() if path.suffix in PICKLES)
         if pickled:
             raise _pickled(pickled[0])
+        if single != SINGLE:
+            raise UserError(f"{self.folder} has no {single}")
         others = sorted(path.name for path in self.folder.glob("*.safetensors"))
         hint = f"; it contains {some(others)} without {INDEX}" if others else ""
         raise UserError(f"{self.folder} has no {SINGLE} and no {INDEX}{hint}")

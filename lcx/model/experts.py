@@ -23,7 +23,7 @@ from lcx.core.mesh import fitting_spec, target_platform
 from lcx.core.trees import Tree
 from lcx.model.config import ModelConfig
 from lcx.model.execution import ExecutionConfig
-from lcx.model.linear import grouped_linear
+from lcx.model.linear import effective_kernel, grouped_linear
 
 Activation = Callable[[jax.Array], jax.Array]
 
@@ -94,7 +94,7 @@ def mix(
 
     `params` holds `up`, `down` and optionally `gate` with kernels `[E, ins, outs]`. `feed_forward(params, x)` is one expert.
     """
-    params = {name: params[name]["kernel"] for name in ("up", "gate", "down") if name in params}
+    params = {name: effective_kernel(params[name], 1) for name in ("up", "gate", "down") if name in params}
     matmul = execution.expert_matmul
     dense = matmul == "dense" or (matmul == "auto" and target_platform() == "cpu")
 

@@ -19,13 +19,51 @@ from lcx.core.trees import Tree
 def linear(params: Tree, x: jax.Array, inputs: int = 1) -> jax.Array:
     """`x` times `params["kernel"]` over the last `inputs` axes of x (`ParamSpec.inputs`), plus the bias if there is one.
 
-    Kernels are `[*ins, *outs]`, biases `[*outs]`.
+    Kernels are `[*ins, *outs]`, biases `[*outs]`. With `params["lora"]` the kernel is changed by a product of two thin matrices
+    (Hu et al., 2106.09685): `a` `[*ins, r]`, `b` `[r, *outs]`, `scale` a scalar; with its `magnitude` `[*outs]` by DoRA
+    (Liu et al., 2402.09353), whose norms carry no gradient.
     """
-    kernel = params["kernel"]
+    kernel, lora = params["kernel"].astype(x.dtype), params.get("lora")
     y: Any = _matmul(inputs, x, kernel)
+    if lora is not None:
+        y = y + lora["scale"].astype(x.dtype) * _matmul(1, _matmul(inputs, x, lora["a"]), lora["b"])
+        if "magnitude" in lora:
+            y = y * _for_each_row(lora["magnitude"] / jax.lax.stop_gradient(norms(kernel + change(lora), inputs)), y)
     if (bias := params.get("bias")) is not None:
-        y = y + bias.reshape((1,) * (x.ndim - inputs) + bias.shape)
+        y = y + _for_each_row(bias, y)
     return y
+
+
+def _for_each_row(outs: jax.Array, y: jax.Array) -> jax.Array:
+    """`[*outs]` in the rank of `[..., *outs]`."""
+    return outs.reshape((1,) * (y.ndim - outs.ndim) + outs.shape)
+
+
+def change(lora: Tree) -> jax.Array:
+    """What an adapter adds to its kernel: `scale · a · b`, `[*ins, *outs]` or stacked, `[..., *ins, *outs]` for `[...]` scales."""
+    a, b, stacked = lora["a"], lora["b"], lora["scale"].ndim
+    flat_a = a.reshape(*a.shape[:stacked], -1, a.shape[-1])
+    product = flat_a @ b.reshape(*b.shape[: stacked + 1], -1)
+    product = lora["scale"][..., None, None].astype(product.dtype) * product
+    return product.reshape(*a.shape[:-1], *b.shape[stacked + 1 :])
+
+
+def effective_kernel(params: Tree, inputs: int) -> jax.Array:
+    """The kernel with its adapter folded in; the kernel itself if it has none."""
+    kernel, lora = params["kernel"], params.get("lora")
+    if lora is None:
+        return kernel
+    changed = kernel.astype(lora["a"].dtype) + change(lora)
+    if "magnitude" not in lora:
+        return changed
+    stacked = lora["scale"].ndim
+    ratio = lora["magnitude"] / jax.lax.stop_gradient(norms(changed, inputs, stacked))
+    return changed * ratio.reshape(*ratio.shape[:stacked], *(1,) * inputs, *ratio.shape[stacked:])
+
+
+def norms(kernel: jax.Array, inputs: int, stacked: int = 0) -> jax.Array:
+    """The Euclidean norm of the weights of each output, `[..., *outs]` of a kernel `[..., *ins, *outs]`."""
+    return jnp.sqrt(jnp.sum(jnp.square(kernel), axis=tuple(range(stacked, stacked + inputs))))
 
 
 def project(weights: list[Tree], x: jax.Array, norm: Callable[[jax.Array], jax.Array] | None) -> list[jax.Array]:
@@ -55,16 +93,18 @@ def _matmul(inputs: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
     return (_flat(x, inputs) @ _matrix(kernel, inputs)).reshape(*size, *outs)
 
 
-def _matmul_forward(inputs: int, x: jax.Array, kernel: jax.Array) -> tuple:
-    return _matmul(inputs, x, kernel), (x, kernel)
+def _matmul_forward(inputs: int, x: Any, kernel: Any) -> tuple:
+    # A kernel that is not trained needs no gradient, and so x need not be kept.
+    saved = (x.value if kernel.perturbed else None, kernel.value)
+    return _matmul(inputs, x.value, kernel.value), saved
 
 
 def _matmul_backward(inputs: int, saved: tuple, dy: jax.Array) -> tuple:
     x, kernel = saved
-    flat_x, flat_dy = _flat(x, inputs), _flat(dy, kernel.ndim - inputs)
-    rows = tuple(range(flat_x.ndim - 1))
-    dx = jax.lax.dot_general(flat_dy, _matrix(kernel, inputs), (((len(rows),), (1,)), ((), ())))
-    return dx.reshape(x.shape), _outer(flat_x, flat_dy).reshape(kernel.shape)
+    flat_dy = _flat(dy, kernel.ndim - inputs)
+    dx = jax.lax.dot_general(flat_dy, _matrix(kernel, inputs), (((flat_dy.ndim - 1,), (1,)), ((), ())))
+    dx = dx.reshape(*dy.shape[: dy.ndim - kernel.ndim + inputs], *kernel.shape[:inputs])
+    return dx, None if x is None else _outer(_flat(x, inputs), flat_dy).reshape(kernel.shape)
 
 
 def _outer(x: jax.Array, dy: jax.Array) -> jax.Array:
@@ -82,7 +122,7 @@ def _outer(x: jax.Array, dy: jax.Array) -> jax.Array:
     return jax.lax.dot_general(turned, dy, ((tuple(r + 1 for r in rows), rows), ((), ())))
 
 
-_matmul.defvjp(_matmul_forward, _matmul_backward)
+_matmul.defvjp(_matmul_forward, _matmul_backward, symbolic_zeros=True)
 
 
 def _flat(x: jax.Array, count: int) -> jax.Array:

@@ -12,12 +12,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 
 from lcx.core.batch import PADDING, Batch
 from lcx.core.trees import Tree
 from lcx.model.architecture import Architecture
 from lcx.model.config import ModelConfig
-from lcx.model.linear import head_logits
+from lcx.model.linear import effective_kernel, head_logits
 
 
 @flax.struct.dataclass
@@ -108,7 +109,7 @@ def logits(params: Tree, hidden: jax.Array, config: ModelConfig) -> jax.Array:
 
 def output_kernel(params: Tree, config: ModelConfig) -> jax.Array:
     """The `[D, V]` output weights, tied or not."""
-    return params["embed"]["embedding"].T if config.tied_embeddings else params["head"]["kernel"]
+    return params["embed"]["embedding"].T if config.tied_embeddings else effective_kernel(params["head"], 1)
 
 
 def _tile(hidden: jax.Array, arch: Architecture) -> int:
@@ -138,10 +139,16 @@ def _tile_logits(hidden: jax.Array, weights: jax.Array, start: jax.Array, vocab:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _tiled(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, tile: int, softcap: float | None) -> tuple:
     """Log-sum-exp, the target's logit and the largest logit, each float32 `[B, T]`; the last carries no gradient."""
-    return _tiled_forward(hidden, kernel, targets, tile, softcap)[0]
+    return _lse_chosen_best(hidden, kernel, targets, tile, softcap)
 
 
-def _tiled_forward(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, tile: int, softcap: float | None) -> tuple:
+def _tiled_forward(hidden: Any, kernel: Any, targets: Any, tile: int, softcap: float | None) -> tuple:
+    found = _lse_chosen_best(hidden.value, kernel.value, targets.value, tile, softcap)
+    # A frozen kernel gets no gradient, which takes a third of the time: what is saved says so by its structure.
+    return found, (hidden.value, kernel.value, targets.value, found[0], () if kernel.perturbed else None)
+
+
+def _lse_chosen_best(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, tile: int, softcap: float | None) -> tuple:
     vocab = kernel.shape[1]
 
     def step(carry: tuple, tile_: tuple) -> tuple:
@@ -161,15 +168,15 @@ def _tiled_forward(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, til
     else:
         (best, total, chosen), _ = jax.lax.scan(step, start, (weights, firsts))
     lse = best + jnp.log(total)
-    return (lse, chosen, best), (hidden, kernel, targets, lse)
+    return lse, chosen, best
 
 
 def _tiled_backward(tile: int, softcap: float | None, saved: tuple, cotangents: tuple) -> tuple:
-    hidden, kernel, targets, lse = saved
-    d_lse, d_chosen, _ = cotangents
+    hidden, kernel, targets, lse, trained = saved
+    d_lse, d_chosen = (jnp.zeros(lse.shape) if isinstance(d, SymbolicZero) else d for d in cotangents[:2])
     dim, vocab = kernel.shape
 
-    def step(d_hidden: jax.Array, tile_: tuple) -> tuple:
+    def step(d_hidden: jax.Array, tile_: tuple) -> tuple[jax.Array, jax.Array | None]:
         weights, first = tile_
         values, raw, entries = _tile_logits(hidden, weights, first, vocab, softcap)
         slope = jnp.exp(values - lse[..., None]) * d_lse[..., None]
@@ -178,17 +185,19 @@ def _tiled_backward(tile: int, softcap: float | None, saved: tuple, cotangents: 
             slope = slope * (1 - jnp.square(jnp.tanh(raw / softcap)))
         slope = slope.astype(hidden.dtype)
         d_hidden = d_hidden + jnp.einsum("btc,dc->btd", slope, weights, preferred_element_type=jnp.float32)
+        if trained is None:
+            return d_hidden, None
         return d_hidden, jnp.einsum("btd,btc->dc", hidden, slope, preferred_element_type=jnp.float32)
 
     weights, firsts = _tiles(kernel, tile)
     start = jnp.zeros(hidden.shape, jnp.float32)
     if weights.shape[0] == 1:
         d_hidden, d_tile = step(start, (weights[0], firsts[0]))
-        d_kernel = d_tile[:, :vocab]
+        d_kernel = None if d_tile is None else d_tile[:, :vocab]
     else:
         d_hidden, d_tiles = jax.lax.scan(step, start, (weights, firsts))
-        d_kernel = d_tiles.transpose(1, 0, 2).reshape(dim, -1)[:, :vocab]
-    return d_hidden.astype(hidden.dtype), d_kernel.astype(kernel.dtype), None
+        d_kernel = None if d_tiles is None else d_tiles.transpose(1, 0, 2).reshape(dim, -1)[:, :vocab]
+    return d_hidden.astype(hidden.dtype), None if d_kernel is None else d_kernel.astype(kernel.dtype), None
 
 
-_tiled.defvjp(_tiled_forward, _tiled_backward)
+_tiled.defvjp(_tiled_forward, _tiled_backward, symbolic_zeros=True)

@@ -74,7 +74,9 @@ def hidden_states(params: Tree, buffers: Tree, arch: Architecture, batch: Batch)
 
 def cast_params(params: Tree, arch: Architecture) -> Tree:
     """Weights in the compute dtype; cast while still sharded, so that gathering moves the smaller numbers."""
-    low = cast(params, jnp.dtype(arch.execution.compute_dtype))
+    # Weights of a narrower type, as a frozen base may have, are widened where they are used, a layer at a time.
+    dtype = jnp.dtype(arch.execution.compute_dtype)
+    low = jax.tree.map(lambda x: x if x.dtype.itemsize < dtype.itemsize else cast(x, dtype), params)
     # Parameters of positional biases stay float32: they are added to float32 scores.
     if "positions" in params:
         low["positions"] = params["positions"]
@@ -108,7 +110,10 @@ class LayerInputs:
 def embed(params: Tree, buffers: Tree, arch: Architecture, tokens: jax.Array, positions: jax.Array) -> jax.Array:
     """Token embeddings `[B, T, D]` with absolute positional embeddings added once per scheme that has them."""
     config = arch.config
-    x = params["embed"]["embedding"][tokens]
+    dtype, table = jnp.dtype(arch.execution.compute_dtype), params["embed"]
+    x = table["embedding"][tokens].astype(dtype)
+    if (lora := table.get("lora")) is not None:
+        x = x + lora["scale"].astype(dtype) * (lora["a"][tokens] @ lora["b"])
     if config.embedding_scale:
         x = x * jnp.asarray(config.model_dim**0.5, x.dtype)
     for kind, scheme in arch.schemes:

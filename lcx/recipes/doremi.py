@@ -102,7 +102,7 @@ class Reweight:
         if self._weights is None:
             self._weights = self._read(names, step)
         with jax.set_mesh(built.mesh):
-            excess = doremi.measure(state.params, self._reference, built.buffers, batch, built.arch)
+            excess = doremi.measure(state.all_params, self._reference, built.buffers, batch, built.arch)
         self._weights = doremi.update(self._weights, np.asarray(excess), self._config)
         if jax.process_index() == 0:
             metrics.append(self._log, {"stage_step": step + 1, **_record(self._weights, names)})

@@ -18,15 +18,17 @@ from jax.sharding import Mesh
 from lcx.core.configs import choice
 from lcx.core.console import say, warn
 from lcx.core.errors import UserError
+from lcx.core.files import sampled_hash
 from lcx.core.gguf import is_gguf, stem
-from lcx.core.trees import cast, num_bytes, num_elements
+from lcx.core.trees import cast, num_bytes, num_elements, paths
 from lcx.data.config import DataConfig
 from lcx.data.tokenizers import tokenizers
-from lcx.interop import byte_tokenizer, gguf
+from lcx.interop import byte_tokenizer, gguf, peft, peft_save
 from lcx.interop import folder as hf
 from lcx.interop.folder import HfFolder
 from lcx.interop.gguf import GgufModel
 from lcx.interop.hf_config import Described, read_file, read_json, values_of
+from lcx.interop.peft import PeftFolder
 from lcx.model.architecture import build_schemes
 from lcx.model.config import ModelConfig
 from lcx.model.execution import ExecutionConfig
@@ -38,7 +40,7 @@ from lcx.training.workdir import CONFIG, begun, fingerprint, open_workdir
 DTYPES = ("float32", "bfloat16", "float16")
 GGUF_DTYPES = tuple(gguf.TYPES)
 """What a GGUF file can be written in."""
-FORMATS = ("hf", "gguf")
+FORMATS = ("hf", "gguf", "peft")
 STAGE = "imported"
 """Name of the stage of a run that holds nothing but imported weights."""
 
@@ -46,36 +48,37 @@ HF_FOLDER = "hf"
 """Directory of a workdir for the files that came with the run's initial weights: an export needs them."""
 
 
-Source = HfFolder | GgufModel
+Source = HfFolder | GgufModel | PeftFolder
 
 
 def is_foreign(path: str | Path) -> bool:
-    """Whether a path means a model that is not lcx's own: a Hugging Face folder or a GGUF file."""
-    return is_gguf(path) or hf.is_folder(path)
+    """Whether a path means a model that is not lcx's own: a Hugging Face folder, an adapter of peft's, or a GGUF file."""
+    return is_gguf(path) or hf.is_folder(path) or peft.is_adapter(path)
 
 
 def opened(path: str | Path) -> Source:
-    """A Hugging Face folder or a GGUF file; raises `UserError` for what lcx would not compute exactly."""
-    return GgufModel(path) if is_gguf(path) else HfFolder(path)
+    """A Hugging Face folder, an adapter of peft's with its base, or a GGUF file; raises `UserError` for what lcx would not compute
+    exactly."""
+    return GgufModel(path) if is_gguf(path) else PeftFolder(path) if peft.is_adapter(path) else HfFolder(path)
 
 
 def described(path: Path) -> Described:
-    """What a Hugging Face folder or a GGUF file says about its model, without a look at its weights."""
-    return gguf.describe(path) if is_gguf(path) else read_file(path)
+    """What a Hugging Face folder, an adapter or a GGUF file says about its model, without a look at its weights."""
+    return gguf.describe(path) if is_gguf(path) else opened(path).described if peft.is_adapter(path) else read_file(path)
 
 
 def load(
     path: str | Path, step: int | None = None, stage: str | None = None, mesh: Mesh | None = None, dtype: str = "float32"
 ) -> Loaded:
-    """The weights of a run (see `training.checkpoints.load_params`), a Hugging Face folder or a GGUF file, in `dtype`, on `mesh`.
+    """The weights of a run (see `training.checkpoints.load_params`) or of a model that is not lcx's own, in `dtype`, on `mesh`.
 
-    The latter two count as a run with one stage, `imported`, at step 0.
+    The latter counts as a run with one stage, `imported`, at step 0.
     """
     choice("dtype", dtype, DTYPES)
     if step is not None and stage is not None:
         raise UserError(f"--step={step} and --stage={stage} conflict; give only one of them")
     if not is_foreign(path):
-        loaded = checkpoints.load_params(path, step=step, stage=stage, mesh=mesh)
+        loaded = checkpoints.load_params(path, step, stage, mesh, _weights)
         return dataclasses.replace(loaded, params=cast(loaded.params, jnp.dtype(dtype)), stop_ids=stop_ids(path))
     for name, value, only in (("step", step, 0), ("stage", stage, STAGE)):
         if value is not None and value != only:
@@ -89,15 +92,21 @@ def load(
 
 def initial_weights(init_from: str | None) -> InitialWeights | None:
     """The weights that a run begins with, of either kind; None without any."""
-    if init_from is None:
-        return None
+    return None if init_from is None else _weights(init_from)
+
+
+def _weights(init_from: str) -> InitialWeights:
     keep = functools.partial(copy_hf_files, init_from)
     if not is_foreign(init_from):
-        return dataclasses.replace(checkpoints.initial_weights(init_from), keep=keep)
+        given = checkpoints.initial_weights(init_from)
+        load = functools.partial(checkpoints.load_params, init_from, None, None, get_weights=_weights)
+        return dataclasses.replace(given, keep=keep, load=load)
     source = opened(init_from)
     run = _run_of(source, "float32")
     meta = _meta_of(run, source)
-    return InitialWeights(init_from, meta, lambda mesh: Loaded(source.params("float32", mesh), run, meta), keep)
+    return InitialWeights(
+        init_from, meta, lambda mesh: Loaded(source.params("float32", mesh), run, meta), lambda: sampled_hash(source.files), keep
+    )
 
 
 def stop_ids(path: str | Path) -> tuple[int, ...]:
@@ -171,14 +180,19 @@ def import_model(source: str | Path, workdir: Path, mesh: Mesh | None = None, dt
 
 def export_model(
     checkpoint: str | Path, out: Path, step: int | None = None, stage: str | None = None, mesh: Mesh | None = None,
-    dtype: str | None = None, max_shard_bytes: int = hf.MAX_SHARD_BYTES, form: str = "hf",
+    dtype: str | None = None, max_shard_bytes: int = hf.MAX_SHARD_BYTES, form: str = "hf", base_folder: str | Path | None = None,
 ) -> None:  # fmt: skip
-    """Write the weights of a run as a Hugging Face folder, or with `form` "gguf" as a GGUF file.
+    """Write the weights of a run as a Hugging Face folder, or with `form` "gguf" as a GGUF file, or its adapters with "peft".
 
-    `dtype` None is that of the model it began with, else float32; a GGUF file may also be `q8_0`. Raises `UserError` if `out`
-    exists, and for what the format cannot represent.
+    `dtype` None is that of the model it began with, else float32; a GGUF file may also be `q8_0`. An adapter names `base_folder` as
+    the model below it (None: what the run began with). Raises `UserError` if `out` exists, and for what the format cannot
+    represent.
     """
     choice("format", form, FORMATS)
+    if form == "peft":
+        return _export_adapter(Path(checkpoint), out, step, stage, dtype, base_folder)
+    if base_folder is not None:
+        raise UserError(f"--base={base_folder} names the model below an adapter; it goes with --format=peft")
     base = _kept(Path(checkpoint))
     stored = values_of(base) if base else {}
     stored = stored.get("dtype") or stored.get("torch_dtype")
@@ -214,6 +228,41 @@ def export_model(
     if not hf.tokenizer_files(out):
         warn(f"the tokenizer {name!r} was not exported; copy its files into {out}")
     _say_exported(loaded, dtype, values, out)
+
+
+def _export_adapter(
+    checkpoint: Path, out: Path, step: int | None, stage: str | None, dtype: str | None, base_folder: str | Path | None
+) -> None:
+    if dtype not in (None, "float32"):
+        raise UserError(f"--dtype={dtype} does not apply to --format=peft: an adapter is written as it was trained, in float32")
+    if is_foreign(checkpoint):
+        raise UserError(f"{checkpoint} is not a run of lcx's; name the workdir of one that trained adapters")
+    hf.check_new(out)
+    adapted = checkpoints.load_unfolded(checkpoint, step, stage, get_weights=_weights)
+    run, meta = adapted.run, adapted.meta
+    if run.adapters is None:
+        raise UserError(f"the run in {checkpoint} trained no adapters (config.lora.rank is None); use --format=hf or gguf")
+    base = Path(base_folder if base_folder is not None else str(run.init_from))
+    if not hf.is_folder(base):
+        raise UserError(
+            f"the base {base} is not a Hugging Face folder, which peft needs below an adapter; write it with lcx export, and name "
+            "that folder with --base"
+        )
+    schemes = build_schemes(run.model, adapted.schemes)
+    model_type = values_of(base)["model_type"]
+    trained = frozenset(path for path, _ in paths(adapted.params) if run.is_kept(path))
+    values = peft_save.save(
+        out,
+        peft_save.Adapted(adapted.params, trained, run.lora.rank_stabilized),
+        Described(model_type, run.model, schemes, meta.length),
+        base,
+        {"length": meta.length, "positions": meta.positions, "base": meta.base, "stage": meta.stage, "step": meta.step},
+    )
+    if jax.process_index() == 0:
+        say(
+            f"exported the adapters of {checkpoint} into {out}: rank {values['r']} on {', '.join(values['target_modules'])}; step "
+            f"{meta.step} of stage {meta.stage}, for {meta.length:,} tokens, on top of {base}"
+        )
 
 
 def _say_exported(loaded: Loaded, dtype: str, values: dict[str, Any], out: Path) -> None:
@@ -267,7 +316,9 @@ def tokenizer_of(folder: Path, model: ModelConfig) -> str:
 
 def _files(path: Path) -> Path:
     """The folder with the files next to the weights of a model that is not lcx's own: itself, or what a GGUF file contains."""
-    return gguf.files(path) if is_gguf(path) else path
+    if is_gguf(path):
+        return gguf.files(path)
+    return opened(path).base.folder if peft.is_adapter(path) and not hf.tokenizer_files(path) else path
 
 
 def _kept(path: Path) -> Path | None:

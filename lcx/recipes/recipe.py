@@ -29,7 +29,7 @@ from lcx.model.architecture import build_schemes
 from lcx.model.config import ModelConfig
 from lcx.model.execution import refuse_moved
 from lcx.recipes import models
-from lcx.training.checkpoints import FOLDER, Loaded, load_params, stage_ends
+from lcx.training.checkpoints import FOLDER, Loaded, stage_ends
 from lcx.training.loop import train
 from lcx.training.profile import ProfileSteps
 from lcx.training.stages import RunConfig, StageConfig, run_config
@@ -131,7 +131,7 @@ def _extended(chosen: Recipe) -> Recipe:
 
 def evaluate_stage(chosen: Recipe, workdir: Path, label: str, stage: str) -> EvalResult:
     """The evaluation of the model at the end of a stage, kept as `eval/<label>.json`."""
-    loaded = load_params(workdir, stage=stage, mesh=make_mesh(chosen.run.mesh))
+    loaded = models.load(workdir, stage=stage, mesh=make_mesh(chosen.run.mesh))
     return _known(chosen, workdir, label, loaded.meta.step) or evaluate_loaded(loaded, chosen.evals, label, workdir)
 
 

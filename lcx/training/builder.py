@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 from jax.sharding import Mesh
@@ -15,7 +15,6 @@ from lcx.core.trees import Tree
 from lcx.data.loader import Corpus, Loader, probe
 from lcx.model.architecture import Architecture, build_architecture, build_schemes
 from lcx.model.flops import step_flops
-from lcx.model.params import specs
 from lcx.positions.scheme import Scheme
 from lcx.training.checkpoints import InitialWeights
 from lcx.training.checks import check_stage, check_vocabulary
@@ -70,7 +69,7 @@ class StageBuilder:
         self.meshes = [make_mesh(run.mesh_of(stage), self.devices) for stage in run.stages]
         for index, (stage, mesh) in enumerate(zip(run.stages, self.meshes, strict=True)):
             schemes = self.choose(index)[1]
-            check_stage(run, stage, mesh, self._specs(schemes, stage))
+            check_stage(run, stage, mesh, run.specs(schemes, stage.length))
             # What a scheme refuses at a stage's length is said now, before the workdir is claimed or a stage is trained.
             build_architecture(run.model, run.execution, build_schemes(run.model, schemes), stage.length)
         self.corpus = _corpus(run)
@@ -83,7 +82,7 @@ class StageBuilder:
         attempt, schemes = self.choose(index)
         previous = PreviousStage(self.choose(index - 1)[1], self.run.stages[index - 1].length) if index else self.before_first
         arch, buffers = build_architecture(self.run.model, self.run.execution, build_schemes(self.run.model, schemes), stage.length)
-        table = self._specs(schemes, stage)
+        table = self.run.specs(schemes, stage.length)
         peak = peak_flops(mesh.devices.flat[0], self.run.metrics.peak_flops) * mesh.size
         return BuiltStage(
             index=index,
@@ -94,7 +93,7 @@ class StageBuilder:
             arch=arch,
             buffers=buffers,
             specs=table,
-            step=train_step(arch, table, self.run.optim_of(stage), stage.steps, mesh, stage.accumulate),
+            step=train_step(arch, table, self.run.optim_of(stage), stage.steps, mesh, stage.accumulate, self.run.adapters),
             loader=self.loaders[index],
             meter=Meter(
                 tokens=stage.batch_size * stage.seq_len,
@@ -127,9 +126,6 @@ class StageBuilder:
         batch = built.step.to_device(probe(self.run.data_of(built.stage), seq_len, rows, self.run.seed, self.corpus), rows)
         with jax.set_mesh(built.mesh):
             return read_probe(probe_sums(params, buffers, arch, batch))
-
-    def _specs(self, schemes: Mapping[str, Scheme], stage: StageConfig) -> Tree:
-        return specs(self.run.model, build_schemes(self.run.model, schemes), stage.length)
 
     def _loader(self, index: int, stage: StageConfig) -> Loader:
         data = self.run.data_of(stage)

@@ -22,11 +22,13 @@ import jax
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
+from lcx.adapters import lora
+from lcx.adapters.freeze import join, split
+from lcx.core import configs
 from lcx.core import param_spec as parameters
 from lcx.core.console import warn
 from lcx.core.errors import UserError
-from lcx.core.trees import Tree, num_bytes
-from lcx.model.params import specs
+from lcx.core.trees import Tree, num_bytes, paths
 from lcx.positions.registry import from_config, to_config
 from lcx.positions.scheme import Scheme
 from lcx.training.stages import CheckpointConfig, RunConfig
@@ -42,7 +44,8 @@ class Meta:
 
     `stage_step` is also the loader's state: the next batch of stage `stage_index`. `attempt` counts the monitor's rollbacks of
     the stage. `positions` holds the scheme in force for each layer kind, `length` the declared length. `losses`,
-    `probe_before` and `reference` are what the monitor has recorded of the stage so far.
+    `probe_before` and `reference` are what the monitor has recorded of the stage so far. `base`: `path` and `fingerprint` of the
+    model whose weights the checkpoint lacks because the run does not train them.
     """
 
     stage: str
@@ -57,6 +60,7 @@ class Meta:
     losses: tuple[float, ...] = ()
     probe_before: dict[str, float] | None = None
     reference: dict[str, float] | None = None
+    base: dict[str, str] | None = None
 
     @property
     def place(self) -> tuple[int, int, int]:
@@ -77,10 +81,19 @@ def scheme_configs(schemes: Mapping[str, Scheme]) -> dict[str, Any]:
 class Store:
     """The checkpoints of one workdir. `ends`: steps at which stages end, always kept. Use as a context manager.
 
-    `clean` removes what a killed run left half-written; readers pass False, because a run may still be writing it.
+    They hold the parameters whose paths `is_kept`. `clean` removes what a killed run left half-written; readers pass False, because
+    a run may still be writing it.
     """
 
-    def __init__(self, workdir: Path, config: CheckpointConfig, ends: Sequence[int] = (), clean: bool = True):
+    def __init__(
+        self,
+        workdir: Path,
+        config: CheckpointConfig,
+        ends: Sequence[int] = (),
+        clean: bool = True,
+        is_kept: Callable[[str], bool] = lambda _: True,
+    ):
+        self.is_kept = is_kept
         policies = ocp.training.preservation_policies
         keep = [policies.LatestN(config.keep_latest), policies.CustomSteps(steps=[0, *ends])]
         if config.keep_every is not None:
@@ -94,6 +107,11 @@ class Store:
         )
         self._saving: tuple[int, Any] | None = None
         self._silence, self._failures = contextlib.ExitStack(), 0
+
+    @classmethod
+    def of(cls, workdir: Path, run: RunConfig) -> "Store":
+        """The store that a run writes to."""
+        return cls(workdir, run.checkpoint, stage_ends(run), is_kept=run.is_kept)
 
     def __enter__(self) -> "Store":
         # Errors reach the user as one sentence, which the library's own logs and tracebacks would bury. So would the errors of
@@ -134,7 +152,7 @@ class Store:
 
         Raises `UserError` when this checkpoint or the one before it does not fit on the disk; earlier ones are untouched.
         """
-        self._save({"params": state.params, "progress": _progress(state)}, meta)
+        self._save({"params": self._kept(state.all_params), "progress": _progress(state)}, meta)
 
     def save_params(self, params: Tree, meta: Meta) -> None:
         """Like `save`, for weights only: another run can start from them, but none can resume from them."""
@@ -200,14 +218,19 @@ class Store:
         return None
 
     def read(self, step: int, abstract: TrainState) -> TrainState:
-        """The state of one checkpoint, with the shardings of `abstract`."""
-        trees = {"params": abstract.params, "progress": _progress(abstract)}
+        """The state of one checkpoint, with the shardings of `abstract`; `frozen` lacks what is not kept."""
+        trees = {"params": self._kept(abstract.all_params), "progress": _progress(abstract)}
         found = self._load(step, trees)
-        return TrainState(params=found["params"], **found["progress"])
+        trained = {path for path, _ in paths(abstract.params)}
+        params, frozen = split(found["params"], lambda path: path in trained)
+        return TrainState(params=params, frozen=frozen, **found["progress"])
 
     def read_params(self, step: int, abstract: Tree) -> Tree:
-        """Only the parameters of one checkpoint."""
-        return self._load(step, {"params": abstract})["params"]
+        """Only the parameters of one checkpoint; without those that are not kept."""
+        return self._load(step, {"params": self._kept(abstract)})["params"]
+
+    def _kept(self, params: Tree) -> Tree:
+        return split(params, self.is_kept)[0]
 
     def _load(self, step: int, trees: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -276,18 +299,40 @@ class Loaded:
 class InitialWeights:
     """Weights that a run starts from: their `name` in messages, their metadata, and `load(mesh)`, which reads them.
 
-    `keep(workdir)` copies into the run's workdir what else of the source will be needed.
+    `fingerprint()` tells them from others, `keep(workdir)` copies into the run's workdir what else of the source will be needed.
     """
 
     name: str
     meta: Meta
     load: Callable[[Mesh | None], Loaded]
+    fingerprint: Callable[[], str]
     keep: Callable[[Path], None] = lambda _: None
 
+    @property
+    def base(self) -> dict[str, str]:
+        """What `Meta.base` says of them."""
+        return {"path": str(Path(self.name).absolute()), "fingerprint": self.fingerprint()}
 
-def initial_weights(path: str | None) -> InitialWeights | None:
-    """The weights of the checkpoint that `init_from` names; None if it names none."""
-    return None if path is None else InitialWeights(path, load_meta(path), lambda mesh: load_params(path, mesh=mesh))
+    def missing(self, there: Meta, wanted: Tree, mesh: Mesh | None) -> Tree:
+        """Their parameters at the paths of `wanted`, for a checkpoint that lacks them; raises `UserError` if they have changed."""
+        if there.base is not None and there.base["fingerprint"] != self.fingerprint():
+            raise UserError(
+                f"{self.name} is not the model that the run was started from: its files have changed since; restore them, or start "
+                "the run again in another workdir"
+            )
+        names = {path for path, _ in paths(wanted)}
+        return split(self.load(mesh).params, lambda path: path in names)[0]
+
+
+GetWeights = Callable[[str], InitialWeights]
+"""From what `init_from` says to the weights."""
+
+
+def initial_weights(path: str) -> InitialWeights:
+    """The weights of the checkpoint that `init_from` names."""
+    meta = load_meta(path)
+    digits = configs.fingerprint(meta)
+    return InitialWeights(path, meta, lambda mesh: load_params(path, mesh=mesh), lambda: digits)
 
 
 def load_meta(path: str | Path) -> Meta:
@@ -300,12 +345,41 @@ def load_meta(path: str | Path) -> Meta:
         return store.meta(store.steps[-1] if step is None else step)
 
 
-def load_params(path: str | Path, step: int | None = None, stage: str | None = None, mesh: Mesh | None = None) -> Loaded:
+def load_params(
+    path: str | Path,
+    step: int | None = None,
+    stage: str | None = None,
+    mesh: Mesh | None = None,
+    get_weights: GetWeights = initial_weights,
+) -> Loaded:
     """Parameters from a workdir (newest, or at a `step`, or at the end of a `stage`) or from one of its checkpoint folders.
 
-    Placed on `mesh` (default: the first device). Without a step or stage, the newest readable checkpoint is used. Raises
-    `UserError` when there is no such checkpoint or it cannot be read.
+    Placed on `mesh` (default: the first device), adapters folded in. Without a step or stage, the newest readable checkpoint is
+    used. What it lacks because the run did not train it is read from `get_weights(run.init_from)`. Raises `UserError` when there
+    is no such checkpoint or it cannot be read.
     """
+    loaded = load_unfolded(path, step, stage, mesh, get_weights)
+    return loaded if loaded.run.adapters is None else dataclasses.replace(loaded, params=lora.fold(loaded.params))
+
+
+def load_unfolded(
+    path: str | Path,
+    step: int | None = None,
+    stage: str | None = None,
+    mesh: Mesh | None = None,
+    get_weights: GetWeights = initial_weights,
+) -> Loaded:
+    """As `load_params`, with adapters beside their kernels."""
+    loaded = load_kept(path, step, stage, mesh)
+    run, meta = loaded.run, loaded.meta
+    if not split(run.specs(meta.schemes, meta.length), run.is_kept)[1]:
+        return loaded
+    rest = unkept(run, meta, mesh, _base_of(run, meta, get_weights))
+    return dataclasses.replace(loaded, params=join(loaded.params, rest))
+
+
+def load_kept(path: str | Path, step: int | None = None, stage: str | None = None, mesh: Mesh | None = None) -> Loaded:
+    """As `load_params`, but only what the checkpoint itself holds: of a run with adapters these, and what it trained in full."""
     asked, (workdir, step) = step, locate(Path(path), step)
     run = read_config(workdir)
     for name, value in (("step", asked), ("stage", stage)):
@@ -316,13 +390,32 @@ def load_params(path: str | Path, step: int | None = None, stage: str | None = N
         if stage not in names:
             raise UserError(f"the run in {workdir} has no stage {stage!r}; its stages are {', '.join(names)}")
         step = stage_ends(run)[names.index(stage)]
-    with Store(workdir, CheckpointConfig(), stage_ends(run), clean=False) as store:
+    with Store(workdir, CheckpointConfig(), stage_ends(run), clean=False, is_kept=run.is_kept) as store:
         if not store.steps:
             raise UserError(f"{store.directory} has no complete checkpoint; train first, or name another workdir")
         if step is not None and step not in store.steps:
             wanted = f"at the end of stage {stage!r} (step {step})" if stage else f"of step {step}"
             raise UserError(f"{store.directory} has no checkpoint {wanted}; its steps are {', '.join(map(str, store.steps))}")
         return _read_newest(store, run, store.steps if step is None else [step], mesh)
+
+
+def unkept(run: RunConfig, meta: Meta, mesh: Mesh | None, base: InitialWeights) -> Tree:
+    """The parameters that a checkpoint of a run lacks: those of the weights that it began with, and the constants of adapters."""
+    _, rest = split(run.specs(meta.schemes, meta.length), run.is_kept)
+    constants, rest = split(rest, lora.is_constant)
+    return join(base.missing(meta, rest, mesh), parameters.initialize(constants, jax.random.key(0)))
+
+
+def _base_of(run: RunConfig, meta: Meta, get_weights: GetWeights) -> InitialWeights:
+    """The weights that a checkpoint of a run lacks because it does not train them."""
+    known = None if meta.base is None else meta.base["path"]
+    path = known if known is not None and Path(known).exists() else run.init_from
+    if not Path(path).exists():
+        raise UserError(
+            f"{known or path} does not exist, and the run trained only some of its parameters; put that model back, or name "
+            "where it is by a link of that name"
+        )
+    return get_weights(path)
 
 
 def stage_ends(run: RunConfig) -> list[int]:
@@ -336,8 +429,7 @@ def stage_ends(run: RunConfig) -> list[int]:
 
 def abstract_params(run: RunConfig, meta: Meta, mesh: Mesh | None) -> Tree:
     """`ShapeDtypeStruct`s of a checkpoint's parameters on `mesh`, or on the first device."""
-    schemes = meta.schemes
-    table = specs(run.model, {kind: schemes.get(kind, schemes.get("default")) for kind in run.model.kinds}, meta.length)
+    table = run.specs(meta.schemes, meta.length)
     if mesh is not None:
         return parameters.abstract(table, mesh)
     one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

@@ -21,7 +21,7 @@ from lcx.training.stages import RunConfig, StageConfig
 
 def check_stage(run: RunConfig, stage: StageConfig, mesh: Mesh, specs: Tree) -> None:
     """Raises `UserError` when the sizes of a stage do not fit its mesh."""
-    check_patterns(run.optim_of(stage), abstract(specs))
+    check_patterns(run.optim_of(stage), abstract(specs), run.adapters)
     check_batch(stage, mesh)
     check_divides(f"stages.{stage.name}.seq_len", stage.seq_len, mesh, "sequence")
     layout = row_layout(run.model, run.execution, stage.seq_len, mesh)

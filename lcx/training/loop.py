@@ -17,7 +17,8 @@ from jax.experimental import multihost_utils
 from lcx.core.batch import Batch
 from lcx.core.console import Progress, console, say, warn
 from lcx.core.errors import UserError
-from lcx.core.trees import Tree, num_elements
+from lcx.core.param_spec import abstract
+from lcx.core.trees import Tree, num_elements, paths
 from lcx.model.architecture import Architecture
 from lcx.positions.scheme import Scheme
 from lcx.training import metrics as metrics_log
@@ -25,6 +26,7 @@ from lcx.training import monitor
 from lcx.training.builder import BuiltStage, StageBuilder
 from lcx.training.checkpoints import InitialWeights, Meta, Store, initial_weights, scheme_configs, stage_ends
 from lcx.training.checks import warn_repeats, warn_unusual
+from lcx.training.optimizer import groups
 from lcx.training.prefetch import Prefetcher, Stop
 from lcx.training.profile import Profiler, ProfileSteps
 from lcx.training.resume import ResumePoint, continue_into, reread_stage_start, resume_point
@@ -76,7 +78,8 @@ def train(
     """
     workdir = Path(workdir).absolute()
     decisions = metrics_log.read(workdir / "decisions.jsonl")
-    given = given or initial_weights(run.init_from)
+    if given is None and run.init_from is not None:
+        given = initial_weights(run.init_from)
     builder = StageBuilder(run, decisions, devices, given)
     main = jax.process_index() == 0
     if profile is not None:
@@ -91,7 +94,7 @@ def train(
         warn_unusual(run)
         for stage, loader in zip(run.stages, builder.loaders, strict=True):
             warn_repeats(stage, loader)
-        stop, store = held.enter_context(Stop()), held.enter_context(Store(workdir, run.checkpoint, stage_ends(run)))
+        stop, store = held.enter_context(Stop()), held.enter_context(Store.of(workdir, run))
         profiler = held.enter_context(Profiler(profile, workdir))
         writer = metrics_log.Writer(workdir, run.metrics, active=main)
         try:
@@ -119,6 +122,8 @@ class Trainer:
         self.reweight = reweight
         self.ends = stage_ends(self.config)
         self.config_fingerprint = fingerprint(self.config)
+        given, whole = builder.initial, all(self.config.is_kept(path) for path, _ in paths(builder.build(0).specs))
+        self.base = None if given is None or whole else given.base
 
     def run(self) -> Result:
         """Run all remaining stages."""
@@ -141,7 +146,8 @@ class Trainer:
                 state, accepted = self._stage(built, reread_stage_start(self.builder, self.store, index), 0, StageHistory())
         self.store.wait()
         say(f"done: {self.ends[-1]} steps; metrics and checkpoints in {self.workdir}")
-        return Result(self.workdir, self.ends[-1], state.params, built.arch, built.buffers, built.schemes, tuple(self.decisions))
+        params = state.all_params
+        return Result(self.workdir, self.ends[-1], params, built.arch, built.buffers, built.schemes, tuple(self.decisions))
 
     def _reached(self, start: ResumePoint) -> tuple[int, int, int]:
         """The place up to which rows of metrics are kept; a finished stage counts as the beginning of the next."""
@@ -157,8 +163,8 @@ class Trainer:
         stage, every = built.stage, self.config.checkpoint.every
         judged = self.config.monitor.steps if built.attempt.watched else None
         if judged is not None and history.before is None:
-            history.before = self.builder.probe(built, state.params)
-            history.reference = self.builder.reference(built, state.params)
+            history.before = self.builder.probe(built, state.all_params)
+            history.reference = self.builder.reference(built, state.all_params)
         title = stage.name if not built.attempt.index else f"{stage.name} (attempt {built.attempt.index + 1})"
         with (
             Prefetcher(built.batch, at, stage.steps) as batches,
@@ -207,12 +213,13 @@ class Trainer:
             losses=tuple(history.losses),
             probe_before=_record(history.before),
             reference=_record(history.reference),
+            base=self.base,
         )
         self.store.save(state, meta)
 
     def _judge(self, built: BuiltStage, state: TrainState, history: StageHistory) -> bool:
         """Judge the stage, record and report the decision; True when the run has to return to the stage's start."""
-        after = self.builder.probe(built, state.params)
+        after = self.builder.probe(built, state.all_params)
         decision = monitor.decide(self.config.monitor, history.losses, history.before, after, history.reference)
         entry = {
             "stage": built.stage.name,
@@ -256,7 +263,17 @@ class Trainer:
     def _introduce(self, built: BuiltStage, state: TrainState) -> None:
         devices = " x ".join(f"{name}={size}" for name, size in built.mesh.shape.items() if size > 1) or "1 device"
         stages = " -> ".join(f"{stage.name} ({stage.seq_len} x {stage.steps})" for stage in self.config.stages)
-        say(f"{num_elements(state.params):,} parameters on {devices}; stages {stages}; workdir {self.workdir}")
+        trained, count = num_elements(state.params), num_elements(state.all_params)
+        share = "" if trained == count else f", {trained:,} of them ({trained / count:.2%}) trained,"
+        say(f"{count:,} parameters{share} on {devices}; stages {stages}; workdir {self.workdir}")
+        before = None
+        for stage in self.config.stages:
+            optim = self.config.optim_of(stage)
+            plain = self.config.adapters is None and not optim.patterns
+            found = groups(optim, self.config.adapters, abstract(built.specs))
+            if not plain and found != before:
+                say("\n".join(f"{stage.name}: {group}" for group in found))
+            before = found
 
 
 class PendingMetrics:

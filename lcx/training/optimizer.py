@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -11,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lcx.adapters import lora as adapters
+from lcx.adapters.lora import LoraConfig
 from lcx.core.configs import choice, nearest, positive
 from lcx.core.errors import UserError
 from lcx.core.trees import Tree, joined, paths
@@ -101,27 +104,60 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([rise, main], [warmup])
 
 
-def check_patterns(config: OptimConfig, params: Tree) -> None:
-    """Raises `UserError` for a pattern that matches no parameter, and where all parameters are frozen."""
+def check_patterns(config: OptimConfig, params: Tree, lora: LoraConfig | None = None) -> None:
+    """Raises `UserError` for a pattern that matches no parameter, and where nothing is left to train."""
     names = [path for path, _ in paths(params)]
     for field, pattern in config.patterns:
         if not any(re.search(pattern, name) for name in names):
             raise UserError(f"optim.{field}: {pattern!r} matches no parameter{nearest(pattern, names)}")
-    if all(_matches(config.freeze, name) for name in names):
+    if not any(is_trained(config, lora, name) for name in names):
         raise UserError(f"optim.freeze={config.freeze} freezes all parameters; leave some to train")
 
 
-def frozen(config: OptimConfig, params: Tree) -> Tree:
-    """True for the parameters that `config.freeze` names."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: _matches(config.freeze, joined(path)), params)
+def is_trained(config: OptimConfig, lora: LoraConfig | None, path: str) -> bool:
+    """Whether a step changes the parameter at a path: unless `config.freeze` names it, or adapters are trained in its place."""
+    return not _matches(config.freeze, path) and (lora is None or adapters.is_trained(path, lora))
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamGroup:
+    """Parameters that are treated alike: frozen (`lr` is 0), or trained at the peak rate `lr` and with `weight_decay`."""
+
+    lr: float
+    weight_decay: float
+    paths: tuple[str, ...]
+    size: int
+
+    def __str__(self) -> str:
+        named = ", ".join(self.paths[:NAMED]) + (f" and {len(self.paths) - NAMED} more" if len(self.paths) > NAMED else "")
+        how = f"lr {self.lr:g}, decay {self.weight_decay:g}" if self.lr else "frozen"
+        return f"{how}: {named} ({self.size:,})"
+
+
+NAMED = 6
+"""How many parameters of a group are named."""
+
+
+def groups(config: OptimConfig, lora: LoraConfig | None, params: Tree) -> list[ParamGroup]:
+    """What a stage does with each parameter, those that are treated alike together; `params` may be abstract."""
+    decays = dict(paths(decay_mask(params, config.decay_exclude)))
+    found: dict[tuple[float, float], list[tuple[str, int]]] = {}
+    for path, leaf in paths(params):
+        rate = config.lr * _factor(config.lr_scale, path) if is_trained(config, lora, path) else 0.0
+        key = (rate, config.weight_decay if rate and decays[path] else 0.0)
+        found.setdefault(key, []).append((path, math.prod(leaf.shape)))
+    return [
+        ParamGroup(*key, tuple(path for path, _ in members), sum(size for _, size in members)) for key, members in found.items()
+    ]
 
 
 def decay_mask(params: Tree, exclude: Sequence[str] = ()) -> Tree:
-    """True for the weights that decay: matrices, not norms, biases, sinks, vectors, learned positions or what `exclude` names."""
+    """True for the weights that decay: matrices, not norms, biases, sinks, vectors, magnitudes, learned positions or what `exclude`
+    names."""
 
     def decays(path: tuple, leaf: Any) -> bool:
         name = joined(path)
-        spared = name.startswith("positions/") or name.rpartition("/")[2] in ("scale", "bias", "sinks")
+        spared = name.startswith("positions/") or name.rpartition("/")[2] in ("scale", "bias", "sinks", "magnitude")
         return leaf.ndim > 1 and not spared and not _matches(exclude, name)
 
     return jax.tree_util.tree_map_with_path(decays, params)
@@ -132,16 +168,13 @@ def optimizer(config: OptimConfig, steps: int, specs: Tree) -> optax.GradientTra
     # Each extra link is there only where it is asked for, so that the optimizer state keeps its structure without it.
     scale = [_scale_by_path(config.lr_scale)] if config.lr_scale else []
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
-    chain = optax.chain(
+    return optax.chain(
         clip,
         OPTIMIZERS[config.name](config.b1, config.b2, config.eps, specs),
         optax.add_decayed_weights(config.weight_decay, mask=lambda params: decay_mask(params, config.decay_exclude)),
         _scale_by_stage(learning_rate(config, steps)),
         *scale,
     )
-    if not config.freeze:
-        return chain
-    return optax.partition({False: chain, True: optax.set_to_zero()}, lambda params: frozen(config, params))
 
 
 def _scale_by_stage(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
@@ -158,10 +191,14 @@ def _scale_by_path(scales: Sequence[tuple[str, float]]) -> optax.GradientTransfo
     """Multiply each update by the factor of the first pattern that its path matches."""
 
     def one(path: tuple, update: jax.Array) -> jax.Array:
-        name = joined(path)
-        return next((update * factor for pattern, factor in scales if re.search(pattern, name)), update)
+        factor = _factor(scales, joined(path))
+        return update if factor == 1 else update * factor
 
     return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(one, updates))
+
+
+def _factor(scales: Sequence[tuple[str, float]], path: str) -> float:
+    return next((factor for pattern, factor in scales if re.search(pattern, path)), 1.0)
 
 
 def _matches(patterns: Sequence[str], name: str) -> bool:

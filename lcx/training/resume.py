@@ -8,12 +8,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from lcx.adapters import lora
+from lcx.adapters.freeze import join, split
 from lcx.core.console import say, warn
 from lcx.core.errors import UserError
 from lcx.core.param_spec import initialize
 from lcx.core.trees import Tree, paths
 from lcx.training.builder import BuiltStage, StageBuilder
-from lcx.training.checkpoints import Meta, Store, stage_ends
+from lcx.training.checkpoints import Meta, Store, stage_ends, unkept
 from lcx.training.step import TrainState
 from lcx.training.workdir import read_config
 
@@ -47,7 +49,21 @@ def from_initial_weights(builder: StageBuilder, built: BuiltStage) -> ResumePoin
         return ResumePoint(built.step.init_state(jax.random.key(run.seed)), 0, 0)
     params = given.load(built.mesh).params
     say(f"starting from the weights of {given.name} (stage {given.meta.stage}, step {given.meta.step})")
-    return ResumePoint(built.step.state_from_params(fit(params, built, run.seed, f"weights of {given.name}")), 0, 0)
+    params = lora.start(fit(params, built, run.seed, f"weights of {given.name}"))
+    return ResumePoint(built.step.state_from_params(params), 0, 0)
+
+
+def completed(state: TrainState, built: BuiltStage, builder: StageBuilder, meta: Meta) -> TrainState:
+    """A state read from a checkpoint, with the frozen parameters that it lacks: those of the weights that the run began with."""
+    table, held = dict(paths(built.specs)), dict(paths(state.all_params))
+    if len(table) == len(held):
+        return state
+    if builder.initial is None:
+        raise UserError(
+            "the checkpoint holds only what its run trained; set init_from to the model that that run began with, as it did"
+        )
+    rest = unkept(builder.run, meta, built.mesh, builder.initial)
+    return state.replace(frozen=built.step.place_frozen(join(state.frozen, rest)))
 
 
 def restore_newest(builder: StageBuilder, store: Store) -> ResumePoint | None:
@@ -64,7 +80,8 @@ def restore_newest(builder: StageBuilder, store: Store) -> ResumePoint | None:
     if found is None:
         return None
     state, meta = found
-    return ResumePoint(state, meta.stage_index, meta.stage_step, meta)
+    built = builder.build(meta.stage_index)
+    return ResumePoint(completed(state, built, builder, meta), meta.stage_index, meta.stage_step, meta)
 
 
 def reread_stage_start(builder: StageBuilder, store: Store, index: int) -> TrainState:
@@ -78,13 +95,14 @@ def reread_stage_start(builder: StageBuilder, store: Store, index: int) -> Train
             f"{store.directory} has no checkpoint {step}, where stage {built.stage.name} began, so the stage cannot be rolled back"
         )
     before = builder.build(index - 1)
-    return continue_into(store.read(step, before.step.abstract_state()), built, builder.run.seed)
+    state = completed(store.read(step, before.step.abstract_state()), before, builder, store.meta(step))
+    return continue_into(state, built, builder.run.seed)
 
 
 def continue_into(state: TrainState, built: BuiltStage, seed: int) -> TrainState:
     """The end of one stage as the beginning of the next: weights on its mesh, optimizer state kept or reset."""
-    shapes = [x.shape for x in jax.tree.leaves(state.params)]
-    params = fit(state.params, built, seed, "the weights of the stage before")
+    shapes = [x.shape for x in jax.tree.leaves(state.all_params)]
+    params = fit(state.all_params, built, seed, "the weights of the stage before")
     fresh = built.step.state_from_params(params)
     same = shapes == [x.shape for x in jax.tree.leaves(params)]
     opt_state = fresh.opt_state
@@ -102,20 +120,21 @@ def continue_into(state: TrainState, built: BuiltStage, seed: int) -> TrainState
 def fit(params: Tree, built: BuiltStage, seed: int, what: str) -> Tree:
     """`params` in the shapes that the stage's specs ask for.
 
-    New leaves (a learned scheme that begins here) get first values, tables that grow with the length keep their rows and get
-    first values behind them, leaves that are no longer used are dropped. Raises `UserError` for any other difference.
+    New leaves (an adapter, or a learned scheme that begins here) get first values, tables that grow with the length keep their rows
+    and get first values behind them, leaves that are no longer used are dropped. Raises `UserError` for any other difference.
     """
     wanted, given = dict(paths(built.specs)), dict(paths(params))
     if all(path in given and given[path].shape == spec.shape for path, spec in wanted.items()) and len(wanted) == len(given):
         return params
-    drawn = dict(paths(jax.jit(lambda key: initialize(built.specs, key))(jax.random.key(seed))))
+    other, _ = split(built.specs, lambda path: path not in given or given[path].shape != wanted[path].shape)
+    drawn = dict(paths(jax.jit(lambda key: initialize(other, key))(jax.random.key(seed))))
     leaves = []
     for path, spec in wanted.items():
-        old, new = given.get(path), drawn[path]
+        old, new = given.get(path), drawn.get(path)
         learned = path.startswith("positions/")
         if old is not None and old.shape == spec.shape:
             leaves.append(old)
-        elif old is None and learned:
+        elif old is None and (learned or lora.is_adapter(path)):
             leaves.append(new)
         elif old is not None and learned and old.shape[1:] == spec.shape[1:]:
             rows = min(old.shape[0], spec.shape[0])
@@ -131,12 +150,13 @@ def _from_other_run(builder: StageBuilder, path: Path) -> ResumePoint:
     if not path.is_dir():
         raise UserError(f"resume_from={str(path)!r} is not a directory; name another run's workdir")
     other = read_config(path)
-    with Store(path, other.checkpoint, stage_ends(other)) as store:
+    with Store.of(path, other) as store:
         found = store.restore(lambda meta: _place(builder, meta, path).step.abstract_state(), lambda _: True)
     if found is None:
         raise UserError(f"resume_from={str(path)!r} has no checkpoint; name a workdir in which a run has trained")
     state, meta = found
     say(f"resuming from step {meta.step} of {path}")
+    state = completed(state, _place(builder, meta, path), builder, meta)
     return ResumePoint(state, meta.stage_index, meta.stage_step, None)
 
 

@@ -8,12 +8,17 @@ from typing import Any
 
 import ml_collections
 
+from lcx.adapters import lora
+from lcx.adapters.lora import LoraConfig
 from lcx.core import configs
 from lcx.core.configs import not_negative, positive
 from lcx.core.errors import UserError
 from lcx.core.mesh import MeshConfig
+from lcx.core.trees import Tree
 from lcx.data import schedule
 from lcx.data.config import DataConfig
+from lcx.model import params
+from lcx.model.architecture import build_schemes
 from lcx.model.config import ModelConfig
 from lcx.model.execution import ExecutionConfig, refuse_moved
 from lcx.positions.derive import extend
@@ -21,7 +26,7 @@ from lcx.positions.registry import from_config
 from lcx.positions.scheme import Scheme
 from lcx.training.metrics import MetricsConfig
 from lcx.training.monitor import MonitorConfig
-from lcx.training.optimizer import OptimConfig
+from lcx.training.optimizer import OptimConfig, is_trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +118,9 @@ class StageConfig:
 class RunConfig:
     """Everything that decides what a run computes.
 
-    `init_from`: a workdir or checkpoint whose weights to start from. `resume_from`: another run's workdir to go on from, with
-    optimizer and step. `max_bad_steps`: non-finite steps in a row after which the run stops.
+    `lora` trains adapters and leaves the weights of `init_from` as they are. `init_from`: a model whose weights to start from.
+    `resume_from`: another run's workdir to go on from, with optimizer and step. `max_bad_steps`: non-finite steps in a row after
+    which the run stops.
     """
 
     model: ModelConfig
@@ -123,6 +129,7 @@ class RunConfig:
     positions: dict[str, Any] = dataclasses.field(default_factory=lambda: {"default": {"name": "rope", "theta": 10000.0}})
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
+    lora: LoraConfig = LoraConfig()
     mesh: MeshConfig = MeshConfig()
     monitor: MonitorConfig = MonitorConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -136,6 +143,8 @@ class RunConfig:
         positive("config", max_bad_steps=self.max_bad_steps)
         if self.seed < 0:
             raise UserError(f"config.seed={self.seed} must not be negative")
+        if self.adapters is not None and self.init_from is None:
+            raise UserError("lora.rank is for adapters of a model that exists; name it with init_from, or set lora.rank=None")
         if not self.stages:
             raise UserError("stages is empty; define at least one stage with seq_len, steps and batch_size")
         names = [stage.name for stage in self.stages]
@@ -153,13 +162,30 @@ class RunConfig:
                     f"lower monitor.steps or set stages.{stage.name}.monitor=False"
                 )
 
+    @property
+    def adapters(self) -> LoraConfig | None:
+        """The adapters that the run trains; None if it trains its model's own parameters."""
+        return None if self.lora.rank is None else self.lora
+
     def optim_of(self, stage: StageConfig) -> OptimConfig:
         """The optimizer of a stage: the run's with the stage's changes."""
         try:
-            return configs.build(OptimConfig, {**configs.plain(self.optim), **stage.optim}, f"stages.{stage.name}.optim")
+            optim = configs.build(OptimConfig, {**configs.plain(self.optim), **stage.optim}, f"stages.{stage.name}.optim")
+            return dataclasses.replace(optim, lr_scale=(*optim.lr_scale, *self.lora.lr_scale))
         except UserError as error:
             where = f"stages.{stage.name}."
             raise UserError(str(error) if where in str(error) else f"{where}{error}") from error
+
+    def specs(self, schemes: Mapping[str, Scheme], length: int) -> Tree:
+        """The table of parameters, adapters included, under schemes by layer kind (or `default`) and a declared length."""
+        table = params.specs(self.model, build_schemes(self.model, schemes), length)
+        return table if self.adapters is None else lora.specs(table, self.adapters, self.model.tied_embeddings)
+
+    def is_kept(self, path: str) -> bool:
+        """Whether checkpoints hold the parameter at a path: not if it is and remains what `init_from` has."""
+        if self.init_from is None or path.startswith("positions/"):
+            return True
+        return any(is_trained(self.optim_of(stage), self.adapters, path) for stage in self.stages)
 
     def data_of(self, stage: StageConfig) -> DataConfig:
         """The mixture of a stage: the run's with the stage's weights (averages of those that change) and changed parts."""

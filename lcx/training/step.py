@@ -20,6 +20,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lcx.adapters import lora
+from lcx.adapters.freeze import join, split
+from lcx.adapters.lora import LoraConfig
 from lcx.attention.parallel.sequence_layout import arrange
 from lcx.core.batch import Batch
 from lcx.core.mesh import named_sharding, partition_spec
@@ -28,7 +31,7 @@ from lcx.core.trees import Tree, joined, paths
 from lcx.model.architecture import Architecture, row_layout
 from lcx.model.loss import LossSums, loss_sums, unpadded_tokens
 from lcx.model.transformer import hidden_states
-from lcx.training.optimizer import OptimConfig, frozen, learning_rate, optimizer
+from lcx.training.optimizer import OptimConfig, is_trained, learning_rate, optimizer
 
 Table = tuple[tuple[str, ParamSpec], ...]
 """A spec tree as `(path, spec)` pairs: hashable, so that it can key a compiled step."""
@@ -38,31 +41,47 @@ Table = tuple[tuple[str, ParamSpec], ...]
 class TrainState:
     """What a step changes.
 
-    `params` float32; `opt_state` as optax made it; `step` int32, steps of this stage, dropped ones included; `skipped` and
-    `in_a_row` int32, how many non-finite steps were dropped in the run and without a good one in between.
+    `params` float32, the trained ones; `frozen` the others, which a step hands on as they are; `opt_state` as optax made it; `step`
+    int32, steps of this stage, dropped ones included; `skipped` and `in_a_row` int32, how many non-finite steps were dropped in the
+    run and without a good one in between.
     """
 
     params: Tree
+    frozen: Tree
     opt_state: Tree
     step: jax.Array
     skipped: jax.Array
     in_a_row: jax.Array
 
+    @property
+    def all_params(self) -> Tree:
+        """Trained and frozen parameters in one tree."""
+        return join(self.params, self.frozen) if self.frozen else self.params
+
 
 class TrainStep:
     """The compiled step of one architecture, optimizer and mesh; serves every theta and every batch of one shape.
 
-    `compiles` counts how often the step was traced.
+    `table` holds adapters too, if there is a `lora`. `compiles` counts how often the step was traced.
     """
 
-    def __init__(self, arch: Architecture, table: Table, optim: OptimConfig, steps: int, mesh: Mesh, accumulate: int = 1):
-        self.arch, self.optim, self.mesh, self.accumulate = arch, optim, mesh, accumulate
+    def __init__(
+        self,
+        arch: Architecture,
+        table: Table,
+        optim: OptimConfig,
+        steps: int,
+        mesh: Mesh,
+        accumulate: int = 1,
+        lora: LoraConfig | None = None,
+    ):
+        self.arch, self.optim, self.mesh, self.accumulate, self.lora = arch, optim, mesh, accumulate, lora
         self.compiles = 0
         self._programs: dict[tuple[tuple[int, ...], jax.tree_util.PyTreeDef], jax.stages.Compiled] = {}
         self.specs = flax.traverse_util.unflatten_dict(dict(table), sep="/")
         self.transform = optimizer(optim, steps, self.specs)
         self._schedule = learning_rate(optim, steps)
-        self._param_shardings = shardings(self.specs, mesh)
+        self._param_shardings, self._frozen_shardings = self.split(shardings(self.specs, mesh))
         self._batch_sharding = named_sharding(mesh, ("batch", "sequence"))
         self._row_sharding = named_sharding(mesh, ("batch",))
         self._replicated = NamedSharding(mesh, PartitionSpec())
@@ -102,6 +121,10 @@ class TrainStep:
         with jax.set_mesh(self.mesh):
             return self._open_step(state, batch, buffers)
 
+    def split(self, params: Tree) -> tuple[Tree, Tree]:
+        """A tree of all parameters as those that are trained and those that are frozen."""
+        return split(params, lambda path: is_trained(self.optim, self.lora, path))
+
     def local_rows(self, rows: int, length: int) -> slice:
         """Rows of a `[rows, length]` batch that this process's devices hold: all that its loader has to make."""
         indices = self._batch_sharding.addressable_devices_indices_map((rows, length)).values()
@@ -129,7 +152,7 @@ class TrainStep:
         # This runs once; on CPU, optimizing its random bits would take longer than everything else in the start of a small run.
         options = {"xla_backend_optimization_level": 0} if self.mesh.devices.flat[0].platform == "cpu" else None
         make = jax.jit(
-            lambda key: self._at_step_zero(initialize(self.specs, key)),
+            lambda key: self._at_step_zero(*self.split(lora.start(initialize(self.specs, key)))),
             out_shardings=self.state_shardings,
             compiler_options=options,
         )
@@ -137,25 +160,31 @@ class TrainStep:
 
     def state_from_params(self, params: Tree) -> TrainState:
         """A state at step 0 with these parameters (any sharding) and a fresh optimizer; `params` is not to be used afterwards."""
+        params, frozen = self.split(params)
         params = jax.device_put(params, self._param_shardings)
+        none: dict[str, Any] = {"params": None, "frozen": None}
         rest = jax.jit(
-            lambda params: self._at_step_zero(params).replace(params=None), out_shardings=self.state_shardings.replace(params=None)
+            lambda params: self._at_step_zero(params, {}).replace(**none), out_shardings=self.state_shardings.replace(**none)
         )
-        return rest(params).replace(params=params)
+        return rest(params).replace(params=params, frozen=self.place_frozen(frozen))
 
-    def _at_step_zero(self, params: Tree) -> TrainState:
-        """The state at step 0 around `params`."""
+    def place_frozen(self, frozen: Tree) -> Tree:
+        """Frozen parameters (any sharding) where the step wants them."""
+        return jax.device_put(frozen, self._frozen_shardings)
+
+    def _at_step_zero(self, params: Tree, frozen: Tree) -> TrainState:
+        """The state at step 0 around parameters."""
         # Three arrays, not one three times: donating one buffer twice is an error.
         zeros = [jnp.zeros((), jnp.int32) for _ in range(3)]
-        return TrainState(params, self.transform.init(params), *zeros)
+        return TrainState(params, frozen, self.transform.init(params), *zeros)
 
     def abstract_state(self) -> TrainState:
         """`ShapeDtypeStruct`s with shardings, for a restore that needs no initialised state."""
-        shapes = jax.eval_shape(self._at_step_zero, abstract(self.specs))
+        shapes = jax.eval_shape(self._at_step_zero, *self.split(abstract(self.specs)))
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.state_shardings)
 
     def _state_shardings(self) -> TrainState:
-        shapes = jax.eval_shape(self._at_step_zero, abstract(self.specs))
+        shapes = jax.eval_shape(self._at_step_zero, *self.split(abstract(self.specs)))
         by_path = {
             path: (leaf.shape, sharding)
             for (path, leaf), (_, sharding) in zip(paths(shapes.params), paths(self._param_shardings), strict=True)
@@ -169,7 +198,7 @@ class TrainStep:
             return sharding if shape == leaf.shape else self._replicated
 
         opt = jax.tree_util.tree_map_with_path(one, shapes.opt_state)
-        return TrainState(self._param_shardings, opt, self._replicated, self._replicated, self._replicated)
+        return TrainState(self._param_shardings, self._frozen_shardings, opt, *3 * [self._replicated])
 
     def _train(self, state: TrainState, batch: Batch, buffers: Mapping[str, Any], gradients: bool = False) -> tuple:
         self.compiles += 1  # runs when the step is traced, never when it is executed
@@ -178,12 +207,12 @@ class TrainStep:
         # What Σ w·ℓ has to be divided by, over what the load-balancing loss has to be.
         rate = jnp.sum(batch.loss_weights, dtype=jnp.float32) / jnp.maximum(unpadded_tokens(batch), 1.0) if balanced else None
         if self.accumulate == 1:
-            (_, sums), grads = gradient(state.params, batch, buffers, rate)
+            (_, sums), grads = gradient(state.params, state.frozen, batch, buffers, rate)
         else:
             parts = microbatches(batch, self.accumulate)
 
             def add(carry: tuple, part: Batch) -> tuple:
-                (_, sums), grads = gradient(state.params, part, buffers, rate)
+                (_, sums), grads = gradient(state.params, state.frozen, part, buffers, rate)
                 return jax.tree.map(jnp.add, carry, (sums, self._shard(grads))), None
 
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.params)
@@ -207,6 +236,7 @@ class TrainStep:
         bad = jnp.where(ok, 0, 1).astype(jnp.int32)
         after = TrainState(
             params=keep(params, state.params),
+            frozen=state.frozen,
             opt_state=keep(opt_state, state.opt_state),
             step=state.step + 1,
             skipped=state.skipped + bad,
@@ -230,10 +260,10 @@ class TrainStep:
             metrics["weight_by_part"] = sums.part_weight
         return after, metrics
 
-    def _loss(self, params: Tree, batch: Batch, buffers: Mapping[str, Any], rate: jax.Array | None) -> tuple[jax.Array, LossSums]:
-        if self.optim.freeze:
-            still = frozen(self.optim, params)
-            params = jax.tree.map(lambda x, fixed: jax.lax.stop_gradient(x) if fixed else x, params, still)
+    def _loss(
+        self, params: Tree, frozen: Tree, batch: Batch, buffers: Mapping[str, Any], rate: jax.Array | None
+    ) -> tuple[jax.Array, LossSums]:
+        params = join(params, frozen) if frozen else params
         states, router_aux = hidden_states(params, buffers, self.arch, batch)
         with jax.named_scope("loss"):
             sums = loss_sums(params, states, batch, self.arch, router_aux)
@@ -263,10 +293,20 @@ def microbatches(batch: Batch, count: int) -> Batch:
 
 
 @functools.lru_cache(maxsize=8)
-def _cached(arch: Architecture, table: Table, optim: OptimConfig, steps: int, mesh: Mesh, accumulate: int) -> TrainStep:
-    return TrainStep(arch, table, optim, steps, mesh, accumulate)
+def _cached(
+    arch: Architecture, table: Table, optim: OptimConfig, steps: int, mesh: Mesh, accumulate: int, lora: LoraConfig | None
+) -> TrainStep:
+    return TrainStep(arch, table, optim, steps, mesh, accumulate, lora)
 
 
-def train_step(arch: Architecture, specs: Tree, optim: OptimConfig, steps: int, mesh: Mesh, accumulate: int = 1) -> TrainStep:
+def train_step(
+    arch: Architecture,
+    specs: Tree,
+    optim: OptimConfig,
+    steps: int,
+    mesh: Mesh,
+    accumulate: int = 1,
+    lora: LoraConfig | None = None,
+) -> TrainStep:
     """The step for these choices, compiled once in a process however many thetas, stages or sweep points ask for it."""
-    return _cached(arch, tuple(paths_of(specs)), optim, steps, mesh, accumulate)
+    return _cached(arch, tuple(paths_of(specs)), optim, steps, mesh, accumulate, lora)

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 def state(value, size=8):
     params = {"w": jnp.full((size,), float(value))}
-    return TrainState(params, {"mu": {"w": jnp.zeros((size,))}}, *(jnp.int32(value) for _ in range(3)))
+    return TrainState(params, {}, {"mu": {"w": jnp.zeros((size,))}}, *(jnp.int32(value) for _ in range(3)))
 
 
 def meta(step):

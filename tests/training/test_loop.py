@@ -169,6 +169,7 @@ def as_lcx_0_1_wrote_it(run):
     """config.json with the fields of `ExecutionConfig` among the model's."""
     values = configs.plain(run)
     execution = values.pop("execution")
+    del values["lora"]
     return {**values, "model": {**values["model"], **execution}}
 
 

@@ -16,7 +16,7 @@ from lcx.model.config import ModelConfig
 from lcx.model.execution import ExecutionConfig
 from lcx.model.params import specs
 from lcx.positions.registry import from_config
-from lcx.training.optimizer import OptimConfig, check_patterns, decay_mask, learning_rate, optimizer
+from lcx.training.optimizer import OptimConfig, check_patterns, decay_mask, groups, learning_rate, optimizer
 from lcx.training.optimizers.table import OPTIMIZERS
 from lcx.training.step import TrainStep
 from tests.quick import mostly_slow
@@ -111,6 +111,19 @@ def test_a_factor_on_the_learning_rate():
     transform = optimizer(config, 10, {})
     got, _ = transform.update(grads, transform.init(params), params, step=jnp.int32(0))
     np.testing.assert_allclose([got[name]["kernel"][0, 0] for name in params], [-0.11, -0.05, -0.33], rtol=1e-5)
+
+
+def test_groups_say_what_becomes_of_each_parameter():
+    params = abstract(specs(MODEL, {"global": from_config({"name": "rope", "theta": 100.0})}, 16))
+    config = OptimConfig(lr=0.01, lr_scale=(("query", 0.5),), decay_exclude=("mlp/up",), freeze=("embed",), weight_decay=0.1)
+    found = groups(config, None, params)
+    assert sorted(path for group in found for path in group.paths) == sorted(path for path, _ in paths(params))
+    by_path = {path: (group.lr, group.weight_decay) for group in found for path in group.paths}
+    assert by_path["embed/embedding"] == (0.0, 0.0)
+    assert by_path["layers/attention/query/kernel"] == (0.005, 0.1) and by_path["layers/mlp/gate/kernel"] == (0.01, 0.1)
+    assert by_path["layers/mlp/up/kernel"] == by_path["final_norm/scale"] == (0.01, 0.0)
+    assert "frozen: embed/embedding (512)" in map(str, found)
+    assert "lr 0.005, decay 0.1: layers/attention/query/kernel (512)" in map(str, found)
 
 
 def test_patterns_that_cannot_work():
