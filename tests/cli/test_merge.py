@@ -65,7 +65,7 @@ WRONG = {
     (SLERP, "[", "[{model: ROOT/other}, "): "slerp takes 1 model beside base_model but got 2 (ROOT/other, ROOT/tuned); change",
     (LINEAR, "ROOT/tuned", "ROOT/nan"): f"{Q.format(1)} contains NaN or infinity",
     (LINEAR, "ROOT/tuned", "ROOT/mistral"): "ROOT/base and ROOT/mistral differ in model_type ('llama' and 'mistral'); choose",
-    (LINEAR.replace("base", "mistral"), "tuned", "window"): "ROOT/window differ in model.window (None and 24); make config.json",
+    (LINEAR.replace("base", "mistral"), "tuned", "window"): "differ in model.pattern (('global',) and ('local',)); make",
     (LINEAR, "ROOT/tuned", "ROOT/wide"): "differ in intermediate_size (24 and 32); make config.json agree, or choose other models",
     (LINEAR, "ROOT/tuned", "ROOT/bare"): f"ROOT/bare has no {HEAD}, which ROOT/base has; choose models of one architecture",
     (LINEAR, "ROOT/tuned", "ROOT/shape"): f"{HEAD} has the shape [41, 16] in ROOT/shape and [40, 16] in ROOT/base; choose models",
