@@ -23,7 +23,7 @@ from typing import Any
 
 import tables
 from absl import app, flags
-from process import Process
+from process import Process, processor
 from rich.console import Console
 from rich.table import Table
 from sides.side import MODEL, cores
@@ -120,17 +120,6 @@ def show(results: list[dict[str, Any]]) -> None:
         for side, cells in tables.steps(result).items():
             table.add_row(*cells, verdict(result, side) if side in OURS else "")
     Console().print(table)
-
-
-def processor() -> str:
-    """The processor's name."""
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.exists()
-        else []
-    )
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def main(argv: list[str]) -> None:

@@ -40,7 +40,8 @@ class LoraConfig:
     (rsLoRA, 2312.03732). `ranks` and `alphas` hold (pattern, value) pairs, of which the first that matches a path replaces `rank`
     or `alpha`. `dora` learns the norm of each output's weights apart from their direction (2402.09353). `init` of the first
     matrix: `kaiming`, uniform within 1 / sqrt(inputs), or `gaussian` of deviation 1 / rank; the second one starts at zero.
-    `b_lr_ratio` multiplies the learning rate of the second matrix (LoRA+, 2402.12354).
+    `b_lr_ratio` multiplies the learning rate of the second matrix (LoRA+, 2402.12354). `base_dtype`: the type in which training
+    holds frozen kernels and embeddings, which it widens where they are used; a model that is stored in bfloat16 loses nothing by it.
     """
 
     rank: int | None = None
@@ -53,6 +54,7 @@ class LoraConfig:
     dora: bool = False
     init: Literal["kaiming", "gaussian"] = "kaiming"
     b_lr_ratio: float = 1.0
+    base_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         if self.rank is None:
@@ -120,6 +122,12 @@ def is_trained(path: str, config: LoraConfig) -> bool:
     if is_adapter(path):
         return not is_constant(path)
     return path.startswith("positions/") or _matches(config.train, path)
+
+
+def held_as(path: str, config: LoraConfig | None) -> str:
+    """numpy's name of the type in which training holds a parameter."""
+    is_matrix = path.endswith(("/kernel", "/embedding"))
+    return "float32" if config is None or not is_matrix or is_trained(path, config) else config.base_dtype
 
 
 def is_adapter(path: str) -> bool:

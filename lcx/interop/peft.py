@@ -49,7 +49,7 @@ _NO_EFFECT = frozenset((
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "orthogonal")
 """Values of `init_lora_weights` with which peft also changes the weights below."""
 
-_NAME = re.compile(
+NAME = re.compile(
     re.escape(PREFIX)
     + r"(?P<module>.+?)\.(?P<what>lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B|lora_magnitude_vector"
     + r"|base_layer\.weight|base_layer\.bias|weight|bias)"
@@ -71,7 +71,7 @@ class PeftFolder:
 
     def __init__(self, folder: str | Path, base: str | Path | None = None):
         self.folder = Path(folder)
-        self.settings = _settings(self.folder)
+        self.settings = settings_of(self.folder)
         self.base = HfFolder(_base(self.folder, self.settings) if base is None else base)
         self.described: Described = self.base.described
         if (self.folder / hf_config.FILE).is_file():
@@ -126,7 +126,7 @@ class PeftFolder:
         for name in self.shards.shapes:
             if name == copy:
                 continue
-            match = _NAME.fullmatch(name)
+            match = NAME.fullmatch(name)
             if match is None or match["module"] not in self._modules:
                 what = "lora_B.bias, which lcx does not apply" if name.endswith("lora_B.bias") else "not a module of the base"
                 other = f"was the adapter trained for another model than {self.base.folder}?"
@@ -205,13 +205,13 @@ class PeftFolder:
         return {**found, "scale": scale}
 
     def _rank(self, module: str) -> int:
-        return _of_pattern(self.settings["rank_pattern"], module, self.settings["r"])
+        return of_pattern(self.settings["rank_pattern"], module, self.settings["r"])
 
     def _alpha(self, module: str) -> float:
-        return _of_pattern(self.settings["alpha_pattern"], module, self.settings["lora_alpha"])
+        return of_pattern(self.settings["alpha_pattern"], module, self.settings["lora_alpha"])
 
 
-def _settings(folder: Path) -> dict[str, Any]:
+def settings_of(folder: Path) -> dict[str, Any]:
     """adapter_config.json with peft's defaults filled in; raises `UserError` for what lcx does not compute."""
     values = hf_config.read_json(folder / CONFIG)
     where = folder / CONFIG
@@ -247,7 +247,7 @@ def _base(folder: Path, settings: Mapping[str, Any]) -> Path:
     return found
 
 
-def _of_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+def of_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """peft's rule: a key is a regular expression for the end of a module's name, at a dot."""
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
 

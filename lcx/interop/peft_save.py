@@ -99,7 +99,7 @@ def _written(
     for module in saved:
         if (bias := f"{module}.bias") in slots:
             tensors[f"{PREFIX}{bias}"] = weights.tensor(flat, slots[bias], "float32")
-    settings = _as_config(sizes, saved, adapted, any("/magnitude" in path for path in flat))
+    settings = as_config(sizes, saved, adapted.rank_stabilized, any("/magnitude" in path for path in flat))
     if described.model.tied_embeddings and EMBEDDINGS in saved:
         # Otherwise peft gives the output layer a table of its own, as it was before the training.
         tensors[f"{PREFIX}{HEAD}.weight"] = tensors[f"{PREFIX}{EMBEDDINGS}.weight"]
@@ -150,20 +150,20 @@ def _adapter_tensors(flat: Mapping[str, Any], parts: Sequence[Slot], rank_stabil
     return found, (total, scale * (math.sqrt(total) if rank_stabilized else total))
 
 
-def _as_config(sizes: Mapping[str, tuple[int, float]], saved: set[str], adapted: Adapted, dora: bool) -> dict[str, Any]:
+def as_config(sizes: Mapping[str, tuple[int, float]], saved: set[str], rank_stabilized: bool, dora: bool) -> dict[str, Any]:
     """adapter_config.json; the rank and alpha that most modules have are `r` and `lora_alpha`, others are patterns."""
     ranks, alphas = ({module: pair[i] for module, pair in sizes.items()} for i in (0, 1))
     rank, alpha = (collections.Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return {
         "alpha_pattern": _pattern(alphas, alpha), "fan_in_fan_out": False, "inference_mode": True,
         "init_lora_weights": True, "layers_pattern": None, "layers_to_transform": None, "lora_alpha": alpha, "lora_bias": False,
-        "lora_dropout": 0.0, "modules_to_save": sorted({_last(module) for module in saved}) or None, "peft_type": "LORA", "r": rank,
-        "rank_pattern": _pattern(ranks, rank), "revision": None, "target_modules": sorted({_last(module) for module in sizes}),
-        "task_type": "CAUSAL_LM", "use_dora": dora, "use_rslora": adapted.rank_stabilized,
+        "lora_dropout": 0.0, "modules_to_save": sorted({last(module) for module in saved}) or None, "peft_type": "LORA", "r": rank,
+        "rank_pattern": _pattern(ranks, rank), "revision": None, "target_modules": sorted({last(module) for module in sizes}),
+        "task_type": "CAUSAL_LM", "use_dora": dora, "use_rslora": rank_stabilized,
     }  # fmt: skip
 
 
-def _last(module: str) -> str:
+def last(module: str) -> str:
     """The name by which peft finds a module in all layers; it takes every module whose name ends so, as all norms end in `norm`."""
     return module if module == "model.norm" else module.rpartition(".")[2]
 
@@ -172,13 +172,13 @@ def _pattern(values: Mapping[str, Any], usual: Any) -> dict[str, Any]:
     """What differs from the usual value, by the modules' last names where these agree in all layers."""
     by_last: dict[str, set] = {}
     for module, value in values.items():
-        by_last.setdefault(_last(module), set()).add(value)
+        by_last.setdefault(last(module), set()).add(value)
     found = {}
     for module, value in values.items():
-        if len(by_last[_last(module)]) > 1:
+        if len(by_last[last(module)]) > 1:
             found |= {module: value} if value != usual else {}
         elif value != usual:
-            found[_last(module)] = value
+            found[last(module)] = value
     return found
 
 

@@ -170,7 +170,18 @@ class TrainStep:
 
     def place_frozen(self, frozen: Tree) -> Tree:
         """Frozen parameters (any sharding) where the step wants them."""
-        return jax.device_put(frozen, self._frozen_shardings)
+        return jax.device_put(self._held(frozen), self._frozen_shardings)
+
+    def _held(self, params: Tree) -> Tree:
+        """Parameters, or abstract ones, in the types in which they are held."""
+
+        def one(path: tuple, x: Any) -> Any:
+            dtype = jnp.dtype(lora.held_as(joined(path), self.lora))
+            if x.dtype == dtype:
+                return x
+            return jax.ShapeDtypeStruct(x.shape, dtype) if isinstance(x, jax.ShapeDtypeStruct) else x.astype(dtype)
+
+        return jax.tree_util.tree_map_with_path(one, params)
 
     def _at_step_zero(self, params: Tree, frozen: Tree) -> TrainState:
         """The state at step 0 around parameters."""
@@ -180,7 +191,7 @@ class TrainStep:
 
     def abstract_state(self) -> TrainState:
         """`ShapeDtypeStruct`s with shardings, for a restore that needs no initialised state."""
-        shapes = jax.eval_shape(self._at_step_zero, *self.split(abstract(self.specs)))
+        shapes = jax.eval_shape(self._at_step_zero, *self.split(self._held(abstract(self.specs))))
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.state_shardings)
 
     def _state_shardings(self) -> TrainState:

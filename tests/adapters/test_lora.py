@@ -249,6 +249,25 @@ def test_accumulation_equals_one_batch(one_device):
         assert worst_error(got, want)[0] <= 1e-5
 
 
+def test_a_base_in_bfloat16():
+    """Numbers that bfloat16 holds give the same losses and gradients, and frozen matrices take half the bytes."""
+    params = tree(LoraConfig(rank=2, train=("mlp/up",)))
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, x: x.astype(jnp.bfloat16).astype(jnp.float32) if path[-1].key in ("kernel", "embedding") else x, params
+    )
+    (losses, gradients, _), (narrow_losses, narrow_gradients, state) = (
+        run(*make_step(LoraConfig(rank=2, train=("mlp/up",), base_dtype=dtype), ONE), params, steps=2)
+        for dtype in ("float32", "bfloat16")
+    )
+    np.testing.assert_allclose(narrow_losses, losses, rtol=1e-6)
+    for got, want in zip(narrow_gradients, gradients, strict=True):
+        assert worst_error(got, want)[0] <= 1e-6
+    dtypes = {path: leaf.dtype for path, leaf in paths(state.all_params)}
+    assert {path for path, dtype in dtypes.items() if dtype == jnp.bfloat16} == {
+        path for path in dtypes if path.endswith(("kernel", "embedding")) and "mlp/up" not in path
+    }
+
+
 def test_frozen_kernels_cost_no_gradient():
     """The step of an adapter of rank 1 has about two thirds of the products with weights."""
     from lcx.model import flops

@@ -1,0 +1,102 @@
+"""Tokens/s and peak memory of a LoRA step on a SmolLM2-135M: lcx against full fine-tuning and against peft + transformers.
+
+    python benchmarks/adapters.py [--length=2048 --length=8192] [--peer_python=PATH/bin/python]
+
+Random weights in the sizes of SmolLM2-135M, rank 8 on queries, keys, values and outputs, one row, float32, on all cores: forward,
+backward, clipping, AdamW. The peer recomputes its layers (gradient checkpointing), without which 8,192 tokens do not fit. The sides
+live at once, each in its own process, and take turns; a figure is the median over the turns. Peak memory is the most that a
+process held, less what it held after its imports.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+from process import Process, processor
+from rich.console import Console
+from rich.table import Table
+from sides.side import cores
+
+HERE = Path(__file__).resolve().parent
+SIZES = dict(vocab_size=49152, model_dim=576, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64, mlp_dim=1536)
+THETA, RANK, ALPHA = 100000.0, 8, 16.0
+CASE = {"sizes": SIZES, "theta": THETA, "alpha": ALPHA}
+OURS = {"remat": "auto", "base_dtype": "float32"}
+SIDES: dict[str, tuple[str, dict[str, Any]]] = {
+    "lcx, full": ("adapters_lcx", {"rank": None, **OURS}),
+    "lcx, LoRA": ("adapters_lcx", {"rank": RANK, **OURS}),
+    "lcx, LoRA, remat=block": ("adapters_lcx", {"rank": RANK, **OURS, "remat": "block"}),
+    "peft, LoRA": ("adapters_peft", {"rank": RANK, "checkpointing": True}),
+}
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("peer_python", sys.executable, "Interpreter that has torch, transformers and peft.")
+flags.DEFINE_string("out", str(HERE / "results" / "adapters.json"), "Where the figures are written.")
+flags.DEFINE_multi_integer("length", [2048, 8192], "Lengths to measure.")
+flags.DEFINE_integer("rounds", 2, "Turns of each side, of one step.", lower_bound=1)
+flags.DEFINE_multi_enum("side", list(SIDES), list(SIDES), "Sides to measure.")
+
+
+def measure(length: int) -> dict[str, Any]:
+    """Figures of all sides at one length."""
+    sides = {}
+    for name in FLAGS.side:
+        script, more = SIDES[name]
+        own = script == "adapters_lcx"
+        python = sys.executable if own else FLAGS.peer_python
+        sides[name] = Process(name, script, {**CASE, "length": length, **more}, python, own_packages=own)
+    turns: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(FLAGS.rounds):
+        for name, side in sides.items():
+            turns[name].append(length / side.ask("1")["seconds"])
+    memory = {name: side.finish()["peak_bytes"] for name, side in sides.items()}
+    speed = {name: statistics.median(values) for name, values in turns.items()}
+    facts = {name: {key: side.facts[key] for key in ("parameters", "trained")} for name, side in sides.items()}
+    versions = {key: value for side in sides.values() for key, value in side.facts["versions"].items()}
+    return {
+        "length": length, "turns_tokens_per_second": turns, "tokens_per_second": speed, "peak_bytes": memory, "facts": facts,
+        "versions": versions,
+    }  # fmt: skip
+
+
+def show(results: list[dict[str, Any]]) -> None:
+    """The figures, with ratios to full fine-tuning and to the peer."""
+    table = Table(title="LoRA step of SmolLM2-135M's sizes", title_justify="left")
+    for column in ("tokens", "side", "tokens/s", "of full", "of peft", "peak, MB", "of full", "of peft"):
+        table.add_column(column, justify="right")
+    for result in results:
+        for name in result["tokens_per_second"]:
+            cells = [f"{result['length']:,}", name]
+            for key, unit, form in (("tokens_per_second", 1, ",.1f"), ("peak_bytes", 1e6, ",.0f")):
+                own = result[key][name]
+                cells.append(f"{own / unit:{form}}")
+                for other in ("lcx, full", "peft, LoRA"):
+                    cells.append(f"{own / result[key][other]:.2f}x" if other in result[key] else "")
+            table.add_row(*cells)
+    Console(width=140).print(table)
+
+
+def main(argv: list[str]) -> None:
+    """Measure, show, write."""
+    if len(argv) > 1:
+        sys.exit(f"unknown arguments {argv[1:]}; see --help")
+    out = Path(FLAGS.out)
+    results = []
+    for length in FLAGS.length:
+        results.append(measure(length))
+        machine = {"processor": processor(), "cores": cores(), "system": platform.system(), "python": platform.python_version()}
+        machine["versions"] = results[-1].pop("versions")
+        out.write_text(json.dumps({"machine": machine, "sizes": SIZES, "rank": RANK, "results": results}, indent=1) + "\n")
+        show(results)
+    print(f"written to {os.path.relpath(out)}")
+
+
+if __name__ == "__main__":
+    app.run(main)
