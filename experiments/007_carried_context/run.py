@@ -5,8 +5,8 @@
 The tiny Llama of experiment 004, extended from 256 to 4,096 bytes, and a sibling: its base fine-tuned at 256 bytes on conversations
 from books, a domain and a format that neither has seen. What the extension added is extracted as differences and as adapters of
 several ranks, and laid over the sibling. Then the base is extended again with equal tokens by adapters (LoRA), by adapters with
-embeddings and norms trained (as LongLoRA does) and in full, with three seeds. Needs torch, transformers and books in plain text. Two
-CPU cores, about an hour. Resumes: what is finished is kept. Writes results.json, the picture and the tables of README.md.
+embeddings and norms trained (as LongLoRA does) and in full, with three seeds. Needs torch, transformers and books in plain text.
+Two CPU cores, about an hour. Resumes: what is finished is kept. Writes results.json, the picture and the tables of README.md.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class LoraConfig:
     or `alpha`. `dora` learns the norm of each output's weights apart from their direction (2402.09353). `init` of the first
     matrix: `kaiming`, uniform within 1 / sqrt(inputs), or `gaussian` of deviation 1 / rank; the second one starts at zero.
     `b_lr_ratio` multiplies the learning rate of the second matrix (LoRA+, 2402.12354). `base_dtype`: the type in which training
-    holds frozen kernels and embeddings, which it widens where they are used; a model that is stored in bfloat16 loses nothing by it.
+    holds frozen kernels and embeddings, which it widens where they are used; a model stored in bfloat16 loses nothing by it.
     """
 
     rank: int | None = None
