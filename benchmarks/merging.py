@@ -43,6 +43,7 @@ flags.DEFINE_integer("layers", 32, "Layers of the models.", lower_bound=1)
 flags.DEFINE_integer("turns", 2, "Turns of each side.", lower_bound=1)
 flags.DEFINE_multi_enum("methods", METHODS, METHODS, "What is merged by.")
 flags.DEFINE_string("peer_python", None, "The interpreter that mergekit is installed for (None: without it).")
+flags.DEFINE_multi_enum("peer_methods", METHODS[:2], METHODS, "What mergekit merges by; its ties take minutes a billion numbers.")
 flags.DEFINE_string("out", str(HERE / "results" / "merging.json"), "Where the figures are written.")
 
 
@@ -106,9 +107,11 @@ def main(_: list[str]) -> None:
     root = Path(FLAGS.folder)
     if not (root / "tuned" / "config.json").exists():
         write(root, FLAGS.layers)
-    sides = ["files", "lcx", *(["mergekit"] if FLAGS.peer_python else [])]
     load = os.getloadavg()[0]
-    turns: dict[str, dict[str, list[dict[str, float]]]] = {method: {side: [] for side in sides} for method in FLAGS.methods}
+    turns: dict[str, dict[str, list[dict[str, float]]]] = {
+        method: {side: [] for side in ("files", "lcx", "mergekit") if side != "mergekit" or _with_peer(method)}
+        for method in FLAGS.methods
+    }
     for _ in range(FLAGS.turns):
         for method, of_sides in turns.items():
             for side, kept in of_sides.items():
@@ -119,6 +122,10 @@ def main(_: list[str]) -> None:
     print(tables.merging(found))
     Path(FLAGS.out).write_text(json.dumps(found, indent=1) + "\n")
     tables.main()
+
+
+def _with_peer(method: str) -> bool:
+    return FLAGS.peer_python is not None and method in FLAGS.peer_methods
 
 
 def summary(turns: dict[str, dict[str, list[dict[str, float]]]]) -> dict[str, dict[str, dict[str, float]]]:

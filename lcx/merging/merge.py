@@ -39,7 +39,7 @@ class Merge:
             self.plan: Plan = PlanBuilder(self.config, self.models).plan()
         except UserError as error:
             raise UserError(f"{self.path}: {error}") from error
-        self.main = self.models[self.config.base_model] if self.config.base_model else self.plan.layers[0][0]
+        self.main = self.models[self.config.base_model] if self.config.base_model else self.plan.jobs[0].models[0].model
         """The model whose config.json, tokenizer and other files the result gets."""
         self.tokenizer = self._tokenizer()
         for model in every:

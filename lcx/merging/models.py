@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -41,7 +42,7 @@ class Model:
             raise UserError(f"{name} does not exist or is not a directory; {hint}")
         self.values = hf_config.values_of(self.folder)
         self.reader = Reader(self.folder)
-        tied = self.values.get("tie_word_embeddings") is True
+        tied = _full(self.values).get("tie_word_embeddings") is True
         shapes = self.reader.shards.shapes
         self.shapes = {key: shape for key, shape in shapes.items() if not UNUSED.fullmatch(key) and not (tied and key == HEAD)}
         """Tensor name -> shape, of all tensors that count."""
@@ -73,9 +74,9 @@ def same_architecture(models: Sequence[Model], whole: bool) -> None:
         if sizes[0] != sizes[1]:
             way = "give them one vocabulary first (transformers: model.resize_token_embeddings)"
             raise _different(first, other, "vocab_size", sizes[0], sizes[1], way)
-        ours, theirs = (_compared(model.values) for model in (first, other))
-        for key in ours.keys() & theirs.keys():
-            if ours[key] != theirs[key] and not (key in (*LAYER_COUNTS, *PER_LAYER) and not whole):
+        ours, theirs = (_compared(model.values, whole) for model in (first, other))
+        for key in sorted(ours.keys() & theirs.keys(), key=lambda key: (key.startswith("model."), key)):
+            if ours[key] != theirs[key]:
                 raise _different(first, other, key, ours[key], theirs[key], "make config.json agree, or choose other models")
         if whole and first.layers != other.layers:
             raise _different(first, other, "layers", first.layers, other.layers, "choose layers with slices")
@@ -85,14 +86,26 @@ def _different(one: Model, other: Model, key: str, ours: Any, theirs: Any, way: 
     return UserError(f"{one.name} and {other.name} differ in {key} ({ours!r} and {theirs!r}); {way}")
 
 
-def _compared(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a config.json that say what a model computes, with the defaults of a family that lcx knows."""
+def _compared(values: Mapping[str, Any], whole: bool) -> dict[str, Any]:
+    """What a config.json says of what a model computes: its keys and, of a family that lcx knows, what they come to.
+
+    Without what is about its layers, unless models are merged as a `whole`.
+    """
+    ignored = {*NO_EFFECT, *ROPE_KEYS, LENGTH, *(() if whole else (*LAYER_COUNTS, *PER_LAYER, "model.num_layers", "model.pattern"))}
+    given = {key: value for key, value in _full(values).items() if value is not None and not changes_nothing(key)}
+    try:
+        model = hf_config.read(values).model
+    except UserError:
+        known = {}
+    else:
+        known = {f"model.{field.name}": getattr(model, field.name) for field in dataclasses.fields(model)}
+    return {key: value for key, value in {**given, **known}.items() if key not in ignored}
+
+
+def _full(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json with the defaults of its family, if lcx knows it."""
     family = FAMILIES.get(str(values.get("model_type")))
-    full = {**(family.optional if family else {}), **values}
-    ignored = {*NO_EFFECT, *ROPE_KEYS, LENGTH}
-    return {
-        key: value for key, value in full.items() if value is not None and key not in ignored and not changes_nothing(key)
-    }  # fmt: skip
+    return {**(family.optional if family else {}), **values}
 
 
 def rotary(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -204,8 +204,8 @@ class PlanBuilder:
                 for key in self.method.of_models
             }
             of_models.append(found)
-        dtype = self.config.out or reference.model.reader.shards.dtype(reference.name)
-        return Job(name, Stored(shape, dtype), tuple(inputs), base, Values(of_tensor, tuple(of_models)))
+        stored = [one.model.reader.shards.dtype(one.name) for one in (reference, *inputs)]
+        return Job(name, Stored(shape, self.config.out or stored[0]), tuple(inputs), base, Values(of_tensor, tuple(of_models)))
 
     def _settings(self, path: str, given: Mapping[str, Any] | None, own: bool) -> dict[str, Setting]:
         """The parameters at one place of the file; `own`: of a single model."""

@@ -65,6 +65,7 @@ WRONG = {
     (SLERP, "[", "[{model: ROOT/other}, "): "slerp takes 1 model beside base_model but got 2 (ROOT/other, ROOT/tuned); change",
     (LINEAR, "ROOT/tuned", "ROOT/nan"): f"{Q.format(1)} contains NaN or infinity",
     (LINEAR, "ROOT/tuned", "ROOT/mistral"): "ROOT/base and ROOT/mistral differ in model_type ('llama' and 'mistral'); choose",
+    (LINEAR.replace("base", "mistral"), "tuned", "window"): "differ in model.pattern (('global',) and ('local',)); make",
     (LINEAR, "ROOT/tuned", "ROOT/wide"): "differ in intermediate_size (24 and 32); make config.json agree, or choose other models",
     (LINEAR, "ROOT/tuned", "ROOT/bare"): f"ROOT/bare has no {HEAD}, which ROOT/base has; choose models of one architecture",
     (LINEAR, "ROOT/tuned", "ROOT/shape"): f"{HEAD} has the shape [41, 16] in ROOT/shape and [40, 16] in ROOT/base; choose models",
@@ -109,6 +110,7 @@ def root(tmp_path_factory):
     change(root / "bare", HEAD, None)
     change(root / "shape", HEAD, np.zeros((41, 16), np.float32))
     make(root / "mistral", model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=None)
+    make(root / "window", model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=24)
     make(root / "wide", intermediate_size=32)
     make(root / "deep", num_hidden_layers=5)
     make(root / "large", vocab_size=48)

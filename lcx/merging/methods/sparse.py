@@ -70,15 +70,10 @@ def _largest_deltas(tensor: Tensor, model: int, k: int) -> Largest:
     return largest(tensor.only(model), k, lambda block: _size(block, 0))
 
 
-def _whole_part(share: float, size: int) -> int:
-    """The whole part of a share of a size; what is a whole number but for the rounding of a float is one."""
-    return int(share * size + 1e-9)
-
-
 def ties(tensor: Tensor, values: Values) -> Merge:
     """Each delta cut to its largest entries (`density`, 1: all), then signs elected (arXiv:2306.01708)."""
     cuts = [
-        _largest_deltas(tensor, i, _whole_part(share, tensor.size)) if share < 1 else None
+        _largest_deltas(tensor, i, int(share * tensor.size)) if share < 1 else None
         for i, share in enumerate(values.each("density"))
     ]
 
@@ -97,7 +92,7 @@ def breadcrumbs(tensor: Tensor, values: Values, elect: bool) -> Merge:
     """
     bands: list[tuple[Largest, Largest] | None] = []
     for i, (density, gamma) in enumerate(zip(values.each("density"), values.each("gamma"), strict=True)):
-        kept, dropped = _whole_part(density, tensor.size), _whole_part(gamma, tensor.size)
+        kept, dropped = int(density * tensor.size), int(gamma * tensor.size)
         dropped = min(dropped, tensor.size - kept)
         whole = kept == tensor.size
         bands.append(None if whole else (_largest_deltas(tensor, i, dropped), _largest_deltas(tensor, i, dropped + kept)))
@@ -201,7 +196,7 @@ def sce(tensor: Tensor, values: Values) -> Merge:
     chosen = None
     if values["select_topk"] < 1:
         differing = int(tensor.total(lambda block: int(np.count_nonzero(variance(block)))))
-        chosen = largest(tensor, _whole_part(values["select_topk"], differing), variance)
+        chosen = largest(tensor, int(values["select_topk"] * differing), variance)
 
     def selected(block: Block) -> list[np.ndarray]:
         deltas = block.deltas()
