@@ -290,18 +290,19 @@ def draw(rows: Sequence[dict]) -> None:
     """Needles and the sibling's own perplexity over the rank of what was carried."""
     own = {row["form"]: row for row in rows if row["model"] == "sibling"}
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for color, length in zip(style.LINES, LENGTHS, strict=False):
+    colors = dict(zip(LENGTHS, style.LINES, strict=False))
+    for length, color in colors.items():
         values = [100 * own[f"rank {rank}"]["needles"][str(length)] for rank in RANKS]
         axes[0].plot(RANKS, values, "o-", color=color, label=f"{length:,} bytes")
         axes[0].axhline(100 * own["full difference"]["needles"][str(length)], color=color, linestyle=":", linewidth=1)
     axes[0].set(ylabel="needles found, %", ylim=(-3, 103), title="What is carried")
     axes[0].legend(frameon=False)
-    for color, length in zip(style.LINES, (256, 4096), strict=False):
-        values = [own[f"rank {rank}"]["chats"][str(length)] for rank in RANKS]
+    for length in (LENGTHS[0], LENGTHS[-1]):
+        color, values = colors[length], [own[f"rank {rank}"]["chats"][str(length)] for rank in RANKS]
         axes[1].plot(RANKS, values, "o-", color=color, label=f"{length:,} bytes")
         axes[1].axhline(own[None]["chats"][str(length)], color=color, linestyle="--", linewidth=1)
         axes[1].axhline(own["full difference"]["chats"][str(length)], color=color, linestyle=":", linewidth=1)
-    axes[1].set(ylabel="perplexity of conversations", title="What is kept of the sibling's own", yscale="log")
+    axes[1].set(ylabel="perplexity of conversations", title="What is kept of the sibling's own")
     axes[1].legend(frameon=False)
     for one in axes:
         one.set(xlabel="rank of the adapter", xscale="log", xticks=RANKS)
