@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeVar
 
 import flax.traverse_util
 import jax
@@ -140,15 +140,11 @@ def is_constant(path: str) -> bool:
     return path.endswith(f"/{LORA}/scale")
 
 
-def start(params: Tree, new: Sequence[str] | None = None) -> Tree:
-    """`params` with the magnitudes of DoRA set to the norms of their kernels, as at the beginning of training.
+def start(params: Tree) -> Tree:
+    """`params` with the magnitudes of DoRA set to the norms of their kernels, as at the beginning of training."""
 
-    `new` limits this to magnitudes at these paths.
-    """
-
-    def one(path: str, module: Tree) -> Tree:
-        name = f"{path}/{LORA}/magnitude"
-        if "magnitude" not in module[LORA] or new is not None and name not in new:
+    def one(module: Tree) -> Tree:
+        if "magnitude" not in module[LORA]:
             return module
         stacked = module[LORA]["scale"].ndim
         kernel = effective_kernel({**module, LORA: _without_magnitude(module[LORA])}, _inputs(module))
@@ -160,7 +156,7 @@ def start(params: Tree, new: Sequence[str] | None = None) -> Tree:
 def fold(params: Tree) -> Tree:
     """Parameters without adapters, whose kernels do what the adapted ones did."""
 
-    def one(_: str, module: Tree) -> Tree:
+    def one(module: Tree) -> Tree:
         rest = {name: value for name, value in module.items() if name != LORA}
         if "embedding" in module:
             lora = module[LORA]
@@ -170,11 +166,6 @@ def fold(params: Tree) -> Tree:
         return {**rest, "kernel": kernel}
 
     return _over_adapters(params, one)
-
-
-def has_adapters(params: Tree) -> bool:
-    """Whether any kernel of a parameter tree has an adapter."""
-    return any(is_adapter(path) for path in flax.traverse_util.flatten_dict(params, sep="/"))
 
 
 def _adapter(path: str, spec: ParamSpec, config: LoraConfig) -> dict[str, ParamSpec]:
@@ -219,13 +210,11 @@ def _check_patterns(config: LoraConfig, flat: dict[str, ParamSpec], targets: lis
         raise UserError(f"lora.train and lora.targets both match {both}; a parameter is trained either in full or by an adapter")
 
 
-def _over_adapters(tree: Tree, one: Any, path: str = "") -> Tree:
-    """`tree` with each mapping that holds an adapter replaced by `one(its path, it)`."""
+def _over_adapters(tree: Tree, one: Callable[[Tree], Tree]) -> Tree:
+    """`tree` with each mapping that holds an adapter replaced by `one` of it."""
     if not isinstance(tree, dict):
         return tree
-    if LORA in tree:
-        return one(path, tree)
-    return {name: _over_adapters(value, one, f"{path}/{name}".lstrip("/")) for name, value in tree.items()}
+    return one(tree) if LORA in tree else {name: _over_adapters(value, one) for name, value in tree.items()}
 
 
 def _inputs(module: Tree) -> int:

@@ -59,15 +59,12 @@ def hidden_states(params: Tree, buffers: Tree, arch: Architecture, batch: Batch)
         kind: str, nth: jax.Array | int, layer: Tree, state: None, q: jax.Array, k: jax.Array, v: jax.Array
     ) -> tuple[jax.Array, None]:
         here, sinks = inputs[kind], layer["attention"].get("sinks")
-
-        def run(q: jax.Array, k: jax.Array, v: jax.Array, index: Index, sinks: jax.Array | None) -> jax.Array:
-            return attend(
-                arch.attention(kind), q, k, v, index, index,
-                q_tables=here.tables, k_tables=here.tables, bias_params=here.bias, query_scale=here.query_scale, sinks=sinks,
-            )  # fmt: skip
-
+        run = functools.partial(
+            attend, arch.attention(kind), q_tables=here.tables, k_tables=here.tables, bias_params=here.bias,
+            query_scale=here.query_scale,
+        )  # fmt: skip
         if arch.shifted_group is None or is_local(kind):
-            return run(q, k, v, index, sinks), state
+            return run(q, k, v, index, index, sinks=sinks), state
         return shifted_attention(run, arch.shifted_group, q, k, v, index, sinks), state
 
     token_mask = batch.segments != PADDING if arch.config.router_aux_weight else None
@@ -81,9 +78,9 @@ def shifted_attention(
 ) -> jax.Array:
     """LongLoRA's attention within groups of `group` tokens, shifted by half a group in half of the heads (2309.12307, section 3.2).
 
-    `run(q_BTNH, k_BTKH, v_BTKH, index, sinks)` attends. Groups are segments of their own, numbered by `Index.order`: where the
-    paper rolls a row, so that its head shares a group with its tail and would see it, the row here begins and ends with half a
-    group. An odd number of KV heads is split unevenly, a single one is shared by both halves.
+    `run(q_BTNH, k_BTKH, v_BTKH, q_index, k_index, sinks=...)` attends. Groups are segments of their own, numbered by
+    `Index.order`: where the paper rolls a row, so that its head shares a group with its tail and would see it, the row here begins
+    and ends with half a group. An odd number of KV heads is split unevenly, a single one is shared by both halves.
     """
     N, K, T = q.shape[2], k.shape[2], q.shape[1]
     kv = K // 2
@@ -94,7 +91,8 @@ def shifted_attention(
         own = index.segments * numbers + (index.order + shift) // group
         kept = (index.segments == PADDING) | (index.segments == SHARED)
         segments = jnp.where(kept, index.segments, own)
-        return run(q, k, v, dataclasses.replace(index, segments=segments), sinks)
+        cut = dataclasses.replace(index, segments=segments)
+        return run(q, k, v, cut, cut, sinks=sinks)
 
     keys, values = ((x[:, :, :kv], x[:, :, kv:]) if kv else (x, x) for x in (k, v))
     queries = q[:, :, :heads], q[:, :, heads:]

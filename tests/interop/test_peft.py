@@ -150,7 +150,7 @@ def made_by_peft(base, folder, settings):
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+                parameter.mul_(0.7).add_(0.05 * torch.randn(parameter.shape, generator=generator))
     model.save_pretrained(folder)
     return model.eval()
 

@@ -197,7 +197,7 @@ def test_shifted_attention_is_that_of_groups_by_order(heads, kv_heads):
     q, k, v = (rng.normal(size=(1, length, n, 5)) for n in (heads, kv_heads, kv_heads))
     index, seen = grouped_index(length), []
 
-    def run(q, k, v, index, sinks):
+    def run(q, k, v, index, _, sinks):
         seen.append(q.shape[2])
         mask = np.asarray(visible(Mask(), index, index))[0]
         k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
