@@ -50,7 +50,6 @@ HERE = Path(__file__).parent
 LENGTHS = (256, 1024, 4096)
 RANKS = (4, 8, 16, 32, 64)
 ENERGIES = (0.9, 0.99)
-SEEDS = 3
 TURN = 120
 """Bytes of a turn of a conversation."""
 
@@ -194,10 +193,10 @@ def extended(four: ModuleType, folder: Path, method: str, seed: int) -> ml_colle
     return config
 
 
-def trained(four: ModuleType, folder: Path) -> list[dict]:
+def trained(four: ModuleType, folder: Path, seeds: int) -> list[dict]:
     """Every method and seed: needles, perplexity, time of a step and memory."""
     rows = []
-    for seed in range(SEEDS):
+    for seed in range(seeds):
         for method in METHODS:
             out = folder / f"method_{list(METHODS).index(method)}_{seed}"
 
@@ -220,6 +219,7 @@ def main() -> None:
     parser.add_argument("--books", required=True, help="files of plain text, as a pattern")
     parser.add_argument("--workdir", type=Path, default=Path("runs/007_carried_context"))
     parser.add_argument("--parts", nargs="+", choices=("carried", "trained"), default=["carried", "trained"])
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each method of training")
     args = parser.parse_args()
     folder = args.workdir
     folder.mkdir(parents=True, exist_ok=True)
@@ -231,7 +231,7 @@ def main() -> None:
         extract(folder)
         results["carried"] = carried(folder)
     if "trained" in args.parts:
-        results["trained"] = trained(four, folder)
+        results["trained"] = trained(four, folder, args.seeds)
     file.write_text(json.dumps(results, indent=1) + "\n")
     fill(results)
 
