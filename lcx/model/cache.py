@@ -116,7 +116,7 @@ def _full(axes: tuple[str | None, ...], shape: tuple[int, ...], value: int, dtyp
     return jnp.full(shape, value, dtype, device=NamedSharding(mesh, fitting_spec(axes, shape, mesh)))
 
 
-def beside(cache: Cache, params: Tree) -> Cache:
+def on_device_of(cache: Cache, params: Tree) -> Cache:
     """The cache committed to the device that the weights are committed to, if they are to one.
 
     After a step it is so anyway; if it were not before, the first step would be compiled apart from all others.

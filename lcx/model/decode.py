@@ -24,7 +24,6 @@ from lcx.core.trees import Tree
 from lcx.model.architecture import Architecture
 from lcx.model.cache import (
     Cache,
-    beside,
     check_chunk,
     check_room,
     collect,
@@ -32,6 +31,7 @@ from lcx.model.cache import (
     empty_cache,
     keep_placed,
     layer_of,
+    on_device_of,
     repeat_row,
     scheme_fingerprint,
     slots_of,
@@ -181,7 +181,7 @@ def prefill(params: Tree, buffers: Tree, arch: Architecture, tokens: np.ndarray,
     stacked = target_platform() != "cpu"
     # Behind the prefix, a window's slots hold up to a chunk of padding as well.
     cache, prepared = empty_cache(arch, buffers, 1, slots, 2 * rows.chunk, stacked), prepare(params, arch, stacked)
-    _, cache = _fill(prepared, buffers, arch, beside(cache, prepared), rows, _Clock(False))
+    _, cache = _fill(prepared, buffers, arch, on_device_of(cache, prepared), rows, _Clock(False))
     return Prefix(np.asarray(tokens, np.int32), cache, rows.end)
 
 
@@ -229,7 +229,7 @@ def generate(
     stacked = target_platform() != "cpu"
     prepared = prepare(params, arch, stacked)
     if prefix is None:
-        cache = beside(empty_cache(arch, buffers, len(prompts), slots or needed, rows.chunk, stacked), prepared)
+        cache = on_device_of(empty_cache(arch, buffers, len(prompts), slots or needed, rows.chunk, stacked), prepared)
     else:
         _check_windows(arch, prefix.cache, rows)
         cache = repeat_row(prefix.cache, len(prompts))

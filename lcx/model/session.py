@@ -23,7 +23,7 @@ from lcx.core.mesh import target_platform
 from lcx.core.numbers import round_up
 from lcx.core.trees import Tree
 from lcx.model.architecture import Architecture
-from lcx.model.cache import Cache, beside, empty_cache
+from lcx.model.cache import Cache, empty_cache, on_device_of
 from lcx.model.decode import BLOCK, CHUNK, decode_block, extend, first_token, prepare
 from lcx.model.sampling import GREEDY, Sampling
 
@@ -115,7 +115,7 @@ class Session:
         cache = self._cache
         if cache is not None and cache.slots >= needed:
             return
-        fresh = beside(empty_cache(self._arch, self._buffers, 1, slots, CHUNK, self._stacked), self._params)
+        fresh = on_device_of(empty_cache(self._arch, self._buffers, 1, slots, CHUNK, self._stacked), self._params)
         if cache is None:
             self._cache, self._reached = fresh, 0
             return

@@ -33,8 +33,8 @@ def made(scheme="rope:theta=500"):
 
 
 def anew(model, tokens, sampling, new=NEW):
-    """One program for all lengths."""
-    return generate(*model, [tokens], new, sampling=sampling, chunk=16, slots=256)[0]
+    """One program for all lengths, the session's own with all its slots."""
+    return generate(*model, [tokens], new, sampling=sampling, chunk=16, slots=164)[0]
 
 
 @pytest.mark.parametrize(

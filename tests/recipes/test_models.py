@@ -52,7 +52,7 @@ def test_the_python_of_a_card_runs(source, tmp_path, capsys, monkeypatch):
     models.export_model(run, out, base_model="owner/tiny")
     text = (out / "README.md").read_text()
     assert text.startswith("---\nlicense: mit\nbase_model: owner/tiny\n") and "(README.source.md)" in text
-    assert f"a conversion of `{source.name}` by lcx" in text
+    assert "a conversion of `owner/tiny` by lcx, without any training" in text
     assert f"vllm serve 'short name' --max-model-len {TRAINED}" in text and "These weights were not evaluated." in text
     code = text.partition("```python\n")[2].partition("```")[0]
     monkeypatch.chdir(tmp_path)
