@@ -158,8 +158,8 @@ class _Talk:
         rows = [(part.role, _start(part.text), f"{part.tokens:,}") for part in parts]
         if talk.used:
             asked = sum(part.tokens for part in parts if not part.role.startswith("before"))
-            rows.append(("the template", "marks of turns", f"{talk.used - asked:,}"))
-        console.table("Context", ("from", "begins", "tokens"), rows, stderr=True)
+            rows.append(("the template", "marks of turns", f"{max(0, talk.used - asked):,}"))
+        console.table("Context", ("from", "begins", "tokens"), rows, stderr=True, left=2)
         console.say(f"{len(talk.cached):,} tokens are in the cache", stderr=True)
         self._meter()
 

@@ -31,11 +31,11 @@ def warn(message: str) -> None:
     console(stderr=True).print(f"[yellow]warning:[/] {rich.markup.escape(message)}")
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], stderr: bool = False) -> None:
-    """Print a table; cells are shown with `str`."""
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], stderr: bool = False, left: int = 1) -> None:
+    """Print a table; cells are shown with `str`, those of the first `left` columns from the left on."""
     grid = rich.table.Table(title=title, title_justify="left", title_style="bold")
     for i, column in enumerate(columns):
-        grid.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+        grid.add_column(column, justify="left" if i < left else "right", overflow="fold")
     for row in rows:
         grid.add_row(*(rich.markup.escape(str(cell)) for cell in row))
     out = console(stderr)
