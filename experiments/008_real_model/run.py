@@ -32,7 +32,7 @@ NAMES = {"none": "as it is"}
 def configured(args: argparse.Namespace):
     """The config of configs/real_model.py on the books, with the flags' sizes."""
     config = parse.load(str(CONFIG))
-    config.steps = args.steps
+    config.steps, config.tokens_per_step = args.steps, args.tokens_per_step
     for part in config.data.parts.values():
         part.source.kind, part.source.path = "text", args.books
     config.evals.lengths = tuple(args.lengths)
@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("--books", required=True, help="files of plain text, as a pattern")
     parser.add_argument("--workdir", type=Path, default=Path("runs/008_real_model"))
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--tokens_per_step", type=int, default=4096)
     parser.add_argument("--samples", type=int, default=2, help="texts of needles at each length")
     parser.add_argument("--lengths", type=int, nargs="+", default=(2048, 8192, 16384))
     parser.add_argument("--zero_shot", nargs="*", default=("ntk", "yarn"))
@@ -104,7 +105,7 @@ def main() -> None:
         {key: row[key] for key in ("step", "stage", "loss", "step_seconds") if key in row}
         for row in metrics.read(args.workdir / "metrics.jsonl")
     ]
-    sizes = {name: getattr(args, name) for name in ("steps", "samples", "lengths", "zero_shot")}
+    sizes = {name: getattr(args, name) for name in ("steps", "tokens_per_step", "samples", "lengths", "zero_shot")}
     write(panels(before, after, longer), history, sizes)
     say(f"written to {HERE}")
 
