@@ -19,10 +19,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import tables
 from absl import app, flags
 from process import Process, processor
-from rich.console import Console
-from rich.table import Table
 from sides.side import cores
 
 HERE = Path(__file__).resolve().parent
@@ -70,26 +69,8 @@ def measure(length: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def show(results: list[dict[str, Any]]) -> None:
-    """The figures, with ratios to full fine-tuning and to the peer."""
-    table = Table(title="LoRA step of SmolLM2-135M's sizes", title_justify="left")
-    ratios = ("of lcx, full", "of transformers", "of peft")
-    for column in ("tokens", "side", "tokens/s", *ratios, "peak, MB", *ratios):
-        table.add_column(column, justify="right")
-    for result in results:
-        for name in result["tokens_per_second"]:
-            cells = [f"{result['length']:,}", name]
-            for key, unit, form in (("tokens_per_second", 1, ",.1f"), ("peak_bytes", 1e6, ",.0f")):
-                own = result[key][name]
-                cells.append(f"{own / unit:{form}}")
-                for other in ("lcx, full", "transformers, full", "peft, LoRA"):
-                    cells.append(f"{own / result[key][other]:.2f}x" if other in result[key] else "")
-            table.add_row(*cells)
-    Console(width=140).print(table)
-
-
 def main(argv: list[str]) -> None:
-    """Measure, show, write."""
+    """Measure, write, show."""
     if len(argv) > 1:
         sys.exit(f"unknown arguments {argv[1:]}; see --help")
     out = Path(FLAGS.out)
@@ -100,8 +81,11 @@ def main(argv: list[str]) -> None:
         machine["versions"] = measured.pop("versions")
         others = [old for old in results if (old["length"], list(old["peak_bytes"])) != (length, list(measured["peak_bytes"]))]
         results = sorted([measured, *others], key=lambda result: result["length"])
-        out.write_text(json.dumps({"machine": machine, "sizes": SIZES, "rank": RANK, "results": results}, indent=1) + "\n")
-        show(results)
+        found = {"machine": machine, "sizes": SIZES, "rank": RANK, "results": results}
+        out.write_text(json.dumps(found, indent=1) + "\n")
+        print(tables.adapters(found))
+    if out.parent == HERE / "results":
+        tables.main()
     print(f"written to {os.path.relpath(out)}")
 
 
