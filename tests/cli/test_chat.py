@@ -47,11 +47,10 @@ def test_lines_are_answered_on_standard_output_and_nothing_else_is(lcx, model, t
 
 def test_flags(lcx, model, tmp_path):
     (tmp_path / "text.txt").write_text("Long.")
-    written = lcx("Who?", f"--file={tmp_path / 'text.txt'}", "--system=Be kind.", "--length=80")
+    written = lcx("Who?", f"--file={tmp_path / 'text.txt'}", "--system=Be kind.", "--length=60")
     assert written.out == answer(model, "Long.\n\nWho?", system="Be kind.") + "\n"
-    assert "of 80 tokens" in written.err and "text.txt: 5 tokens, put before the first question" in written.err
-    written = lcx("Who?", "--length=56", "--max_new_tokens=30", "--seed=0")
-    assert "warning: the context" in written.err
+    assert "of 60 tokens" in written.err and "text.txt: 5 tokens, put before the first question" in written.err
+    assert "warning: the context has room for 4 more tokens; /reset begins a new one" in written.err
 
 
 def test_generate_asks_in_the_same_words(model, capsys):
