@@ -164,7 +164,8 @@ def _done(exported: Exported, run: history.Run | None) -> str:
         whole = logged is not None and len(logged.curve.steps) == steps
         loss = f"{logged.final_loss:.3f}" if whole else "–"
         tokens = steps * stage.batch_size * stage.seq_len
-        rows.append((stage.name, f"{stage.seq_len:,}", theta, f"{steps:,}", f"{stage.batch_size:,}", f"{tokens:,}", loss))
+        length = f"{stage.seq_len:,}" + (f", positions up to {stage.length:,}" if stage.length > stage.seq_len else "")
+        rows.append((stage.name, length, theta, f"{steps:,}", f"{stage.batch_size:,}", f"{tokens:,}", loss))
     heads = ("stage", "length", "theta", "steps", "rows a step", "tokens", "final loss")
     return "\n\n".join((markdown.table(heads, rows), _trained(exported), _positions(exported), _data(exported)))
 

@@ -59,6 +59,12 @@ def test_a_card_says_what_was_done_and_measured(workdir):
     assert "apply_chat_template" in shown
 
 
+def test_rows_whose_positions_skip_are_told_from_long_ones(workdir):
+    skipping = dataclasses.replace(STAGES[1], seq_len=1024, max_position=4096)
+    shown = card.text(exported(workdir, run=RunConfig(MODEL, (STAGES[0], skipping), positions=POSITIONS)))
+    assert "| far | 1,024, positions up to 4,096 | 31K | 20 | 2 | 40,960 |" in shown
+
+
 def test_evaluations_of_other_weights_are_not_claimed(workdir):
     before = card.text(exported(workdir, step=40))
     assert "| needles |  | 98.3 | 26.7 | 5.0 | 0.0 |" in before and "98.3 |\n| needles | after" not in before
