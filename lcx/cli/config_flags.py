@@ -39,6 +39,15 @@ def define_profile(values: flags.FlagValues) -> None:
     )
 
 
+def define_dtype(values: flags.FlagValues) -> None:
+    """Define `--dtype`, for commands that use the weights of a model."""
+    text = (
+        "dtype of the weights: float32, bfloat16, float16 or auto, which for Hugging Face folders and GGUF files is bfloat16 on "
+        "TPUs and GPUs that multiply it, float32 on CPUs"
+    )
+    flags.DEFINE_string("dtype", "auto", text, flag_values=values)
+
+
 def chosen(values: flags.FlagValues, rest: Sequence[str]) -> ml_collections.ConfigDict:
     """The config with the overrides of the command line."""
     # Orbax logs every step of its own work below this level.
