@@ -26,6 +26,7 @@ from lcx.training import monitor
 from lcx.training.builder import BuiltStage, StageBuilder
 from lcx.training.checkpoints import InitialWeights, Meta, Store, initial_weights, scheme_configs, stage_ends
 from lcx.training.checks import warn_repeats, warn_unusual
+from lcx.training.memory import check_program
 from lcx.training.optimizer import groups
 from lcx.training.prefetch import Prefetcher, Stop
 from lcx.training.profile import Profiler, ProfileSteps
@@ -178,7 +179,8 @@ class Trainer:
                 if not built.step.is_compiled_for(batch):
                     bar.note("compiling")
                     with pending.excluded():
-                        built.step.compile(state, batch, built.buffers)
+                        program = built.step.compile(state, batch, built.buffers)
+                    check_program(self.config, stage, built.step, program)
                 done, total = step + 1, self._stage_start(built) + step + 1
                 with self.profiler.begin(total, pending.flush):
                     state, metrics = built.step(state, batch, built.buffers)

@@ -110,10 +110,11 @@ class TrainStep:
         """Whether a call with such a batch compiles nothing."""
         return _form(batch) in self._programs
 
-    def compile(self, state: TrainState, batch: Batch, buffers: Mapping[str, Any]) -> None:
-        """Compiles the program of such a batch; nothing is run, and `state` is kept."""
+    def compile(self, state: TrainState, batch: Batch, buffers: Mapping[str, Any]) -> jax.stages.Compiled:
+        """The program of such a batch, compiled and kept; nothing is run, and `state` is kept."""
         with jax.set_mesh(self.mesh):
-            self._programs[_form(batch)] = self._step.lower(state, batch, buffers).compile()
+            program = self._programs[_form(batch)] = self._step.lower(state, batch, buffers).compile()
+        return program
 
     def with_gradients(self, state: TrainState, batch: Batch, buffers: Mapping[str, Any]) -> tuple[TrainState, dict, Tree]:
         """As a call, and the float32 gradient of (Σ w·ℓ + z-loss) / Σ w (+ the experts' balance) before clipping; for tests and
