@@ -70,6 +70,11 @@ def read(values: flags.FlagValues, rest: Sequence[str]) -> tuple[ml_collections.
     return config, Path(values.workdir or Path("runs") / "_".join(x for x in (Path(name).stem, variant) if x))
 
 
+def fewer_steps(values: flags.FlagValues) -> str:
+    """The flag that makes a run of the config shorter."""
+    return "--config.steps" if "steps" in values.config else "--config.stages.STAGE.steps"
+
+
 def filename(values: flags.FlagValues) -> str:
     """The path of the config file, without the variant after a colon."""
     return _file_and_variant(values)[0]

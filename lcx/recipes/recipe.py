@@ -90,14 +90,19 @@ def recipe(config: ml_collections.ConfigDict) -> Recipe:
     return Recipe(run, evals, base_stage)
 
 
-def run_recipe(chosen: Recipe, workdir: Path, command: Sequence[str], profile: ProfileSteps | None = None) -> None:
-    """Train, evaluate and report. Finished parts are not repeated, so the same command resumes after any interruption."""
+def run_recipe(
+    chosen: Recipe, workdir: Path, command: Sequence[str], profile: ProfileSteps | None = None, fewer: str | None = None
+) -> None:
+    """Train, evaluate and report. Finished parts are not repeated, so the same command resumes after any interruption.
+
+    With `fewer` (`training.loop.train`) the time that training will take is said first.
+    """
     if is_finished(chosen, workdir):
         if profile is not None:
             profile.check(stage_ends(chosen.run)[-1], stage_ends(chosen.run)[-1])
         say(f"{workdir} is finished: {stage_ends(chosen.run)[-1]} steps; report: {workdir / 'report.html'}")
         return
-    train(chosen.run, workdir, given=models.initial_weights(chosen.run.init_from), profile=profile)
+    train(chosen.run, workdir, given=models.initial_weights(chosen.run.init_from), profile=profile, fewer=fewer)
     record_environment(workdir, command)
     if chosen.base_stage is not None:
         evaluate_stage(chosen, workdir, "before", chosen.base_stage)
