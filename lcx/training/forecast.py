@@ -89,10 +89,9 @@ def step_seconds(stages: Sequence[BuiltStage], builder: StageBuilder) -> dict[in
 
 
 def _measured(group: Sequence[BuiltStage], builder: StageBuilder) -> dict[int, float]:
-    model, mesh = builder.run.model, group[0].mesh
-    shapes = probe_shapes(model, [(built.stage.batch_size // built.stage.accumulate, built.stage.seq_len) for built in group], mesh)
-    sample = Sample(group[-1], builder)
-    points = []
+    model, sample, points = builder.run.model, Sample(group[-1], builder), []
+    wanted = [(built.stage.batch_size // built.stage.accumulate, built.stage.seq_len) for built in group]
+    shapes = probe_shapes(sample.config, wanted, sample.mesh)
     for rows, length in shapes:
         points.append((seen(model, length, group[-1].stage.shifted_group), sample.layers(rows, length) / (rows * length)))
     rows, length = shapes[0]
@@ -100,24 +99,24 @@ def _measured(group: Sequence[BuiltStage], builder: StageBuilder) -> dict[int, f
     per_number = sample.update() / num_elements(sample.params)
     found = {}
     for built in group:
-        tokens, period = built.stage.batch_size * built.stage.seq_len, sample.config.num_layers
-        layers = model.num_layers / period * at_keys(points, seen(model, built.stage.seq_len, built.stage.shifted_group))
-        trained = num_elements(built.step.abstract_state().params)
+        tokens, trained = built.stage.batch_size * built.stage.seq_len, num_elements(built.step.abstract_state().params)
+        layers = at_keys(points, seen(model, built.stage.seq_len, built.stage.shifted_group))
+        layers *= model.num_layers / sample.config.num_layers
         found[built.index] = tokens * (layers + per_token) + trained * per_number
     return found
 
 
-def probe_shapes(model: ModelConfig, shapes: Sequence[tuple[int, int]], mesh: Mesh) -> list[tuple[int, int]]:
+def probe_shapes(sample: ModelConfig, shapes: Sequence[tuple[int, int]], mesh: Mesh) -> list[tuple[int, int]]:
     """One or two shapes (rows, T) to measure for microbatches of `shapes`, which are sorted by T: with fewer rows, and then with
-    shorter ones, where a period of layers would take long. Two tell what longer rows cost."""
-    period = dataclasses.replace(model, num_layers=min(len(model.pattern), model.num_layers), vocab_size=1)
+    shorter ones, where the sample's layers would take long. Two tell what longer rows cost."""
+    layers = dataclasses.replace(sample, vocab_size=1)
     most = PROBE_CPU if mesh.devices.flat[0].platform == "cpu" else PROBE_DEVICE * mesh.size
     pieces, unit = axis_size(mesh, "batch"), 2 * axis_size(mesh, "sequence")
 
     def affordable(rows: int, length: int) -> tuple[int, int]:
-        while step_flops(period, rows, length) > most and rows > pieces:
+        while step_flops(layers, rows, length) > most and rows > pieces:
             rows = max(pieces, rows // 2 // pieces * pieces)
-        while step_flops(period, rows, length) > most and length > SHORTEST * unit:
+        while step_flops(layers, rows, length) > most and length > SHORTEST * unit:
             length = length // 2 // unit * unit
         return rows, length
 
@@ -146,14 +145,19 @@ def at_keys(points: Sequence[tuple[float, float]], keys: float) -> float:
     return max(y_long + slope * (keys - x_long), min(y, y_long) * 0.1)
 
 
+def sample_config(model: ModelConfig, remat: str) -> ModelConfig:
+    """One period of a model's layers, two if anything of them is recomputed, and some of its vocabulary."""
+    # Outside a loop, which needs two, XLA's CPU backend finds first results again and recomputes nothing.
+    count = len(model.pattern) * (1 if remat == "none" else 2)
+    return dataclasses.replace(model, num_layers=min(count, model.num_layers), vocab_size=min(model.vocab_size, VOCABULARY))
+
+
 class Sample:
-    """One period of a stage's layers and some of its vocabulary, as training computes them, with weights that mean nothing."""
+    """A period or two of a stage's layers and some of its vocabulary, as training computes them, with weights that mean nothing."""
 
     def __init__(self, built: BuiltStage, builder: StageBuilder):
         model, run = builder.run.model, builder.run
-        self.config = dataclasses.replace(
-            model, num_layers=min(len(model.pattern), model.num_layers), vocab_size=min(model.vocab_size, VOCABULARY)
-        )
+        self.config = sample_config(model, _arch(built).execution.remat)
         self.arch, self.buffers, self.mesh = dataclasses.replace(_arch(built), config=self.config), built.buffers, built.mesh
         table = dataclasses.replace(run, model=self.config).specs(built.schemes, built.stage.length)
         specs = tuple(paths_of(table))
@@ -166,7 +170,7 @@ class Sample:
         self._opt_state = jax.tree.map(functools.partial(_filled, np.zeros(1)), state.opt_state)
 
     def layers(self, rows: int, length: int) -> float:
-        """Seconds of a period of layers over `rows` rows of `length` tokens, forward and backward."""
+        """Seconds of the sample's layers over `rows` rows of `length` tokens, forward and backward."""
 
         def energy(params: Tree, frozen: Tree, batch: Batch, buffers: Tree) -> jax.Array:
             states = hidden_states(_joined(params, frozen), buffers, self.arch, batch)[0]

@@ -1,5 +1,7 @@
 """The time that a run will take: exact by its own steps, near by a measurement, and said in a sentence."""
 
+import dataclasses
+
 import jax
 import pytest
 import tiny
@@ -73,12 +75,19 @@ def test_it_is_said_before_the_first_step_and_only_where_steps_are_left(tmp_path
     ],
 )
 def test_what_is_measured_is_short(shapes, wanted):
-    found = forecast.probe_shapes(MODEL, shapes, one())
+    period = dataclasses.replace(MODEL, num_layers=1, vocab_size=1)
+    found = forecast.probe_shapes(period, shapes, one())
     assert len(found) == wanted
-    period = ModelConfig(**{**vars(MODEL), "num_layers": 1, "vocab_size": 1})
     for rows, length in found:
         assert step_flops(period, rows, length) <= 2 * forecast.PROBE_CPU
     assert [length for _, length in found] == sorted(length for _, length in found)
+
+
+def test_a_sample_is_a_period_of_layers():
+    assert forecast.sample_config(MODEL, "none").num_layers == 1
+    assert forecast.sample_config(MODEL, "attention").num_layers == 2  # a loop, so that what is recomputed takes its time
+    mixed = ModelConfig(pattern=("local", "local", "global"), window=10, num_layers=4)
+    assert [forecast.sample_config(mixed, remat).num_layers for remat in ("none", "block")] == [3, 4]
 
 
 def test_shapes_fit_the_mesh(devices):
