@@ -1,25 +1,24 @@
 """The time that a run will take: exact by its own steps, near by a measurement, and said in a sentence."""
 
 import dataclasses
+from typing import get_args, get_type_hints
 
 import jax
 import pytest
 import tiny
 
-from lcx.core.mesh import MeshConfig, make_mesh
+from lcx.core.configs import plain
 from lcx.core.numbers import duration
 from lcx.model.config import ModelConfig
 from lcx.model.flops import step_flops
-from lcx.training import forecast
+from lcx.model.execution import ExecutionConfig
+from lcx.training import forecast, sample
 from lcx.training.builder import StageBuilder
 from lcx.training.loop import train
+from lcx.training.sample import Sample
 from lcx.training.stages import run_config
 
-MODEL = ModelConfig(vocab_size=49152, model_dim=576, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64, mlp_dim=1536)
-
-
-def one():
-    return make_mesh(MeshConfig(), jax.devices()[:1])
+SMOL = ModelConfig(vocab_size=49152, model_dim=576, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64, mlp_dim=1536)
 
 
 def row(index, speed):
@@ -66,48 +65,43 @@ def test_it_is_said_before_the_first_step_and_only_where_steps_are_left(tmp_path
             assert out.index("the steps take") < out.index("base 8/8")
 
 
+def sampled(model=SMOL, devices=1, **stage):
+    """The sample of a run with a stage of `stage`'s sizes; nothing is run."""
+    stages = [{"name": "only", "steps": 1, "batch_size": 4, **stage}]
+    run = run_config(tiny.config(model=plain(model), stages=stages, mesh={"data": -1, "fsdp": 1}))
+    return Sample(run, StageBuilder(run, [], jax.devices()[:devices]).build(0))
+
+
 @pytest.mark.parametrize(
-    ("shapes", "wanted"),
+    ("stage", "devices", "shape"),
     [
-        ([(64, 64), (2, 512)], 2),  # as they are
-        ([(1, 2048)], 1),
-        ([(16, 131072)], 2),  # two short ones tell of the long one
+        ({"seq_len": 64}, 1, (4, 64)),  # as it is
+        ({"seq_len": 2048}, 1, (1, 512)),  # one row, and shorter
+        ({"seq_len": 2048, "accumulate": 2}, 2, (2, 256)),  # a row for each device
     ],
 )
-def test_what_is_measured_is_short(shapes, wanted):
-    period = dataclasses.replace(MODEL, num_layers=1, vocab_size=1)
-    found = forecast.probe_shapes(period, shapes, one())
-    assert len(found) == wanted
-    for rows, length in found:
-        assert step_flops(period, rows, length) <= 2 * forecast.PROBE_CPU
-    assert [length for _, length in found] == sorted(length for _, length in found)
+def test_what_is_measured_is_short(stage, devices, shape):
+    found = sampled(devices=devices, **stage)
+    assert found.shape() == shape and found.config.num_layers == 1 and found.config.vocab_size == 8192
+    layer = dataclasses.replace(SMOL, num_layers=1, vocab_size=1)
+    assert step_flops(layer, *shape) <= sample.PASS_CPU
 
 
-def test_a_sample_is_a_period_of_layers():
-    assert forecast.sample_config(MODEL, "none").num_layers == 1
-    assert forecast.sample_config(MODEL, "attention").num_layers == 2  # a loop, so that what is recomputed takes its time
-    mixed = ModelConfig(pattern=("local", "local", "global"), window=10, num_layers=4)
-    assert [forecast.sample_config(mixed, remat).num_layers for remat in ("none", "block")] == [3, 4]
+def test_pairs_that_a_kernel_visits():
+    mixed = ModelConfig(pattern=("local", "global"), window=100, num_heads=4, num_kv_heads=4)
+    found = sampled(mixed, seq_len=4096)
+    # Whole tiles of 512 on and below the diagonal, smaller ones in a band.
+    assert found.visited("global", 1, 4096) == 512 * 512 * 8 * 9 // 2
+    assert 4096 * 100 < found.visited("local", 1, 4096) < 4096 * 400
+    assert found.visited("global", 1, 4096, group=1024) < 4096 * 2048
+    assert found.visited("global", 1, 64) == 64 * 64
+    found.is_cpu = False
+    assert found.visited("global", 1, 4096) == 4096 * 4097 // 2
 
 
-def test_shapes_fit_the_mesh(devices):
-    mesh = make_mesh(MeshConfig(data=2, fsdp=1, context=4), devices)
-    for rows, length in forecast.probe_shapes(MODEL, [(6, 24576)], mesh):
-        assert rows % 2 == 0 and length % 8 == 0 and length < 24576
-
-
-def test_keys_that_a_token_sees():
-    assert forecast.seen(MODEL, 100) == 50.5
-    mixed = ModelConfig(pattern=("local", "global"), window=10)
-    assert forecast.seen(mixed, 1000) == pytest.approx((500.5 + 10) / 2, rel=0.01)
-    assert forecast.seen(MODEL, 1000, group=250) == pytest.approx(250, rel=0.15)
-
-
-def test_the_line_through_two_measurements():
-    assert forecast.at_keys([(10, 1.0)], 500) == 1.0
-    assert forecast.at_keys([(10, 1.0), (20, 2.0)], 40) == pytest.approx(4.0)
-    assert forecast.at_keys([(10, 2.0), (20, 1.0)], 40) == 1.5  # noise
-    assert forecast.at_keys([(100, 1.0), (200, 3.0)], 10) == pytest.approx(0.1)
+def test_what_is_recomputed_takes_time_again():
+    policies = get_args(get_type_hints(ExecutionConfig)["remat"])
+    assert set(forecast.RECOMPUTED) == set(policies) - {"auto"}
 
 
 @pytest.mark.parametrize(
@@ -123,5 +117,5 @@ def test_the_line_through_two_measurements():
 def test_every_kind_of_step_is_measured(changes, devices):
     run = run_config(tiny.config(**changes))
     given = StageBuilder(run, [], devices[:4] if "mesh" in changes else devices[:1])
-    found = forecast.step_seconds([given.build(0), given.build(1)], given)
+    found = forecast.step_seconds(run, [given.build(0), given.build(1)])
     assert set(found) == {0, 1} and all(0 < seconds < 10 for seconds in found.values())
