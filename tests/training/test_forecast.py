@@ -10,8 +10,8 @@ import tiny
 from lcx.core.configs import plain
 from lcx.core.numbers import duration
 from lcx.model.config import ModelConfig
-from lcx.model.flops import step_flops
 from lcx.model.execution import ExecutionConfig
+from lcx.model.flops import step_flops
 from lcx.training import forecast, sample
 from lcx.training.builder import StageBuilder
 from lcx.training.loop import train
