@@ -70,7 +70,7 @@ class Sample:
         rows, length = self.stage.batch_size // self.stage.accumulate, self.stage.seq_len
         while step_flops(layer, rows, length) > most and rows > pieces:
             rows = max(pieces, rows // 2 // pieces * pieces)
-        while step_flops(layer, rows, length) > most and length > SHORTEST * unit:
+        while step_flops(layer, rows, length) > most and length >= 2 * max(SHORTEST, unit):
             length = length // 2 // unit * unit
         return rows, length
 

@@ -17,7 +17,7 @@ def scores(task, *values):
 
 
 def titles(figure):
-    return [axes.get_title() for axes in figure.axes if axes.get_title()]
+    return [title for axes in figure.axes if (title := axes.get_title(loc="left") or axes.get_title())]
 
 
 def words(figure):

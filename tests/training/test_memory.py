@@ -7,6 +7,7 @@ import pytest
 import tiny
 
 from lcx.core.errors import UserError
+from lcx.core.mesh import MeshConfig, make_mesh
 from lcx.core.trees import num_bytes, num_elements
 from lcx.training import memory
 from lcx.training.builder import StageBuilder
@@ -107,5 +108,5 @@ def test_a_compiled_step_says_what_it_needs(capsys):
 
 
 def test_devices_of_a_host_share_its_memory(devices):
-    one, all_of_them = (built(some, mesh=mesh)[1].mesh for some, mesh in ((devices[:1], {}), (devices, {"fsdp": 8})))
+    one, all_of_them = (make_mesh(MeshConfig(), some) for some in (devices[:1], devices))
     assert memory.room(all_of_them) == pytest.approx(memory.room(one) / 8, rel=0.2)
