@@ -132,7 +132,7 @@ def test_a_real_model(environment, tmp_path):
         REAL,
         environment,
         """{
-            "lengths": [before.trained, after.trained], "theta": theta, "said": said.getvalue(), "answers": answers,
+            "lengths": [before.trained, after.trained], "theta": theta, "said": said, "answers": answers,
             "measured": [[row.task, row.metric, row.length, row.depth] for row in after.rows if row.metric in ("score", "nll")],
             "same": [one.digest for one in before.rows] == [one.digest for one in after.rows],
             "files": sorted(file.name for file in folder.iterdir()),
