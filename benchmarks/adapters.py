@@ -1,11 +1,12 @@
-"""Tokens/s and peak memory of a LoRA step on a SmolLM2-135M: lcx against full fine-tuning and against peft + transformers.
+"""Tokens/s and peak memory of a step on a SmolLM2-135M, in full and by adapters: lcx against transformers and against peft.
 
     python benchmarks/adapters.py [--length=2048 --length=8192] [--peer_python=PATH/bin/python]
 
 Random weights in the sizes of SmolLM2-135M, rank 8 on queries, keys, values and outputs, one row, float32, on all cores: forward,
-backward, clipping, AdamW. The peer recomputes its layers (gradient checkpointing), without which 8,192 tokens do not fit. The sides
-live at once, each in its own process, and take turns; a figure is the median over the turns. Peak memory is the most that a
-process held, less what it held after its imports.
+backward, clipping, AdamW. The peers recompute their layers (gradient checkpointing) above 2,048 tokens, where they do not fit
+otherwise. The sides live at once, each in its own process, and take turns; a figure is the median over the turns. Peak memory is
+the most that a process held, less what it held after its imports. What the file of results holds of other lengths and other
+sides is kept.
 """
 
 from __future__ import annotations
@@ -18,10 +19,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import tables
 from absl import app, flags
 from process import Process, processor
-from rich.console import Console
-from rich.table import Table
 from sides.side import cores
 
 HERE = Path(__file__).resolve().parent
@@ -32,9 +32,11 @@ OURS = {"remat": "auto", "base_dtype": "float32"}
 SIDES: dict[str, tuple[str, dict[str, Any]]] = {
     "lcx, full": ("adapters_lcx", {"rank": None, **OURS}),
     "lcx, LoRA": ("adapters_lcx", {"rank": RANK, **OURS}),
-    "lcx, LoRA, remat=block": ("adapters_lcx", {"rank": RANK, **OURS, "remat": "block"}),
-    "peft, LoRA": ("adapters_peft", {"rank": RANK, "checkpointing": True}),
+    "transformers, full": ("adapters_peft", {"rank": None}),
+    "peft, LoRA": ("adapters_peft", {"rank": RANK}),
 }
+UNCHECKPOINTED = 2048
+"""Tokens up to which the peers keep their activations."""
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("peer_python", sys.executable, "Interpreter that has torch, transformers and peft.")
@@ -51,7 +53,8 @@ def measure(length: int) -> dict[str, Any]:
         script, more = SIDES[name]
         own = script == "adapters_lcx"
         python = sys.executable if own else FLAGS.peer_python
-        sides[name] = Process(name, script, {**CASE, "length": length, **more}, python, own_packages=own)
+        case = {**CASE, "length": length, **more, **({} if own else {"checkpointing": length > UNCHECKPOINTED})}
+        sides[name] = Process(name, script, case, python, own_packages=own)
     turns: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(FLAGS.rounds):
         for name, side in sides.items():
@@ -66,35 +69,23 @@ def measure(length: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def show(results: list[dict[str, Any]]) -> None:
-    """The figures, with ratios to full fine-tuning and to the peer."""
-    table = Table(title="LoRA step of SmolLM2-135M's sizes", title_justify="left")
-    for column in ("tokens", "side", "tokens/s", "of full", "of peft", "peak, MB", "of full", "of peft"):
-        table.add_column(column, justify="right")
-    for result in results:
-        for name in result["tokens_per_second"]:
-            cells = [f"{result['length']:,}", name]
-            for key, unit, form in (("tokens_per_second", 1, ",.1f"), ("peak_bytes", 1e6, ",.0f")):
-                own = result[key][name]
-                cells.append(f"{own / unit:{form}}")
-                for other in ("lcx, full", "peft, LoRA"):
-                    cells.append(f"{own / result[key][other]:.2f}x" if other in result[key] else "")
-            table.add_row(*cells)
-    Console(width=140).print(table)
-
-
 def main(argv: list[str]) -> None:
-    """Measure, show, write."""
+    """Measure, write, show."""
     if len(argv) > 1:
         sys.exit(f"unknown arguments {argv[1:]}; see --help")
     out = Path(FLAGS.out)
-    results = []
+    results = json.loads(out.read_text())["results"] if out.exists() else []
     for length in FLAGS.length:
-        results.append(measure(length))
+        measured = measure(length)
         machine = {"processor": processor(), "cores": cores(), "system": platform.system(), "python": platform.python_version()}
-        machine["versions"] = results[-1].pop("versions")
-        out.write_text(json.dumps({"machine": machine, "sizes": SIZES, "rank": RANK, "results": results}, indent=1) + "\n")
-        show(results)
+        machine["versions"] = measured.pop("versions")
+        others = [old for old in results if (old["length"], list(old["peak_bytes"])) != (length, list(measured["peak_bytes"]))]
+        results = sorted([measured, *others], key=lambda result: result["length"])
+        found = {"machine": machine, "sizes": SIZES, "rank": RANK, "results": results}
+        out.write_text(json.dumps(found, indent=1) + "\n")
+        print(tables.adapters(found))
+    if out.parent == HERE / "results":
+        tables.main()
     print(f"written to {os.path.relpath(out)}")
 
 

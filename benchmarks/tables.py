@@ -122,6 +122,22 @@ def long_prompt(found: dict[str, Any]) -> str:
     )
 
 
+def adapters(found: dict[str, Any]) -> str:
+    """A row a side and length, with ratios to lcx's full step and to the peer that trains the same parameters."""
+    rows = []
+    for result in found["results"]:
+        speeds, peaks = result["tokens_per_second"], result["peak_bytes"]
+        for side, speed in speeds.items():
+            cells = [f"{result['length']:,}", side]
+            for values, own, unit, form in ((speeds, speed, 1, ",.1f"), (peaks, peaks[side], 2**20, ",.0f")):
+                cells.append(f"{own / unit:{form}}")
+                for other in ("lcx, full", "transformers, full", "peft, LoRA"):
+                    cells.append(f"{own / values[other]:.2f}" if other in values else "")
+            rows.append(tuple(cells))
+    ratios = ("of lcx, full", "of transformers", "of peft")
+    return markdown.table(("tokens", "side", "tok/s", *ratios, "MiB", *ratios), rows)
+
+
 def evaluation(found: dict[str, Any]) -> str:
     """A row a measurement: lcx, its peer, and their ratio."""
     rows = []
@@ -206,7 +222,7 @@ def _curated(workers: str, turns: list[dict[str, Any]]) -> tuple[str, ...]:
 
 def main() -> None:
     """Fill in what has been measured."""
-    for make in (train_step, attention, context_parallel, import_hf, merging, generation, evaluation):
+    for make in (train_step, attention, context_parallel, import_hf, merging, adapters, generation, evaluation):
         path = HERE / "results" / f"{make.__name__}.json"
         if path.exists():
             markdown.fill(HERE / "README.md", make.__name__, make(json.loads(path.read_text())))

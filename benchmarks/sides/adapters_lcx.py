@@ -51,4 +51,4 @@ def build(
 
 
 if __name__ == "__main__":
-    serve(build)
+    serve(build, warm=0)

@@ -1,4 +1,4 @@
-"""The peer: transformers' Llama under peft's LoRA, with gradient checkpointing and fused AdamW. Needs neither lcx nor jax."""
+"""The peers: transformers' Llama in full or under peft's LoRA, with fused AdamW. Needs neither lcx nor jax."""
 
 from __future__ import annotations
 
@@ -46,4 +46,4 @@ def build(
 
 
 if __name__ == "__main__":
-    serve(build)
+    serve(build, warm=0)

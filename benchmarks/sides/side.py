@@ -42,8 +42,8 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def serve(build: Callable[..., tuple[Callable[[], float], dict[str, Any]]]) -> None:
-    """Build a step for the case in `argv[1]`, warm it up, and time as many steps as each line of standard input asks for.
+def serve(build: Callable[..., tuple[Callable[[], float], dict[str, Any]]], warm: int = 2) -> None:
+    """Build a step for the case in `argv[1]`, run it `warm` times, and time as many steps as each line of standard input asks for.
 
     `build(**case)`, called after all imports, returns `step() -> loss`, which waits until the step is done, and facts about
     the side. Answers are JSON lines: the facts with the first losses, then the seconds of each round, and when the input
@@ -53,7 +53,7 @@ def serve(build: Callable[..., tuple[Callable[[], float], dict[str, Any]]]) -> N
     baseline = peak_memory()
     start = time.perf_counter()
     step, facts = build(**case)
-    losses = [step() for _ in range(2)]
+    losses = [step() for _ in range(warm)]
     answer({**facts, "losses": losses, "start_seconds": time.perf_counter() - start})
     for line in sys.stdin:
         step()  # not timed: a virtual machine may have taken back the memory that lay free while the other side ran

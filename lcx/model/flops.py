@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.extend import core as jex
 
+from lcx.core.trees import Tree, paths
 from lcx.model.config import ModelConfig, is_local
 
 
@@ -97,6 +98,24 @@ def visible_pairs(length: int, window: int | None) -> int:
     return reach * (reach + 1) // 2 + (length - reach) * reach
 
 
-def step_flops(config: ModelConfig, rows: int, length: int) -> int:
-    """Operations of a training step: the forward pass and twice that for the backward; recomputation is not counted (MFU)."""
-    return 3 * forward_flops(config, rows, length)
+def step_flops(config: ModelConfig, rows: int, length: int, frozen: int = 0, added: int = 0) -> int:
+    """Operations of a training step: the forward pass and twice that for the backward; recomputation is not counted (MFU).
+
+    Of `frozen` entries of kernels the gradient is not computed, which saves a third of their products; `added` entries of adapters'
+    kernels have all three. See `kernel_entries`.
+    """
+    return 3 * forward_flops(config, rows, length) + 2 * rows * length * (3 * added - frozen)
+
+
+def kernel_entries(config: ModelConfig, table: Tree, chosen: Callable[[str], bool]) -> int:
+    """Entries that a token is multiplied with, in those kernels of a table of parameters that are `chosen` by their paths.
+
+    Of the experts' those of the chosen ones count.
+    """
+    total = 0
+    for path, spec in paths(table):
+        is_output = path == "embed/embedding" and config.tied_embeddings
+        if (spec.inputs or is_output) and chosen(path):
+            share = (config.experts_per_token, config.num_experts) if "experts" in spec.logical_axes else (1, 1)
+            total += math.prod(spec.shape) * share[0] // (share[1] or 1)
+    return total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import ml_collections
 from ml_collections.config_dict import placeholder
 
 from lcx.core import configs
-from lcx.core.configs import positive
+from lcx.core.configs import not_negative, positive
 from lcx.core.errors import UserError
 from lcx.core.mesh import fast_dtype
 from lcx.evals.config import EvalConfig
@@ -33,7 +34,9 @@ class ExtensionConfig:
     `source`: a Hugging Face folder or GGUF file. `target`: length in tokens to reach, in stages each at most `growth` times longer
     than the one before; the first starts from `trained`, the length that the source was trained for (None: what it says).
     `theta`: that of the last stage (None: the critical base of each stage's length). `steps` of `tokens_per_step` tokens a stage,
-    at least one row; `accumulate` microbatches a step.
+    at least one row; `accumulate` microbatches a step. `pose_tokens`: rows of so many tokens stand for whole ones, their positions
+    skip so that they reach the stage's length (PoSE, arXiv:2309.10400; None: whole rows); then `whole_steps` steps of whole rows
+    of the target follow. Parts that mask documents or reset positions keep theirs.
     """
 
     source: str | None = None
@@ -44,14 +47,27 @@ class ExtensionConfig:
     steps: int = 100
     tokens_per_step: int = 1 << 18
     accumulate: int = 1
+    pose_tokens: int | None = None
+    whole_steps: int = 0
 
     def __post_init__(self) -> None:
         if self.source is None:
             raise UserError("config.source is missing; name a Hugging Face folder with --config.source=PATH")
         if self.target is None:
             raise UserError("config.target is missing; give the length to reach, as in --config.target=65536")
-        sizes = ("target", "trained", "theta", "steps", "tokens_per_step", "accumulate")
+        sizes = ("target", "trained", "theta", "steps", "tokens_per_step", "accumulate", "pose_tokens")
         positive("config", **{name: getattr(self, name) for name in sizes})
+        not_negative("config", whole_steps=self.whole_steps)
+        if self.pose_tokens is None and self.whole_steps:
+            raise UserError(
+                f"config.whole_steps={self.whole_steps} follow steps of shorter rows; give config.pose_tokens, or leave it out and "
+                "set config.steps alone"
+            )
+        if self.pose_tokens is not None and self.pose_tokens >= self.target:
+            raise UserError(
+                f"config.pose_tokens={self.pose_tokens} must be below config.target={self.target}; lower it, or leave it out for "
+                "whole rows"
+            )
         if self.target > 2**31 - 1:
             raise UserError(f"config.target={self.target:,} exceeds the number of int32 positions; give at most {2**31 - 1:,}")
         if not self.growth > 1:
@@ -74,7 +90,7 @@ def defaults() -> ml_collections.ConfigDict:
     run.data.parts = ml_collections.ConfigDict({"text": recipe.part(weight=0.3), "task": recipe.part(weight=0.7)})
     run.data.parts.task.kind = placeholder(str)
     run.data.tokenizer = placeholder(str)
-    scalars = {"source": str, "target": int, "trained": int, "theta": float}
+    scalars = {"source": str, "target": int, "trained": int, "theta": float, "pose_tokens": int}
     for field in dataclasses.fields(ExtensionConfig):
         run[field.name] = placeholder(scalars[field.name]) if field.name in scalars else field.default
     return run
@@ -101,7 +117,8 @@ def complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     values["model"] = {**configs.plain(described.model), **values["model"]}
     values["positions"] = scheme_configs(described.schemes)
     values["init_from"] = str(source)
-    values["stages"] = _stages(wanted, described, trained)
+    skipping = [name for name, part in values["data"]["parts"].items() if _may_skip(part)]
+    values["stages"] = _stages(wanted, described, trained, skipping)
     given = values["data"]["tokenizer"]
     if given is not None and not is_tokenizer_of(given, source):
         raise UserError(f"config.data.tokenizer={given!r} is not the tokenizer that {source} was trained with; leave it out")
@@ -113,7 +130,8 @@ def complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     # Characters are tokens of a byte model alone; others learn from words, and are asked in words.
     task["kind"] = task["kind"] or ("multikey" if is_bytes else "questions")
     values["evals"]["tasks"] = values["evals"]["tasks"] or (EvalConfig().tasks if task["kind"] != "questions" else ASKED)
-    values["evals"]["lengths"] = values["evals"]["lengths"] or (trained, *(stage["seq_len"] for stage in values["stages"]))
+    reached = dict.fromkeys(stage.get("max_position", stage["seq_len"]) for stage in values["stages"])
+    values["evals"]["lengths"] = values["evals"]["lengths"] or (trained, *reached)
     return ml_collections.ConfigDict(values)
 
 
@@ -128,21 +146,37 @@ def lengths(trained: int, target: int, growth: float) -> list[int]:
     return sorted({step for step in steps if trained < step < target} | {target})
 
 
-def _stages(wanted: ExtensionConfig, described: Described, trained: int) -> list[dict[str, Any]]:
+def _stages(wanted: ExtensionConfig, described: Described, trained: int, skipping: Sequence[str]) -> list[dict[str, Any]]:
+    target = int(wanted.target or 0)
     stages = []
-    for length in lengths(trained, int(wanted.target or 0), wanted.growth):
-        batch = max(1, wanted.tokens_per_step // length)
-        stages.append(
-            {
-                "name": f"extend_{length}",
-                "seq_len": length,
-                "steps": wanted.steps,
-                "batch_size": -(-batch // wanted.accumulate) * wanted.accumulate,
-                "accumulate": wanted.accumulate,
-                "positions": _thetas(described, wanted, trained, length),
-            }
-        )
+    for length in lengths(trained, target, wanted.growth):
+        row = min(length, wanted.pose_tokens or length)
+        stage: dict[str, Any] = {
+            "name": f"{'pose' if row < length else 'extend'}_{length}",
+            "seq_len": row,
+            "steps": wanted.steps,
+            **_batch(wanted, row),
+            "positions": _thetas(described, wanted, trained, length),
+        }
+        if row < length:
+            stage |= {"max_position": length, "parts": {name: {"remap": "pose"} for name in skipping}}
+        stages.append(stage)
+    if wanted.whole_steps:
+        whole = {"name": f"extend_{target}", "seq_len": target, "steps": wanted.whole_steps, **_batch(wanted, target)}
+        stages.append({**whole, "keep_optimizer_state": True})
     return stages
+
+
+def _batch(wanted: ExtensionConfig, row: int) -> dict[str, int]:
+    """As many rows of so many tokens as make a step, in microbatches of equal size."""
+    rows = max(1, wanted.tokens_per_step // row)
+    return {"batch_size": -(-rows // wanted.accumulate) * wanted.accumulate, "accumulate": wanted.accumulate}
+
+
+def _may_skip(part: Mapping[str, Any]) -> bool:
+    """Whether a part's rows are read as a whole, so that their positions may skip."""
+    packing = part.get("packing", {})
+    return not any(packing.get(name) for name in ("mask_documents", "reset_positions", "shared_bos"))
 
 
 def _thetas(described: Described, wanted: ExtensionConfig, trained: int, length: int) -> dict[str, float]:

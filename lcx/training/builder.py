@@ -8,13 +8,14 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import Mesh
 
+from lcx.adapters.lora import is_adapter
 from lcx.core.batch import Batch
 from lcx.core.errors import UserError
 from lcx.core.mesh import axis_size, make_mesh
 from lcx.core.trees import Tree
 from lcx.data.loader import Corpus, Loader, probe
 from lcx.model.architecture import Architecture, build_architecture, build_schemes
-from lcx.model.flops import step_flops
+from lcx.model.flops import kernel_entries, step_flops
 from lcx.positions.scheme import Scheme
 from lcx.training.checkpoints import InitialWeights
 from lcx.training.checks import check_stage, check_vocabulary
@@ -22,6 +23,7 @@ from lcx.training.ladder import Attempt, Decisions, PreviousStage, choose, theta
 from lcx.training.memory import check_least
 from lcx.training.metrics import Meter, peak_flops
 from lcx.training.monitor import Probe, probe_sums, read_probe
+from lcx.training.optimizer import is_trained
 from lcx.training.stages import RunConfig, StageConfig
 from lcx.training.step import TrainStep, train_step
 
@@ -97,7 +99,7 @@ class StageBuilder:
             loader=self.loaders[index],
             meter=Meter(
                 tokens=stage.batch_size * stage.seq_len,
-                flops=step_flops(self.run.model, stage.batch_size, stage.seq_len),
+                flops=_flops(self.run, stage, table),
                 peak=peak,
             ),
             previous=previous,
@@ -153,6 +155,14 @@ class StageBuilder:
             )
         except UserError as error:
             raise UserError(f"stages.{stage.name}: {error}") from error
+
+
+def _flops(run: RunConfig, stage: StageConfig, table: Tree) -> int:
+    """Operations of a step of a stage that trains what it trains."""
+    optim = run.optim_of(stage)
+    frozen = kernel_entries(run.model, table, lambda path: not (is_adapter(path) or is_trained(optim, run.adapters, path)))
+    added = kernel_entries(run.model, table, is_adapter)
+    return step_flops(run.model, stage.batch_size, stage.seq_len, frozen, added)
 
 
 def _corpus(run: RunConfig) -> Corpus:

