@@ -140,7 +140,7 @@ def test_a_real_model(environment, tmp_path):
     )
     assert len(plots(notebook)) == 3
     assert found["lengths"] == [1024, 2048] and found["theta"] > 10000
-    assert "the steps take" in found["said"] and "extend_2048" in found["said"]
+    assert "the steps take" in found["said"] and "pose_2048" in found["said"]
     assert found["answers"][0] == found["answers"][1]
     depths = [0.0, 0.25, 0.5, 0.75, 1.0]
     wanted = [["needle_in_prose", "score", length, depth] for length in (1024, 2048) for depth in depths]
