@@ -21,7 +21,7 @@ from lcx.positions.registry import from_config
 from lcx.positions.scheme import Scheme
 from lcx.positions.theta import report as theta_report
 from lcx.recipes import extension, models
-from lcx.recipes.generation import Completion, generate_text
+from lcx.recipes.generation import Completion, chat_of, generate_text
 from lcx.recipes.recipe import evaluate_loaded, recipe
 from lcx.training import loop
 from lcx.training.checkpoints import Loaded
@@ -56,19 +56,24 @@ def generate(
     stop: Sequence[str] = (),
     positions: str = "none",
     chunk: int | None = None,
+    chat: bool = False,
+    system: str | None = None,
     on_text: Callable[[int, str], None] | None = None,
 ) -> list[Completion]:
     """Continue each of `prompts`; temperature 0 takes the most likely token.
 
     A text ends before a string of `stop`, at an end token of the model, or after `max_new_tokens`. `positions` tries a scheme
-    zero-shot. `on_text(prompt, piece)` is called as text becomes certain.
+    zero-shot. With `chat` a prompt is what a user says under the model's chat template, after the message `system`, and the text is
+    the answer. `on_text(prompt, piece)` is called as text becomes certain.
     """
     if isinstance(prompts, str):
         raise UserError("prompts must be a list of texts, not a single text; write [prompt]")
+    ask = chat_of(model, f"the tokenizer {model.run.data.tokenizer!r}", None, "data.chat_template") if chat else None
     return generate_text(
         model.params, model.run.model, model.run.execution, build_schemes(model.run.model, model.schemes),
         tokenizers.load(model.run.data.tokenizer), prompts, max_new_tokens, trained=model.meta.length, positions=positions,
-        sampling=Sampling(temperature, top_k, top_p, seed), stop=stop, stop_ids=model.stop_ids, chunk=chunk, on_text=on_text,
+        sampling=Sampling(temperature, top_k, top_p, seed), stop=stop, stop_ids=model.stop_ids, chunk=chunk, ask=ask,
+        system=system, on_text=on_text,
     )  # fmt: skip
 
 
@@ -157,12 +162,14 @@ def export(
     step: int | None = None,
     dtype: str | None = None,
     form: str = "hf",
+    base_model: str | None = None,
 ) -> Path:
     """Write the weights of a run as a new Hugging Face folder `out`, or with `form` "gguf" as a GGUF file, and return it.
 
-    `dtype` None is that of the model that the run started from, else float32; a GGUF file may also be `q8_0`.
+    `dtype` None is that of the model that the run started from, else float32; a GGUF file may also be `q8_0`. The model card that
+    is written with it names that model as `base_model` on the Hub (None: what its path says).
     """
-    models.export_model(path, Path(out), step=step, stage=stage, dtype=dtype, form=form)
+    models.export_model(path, Path(out), step=step, stage=stage, dtype=dtype, form=form, base_model=base_model)
     return Path(out)
 
 

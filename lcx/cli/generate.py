@@ -2,6 +2,7 @@
 Standard output gets the generated text and nothing else; figures and notices go to standard error.
 
 lcx generate --checkpoint=runs/quickstart --prompt='def main(' --max_new_tokens=64 --temperature=0.8 --top_p=0.95
+lcx generate --checkpoint=models/Llama-3.2-1B-Instruct --chat --prompt='What is a context window?'
 """
 
 from __future__ import annotations
@@ -11,16 +12,15 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from lcx.cli import config_flags, parse
+from lcx.cli import config_flags, parse, sampling_flags
 from lcx.core.console import say
 from lcx.core.errors import UserError
 from lcx.core.mesh import MeshConfig, make_mesh
 from lcx.data.tokenizers import tokenizers
 from lcx.model.architecture import build_schemes
 from lcx.model.decode import Timings
-from lcx.model.sampling import Sampling
 from lcx.recipes import models
-from lcx.recipes.generation import Completion, OnEnd, generate_text, read_prompts
+from lcx.recipes.generation import Completion, OnEnd, chat_of, generate_text, read_prompts
 
 
 def define(values: flags.FlagValues) -> None:
@@ -33,12 +33,10 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_multi_string(
         "prompt_file", [], "a text file with one prompt, or a .jsonl file with a 'prompt' on each line", flag_values=values
     )
-    flags.DEFINE_integer("max_new_tokens", 128, "maximum number of new tokens per prompt", flag_values=values)
-    flags.DEFINE_float("temperature", 0.0, "sampling temperature; 0 always takes the most likely token", flag_values=values)
-    flags.DEFINE_integer("top_k", None, "sample from the k most likely tokens (default: all)", flag_values=values)
-    flags.DEFINE_float("top_p", 1.0, "sample from the most likely tokens that reach this total probability", flag_values=values)
-    flags.DEFINE_integer("seed", 0, "random seed of the sampling", flag_values=values)
-    flags.DEFINE_multi_string("stop", [], "stop before this text, as in --stop=$'\\n'; may be repeated", flag_values=values)
+    flags.DEFINE_bool("chat", False, "ask each prompt as a user's turn, under the model's chat template", flag_values=values)
+    flags.DEFINE_string("system", None, "with --chat, the system message before it", flag_values=values)
+    flags.DEFINE_string("chat_template", None, "with --chat, a file with another template (jinja2)", flag_values=values)
+    sampling_flags.define(values, 128, "prompt")
     flags.DEFINE_integer("chunk", None, "prompt tokens to process at a time (default: 512)", flag_values=values)
     flags.DEFINE_string("positions", "none", "positional scheme to try zero-shot, such as yarn:factor=16", flag_values=values)
     config_flags.define_dtype(values)
@@ -54,15 +52,17 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     prompts = [*values.prompt, *(prompt for path in values.prompt_file for prompt in read_prompts(path))]
     if not prompts:
         raise UserError("no prompt given; use --prompt=TEXT or --prompt_file=FILE")
-    sampling = Sampling(values.temperature, values.top_k, values.top_p, values.seed)
-    if values.temperature == 0 and (values.top_k is not None or values.top_p < 1):
-        raise UserError("--top_k and --top_p only apply to sampling; add --temperature=1 or omit them")
+    for name in ("system", "chat_template"):
+        if values[name].value is not None and not values.chat:
+            raise UserError(f"--{name} belongs to --chat, which is not given; add it or leave --{name} out")
+    sampling = sampling_flags.chosen(values)
     # One device, unless a mesh is requested: then all of them.
     one_device = values.context == values.tensor == 1
     if one_device and values.host_devices > 1:
         raise UserError(f"--host_devices={values.host_devices} has no effect without a mesh; add --context=N or --tensor=N")
     mesh = None if one_device else make_mesh(MeshConfig(context=values.context, tensor=values.tensor))
     loaded = models.load(checkpoint, stage=values.stage, mesh=mesh, dtype=values.dtype)
+    ask = chat_of(loaded, checkpoint, values.chat_template, "--chat_template") if values.chat else None
     single = len(prompts) == 1
     figures: list[Timings] = []
     generate_text(
@@ -70,7 +70,7 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
         loaded.run.model,
         loaded.run.execution,
         build_schemes(loaded.run.model, loaded.schemes),
-        tokenizers.load(loaded.run.data.tokenizer),
+        tokenizers.load(loaded.run.data.tokenizer) if ask is None else ask.tokenizer,
         prompts,
         values.max_new_tokens,
         trained=loaded.meta.length,
@@ -79,6 +79,8 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
         stop=values.stop,
         stop_ids=loaded.stop_ids,
         chunk=values.chunk,
+        ask=ask,
+        system=values.system,
         on_text=_write if single else None,
         on_end=None if single else _show_in_order(),
         report=figures.append,

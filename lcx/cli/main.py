@@ -23,6 +23,7 @@ COMMANDS = {
     "eval": "evaluate a checkpoint, under its own or any other positional scheme",
     "harness": "evaluate a checkpoint with EleutherAI's lm_eval",
     "generate": "continue prompts with a checkpoint, under its own or any other positional scheme",
+    "chat": "chat with a checkpoint in the terminal, under its chat template",
     "report": "rewrite a run's report.html from its files",
     "sweep": "run the unfinished points of a sweep, then print a table and draw a plot",
     "doremi": "find weights for the parts of a mixture with a reference and a proxy run",

@@ -31,14 +31,14 @@ def warn(message: str) -> None:
     console(stderr=True).print(f"[yellow]warning:[/] {rich.markup.escape(message)}")
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table; cells are shown with `str`."""
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], stderr: bool = False, left: int = 1) -> None:
+    """Print a table; cells are shown with `str`, those of the first `left` columns from the left on."""
     grid = rich.table.Table(title=title, title_justify="left", title_style="bold")
     for i, column in enumerate(columns):
-        grid.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+        grid.add_column(column, justify="left" if i < left else "right", overflow="fold")
     for row in rows:
         grid.add_row(*(rich.markup.escape(str(cell)) for cell in row))
-    out = console()
+    out = console(stderr)
     if not out.is_terminal:
         out.width = 200  # a file or a pipe has no width of its own; folded columns are hard to read and to search
     out.print(grid)
@@ -104,24 +104,25 @@ def friendly_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        _print_error(str(error))
+        print_error(str(error))
         sys.exit(1)
     except BrokenPipeError:
         # Whoever reads our output has closed it, as `| head` does; nothing is wrong. Keep the interpreter's last flush quiet too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except MemoryError as error:
-        _print_error(f"out of memory ({error or 'no details'}); use shorter or fewer rows, or a larger machine")
+        print_error(f"out of memory ({error or 'no details'}); use shorter or fewer rows, or a larger machine")
         sys.exit(1)
     except OSError as error:
         if error.strerror is None:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        _print_error(f"operating system error {error.strerror!r}{where}; everything saved before is intact")
+        print_error(f"operating system error {error.strerror!r}{where}; everything saved before is intact")
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def _print_error(sentence: str) -> None:
+def print_error(sentence: str) -> None:
+    """Print an error's sentence to standard error."""
     console(stderr=True).print(f"[red]error:[/] {rich.markup.escape(sentence)}")

@@ -104,6 +104,9 @@ NO_EFFECT = frozenset((
 ))  # fmt: skip
 """Keys that do not change what a model computes in evaluation, or whose information lcx takes from elsewhere."""
 
+LENGTHS = ("max_sequence_length", "model_max_length", "seq_length", "max_seq_len", "tokenizer_model_max_length")
+"""What a length was called by others, besides max_position_embeddings, which lcx reads alone."""
+
 BOOKKEEPING = frozenset((
     # transformers' own, of training, of outputs, and of generation, which generation_config.json has nowadays.
     "torchscript", "use_bfloat16", "tf_legacy_loss", "tie_encoder_decoder", "cross_attention_hidden_size", "finetuning_task",
@@ -113,8 +116,7 @@ BOOKKEEPING = frozenset((
     "return_dict_in_generate", "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens",
     "begin_suppress_tokens", "is_llama_config", "gradient_checkpointing", "use_flash_attention", "use_flash_attn", "use_sdpa",
     "flash_attn", "classifier_dropout", "hidden_dropout", "attention_probs_dropout_prob", "hidden_dropout_prob", "ffn_dropout",
-    # What a length was called by others, beside max_position_embeddings.
-    "max_sequence_length", "model_max_length", "seq_length", "max_seq_len", "tokenizer_model_max_length",
+    *LENGTHS,
     # Tools that trained or converted the model.
     "axolotl_version", "license", "custom_pipelines",
     # Written for models without windows by transformers, which reads layer_types.

@@ -32,6 +32,11 @@ MAX_SHARD_BYTES = 2 << 30
 _COMPANIONS = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template", "generation_config")
 _COMPANION_ENDS = (".json", ".model", ".txt", ".jinja", ".tiktoken")
 
+CARD = "README.md"
+"""File of a model card."""
+
+_LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+
 
 class HfFolder:
     """A folder with a config.json and safetensors files, whose tensors are compared with what the config requires.
@@ -87,12 +92,31 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return [path for path in files_with_weights(folder) if path.name in own or path.suffix in (".model", ".tiktoken")]
 
 
+def terms(folder: Path) -> list[Path]:
+    """The model card of a folder and its licence files."""
+    found = (path for path in folder.iterdir() if path.name == CARD or path.name.upper().startswith(_LICENCES))
+    return sorted(path for path in found if path.is_file())
+
+
 def keep(folder: Path, into: Path) -> None:
     """Copy to `into` what an export needs from a model's folder: everything except the weights."""
     part = new_part(into)
-    for path in (folder / configs.FILE, *files_with_weights(folder)):
+    for path in (folder / configs.FILE, *files_with_weights(folder), *terms(folder)):
         shutil.copyfile(path, part / path.name)
     os.replace(part, into)
+
+
+def copy_companions(folder: Path, into: Path, length: int) -> None:
+    """Copy the files next to the weights for a model of up to `length` tokens.
+
+    A tokenizer_config.json that declares fewer tokens gets so many, as transformers cuts texts at it where it is asked to.
+    """
+    for path in files_with_weights(folder):
+        shutil.copyfile(path, into / path.name)
+    path = into / "tokenizer_config.json"
+    values = configs.read_json(path) if path.exists() else {}
+    if isinstance(declared := values.get("model_max_length"), int | float) and declared < length:
+        path.write_text(json.dumps({**values, "model_max_length": length}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def save(
@@ -126,8 +150,8 @@ def save(
     sizes = {name: size * math.prod(parts[0].tensor_shape) for name, parts in slots.items()}
     with created(out, sum(sizes.values())) as part:
         write(part, sizes, lambda name: weights.tensor(leaves, slots[name], dtype), max_shard_bytes)
-        for path in files_with_weights(base) if base else ():
-            shutil.copyfile(path, part / path.name)
+        if base:
+            copy_companions(base, part, length)
         (part / configs.FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     return values
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from lcx.core.configs import nearest
 from lcx.core.errors import UserError
-from lcx.interop.families import FAMILIES, NEUTRAL, NO_EFFECT, REQUIRED, ROPE_KEYS, Family, changes_nothing
+from lcx.interop.families import FAMILIES, LENGTHS, NEUTRAL, NO_EFFECT, REQUIRED, ROPE_KEYS, Family, changes_nothing
 from lcx.model.config import ModelConfig, is_local
 from lcx.positions import hf
 from lcx.positions.absolute import Nope
@@ -58,6 +58,9 @@ FIELDS = {
     "normalize_expert_weights": "norm_topk_prob",
 }
 """Fields of `ModelConfig` whose value is stored unchanged under one key of config.json."""
+
+
+LENGTH = "max_position_embeddings"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,12 +286,23 @@ def _values(model_type: str, wanted: Described, dtype: str, base: Mapping[str, A
         "architectures": [family.architecture],
         "model_type": model_type,
         **kept,
+        **longer(kept, base.get(LENGTH), rope[LENGTH]),
         **known,
         **{theirs: known[ours] for theirs, ours in family.aliases.items()},
         **rope,
         "dtype": dtype,
         "torch_dtype": dtype,
     }
+
+
+def longer(values: Mapping[str, Any], before: Any, length: int) -> dict[str, Any]:
+    """The other keys that say a length, raised to `length` where they are below it and it exceeds the length `before`.
+
+    vLLM takes the lowest of all.
+    """
+    if not isinstance(before, int) or length <= before:
+        return {}
+    return {key: length for key in LENGTHS if isinstance(value := values.get(key), int | float) and value < length}
 
 
 def _rope(wanted: Described, family: Family) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import collections
 import dataclasses
 import json
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,8 +65,7 @@ def save(out: Path, adapted: Adapted, described: Described, base: Path, record: 
         for name, content in ((CONFIG, settings), (RECORD, dict(record)), (hf_config.FILE, values)):
             text = json.dumps(content, indent=2, sort_keys=name == CONFIG)
             (part / name).write_text(text + "\n", encoding="utf-8")
-        for path in hf.files_with_weights(base):
-            shutil.copyfile(path, part / path.name)
+        hf.copy_companions(base, part, described.length)
     return settings
 
 

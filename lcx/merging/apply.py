@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +16,7 @@ from lcx.core.console import say, warn
 from lcx.core.errors import UserError
 from lcx.interop import hf_config, peft
 from lcx.interop.families import ROPE_KEYS
-from lcx.interop.folder import created, files_with_weights, is_folder
+from lcx.interop.folder import copy_companions, created, is_folder
 from lcx.interop.peft import EMBEDDINGS, HEAD, RECORD, WEIGHTS
 from lcx.interop.shards import DTYPES, Shards
 from lcx.interop.weights import shape_text
@@ -227,8 +226,7 @@ class Application:
         works = [self._work(name) for name in self.target.shapes]
         with created(out, sum(work.stored.bytes for work in works)) as part:
             stream(part, works, "apply", max_shard_bytes)
-            for path in files_with_weights(self.target.folder):
-                shutil.copyfile(path, part / path.name)
+            copy_companions(self.target.folder, part, self.values.get(LENGTH, 0))
             (part / hf_config.FILE).write_text(config_text(self.values), encoding="utf-8")
         if getattr(self.delta, "replaces", False):
             warn(f"the base of {self.delta.folder} is not at hand, so what it saves whole replaced the target's own")
@@ -287,4 +285,5 @@ def with_rotary(values: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str
     """A config.json with the rotary settings and the length of another."""
     keys = (*ROPE_KEYS, LENGTH)
     kept = {key: value for key, value in values.items() if key not in keys}
-    return kept | {key: other[key] for key in keys if key in other}
+    kept |= {key: other[key] for key in keys if key in other}
+    return kept | hf_config.longer(kept, values.get(LENGTH), kept.get(LENGTH, 0))

@@ -116,6 +116,15 @@ def _full(axes: tuple[str | None, ...], shape: tuple[int, ...], value: int, dtyp
     return jnp.full(shape, value, dtype, device=NamedSharding(mesh, fitting_spec(axes, shape, mesh)))
 
 
+def on_device_of(cache: Cache, params: Tree) -> Cache:
+    """The cache committed to the device that the weights are committed to, if they are to one.
+
+    After a step it is so anyway; if it were not before, the first step would be compiled apart from all others.
+    """
+    leaf = jax.tree.leaves(params)[0]
+    return jax.device_put(cache, leaf.sharding) if leaf.committed and leaf.sharding.num_devices == 1 else cache
+
+
 def keep_placed(cache: Cache) -> Cache:
     """The cache constrained to the placement that `empty_cache` gave it, so that a donated one is written in place."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -31,6 +31,7 @@ from lcx.model.cache import (
     empty_cache,
     keep_placed,
     layer_of,
+    on_device_of,
     repeat_row,
     scheme_fingerprint,
     slots_of,
@@ -179,8 +180,8 @@ def prefill(params: Tree, buffers: Tree, arch: Architecture, tokens: np.ndarray,
     rows = _side_by_side([tokens], chunk, equal=False)
     stacked = target_platform() != "cpu"
     # Behind the prefix, a window's slots hold up to a chunk of padding as well.
-    cache = empty_cache(arch, buffers, 1, slots, 2 * rows.chunk, stacked)
-    _, cache = _fill(_prepare(params, arch, stacked), buffers, arch, cache, rows, _Clock(False))
+    cache, prepared = empty_cache(arch, buffers, 1, slots, 2 * rows.chunk, stacked), prepare(params, arch, stacked)
+    _, cache = _fill(prepared, buffers, arch, on_device_of(cache, prepared), rows, _Clock(False))
     return Prefix(np.asarray(tokens, np.int32), cache, rows.end)
 
 
@@ -226,16 +227,16 @@ def generate(
     if slots is not None and needed > slots:
         raise UserError(f"slots={slots:,} must be at least {needed:,}, for prompts in whole chunks of {rows.chunk} and new tokens")
     stacked = target_platform() != "cpu"
-    prepared = _prepare(params, arch, stacked)
+    prepared = prepare(params, arch, stacked)
     if prefix is None:
-        cache = empty_cache(arch, buffers, len(prompts), slots or needed, rows.chunk, stacked)
+        cache = on_device_of(empty_cache(arch, buffers, len(prompts), slots or needed, rows.chunk, stacked), prepared)
     else:
         _check_windows(arch, prefix.cache, rows)
         cache = repeat_row(prefix.cache, len(prompts))
     clock.begin(prepared, cache)
     chosen = (sampling.numbers, sampling.spec)
     hidden, cache = _fill(prepared, buffers, arch, cache, rows, clock)
-    token = clock.run(_first, prepared, hidden, arch, *chosen)
+    token = clock.run(first_token, prepared, hidden, arch, *chosen)
     collected = _Collected(len(prompts), stop_ids, on_token)
     collected.add(np.asarray(token)[:, None])
     clock.lap()
@@ -243,7 +244,7 @@ def generate(
     while (left := max_new_tokens - collected.steps) > 0 and collected.live:
         step = collected.steps
         out, count, token, cache = clock.run(
-            _decode, prepared, buffers, arch, cache, token, collected.ended, stops, rows.offset, np.int32(rows.end + step - 1),
+            decode_block, prepared, buffers, arch, cache, token, collected.ended, stops, rows.offset, np.int32(rows.end + step - 1),
             np.int32(step), np.int32(min(left, BLOCK)), *chosen,
         )  # fmt: skip
         collected.add(np.asarray(out)[:, : int(count)])
@@ -360,14 +361,15 @@ class _Clock:
 
 
 @functools.partial(jax.jit, static_argnames=("arch", "stacked"))
-def _prepare(params: Tree, arch: Architecture, stacked: bool) -> Tree:
+def prepare(params: Tree, arch: Architecture, stacked: bool) -> Tree:
     """Weights as every step needs them: in the compute dtype, and on a CPU one array per layer."""
     params = cast_params(params, arch)
     return params if stacked else unstack(params)
 
 
 @functools.partial(jax.jit, static_argnames=("arch", "sampling"))
-def _first(params: Tree, hidden: jax.Array, arch: Architecture, numbers: Tree, sampling: SamplingSpec) -> jax.Array:
+def first_token(params: Tree, hidden: jax.Array, arch: Architecture, numbers: Tree, sampling: SamplingSpec) -> jax.Array:
+    """The first new token of each row, int32 `[B]`, from the last of the hidden states `[B, T, D]` of its prompt."""
     return _next(params, hidden, arch, numbers, sampling, 0)
 
 
@@ -385,7 +387,7 @@ def _everywhere(x: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("arch", "sampling"), donate_argnames=("cache",))
-def _decode(
+def decode_block(
     params: Tree, buffers: Tree, arch: Architecture, cache: Cache, token: jax.Array, ended: jax.Array, stop_ids: jax.Array,
     offset: jax.Array, number: jax.Array, step: jax.Array, limit: jax.Array, numbers: Tree, sampling: SamplingSpec,
 ) -> tuple:  # fmt: skip

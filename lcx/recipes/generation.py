@@ -16,6 +16,8 @@ from lcx.core.console import warn
 from lcx.core.errors import UserError
 from lcx.core.mesh import mesh_of
 from lcx.core.trees import Tree
+from lcx.data.chat import chat
+from lcx.data.chat.chat import Chat, Message
 from lcx.data.tokenizers import tokenizers
 from lcx.data.tokenizers.stream import NEIGHBOURS, Stream
 from lcx.data.tokenizers.tokenizers import Tokenizer
@@ -26,6 +28,7 @@ from lcx.model.decode import Timings, generate
 from lcx.model.execution import ExecutionConfig
 from lcx.model.sampling import GREEDY, Sampling
 from lcx.positions.scheme import Scheme
+from lcx.training.checkpoints import Loaded
 
 OnText = Callable[[int, str], None]
 """`(prompt, piece)`: what was added to the text of a prompt."""
@@ -61,6 +64,8 @@ def generate_text(
     stop: Sequence[str] = (),
     stop_ids: Sequence[int] = (),
     chunk: int | None = None,
+    ask: Chat | None = None,
+    system: str | None = None,
     on_text: OnText | None = None,
     on_end: OnEnd | None = None,
     report: Callable[[Timings], None] | None = None,
@@ -68,14 +73,17 @@ def generate_text(
     """Continue texts. `schemes` maps layer kinds to the scheme that the weights were trained under, up to `trained` tokens.
 
     A row ends before the first of the `stop` strings, at the tokenizer's end-of-sequence token or another of `stop_ids`, or after
-    `max_new_tokens`. A prompt begins as `data.tokenizers.tokenizers.prompt` says. `on_text` hears of new text of a prompt as soon
-    as no later token can change it: never half a character, nor what may become a stop string; `on_end` of each prompt's end.
+    `max_new_tokens`. A prompt begins as `data.tokenizers.tokenizers.prompt` says; with the chat template of `ask` it is what a user
+    says, after the message `system`, and the text is the model's answer. `on_text` hears of new text of a prompt as soon as no
+    later token can change it: never half a character, nor what may become a stop string; `on_end` of each prompt's end.
 
     `positions` is a scheme to try zero-shot (`evals.zero_shot.at_length`). Frequencies are those for the longest prompt plus
     `max_new_tokens`; beyond `trained` a warning is given. Rows and caches are split over the mesh that the weights are placed on.
     Raises `UserError` for prompts and stop strings that are empty, and for numbers that do not fit.
     """
-    rows = [_encode(tokenizer, prompt, i, model.vocab_size) for i, prompt in enumerate(prompts)]
+    if system is not None and ask is None:
+        raise UserError("a system message needs a chat template; ask for the chat, or write the message into the prompt")
+    rows = [_encode(tokenizer, prompt, i, model.vocab_size, ask, system) for i, prompt in enumerate(prompts)]
     if not rows:
         raise UserError("no prompt given; give at least one")
     if "" in stop:
@@ -83,10 +91,9 @@ def generate_text(
     length = max(map(len, rows)) + max_new_tokens
     if length > 2**31 - 1:
         raise UserError(f"max_new_tokens={max_new_tokens:,} exceeds the number of int32 positions; lower it")
-    chosen = _schemes(model, schemes, check(positions), trained, length)
+    chosen = schemes_for(model, schemes, check(positions), trained, length)
     arch, buffers = build_architecture(model, execution, chosen, length)
-    own = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-    eos = tuple(dict.fromkeys((*own, *stop_ids)))
+    eos = end_ids(tokenizer, stop_ids, ask)
     streams = [Stream(tokenizer, stop, row[-NEIGHBOURS:]) for row in rows]
     ended: dict[int, Completion] = {}
 
@@ -118,21 +125,57 @@ def generate_text(
     return [ended[row] for row in range(len(rows))]
 
 
-def _encode(tokenizer: Tokenizer, prompt: str, number: int, vocab_size: int) -> np.ndarray:
+def _encode(tokenizer: Tokenizer, prompt: str, number: int, vocab_size: int, ask: Chat | None, system: str | None) -> np.ndarray:
     if not len(tokenizer.encode(prompt)):
         raise UserError(f"prompt {number + 1} is empty; write at least one character")
-    tokens = tokenizers.prompt(tokenizer, prompt)
-    if tokens.max() >= vocab_size:
-        raise UserError(
-            f"prompt {number + 1} has token {tokens.max()}, but the model's vocabulary ends at {vocab_size - 1}; "
-            "the tokenizer belongs to another model"
-        )
+    tokens = tokenizers.prompt(tokenizer, prompt) if ask is None else ask.prompt([*opening(system), said("user", prompt)])
+    refuse_foreign(tokens, vocab_size, f"prompt {number + 1}")
     return tokens
 
 
-def _schemes(
+def refuse_foreign(tokens: np.ndarray, vocab_size: int, what: str) -> None:
+    """Raises `UserError` where a token is none of the model's."""
+    if len(tokens) and tokens.max() >= vocab_size:
+        raise UserError(
+            f"{what} has token {tokens.max()}, but the model's vocabulary ends at {vocab_size - 1}; "
+            "the tokenizer belongs to another model"
+        )
+
+
+def said(role: str, text: str) -> Message:
+    """A message of a chat."""
+    return {"role": role, "content": text}
+
+
+def opening(system: str | None) -> list[Message]:
+    """The messages that a chat begins with: the system's, if there is one."""
+    return [] if system is None else [said("system", system)]
+
+
+def chat_of(loaded: Loaded, name: str | Path, template: str | None = None, option: str = "chat_template") -> Chat:
+    """The tokenizer of loaded weights with the chat template in the file `template`, or with that of their run, or with its own.
+
+    `name` is the model's and `option` what names a template's file, for errors. Raises `UserError` if there is no template.
+    """
+    tokenizer, template = tokenizers.load(loaded.run.data.tokenizer), template or loaded.run.data.chat_template
+    if template is None and not chat.has_template(tokenizer):
+        raise UserError(f"{name} has no chat template; name a file with one with {option}=FILE, or have text continued instead")
+    return chat.load(tokenizer, template, option)
+
+
+def end_ids(tokenizer: Tokenizer, stop_ids: Sequence[int], ask: Chat | None) -> tuple[int, ...]:
+    """The tokens at which a text ends: the tokenizer's, those that the model's files name, and that of a chat's turns."""
+    found = (tokenizer.eos_id, *stop_ids, None if ask is None else ask.end_id)
+    return tuple(dict.fromkeys(token for token in found if token is not None))
+
+
+def schemes_for(
     model: ModelConfig, schemes: Mapping[str, Scheme], positions: str, trained: int | None, length: int
 ) -> Mapping[str, Scheme]:
+    """The schemes, or those of `positions`, for `length` tokens; warns where the weights were `trained` for fewer.
+
+    Raises `UserError` for schemes with parameters that the weights do not have.
+    """
     if trained is not None and length > trained and positions.strip() == "none":
         warn(
             f"prompt and new tokens add up to {length:,}, but the weights were trained up to {trained:,} tokens; beyond that "
@@ -151,21 +194,25 @@ def read_prompts(path: str) -> list[str]:
 
     Raises `UserError` for a file that is missing, is not UTF-8 or holds something else.
     """
-    file = Path(path)
+    text = read_text(path, "prompt file", f"name a text file, or a .jsonl file with lines such as {LINE}")
+    if Path(path).suffix != ".jsonl":
+        return [text]
+    return [_prompt_of(line, f"{path}, line {i}") for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def read_text(path: str, what: str = "file", way_out: str = "name a text file") -> str:
+    """A UTF-8 text; raises `UserError`, which says `what` the file is, if it is missing, empty or something else."""
+    file = Path(path).expanduser()
     if not file.is_file():
-        raise UserError(
-            f"prompt file {path} does not exist or is not a file; name a text file, or a .jsonl file with lines such as {LINE}"
-        )
+        raise UserError(f"{what} {path} does not exist or is not a file; {way_out}")
     try:
         text = file.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
-        raise UserError(f"prompt file {path} is not UTF-8 text (byte {error.start} is {byte:#04x}); convert it")
+        raise UserError(f"{what} {path} is not UTF-8 text (byte {error.start} is {byte:#04x}); convert it")
     if not text.strip():
-        raise UserError(f"prompt file {path} is empty; write a prompt into it")
-    if file.suffix != ".jsonl":
-        return [text]
-    return [_prompt_of(line, f"{path}, line {i}") for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+        raise UserError(f"{what} {path} is empty; write {'a prompt' if what == 'prompt file' else 'text'} into it")
+    return text
 
 
 def _prompt_of(line: str, where: str) -> str:

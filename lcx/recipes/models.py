@@ -33,6 +33,7 @@ from lcx.interop.peft import PeftFolder
 from lcx.model.architecture import build_schemes
 from lcx.model.config import ModelConfig
 from lcx.model.execution import ExecutionConfig
+from lcx.recipes.cards import Adapter, check_hub_name, write_card
 from lcx.training import checkpoints
 from lcx.training.checkpoints import InitialWeights, Loaded, Meta, Store, scheme_configs, stage_ends
 from lcx.training.stages import CheckpointConfig, RunConfig, StageConfig
@@ -187,16 +188,18 @@ def import_model(source: str | Path, workdir: Path, mesh: Mesh | None = None, dt
 def export_model(
     checkpoint: str | Path, out: Path, step: int | None = None, stage: str | None = None, mesh: Mesh | None = None,
     dtype: str | None = None, max_shard_bytes: int = hf.MAX_SHARD_BYTES, form: str = "hf", base_folder: str | Path | None = None,
+    base_model: str | None = None,
 ) -> None:  # fmt: skip
     """Write the weights of a run as a Hugging Face folder, or with `form` "gguf" as a GGUF file, or its adapters with "peft".
 
     `dtype` None is that of the model it began with, else float32; a GGUF file may also be `q8_0`. An adapter names `base_folder` as
-    the model below it (None: what the run began with). Raises `UserError` if `out` exists, and for what the format cannot
-    represent.
+    the model below it (None: what the run began with). A model card is written with it, which calls the model that it began with
+    `base_model`, its name on the Hub. Raises `UserError` if `out` exists, and for what the format cannot represent.
     """
     choice("format", form, FORMATS)
+    check_hub_name(base_model)
     if form == "peft":
-        return _export_adapter(Path(checkpoint), out, step, stage, dtype, base_folder)
+        return _export_adapter(Path(checkpoint), out, step, stage, dtype, base_folder, base_model)
     if base_folder is not None:
         raise UserError(f"--base={base_folder} names the model below an adapter; it goes with --format=peft")
     base = _kept(Path(checkpoint))
@@ -214,6 +217,7 @@ def export_model(
             "be exported with the weights; train with that model's own"
         )
     schemes = build_schemes(model, loaded.schemes)
+    workdir = None if is_foreign(checkpoint) else checkpoints.locate(Path(checkpoint))[0]
     if as_gguf:
         with tempfile.TemporaryDirectory() as made:
             own = base if base is not None and hf.tokenizer_files(base) else Path(made)
@@ -221,6 +225,7 @@ def export_model(
                 write_tokenizer(name, tokenizers.load(name), own)
             values = gguf.save(out, loaded.params, model, schemes, loaded.meta.length, dtype, own, base)
         _say_exported(loaded, dtype, values, out)
+        write_card(out, form, dtype, values, loaded, checkpoint, workdir, base, base_model)
         return
     tokenizer = None if base else tokenizers.load(name)
     values = hf.save(
@@ -230,15 +235,17 @@ def export_model(
     if jax.process_index() != 0:
         return
     if tokenizer is not None:
-        write_tokenizer(name, tokenizer, out)
+        write_tokenizer(name, tokenizer, out, loaded.meta.length)
     if not hf.tokenizer_files(out):
         warn(f"the tokenizer {name!r} was not exported; copy its files into {out}")
     _say_exported(loaded, dtype, values, out)
+    write_card(out, form, dtype, values, loaded, checkpoint, workdir, base, base_model)
 
 
 def _export_adapter(
-    checkpoint: Path, out: Path, step: int | None, stage: str | None, dtype: str | None, base_folder: str | Path | None
-) -> None:
+    checkpoint: Path, out: Path, step: int | None, stage: str | None, dtype: str | None, base_folder: str | Path | None,
+    base_model: str | None,
+) -> None:  # fmt: skip
     if dtype not in (None, "float32"):
         raise UserError(f"--dtype={dtype} does not apply to --format=peft: an adapter is written as it was trained, in float32")
     if is_foreign(checkpoint):
@@ -269,6 +276,10 @@ def _export_adapter(
             f"exported the adapters of {checkpoint} into {out}: rank {values['r']} on {', '.join(values['target_modules'])}; step "
             f"{meta.step} of stage {meta.stage}, for {meta.length:,} tokens, on top of {base}"
         )
+        write_card(
+            out, "peft", "float32", values_of(out), adapted, checkpoint, checkpoints.locate(checkpoint)[0], base, base_model,
+            adapter=Adapter(values["r"], str(base)),
+        )  # fmt: skip
 
 
 def _say_exported(loaded: Loaded, dtype: str, values: dict[str, Any], out: Path) -> None:
@@ -344,10 +355,9 @@ def is_tokenizer_of(name: str, folder: Path) -> bool:
     return [(path.name, path.read_bytes()) for path in own] == [(path.name, path.read_bytes()) for path in others]
 
 
-def write_tokenizer(name: str, tokenizer: tokenizers.Tokenizer, out: Path) -> None:
-    """Copy a run's tokenizer into an exported model's directory."""
+def write_tokenizer(name: str, tokenizer: tokenizers.Tokenizer, out: Path, length: int = 0) -> None:
+    """Copy a run's tokenizer into the directory of an exported model of up to `length` tokens."""
     if tokenizer.folder is None:
         byte_tokenizer.write(out, "+bos" in name, "+eos" in name)
         return
-    for file in hf.files_with_weights(tokenizer.folder):
-        shutil.copyfile(file, out / file.name)
+    hf.copy_companions(tokenizer.folder, out, length)

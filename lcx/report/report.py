@@ -134,7 +134,7 @@ def render(run: Run, figures: dict[str, Figure]) -> str:
         ]
     )
     title, lead = _headline(run)
-    return page(title=f"{run.name}: {title}", heading=title, lead=lead, tiles=_tiles(run), body=body)
+    return page(title=f"{run.name}: {title}", heading=title, lead=lead, tiles=tiles(run), body=body)
 
 
 def _headline(run: Run) -> tuple[str, str]:
@@ -152,9 +152,9 @@ def _headline(run: Run) -> tuple[str, str]:
     return f"{longest:,} tokens", said
 
 
-def _tiles(run: Run) -> list[tuple[str, str, str]]:
+def tiles(run: Run) -> list[tuple[str, str, str]]:
     """(caption, value, small print) of the key figures."""
-    tiles: list[tuple[str, str, str]] = []
+    found: list[tuple[str, str, str]] = []
     before, after = run.before, run.after
     old, grid = _needles(before), _needles(after)
     if grid:
@@ -162,26 +162,26 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
         low, high = grid.interval(above)
         small = f"95% interval {100 * low:.0f}–{100 * high:.0f}%; worst cell {_percent(grid.worst(above))}"
         value = _percent(grid.mean(above)) if old is None else f"{_percent(old.mean(above))} → {_percent(grid.mean(above))}"
-        tiles.append((f"needles beyond {above:,} tokens" if above else "needles found", value, small))
+        found.append((f"needles beyond {above:,} tokens" if above else "needles found", value, small))
         threshold = _setting(after, "effective_threshold", 0.856)
         values = [g.effective_length(threshold) for g in (old, grid) if g is not None]
         certain = grid.effective_interval(threshold)
         range_of = f"; 95% interval {certain[0]:,}–{certain[1]:,}" if certain else ""
         small = f"longest with more than {_percent(threshold)} of needles{range_of}"
-        tiles.append(("effective length", " → ".join(f"{v:,}" for v in values), small))
+        found.append(("effective length", " → ".join(f"{v:,}" for v in values), small))
     old, curve = (_losses(result, scheme="none", metric="nll") for result in (before, after))
     if curve:
         first, longest = min(curve.values("length")), max(curve.values("length"))
         bits = _losses(after, scheme="none", metric="bits_per_byte").value(length=longest)
         values = [list(c.by_length().values())[-1] for c in (old, curve) if c is not None]
         small = f"{style.number(perplexity(curve.value(length=first)))} at {first:,}; {bits:.3f} bits per byte"
-        tiles.append((f"perplexity at {longest:,}", " → ".join(style.number(perplexity(v)) for v in values), small))
+        found.append((f"perplexity at {longest:,}", " → ".join(style.number(perplexity(v)) for v in values), small))
     stages = run.stages()
     if stages:
         seconds, tokens = sum(s.seconds for s in stages), sum(s.tokens for s in stages)
         steps = sum(len(stage.curve.steps) for stage in stages)
-        tiles.append(("training", duration(seconds), f"{style.number(tokens)} tokens, {steps:,} steps"))
-    return tiles
+        found.append(("training", duration(seconds), f"{style.number(tokens)} tokens, {steps:,} steps"))
+    return found
 
 
 def _needle_note(run: Run) -> str:

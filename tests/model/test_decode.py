@@ -10,7 +10,7 @@ from lcx.core.errors import UserError
 from lcx.model.architecture import build_architecture
 from lcx.model.cache import empty_cache
 from lcx.model.config import ModelConfig
-from lcx.model.decode import _decode, _extend, extend, generate, prefill
+from lcx.model.decode import _extend, decode_block, extend, generate, prefill
 from lcx.model.execution import ExecutionConfig
 from lcx.model.loss import logits
 from lcx.model.sampling import Sampling
@@ -115,11 +115,15 @@ def test_a_row_draws_the_same_in_any_company_and_chunks(model):
 def test_prompts_of_any_length_share_their_programs(model):
     first = generate(*model, PROMPTS, NEW, chunk=8, slots=32)
     assert [list(row) for row in first] == [list(row) for row in generate(*model, PROMPTS, NEW)]
-    extended, decoded = _extend._cache_size(), _decode._cache_size()
+    extended, decoded = _extend._cache_size(), decode_block._cache_size()
     longer = [np.arange(3), np.arange(19) * 3]
     again = generate(*model, longer, NEW + 3, chunk=8, slots=32)
-    assert (_extend._cache_size(), _decode._cache_size()) == (extended, decoded)
+    assert (_extend._cache_size(), decode_block._cache_size()) == (extended, decoded)
     assert [list(row) for row in again] == [list(row) for row in generate(*model, longer, NEW + 3)]
+    # Weights that are committed to a device, as those that are read from files, need one program for all chunks too.
+    extended = _extend._cache_size()
+    generate(jax.device_put(model[0], jax.devices()[0]), *model[1:], longer, NEW, chunk=8, slots=32)
+    assert _extend._cache_size() == extended + 1
     with pytest.raises(UserError, match="slots=20 must be at least 21, for prompts in whole chunks of 8"):
         generate(*model, PROMPTS, NEW, chunk=8, slots=20)
 
@@ -166,7 +170,7 @@ def test_decoding_copies_no_cache(rows):
     cache = empty_cache(arch, buffers, rows, 4096, 512, stacked=False)
     token, one = jnp.zeros(rows, jnp.int32), jnp.int32(1)
     chosen = Sampling()
-    step = _decode.lower(
+    step = decode_block.lower(
         params, buffers, arch, cache, token, token > 0, token[:1], token[:, None], one, one, one, chosen.numbers, chosen.spec
     )
     memory = step.compile(compiler_options={"xla_backend_optimization_level": 3}).memory_analysis()

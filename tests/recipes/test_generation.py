@@ -162,11 +162,11 @@ def test_prompt_files(tmp_path):
 def test_a_prompt_begins_with_bos_once_and_only_where_the_model_was_made_so():
     from lcx.recipes.generation import _encode
 
-    assert _encode(Bytes(bos=True), "ab", 0, 300).tolist() == [256, 97, 98]
-    assert _encode(Bytes(), "ab", 0, 300).tolist() == [97, 98]
+    assert _encode(Bytes(bos=True), "ab", 0, 300, None, None).tolist() == [256, 97, 98]
+    assert _encode(Bytes(), "ab", 0, 300, None, None).tolist() == [97, 98]
     with pytest.raises(UserError, match="prompt 1 is empty"):
-        _encode(Bytes(bos=True), "", 0, 300)
+        _encode(Bytes(bos=True), "", 0, 300, None, None)
     with pytest.raises(
         UserError, match="prompt 1 has token 256, but the model's vocabulary ends at 99; the tokenizer belongs to another model"
     ):
-        _encode(Bytes(bos=True), "ab", 0, 100)
+        _encode(Bytes(bos=True), "ab", 0, 100, None, None)

@@ -31,6 +31,7 @@ def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("source")
     hf_models.make("llama", folder, vocab_size=258, num_hidden_layers=2)
     byte_tokenizer.write(folder, bos=True, eos=True)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n\n# Source\n")
     return folder
 
 
@@ -41,9 +42,27 @@ def test_import_export_diff(source, tmp_path, capsys):
     one, other = Shards(source), Shards(tmp_path / "out")
     assert {name: one.read(name).tobytes() for name in one.shapes} == {name: other.read(name).tobytes() for name in other.shapes}
     kept = {path.name for path in (tmp_path / "out").iterdir()}
-    assert kept == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    cards = {"README.md", "README.source.md"}
+    assert kept == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", *cards}
     assert diff(str(source), str(tmp_path / "run"))
     assert "12 of 12 tensors are equal, 0 options differ" in capsys.readouterr().out
+
+
+def test_the_python_of_a_card_runs(source, tmp_path, capsys, monkeypatch):
+    run, out = tmp_path / "run", tmp_path / "short name"
+    models.import_model(source, run)
+    models.export_model(run, out, base_model="owner/tiny")
+    text = (out / "README.md").read_text()
+    assert text.startswith("---\nlicense: mit\nbase_model: owner/tiny\n") and "(README.source.md)" in text
+    assert "a conversion of `owner/tiny` by lcx, without any training" in text
+    assert f"vllm serve 'short name' --max-model-len {TRAINED}" in text and "These weights were not evaluated." in text
+    code = text.partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    exec(compile(code, "card", "exec"), {})
+    assert capsys.readouterr().out.strip()
+    with pytest.raises(UserError, match="base_model=tiny is not a model's name on the Hub"):
+        models.export_model(run, tmp_path / "other", base_model="tiny")
 
 
 @pytest.mark.slow

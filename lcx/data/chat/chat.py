@@ -14,6 +14,7 @@ except for a turn that ends in the middle of a character's bytes, of which trans
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -26,28 +27,31 @@ from lcx.data.tokenizers.special_tokens import files_next_to
 from lcx.data.tokenizers.tokenizers import Tokenizer
 
 _BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-_WAY_OUT = "fix it, or name another template file with data.chat_template"
+OPTION = "data.chat_template"
+"""What names a template's file in a config; commands have a flag for it."""
+
 Message = Mapping[str, Any]
 
 
 class Template:
     """A chat template.
 
-    `text` is jinja2 source, `specials` the tokens that it may refer to by role (`bos_token`, ...), `origin` where it came from, for
-    errors. Raises `UserError` if the template is not valid jinja2 or the library is missing.
+    `text` is jinja2 source, `specials` the tokens that it may refer to by role (`bos_token`, ...), `origin` where it came from and
+    `option` what names another, for errors. Raises `UserError` if the template is not valid jinja2 or the library is missing.
     """
 
-    def __init__(self, text: str, specials: Mapping[str, str], origin: str = "given") -> None:
+    def __init__(self, text: str, specials: Mapping[str, str], origin: str = "given", option: str = OPTION) -> None:
         try:
             from lcx.data.chat import sandbox
         except ImportError as error:
             raise UserError("chat templates need jinja2; install the extra: pip install -e '.[hf]'") from error
         self.origin, self.marks_turns = origin, _BLOCK.search(text) is not None
+        self._way_out = f"fix it, or name another template file with {option}"
         self._specials, self._sandbox, self._environment = dict(specials), sandbox, sandbox.Environment()
         try:
             self._program = self._environment.program(text)
         except Exception as error:
-            raise UserError(f"chat template {origin} is rejected: {_said(error)}; {_WAY_OUT}") from error
+            raise UserError(f"chat template {origin} is rejected: {_said(error)}; {self._way_out}") from error
 
     def render(
         self, messages: Sequence[Message], tools: Sequence[Any] | None = None, *, add_generation_prompt: bool = False
@@ -66,7 +70,7 @@ class Template:
         except self._sandbox.Stopped as error:
             raise UserError(f"chat template {self.origin} rejects these messages: {_said(error)}") from error
         except Exception as error:
-            raise UserError(f"chat template {self.origin} is rejected: {_said(error)}; {_WAY_OUT}") from error
+            raise UserError(f"chat template {self.origin} is rejected: {_said(error)}; {self._way_out}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,33 +107,44 @@ class Chat:
         """Ids int32 `[n]` of a conversation for the model to answer, with begin-of-sequence only if the template writes it."""
         return self.tokenizer.encode_chat(self.template.render(messages, tools, add_generation_prompt=True)[0])[0]
 
+    @functools.cached_property
+    def end_id(self) -> int | None:
+        """The special token that the template ends the model's turn with; None if it uses text or nothing for that."""
+        try:
+            ids, weights = self.encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+        except UserError:
+            # A template for other conversations; the model's own end tokens have to do.
+            return None
+        written = ids[weights > 0]
+        return int(written[-1]) if len(written) and self.tokenizer.special(int(written[-1])) is not None else None
 
-def load(tokenizer: Tokenizer, path: str | None = None) -> Chat:
+
+def load(tokenizer: Tokenizer, path: str | None = None, option: str = OPTION) -> Chat:
     """The tokenizer with the template in the file `path`, or with its own.
 
     Its own template is `chat_template.jinja` in its folder, or `chat_template` in tokenizer_config.json (the one named `default`
-    if there are several). Raises `UserError` if it has none.
+    if there are several). Raises `UserError` if it has none; `option` is what names a file.
     """
     if path is not None:
-        return Chat(tokenizer, Template(_text(pathlib.Path(path).expanduser()), tokenizer.specials, path))
+        return Chat(tokenizer, Template(_text(pathlib.Path(path).expanduser()), tokenizer.specials, path, option))
     if tokenizer.folder is None:
-        raise UserError(f"tokenizer {tokenizer.fingerprint!r} has no chat template; name a template file with data.chat_template")
-    own = _own_template(tokenizer.folder)
+        raise UserError(f"tokenizer {tokenizer.fingerprint!r} has no chat template; name a template file with {option}")
+    own = template_in(tokenizer.folder)
     if own is None:
         raise UserError(
             f"{tokenizer.folder} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json); "
-            "name a template file with data.chat_template"
+            f"name a template file with {option}"
         )
-    return Chat(tokenizer, Template(own[0], tokenizer.specials, own[1]))
+    return Chat(tokenizer, Template(own[0], tokenizer.specials, own[1], option))
 
 
 def has_template(tokenizer: Tokenizer) -> bool:
     """Whether the tokenizer comes with a chat template of its own."""
-    return tokenizer.folder is not None and _own_template(tokenizer.folder) is not None
+    return tokenizer.folder is not None and template_in(tokenizer.folder) is not None
 
 
-def _own_template(folder: pathlib.Path) -> tuple[str, str] | None:
-    """The template of a tokenizer's folder and the file that it comes from, if there is one."""
+def template_in(folder: pathlib.Path) -> tuple[str, str] | None:
+    """The template of a tokenizer's folder and the file that it comes from; None if there is none."""
     own = folder / "chat_template.jinja"
     if own.is_file():
         return _text(own), str(own)

@@ -1,0 +1,25 @@
+"""The flags that say how text is drawn from a model, of `lcx generate` and `lcx chat`."""
+
+from __future__ import annotations
+
+from absl import flags
+
+from lcx.core.errors import UserError
+from lcx.model.sampling import Sampling
+
+
+def define(values: flags.FlagValues, max_new_tokens: int, each: str) -> None:
+    """The flags; `each` is what `max_new_tokens` are for."""
+    flags.DEFINE_integer("max_new_tokens", max_new_tokens, f"maximum number of new tokens per {each}", flag_values=values)
+    flags.DEFINE_float("temperature", 0.0, "sampling temperature; 0 always takes the most likely token", flag_values=values)
+    flags.DEFINE_integer("top_k", None, "sample from the k most likely tokens (default: all)", flag_values=values)
+    flags.DEFINE_float("top_p", 1.0, "sample from the most likely tokens that reach this total probability", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "random seed of the sampling", flag_values=values)
+    flags.DEFINE_multi_string("stop", [], "stop before this text, as in --stop=$'\\n'; may be repeated", flag_values=values)
+
+
+def chosen(values: flags.FlagValues) -> Sampling:
+    """What the flags say; raises `UserError` for values out of range and for those without effect."""
+    if values.temperature == 0 and (values.top_k is not None or values.top_p < 1):
+        raise UserError("--top_k and --top_p only apply to sampling; add --temperature=1 or omit them")
+    return Sampling(values.temperature, values.top_k, values.top_p, values.seed)
