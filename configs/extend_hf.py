@@ -20,6 +20,4 @@ complete = extension.complete
 
 def get_config():
     """What flags may change; `complete` adds what follows from the source and the target."""
-    config = extension.defaults()
-    config.optim.lr = 2e-5
-    return config
+    return extension.defaults()

@@ -8,7 +8,7 @@ from lcx.core.errors import UserError
 from lcx.core.version import VERSION
 
 __version__ = VERSION
-__all__ = ["UserError", "evaluate", "export", "generate", "load", "scheme", "theta_report", "train"]
+__all__ = ["UserError", "evaluate", "export", "extend", "generate", "load", "plot", "scheme", "theta_report", "train"]
 
 
 def __getattr__(name: str) -> Any:

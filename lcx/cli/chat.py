@@ -16,7 +16,7 @@ import rich.console
 import rich.status
 from absl import flags
 
-from lcx.cli import parse, sampling_flags
+from lcx.cli import config_flags, parse, sampling_flags
 from lcx.core import console
 from lcx.core.configs import nearest
 from lcx.core.errors import UserError
@@ -49,7 +49,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "length", None, "tokens that the chat may have (default: what the weights were trained for)", flag_values=values
     )
-    flags.DEFINE_string("dtype", "float32", f"dtype of the weights: {', '.join(models.DTYPES)}", flag_values=values)
+    config_flags.define_dtype(values)
 
 
 def main(values: flags.FlagValues, rest: Sequence[str]) -> None:

@@ -39,6 +39,15 @@ def define_profile(values: flags.FlagValues) -> None:
     )
 
 
+def define_dtype(values: flags.FlagValues) -> None:
+    """Define `--dtype`, for commands that use the weights of a model."""
+    text = (
+        "dtype of the weights: float32, bfloat16, float16 or auto, which for Hugging Face folders and GGUF files is bfloat16 on "
+        "TPUs and GPUs that multiply it, float32 on CPUs"
+    )
+    flags.DEFINE_string("dtype", "auto", text, flag_values=values)
+
+
 def chosen(values: flags.FlagValues, rest: Sequence[str]) -> ml_collections.ConfigDict:
     """The config with the overrides of the command line."""
     # Orbax logs every step of its own work below this level.
@@ -59,6 +68,11 @@ def read(values: flags.FlagValues, rest: Sequence[str]) -> tuple[ml_collections.
         raise UserError("--workdir= is empty; name a directory or omit the flag")
     name, variant = _file_and_variant(values)
     return config, Path(values.workdir or Path("runs") / "_".join(x for x in (Path(name).stem, variant) if x))
+
+
+def fewer_steps(values: flags.FlagValues) -> str:
+    """The flag that makes a run of the config shorter."""
+    return "--config.steps" if "steps" in values.config else "--config.stages.STAGE.steps"
 
 
 def filename(values: flags.FlagValues) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from lcx.cli import parse, sampling_flags
+from lcx.cli import config_flags, parse, sampling_flags
 from lcx.core.console import say
 from lcx.core.errors import UserError
 from lcx.core.mesh import MeshConfig, make_mesh
@@ -39,7 +39,7 @@ def define(values: flags.FlagValues) -> None:
     sampling_flags.define(values, 128, "prompt")
     flags.DEFINE_integer("chunk", None, "prompt tokens to process at a time (default: 512)", flag_values=values)
     flags.DEFINE_string("positions", "none", "positional scheme to try zero-shot, such as yarn:factor=16", flag_values=values)
-    flags.DEFINE_string("dtype", "float32", f"dtype of the weights: {', '.join(models.DTYPES)}", flag_values=values)
+    config_flags.define_dtype(values)
     flags.DEFINE_integer("context", 1, "devices to split the tokens of a row over", flag_values=values)
     flags.DEFINE_integer("tensor", 1, "devices to split the heads over", flag_values=values)
 

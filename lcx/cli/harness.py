@@ -12,7 +12,7 @@ from pathlib import Path
 
 from absl import flags
 
-from lcx.cli import parse
+from lcx.cli import config_flags, parse
 from lcx.core.console import say
 from lcx.core.errors import UserError
 from lcx.core.extras import library
@@ -39,6 +39,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("limit", None, "documents of each task (default: all)", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("shots", None, "examples in each prompt (default: the task's own)", lower_bound=0, flag_values=values)
     flags.DEFINE_enum("prompt_format", "base", ["base", "chat"], "whether prompts are a turn of a chat", flag_values=values)
+    config_flags.define_dtype(values)
     flags.DEFINE_string("label", "harness", "the result is eval/harness/<label>.json in the run's workdir", flag_values=values)
 
 
@@ -55,7 +56,7 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     if include is not None and not include.is_dir():
         raise UserError(f"--include={values.include} is not a folder; name one with YAML files of tasks")
     lengths = parse.lengths(values)
-    loaded = models.load(checkpoint, step=values.step, stage=values.stage)
+    loaded = models.load(checkpoint, step=values.step, stage=values.stage, dtype=values.dtype)
     run = loaded.run
     length = max([loaded.meta.length, *lengths]) if values.length is None else values.length
     if length < max([2, *lengths]):

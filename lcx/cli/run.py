@@ -23,4 +23,5 @@ def define(values: flags.FlagValues) -> None:
 def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     """Run the recipe."""
     chosen, workdir = config_flags.read(values, rest)
-    run_recipe(recipe(chosen), workdir, config_flags.command(), profile_steps(values.profile))
+    profile, fewer = profile_steps(values.profile), config_flags.fewer_steps(values)
+    run_recipe(recipe(chosen), workdir, config_flags.command(), profile, fewer)

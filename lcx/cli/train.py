@@ -26,4 +26,5 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     """Train."""
     chosen, workdir = config_flags.read(values, rest)
     run = recipe(chosen).run
-    train(run, workdir, given=initial_weights(run.init_from), profile=profile_steps(values.profile))
+    profile, fewer = profile_steps(values.profile), config_flags.fewer_steps(values)
+    train(run, workdir, given=initial_weights(run.init_from), profile=profile, fewer=fewer)

@@ -7,6 +7,10 @@ import glob
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
 
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 """Asks glibc's allocator (2.35 or newer; others ignore it) to request huge pages from the kernel.
@@ -47,3 +51,37 @@ def keep_freed_memory() -> None:
         library = ctypes.CDLL(None)
         library.mallopt(_M_MMAP_THRESHOLD, _LARGEST_BYTES)
         library.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes of host memory that can be taken without swapping, within what the control groups of a container leave.
+
+    `root` is where /proc and /sys are looked for.
+    """
+    return max(0, min([psutil.virtual_memory().available, *(limit - used for limit, used in _group_limits(root))]))
+
+
+def _group_limits(root: Path) -> Iterator[tuple[int, int]]:
+    """The limit and the use, in bytes, of this process's control groups and those above them, in either version's files."""
+    versions = {
+        "": ("", "memory.max", "memory.current", "inactive_file"),
+        "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    }
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        for folder, *names in (versions[name] for name in controllers.split(",") if name in versions):
+            top = root / "sys/fs/cgroup" / folder
+            own = top / path.strip("/")
+            for group in (own, *(parent for parent in own.parents if parent.is_relative_to(top))):
+                limit, used = ("".join(_lines(group / name)) for name in names[:2])
+                if limit.isdigit() and used.isdigit():
+                    # Pages of files that nobody has touched lately are given back on demand.
+                    spare = [int(line.split()[1]) for line in _lines(group / "memory.stat") if line.split()[0] == names[2]]
+                    yield int(limit), int(used) - sum(spare)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []

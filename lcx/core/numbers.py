@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 
+def duration(seconds: float) -> str:
+    """A time as people say it: in seconds, in minutes, or in hours and minutes."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
 def round_up(x: int, multiple: int) -> int:
     """The least multiple of `multiple` that is at least `x`."""
     return -(-x // multiple) * multiple

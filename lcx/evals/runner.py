@@ -110,7 +110,7 @@ def evaluate(
     )
     specs = ("none", *(spec for spec in config.zero_shot if spec != "none"))
     rows, notes = _measured(_tasks(materials), specs, backend, config, label, workdir, announce)
-    settings = {**_settings(config), "parameters": num_elements(params)}
+    settings = {**_settings(config), "parameters": num_elements(params), "compute_dtype": execution.compute_dtype}
     return _kept(EvalResult(label, trained, step, rows, time.perf_counter() - started, settings, notes), workdir)
 
 

@@ -21,6 +21,7 @@ from lcx.core.mesh import fitting_spec, target_platform
 from lcx.core.trees import Tree, cast
 from lcx.model.architecture import Architecture
 from lcx.model.config import ModelConfig, is_local
+from lcx.model.execution import ExecutionConfig
 from lcx.model.linear import linear, project
 from lcx.model.mlp import mlp
 from lcx.model.norm import Norm, rms_norm
@@ -170,7 +171,7 @@ def scan_layers(
     config, execution = arch.config, arch.execution
     period = len(config.pattern)
     whole = config.num_layers // period
-    policy = execution.remat if execution.remat != "auto" else "attention" if x.shape[1] >= LONG else "none"
+    policy = remat_policy(execution, x.shape[1])
     step = remat(functools.partial(_period, arch=arch, attention_fn=attention_fn, token_mask=token_mask), policy)
     carry, done = (x, state, None if token_mask is None else jnp.zeros((), jnp.float32)), 0
     if whole > 1:
@@ -208,6 +209,11 @@ def unstack(params: Tree) -> Tree:
 
 def _slice(w: jax.Array, *, start: int, size: int) -> jax.Array:
     return w[start : start + size]
+
+
+def remat_policy(execution: ExecutionConfig, length: int) -> str:
+    """What layers keep of rows of `length` tokens: `execution.remat`, with `auto` decided."""
+    return execution.remat if execution.remat != "auto" else "attention" if length >= LONG else "none"
 
 
 def remat(step: Callable[..., Any], policy: str) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ from ml_collections.config_dict import placeholder
 from lcx.core import configs
 from lcx.core.configs import not_negative, positive
 from lcx.core.errors import UserError
+from lcx.core.mesh import fast_dtype
 from lcx.evals.config import EvalConfig
 from lcx.interop.hf_config import Described
 from lcx.model.config import is_local
@@ -79,6 +80,9 @@ def defaults() -> ml_collections.ConfigDict:
     for name in ("stages", "stage_order", "base_stage", "positions", "init_from", "resume_from"):
         del run[name]
     run.model = ml_collections.ConfigDict({"router_aux_weight": run.model.router_aux_weight})
+    # A model that exists bears the rounding; `complete` finds out what this machine multiplies fast.
+    run.execution.compute_dtype = models.AUTO
+    run.optim.lr = 2e-5
     # Rows are few and long, so devices share a row before they share a batch.
     run.mesh.fsdp, run.mesh.context = 1, -1
     # Follow from the model and the target unless they are given.
@@ -93,7 +97,7 @@ def defaults() -> ml_collections.ConfigDict:
 
 
 def complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The recipe of a config made by `defaults`: with model, positions, tokenizer, stages and evaluated lengths.
+    """The recipe of a config made by `defaults`: with model, positions, tokenizer, stages, evaluated lengths and type of numbers.
 
     Raises `UserError` for a source that can't be read and a target that does not exceed its length.
     """
@@ -119,6 +123,8 @@ def complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     if given is not None and not is_tokenizer_of(given, source):
         raise UserError(f"config.data.tokenizer={given!r} is not the tokenizer that {source} was trained with; leave it out")
     values["data"]["tokenizer"] = given or tokenizer_of(source, described.model)
+    execution = values["execution"]
+    execution["compute_dtype"] = fast_dtype() if execution["compute_dtype"] == models.AUTO else execution["compute_dtype"]
     is_bytes = values["data"]["tokenizer"].startswith("bytes")
     task = values["data"]["parts"].get("task", {"kind": "text"})
     # Characters are tokens of a byte model alone; others learn from words, and are asked in words.

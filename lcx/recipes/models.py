@@ -20,6 +20,7 @@ from lcx.core.console import say, warn
 from lcx.core.errors import UserError
 from lcx.core.files import sampled_hash
 from lcx.core.gguf import is_gguf, stem
+from lcx.core.mesh import fast_dtype
 from lcx.core.trees import cast, num_bytes, num_elements, paths
 from lcx.data.config import DataConfig
 from lcx.data.tokenizers import tokenizers
@@ -39,6 +40,8 @@ from lcx.training.stages import CheckpointConfig, RunConfig, StageConfig
 from lcx.training.workdir import CONFIG, begun, fingerprint, open_workdir
 
 DTYPES = ("float32", "bfloat16", "float16")
+AUTO = "auto"
+"""In place of one of them: for weights that are not lcx's own `core.mesh.fast_dtype`, for others float32."""
 GGUF_DTYPES = tuple(gguf.TYPES)
 """What a GGUF file can be written in."""
 FORMATS = ("hf", "gguf", "peft")
@@ -73,9 +76,12 @@ def load(
 ) -> Loaded:
     """The weights of a run (see `training.checkpoints.load_params`) or of a model that is not lcx's own, in `dtype`, on `mesh`.
 
-    The latter counts as a run with one stage, `imported`, at step 0.
+    The latter counts as a run with one stage, `imported`, at step 0, and computed in bfloat16 unless `dtype` is float32. A run is
+    computed in the type that it was trained in. `dtype` may be `AUTO`.
     """
-    choice("dtype", dtype, DTYPES)
+    choice("dtype", dtype, (AUTO, *DTYPES))
+    if dtype == AUTO:
+        dtype = fast_dtype() if is_foreign(path) else "float32"
     if step is not None and stage is not None:
         raise UserError(f"--step={step} and --stage={stage} conflict; give only one of them")
     if not is_foreign(path):

@@ -90,14 +90,19 @@ def recipe(config: ml_collections.ConfigDict) -> Recipe:
     return Recipe(run, evals, base_stage)
 
 
-def run_recipe(chosen: Recipe, workdir: Path, command: Sequence[str], profile: ProfileSteps | None = None) -> None:
-    """Train, evaluate and report. Finished parts are not repeated, so the same command resumes after any interruption."""
+def run_recipe(
+    chosen: Recipe, workdir: Path, command: Sequence[str], profile: ProfileSteps | None = None, fewer: str | None = None
+) -> None:
+    """Train, evaluate and report. Finished parts are not repeated, so the same command resumes after any interruption.
+
+    With `fewer` (`training.loop.train`) the time that training will take is said first.
+    """
     if is_finished(chosen, workdir):
         if profile is not None:
             profile.check(stage_ends(chosen.run)[-1], stage_ends(chosen.run)[-1])
         say(f"{workdir} is finished: {stage_ends(chosen.run)[-1]} steps; report: {workdir / 'report.html'}")
         return
-    train(chosen.run, workdir, given=models.initial_weights(chosen.run.init_from), profile=profile)
+    train(chosen.run, workdir, given=models.initial_weights(chosen.run.init_from), profile=profile, fewer=fewer)
     record_environment(workdir, command)
     if chosen.base_stage is not None:
         evaluate_stage(chosen, workdir, "before", chosen.base_stage)
@@ -136,9 +141,10 @@ def evaluate_stage(chosen: Recipe, workdir: Path, label: str, stage: str) -> Eva
 
 
 def evaluate_source(chosen: Recipe, workdir: Path) -> EvalResult:
-    """The evaluation, kept as `before`, of the weights that the run began with, on the run's data."""
+    """The evaluation, kept as `before`, of the weights that the run began with, on the run's data, computed as in the run."""
     loaded = models.load(str(chosen.run.init_from), mesh=make_mesh(chosen.run.mesh))
-    loaded = dataclasses.replace(loaded, run=dataclasses.replace(loaded.run, data=chosen.run.data))
+    run = dataclasses.replace(loaded.run, data=chosen.run.data, execution=chosen.run.execution)
+    loaded = dataclasses.replace(loaded, run=run)
     return _known(chosen, workdir, "before", loaded.meta.step) or evaluate_loaded(loaded, chosen.evals, "before", workdir)
 
 
@@ -179,7 +185,7 @@ def evaluate_loaded(loaded: Loaded, evals: EvalConfig, label: str, workdir: Path
                 f"evals.evaluator={evals.evaluator} has nothing to judge: only long_perplexity has key tokens, and evals.tasks is "
                 f"{', '.join(evals.tasks)}; add it to --tasks, or leave --evaluator out"
             )
-        chosen = models.load(evals.evaluator)
+        chosen = models.load(evals.evaluator, dtype=models.AUTO)
         judge = Evaluator(
             functools.cache(lambda length: backend_of(chosen, length, tokens_per_forward=evals.tokens_per_forward)),
             tokenizers.load(chosen.run.data.tokenizer),

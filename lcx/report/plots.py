@@ -57,6 +57,25 @@ def perplexity(curves: Mapping[str, EvalResult], trained: int | None = None, fin
 
 
 @style.typography()
+def score_by_length(curves: Mapping[str, EvalResult], task: str) -> Figure:
+    """Mean scores of a task in percent against length, one line for each result, named at its end."""
+    figure = style.new_figure(9.0, 4.2)
+    axes, ends = figure.subplots(), []
+    for i, (name, curve) in enumerate(curves.items()):
+        x, y = zip(*curve.by_length().items(), strict=True)
+        colour = line_colour(name, i)
+        axes.plot(x, y, color=colour, marker="o", markersize=4, zorder=3)
+        ends.append((x[-1], y[-1], name, colour))
+    style.length_axis(axes, sorted({length for curve in curves.values() for length in curve.values("length")}))
+    axes.set_ylim(-0.03, 1.03)
+    axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f}%")
+    style.grid_lines(axes)
+    axes.set_title(f"{task}: score by length")
+    style.end_labels(axes, ends)
+    return figure
+
+
+@style.typography()
 def positions(curves: Mapping[str, EvalResult], trained: int | None = None) -> Figure:
     """Mean held-out loss against the token's position in its window, one line for each curve."""
     figure = style.new_figure(9.0, 4.6)

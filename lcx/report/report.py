@@ -13,6 +13,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from lcx.core.files import write_atomically
+from lcx.core.numbers import duration
 from lcx.evals.results import EvalResult, perplexity
 from lcx.evals.statistics import wilson
 from lcx.report import export, history, likelihood, plots, question_plots, questions, retention, scaling, style
@@ -179,7 +180,7 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
     if stages:
         seconds, tokens = sum(s.seconds for s in stages), sum(s.tokens for s in stages)
         steps = sum(len(stage.curve.steps) for stage in stages)
-        found.append(("training", _duration(seconds), f"{style.number(tokens)} tokens, {steps:,} steps"))
+        found.append(("training", duration(seconds), f"{style.number(tokens)} tokens, {steps:,} steps"))
     return found
 
 
@@ -313,10 +314,3 @@ def _factor(value: float) -> str:
 
 def _percent(share: float) -> str:
     return "–" if math.isnan(share) else f"{100 * share:.1f}".removesuffix(".0") + "%"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -20,6 +20,7 @@ from lcx.positions.scheme import Scheme
 from lcx.training.checkpoints import InitialWeights
 from lcx.training.checks import check_stage, check_vocabulary
 from lcx.training.ladder import Attempt, Decisions, PreviousStage, choose, theta_of
+from lcx.training.memory import check_least
 from lcx.training.metrics import Meter, peak_flops
 from lcx.training.monitor import Probe, probe_sums, read_probe
 from lcx.training.optimizer import is_trained
@@ -73,7 +74,7 @@ class StageBuilder:
             schemes = self.choose(index)[1]
             check_stage(run, stage, mesh, run.specs(schemes, stage.length))
             # What a scheme refuses at a stage's length is said now, before the workdir is claimed or a stage is trained.
-            build_architecture(run.model, run.execution, build_schemes(run.model, schemes), stage.length)
+            check_least(run, stage, self._step(index, schemes)[3])
         self.corpus = _corpus(run)
         check_vocabulary(run.model, self.corpus.tokenizer.vocab_size, run.data.tokenizer)
         self.loaders = [self._loader(index, stage) for index, stage in enumerate(run.stages)]
@@ -83,10 +84,7 @@ class StageBuilder:
         stage, mesh = self.run.stages[index], self.meshes[index]
         attempt, schemes = self.choose(index)
         previous = PreviousStage(self.choose(index - 1)[1], self.run.stages[index - 1].length) if index else self.before_first
-        arch, buffers = build_architecture(
-            self.run.model, self.run.execution, build_schemes(self.run.model, schemes), stage.length, stage.shifted_group
-        )
-        table = self.run.specs(schemes, stage.length)
+        arch, buffers, table, step = self._step(index, schemes)
         peak = peak_flops(mesh.devices.flat[0], self.run.metrics.peak_flops) * mesh.size
         return BuiltStage(
             index=index,
@@ -97,7 +95,7 @@ class StageBuilder:
             arch=arch,
             buffers=buffers,
             specs=table,
-            step=train_step(arch, table, self.run.optim_of(stage), stage.steps, mesh, stage.accumulate, self.run.adapters),
+            step=step,
             loader=self.loaders[index],
             meter=Meter(
                 tokens=stage.batch_size * stage.seq_len,
@@ -106,6 +104,16 @@ class StageBuilder:
             ),
             previous=previous,
         )
+
+    def _step(self, index: int, schemes: dict[str, Scheme]) -> tuple[Architecture, Tree, Tree, TrainStep]:
+        """The architecture of a stage under its schemes, its buffers, its table of parameters and its step, not compiled."""
+        run, stage = self.run, self.run.stages[index]
+        arch, buffers = build_architecture(
+            run.model, run.execution, build_schemes(run.model, schemes), stage.length, stage.shifted_group
+        )
+        table = run.specs(schemes, stage.length)
+        step = train_step(arch, table, run.optim_of(stage), stage.steps, self.meshes[index], stage.accumulate, run.adapters)
+        return arch, buffers, table, step
 
     def choose(self, index: int) -> tuple[Attempt, dict[str, Scheme]]:
         """The attempt that the decisions call for, and the schemes in force in it."""

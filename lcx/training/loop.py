@@ -26,6 +26,8 @@ from lcx.training import monitor
 from lcx.training.builder import BuiltStage, StageBuilder
 from lcx.training.checkpoints import InitialWeights, Meta, Store, initial_weights, scheme_configs, stage_ends
 from lcx.training.checks import warn_repeats, warn_unusual
+from lcx.training.forecast import forecast
+from lcx.training.memory import check_program
 from lcx.training.optimizer import groups
 from lcx.training.prefetch import Prefetcher, Stop
 from lcx.training.profile import Profiler, ProfileSteps
@@ -67,12 +69,14 @@ def train(
     given: InitialWeights | None = None,
     profile: ProfileSteps | None = None,
     reweight: Reweight | None = None,
+    fewer: str | None = None,
 ) -> Result:
     """Run all stages that are not finished in the workdir; the same call resumes after any interruption.
 
     `given` are the weights that `run.init_from` names (None: a checkpoint written by lcx, read when needed).
     `profile` are steps to trace; the call raises `UserError` if they are done already. `reweight` gives the batch to train on in
-    place of the loader's, of the same shapes.
+    place of the loader's, of the same shapes. With `fewer`, which is how a user names the number of steps, the time that the run
+    will take is said before the first of them.
     Ctrl-C saves and raises `KeyboardInterrupt`, SIGTERM saves and exits with status 143. Raises `UserError` for a config that
     cannot work, a workdir of another run, a full disk, and too many non-finite steps in a row.
     """
@@ -98,7 +102,7 @@ def train(
         profiler = held.enter_context(Profiler(profile, workdir))
         writer = metrics_log.Writer(workdir, run.metrics, active=main)
         try:
-            return Trainer(builder, workdir, store, writer, decisions, stop, profiler, reweight).run()
+            return Trainer(builder, workdir, store, writer, decisions, stop, profiler, reweight).run(fewer)
         finally:
             writer.close()
 
@@ -125,14 +129,17 @@ class Trainer:
         given, whole = builder.initial, all(self.config.is_kept(path) for path, _ in paths(builder.build(0).specs))
         self.base = None if given is None or whole else given.base
 
-    def run(self) -> Result:
-        """Run all remaining stages."""
+    def run(self, fewer: str | None = None) -> Result:
+        """Run all remaining stages; with `fewer` (see `train`), say first what they will take."""
         start = resume_point(self.builder, self.store)
         self.profiler.check(self.ends[start.index] - self.config.stages[start.index].steps + start.stage_step, self.ends[-1])
         built, state, at = self.builder.build(start.index), start.state, start.stage_step
         history = _history(start)
         self.writer.truncate(lambda row: metrics_log.place_of(row) <= self._reached(start))
         self._introduce(built, state)
+        if fewer is not None and (start.index, start.stage_step) != (len(self.ends) - 1, self.config.stages[-1].steps):
+            rows = metrics_log.read(self.workdir / "metrics.jsonl")
+            say(forecast(self.builder, start.index, start.stage_step, rows, fewer))
         for index in range(start.index, len(self.config.stages)):
             if index > start.index:
                 built = self.builder.build(index)
@@ -178,7 +185,8 @@ class Trainer:
                 if not built.step.is_compiled_for(batch):
                     bar.note("compiling")
                     with pending.excluded():
-                        built.step.compile(state, batch, built.buffers)
+                        program = built.step.compile(state, batch, built.buffers)
+                    check_program(self.config, stage, built.step, program)
                 done, total = step + 1, self._stage_start(built) + step + 1
                 with self.profiler.begin(total, pending.flush):
                     state, metrics = built.step(state, batch, built.buffers)

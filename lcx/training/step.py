@@ -87,11 +87,8 @@ class TrainStep:
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self.state_shardings = self._state_shardings()
         out = (self.state_shardings, self._replicated)
-        # XLA holds back on wide vectors for the sake of older processors' clocks; a step gains 3% by them.
-        options = {"xla_cpu_prefer_vector_width": 512} if mesh.devices.flat[0].platform == "cpu" else None
-        compiled = functools.partial(
-            jax.jit, donate_argnums=0, in_shardings=(self.state_shardings, None, None), compiler_options=options
-        )
+        shardings_in = (self.state_shardings, None, None)
+        compiled = functools.partial(jax.jit, donate_argnums=0, in_shardings=shardings_in, compiler_options=compiler_options(mesh))
         self._step = compiled(self._train, out_shardings=out)
         self._open_step = compiled(functools.partial(self._train, gradients=True), out_shardings=(*out, self._param_shardings))
 
@@ -110,10 +107,11 @@ class TrainStep:
         """Whether a call with such a batch compiles nothing."""
         return _form(batch) in self._programs
 
-    def compile(self, state: TrainState, batch: Batch, buffers: Mapping[str, Any]) -> None:
-        """Compiles the program of such a batch; nothing is run, and `state` is kept."""
+    def compile(self, state: TrainState, batch: Batch, buffers: Mapping[str, Any]) -> jax.stages.Compiled:
+        """The program of such a batch, compiled and kept; nothing is run, and `state` is kept."""
         with jax.set_mesh(self.mesh):
-            self._programs[_form(batch)] = self._step.lower(state, batch, buffers).compile()
+            program = self._programs[_form(batch)] = self._step.lower(state, batch, buffers).compile()
+        return program
 
     def with_gradients(self, state: TrainState, batch: Batch, buffers: Mapping[str, Any]) -> tuple[TrainState, dict, Tree]:
         """As a call, and the float32 gradient of (Σ w·ℓ + z-loss) / Σ w (+ the experts' balance) before clipping; for tests and
@@ -284,6 +282,12 @@ class TrainStep:
 
     def _shard(self, grads: Tree) -> Tree:
         return jax.tree.map(jax.lax.with_sharding_constraint, grads, self._param_shardings)
+
+
+def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
+    """XLA's options for programs of training on a mesh."""
+    # XLA holds back on wide vectors for the sake of older processors' clocks; a step gains 3% by them.
+    return {"xla_cpu_prefer_vector_width": 512} if mesh.devices.flat[0].platform == "cpu" else None
 
 
 def _form(batch: Batch) -> tuple[tuple[int, ...], jax.tree_util.PyTreeDef]:

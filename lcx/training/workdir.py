@@ -143,7 +143,11 @@ def _compare(workdir: Path, there: dict[str, Any], here: dict[str, Any]) -> None
     ]
     if differences:
         more = f" and {len(differences) - 1} more" if len(differences) > 1 else ""
-        raise UserError(f"workdir {workdir} holds a run with another config: {differences[0]}{more}; name another --workdir")
+        # On another kind of machine than the run began on, a config that leaves the type to the machine finds another.
+        dtype, way = "execution.compute_dtype", "name another --workdir"
+        if differences[0].startswith(dtype) and not more:
+            way = f"give --config.{dtype}={old.get(dtype)}, or {way}"
+        raise UserError(f"workdir {workdir} holds a run with another config: {differences[0]}{more}; {way}")
 
 
 def _named(path: str, names: dict[str, str]) -> str:

@@ -217,6 +217,9 @@ WRONG = {
     "eval --endpoint=http://localhost:9/v1 --model=m --tokenizer=bytes": "evals.tasks has 'needles', which no server answers",
     "eval --endpoint=http://localhost:9/v1 --checkpoint={run}": "--checkpoint and --endpoint conflict; give only one of them",
     "eval --endpoint=http://localhost:9/v1 --positions=yarn": "--positions=yarn needs a checkpoint; a server",
+    "eval --endpoint=http://localhost:9/v1 --dtype=bfloat16": "--dtype=bfloat16 needs a checkpoint; a server has chosen its own",
+    "eval --checkpoint={run} --dtype=float8": "dtype='float8' is unknown; did you mean 'float",
+    "harness --checkpoint={run} --tasks=a --dtype=int8": "dtype='int8' is unknown",
     # generation
     "generate --prompt=a": "--checkpoint is missing; name a run's workdir",
     "generate --checkpoint={run}": "no prompt given; use --prompt=TEXT or --prompt_file=FILE",

@@ -64,3 +64,44 @@ def test_memory_that_was_freed_is_not_cleared_again():
         done = subprocess.run([sys.executable, "-c", FREED, what], env=env, capture_output=True, text=True, check=True)
         faults[what] = int(done.stdout)
     assert faults["keep"] < faults["return"] / 4
+
+
+def tree(root, cgroup, **files):
+    for name, text in {"proc/self/cgroup": cgroup, **files}.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+STAT = "anon 5\ninactive_file 3000000\ntotal_inactive_file 3000000\n"
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "files", "wanted"),
+    [
+        # Version 2: the lowest of the limits of a group and those above it, files in memory not counted as used.
+        (
+            "0::/a/b\n",
+            {"a/b/memory.max": "max", "a/memory.max": "9000000", "a/memory.current": "7000000", "a/memory.stat": STAT},
+            5e6,
+        ),
+        ("0::/\n", {"memory.max": "9000000", "memory.current": "7000000"}, 2e6),
+        ("0::/\n", {"memory.max": "9000000", "memory.current": "9000001"}, 0),
+        # Version 1, whose path a container does not see.
+        (
+            "4:memory:/docker/1\n3:cpu:/x\n",
+            {"memory/memory.limit_in_bytes": "8000000", "memory/memory.usage_in_bytes": "6000000", "memory/memory.stat": STAT},
+            5e6,
+        ),
+    ],
+)
+def test_memory_within_a_container(tmp_path, cgroup, files, wanted):
+    named = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
+    assert host.available_memory(tree(tmp_path, cgroup, **named)) == wanted
+
+
+@pytest.mark.parametrize("cgroup", ["0::/\n", "4:cpu:/x\n"])
+def test_memory_without_a_limit_is_the_machine_s(tmp_path, cgroup):
+    limits = {"sys/fs/cgroup/memory.max": "max\n", "sys/fs/cgroup/memory.current": "5\n"}
+    assert host.available_memory(tree(tmp_path, cgroup, **limits)) > 1e8
+    assert host.available_memory(tmp_path / "nowhere") > 1e8

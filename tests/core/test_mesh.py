@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from lcx.core.errors import UserError
-from lcx.core.mesh import AXES, MeshConfig, check_divides, make_mesh, partition_spec
+from lcx.core.mesh import AXES, MeshConfig, check_divides, fast_dtype, make_mesh, partition_spec
 from lcx.core.param_spec import ONES, Init, ParamSpec, abstract, initialize, shardings
 from lcx.core.trees import num_bytes
 from tests.compare import worst_error
@@ -96,3 +96,19 @@ def test_worst_error_finds_the_leaf_and_counts_nan():
 def test_bad_specs_are_refused():
     with pytest.raises(ValueError, match="logical axes"):
         ParamSpec((2, 3), (None,))
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "dtype"),
+    [
+        ("cpu", None, "float32"),
+        ("tpu", None, "bfloat16"),
+        ("gpu", "9.0", "bfloat16"),
+        ("gpu", "7.5", "float32"),
+        ("gpu", "gfx942", "bfloat16"),
+        ("gpu", None, "bfloat16"),
+    ],
+)
+def test_the_type_to_compute_in(platform, capability, dtype):
+    assert fast_dtype(platform, capability) == dtype
+    assert fast_dtype() == "float32"  # the tests run on CPUs

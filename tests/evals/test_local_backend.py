@@ -61,6 +61,13 @@ def weights():
     return params, build_schemes(MODEL, {"default": "rope:theta=500"})
 
 
+def test_answers_are_kept_apart_by_the_type_they_were_computed_in(weights):
+    params, schemes = weights
+    executions = (ExecutionConfig(), ExecutionConfig(compute_dtype="bfloat16"), ExecutionConfig(remat="block"))
+    plain, rounded, again = (LocalBackend(params, MODEL, one, schemes, 64).fingerprint for one in executions)
+    assert plain == again != rounded
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 4])
 def test_what_questions_have_in_common_is_computed_once(weights, rows, monkeypatch):

@@ -124,6 +124,28 @@ def test_what_is_learned_and_asked_follows_from_the_tokenizer(source):
     assert tuple(extension.complete(config).evals.tasks) == ("perplexity",)
 
 
+def test_the_type_to_compute_in_is_the_machine_s_unless_it_is_named(source, monkeypatch):
+    def found(asked=None):
+        config = extension.defaults()
+        config.source, config.target = str(source), TARGET
+        if asked:
+            config.execution.compute_dtype = asked
+        return extension.complete(config).execution.compute_dtype
+
+    assert (found(), found("bfloat16"), models.load(source, dtype="auto").run.execution.compute_dtype) == (
+        "float32",
+        "bfloat16",
+        "float32",
+    )
+    for module in (extension, models):
+        monkeypatch.setattr(module, "fast_dtype", lambda: "bfloat16")  # another machine
+    assert (found(), found("float32")) == ("bfloat16", "float32")
+    loaded = models.load(source, dtype="auto")
+    assert loaded.run.execution.compute_dtype == "bfloat16"
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(loaded.params)} == {"bfloat16"}
+    assert models.load(source).run.execution.compute_dtype == "float32"
+
+
 def test_short_rows_whose_positions_skip(source):
     config = extension.defaults()
     config.source, config.target, config.pose_tokens, config.whole_steps = str(source), TARGET, TRAINED, 3

@@ -195,9 +195,11 @@ class LocalBackend:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Sixteen hex digits of the weights and the frequencies that they are used with."""
-        sums = jax.tree.leaves(_sums((self._params, self._buffers)))
-        return hashlib.sha256(np.asarray(sums, np.float64).tobytes()).hexdigest()[:16]
+        """Sixteen hex digits of the weights, the frequencies that they are used with, and the type they are computed in."""
+        sums, dtype = jax.tree.leaves(_sums((self._params, self._buffers))), self._arch.execution.compute_dtype
+        # Answers that were kept before there was a choice were computed in float32.
+        named = b"" if dtype == "float32" else dtype.encode()
+        return hashlib.sha256(np.asarray(sums, np.float64).tobytes() + named).hexdigest()[:16]
 
     def _groups(self, items: Sequence[Item]) -> list[Sequence[Item]]:
         return [items[first : first + self.rows] for first in range(0, len(items), self.rows)]
