@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from lcx.cli import parse
@@ -26,7 +27,6 @@ from lcx.training import metrics
 HERE = Path(__file__).parent
 CONFIG = HERE.parents[1] / "configs" / "real_model.py"
 TRAINED, TARGET = 8192, 32768
-NAMES = {"none": "as it is"}
 
 
 def configured(args: argparse.Namespace):
@@ -36,10 +36,20 @@ def configured(args: argparse.Namespace):
     for part in config.data.parts.values():
         part.source.kind, part.source.path = "text", args.books
     config.evals.lengths = tuple(args.lengths)
-    config.evals.questions.samples = args.samples
+    config.evals.questions.samples, config.evals.perplexity_tokens = args.samples, args.perplexity_tokens
     config.evals.questions.prose = (args.books,)
-    config.evals.zero_shot = tuple(args.zero_shot)
+    config.evals.zero_shot = ()
     return parse.module(str(CONFIG)).complete(config)
+
+
+def without_training(workdir: Path, source: str, evals: EvalConfig, schemes: Sequence[str]) -> EvalResult:
+    """The needles that the model finds as it is and under schemes that need no training."""
+    label = "zero_shot"
+    file = workdir / "eval" / f"{label}.json"
+    if file.exists():
+        return read(file)
+    evals = dataclasses.replace(evals, tasks=("needle_in_prose",), zero_shot=tuple(schemes))
+    return evaluate_loaded(models.load(source), evals, label, workdir)
 
 
 def longest(workdir: Path, evals: EvalConfig) -> EvalResult:
@@ -58,9 +68,14 @@ def rows(result: EvalResult) -> list[dict]:
     return [{key: value for key, value in vars(row).items() if value is not None} for row in result.rows]
 
 
-def panels(before: EvalResult, after: EvalResult, longer: EvalResult | None) -> dict[str, EvalResult]:
-    """What is compared, by name: the model under each scheme before, and after at all lengths."""
-    found = {NAMES.get(scheme, f"{scheme}, zero-shot"): before.select(scheme=scheme) for scheme in before.values("scheme")}
+def panels(before: EvalResult, tried: EvalResult | None, after: EvalResult, longer: EvalResult | None) -> dict[str, EvalResult]:
+    """What is compared, by name: the model as it is, under schemes that need no training, and extended, at all lengths."""
+    found = {"as it is": before}
+    found |= (
+        {f"{scheme}, zero-shot": tried.select(scheme=scheme) for scheme in tried.values("scheme") if scheme != "none"}
+        if tried
+        else {}
+    )
     found["extended"] = dataclasses.replace(after, rows=(*after.rows, *(longer.rows if longer else ())))
     return found
 
@@ -93,6 +108,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--tokens_per_step", type=int, default=4096)
     parser.add_argument("--samples", type=int, default=2, help="texts of needles at each length")
+    parser.add_argument("--perplexity_tokens", type=int, default=1 << 14, help="tokens of held-out text at each length")
     parser.add_argument("--lengths", type=int, nargs="+", default=(2048, 8192, 16384))
     parser.add_argument("--zero_shot", nargs="*", default=("ntk", "yarn"))
     parser.add_argument("--longest", action="store_true", help="also measure the extended model at its target")
@@ -100,13 +116,17 @@ def main() -> None:
     chosen = recipe(configured(args))
     run_recipe(chosen, args.workdir, ["experiments/008_real_model/run.py"])
     before, after = (read(args.workdir / "eval" / f"{name}.json") for name in ("before", "after"))
+    source = str(chosen.run.init_from)
+    tried = without_training(args.workdir, source, chosen.evals, args.zero_shot) if args.zero_shot else None
     longer = longest(args.workdir, chosen.evals) if args.longest else None
     history = [
         {key: row[key] for key in ("step", "stage", "loss", "step_seconds") if key in row}
         for row in metrics.read(args.workdir / "metrics.jsonl")
     ]
-    sizes = {name: getattr(args, name) for name in ("steps", "tokens_per_step", "samples", "lengths", "zero_shot")}
-    write(panels(before, after, longer), history, sizes)
+    sizes = {
+        name: getattr(args, name) for name in ("steps", "tokens_per_step", "samples", "perplexity_tokens", "lengths", "zero_shot")
+    }
+    write(panels(before, tried, after, longer), history, sizes)
     say(f"written to {HERE}")
 
 
