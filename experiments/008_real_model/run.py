@@ -120,7 +120,7 @@ def main() -> None:
     tried = without_training(args.workdir, source, chosen.evals, args.zero_shot) if args.zero_shot else None
     longer = longest(args.workdir, chosen.evals) if args.longest else None
     history = [
-        {key: row[key] for key in ("step", "stage", "loss", "step_seconds") if key in row}
+        {key: row[key] for key in ("step", "stage", "loss", "tokens_per_second") if key in row}
         for row in metrics.read(args.workdir / "metrics.jsonl")
     ]
     sizes = {
