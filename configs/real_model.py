@@ -39,11 +39,8 @@ def get_config():
     config.target = 32768
     # A row of 2,048 tokens takes seconds on two cores, one of 32,768 a quarter of an hour.
     config.pose_tokens = 2048
-    config.steps = 100
     config.tokens_per_step = 4096
-    config.optim.lr = 2e-5
     config.optim.warmup_steps = 10
-    config.data.parts.text.weight = 0.3
     config.data.parts.task.weight = 0.5
     config.data.parts.short = part(weight=0.2, packing={"mask_documents": True, "reset_positions": True})
     config.evals.tasks = ("needle_in_prose", "perplexity")

@@ -117,10 +117,7 @@ def train(
         complete = getattr(parse.module(str(config).partition(":")[0]), "complete", None)
         config = parse.load(str(config))
     _override(config, overrides or {})
-    fewer = "steps" if "steps" in config else "stages.STAGE.steps"
-    run = recipe(config if complete is None else complete(config)).run
-    loop.train(run, workdir, given=models.initial_weights(run.init_from), fewer=fewer)
-    return models.load(workdir)
+    return _trained(config if complete is None else complete(config), workdir, parse.steps_key(config))
 
 
 def extend(source: str | Path, target: int, workdir: str | Path, **overrides: Any) -> Loaded:
@@ -131,9 +128,7 @@ def extend(source: str | Path, target: int, workdir: str | Path, **overrides: An
     """
     config = extension.defaults()
     _override(config, {"source": str(source), "target": target, **overrides})
-    run = recipe(extension.complete(config)).run
-    loop.train(run, workdir, given=models.initial_weights(run.init_from), fewer="steps")
-    return models.load(workdir)
+    return _trained(extension.complete(config), workdir, parse.steps_key(config))
 
 
 def plot(results: EvalResult | Sequence[EvalResult] | Mapping[str, EvalResult], task: str | None = None) -> Figure:
@@ -146,6 +141,12 @@ def plot(results: EvalResult | Sequence[EvalResult] | Mapping[str, EvalResult], 
     from lcx.report.overview import overview
 
     return overview(results, task)
+
+
+def _trained(complete: ml_collections.ConfigDict, workdir: str | Path, fewer: str) -> Loaded:
+    run = recipe(complete).run
+    loop.train(run, workdir, given=models.initial_weights(run.init_from), fewer=fewer)
+    return models.load(workdir)
 
 
 def _override(config: ml_collections.ConfigDict, values: Mapping[str, Any]) -> None:

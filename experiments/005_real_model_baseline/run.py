@@ -24,7 +24,7 @@ from lcx.data.config import DataConfig
 from lcx.data.tokenizers import tokenizers
 from lcx.evals.base import Item
 from lcx.evals.config import EvalConfig, QuestionConfig
-from lcx.evals.results import EvalResult, from_mapping, read
+from lcx.evals.results import EvalResult, from_mapping, plain_rows, read
 from lcx.evals.runner import gather
 from lcx.evals.tasks.table import GROUPS, TASKS
 from lcx.recipes import models
@@ -59,11 +59,6 @@ def evaluated(loaded: Loaded, config: EvalConfig, label: str, workdir: Path) -> 
     """The evaluation, from its file if it is there."""
     file = workdir / "eval" / f"{label}.json"
     return read(file) if file.exists() else evaluate_loaded(loaded, config, label, workdir)
-
-
-def rows(result: EvalResult) -> list[dict]:
-    """Its rows, what does not apply to one left out."""
-    return [{key: value for key, value in vars(row).items() if value is not None} for row in result.rows]
 
 
 def prompts(data: DataConfig, questions: QuestionConfig, count: int) -> list[tuple[str, Item, int]]:
@@ -161,10 +156,10 @@ def main() -> None:
     record = json.loads((HERE / "results.json").read_text())
     if "ruler" in arguments.parts:
         config = EvalConfig(tasks=("ruler",), lengths=tuple(arguments.lengths), questions=questions)
-        record["ruler"] = rows(evaluated(loaded, config, f"ruler-{arguments.samples}", arguments.workdir))
+        record["ruler"] = plain_rows(evaluated(loaded, config, f"ruler-{arguments.samples}", arguments.workdir))
     if "needles" in arguments.parts:
         heat = EvalConfig(tasks=("needle_in_prose",), lengths=LENGTHS, questions=QuestionConfig(arguments.needles, "chat"))
-        record["needles"] = rows(evaluated(loaded, heat, f"needles-{arguments.needles}", arguments.workdir))
+        record["needles"] = plain_rows(evaluated(loaded, heat, f"needles-{arguments.needles}", arguments.workdir))
     if "compare" in arguments.parts:
         arguments.workdir.mkdir(parents=True, exist_ok=True)
         kept = arguments.workdir / "compared.jsonl"

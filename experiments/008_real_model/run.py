@@ -18,7 +18,7 @@ from pathlib import Path
 from lcx.cli import parse
 from lcx.core.console import say
 from lcx.evals.config import EvalConfig, QuestionConfig
-from lcx.evals.results import EvalResult, perplexity, read
+from lcx.evals.results import EvalResult, perplexity, plain_rows, read
 from lcx.recipes import models
 from lcx.recipes.recipe import evaluate_loaded, recipe, run_recipe
 from lcx.report import markdown, plots, style
@@ -42,30 +42,23 @@ def configured(args: argparse.Namespace):
     return parse.module(str(CONFIG)).complete(config)
 
 
+def evaluated(model: str | Path, evals: EvalConfig, label: str, workdir: Path) -> EvalResult:
+    """The evaluation, from its file if it is there."""
+    file = workdir / "eval" / f"{label}.json"
+    return read(file) if file.exists() else evaluate_loaded(models.load(model), evals, label, workdir)
+
+
 def without_training(workdir: Path, source: str, evals: EvalConfig, schemes: Sequence[str]) -> EvalResult:
     """The needles that the model finds as it is and under schemes that need no training."""
-    label = "zero_shot"
-    file = workdir / "eval" / f"{label}.json"
-    if file.exists():
-        return read(file)
     evals = dataclasses.replace(evals, tasks=("needle_in_prose",), zero_shot=tuple(schemes))
-    return evaluate_loaded(models.load(source), evals, label, workdir)
+    return evaluated(source, evals, "zero_shot", workdir)
 
 
 def longest(workdir: Path, evals: EvalConfig) -> EvalResult:
     """The extended model at its target, where a text takes many minutes: one text of needles and one window of text."""
-    label = f"after-{TARGET}"
-    file = workdir / "eval" / f"{label}.json"
-    if file.exists():
-        return read(file)
     questions = QuestionConfig(1, prose=evals.questions.prose)
     evals = dataclasses.replace(evals, lengths=(TARGET,), questions=questions, perplexity_tokens=TARGET, zero_shot=())
-    return evaluate_loaded(models.load(workdir), evals, label, workdir)
-
-
-def rows(result: EvalResult) -> list[dict]:
-    """Its rows, what does not apply to one left out."""
-    return [{key: value for key, value in vars(row).items() if value is not None} for row in result.rows]
+    return evaluated(workdir, evals, f"after-{TARGET}", workdir)
 
 
 def panels(before: EvalResult, tried: EvalResult | None, after: EvalResult, longer: EvalResult | None) -> dict[str, EvalResult]:
@@ -82,7 +75,7 @@ def panels(before: EvalResult, tried: EvalResult | None, after: EvalResult, long
 
 def write(compared: dict[str, EvalResult], history: list[dict], settings: dict) -> None:
     """results.json, the pictures, and the tables of the README."""
-    record = {"settings": settings, "rows": {name: rows(result) for name, result in compared.items()}, "training": history}
+    record = {"settings": settings, "rows": {name: plain_rows(result) for name, result in compared.items()}, "training": history}
     (HERE / "results.json").write_text(json.dumps(record, indent=1) + "\n")
     needles = {name: result.select(task="needle_in_prose", metric="score") for name, result in compared.items()}
     texts = {name: result.select(task="perplexity", metric="nll") for name, result in compared.items()}

@@ -72,7 +72,7 @@ def read(values: flags.FlagValues, rest: Sequence[str]) -> tuple[ml_collections.
 
 def fewer_steps(values: flags.FlagValues) -> str:
     """The flag that makes a run of the config shorter."""
-    return "--config.steps" if "steps" in values.config else "--config.stages.STAGE.steps"
+    return f"--config.{parse.steps_key(values.config)}"
 
 
 def filename(values: flags.FlagValues) -> str:

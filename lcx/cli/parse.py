@@ -24,6 +24,11 @@ from lcx.core.errors import UserError
 CONFIG_HELP = "    --config.KEY=VALUE     change a value of the config, as in --config.seed=1; may be repeated\n"
 
 
+def steps_key(config: ml_collections.ConfigDict) -> str:
+    """The key of a config that says how many steps a run takes."""
+    return "steps" if "steps" in config else "stages.STAGE.steps"
+
+
 def parse(values: flags.FlagValues, command: str, words: Sequence[str]) -> list[str]:
     """Read the flags of a command line into `values`; returns the words that are not flags.
 

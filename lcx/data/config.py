@@ -100,6 +100,11 @@ class PackingConfig:
     reset_positions: bool = False
     shared_bos: bool = False
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether a row is read as one text with one run of positions, so that these may be remapped."""
+        return not (self.mask_documents or self.reset_positions or self.shared_bos)
+
 
 Upsampling = Literal["per_source", "global", "none"]
 
@@ -141,7 +146,7 @@ class PartConfig:
             raise UserError(f"part.short_keep={self.short_keep} must be a probability from 0 to 1")
         if self.max_tokens is not None and self.max_tokens < self.min_tokens:
             raise UserError(f"part.max_tokens={self.max_tokens} is below part.min_tokens={self.min_tokens}; raise it")
-        if self.remap != "none" and (self.packing.mask_documents or self.packing.reset_positions or self.packing.shared_bos):
+        if self.remap != "none" and not self.packing.is_plain:
             raise UserError(
                 f"part.remap={self.remap!r} rewrites the positions of whole rows; set packing.mask_documents, "
                 "packing.reset_positions and packing.shared_bos to False"

@@ -134,10 +134,16 @@ class EvalResult:
 
 def write(result: EvalResult, path: str | os.PathLike[str]) -> pathlib.Path:
     """Write the result as JSON, a row a line, what does not apply to it left out; the file appears whole or not at all."""
-    values = configs.plain(result)
-    rows = [json.dumps({key: value for key, value in row.items() if value is not None}) for row in values.pop("rows")]
+    values = configs.plain(dataclasses.replace(result, rows=()))
+    del values["rows"]
+    rows = map(json.dumps, plain_rows(result))
     head = json.dumps(values, indent=1).removesuffix("\n}")
     return write_atomically(path, f'{head},\n "rows": [\n  ' + ",\n  ".join(rows) + "\n ]\n}\n")
+
+
+def plain_rows(result: EvalResult) -> list[dict[str, Any]]:
+    """The rows of a result as plain values, what does not apply to one left out."""
+    return [{key: value for key, value in configs.plain(row).items() if value is not None} for row in result.rows]
 
 
 def read(path: str | os.PathLike[str]) -> EvalResult:

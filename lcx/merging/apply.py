@@ -15,14 +15,13 @@ from lcx.core.configs import choice
 from lcx.core.console import say, warn
 from lcx.core.errors import UserError
 from lcx.interop import hf_config, peft
-from lcx.interop.families import ROPE_KEYS
 from lcx.interop.folder import copy_companions, created, is_folder
 from lcx.interop.peft import EMBEDDINGS, HEAD, RECORD, WEIGHTS
 from lcx.interop.shards import DTYPES, Shards
 from lcx.interop.weights import shape_text
 from lcx.merging import models as checks
 from lcx.merging.extract import DELTA, SPARSE
-from lcx.merging.models import LENGTH, Model, config_text
+from lcx.merging.models import LENGTH, Model, config_text, with_rotary
 from lcx.merging.stream import MAX_SHARD_BYTES, Work, stream
 from lcx.merging.tensors import Reader, Tensor
 from lcx.merging.writer import Stored
@@ -279,11 +278,3 @@ class Application:
                     "--rotary=target"
                 )
         return values if rotary == "target" else with_rotary(values, tuned)
-
-
-def with_rotary(values: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json with the rotary settings and the length of another."""
-    keys = (*ROPE_KEYS, LENGTH)
-    kept = {key: value for key, value in values.items() if key not in keys}
-    kept |= {key: other[key] for key in keys if key in other}
-    return kept | hf_config.longer(kept, values.get(LENGTH), kept.get(LENGTH, 0))

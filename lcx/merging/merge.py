@@ -11,12 +11,11 @@ from typing import Any
 
 from lcx.core.console import say, table, warn
 from lcx.core.errors import UserError
-from lcx.interop.families import ROPE_KEYS
 from lcx.interop.folder import created, files_with_weights, refuse_full_disk, tokenizer_files
-from lcx.interop.hf_config import FILE, longer, read_json
+from lcx.interop.hf_config import FILE, read_json
 from lcx.merging import models as checks
 from lcx.merging.config import MergeConfig, read
-from lcx.merging.models import LAYER_COUNTS, LENGTH, PER_LAYER, Model, config_text
+from lcx.merging.models import LAYER_COUNTS, PER_LAYER, Model, config_text, with_rotary
 from lcx.merging.plan import NO_EFFECT, Job, Plan, PlanBuilder, kind
 from lcx.merging.stream import MAX_SHARD_BYTES, Work, stream
 
@@ -153,10 +152,7 @@ class Merge:
             if isinstance(values.get(key), list) and len(values[key]) == self.main.layers:
                 values[key] = [model.values[key][layer] for model, layer in layers]
         if self.rotary is not self.main:
-            for key in (*ROPE_KEYS, LENGTH):
-                values.pop(key, None)
-            values |= {key: self.rotary.values[key] for key in (*ROPE_KEYS, LENGTH) if key in self.rotary.values}
-            values |= longer(values, self.main.values.get(LENGTH), values.get(LENGTH, 0))
+            values = with_rotary(values, self.rotary.values)
         if self.config.out is not None:
             values |= {"dtype": self.config.out, "torch_dtype": self.config.out}
         return values

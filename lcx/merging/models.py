@@ -23,7 +23,7 @@ UNUSED = re.compile(r".*\.rotary_emb\.inv_freq")
 """Tensors of old checkpoints that nothing reads."""
 
 HEAD = "lm_head.weight"
-LENGTH = "max_position_embeddings"
+LENGTH = hf_config.LENGTH
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
 PER_LAYER = ("layer_types", "no_rope_layers", "mlp_only_layers")
 """Keys of config.json about single layers."""
@@ -187,3 +187,11 @@ def vocabulary(folder: Path) -> dict[str, int | str] | None:
 def config_text(values: Mapping[str, Any]) -> str:
     """A config.json's content."""
     return json.dumps(values, indent=2) + "\n"
+
+
+def with_rotary(values: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json with the rotary settings and the length of another."""
+    keys = (*ROPE_KEYS, LENGTH)
+    kept = {key: value for key, value in values.items() if key not in keys}
+    kept |= {key: other[key] for key in keys if key in other}
+    return kept | hf_config.longer(kept, values.get(LENGTH), kept.get(LENGTH, 0))

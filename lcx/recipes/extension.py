@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from lcx.core import configs
 from lcx.core.configs import not_negative, positive
 from lcx.core.errors import UserError
 from lcx.core.mesh import fast_dtype
+from lcx.data.config import PackingConfig
 from lcx.evals.config import EvalConfig
 from lcx.interop.hf_config import Described
 from lcx.model.config import is_local
@@ -117,7 +118,11 @@ def complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     values["model"] = {**configs.plain(described.model), **values["model"]}
     values["positions"] = scheme_configs(described.schemes)
     values["init_from"] = str(source)
-    skipping = [name for name, part in values["data"]["parts"].items() if _may_skip(part)]
+    packing = {
+        name: configs.build(PackingConfig, part.get("packing", {}), f"config.data.parts.{name}.packing")
+        for name, part in values["data"]["parts"].items()
+    }
+    skipping = [name for name, how in packing.items() if how.is_plain]
     values["stages"] = _stages(wanted, described, trained, skipping)
     given = values["data"]["tokenizer"]
     if given is not None and not is_tokenizer_of(given, source):
@@ -171,12 +176,6 @@ def _batch(wanted: ExtensionConfig, row: int) -> dict[str, int]:
     """As many rows of so many tokens as make a step, in microbatches of equal size."""
     rows = max(1, wanted.tokens_per_step // row)
     return {"batch_size": -(-rows // wanted.accumulate) * wanted.accumulate, "accumulate": wanted.accumulate}
-
-
-def _may_skip(part: Mapping[str, Any]) -> bool:
-    """Whether a part's rows are read as a whole, so that their positions may skip."""
-    packing = part.get("packing", {})
-    return not any(packing.get(name) for name in ("mask_documents", "reset_positions", "shared_bos"))
 
 
 def _thetas(described: Described, wanted: ExtensionConfig, trained: int, length: int) -> dict[str, float]:

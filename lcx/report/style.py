@@ -147,6 +147,12 @@ def value_axis(axes: Axes, low: float, high: float, label: str) -> None:
     axes.set_ylabel(label)
 
 
+def share_axis(axes: Axes) -> None:
+    """The y axis of shares from 0 to 1, in percent."""
+    axes.set_ylim(-0.03, 1.03)
+    axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f}%")
+
+
 def mark_trained(axes: Axes, trained: int | None, text: str = "trained at") -> None:
     """A dashed upright at the trained length with its name at the top."""
     if trained is None:
