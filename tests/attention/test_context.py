@@ -120,7 +120,7 @@ def test_heads_in_groups_take_less_memory(strategy):
             program = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, k).compile()
         return program.memory_analysis().temp_size_in_bytes
 
-    assert temporary(8) < 0.6 * temporary(1)
+    assert temporary(8) < 0.7 * temporary(1)
 
 
 @pytest.mark.slow
