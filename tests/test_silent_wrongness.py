@@ -188,8 +188,8 @@ def check_masked_shard(strategy: str) -> None:
 FLAGS = {
     "mesh.context=4": ({"context": 1}, {}),
     "mesh.ulysses=4": ({"context_strategy": "ring"}, {"ulysses": 4}),
-    "remat=block": ({"remat": "none"}, {"remat": "block"}),
-    "remat=nested": ({"remat": "none"}, {"remat": "nested", "remat_every": 2}),
+    "remat=block": ({"remat": "none", "layer_unroll": 1}, {"remat": "block", "layer_unroll": 1}),
+    "remat=nested": ({"remat": "attention"}, {"remat": "nested", "remat_every": 2}),
     "head_groups=2": ({"context_strategy": "ring", "head_groups": 1}, {"context_strategy": "ring", "head_groups": 4}),
     "mlp_tile=2": ({"mlp_tile": None}, {"mlp_tile": 2}),
     "loss_tile=64": ({}, {"loss_tile": 64}),
@@ -298,13 +298,14 @@ def _not_sent_home(right: Any) -> Any:
     return lambda axis, shift, tree: tree if shift < -1 else right(axis, shift, tree)
 
 
-def _tiled_kv_heads(_: Any) -> Any:
-    """KV heads dealt in the wrong order before the exchange."""
+def _wrong_kv_heads(right: Any) -> Any:
+    """KV heads dealt in another order than the queries that need them."""
+    return lambda axis, x: right(axis, jnp.roll(x, 1, axis=2))
 
-    def send(axis: str, x: jax.Array) -> jax.Array:
-        return context.heads_for_tokens(axis, jnp.roll(x, 1, axis=2))
 
-    return send
+def _own_keys(_: Any) -> Any:
+    """A device's own keys, as often as there are devices."""
+    return lambda axis, keys: jax.tree.map(lambda x: jnp.concatenate([x] * jax.lax.axis_size(axis), axis=1), keys)
 
 
 def _index(**wrong: Callable[[Batch], Any]) -> Callable[[Any], Any]:
@@ -339,8 +340,8 @@ MUTATIONS = {
     "the last hop left out": Mutation(ring, "_directions", _one_hop_less, check_gradients, "ring"),
     "backward by the own keys' log-sum-exp": Mutation(context, "ring_backward", _own_lse, check_gradients, "ring"),
     "gradients of keys not sent home": Mutation(ring, "_send", _not_sent_home, check_gradients, "ring"),
-    "KV heads dealt to the wrong devices": Mutation(context, "keys_for_tokens", _tiled_kv_heads, check_gradients, "ulysses"),
-    "a gather of the own keys only": Mutation(gather, "_everybodys", lambda _: lambda axis, keys: keys, check_gradients, "gather"),
+    "KV heads dealt to the wrong devices": Mutation(context, "keys_for_tokens", _wrong_kv_heads, check_gradients, "ulysses"),
+    "a gather of the own keys only": Mutation(gather, "_everybodys", _own_keys, check_gradients, "gather"),
     "documents that see each other": Mutation(
         Batch, "index", _index(segments=lambda batch: jnp.ones_like(batch.segments)), check_packed_loss, "hybrid"
     ),
