@@ -1,91 +1,124 @@
-"""Checksums of arrays that are the same on any mesh and any number of processes: a sum over elements, each mixed with its place.
+"""Checksums (XXH3, 64 bits) of arrays: one of each shard, taken by the process that holds it, and compared on any other mesh.
 
-An element's bits and its index in the whole array go through the finaliser of MurmurHash3 (public domain, A. Appleby), and the
-results are added modulo 2**32. A sum does not ask who holds which part, so a device adds up its own shard, and XLA the shards. The
-finaliser is a bijection: one changed element always changes the sum; any other damage goes unseen once in 2**32.
+A shard is known by the box that it is of the whole array, as `0:128,0:64`. An array that lies otherwise when it is compared is cut
+into the boxes of then, where one process holds it all; where none does, what could not be compared is said.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import xxhash
 
 from lcx.core.trees import Tree, paths
 
-SMALL = 1 << 22
-"""Bytes of an array up to which numpy is quicker than a compiled program of its shape would be."""
-
-_PLACE, _FIRST, _SECOND = np.uint32(0x9E3779B1), np.uint32(0x85EBCA6B), np.uint32(0xC2B2AE35)
-_BLOCK = 1 << 15
-"""Elements that numpy works on at a time, so that they stay in a core's cache."""
+_THREADED = 1 << 24
+"""Bytes from which on threads are worth their start."""
 
 
-def tree_sums(tree: Tree) -> dict[str, str]:
-    """Path of each leaf -> its type and checksum, as `float32 0badcafe`; leaves are arrays of any shape and sharding.
+@dataclasses.dataclass(frozen=True)
+class ArraySums:
+    """Type and shape of an array, and the checksum of each box of it."""
 
-    Every process that holds a part of them has to call it, and all get the same.
+    dtype: str
+    shape: tuple[int, ...]
+    boxes: dict[str, str]
+
+    @property
+    def jax_dtype(self) -> jnp.dtype:
+        """The type as JAX has it."""
+        return jnp.dtype(self.dtype)
+
+    def joined(self, other: ArraySums) -> ArraySums:
+        """With the boxes of another process."""
+        return dataclasses.replace(self, boxes={**self.boxes, **other.boxes})
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """Paths of arrays that are `unlike` what was saved, and of those that no process holds in the boxes that were saved."""
+
+    unlike: list[str]
+    open: list[str]
+
+
+def own_sums(tree: Tree) -> dict[str, ArraySums]:
+    """Path -> checksums of the shards of each leaf that this process answers for: of each box the first of its copies.
+
+    Leaves are arrays of any sharding; they are read before this returns.
     """
-    leaves = dict(paths(tree))
-    sums = jax.device_get({path: _sum(leaf) for path, leaf in leaves.items()})
-    return {path: f"{np.dtype(leaf.dtype).name} {int(sums[path]):08x}" for path, leaf in leaves.items()}
+    found = {path: ArraySums(np.dtype(x.dtype).name, tuple(x.shape), {}) for path, x in paths(tree)}
+    pieces = [(path, box, data) for path, x in paths(tree) for box, data in _own_boxes(x)]
+    for (path, box, _), digest in zip(pieces, _hashes([data for _, _, data in pieces]), strict=True):
+        found[path].boxes[box] = digest
+    return found
 
 
-def differing(tree: Tree, sums: Mapping[str, str]) -> list[str]:
-    """Paths of the leaves whose checksum is not the one in `sums`, or is not there."""
-    return [path for path, found in tree_sums(tree).items() if sums.get(path) != found]
+def compare(tree: Tree, sums: Mapping[str, ArraySums]) -> Compared:
+    """The arrays of a tree against what `own_sums` gave, of all processes together. Leaves without any are unlike.
+
+    With several processes each compares what it holds, and has to be told what the others have found.
+    """
+    unlike, unknown, pieces = set(), [], []
+    for path, x in paths(tree):
+        saved = sums.get(path)
+        if saved is None or tuple(x.shape) != saved.shape or np.dtype(x.dtype).name != saved.dtype:
+            unlike.add(path)
+            continue
+        if isinstance(x, np.ndarray) or x.is_fully_addressable:
+            pieces += [(path, wanted, data) for wanted, data in _cut(x, saved.boxes)]
+            continue
+        if not saved.boxes.keys() <= {_box(index, x.shape) for index in x.sharding.devices_indices_map(x.shape).values()}:
+            unknown.append(path)
+            continue
+        pieces += [(path, saved.boxes[box], data) for box, data in _own_boxes(x) if box in saved.boxes]
+    for (path, wanted, _), digest in zip(pieces, _hashes([data for _, _, data in pieces]), strict=True):
+        if digest != wanted:
+            unlike.add(path)
+    return Compared(sorted(unlike), unknown)
 
 
-def dtype_of(checksum: str) -> np.dtype:
-    """The type of the array that a checksum of `tree_sums` was made of."""
-    return jnp.dtype(checksum.partition(" ")[0])
+def _own_boxes(x: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(x, np.ndarray):
+        yield _box((slice(None),) * x.ndim, x.shape), x
+        return
+    for shard in x.addressable_shards:
+        if shard.replica_id == 0:
+            yield _box(shard.index, x.shape), shard.data
 
 
-def _sum(x: Any) -> Any:
-    if isinstance(x, np.ndarray) or x.is_fully_addressable and x.nbytes <= SMALL:
-        return sum_on_host(np.asarray(x))
-    return sum_on_devices(x)
+def _cut(x: Any, boxes: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
+    """(checksum that was saved, numbers of the box), for an array that this process holds."""
+    held = {} if isinstance(x, np.ndarray) else {_box(shard.index, x.shape): shard.data for shard in x.addressable_shards}
+    whole = None
+    for box, wanted in boxes.items():
+        if box in held:
+            yield wanted, held[box]
+            continue
+        whole = np.asarray(x) if whole is None else whole
+        yield wanted, whole[tuple(slice(*map(int, part.split(":"))) for part in box.split(",") if part)]
 
 
-def sum_on_host(x: np.ndarray) -> int:
-    """The checksum of an array of any shape, by numpy."""
-    bits = np.ascontiguousarray(x).reshape(-1).view(_unsigned(x.dtype))
-    total = 0
-    for start in range(0, len(bits), _BLOCK):
-        block = bits[start : start + _BLOCK].astype(np.uint32)
-        places = np.arange(start, start + len(block), dtype=np.uint64).astype(np.uint32)
-        total += int(_mixed(block, places).sum(dtype=np.uint64))
-    return total & 0xFFFFFFFF
+def _box(index: tuple[slice, ...], shape: tuple[int, ...]) -> str:
+    return ",".join("{}:{}".format(*part.indices(size)[:2]) for part, size in zip(index, shape, strict=True))
 
 
-@jax.jit
-def sum_on_devices(x: jax.Array) -> jax.Array:
-    """The checksum uint32 of an array of any shape and sharding, where it is."""
-    bits = jax.lax.bitcast_convert_type(x, _unsigned(x.dtype)) if x.dtype != jnp.bool_ else x
-    bits = bits.astype(jnp.uint32).reshape(bits.shape or (1,))
-    places, stride = jnp.zeros((), jnp.uint32), 1
-    for axis in reversed(range(bits.ndim)):
-        places += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * np.uint32(stride & 0xFFFFFFFF)
-        stride *= bits.shape[axis]
-    # Row by row first, as a CPU's threads share rows.
-    rows = jnp.sum(_mixed(bits, places), axis=tuple(range(1, bits.ndim)), dtype=jnp.uint32)
-    return jnp.sum(rows, dtype=jnp.uint32)
+def _hashes(arrays: list[Any]) -> list[str]:
+    if sum(x.nbytes for x in arrays) < _THREADED:
+        return [_hash(x) for x in arrays]
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as executor:
+        return list(executor.map(_hash, arrays))
 
 
-def _mixed(bits: Any, places: Any) -> Any:
-    """uint32 of the same shape, of numpy or JAX."""
-    x = bits ^ (places * _PLACE)
-    x = (x ^ (x >> np.uint32(16))) * _FIRST
-    x = (x ^ (x >> np.uint32(13))) * _SECOND
-    return x ^ (x >> np.uint32(16))
-
-
-def _unsigned(dtype: Any) -> np.dtype:
-    """The unsigned type of as many bits; raises `TypeError` for elements of more than 32."""
-    size = np.dtype(dtype).itemsize
-    if size not in (1, 2, 4):
-        raise TypeError(f"checksums are of elements of at most 32 bits, not of {dtype}")
-    return np.dtype(f"uint{8 * size}")
+def _hash(x: Any) -> str:
+    if isinstance(x, jax.Array) and next(iter(x.devices())).platform != "cpu":
+        # A copy that is gone afterwards: numpy's own of an array on a device stays as long as the array.
+        x = jax.device_put(x, jax.local_devices(backend="cpu")[0])
+    return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)

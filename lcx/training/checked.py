@@ -9,15 +9,16 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from lcx.core import checksums, manifest
-from lcx.core.configs import fingerprint
+from lcx.core import checksums, configs, manifest
+from lcx.core.checksums import ArraySums
+from lcx.core.files import write_atomically
 from lcx.core.manifest import DamagedError
 from lcx.core.trees import joined, paths
 from lcx.training.meta import Meta
@@ -26,15 +27,18 @@ PARAMS, PROGRESS = "params", "progress"
 """The parts of a checkpoint: what a model is, and what a run needs to go on besides."""
 
 SUMS, OWN = "checksums", "own_checksum"
-"""Keys of the custom metadata: those of the arrays, and that of the metadata."""
+"""Keys of the custom metadata: one over the arrays of each part that process 0 wrote, and that of the metadata."""
+
+Sums = Mapping[str, ArraySums]
+"""Path of an array within a part -> its checksums."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What a checkpoint holds besides arrays. `sums`: `part/path` of each array -> its checksum; None where lcx wrote none yet."""
+    """What a checkpoint says of itself. `sealed`: part -> fingerprint of process 0's checksums; None where lcx wrote none yet."""
 
     meta: Meta
-    sums: dict[str, str] | None
+    sealed: dict[str, str] | None
 
 
 @dataclasses.dataclass
@@ -46,25 +50,38 @@ class Examined:
     faults: list[str] = dataclasses.field(default_factory=list)
 
 
+@dataclasses.dataclass(frozen=True)
+class Summed:
+    """A part to be written: its arrays, and the checksums of those of this process."""
+
+    tree: Any
+    sums: Sums
+
+
+OF_PROCESS = "checksums.process_"
+"""Begin of the name of a file with the checksums of one process."""
+
 MOST_HASHED = 1 << 20
 """Bytes up to which a file is read again for its checksum. What is longer holds arrays, which have their own."""
 
 
 class CheckedTree(ocp.handlers.CheckpointableHandler):
-    """Orbax's handler of trees, which leaves `checksums.json` in the folder of the part before the checkpoint is committed."""
+    """Orbax's handler of trees, for a `Summed`: each process leaves its checksums, the first a manifest of all files in the end."""
 
     def __init__(self) -> None:
         self._trees = ocp.handlers.PyTreeHandler()
 
-    async def save(self, directory: Any, checkpointable: Any) -> Awaitable[None]:
+    async def save(self, directory: Any, checkpointable: Summed) -> Awaitable[None]:
         """Start to write the tree; what comes back is done when the files and their manifest are there."""
-        return self._finish(directory, await self._trees.save(directory, checkpointable))
+        return self._finish(directory, checkpointable.sums, await self._trees.save(directory, checkpointable.tree))
 
-    async def _finish(self, directory: Any, written: Awaitable[None]) -> None:
+    async def _finish(self, directory: Any, sums: Sums, written: Awaitable[None]) -> None:
+        folder = Path(await directory.await_creation())
+        content = json.dumps(configs.plain(dict(sums)))
+        await asyncio.to_thread(write_atomically, folder / f"{OF_PROCESS}{jax.process_index()}.json", content)
         await written  # by all processes
-        folder = await directory.await_creation()
         if jax.process_index() == 0:
-            await asyncio.to_thread(manifest.write, Path(folder), most=MOST_HASHED)
+            await asyncio.to_thread(manifest.write, folder, most=MOST_HASHED)
 
     async def load(self, directory: Any, abstract_checkpointable: Any = None) -> Awaitable[Any]:
         """As orbax's."""
@@ -75,8 +92,8 @@ class CheckedTree(ocp.handlers.CheckpointableHandler):
         return await self._trees.metadata(directory)
 
     def is_handleable(self, checkpointable: Any) -> bool:
-        """As orbax's."""
-        return self._trees.is_handleable(checkpointable)
+        """Whether this is a `Summed`."""
+        return isinstance(checkpointable, Summed)
 
     def is_abstract_handleable(self, abstract_checkpointable: Any) -> bool | None:
         """As orbax's."""
@@ -93,21 +110,25 @@ def context(parts: tuple[str, ...]) -> ocp.Context:
     return found
 
 
-def sealed(meta: Meta, trees: dict[str, Any]) -> dict[str, Any]:
-    """The custom metadata of a checkpoint of `trees`, part -> arrays, which are read before this returns."""
+def sealed(meta: Meta, trees: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Summed]]:
+    """The custom metadata and the parts of a checkpoint of `trees`, part -> arrays, which are read before this returns."""
+    parts = {part: Summed(tree, checksums.own_sums(tree)) for part, tree in trees.items()}
     values = json.loads(json.dumps(dataclasses.asdict(meta)))
-    values[SUMS] = checksums.tree_sums(trees)
-    return {**values, OWN: fingerprint(values)}
+    values[SUMS] = {part: configs.fingerprint(of.sums) for part, of in parts.items()}
+    return {**values, OWN: configs.fingerprint(values)}, parts
 
 
 def record(checkpointer: ocp.training.Checkpointer, step: int) -> Record:
     """What a checkpoint says of itself; raises `DamagedError` if that is not what was written."""
-    values = dict(checkpointer.checkpointables_metadata(step).custom_metadata)
+    values = dict(checkpointer.checkpointables_metadata(step).custom_metadata or {})
     is_sealed, own = OWN in values or SUMS in values, values.pop(OWN, None)
-    if is_sealed and (own != fingerprint(values) or values["step"] != step):
-        raise DamagedError("its metadata are not what was saved")
-    sums = values.pop(SUMS, None)
-    return Record(Meta(**{**values, "losses": tuple(values["losses"])}), sums)
+    try:
+        if is_sealed and (own != configs.fingerprint(values) or values["step"] != step):
+            raise ValueError("their own checksum differs")
+        found = values.pop(SUMS, None)
+        return Record(Meta(**{**values, "losses": tuple(values["losses"])}), found)
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedError("its metadata are not what was saved") from error
 
 
 def load(checkpointer: ocp.training.Checkpointer, step: int, trees: dict[str, Any]) -> dict[str, Any]:
@@ -116,84 +137,123 @@ def load(checkpointer: ocp.training.Checkpointer, step: int, trees: dict[str, An
     Raises `DamagedError` if an array or a file of these parts is not what was saved, and whatever orbax raises for what it cannot
     read in a checkpoint without checksums.
     """
-    sums = record(checkpointer, step).sums
-    if sums is None:
+    seals = record(checkpointer, step).sealed
+    if seals is None:
         return checkpointer.load_checkpointables(step, trees)
-    stored = _as_stored(trees, sums)
+    folder = Path(checkpointer.directory) / str(step)
+    sums = {part: _sums(folder, part, seals) for part in trees}
+    stored = {part: _as_stored(tree, sums[part]) for part, tree in trees.items()}
     try:
         found = checkpointer.load_checkpointables(step, stored)
     except Exception as error:
         # Which array it is the library does not always say. Several processes do not look for it: one alone may have failed.
-        bad = [] if jax.process_count() > 1 else _unlike(checkpointer, step, stored, sums)
-        faults = [fault for part in trees for fault in _file_faults(checkpointer, step, part)]
+        bad = [] if jax.process_count() > 1 else _unlike(folder, stored, sums)
+        faults = [fault for part in trees for fault in _file_faults(folder, part)]
         if bad or faults:
-            raise DamagedError(_arrays(bad) if bad else _some(faults)) from error
+            raise DamagedError(_found(bad, faults)) from error
         raise
-    if bad := checksums.differing(found, sums):
-        raise DamagedError(_arrays(bad))
-    if faults := [fault for part in trees for fault in _file_faults(checkpointer, step, part)]:
-        raise DamagedError(_some(faults))
+    bad, left = [], dict[str, set[str]]()
+    for part in trees:
+        compared = checksums.compare(found[part], sums[part])
+        bad += [f"{part}/{path}" for path in compared.unlike]
+        # Each of these is read once more, by one of the processes, as a whole.
+        left[part] = set(compared.open[jax.process_index() :: jax.process_count()])
+    bad = bad or _unlike(folder, stored, sums, left)
+    faults = [fault for part in trees for fault in _file_faults(folder, part)]
+    if bad or faults:
+        raise DamagedError(_found(bad, faults))
     return _cast(found, trees)
 
 
 def examine(checkpointer: ocp.training.Checkpointer, step: int) -> Examined:
     """Compare all arrays and files of a checkpoint with their checksums, one array at a time, in host memory."""
-    found = Examined()
+    found, folder = Examined(), Path(checkpointer.directory) / str(step)
     try:
-        sums = record(checkpointer, step).sums
+        seals = record(checkpointer, step).sealed
+        if seals is None:
+            return found
         trees = dict(checkpointer.checkpointables_metadata(step).metadata)
+        sums = {part: _sums(folder, part, seals) for part in seals}
     except Exception as error:
         found.faults.append(short(error))
         return found
-    if sums is None:
-        return found
-    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-    trees = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host), trees)
-    bad = [*_unlike(checkpointer, step, trees, sums), *sorted(sums.keys() - {name for name, _ in paths(trees)})]
-    for part in trees:
-        found.faults += _file_faults(checkpointer, step, part)
-    folder = Path(checkpointer.directory) / str(step)
+    lacking = [f"{part}/{path}" for part in seals for path in sums[part].keys() - {path for path, _ in paths(trees.get(part))}]
+    bad = [*_unlike(folder, {part: trees.get(part) for part in seals}, sums), *sorted(lacking)]
+    faults = [fault for part in seals for fault in _file_faults(folder, part)]
+    if bad or faults:
+        found.faults.append(_found(bad, faults))
     found.bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    found.arrays = len(sums)
-    found.faults = [*([_arrays(bad)] if bad else []), *found.faults]
+    found.arrays = sum(map(len, sums.values()))
     return found
 
 
-def _unlike(checkpointer: ocp.training.Checkpointer, step: int, trees: dict[str, Any], sums: Mapping[str, str]) -> list[str]:
-    """Which arrays cannot be read or do not have their checksum, each read by itself."""
-    bad = []
+def _sums(folder: Path, part: str, seals: Mapping[str, str]) -> dict[str, ArraySums]:
+    """The checksums of the arrays of a part, of all processes that wrote it; raises `DamagedError` for files of them that are."""
+    try:
+        listed = manifest.read(folder / part / manifest.NAME)
+    except DamagedError as error:
+        raise DamagedError(f"file {part}/{manifest.NAME} is not what was saved") from error
+    found: dict[str, ArraySums] = {}
+    for name in sorted(listed.files):
+        if name.startswith(OF_PROCESS):
+            if fault := listed.fault(name):
+                raise DamagedError(f"file {part}/{name} {fault}")
+            content = json.loads((folder / part / name).read_bytes())
+            read = {path: ArraySums(**{**of, "shape": tuple(of["shape"])}) for path, of in content.items()}
+            if name == f"{OF_PROCESS}0.json" and configs.fingerprint(read) != seals.get(part):
+                raise DamagedError(f"its metadata are of other arrays than those in {part}")
+            found |= {path: found[path].joined(of) if path in found else of for path, of in read.items()}
+    return found
+
+
+def _unlike(
+    folder: Path, trees: dict[str, Any], sums: Mapping[str, Sums], chosen: Mapping[str, Collection[str]] | None = None
+) -> list[str]:
+    """Which arrays cannot be read or are not what was saved, each read by itself into host memory.
+
+    `trees` are abstract; `chosen`: the paths in each part to look at (None: all).
+    """
+    host, bad = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0]), []
+    own = {jax.process_index()}
+    alone = context(tuple(trees))
+    alone.multiprocessing.active_processes, alone.multiprocessing.primary_host = own, jax.process_index()
     for part, tree in trees.items():
-        for path, _ in paths(tree):
-            name = f"{part}/{path}"
-            only = jax.tree_util.tree_map_with_path(lambda at, x, path=path: x if joined(at) == path else ocp.PLACEHOLDER, tree)
+        for path, x in paths(tree):
+            if chosen is not None and path not in chosen[part]:
+                continue
+            like = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host)
+            only = jax.tree_util.tree_map_with_path(
+                lambda at, _, path=path, like=like: like if joined(at) == path else ocp.PLACEHOLDER, tree
+            )
             try:
-                found = dict(paths(checkpointer.load_checkpointables(step, {part: only})[part]))[path]
-                whole = checksums.tree_sums({part: {path: found}}) == {name: sums.get(name)}
+                with alone:
+                    found = dict(paths(ocp.load_checkpointables(folder, {part: only})[part]))[path]
+                whole = not checksums.compare({path: found}, sums[part]).unlike
             except Exception:
                 whole = False
             if not whole:
-                bad.append(name)
+                bad.append(f"{part}/{path}")
     return bad
 
 
-def _file_faults(checkpointer: ocp.training.Checkpointer, step: int, part: str) -> list[str]:
+def _file_faults(folder: Path, part: str) -> list[str]:
     """What is wrong with the files of a part, as its manifest says: sizes, and the contents of small ones."""
     try:
-        found = manifest.read(Path(checkpointer.directory) / str(step) / part / manifest.NAME)
+        found = manifest.read(folder / part / manifest.NAME)
     except DamagedError:
         return [f"file {part}/{manifest.NAME} is not what was saved"]
     faults = ((name, found.fault(name)) for name in found.files)
     return [f"file {part}/{name} {fault}" for name, fault in faults if fault]
 
 
-def _as_stored(trees: dict[str, Any], sums: Mapping[str, str]) -> dict[str, Any]:
+def _as_stored(tree: Any, sums: Sums) -> Any:
     """Abstract arrays of the types that were written, which may be narrower: checksums are of these."""
 
     def one(at: tuple[Any, ...], x: Any) -> Any:
         known = sums.get(joined(at))
-        return x if known is None else jax.ShapeDtypeStruct(x.shape, checksums.dtype_of(known), sharding=x.sharding)
+        return x if known is None else jax.ShapeDtypeStruct(x.shape, known.jax_dtype, sharding=x.sharding)
 
-    return jax.tree_util.tree_map_with_path(one, trees)
+    return jax.tree_util.tree_map_with_path(one, tree)
 
 
 def _cast(found: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
@@ -205,15 +265,18 @@ def _cast(found: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
     return jax.tree.unflatten(structure, leaves)
 
 
-def _arrays(names: Sequence[str]) -> str:
-    """Damaged arrays as a phrase."""
-    plural = len(names) > 1
-    return f"array{'s' * plural} {_some(names)} {'are' if plural else 'is'} not what was saved"
+def _found(arrays: Sequence[str], faults: Sequence[str]) -> str:
+    """Damaged arrays, and what is wrong with files, as the end of a sentence."""
+    if not arrays:
+        return _some(faults)
+    plural = len(arrays) > 1
+    named = f"array{'s' * plural} {_some(arrays)} {'are' if plural else 'is'} not what was saved"
+    return f"{named}, and {_some(faults)}" if faults else named
 
 
-def _some(names: Sequence[str], most: int = 3) -> str:
+def _some(texts: Sequence[str], most: int = 3) -> str:
     """The first few of many."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
 
 
 def short(error: BaseException) -> str:

@@ -88,7 +88,7 @@ class Store:
         absl.logging.set_verbosity(absl.logging.FATAL)
         asyncio.setLevel(logging.CRITICAL)
         sys.unraisablehook = _without_late_reads
-        warnings.filterwarnings("ignore", r"coroutine '\w+\._\w+' was never awaited", RuntimeWarning)
+        warnings.filterwarnings("ignore", r"coroutine '[\w.]+' was never awaited", RuntimeWarning)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -128,9 +128,9 @@ class Store:
             return
         self._check_space(trees, meta.step)
         # Before anything is written: the buffers may be given away as soon as this returns.
-        values = checked.sealed(meta, trees) if self._checked else dataclasses.asdict(meta)
+        values, parts = checked.sealed(meta, trees) if self._checked else (dataclasses.asdict(meta), trees)
         try:
-            response = self._checkpointer.save_checkpointables_async(meta.step, trees, force=True, custom_metadata=values)
+            response = self._checkpointer.save_checkpointables_async(meta.step, parts, force=True, custom_metadata=values)
         except Exception as error:
             raise self._failed(meta.step, error) from error
         self._saving = (meta.step, response)
@@ -203,8 +203,11 @@ class Store:
             if isinstance(caught, UserError) and not isinstance(caught, DamagedError):
                 raise
             error = caught
-        if jax.process_count() > 1 and bool(np.any(multihost_utils.process_allgather(np.array(error is not None)))):
-            error = error or DamagedError("another process cannot read it")
+        if jax.process_count() > 1:
+            text = b"" if error is None else short(error).encode()[:400]
+            heard = multihost_utils.process_allgather(np.frombuffer(text.ljust(400, b"\0"), np.uint8))
+            told = [text for row in heard if (text := bytes(row).rstrip(b"\0"))]
+            error = error or (DamagedError(told[0].decode(errors="replace")) if told else None)
         return (None if error is not None else found), error
 
     def read(self, step: int, abstract: TrainState) -> TrainState:
@@ -288,6 +291,6 @@ def _progress(state: TrainState) -> dict[str, Any]:
 
 
 def _without_late_reads(unraisable: sys.UnraisableHookArgs) -> None:
-    """Suppress errors of abandoned reads whose event loop the library has closed; show all others as Python does."""
-    if str(unraisable.exc_value) != "Event loop is closed":
+    """Suppress errors of reads that the library has abandoned; show all others as Python does."""
+    if not str(unraisable.exc_value).startswith(("Event loop is closed", "Encountered error while reading array index")):
         sys.__unraisablehook__(unraisable)
