@@ -71,6 +71,7 @@ class PeftFolder:
 
     def __init__(self, folder: str | Path, base: str | Path | None = None):
         self.folder = Path(folder)
+        hf.check_folder(self.folder)
         self.settings = settings_of(self.folder)
         self.base = HfFolder(_base(self.folder, self.settings) if base is None else base)
         self.described: Described = self.base.described

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from lcx.core import manifest
 from lcx.core.configs import choice
 from lcx.core.console import say, warn
 from lcx.core.errors import UserError
@@ -228,6 +229,8 @@ def export_model(
             values = gguf.save(out, loaded.params, model, schemes, loaded.meta.length, dtype, own, base)
         _say_exported(loaded, dtype, values, out)
         write_card(out, form, dtype, values, loaded, checkpoint, workdir, base, base_model)
+        if jax.process_index() == 0:
+            manifest.write(out.parent, [out.name], manifest.beside(out).name)
         return
     tokenizer = None if base else tokenizers.load(name)
     values = hf.save(
@@ -242,6 +245,7 @@ def export_model(
         warn(f"the tokenizer {name!r} was not exported; copy its files into {out}")
     _say_exported(loaded, dtype, values, out)
     write_card(out, form, dtype, values, loaded, checkpoint, workdir, base, base_model)
+    manifest.write(out)
 
 
 def _export_adapter(
@@ -282,6 +286,7 @@ def _export_adapter(
             out, "peft", "float32", values_of(out), adapted, checkpoint, loading.locate(checkpoint)[0], base, base_model,
             adapter=Adapter(values["r"], str(base)),
         )  # fmt: skip
+        manifest.write(out)
 
 
 def _say_exported(loaded: Loaded, dtype: str, values: dict[str, Any], out: Path) -> None:
@@ -345,7 +350,10 @@ def _kept(path: Path) -> Path | None:
     if is_foreign(path):
         return _files(path)
     kept = loading.locate(path)[0] / HF_FOLDER
-    return kept if kept.is_dir() else None
+    if kept.is_dir():
+        hf.check_folder(kept)
+        return kept
+    return None
 
 
 def is_tokenizer_of(name: str, folder: Path) -> bool:
