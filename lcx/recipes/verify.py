@@ -14,7 +14,7 @@ from lcx.data.sources import records
 from lcx.training.checkpoints import FOLDER, Store
 from lcx.training.loading import locate
 from lcx.training.stages import CheckpointConfig
-from lcx.training.workdir import CONFIG, read_config
+from lcx.training.workdir import CONFIG, OWN, read_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,9 @@ def verify(path: str | Path, update: bool = False) -> bool:
             _update(place)
         found.append(_manifest(place, path))
     if not any(one.bytes or one.faults for one in found):
-        raise UserError(f"nothing in {path} has checksums, so nothing could be checked; lcx writes them since version 0.2")
+        raise UserError(
+            f"nothing could be checked: nothing in {path} has checksums, as it was written by an older lcx or by another program"
+        )
     table(
         str(path),
         ("what", "kind", "compared", "bytes", "found"),
@@ -61,19 +63,18 @@ def _run(path: Path) -> list[Checked]:
     workdir, step = locate(path)
     if not (workdir / FOLDER).is_dir():
         return []
-    found, faults = [], []
+    found: list[Checked] = []
+    config = workdir / CONFIG
     try:
         read_config(workdir)
+        if path == workdir and f'"{OWN}"' in config.read_text():
+            found.append(Checked(CONFIG, "config of a run", "1 file", config.stat().st_size))
     except UserError as error:
-        faults.append(str(error))
-    config = workdir / CONFIG
-    if faults or path == workdir:
-        found.append(Checked(CONFIG, "config of a run", "", config.stat().st_size if config.exists() else 0, tuple(faults)))
+        found.append(Checked(CONFIG, "config of a run", "1 file", 0, (str(error),)))
     with Store(workdir, CheckpointConfig(), clean=False) as store:
         if step is not None and step not in store.steps:
-            raise UserError(
-                f"{path} is not a complete checkpoint; those of the run are {', '.join(map(str, store.steps)) or 'none'}"
-            )
+            known = ", ".join(map(str, store.steps)) or "none"
+            raise UserError(f"{path} is not a complete checkpoint; those of the run are {known}")
         for one in store.steps if step is None else [step]:
             seen = store.examine(one)
             count = f"{seen.arrays} arrays" if seen.arrays or seen.faults else "has no checksums"
@@ -85,13 +86,17 @@ def _manifests(path: Path) -> list[Path]:
     """Where manifests are, at or below a path, but for those within checkpoints; those that ought to be there count."""
     if path.is_file() or is_gguf(path):
         return [place for place in (manifest.beside(path),) if place.is_file()]
-    found = {place for place in path.rglob(f"*{manifest.NAME}") if FOLDER not in place.relative_to(path).parts}
     if path.parent.name == FOLDER or path.name == FOLDER:
         return []
+    found = {place for place in path.rglob(f"*{manifest.NAME}") if not _in_checkpoint(place.relative_to(path))}
     for meta in path.rglob(records.META):
         if _says_checked(meta):
             found.add(meta.with_name(manifest.NAME))
     return sorted(found)
+
+
+def _in_checkpoint(place: Path) -> bool:
+    return any(part.startswith(FOLDER) for part in place.parts)
 
 
 def _says_checked(meta: Path) -> bool:
