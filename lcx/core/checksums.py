@@ -103,7 +103,18 @@ def _cut(x: Any, boxes: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
             yield wanted, held[box]
             continue
         whole = np.asarray(x) if whole is None else whole
-        yield wanted, whole[tuple(slice(*map(int, part.split(":"))) for part in box.split(",") if part)]
+        yield wanted, whole[_slices(box)]
+
+
+def is_like(stored: Any, saved: ArraySums) -> bool:
+    """Whether an array of tensorstore's is what was saved; it is read box by box."""
+    if tuple(stored.shape) != saved.shape or stored.dtype.numpy_dtype != saved.jax_dtype:
+        return False
+    return all(_hash(stored[_slices(box)].read().result()) == wanted for box, wanted in saved.boxes.items())
+
+
+def _slices(box: str) -> tuple[slice, ...]:
+    return tuple(slice(*map(int, part.split(":"))) for part in box.split(",") if part)
 
 
 def _box(index: tuple[slice, ...], shape: tuple[int, ...]) -> str:

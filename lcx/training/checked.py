@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import tensorstore as ts
 from orbax.checkpoint import v1 as ocp
 
 from lcx.core import checksums, configs, manifest
 from lcx.core.checksums import ArraySums
 from lcx.core.files import write_atomically
 from lcx.core.manifest import DamagedError
-from lcx.core.trees import joined, paths
+from lcx.core.trees import joined
 from lcx.training.meta import Meta
 
 PARAMS, PROGRESS = "params", "progress"
@@ -146,8 +147,7 @@ def load(checkpointer: ocp.training.Checkpointer, step: int, trees: dict[str, An
     try:
         found = checkpointer.load_checkpointables(step, stored)
     except Exception as error:
-        # Which array it is the library does not always say. Several processes do not look for it: one alone may have failed.
-        bad = [] if jax.process_count() > 1 else _unlike(folder, stored, sums)
+        bad = _unlike(folder, sums)  # the library does not always say which array it is
         faults = [fault for part in trees for fault in _file_faults(folder, part)]
         if bad or faults:
             raise DamagedError(_found(bad, faults)) from error
@@ -158,7 +158,7 @@ def load(checkpointer: ocp.training.Checkpointer, step: int, trees: dict[str, An
         bad += [f"{part}/{path}" for path in compared.unlike]
         # Each of these is read once more, by one of the processes, as a whole.
         left[part] = set(compared.open[jax.process_index() :: jax.process_count()])
-    bad = bad or _unlike(folder, stored, sums, left)
+    bad = bad or _unlike(folder, sums, left)
     faults = [fault for part in trees for fault in _file_faults(folder, part)]
     if bad or faults:
         raise DamagedError(_found(bad, faults))
@@ -166,19 +166,17 @@ def load(checkpointer: ocp.training.Checkpointer, step: int, trees: dict[str, An
 
 
 def examine(checkpointer: ocp.training.Checkpointer, step: int) -> Examined:
-    """Compare all arrays and files of a checkpoint with their checksums, one array at a time, in host memory."""
+    """Compare all arrays and files of a checkpoint with their checksums, one shard at a time, in host memory."""
     found, folder = Examined(), Path(checkpointer.directory) / str(step)
     try:
         seals = record(checkpointer, step).sealed
         if seals is None:
             return found
-        trees = dict(checkpointer.checkpointables_metadata(step).metadata)
         sums = {part: _sums(folder, part, seals) for part in seals}
     except Exception as error:
         found.faults.append(short(error))
         return found
-    lacking = [f"{part}/{path}" for part in seals for path in sums[part].keys() - {path for path, _ in paths(trees.get(part))}]
-    bad = [*_unlike(folder, {part: trees.get(part) for part in seals}, sums), *sorted(lacking)]
+    bad = _unlike(folder, sums)
     faults = [fault for part in seals for fault in _file_faults(folder, part)]
     if bad or faults:
         found.faults.append(_found(bad, faults))
@@ -206,34 +204,27 @@ def _sums(folder: Path, part: str, seals: Mapping[str, str]) -> dict[str, ArrayS
     return found
 
 
-def _unlike(
-    folder: Path, trees: dict[str, Any], sums: Mapping[str, Sums], chosen: Mapping[str, Collection[str]] | None = None
-) -> list[str]:
-    """Which arrays cannot be read or are not what was saved, each read by itself into host memory.
+def _unlike(folder: Path, sums: Mapping[str, Sums], chosen: Mapping[str, Collection[str]] | None = None) -> list[str]:
+    """Which arrays cannot be read or are not what was saved, each box read by itself into host memory.
 
-    `trees` are abstract; `chosen`: the paths in each part to look at (None: all).
+    `chosen`: the paths in each part to look at (None: all). Past orbax, whose reads all processes have to take part in.
     """
-    host, bad = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0]), []
-    own = {jax.process_index()}
-    alone = context(tuple(trees))
-    alone.multiprocessing.active_processes, alone.multiprocessing.primary_host = own, jax.process_index()
-    for part, tree in trees.items():
-        for path, x in paths(tree):
-            if chosen is not None and path not in chosen[part]:
-                continue
-            like = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host)
-            only = jax.tree_util.tree_map_with_path(
-                lambda at, _, path=path, like=like: like if joined(at) == path else ocp.PLACEHOLDER, tree
-            )
+    bad = []
+    for part, arrays in sums.items():
+        for path in arrays if chosen is None else chosen[part]:
             try:
-                with alone:
-                    found = dict(paths(ocp.load_checkpointables(folder, {part: only})[part]))[path]
-                whole = not checksums.compare({path: found}, sums[part]).unlike
+                if not checksums.is_like(_stored(folder / part, path), arrays[path]):
+                    bad.append(f"{part}/{path}")
             except Exception:
-                whole = False
-            if not whole:
                 bad.append(f"{part}/{path}")
     return bad
+
+
+def _stored(folder: Path, path: str) -> ts.TensorStore:
+    """An array where orbax has put it."""
+    kvstore = {"driver": "ocdbt", "base": f"file://{folder}/", "path": f"{path.replace('/', '.')}/"}
+    driver = "zarr3" if ts.KvStore.open(kvstore).result().read("zarr.json").result().value else "zarr"
+    return ts.open({"driver": driver, "kvstore": kvstore}, open=True, read=True).result()
 
 
 def _file_faults(folder: Path, part: str) -> list[str]:
