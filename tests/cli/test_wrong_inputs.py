@@ -292,7 +292,7 @@ WRONG = {
     "verify {tmp}/none": "none does not exist; name a run, an exported model, a dataset",
     "verify {tmp}/empty_llama": "nothing could be checked",
     "verify {run}/checkpoints/77": "does not exist",
-    "verify {run} --updat": "unknown flag --updat for lcx verify, did you mean",
+    "verify {run} --updat": "unknown flag --updat for lcx verify; did you mean",
     "diff {run}": "lcx diff takes two models but got 1; use lcx diff ONE OTHER",
     "diff {run} {tmp}/lama": "model_type='lama' is not an architecture",
     "train --config={config} --workdir={new} --config.init_from={tmp}/pickled": "pytorch_model.bin is a pickle",
