@@ -152,12 +152,12 @@ def load(checkpointer: ocp.training.Checkpointer, step: int, trees: dict[str, An
         if bad or faults:
             raise DamagedError(_found(bad, faults)) from error
         raise
-    bad, left = [], dict[str, set[str]]()
+    bad, left = [], dict[str, list[str]]()
     for part in trees:
         compared = checksums.compare(found[part], sums[part])
         bad += [f"{part}/{path}" for path in compared.unlike]
         # Each of these is read once more, by one of the processes, as a whole.
-        left[part] = set(compared.open[jax.process_index() :: jax.process_count()])
+        left[part] = compared.open[jax.process_index() :: jax.process_count()]
     bad = bad or _unlike(folder, sums, left)
     faults = [fault for part in trees for fault in _file_faults(folder, part)]
     if bad or faults:
@@ -187,6 +187,8 @@ def examine(checkpointer: ocp.training.Checkpointer, step: int) -> Examined:
 
 def _sums(folder: Path, part: str, seals: Mapping[str, str]) -> dict[str, ArraySums]:
     """The checksums of the arrays of a part, of all processes that wrote it; raises `DamagedError` for files of them that are."""
+    if part not in seals:
+        raise DamagedError(f"it has no {part}, only {' and '.join(seals)}")
     try:
         listed = manifest.read(folder / part / manifest.NAME)
     except DamagedError as error:
