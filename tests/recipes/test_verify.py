@@ -182,16 +182,19 @@ def test_a_file_changed_on_purpose_is_accepted_with_update(export, tmp_path, cap
     assert scheme.theta == 200.0
 
 
-def test_a_large_dataset_is_checked_document_by_document(dataset, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("place", "says"), [(5000, r"document '\S+' in \S+ is not what was written"), (65560, "a shard of the dataset")]
+)
+def test_a_large_dataset_is_checked_document_by_document(place, says, dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(prepared, "WHOLE", 1000)
     folder = fresh(dataset, tmp_path / "set")
     shard = folder / "lcx-train.array_record-00001"
     content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 1
+    content[place] ^= 1
     shard.write_bytes(bytes(content))
-    source = sources.load(SourceConfig("array_record", str(folder)), tokenizers.load("bytes"))
-    assert len(source.gather(np.array([0]), np.array([0]), np.array([5000]))) == 5000
-    with pytest.raises(UserError, match=r"document '\S+' in \S+ is not what was written"):
+    with pytest.raises(UserError, match=says):
+        source = sources.load(SourceConfig("array_record", str(folder)), tokenizers.load("bytes"))
+        assert len(source.gather(np.array([0]), np.array([0]), np.array([5000]))) == 5000
         for document in range(2, 4):
             source.gather(np.array([document]), np.array([0]), np.array([5000]))
 

@@ -44,7 +44,13 @@ class Prepared:
         self._folder = folder
         self._dtype = np.dtype(meta["dtype"])
         paths = [str(records.shard_path(folder, meta["name"], shard)) for shard in range(meta["shards"])]
-        self._records = array_record_data_source.ArrayRecordDataSource(paths)
+        try:
+            self._records = array_record_data_source.ArrayRecordDataSource(paths)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise DamagedError(
+                f"a shard of the dataset in {folder} is not what was written ({' '.join(str(error).split())[:160]}); put back a "
+                "whole copy of the dataset, or delete it and prepare it again"
+            ) from error
         self._kept: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
         if len(self._records) != len(self.lengths):
             raise UserError(
