@@ -118,7 +118,7 @@ def read(path: Path) -> Manifest:
     return Manifest(path, files)
 
 
-def beside(path: Path) -> Path:
+def next_to(path: Path) -> Path:
     """Where the manifest of a single file is."""
     return path.with_name(f"{path.name}.{NAME}")
 
@@ -129,7 +129,7 @@ def check_file(path: str | os.PathLike[str]) -> None:
     A file of which none says anything passes.
     """
     path = Path(path).absolute()
-    places = ((beside(path), path.name), (path.parent / NAME, path.name))
+    places = ((next_to(path), path.name), (path.parent / NAME, path.name))
     for place, name in (*places, (path.parent.parent / NAME, f"{path.parent.name}/{path.name}")):
         if place.is_file() and name in (manifest := _read_once(_Found(_stamp(place), place))).files:
             manifest.check(name)

@@ -230,7 +230,7 @@ def export_model(
         _say_exported(loaded, dtype, values, out)
         write_card(out, form, dtype, values, loaded, checkpoint, workdir, base, base_model)
         if jax.process_index() == 0:
-            manifest.write(out.parent, [out.name], manifest.beside(out).name)
+            manifest.write(out.parent, [out.name], manifest.next_to(out).name)
         return
     tokenizer = None if base else tokenizers.load(name)
     values = hf.save(

@@ -85,7 +85,7 @@ def _run(path: Path) -> list[Checked]:
 def _manifests(path: Path) -> list[Path]:
     """Where manifests are, at or below a path, but for those within checkpoints; those that ought to be there count."""
     if path.is_file() or is_gguf(path):
-        return [place for place in (manifest.beside(path),) if place.is_file()]
+        return [place for place in (manifest.next_to(path),) if place.is_file()]
     if path.parent.name == FOLDER or path.name == FOLDER:
         return []
     found = {place for place in path.rglob(f"*{manifest.NAME}") if not _in_checkpoint(place.relative_to(path))}

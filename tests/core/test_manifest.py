@@ -53,7 +53,7 @@ def test_a_damaged_manifest_is_one(folder, content):
 def test_a_single_file_has_a_manifest_beside_it(tmp_path):
     file = tmp_path / "m.gguf"
     file.write_bytes(b"GGUF")
-    manifest.write(tmp_path, [file.name], manifest.beside(file).name)
+    manifest.write(tmp_path, [file.name], manifest.next_to(file).name)
     manifest.check_file(file)
     file.write_bytes(b"GGUf")
     with pytest.raises(DamagedError, match="m.gguf has other contents"):
