@@ -18,6 +18,7 @@ import numpy as np
 
 from lcx.core.configs import nearest
 from lcx.core.errors import UserError
+from lcx.core.manifest import check_file
 from lcx.interop.families import FAMILIES, LENGTHS, NEUTRAL, NO_EFFECT, REQUIRED, ROPE_KEYS, Family, changes_nothing
 from lcx.model.config import ModelConfig, is_local
 from lcx.positions import hf
@@ -96,7 +97,8 @@ def values_of(folder: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; raises `UserError` if it is anything else."""
+    """The object in a JSON file; raises `UserError` if it is anything else, or not as a manifest beside it says."""
+    check_file(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
@@ -156,17 +158,19 @@ def write(
     wanted = Described("", model, dict(schemes), length)
     # If these are missing, transformers uses the ids of the family's own tokenizer, and ends texts at one of them.
     base = base or {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": None}
-    reasons = []
+    reasons: dict[str, str] = {}
     for model_type in [base["model_type"]] if "model_type" in base else FAMILIES:
-        values = _values(model_type, wanted, dtype, base)
         try:
+            values = _values(model_type, wanted, dtype, base)
             reason = _difference(wanted, read(values))
         except UserError as error:
             reason = str(error)
         if reason is None:
             return values
-        reasons.append(f"{model_type}: {reason}")
-    raise UserError(f"none of the Hugging Face families that lcx writes can represent this model ({'; '.join(reasons)})")
+        reasons[model_type] = reason
+    why = set(reasons.values())
+    each = why.pop() if len(why) == 1 else "; ".join(f"{model_type}: {reason}" for model_type, reason in reasons.items())
+    raise UserError(f"none of the Hugging Face families that lcx writes can represent this model ({each})")
 
 
 def _check_keys(values: Mapping[str, Any], family: Family, where: str) -> tuple[str, ...]:

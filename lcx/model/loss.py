@@ -107,7 +107,8 @@ def token_losses(params: Tree, hidden: jax.Array, targets: jax.Array, arch: Arch
         tokens = PartitionSpec(None, SEQUENCE)
         split = {"in_specs": (tokens, PartitionSpec(), tokens), "out_specs": tokens, "axis_names": set(SEQUENCE)}
         run = jax.shard_map(run, **split, check_vma=False)
-    lse, chosen, best = run(hidden, kernel, targets)
+    found: Any = run(hidden, kernel, targets)
+    lse, chosen, best = found
     return TokenLosses(nll=lse - chosen, lse=lse, correct=chosen >= best)
 
 
@@ -161,8 +162,11 @@ def _tiled(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, tiles: int,
     """
     if tiles == 1:
         return _lse_chosen_best(hidden, kernel, targets, entries, softcap)
-    found = jax.lax.map(lambda part: _lse_chosen_best(part[0], kernel, part[1], entries, softcap), _cut((hidden, targets), tiles))
-    return _joined(found)
+
+    def one(part: Any) -> tuple:
+        return _lse_chosen_best(part[0], kernel, part[1], entries, softcap)
+
+    return _joined(jax.lax.map(one, _cut((hidden, targets), tiles)))
 
 
 def _cut(arrays: Any, tiles: int) -> Any:

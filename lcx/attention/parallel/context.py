@@ -198,7 +198,8 @@ def _nothing(plan: ContextPlan, q: jax.Array) -> Partial:
 
 
 def _forward(plan: ContextPlan, queries: QueryShard, keys: KVShard, bias_params: Any) -> tuple:
-    whole = tuple(checkpoint_name(x, SAVED) for x in context_parallel_attention(plan, queries, keys, bias_params))
+    found: Any = context_parallel_attention(plan, queries, keys, bias_params)
+    whole = tuple(checkpoint_name(x, SAVED) for x in found)
     return whole, (queries, keys, bias_params, whole)
 
 
