@@ -58,7 +58,15 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "hybrid": {"ulysses": 2, "context_strategy": "ring"},
     "groups": {"ulysses": 2, "context_strategy": "ring", "head_groups": 2},
     "tiles": {"context_strategy": "ring", "remat": "block", "mlp_tile": 4, "loss_tile": 64},
-    "nested": {"context_strategy": "ring", "remat": "nested", "remat_every": 2, "mlp_tile": 4},
+    "nested": {
+        "ulysses": 2,
+        "context_strategy": "ring",
+        "head_groups": 2,
+        "remat": "nested",
+        "remat_every": 2,
+        "mlp_tile": 4,
+        "loss_tile": 64,
+    },
 }
 QUICK = ("hybrid",)
 
@@ -237,7 +245,7 @@ def check_denominator(split: str) -> None:
 ATTENTION = [name for name in STRATEGIES if name not in ("tiles", "nested")]
 
 
-@pytest.mark.parametrize("strategy", mostly_slow(STRATEGIES, QUICK))
+@pytest.mark.parametrize("strategy", mostly_slow(STRATEGIES, ("nested",)))
 def test_packed_loss(strategy):
     check_packed_loss(strategy)
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from lcx.attention.parallel.context import (
-    ContextPlan,
+    ContextSpec,
     choose_strategy,
     context_parallel_attention,
     mesh_split,
@@ -100,7 +100,7 @@ def _context_parallel(
     heads, kv_heads = here.of_group(groups)
     shard = split.shard(shard_spec(spec, queries.q, wide, tokens, tokens, heads, kv_heads, chunk, mesh.size))
     # Sinks enter after the last merge, and are the last to need o in full precision.
-    plan = ContextPlan(choice, share_of_bias(shard, "ulysses") if share > 1 else shard, groups, wide if sinks else queries.q.dtype)
+    plan = ContextSpec(choice, share_of_bias(shard, "ulysses") if share > 1 else shard, groups, wide if sinks else queries.q.dtype)
     return shard_map_attention(mesh, split, functools.partial(context_parallel_attention, plan), queries, keys, bias_params)
 
 

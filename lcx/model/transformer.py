@@ -179,14 +179,14 @@ def scan_layers(
     step = remat(functools.partial(_period, arch=arch, attention_fn=attention_fn, token_mask=token_mask), policy)
     carry, done = (x, state, None if token_mask is None else jnp.zeros((), jnp.float32)), 0
     if whole > 1:
-        together = execution.periods_together(whole)
-        done = whole // together * together * period
+        every = execution.periods_together(whole)
+        done = whole // every * every * period
         grouped = jax.tree.map(lambda w: w[:done].reshape(-1, period, *w.shape[1:]), stacked)
         unroll = execution.layer_unroll or (CPU_UNROLL if policy == "none" and target_platform() == "cpu" else 1)
         turns = (grouped, jnp.arange(done // period, dtype=jnp.int32))
         run = functools.partial(jax.lax.scan, functools.partial(step, kinds=config.pattern), unroll=min(whole, unroll))
-        if together > 1:
-            turns = jax.tree.map(lambda x: x.reshape(-1, together, *x.shape[1:]), turns)
+        if every > 1:
+            turns = jax.tree.map(lambda x: x.reshape(-1, every, *x.shape[1:]), turns)
             run = functools.partial(jax.lax.scan, _recomputed_together(run, policy))
         carry, _ = run(carry, turns)
     for start in range(done, config.num_layers, period):
@@ -199,10 +199,10 @@ def scan_layers(
 def _recomputed_together(run: Callable[..., Any], policy: str) -> Callable[..., Any]:
     """`run(carry, turns)` over some periods, of which the first one's input is kept for the backward pass."""
 
-    def together(carry: tuple, turns: Any) -> tuple:
+    def from_first(carry: tuple, turns: Any) -> tuple:
         return run((checkpoint_name(carry[0], FIRST_INPUT), *carry[1:]), turns)
 
-    return jax.checkpoint(together, policy=_keeping([FIRST_INPUT], host=policy == "nested_offload"))
+    return jax.checkpoint(from_first, policy=_keeping([FIRST_INPUT], host=policy == "nested_offload"))
 
 
 def unrolled_layers(

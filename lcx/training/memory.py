@@ -53,8 +53,8 @@ def least(run: RunConfig, stage: StageConfig, step: TrainStep) -> dict[str, int]
     at_loss = {"logits": logits}
     if "offload" not in execution.remat and any(path.startswith("layers/") for path, _ in paths(state.params)):
         periods = model.num_layers // len(model.pattern)
-        together = execution.periods_together(periods) if periods > 1 else 1
-        kept = model.num_layers if together == 1 else periods // together
+        every = execution.periods_together(periods) if periods > 1 else 1
+        kept = model.num_layers if every == 1 else periods // every
         at_loss["inputs of the layers"] = kept * tokens * model.model_dim * jnp.dtype(execution.compute_dtype).itemsize
     if stage.accumulate > 1:
         at_loss["gradients"] = gradients

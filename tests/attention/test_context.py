@@ -104,7 +104,8 @@ def test_groups_that_do_not_fit_are_refused(biased, words):
     assert "execution.head_groups=4" in str(caught.value) and words in str(caught.value)
 
 
-@pytest.mark.parametrize("strategy", [pytest.param(("ring", 8, 1), marks=pytest.mark.slow), ("ulysses", 8, 8)], ids=lambda s: s[0])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", [("ring", 8, 1), ("ulysses", 8, 8)], ids=lambda s: s[0])
 def test_heads_in_groups_take_less_memory(strategy):
     length, (_, context, ulysses) = 2048, strategy
     where = arrange(Index.dense(1, length), "zigzag", context // ulysses).replace(layout="zigzag")

@@ -141,10 +141,11 @@ IN_SHARDS = [
 ]
 
 
-@pytest.mark.parametrize(("sizes", "execution"), mostly_slow(IN_SHARDS, IN_SHARDS[:1]), ids=str)
-def test_tiles_inside_shards_equal_one_device(sizes, execution):
+@pytest.mark.slow
+@pytest.mark.parametrize("case", IN_SHARDS, ids=lambda case: f"{case[0]}-{case[1]['remat']}")
+def test_tiles_inside_shards_equal_one_device(case):
     """Layers and loss in tiles of each device's tokens, heads in groups, several periods of layers recomputed together."""
-    data, fsdp, tensor, context, ulysses = sizes
+    (data, fsdp, tensor, context, ulysses), execution = case
     mesh = MeshConfig(data=data, fsdp=fsdp, tensor=tensor, context=context, ulysses=ulysses)
     check(*run(*make_step(mesh, **execution))[:2])
 

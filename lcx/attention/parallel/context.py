@@ -144,7 +144,7 @@ def _whole(spec: PartitionSpec) -> PartitionSpec:
 
 
 @dataclasses.dataclass(frozen=True)
-class ContextPlan:
+class ContextSpec:
     """All that is static about a layer's attention over a split sequence: `shard` is for one group of heads, `groups` says how many
     there are; o is returned in `out_dtype`."""
 
@@ -172,7 +172,7 @@ U = "ulysses"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def context_parallel_attention(plan: ContextPlan, queries: QueryShard, keys: KVShard, bias_params: Any) -> Partial:
+def context_parallel_attention(plan: ContextSpec, queries: QueryShard, keys: KVShard, bias_params: Any) -> Partial:
     """`(o_BTNH, lse_BTN)` of a device's own tokens, lse in float32 or wider; inside `shard_map` over the mesh's sequence axes.
 
     Where the `ulysses` axis has several devices they trade tokens for heads first. All strategies share this forward and backward
@@ -193,17 +193,17 @@ def context_parallel_attention(plan: ContextPlan, queries: QueryShard, keys: KVS
     return map_head_groups(kv_group, plan.groups.kv, None, _nothing(plan, queries.q), (queries.q, keys.k, keys.v))[1]
 
 
-def _nothing(plan: ContextPlan, q: jax.Array) -> Partial:
+def _nothing(plan: ContextSpec, q: jax.Array) -> Partial:
     return jnp.zeros(q.shape, plan.out_dtype), jnp.zeros(q.shape[:3], jnp.promote_types(q.dtype, jnp.float32))
 
 
-def _forward(plan: ContextPlan, queries: QueryShard, keys: KVShard, bias_params: Any) -> tuple:
+def _forward(plan: ContextSpec, queries: QueryShard, keys: KVShard, bias_params: Any) -> tuple:
     found: Any = context_parallel_attention(plan, queries, keys, bias_params)
     whole = tuple(checkpoint_name(x, SAVED) for x in found)
     return whole, (queries, keys, bias_params, whole)
 
 
-def _backward(plan: ContextPlan, saved: tuple, cotangent: Partial) -> tuple:
+def _backward(plan: ContextSpec, saved: tuple, cotangent: Partial) -> tuple:
     queries, keys, bias_params, whole = saved
     q_side, k_side = (of_all_tokens(U, (side.index, side.tables)) for side in (queries, keys))
 
