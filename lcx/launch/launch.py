@@ -14,10 +14,10 @@ from lcx.core.configs import nearest
 from lcx.core.console import say
 from lcx.core.errors import UserError
 from lcx.core.files import write_atomically
-from lcx.launch import processes
+from lcx.launch import local
 from lcx.launch.backends.table import BACKENDS
 from lcx.launch.job import Backend, JobSpec
-from lcx.launch.processes import Local
+from lcx.launch.local import Local
 
 LOCAL = "local"
 
@@ -89,11 +89,11 @@ def _here(jobs: Sequence[JobSpec], options: Local, folder: Path, dry_run: bool) 
     for job in jobs:
         place = folder / job.name if len(jobs) > 1 else folder
         if dry_run:
-            for words in processes.commands(job, options, options.port or processes.EXAMPLE_PORT):
+            for words in local.commands(job, options, options.port or local.EXAMPLE_PORT):
                 say(shlex.join(words))
             continue
         say(f"{job.name}: {options.num_processes} processes; logs in {place}")
-        status = processes.run(job, options, place)
+        status = local.run(job, options, place)
         say(f"{job.name}: " + ("finished" if status == 0 else f"ended with status {status}; logs in {place}"))
         worst = worst or status
         if status >= 128:  # a signal, which is meant for all of them
