@@ -19,24 +19,39 @@ COLOURS = {
 }
 """Colours that say good and bad; the other parts have the colours of lines, in their order."""
 
-NAMED = 0.06
-"""The share of the bar from which a part has its name on it; smaller ones are in the table alone."""
+SHORT = {
+    goodput.STEP: "steps",
+    goodput.DATA: "data",
+    goodput.COMPILE: "compile",
+    goodput.SAVE: "save",
+    goodput.EVALUATION: "evaluation",
+    goodput.REPORT: "report",
+    goodput.INIT: "start",
+    goodput.PREPARATION: "prepare",
+    goodput.RESTORE: "restore",
+    goodput.WASTED: "lost work",
+    goodput.RECOVERY: "down",
+}
+"""Names of parts on the bar."""
+
+LETTER = 0.008
+"""The width of a letter as a share of the bar: a piece that is too narrow for its name goes without."""
 
 
+@style.typography()
 def bar(found: Goodput) -> Figure:
     """One bar over the whole time, a piece a part, in the order in which they happen in a step and then around it."""
-    figure = style.new_figure(8.4, 1.25)
+    figure = style.new_figure(9.0, 1.1)
     axes = figure.subplots()
     left = 0.0
     for part, seconds in found.parts.items():
         share = seconds / found.wall
         colour = colour_of(part)
         axes.barh(0, share, left=left, height=0.8, color=colour, edgecolor=style.PAPER, linewidth=1.0)
-        if share >= NAMED:
-            axes.text(
-                left + share / 2, 0, f"{_words(part, share)}\n{100 * share:.0f}%", ha="center", va="center", fontsize=9,
-                color=style.ink_on(colour),
-            )  # fmt: skip
+        name = SHORT.get(part, part)
+        if share > LETTER * (len(name) + 1):
+            words = f"{name}\n{100 * share:.0f}%"
+            axes.text(left + share / 2, 0, words, ha="center", va="center", fontsize=9, color=style.ink_on(colour))
         left += share
     axes.set_xlim(0, max(1.0, left))
     axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f}%")
@@ -49,11 +64,6 @@ def colour_of(part: str) -> str:
     """The colour of a part."""
     others = [name for name in goodput.PARTS if name not in COLOURS]
     return COLOURS.get(part) or style.LINES[others.index(part) % len(style.LINES) if part in others else -1]
-
-
-def _words(part: str, share: float) -> str:
-    """The name of a part, on two lines where the piece is narrow."""
-    return part.replace("_", " " if share > 0.16 else "\n")
 
 
 def section(found: Goodput | None) -> str:

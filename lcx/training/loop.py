@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from lcx.core import configs
 from lcx.core.batch import Batch
 from lcx.core.console import Progress, console, say, warn
 from lcx.core.errors import UserError
@@ -35,6 +36,7 @@ from lcx.training.resume import ResumePoint, continue_into, reread_stage_start, 
 from lcx.training.stages import RunConfig
 from lcx.training.step import TrainState
 from lcx.training.workdir import exclusive, fingerprint, make_workdir, open_workdir
+from lcx.training.writers import Writer
 
 Reweight = Callable[[BuiltStage, int, TrainState, Batch], Batch]
 """(stage, its step, the state before it, its batch) -> the batch to train on."""
@@ -103,7 +105,7 @@ def train(
             warn_repeats(stage, loader)
         stop, store = held.enter_context(Stop()), held.enter_context(Store.of(workdir, run))
         profiler = held.enter_context(Profiler(profile, workdir))
-        writer = metrics_log.Writer(workdir, run.metrics, active=main)
+        writer = Writer(workdir, run.metrics, main, configs.plain(run))
         try:
             return Trainer(builder, workdir, store, writer, decisions, stop, profiler, record, reweight).run(fewer)
         finally:
@@ -118,7 +120,7 @@ class Trainer:
         builder: StageBuilder,
         workdir: Path,
         store: Store,
-        writer: metrics_log.Writer,
+        writer: Writer,
         decisions: list[dict[str, Any]],
         stop: Stop,
         profiler: Profiler,
@@ -135,7 +137,7 @@ class Trainer:
 
     def run(self, fewer: str | None = None) -> Result:
         """Run all remaining stages; with `fewer` (see `train`), say first what they will take."""
-        with self.record.span(goodput.RESTORE):
+        with self.record.span(goodput.RESTORE if self.store.steps else goodput.PREPARATION):
             start = resume_point(self.builder, self.store)
         self.profiler.check(self.ends[start.index] - self.config.stages[start.index].steps + start.stage_step, self.ends[-1])
         self.record.goes_on_from(self.ends[start.index] - self.config.stages[start.index].steps + start.stage_step)
