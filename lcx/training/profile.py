@@ -59,8 +59,8 @@ def profile_steps(text: str | None) -> ProfileSteps | None:
     found = re.fullmatch(r"(\d{1,15}):(\d{1,15})(?:@(all|\d{1,9}(?:,\d{1,9})*))?", text)
     if found is None:
         raise UserError(
-            f"--profile={text} is not a range of steps; give the first and the last, as in --profile=10:13, and the processes that trace "
-            "behind an @, as in --profile=10:13@0,3 or --profile=10:13@all"
+            f"--profile={text} is not a range of steps; give the first and the last, as in --profile=10:13, and the processes "
+            "that trace behind an @, as in --profile=10:13@0,3 or --profile=10:13@all"
         )
     first, last, processes = int(found[1]), int(found[2]), found[3] or "0"
     if not 1 <= first <= last:
