@@ -103,7 +103,7 @@ class WandB:
             ) from error
         # Of two rows of one step the later counts; by its own counter a step could not come again.
         self._run.define_metric("*", step_metric="step")
-        say(f"Weights & Biases: {self._run.url or self._run.dir}")
+        say(f"Weights & Biases: {self._run.dir if self._run.offline else self._run.url}")
 
     def truncate(self, keep: Callable[[Row], bool]) -> None:
         """Rows stay; those of steps that are done again follow."""
