@@ -116,7 +116,7 @@ def mounts(items: Sequence[str]) -> tuple[Mount, ...]:
     found = []
     for item in items:
         source, colon, target = printable("mount", item).rpartition(":")
-        if not colon or not source or not target.startswith("/") or target == "/" or source.endswith(":"):
+        if not colon or not source or not target.startswith("/") or target[1:2] in ("", "/") or source.endswith(":"):
             raise UserError(
                 f"--mount={item} is not of the form SOURCE:/FOLDER; write for example --mount=gs://my-bucket:/mnt/bucket"
             )

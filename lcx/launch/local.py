@@ -61,7 +61,7 @@ def run(job: JobSpec, options: Local, folder: Path) -> int:
     """
     folder.mkdir(parents=True, exist_ok=True)
     for tries in range(job.max_restarts + 1):
-        status, stopped = _once(commands(job, options, options.port or _free_port()), folder)
+        status, stopped = together(commands(job, options, options.port or _free_port()), folder)
         if stopped or status in (0, USER_ERROR_STATUS) or tries == job.max_restarts:
             break
         say(f"{job.name}: ended with status {status}; starting again ({tries + 1} of at most {job.max_restarts})")
@@ -74,8 +74,8 @@ def _free_port() -> int:
         return found.getsockname()[1]
 
 
-def _once(lines: Sequence[Sequence[str]], folder: Path) -> tuple[int, bool]:
-    """The status of one try, and whether a signal has asked for its end."""
+def together(lines: Sequence[Sequence[str]], folder: Path) -> tuple[int, bool]:
+    """Run command lines at once, until all have ended: their status (see `run`), and whether a signal asked for their end."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "XLA_FLAGS": _without_devices(os.environ.get("XLA_FLAGS", ""))}
     with contextlib.ExitStack() as open_files:
         started, readers = [], []
