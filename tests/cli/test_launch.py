@@ -46,8 +46,7 @@ WRONG = {
     SLURM + "--config={config} --config.optim.lrr=1": "--config.optim.lrr",
     SLURM + "--config={config} --config.optim.lr=-1": "optim.lr=-1.0 must be above 0",
     SLURM + "--config={config} --mount=a": "--mount=a is not of the form SOURCE:/FOLDER",
-    GKE
-    + "--config={far} --workdir=/mnt/b/x": "lies outside this folder, which is all that the hosts of --backend=gke see; move it here",
+    GKE + "--config={far} --workdir=/mnt/b/x": "lies outside this folder, which is all that the hosts of --backend=gke see",
     GKE + "--config={near} --workdir=/x": "would be a folder of its own on each of 4 hosts",
     GKE + "--config={near} --workdir=/mnt/b/x --setup=x": "--setup gives a setup, which --backend=gke does not take",
 }

@@ -13,7 +13,7 @@ from lcx.launch import local
 from lcx.launch.job import JobSpec
 from lcx.launch.local import Local, commands, together
 
-PYTHON = [sys.executable, "-S", "-c"]
+PYTHON = [sys.executable, "-SE", "-c"]
 
 
 def test_each_process_is_told_who_it_is():
@@ -40,9 +40,9 @@ def test_output_is_prefixed_and_kept(tmp_path, capfd):
 
 def test_one_that_fails_ends_the_others(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(local, "ALONE", 0.2)
-    waits = "import signal, time; signal.signal(signal.SIGTERM, lambda *_: exit(143)); print('there', flush=True); time.sleep(60)"
+    waits = "import os, signal, time; signal.signal(signal.SIGTERM, lambda *_: os._exit(143)); print('there', flush=True); time.sleep(60)"
     begun = time.monotonic()
-    assert together([[*PYTHON, waits], [*PYTHON, "exit(7)"]], tmp_path) == (7, False)
+    assert together([[*PYTHON, waits], [*PYTHON, "raise SystemExit(7)"]], tmp_path) == (7, False)
     assert time.monotonic() - begun < 20
     assert "process 1 ended with status 7; ending the others" in capfd.readouterr().out
     assert together([[*PYTHON, waits], [*PYTHON, "import os; os.kill(os.getpid(), 9)"]], tmp_path)[0] == 137
@@ -51,10 +51,13 @@ def test_one_that_fails_ends_the_others(tmp_path, monkeypatch, capfd):
 def test_one_that_ignores_the_request_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(local, "ALONE", 0.1)
     monkeypatch.setattr(local, "GRACE", 0.5)
-    deaf = "import signal, time, os; signal.signal(signal.SIGTERM, signal.SIG_IGN); open('{}', 'w').write(str(os.getpid())); time.sleep(60)"
     place = tmp_path / "pid"
-    failing = f"import os, time\nwhile not os.path.exists('{place}'): time.sleep(0.01)\ntime.sleep(0.1)\nexit(3)"
-    assert together([[*PYTHON, deaf.format(place)], [*PYTHON, failing]], tmp_path)[0] == 3
+    deaf = (
+        "import signal, time, os; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        f"open('{place}', 'w').write(str(os.getpid())); time.sleep(60)"
+    )
+    failing = f"import os, time\nwhile not os.path.exists('{place}'): time.sleep(0.01)\ntime.sleep(0.1)\nraise SystemExit(3)"
+    assert together([[*PYTHON, deaf], [*PYTHON, failing]], tmp_path)[0] == 3
     with pytest.raises(ProcessLookupError):
         os.kill(int(place.read_text()), 0)
 
