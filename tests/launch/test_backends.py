@@ -32,7 +32,7 @@ BUCKET = (Mount("gs://bucket/sub", "/mnt/b"),)
 
 
 def shell(script, tmp_path, commands, **environment):
-    """Run a script with the programs `commands` in place of what it calls (None: does nothing); each writes its words to `calls`, one a line."""
+    """Run a script with the programs `commands`, given by their Python (None: does nothing), in place of what it calls."""
     programs = tmp_path / "bin"
     programs.mkdir(exist_ok=True)
     for name, code in commands.items():

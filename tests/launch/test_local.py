@@ -13,7 +13,7 @@ from lcx.launch import local
 from lcx.launch.job import JobSpec
 from lcx.launch.local import Local, commands, together
 
-PYTHON = [sys.executable, "-SE", "-c"]
+PYTHON = [sys.executable, "-S", "-c"]
 
 
 def test_each_process_is_told_who_it_is():
@@ -40,7 +40,7 @@ def test_output_is_prefixed_and_kept(tmp_path, capfd):
 
 def test_one_that_fails_ends_the_others(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(local, "ALONE", 0.2)
-    waits = "import os, signal, time; signal.signal(signal.SIGTERM, lambda *_: os._exit(143)); print('there', flush=True); time.sleep(60)"
+    waits = "import os, signal, time; signal.signal(signal.SIGTERM, lambda *_: os._exit(143)); time.sleep(60)"
     begun = time.monotonic()
     assert together([[*PYTHON, waits], [*PYTHON, "raise SystemExit(7)"]], tmp_path) == (7, False)
     assert time.monotonic() - begun < 20
