@@ -28,36 +28,37 @@ _COMPILE_SECONDS = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A point to run: its name, what sets it apart, its folder, its command line, and the seconds that it may take."""
+    """A point to run: its name, what sets it apart, its folder, its command line, its numbers' reader, the seconds that it may take."""
 
     name: str
     overrides: dict[str, Any]
     folder: pathlib.Path
     argv: list[str]
+    collect: Collect
     timeout: float | None
 
 
-def run_point(collect: Collect, task: Task) -> PointResult:
+def run_point(task: Task) -> PointResult:
     """Run a point and record what came of it."""
     task.folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     reason = _execute(task.argv, task.folder / "log.txt", task.timeout)
-    return _record(collect, task, reason, started)
+    return _record(task, reason, started)
 
 
-def look_at(collect: Collect, task: Task) -> PointResult:
+def look_at(task: Task) -> PointResult:
     """What a point has left that is run elsewhere."""
     if not (task.folder / "report.html").exists():
         return PointResult(task.name, dict(task.overrides), "failed", "not finished: it has no report yet")
-    return _record(collect, task, "", time.perf_counter())
+    return _record(task, "", time.perf_counter())
 
 
-def _record(collect: Collect, task: Task, reason: str, started: float) -> PointResult:
+def _record(task: Task, reason: str, started: float) -> PointResult:
     """Keep the result of a point in its folder; `reason` says why it failed, `started` is by `time.perf_counter`."""
     numbers: dict[str, Any] = {}
     if not reason:
         try:
-            numbers = collect(task.folder)
+            numbers = task.collect(task.folder)
         except (UserError, OSError, ValueError, KeyError) as error:
             reason = f"it ended well but its results cannot be read: {error}"
     seconds = time.perf_counter() - started

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import csv
 import difflib
-import functools
 import io
 import itertools
 import json
@@ -162,12 +161,18 @@ def run_sweep(
     _check_start(points, base)
     workdir, named = pathlib.Path(workdir).absolute(), names(points)
     tasks = [
-        Task(name, overrides, workdir / "points" / name, list(argv_for(overrides, workdir / "points" / name)), timeout)
+        Task(
+            name,
+            overrides,
+            workdir / "points" / name,
+            list(argv_for(overrides, workdir / "points" / name)),
+            collect or collect_run,
+            timeout,
+        )
         for name, overrides in zip(named, points, strict=True)
     ]
     known = {task.name: finished(task.folder, task.name, task.overrides) for task in tasks}
-    work = functools.partial(look_at if only_collect else run_point, collect or collect_run)
-    running = iter(runner(work, (task for task in tasks if known[task.name] is None)))
+    running = iter(runner(look_at if only_collect else run_point, (task for task in tasks if known[task.name] is None)))
     outcomes = []
     for i, task in enumerate(tasks, 1):
         outcome = known[task.name]

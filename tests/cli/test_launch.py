@@ -40,6 +40,10 @@ WRONG = {
     "launch --backend=local --config={config} --workdir=": "--workdir= is empty",
     "launch --backend=local --config={config} --out={file}": "is a file; name a folder",
     "launch --backend=local --config={config} --sweep": "has no get_sweep(); define it",
+    "sweep --config={sweep} --workers=2": "--workers=2 needs --engine=ray; add it",
+    "sweep --config={sweep} --point_gpus=1": "--point_gpus=1.0 needs --engine=ray; add it",
+    "sweep --config={sweep} --engine=ray --collect": "--collect runs nothing, so --engine=ray has no effect",
+    "sweep --config={sweep} --engine=ray --workers=0": "--workers=0 must be at least 1",
     "launch --backend=local --sweep -- train": "--sweep needs --config, a file with get_sweep()",
     SLURM
     + "--config={config} --env=HF_TOKEN=x": "--env=HF_TOKEN=... would write its value into a file; give --secret=HF_TOKEN=WHERE",
