@@ -28,7 +28,7 @@ _COMPILE_SECONDS = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A point to run: its name, what sets it apart, its folder, its command line, its numbers' reader, the seconds that it may take."""
+    """A point to run: its name, what sets it apart, its folder, its command line, its numbers' reader, the seconds that it has."""
 
     name: str
     overrides: dict[str, Any]
