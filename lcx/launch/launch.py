@@ -17,11 +17,11 @@ from lcx.core.files import write_atomically
 from lcx.launch import local
 from lcx.launch.backends.table import BACKENDS
 from lcx.launch.job import Backend, JobSpec
-from lcx.launch.local import Local
+from lcx.launch.local import Processes
 
 LOCAL = "local"
 
-OPTIONS: dict[str, type] = {LOCAL: Local, **{name: backend.options for name, backend in BACKENDS.items()}}
+OPTIONS: dict[str, type] = {LOCAL: Processes, **{name: backend.options for name, backend in BACKENDS.items()}}
 """Value of `--backend` -> the dataclass of its own options."""
 
 CARRIED = {"image": "an image", "mounts": "mounts", "env": "variables", "secrets": "secrets", "setup": "a setup"}
@@ -84,7 +84,7 @@ def launch(backend: str, jobs: Sequence[JobSpec], options: Any, folder: Path, dr
     return 0
 
 
-def _here(jobs: Sequence[JobSpec], options: Local, folder: Path, dry_run: bool) -> int:
+def _here(jobs: Sequence[JobSpec], options: Processes, folder: Path, dry_run: bool) -> int:
     worst = 0
     for job in jobs:
         place = folder / job.name if len(jobs) > 1 else folder

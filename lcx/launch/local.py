@@ -32,7 +32,7 @@ LOOK = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
-class Local:
+class Processes:
     """`num_processes` processes of `host_devices` CPU devices each (or of the machine's accelerators), which meet at `port`."""
 
     num_processes: int = 1
@@ -45,7 +45,7 @@ class Local:
             raise UserError(f"--port={self.port} is no port; give 1 to 65535, or leave it out for a free one")
 
 
-def commands(job: JobSpec, options: Local, port: int) -> list[list[str]]:
+def commands(job: JobSpec, options: Processes, port: int) -> list[list[str]]:
     """The command line of each process."""
     start = [sys.executable, "-m", "lcx.cli", *job.words]
     devices = [f"--host_devices={options.host_devices}"] * (options.host_devices > 1)
@@ -53,7 +53,7 @@ def commands(job: JobSpec, options: Local, port: int) -> list[list[str]]:
     return [[*start, *devices, *meet, f"--process_id={i}"] for i in range(options.num_processes)]
 
 
-def run(job: JobSpec, options: Local, folder: Path) -> int:
+def run(job: JobSpec, options: Processes, folder: Path) -> int:
     """Run the job until all its processes have ended, at most `max_restarts` times again; returns its exit status.
 
     What process I says is shown behind `[I]` and kept in `folder/process_I.log`. When one fails the others are ended, and its
@@ -61,7 +61,7 @@ def run(job: JobSpec, options: Local, folder: Path) -> int:
     """
     folder.mkdir(parents=True, exist_ok=True)
     for tries in range(job.max_restarts + 1):
-        status, stopped = together(commands(job, options, options.port or _free_port()), folder)
+        status, stopped = run_all(commands(job, options, options.port or _free_port()), folder)
         if stopped or status in (0, USER_ERROR_STATUS) or tries == job.max_restarts:
             break
         say(f"{job.name}: ended with status {status}; starting again ({tries + 1} of at most {job.max_restarts})")
@@ -74,7 +74,7 @@ def _free_port() -> int:
         return found.getsockname()[1]
 
 
-def together(lines: Sequence[Sequence[str]], folder: Path) -> tuple[int, bool]:
+def run_all(lines: Sequence[Sequence[str]], folder: Path) -> tuple[int, bool]:
     """Run command lines at once, until all have ended: their status (see `run`), and whether a signal asked for their end."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "XLA_FLAGS": _without_devices(os.environ.get("XLA_FLAGS", ""))}
     with contextlib.ExitStack() as open_files:

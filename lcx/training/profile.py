@@ -77,8 +77,8 @@ class Profiler:
 
     def __init__(self, steps: ProfileSteps | None, workdir: Path):
         self._chosen, self._steps = steps, steps if steps is not None and steps.here else None
-        alone = jax.process_count() == 1
-        self._folder = workdir / FOLDER / ("" if alone else f"process_{jax.process_index()}")
+        single = jax.process_count() == 1
+        self._folder = workdir / FOLDER / ("" if single else f"process_{jax.process_index()}")
         self._open = False
 
     def __enter__(self) -> "Profiler":
