@@ -72,7 +72,6 @@ class Recorder:
 
     def keep(self, workdir: Path, active: bool = True) -> None:
         """Write rows to a workdir from now on, those so far included; none where `active` is false, as in all processes but one."""
-        self._switch(PREPARATION)
         self._active = active
         if not active:
             self._waiting.clear()
@@ -97,6 +96,10 @@ class Recorder:
             self._switch(before)
             if part not in (DATA, STEP):
                 self._row(part)
+
+    def become(self, part: str) -> None:
+        """The time from here on is the `part`'s, except that of spans."""
+        self._switch(part)
 
     def step(self, step: int) -> None:
         """Step `step` of the run (from 1) is done."""

@@ -97,7 +97,7 @@ def train(
             held.enter_context(exclusive(workdir))
         record = held.enter_context(goodput.Recorder()) if record is None else record
         open_workdir(workdir, run)
-        record.keep(workdir, active=main)
+        record.become(goodput.PREPARATION)
         if given is not None:
             given.keep(workdir)
         warn_unusual(run)
@@ -140,6 +140,8 @@ class Trainer:
         with self.record.span(goodput.RESTORE if self.store.steps else goodput.PREPARATION):
             start = resume_point(self.builder, self.store)
         self.profiler.check(self.ends[start.index] - self.config.stages[start.index].steps + start.stage_step, self.ends[-1])
+        # From here on nothing that was asked for is refused: a command that is leaves no trace.
+        self.record.keep(self.workdir, active=jax.process_index() == 0)
         self.record.goes_on_from(self.ends[start.index] - self.config.stages[start.index].steps + start.stage_step)
         built, state, at = self.builder.build(start.index), start.state, start.stage_step
         history = _history(start)
