@@ -22,7 +22,7 @@ from lcx.model.architecture import build_architecture, build_schemes
 from lcx.positions.theta import critical_base
 from lcx.report import markdown
 from lcx.training import metrics, monitor
-from lcx.training.checkpoints import Loaded, load_params
+from lcx.training.loading import Loaded, load_params
 from lcx.training.loop import train
 from lcx.training.stages import RunConfig, run_config
 

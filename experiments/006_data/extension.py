@@ -38,7 +38,7 @@ from lcx.positions.theta import critical_base
 from lcx.recipes.models import initial_weights
 from lcx.recipes.recipe import backend_of, defaults, evaluate_loaded, part, recipe
 from lcx.report import markdown
-from lcx.training.checkpoints import Loaded, load_params
+from lcx.training.loading import Loaded, load_params
 from lcx.training.loop import train
 
 HERE = Path(__file__).parent

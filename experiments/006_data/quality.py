@@ -34,7 +34,7 @@ from lcx.data.loader import probe
 from lcx.model.architecture import build_architecture, build_schemes
 from lcx.report import markdown
 from lcx.training import monitor
-from lcx.training.checkpoints import load_params
+from lcx.training.loading import load_params
 from lcx.training.loop import train
 from lcx.training.stages import RunConfig, run_config
 

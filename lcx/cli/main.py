@@ -35,6 +35,7 @@ COMMANDS = {
     "apply": "lay an adapter or differences over a model, into a new Hugging Face folder",
     "merge": "merge models tensor by tensor into a new Hugging Face folder",
     "diff": "compare two models tensor by tensor",
+    "verify": "compare checkpoints, models and data with their checksums",
     "compare": "compare two evaluations on the same items, paired",
     "data curate": "filter and deduplicate sources of text, and say what was dropped and why",
     "data prepare": "tokenise a corpus once into a dataset that runs read",

@@ -30,10 +30,11 @@ from lcx.model.config import ModelConfig
 from lcx.model.execution import refuse_moved
 from lcx.recipes import models
 from lcx.training import goodput
-from lcx.training.checkpoints import FOLDER, Loaded, stage_ends
+from lcx.training.checkpoints import FOLDER
+from lcx.training.loading import Loaded
 from lcx.training.loop import train
 from lcx.training.profile import ProfileSteps
-from lcx.training.stages import RunConfig, StageConfig, run_config
+from lcx.training.stages import RunConfig, StageConfig, run_config, stage_ends
 from lcx.training.workdir import CONFIG, read_config, record_environment
 
 

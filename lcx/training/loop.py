@@ -25,15 +25,17 @@ from lcx.positions.scheme import Scheme
 from lcx.training import goodput, monitor
 from lcx.training import metrics as metrics_log
 from lcx.training.builder import BuiltStage, StageBuilder
-from lcx.training.checkpoints import InitialWeights, Meta, Store, initial_weights, scheme_configs, stage_ends
+from lcx.training.checkpoints import Store
 from lcx.training.checks import warn_repeats, warn_unusual
 from lcx.training.forecast import forecast
+from lcx.training.loading import InitialWeights, initial_weights
 from lcx.training.memory import check_program
+from lcx.training.meta import Meta, scheme_configs
 from lcx.training.optimizer import groups
 from lcx.training.prefetch import Prefetcher, Stop
 from lcx.training.profile import Profiler, ProfileSteps
 from lcx.training.resume import ResumePoint, continue_into, reread_stage_start, resume_point
-from lcx.training.stages import RunConfig
+from lcx.training.stages import RunConfig, stage_ends
 from lcx.training.step import TrainState
 from lcx.training.workdir import exclusive, fingerprint, make_workdir, open_workdir
 from lcx.training.writers import Writer
