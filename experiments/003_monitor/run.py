@@ -56,7 +56,7 @@ def config(seed: int, **changes: object) -> RunConfig:
         "optim": {"lr": 5e-3, "b2": 0.98, "weight_decay": 0.01, "warmup_steps": 30, "schedule": "linear"},
         "monitor": configs.plain(SETTINGS),
         "checkpoint": {"every": None},
-        "metrics": {"tensorboard": False},
+        "metrics": {"writers": "jsonl"},
         "seed": seed,
     }  # fmt: skip
     return run_config({**values, **changes})

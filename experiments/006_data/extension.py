@@ -117,7 +117,7 @@ def model_config(stages: dict) -> ml_collections.ConfigDict:
     config.optim.b2 = 0.98
     config.optim.weight_decay = 0.01
     config.checkpoint.every = None
-    config.metrics.tensorboard = False
+    config.metrics.writers = "jsonl"
     config.monitor.enabled = False
     return config
 

@@ -147,7 +147,7 @@ def config(seed: int, data: Path) -> RunConfig:
             "stages": [{"name": "base", "seq_len": LENGTH, "steps": STEPS, "batch_size": BATCH}],
             "optim": {"lr": 4e-3, "b2": 0.98, "weight_decay": 0.01, "warmup_steps": 20, "schedule": "linear"},
             "checkpoint": {"every": None},
-            "metrics": {"tensorboard": False},
+            "metrics": {"writers": "jsonl"},
             "seed": seed,
         }
     )  # fmt: skip

@@ -25,6 +25,7 @@ COMMANDS = {
     "generate": "continue prompts with a checkpoint, under its own or any other positional scheme",
     "chat": "chat with a checkpoint in the terminal, under its chat template",
     "report": "rewrite a run's report.html from its files",
+    "launch": "start a run, or each point of a sweep, on many hosts: Google Cloud, Kubernetes, Slurm, SkyPilot, or here",
     "sweep": "run the unfinished points of a sweep, then print a table and draw a plot",
     "doremi": "find weights for the parts of a mixture with a reference and a proxy run",
     "theta": "choose theta for a target length",

@@ -180,7 +180,7 @@ def _joined(parts: Any) -> Any:
 
 
 def _tiled_forward(hidden: Any, kernel: Any, targets: Any, tiles: int, entries: int, softcap: float | None) -> tuple:
-    found = _tiled(hidden.value, kernel.value, targets.value, tiles, entries, softcap)
+    found: Any = _tiled(hidden.value, kernel.value, targets.value, tiles, entries, softcap)
     # A frozen kernel gets no gradient, which takes a third of the time: what is saved says so by its structure.
     return found, (hidden.value, kernel.value, targets.value, found[0], () if kernel.perturbed else None)
 

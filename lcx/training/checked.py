@@ -254,7 +254,8 @@ def _cast(found: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
     leaves, structure = jax.tree.flatten(found)
     found.clear()
     for i, wanted in enumerate(jax.tree.leaves(like)):
-        leaves[i] = leaves[i].astype(wanted.dtype)
+        if leaves[i].dtype != wanted.dtype:
+            leaves[i] = leaves[i].astype(wanted.dtype)
     return jax.tree.unflatten(structure, leaves)
 
 

@@ -138,7 +138,11 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _migrated(values: dict[str, Any]) -> dict[str, Any]:
-    """The config of a run of lcx 0.1, where the fields of `ExecutionConfig` belonged to the model, in today's form."""
+    """The config of a run of lcx 0.1, where the fields of `ExecutionConfig` belonged to the model, and of later ones, where
+    `metrics.tensorboard` said what `metrics.writers` does, in today's form."""
+    if isinstance(log := values.get("metrics"), dict) and "tensorboard" in log:
+        wanted = "jsonl,tensorboard" if log["tensorboard"] else "jsonl"
+        values = {**values, "metrics": {"writers": wanted, **{name: value for name, value in log.items() if name != "tensorboard"}}}
     if not isinstance(model := values.get("model"), dict):
         return values
     moved = {name: model[name] for name in EXECUTION_FIELDS & model.keys()}

@@ -69,7 +69,7 @@ def test_the_python_of_a_card_runs(source, tmp_path, capsys, monkeypatch):
 def test_extension_is_evaluated_and_exported(source, tmp_path, capsys):
     extended = tmp_path / "extended"
     changes = dict(source=source, target=TARGET, steps=2, tokens_per_step=TARGET)
-    changes |= {"optim.lr": 1e-3, "evals.needle_items": 1, "evals.perplexity_tokens": TARGET, "metrics.tensorboard": False}
+    changes |= {"optim.lr": 1e-3, "evals.needle_items": 1, "evals.perplexity_tokens": TARGET, "metrics.writers": "jsonl"}
     # Rows of 256 bytes are too short for questions in words.
     changes["data.parts.task.kind"] = "multikey"
     changes |= {f"data.parts.{part}.source.limit_bytes": 1 << 20 for part in ("text", "task")} | {"data.heldout_fraction": 0.3}
