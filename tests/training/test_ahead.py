@@ -16,7 +16,8 @@ pytestmark = [
     ),
 ]
 
-GIB = 2**30
+CHIP = 95.7 * 2**30
+"""Bytes of a v5p."""
 
 
 def compiled(*arguments):
@@ -30,4 +31,4 @@ def test_a_quarter_of_a_million_tokens_a_chip_compile():
     """Llama 3 8B's feed-forward layer has 262,144 x 14,336 inner activations there, more than 2^31: libtpu aborted on them."""
     needed, said = compiled("v5p:2x2x1", "1048576", "--layers=2", "--remat=block")
     assert needed is not None, said[-2000:]
-    assert needed["temp_size_in_bytes"] < 48 * GIB
+    assert needed["temp_size_in_bytes"] + needed["argument_size_in_bytes"] < CHIP
