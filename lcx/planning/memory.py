@@ -1,0 +1,176 @@
+"""What a step holds, by arithmetic: bytes on a device by what they are for, at the moment when they are most.
+
+Parameters, optimizer state and what layers keep are exact. What a layer works on is counted array by array as the compiled step has
+it; docs/pods.md compares the sums with a compiler's.
+
+Legend: T tokens, N heads, K key-value heads, H head dim, D model, F feed-forward, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from lcx.adapters import lora
+from lcx.core.mesh import RULES
+from lcx.core.param_spec import ParamSpec, abstract, paths_of
+from lcx.core.trees import Tree, paths
+from lcx.planning.program import schemes_at
+from lcx.planning.topology import Topology
+from lcx.planning.work import Work, work_of
+from lcx.training.optimizer import is_trained, optimizer
+from lcx.training.stages import RunConfig, StageConfig
+
+PARTS = ("parameters", "optimizer", "gradients", "saved inputs", "attention", "feed-forward", "loss")
+"""What a device's bytes are for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """Bytes on a device by `PARTS` at the fullest moment of a step, and on the host."""
+
+    parts: dict[str, float]
+    host: float
+    moment: str
+
+    @property
+    def total(self) -> float:
+        """Of the device."""
+        return sum(self.parts.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class StateSizes:
+    """Numbers and bytes on a device of what a stage trains and holds, from its table of parameters."""
+
+    parameters: float
+    optimizer: float
+    trained: float
+
+
+def held(run: RunConfig, stage: StageConfig, mesh: Mapping[str, int], where: Topology) -> Held:
+    """What a step of a stage holds on each device of a mesh (axis to size)."""
+    state = state_sizes(run, stage, mesh)
+    work = work_of(run.model, run.execution, stage.batch_size, stage.seq_len, stage.accumulate, mesh)
+    width = jnp.dtype(run.execution.compute_dtype).itemsize
+    # The cast weights, and gradients in the same type; with microbatches their float32 sum.
+    cast = 0.0 if width == 4 else width * state.parameters / 4
+    gradients = cast + width * state.trained + (4 * state.trained if stage.accumulate > 1 else 0.0)
+    saved, host = kept(work, width)
+    layer = Layer(work, run, width, where.chip.platform)
+    base = {"parameters": state.parameters, "optimizer": state.optimizer, "gradients": gradients, "saved inputs": saved}
+    moments = {
+        "the backward pass of attention": {"attention": layer.attention(), "feed-forward": 0.0, "loss": 0.0},
+        "the backward pass of a feed-forward layer": {
+            "attention": layer.attended(), "feed-forward": layer.feed_forward(), "loss": 0.0,
+        },
+        "the loss": {"attention": 0.0, "feed-forward": 0.0, "loss": layer.loss(run.execution.loss_tile)},
+        # The update holds gradients in float32, and nothing of the layers.
+        "the optimizer's update": {"gradients": 8.0 * state.trained, "saved inputs": 0.0},
+    }  # fmt: skip
+    name = max(moments, key=lambda name: sum({**base, **moments[name]}.values()))
+    found = {**dict.fromkeys(PARTS, 0.0), **base, **moments[name]}
+    return Held(found, host, name)
+
+
+def state_sizes(run: RunConfig, stage: StageConfig, mesh: Mapping[str, int]) -> StateSizes:
+    """Sizes of the state by the table of parameters and the optimizer's own shapes; nothing is made."""
+    table = run.specs(schemes_at(run, run.stages.index(stage)), stage.length)
+    optim = run.optim_of(stage)
+    own = {path: _share(spec, mesh) for path, spec in paths_of(table)}
+    trees = {path: leaf for path, leaf in paths(abstract(table))}
+    trained = {path for path in own if is_trained(optim, run.adapters, path)}
+    parameters = sum(own[path] * jnp.dtype(lora.held_as(path, run.adapters)).itemsize for path in own)
+    transform = optimizer(optim, stage.steps, table)
+    shapes = jax.eval_shape(transform.init, _tree({path: trees[path] for path in trained}))
+    state = 0.0
+    for path, leaf in paths(shapes):
+        words = path.split("/")
+        ends = ("/".join(words[i:]) for i in range(len(words)))
+        place = next((end for end in ends if end in trained and trees[end].shape == leaf.shape), None)
+        state += leaf.dtype.itemsize * (math.prod(leaf.shape) if place is None else own[place])
+    return StateSizes(parameters, state, sum(own[path] for path in trained))
+
+
+def _tree(flat: Mapping[str, jax.ShapeDtypeStruct]) -> Tree:
+    found: Tree = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split("/")
+        here = found
+        for parent in parents:
+            here = here.setdefault(parent, {})
+        here[last] = leaf
+    return found
+
+
+def _share(spec: ParamSpec, mesh: Mapping[str, int]) -> float:
+    """Numbers of a parameter on a device."""
+    pieces = (math.prod(mesh[axis] for axis in RULES.get(name or "", ())) for name in spec.logical_axes)
+    return math.prod(-(-size // count) for size, count in zip(spec.shape, pieces, strict=True))
+
+
+def kept(work: Work, width: int) -> tuple[float, float]:
+    """Bytes on the device and on the host of what all layers keep for the backward pass, by the policy."""
+    m, t = work.model, work.tokens
+    tensor = work.mesh["tensor"]
+    periods = max(1, m.num_layers // len(m.pattern))
+    inputs = periods * t * m.model_dim * width
+    outputs = m.num_layers * t * m.num_heads / tensor * (m.head_dim * out_width(work, width) + 4)
+    if work.policy == "offload":
+        return 2 * inputs / periods, inputs + outputs
+    if work.policy == "attention":
+        return inputs + outputs, 0.0
+    if work.policy == "block":
+        return inputs, 0.0
+    projected = m.head_dim * (m.num_heads + 2 * m.num_kv_heads) / tensor
+    inner = m.mlp_dim * (2 if m.gated else 1) / tensor * (1 if m.num_experts is None else m.experts_per_token)
+    per_token = projected + 2 * m.model_dim + inner
+    whole = m.num_layers * t * width * per_token + inputs
+    return (whole, 0.0) if work.policy == "dots" else (whole + outputs + m.num_layers * t * width * 2 * m.model_dim, 0.0)
+
+
+def out_width(work: Work, width: int) -> int:
+    """Bytes of a number of what attention gives: it is merged in float32 where devices share a row."""
+    return 4 if work.share > 1 else width
+
+
+class Layer:
+    """What the backward pass of a layer holds beside what all layers keep, in bytes on a device."""
+
+    def __init__(self, work: Work, run: RunConfig, width: int, platform: str):
+        self.work, self.run, self.width, self.platform = work, run, width, platform
+        m, tensor = work.model, work.mesh["tensor"]
+        self.queries = work.tokens * m.num_heads / tensor * m.head_dim
+        self.keys = 2 * work.tokens * m.num_kv_heads / tensor * m.head_dim
+        self.stream = work.tokens * m.model_dim
+        self.weights = 2 * width * work.layer_weights if work.weights > 1 else 0.0
+
+    def attended(self) -> float:
+        """Kept of this layer's attention while its feed-forward layer is differentiated: queries, keys, values and outputs."""
+        return self.width * (self.queries + self.keys) + out_width(self.work, self.width) * self.queries
+
+    def attention(self) -> float:
+        """As attention is differentiated: these, the gradients of its outputs and of the queries, keys on their way, and theirs."""
+        wide = out_width(self.work, self.width)
+        moving = 2 * self.keys * self.width if self.work.share > 1 else 0.0
+        gradients = (wide + 4) * self.queries + (3 if self.work.share > 1 else 1) * 4 * self.keys
+        return self.attended() + moving + gradients + 3 * self.width * self.stream + self.weights
+
+    def feed_forward(self) -> float:
+        """As the feed-forward layer is differentiated, a tile of tokens at a time where it is cut into tiles."""
+        m, tile = self.work.model, self.run.execution.mlp_tile
+        own = self.work.tokens if tile is None or self.work.share > 1 else min(self.work.tokens, tile)
+        inner = own * m.mlp_dim / self.work.mesh["tensor"] * (1 if m.num_experts is None else m.experts_per_token)
+        arrays = 5 if m.gated else 3
+        return self.width * (arrays * inner + 4 * self.stream) + self.weights
+
+    def loss(self, tile: int) -> float:
+        """A tile of logits with its gradient, the output weights and their gradient, the states and their gradient in float32."""
+        m = self.work.model
+        logits = min(self.work.tokens * m.vocab_size, tile)
+        head = m.model_dim * m.vocab_size / self.work.mesh["tensor"]
+        return 8 * logits + 2 * self.width * head + (self.width + 4) * self.stream
