@@ -32,17 +32,17 @@ def get_config():
         "textbooks": text("textbooks", 0.03),
         "short": text("short", 0.37),
     }
+    config.stages.to_512k.mixture = {"code": 0.15, "long_code": 0.15, "books": 0.25, "long_books": 0.05}
     return config
 
 
 def stages() -> dict:
     """Four million tokens a step, then eight."""
     stage = BASE["stage"]
-    mixture = {"code": 0.15, "long_code": 0.15, "books": 0.25, "long_books": 0.05}
     return {
         "to_64k": stage(65_536, 8e6, rows=64, steps=5000, context=8, accumulate=2, optim={"warmup_steps": 500}),
         "to_512k": stage(
-            524_288, 128e6, rows=16, steps=2500, context=32, accumulate=8, mixture=mixture, keep_optimizer_state=True,
+            524_288, 128e6, rows=16, steps=2500, context=32, accumulate=8, keep_optimizer_state=True,
             optim={"lr": 5e-6, "warmup_steps": 250},
         ),
     }  # fmt: skip

@@ -19,6 +19,9 @@ from lcx.planning.schedule import Collective
 from lcx.planning.topology import Topology
 from lcx.training.stages import RunConfig
 
+COMMAND = (sys.executable, "-m", "lcx.planning.child")
+"""The process that compiles."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
@@ -48,7 +51,7 @@ def compile_step(run: RunConfig, stage: int, where: Topology) -> Compiled:
     """
     request = {"run": configs.plain(run), "stage": stage, "name": where.name, "shape": where.shape, "slices": where.slices}
     done = subprocess.run(
-        [sys.executable, "-m", "lcx.planning.child"],
+        COMMAND,
         input=json.dumps(request),
         capture_output=True,
         text=True,

@@ -9,21 +9,24 @@ Legend: T tokens, N heads, K key-value heads, H head dim, D model, F feed-forwar
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 
 from lcx.adapters import lora
 from lcx.core.mesh import RULES
 from lcx.core.param_spec import ParamSpec, abstract, paths_of
-from lcx.core.trees import Tree, paths
+from lcx.core.trees import paths
 from lcx.planning.program import schemes_at
 from lcx.planning.topology import Topology
 from lcx.planning.work import Work, work_of
-from lcx.training.optimizer import is_trained, optimizer
+from lcx.training.optimizer import OptimConfig, is_trained, optimizer
 from lcx.training.stages import RunConfig, StageConfig
+from lcx.training.step import Table
 
 PARTS = ("parameters", "optimizer", "gradients", "saved inputs", "attention", "feed-forward", "loss")
 """What a device's bytes are for."""
@@ -79,31 +82,27 @@ def held(run: RunConfig, stage: StageConfig, mesh: Mapping[str, int], where: Top
 
 def state_sizes(run: RunConfig, stage: StageConfig, mesh: Mapping[str, int]) -> StateSizes:
     """Sizes of the state by the table of parameters and the optimizer's own shapes; nothing is made."""
-    table = run.specs(schemes_at(run, run.stages.index(stage)), stage.length)
+    table = tuple(paths_of(run.specs(schemes_at(run, run.stages.index(stage)), stage.length)))
+    own = {path: _share(spec, mesh) for path, spec in table}
     optim = run.optim_of(stage)
-    own = {path: _share(spec, mesh) for path, spec in paths_of(table)}
-    trees = {path: leaf for path, leaf in paths(abstract(table))}
-    trained = {path for path in own if is_trained(optim, run.adapters, path)}
+    trained = frozenset(path for path in own if is_trained(optim, run.adapters, path))
     parameters = sum(own[path] * jnp.dtype(lora.held_as(path, run.adapters)).itemsize for path in own)
-    transform = optimizer(optim, stage.steps, table)
-    shapes = jax.eval_shape(transform.init, _tree({path: trees[path] for path in trained}))
-    state = 0.0
-    for path, leaf in paths(shapes):
-        words = path.split("/")
-        ends = ("/".join(words[i:]) for i in range(len(words)))
-        place = next((end for end in ends if end in trained and trees[end].shape == leaf.shape), None)
-        state += leaf.dtype.itemsize * (math.prod(leaf.shape) if place is None else own[place])
+    state = sum(width * (own[path] if path else size) for path, size, width in _moments(optim, stage.steps, table, trained))
     return StateSizes(parameters, state, sum(own[path] for path in trained))
 
 
-def _tree(flat: Mapping[str, jax.ShapeDtypeStruct]) -> Tree:
-    found: Tree = {}
-    for path, leaf in flat.items():
-        *parents, last = path.split("/")
-        here = found
-        for parent in parents:
-            here = here.setdefault(parent, {})
-        here[last] = leaf
+@functools.lru_cache(maxsize=32)
+def _moments(optim: OptimConfig, steps: int, table: Table, trained: frozenset[str]) -> list[tuple[str, int, int]]:
+    """Arrays of an optimizer's state: the parameter that each lies with (empty: none, so that it is whole everywhere), its numbers
+    and the bytes of one."""
+    specs = flax.traverse_util.unflatten_dict(dict(table), sep="/")
+    given = {path: leaf for path, leaf in paths(abstract(specs)) if path in trained}
+    found = []
+    for path, leaf in paths(jax.eval_shape(optimizer(optim, steps, specs).init, flax.traverse_util.unflatten_dict(given, sep="/"))):
+        words = path.split("/")
+        ends = ("/".join(words[i:]) for i in range(len(words)))
+        place = next((end for end in ends if end in given and given[end].shape == leaf.shape), "")
+        found.append((place, math.prod(leaf.shape), leaf.dtype.itemsize))
     return found
 
 
@@ -147,7 +146,6 @@ class Layer:
         self.queries = work.tokens * m.num_heads / tensor * m.head_dim
         self.keys = 2 * work.tokens * m.num_kv_heads / tensor * m.head_dim
         self.stream = work.tokens * m.model_dim
-        self.weights = 2 * width * work.layer_weights if work.weights > 1 else 0.0
 
     def attended(self) -> float:
         """Kept of this layer's attention while its feed-forward layer is differentiated: queries, keys, values and outputs."""
@@ -158,15 +156,16 @@ class Layer:
         wide = out_width(self.work, self.width)
         moving = 2 * self.keys * self.width if self.work.share > 1 else 0.0
         gradients = (wide + 4) * self.queries + (3 if self.work.share > 1 else 1) * 4 * self.keys
-        return self.attended() + moving + gradients + 3 * self.width * self.stream + self.weights
+        return self.attended() + moving + gradients + 3 * self.width * self.stream
 
     def feed_forward(self) -> float:
         """As the feed-forward layer is differentiated, a tile of tokens at a time where it is cut into tiles."""
         m, tile = self.work.model, self.run.execution.mlp_tile
         own = self.work.tokens if tile is None or self.work.share > 1 else min(self.work.tokens, tile)
         inner = own * m.mlp_dim / self.work.mesh["tensor"] * (1 if m.num_experts is None else m.experts_per_token)
-        arrays = 5 if m.gated else 3
-        return self.width * (arrays * inner + 4 * self.stream) + self.weights
+        # Gate, up, their product, and the gradients of all three; weights come shard by shard, and none is whole at any time.
+        arrays = 6 if m.gated else 3
+        return self.width * (arrays * inner + 4 * self.stream)
 
     def loss(self, tile: int) -> float:
         """A tile of logits with its gradient, the output weights and their gradient, the states and their gradient in float32."""

@@ -29,8 +29,8 @@ class Efficiency:
 MANY, FEW = 16_384, 4_096
 """Tokens of a microbatch on a device from which on, and up to which, the efficiencies for many and for few hold."""
 
-TPU = Efficiency(0.656, 0.698, 0.210, 0.304)
-WIDE = Efficiency(0.742, 0.345, 0.238, 0.150)
+TPU = Efficiency(0.627, 0.684, 0.197, 0.304)
+WIDE = Efficiency(0.692, 0.345, 0.217, 0.153)
 """Of TPUs, and of those whose matrix units are twice as wide as a head (v6e, tpu7x): what `published.fitted` gives. For few
 tokens no row of the latter is published; they lose what the others lose."""
 
@@ -108,7 +108,6 @@ def step_time(work: Work, where: Topology, reached: Efficiency | None = None) ->
     reached = reached or efficiency(where)
     rates = Rates(work, where, reached)
     layers = [one for kind in work.model.kinds for one in _layers(work, kind, rates)]
-    again, _ = work.recomputes
     forward = [one for one in layers if one.name.startswith("forward")]
     backward = [one for one in layers if one.name.startswith("backward")]
     logits = work.logits / rates.matmul
@@ -191,7 +190,7 @@ def _layers(work: Work, kind: str, rates: Rates) -> list[Segment]:
         # Keys are gathered while other products run, as weights are.
         Segment("forward products", "products", dense, weights + kv + offload, count),
         Segment("forward attention", "attention", *attend, count),
-        Segment("backward products", "products", dense * (3 if again else 2), 2 * weights + 2 * kv + offload, count),
+        Segment("backward products", "products", 2 * dense + work.redone / rates.matmul, 2 * weights + 2 * kv + offload, count),
         Segment("backward attention", "attention", *pull, count),
     ]
     if attended_again:

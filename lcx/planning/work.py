@@ -93,6 +93,15 @@ class Work:
         return self.tokens * heads * m.head_dim / self.mesh["tensor"]
 
     @property
+    def redone(self) -> float:
+        """Operations of a layer's products that the backward pass repeats: all but the last one, whose result nobody needs."""
+        if not self.recomputes[0]:
+            return 0.0
+        m = self.model
+        last = m.model_dim * m.mlp_dim * (1 if m.num_experts is None else m.experts_per_token)
+        return self.dense - 2 * self.tokens * last / self.mesh["tensor"]
+
+    @property
     def recomputes(self) -> tuple[bool, bool]:
         """Whether the backward pass computes a layer's products with weights again, and its attention."""
         return self.policy in ("attention", "offload", "block"), self.policy in ("dots", "block")
@@ -125,12 +134,12 @@ def executed(work: Work) -> dict[str, float]:
 
     Attention's backward pass has five products where the forward pass has two; that of the logits computes them again.
     """
-    again, attended_again = work.recomputes
+    attended_again = work.recomputes[1]
     layers = work.model.num_layers
     attention = sum(work.attention(kind) for kind in work.model.layer_kinds)
     times = work.accumulate
     return {
-        "matmul": times * (layers * work.dense * (4 if again else 3) + 4 * work.logits),
+        "matmul": times * (layers * (3 * work.dense + work.redone) + 4 * work.logits),
         "attention": times * attention * (1 + attended_again + 2.5),
     }
 

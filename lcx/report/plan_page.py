@@ -99,14 +99,14 @@ def memory_figure(plans: Sequence[StagePlan], chosen: StagePlan):
     axes.annotate(
         f"{room:,.1f} GB there are", (-0.45, room), xytext=(0, 4), textcoords="offset points", ha="left", va="bottom", fontsize=9
     )
-    top = 1.75 * room
+    top = min(1.75 * room, max(1.02 * room, *bottom))
     for at, height in enumerate(bottom):
-        inside = height < top
+        inside = height <= top
         axes.annotate(
             f"{height:,.1f}", (at, min(height, top)), xytext=(0, 3 if inside else -4), textcoords="offset points", ha="center",
             va="bottom" if inside else "top", fontsize=9, color=style.INK if inside else style.PAPER, fontweight="bold", zorder=4,
         )  # fmt: skip
-    axes.set_ylim(0, top * 1.06)
+    axes.set_ylim(0, top * 1.08)
     axes.set_xlim(-0.6, len(plans) - 0.4)
     axes.set_xticks(list(places), [style.tokens(plan.stage.seq_len) for plan in plans])
     axes.get_xticklabels()[[plan.stage.seq_len for plan in plans].index(chosen.stage.seq_len)].set_fontweight("bold")
