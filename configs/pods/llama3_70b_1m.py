@@ -35,8 +35,8 @@ def stages() -> dict:
         return BASE["stage"](length, critical_base(THETA, LENGTH, length), **sizes)
 
     return {
-        "to_64k": stage(65_536, rows=32, steps=30, accumulate=2, context=8),
-        "to_256k": stage(262_144, rows=16, steps=24, accumulate=4, context=32),
-        "to_512k": stage(524_288, rows=16, steps=50, accumulate=8, context=64),
-        "to_1m": stage(1_048_576, rows=16, steps=50, accumulate=16, context=128),
+        "to_64k": stage(65_536, rows=32, steps=30, context=4, ulysses=4),
+        "to_256k": stage(262_144, rows=16, steps=24, accumulate=2, context=16),
+        "to_512k": stage(524_288, rows=16, steps=50, accumulate=4, context=32),
+        "to_1m": stage(1_048_576, rows=16, steps=50, accumulate=8, context=64),
     }

@@ -17,7 +17,7 @@ SOURCE = "models/Llama-2-7b-hf"
 
 
 def get_config():
-    """Two or more rows' chips share each of the 32 key heads."""
+    """Every chip has 16,384 tokens of a row at each length."""
     return BASE["pod"]("llama2_7b", SOURCE, stages(), lr=4e-5, schedule="constant")
 
 
@@ -25,9 +25,9 @@ def stages() -> dict:
     """As in the paper; all chips of a row trade heads, up to the 32 that there are."""
     stage = BASE["stage"]
     return {
-        "to_32k": stage(32_768, 1e6, rows=128, steps=1200, context=4, ulysses=4, accumulate=2),
-        "to_128k": stage(131_072, 10e6, rows=32, steps=3000, context=16, ulysses=16, accumulate=2),
-        "to_256k": stage(262_144, 10e6, rows=16, steps=3000, context=32, ulysses=32, accumulate=2),
-        "to_512k": stage(524_288, 25e6, rows=8, steps=720, context=64, ulysses=32, accumulate=2),
-        "to_1m": stage(1_048_576, 50e6, rows=4, steps=450, context=128, ulysses=32, accumulate=2),
+        "to_32k": stage(32_768, 1e6, rows=128, steps=1200, context=2, ulysses=2),
+        "to_128k": stage(131_072, 10e6, rows=32, steps=3000, context=8, ulysses=8),
+        "to_256k": stage(262_144, 10e6, rows=16, steps=3000, context=16, ulysses=16),
+        "to_512k": stage(524_288, 25e6, rows=8, steps=720, context=32, ulysses=32),
+        "to_1m": stage(1_048_576, 50e6, rows=4, steps=450, context=64, ulysses=32),
     }

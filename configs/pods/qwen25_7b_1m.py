@@ -33,13 +33,13 @@ def get_config():
 
 
 def stages() -> dict:
-    """Two million tokens a step."""
+    """Four million tokens a step."""
 
     def stage(length: int, theta: float, rows: int, context: int) -> dict:
-        return BASE["stage"](length, theta, rows=rows, steps=500, context=context, ulysses=4)
+        return BASE["stage"](length, theta, rows=rows, steps=250, context=context, ulysses=4)
 
     return {
-        "to_64k": stage(65_536, 1e6, rows=32, context=8),
-        "to_128k": stage(131_072, 5e6, rows=16, context=16),
-        "to_256k": stage(262_144, 10e6, rows=8, context=32),
+        "to_64k": stage(65_536, 1e6, rows=64, context=4),
+        "to_128k": stage(131_072, 5e6, rows=32, context=8),
+        "to_256k": stage(262_144, 10e6, rows=16, context=16),
     }

@@ -33,8 +33,8 @@ def get_config():
 def stages() -> dict:
     """Half a million tokens a step."""
 
-    def stage(length: int, rows: int) -> dict:
+    def stage(length: int, rows: int, accumulate: int) -> dict:
         theta = critical_base(THETA, LENGTH, length)
-        return BASE["stage"](length, theta, rows=rows, steps=200, context=4, ulysses=1, accumulate=rows)
+        return BASE["stage"](length, theta, rows=rows, steps=200, context=4, ulysses=1, accumulate=accumulate)
 
-    return {"to_32k": stage(32_768, 16), "to_128k": stage(131_072, 4)}
+    return {"to_32k": stage(32_768, 16, 8), "to_128k": stage(131_072, 4, 4)}

@@ -29,5 +29,5 @@ def stages() -> dict:
 def stage(factor: float, **more) -> dict:
     """A stage under YaRN."""
     scheme = {"name": "yarn", "theta": 1e4, "factor": factor, "original_length": 4096}
-    made = BASE["stage"](65_536, 1e4, rows=64, context=16, ulysses=16, accumulate=16, **more)
+    made = BASE["stage"](65_536, 1e4, rows=64, context=4, ulysses=4, accumulate=4, **more)
     return {**made, "positions": {"default": scheme}}

@@ -11,6 +11,7 @@ works everything out by arithmetic, as for GPUs, whose compiler needs one.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -107,7 +108,7 @@ def find(wanted: Any, run: RunConfig, index: int, where: Topology, compiles: boo
             break
         best = found[0]
         checked = planning.compiled_plan(best.run, index, best.plan.where)
-        found[0] = search.Candidate(best.what, best.run, checked)
+        found[0] = dataclasses.replace(best, plan=checked)
         ratio = checked.ratio
         if checked.fits:
             break

@@ -12,7 +12,7 @@ from lcx.core import configs
 from lcx.core.configs import choice
 from lcx.core.errors import UserError
 from lcx.core.host import available_memory
-from lcx.core.mesh import AXES
+from lcx.core.mesh import AXES, MeshConfig
 from lcx.planning.compile import Compiled, compile_step
 from lcx.planning.memory import Held, held
 from lcx.planning.program import schemes_at
@@ -82,13 +82,15 @@ def room(where: Topology) -> float:
     return available_memory() / where.devices if where.chip.platform == "cpu" else where.memory
 
 
-def stage_plan(run: RunConfig, index: int, where: Topology, compiled: Compiled | None = None) -> StagePlan:
-    """The plan of stage `index` by arithmetic, with what a compiler said of it, if it was asked.
+def stage_plan(
+    run: RunConfig, index: int, where: Topology, compiled: Compiled | None = None, mesh_config: MeshConfig | None = None
+) -> StagePlan:
+    """The plan of stage `index` by arithmetic, with what a compiler said of it, if asked; `mesh_config` in place of its mesh.
 
     Raises `UserError` where the stage does not divide over the topology's devices.
     """
     stage = run.stages[index]
-    mesh = run.mesh_of(stage).sizes(where.devices)
+    mesh = (mesh_config or run.mesh_of(stage)).sizes(where.devices)
     abstract: Any = AbstractMesh(tuple(mesh[axis] for axis in AXES), AXES)
     check_stage(run, stage, abstract, run.specs(schemes_at(run, index), stage.length))
     work = work_of(run.model, run.execution, stage.batch_size, stage.seq_len, stage.accumulate, mesh)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args, get_type_hints
 
 from lcx.core.errors import UserError
+from lcx.core.mesh import MeshConfig
 from lcx.model.execution import ExecutionConfig
 from lcx.planning.plan import StagePlan, changed, room, stage_plan
 from lcx.planning.topology import Topology, shapes
@@ -25,11 +26,17 @@ LONGEST = 2**31 - 1
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A way to run a stage: what is changed, the changed run, and its plan."""
+    """A way to run a stage: what is changed, of which run, and the plan after it."""
 
     what: str
-    run: RunConfig
+    before: RunConfig
+    changes: dict[str, Any]
     plan: StagePlan
+
+    @property
+    def run(self) -> RunConfig:
+        """The changed run."""
+        return changed(self.before, self.changes)
 
 
 def find(wanted: Wanted, run: RunConfig, index: int, where: Topology, ratio: float = 1.0) -> list[Candidate]:
@@ -56,11 +63,15 @@ def find(wanted: Wanted, run: RunConfig, index: int, where: Topology, ratio: flo
 def trial(run: RunConfig, index: int, where: Topology, what: str, changes: dict[str, Any], ratio: float) -> Candidate | None:
     """The stage with changes; None where they do not go together."""
     try:
-        other = changed(run, changes) if changes else run
-        plan = stage_plan(other, index, where)
+        if all(key.startswith("mesh.") for key in changes):
+            # Building a run takes far longer than its plan, and a mesh is not built into it.
+            mesh = MeshConfig(**{key.removeprefix("mesh."): value for key, value in changes.items()})
+            plan = stage_plan(run, index, where, mesh_config=mesh)
+        else:
+            plan = stage_plan(changed(run, changes), index, where)
     except UserError:
         return None
-    return Candidate(what, other, dataclasses.replace(plan, ratio=ratio))
+    return Candidate(what, run, changes, dataclasses.replace(plan, ratio=ratio))
 
 
 def longest(run: RunConfig, index: int, where: Topology, ratio: float = 1.0) -> list[Candidate]:
@@ -113,14 +124,16 @@ def meshes(run: RunConfig, index: int, where: Topology, ratio: float = 1.0) -> I
                     yield made
 
 
-def fewest_chips(run: RunConfig, index: int, where: Topology, ratio: float = 1.0) -> Iterator[Candidate]:
-    """The fastest mesh that fits on each slice of the chip, from small to large, up to the first that does."""
+def fewest_chips(run: RunConfig, index: int, where: Topology, ratio: float = 1.0, above: int = 0) -> Iterator[Candidate]:
+    """The fastest mesh that fits on each slice of the chip of more than `above` chips, from small to large, up to the first one."""
     for shape in shapes(where.name):
-        smaller = Topology(where.name, shape)
-        found = sorted(meshes(run, index, smaller, ratio), key=lambda one: (not one.plan.fits, one.plan.time.seconds))
+        other = Topology(where.name, shape)
+        if other.chips <= above:
+            continue
+        found = sorted(meshes(run, index, other, ratio), key=lambda one: (not one.plan.fits, one.plan.time.seconds))
         if found:
             best = found[0]
-            yield dataclasses.replace(best, what=f"{smaller}, {best.what}")
+            yield dataclasses.replace(best, what=f"{other}, {best.what}")
             if best.plan.fits:
                 return
 
@@ -161,7 +174,7 @@ def advice(run: RunConfig, index: int, plan: StagePlan) -> list[Candidate]:
         found += [made] if made else []
     found += [dataclasses.replace(one, what=f"mesh: {one.what}") for one in meshes(run, index, where, plan.ratio)]
     fitting = sorted((one for one in found if one.plan.fits), key=lambda one: one.plan.time.seconds)
-    larger = [one for one in fewest_chips(run, index, where, plan.ratio) if one.plan.fits and one.plan.where.chips > where.chips]
+    larger = [one for one in fewest_chips(run, index, where, plan.ratio, where.chips) if one.plan.fits]
     return [*fitting[:4], *larger]
 
 

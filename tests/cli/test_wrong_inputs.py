@@ -263,7 +263,7 @@ WRONG = {
     + "--topology=v5e:2x2 --config.mesh.fsdp=3": "mesh axes data=1, fsdp=3, expert=1, tensor=1, context=1 need 3 devices and 4",
     PLAN + "--topology=v5e:4x4": "stages.base.batch_size=8 must be divisible by 16",
     PLAN + "--stage=bse": "--stage='bse' is unknown; did you mean 'base'",
-    PLAN + "--find=lenght": "--find='lenght' is unknown; did you mean",
+    PLAN + "--find=contxt": "--find='contxt' is unknown; did you mean 'context'",
     PLAN + "--what_if=execution.remat": "'execution.remat' is not key=value, as in execution.remat=offload,mesh.ulysses=4",
     PLAN + "--what_if=execution.remta=block": "--what_if=execution.remta='remta' is unknown; did you mean 'remat'",
     PLAN + "--what_if=execution.remat=blok": "config.execution.remat='blok' is unknown; did you mean 'block'",
