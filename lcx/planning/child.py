@@ -68,7 +68,9 @@ def devices(where: Topology) -> list[Any]:
     """
     if where.chip.platform == "cpu":
         return jax.devices("cpu")[: where.devices]
-    options = {"num_slices": where.slices} if where.slices > 1 else {}
+    options: dict[str, Any] = {"num_slices": where.slices} if where.slices > 1 else {}
+    if where.name == "v4":
+        options["chip_config_name"] = "megacore"  # one device a chip, as programs find them there
     name = f"{where.name}:{'x'.join(map(str, where.shape))}"
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from lcx.adapters import lora
 from lcx.core.mesh import RULES
+from lcx.core.numbers import round_up
 from lcx.core.param_spec import ParamSpec, abstract, paths_of
 from lcx.core.trees import paths
 from lcx.planning.program import schemes_at
@@ -28,7 +29,7 @@ from lcx.training.optimizer import OptimConfig, is_trained, optimizer
 from lcx.training.stages import RunConfig, StageConfig
 from lcx.training.step import Table
 
-PARTS = ("parameters", "optimizer", "gradients", "saved inputs", "attention", "feed-forward", "loss")
+PARTS = ("parameters", "optimizer", "weights in use", "gradients", "saved inputs", "attention", "feed-forward", "loss")
 """What a device's bytes are for."""
 
 
@@ -53,6 +54,8 @@ class StateSizes:
     parameters: float
     optimizer: float
     trained: float
+    layers: float
+    trained_layers: float
 
 
 def held(run: RunConfig, stage: StageConfig, mesh: Mapping[str, int], where: Topology) -> Held:
@@ -60,12 +63,17 @@ def held(run: RunConfig, stage: StageConfig, mesh: Mapping[str, int], where: Top
     state = state_sizes(run, stage, mesh)
     work = work_of(run.model, run.execution, stage.batch_size, stage.seq_len, stage.accumulate, mesh)
     width = jnp.dtype(run.execution.compute_dtype).itemsize
-    # The cast weights, and gradients in the same type; with microbatches their float32 sum.
-    cast = 0.0 if width == 4 else width * state.parameters / 4
-    gradients = cast + width * state.trained + (4 * state.trained if stage.accumulate > 1 else 0.0)
+    # Layers' weights are cast before they are gathered; the table of embeddings is gathered whole.
+    cast = 0.0 if width == 4 else width * state.layers
+    table = width * run.model.vocab_size * run.model.model_dim / mesh["tensor"] if work.weights > 1 else 0.0
+    gradients = width * state.trained_layers + (4 * state.trained if stage.accumulate > 1 else 0.0)
+    work = laid_out(work, where)
     saved, host = kept(work, width)
     layer = Layer(work, run, width, where.chip.platform)
-    base = {"parameters": state.parameters, "optimizer": state.optimizer, "gradients": gradients, "saved inputs": saved}
+    base = {
+        "parameters": state.parameters, "optimizer": state.optimizer, "weights in use": cast + table, "gradients": gradients,
+        "saved inputs": saved,
+    }  # fmt: skip
     moments = {
         "the backward pass of attention": {"attention": layer.attention(), "feed-forward": 0.0, "loss": 0.0},
         "the backward pass of a feed-forward layer": {
@@ -73,7 +81,7 @@ def held(run: RunConfig, stage: StageConfig, mesh: Mapping[str, int], where: Top
         },
         "the loss": {"attention": 0.0, "feed-forward": 0.0, "loss": layer.loss(run.execution.loss_tile)},
         # The update holds gradients in float32, and nothing of the layers.
-        "the optimizer's update": {"gradients": 8.0 * state.trained, "saved inputs": 0.0},
+        "the optimizer's update": {"weights in use": 0.0, "gradients": 8.0 * state.trained, "saved inputs": 0.0},
     }  # fmt: skip
     name = max(moments, key=lambda name: sum({**base, **moments[name]}.values()))
     found = {**dict.fromkeys(PARTS, 0.0), **base, **moments[name]}
@@ -88,7 +96,14 @@ def state_sizes(run: RunConfig, stage: StageConfig, mesh: Mapping[str, int]) -> 
     trained = frozenset(path for path in own if is_trained(optim, run.adapters, path))
     parameters = sum(own[path] * jnp.dtype(lora.held_as(path, run.adapters)).itemsize for path in own)
     state = sum(width * (own[path] if path else size) for path, size, width in _moments(optim, stage.steps, table, trained))
-    return StateSizes(parameters, state, sum(own[path] for path in trained))
+    layers = [path for path in own if path.startswith("layers/")]
+    return StateSizes(
+        parameters,
+        state,
+        trained=sum(own[path] for path in trained),
+        layers=sum(own[path] for path in layers),
+        trained_layers=sum(own[path] for path in layers if path in trained),
+    )
 
 
 @functools.lru_cache(maxsize=32)
@@ -110,6 +125,15 @@ def _share(spec: ParamSpec, mesh: Mapping[str, int]) -> float:
     """Numbers of a parameter on a device."""
     pieces = (math.prod(mesh[axis] for axis in RULES.get(name or "", ())) for name in spec.logical_axes)
     return math.prod(-(-size // count) for size, count in zip(spec.shape, pieces, strict=True))
+
+
+def laid_out(work: Work, where: Topology) -> Work:
+    """The work with the sizes that arrays have in a device's memory: a TPU fills the last dimension up to a multiple of 128."""
+    if where.chip.platform != "tpu":
+        return work
+    m = work.model
+    sizes = {name: round_up(getattr(m, name), 128) for name in ("model_dim", "head_dim", "mlp_dim")}
+    return dataclasses.replace(work, model=dataclasses.replace(m, **sizes))
 
 
 def kept(work: Work, width: int) -> tuple[float, float]:
@@ -149,7 +173,8 @@ class Layer:
 
     def attended(self) -> float:
         """Kept of this layer's attention while its feed-forward layer is differentiated: queries, keys, values and outputs."""
-        return self.width * (self.queries + self.keys) + out_width(self.work, self.width) * self.queries
+        wide = 0 if self.work.policy == "attention" else out_width(self.work, self.width)
+        return self.width * (self.queries + self.keys) + wide * self.queries
 
     def attention(self) -> float:
         """As attention is differentiated: these, the gradients of its outputs and of the queries, keys on their way, and theirs."""

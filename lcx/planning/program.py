@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lcx.core.batch import Batch
-from lcx.core.mesh import AXES, make_mesh, named_sharding
+from lcx.core.mesh import AXES, arranged, make_mesh, named_sharding
 from lcx.core.trees import Tree
 from lcx.model.architecture import build_architecture, build_schemes, row_layout
 from lcx.positions.registry import from_config
@@ -92,6 +92,5 @@ def mesh_over(run: RunConfig, stage: StageConfig, devices: Sequence[Any]) -> Mes
     across = next(axis for axis in AXES if sizes[axis] % len(slices) == 0)
     own = {**sizes, across: sizes[across] // len(slices)}
     parts = [[device for device in devices if device.slice_index == i] for i in slices]
-    meshes = [jax.make_mesh([own[axis] for axis in AXES], AXES, devices=part).devices for part in parts]
-    whole = np.concatenate(meshes, axis=AXES.index(across))
+    whole = np.concatenate([arranged(own, part) for part in parts], axis=AXES.index(across))
     return Mesh(whole, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
