@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from lcx.cli import parse
+from lcx.core.numbers import duration
 from lcx.planning import plan as planning
 from lcx.planning.topology import topology
 from lcx.recipes.recipe import recipe
@@ -53,3 +54,11 @@ def test_compiles_for_its_chips(name):
     run, where = resolved(name)
     found = planning.compiled_plan(run, planning.fullest(run, where), where)
     assert found.fits, planning.sentence(found)
+
+
+@pytest.mark.parametrize("name", PODS)
+def test_its_time_is_that_of_its_plan(name):
+    run, where = resolved(name)
+    total = planning.totals([planning.stage_plan(run, index, where) for index in range(len(run.stages))])
+    said = next(line for line in (ROOT / name).read_text().splitlines() if line.startswith("Time:"))
+    assert f" {duration(3600 * total['hours'])} by `lcx plan`" in said, (said, total)

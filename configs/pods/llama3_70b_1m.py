@@ -3,7 +3,7 @@
 Command:  lcx run --config=configs/pods/llama3_70b_1m.py --workdir=runs/llama3_70b_1m     (the same on every host)
           with the model in models/Meta-Llama-3-70B-Instruct and text, one JSON document a line, in data/long/*.jsonl
 Hardware: TPU v5p, 128 chips (v5p:4x4x8).
-Time:     TIME by `lcx plan` (docs/pods.md).
+Time:     51 h 51 min by `lcx plan` (docs/pods.md).
 Result:   not run.
 Source:   rows and steps of the model card of gradientai/Llama-3-8B-Instruct-Gradient-1048k; thetas by lcx.positions.theta.
 """

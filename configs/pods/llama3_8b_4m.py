@@ -3,7 +3,7 @@
 Command:  lcx run --config=configs/pods/llama3_8b_4m.py --workdir=runs/llama3_8b_4m     (the same on every host)
           with the model in models/Meta-Llama-3-8B-Instruct and text, one JSON document a line, in data/long/*.jsonl
 Hardware: TPU v5p, 64 chips (v5p:4x4x4).
-Time:     TIME by `lcx plan` (docs/pods.md); Gradient took 21 hours of up to 512 L40S.
+Time:     33 h 41 min by `lcx plan` (docs/pods.md); Gradient took 22 hours on 8 to 512 L40S.
 Result:   not run; Gradient's checkpoints find needles at every length of theirs.
 Source:   the model cards of gradientai/Llama-3-8B-Instruct-Gradient-1048k and -4194k.
 """

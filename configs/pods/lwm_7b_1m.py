@@ -3,7 +3,7 @@
 Command:  lcx run --config=configs/pods/lwm_7b_1m.py --workdir=runs/lwm_7b_1m     (the same on every host)
           with the model in models/Llama-2-7b-hf and books, one JSON document a line, in data/long/*.jsonl
 Hardware: TPU v4, 256 chips (v4:4x8x8), as the paper's v4-512.
-Time:     TIME by `lcx plan` (docs/pods.md).
+Time:     72 h 55 min by `lcx plan` (docs/pods.md).
 Result:   not run.
 Source:   arXiv 2402.08268, the table of the text model's stages: thetas, steps, 33.6 billion tokens, learning rate 4e-5.
 """

@@ -4,7 +4,7 @@ Command:  lcx run --config=configs/pods/prolong_8b_512k.py --workdir=runs/prolon
           with the model in models/Meta-Llama-3-8B-Instruct, and in data/prolong a folder of JSON lines for each of code (whole
           repositories), books, textbooks and short
 Hardware: TPU v5p, 64 chips (v5p:4x4x4).
-Time:     TIME by `lcx plan` (docs/pods.md).
+Time:     240 h 07 min by `lcx plan` (docs/pods.md).
 Result:   not run.
 Source:   arXiv 2410.02660 and the scripts of princeton-nlp/ProLong: the second stage goes on with the optimizer's state, restarts
           the schedule at 5e-6, and takes 8 million tokens a step; its long rows are half of the code and a sixth of the books.

@@ -3,7 +3,7 @@
 Command:  lcx run --config=configs/pods/qwen25_7b_1m.py --workdir=runs/qwen25_7b_1m     (the same on every host)
           with the model in models/Qwen2.5-7B and text, one JSON document a line, in data/long/*.jsonl
 Hardware: TPU v5e, 256 chips (v5e:16x16).
-Time:     TIME by `lcx plan` (docs/pods.md).
+Time:     5 h 02 min by `lcx plan` (docs/pods.md).
 Result:   not run.
 Source:   the Qwen2.5-1M report: lengths, thetas, three quarters of the rows at full length. It does not say how many tokens its
           stages have; a billion each, here, is what UltraLong's stages have (arXiv 2504.06214).

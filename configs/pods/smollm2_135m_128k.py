@@ -3,7 +3,7 @@
 Command:  lcx run --config=configs/pods/smollm2_135m_128k.py --workdir=runs/smollm2_135m_128k
           with the model in models/SmolLM2-135M-Instruct and text, one JSON document a line, in data/long/*.jsonl
 Hardware: TPU v5e, 4 chips (v5e:2x2); a laptop takes short rows in its place (configs/real_model.py).
-Time:     TIME by `lcx plan` (docs/pods.md).
+Time:     90 min by `lcx plan` (docs/pods.md).
 Result:   not run.
 Source:   config.json of HuggingFaceTB/SmolLM2-135M-Instruct; each stage at the critical base of its length (arXiv 2310.05209).
 """

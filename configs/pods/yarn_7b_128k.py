@@ -3,7 +3,7 @@
 Command:  lcx run --config=configs/pods/yarn_7b_128k.py --workdir=runs/yarn_7b_128k     (the same on every host)
           with the model in models/Llama-2-7b-hf and books, one JSON document a line, in data/long/*.jsonl
 Hardware: TPU v5e, 64 chips (v5e:8x8).
-Time:     TIME by `lcx plan` (docs/pods.md).
+Time:     11 h 10 min by `lcx plan` (docs/pods.md).
 Result:   not run.
 Source:   arXiv 2309.00071: factors 16 and 32, 64 rows a step, learning rate 2e-5 without decay of weights, 20 steps of warmup.
 """

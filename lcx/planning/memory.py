@@ -91,7 +91,7 @@ def held(run: RunConfig, stage: StageConfig, mesh: Mapping[str, int], where: Top
 def state_sizes(run: RunConfig, stage: StageConfig, mesh: Mapping[str, int]) -> StateSizes:
     """Sizes of the state by the table of parameters and the optimizer's own shapes; nothing is made."""
     table = tuple(paths_of(run.specs(schemes_at(run, run.stages.index(stage)), stage.length)))
-    own = {path: _share(spec, mesh) for path, spec in table}
+    own = {path: _on_device(spec, mesh) for path, spec in table}
     optim = run.optim_of(stage)
     trained = frozenset(path for path in own if is_trained(optim, run.adapters, path))
     parameters = sum(own[path] * jnp.dtype(lora.held_as(path, run.adapters)).itemsize for path in own)
@@ -121,7 +121,7 @@ def _moments(optim: OptimConfig, steps: int, table: Table, trained: frozenset[st
     return found
 
 
-def _share(spec: ParamSpec, mesh: Mapping[str, int]) -> float:
+def _on_device(spec: ParamSpec, mesh: Mapping[str, int]) -> float:
     """Numbers of a parameter on a device."""
     pieces = (math.prod(mesh[axis] for axis in RULES.get(name or "", ())) for name in spec.logical_axes)
     return math.prod(-(-size // count) for size, count in zip(spec.shape, pieces, strict=True))

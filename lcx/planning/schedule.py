@@ -111,8 +111,8 @@ def read_schedule(text: str, mesh: Mapping[str, int]) -> list[Collective]:
     for name, times in _runs(program, entry).items():
         for one in _collectives(program, program[name], mesh):
             found[one] = found.get(one, 0) + times
-    together = [dataclasses.replace(one, times=times) for one, times in found.items()]
-    return sorted(together, key=lambda one: -one.bytes)
+    counted = [dataclasses.replace(one, times=times) for one, times in found.items()]
+    return sorted(counted, key=lambda one: -one.bytes)
 
 
 def _runs(program: Computations, entry: str) -> dict[str, int]:
@@ -241,11 +241,11 @@ def _groups(line: str, devices: int) -> list[list[int]]:
         return [[int(x) for x in pair.split(",")] for pair in re.findall(r"\{([\d,]+)\}", found[1])]
     if found := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", line):
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
-        together = re.findall(r"'([^']+)'", found[2])
+        along = re.findall(r"'([^']+)'", found[2])
         ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
-        last = [i for i, name in enumerate(sizes) if name in together]
+        last = [i for i, name in enumerate(sizes) if name in along]
         ids = np.moveaxis(ids, last, range(ids.ndim - len(last), ids.ndim))
-        return ids.reshape(-1, math.prod(sizes[name] for name in together))[:4].tolist()
+        return ids.reshape(-1, math.prod(sizes[name] for name in along))[:4].tolist()
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
         rows, columns = int(found[1]), int(found[2])
         ids = np.arange(rows * columns).reshape([int(x) for x in found[3].split(",")])

@@ -136,6 +136,6 @@ def shapes(name: str) -> list[tuple[int, ...]]:
     if chip.torus == 1:
         return [(2**i,) for i in range(13 if chip.platform == "gpu" else 7)]
     if chip.torus == 2:
-        return [(1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16)]
+        return [(2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16)]
     small = [(2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4)]
     return [*small, (4, 4, 4), (4, 4, 8), (4, 8, 8), (8, 8, 8), (8, 8, 16), (8, 16, 16), (16, 16, 16)]
