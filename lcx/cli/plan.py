@@ -95,6 +95,7 @@ def whole(run: RunConfig, index: int, where: Topology, compiles: bool) -> list[S
     """The plans of all stages, of which stage `index` may be compiled."""
     made = [planning.stage_plan(run, i, where) for i in range(len(run.stages))]
     if compiles:
+        say(f"compiling stages.{run.stages[index].name} for {where}, a few minutes (--nocompile plans by arithmetic)", stderr=True)
         made[index] = planning.compiled_plan(run, index, where)
     return made
 

@@ -143,6 +143,11 @@ def kept(work: Work, width: int) -> tuple[float, float]:
     periods = max(1, m.num_layers // len(m.pattern))
     inputs = periods * t * m.model_dim * width
     outputs = m.num_layers * t * m.num_heads / tensor * (m.head_dim * out_width(work, width) + 4)
+    if work.policy.startswith("nested"):
+        # The input of each group of periods, and what `attention` keeps within the one that is recomputed.
+        groups = periods // work.nested + periods % work.nested
+        both = (groups + work.nested) * inputs / periods + work.nested * outputs / periods
+        return (2 * inputs / periods, both) if work.policy == "nested_offload" else (both, 0.0)
     if work.policy == "offload":
         return 2 * inputs / periods, inputs + outputs
     if work.policy == "attention":

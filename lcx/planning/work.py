@@ -23,7 +23,8 @@ WIDTH = 2
 class Work:
     """A step on one device: a microbatch of `rows` rows of T = `length` tokens over a mesh (axis to size), `accumulate` times.
 
-    `strategy`: how devices of a ring share keys; `policy`: what layers keep (`ExecutionConfig.remat`).
+    `strategy`: how devices of a ring share keys; `policy`: what layers keep (`ExecutionConfig.remat`); `nested`: periods of
+    layers that are recomputed together, where the policy nests.
     """
 
     model: ModelConfig
@@ -33,6 +34,7 @@ class Work:
     accumulate: int
     policy: str
     strategy: str
+    nested: int = 1
 
     @property
     def share(self) -> int:
@@ -99,12 +101,14 @@ class Work:
             return 0.0
         m = self.model
         last = m.model_dim * m.mlp_dim * (1 if m.num_experts is None else m.experts_per_token)
-        return self.dense - 2 * self.tokens * last / self.mesh["tensor"]
+        once = self.dense - 2 * self.tokens * last / self.mesh["tensor"]
+        return once + self.dense if self.policy.startswith("nested") else once
 
     @property
     def recomputes(self) -> tuple[bool, bool]:
         """Whether the backward pass computes a layer's products with weights again, and its attention."""
-        return self.policy in ("attention", "offload", "block"), self.policy in ("dots", "block")
+        nests = self.policy.startswith("nested")
+        return nests or self.policy in ("attention", "offload", "block"), nests or self.policy in ("dots", "block")
 
 
 def work_of(
@@ -116,7 +120,9 @@ def work_of(
     strategy = execution.context_strategy
     if strategy == "auto":
         strategy = "ring" if length // mesh["ring"] * group >= RING_TOKENS else "gather"
-    return Work(model, own, length, mesh, accumulate, remat_policy(execution, length), strategy)
+    policy, periods = remat_policy(execution, length), max(1, model.num_layers // len(model.pattern))
+    nested = execution.periods_together(periods) if policy.startswith("nested") else 1
+    return Work(model, own, length, mesh, accumulate, policy, strategy, nested)
 
 
 def attention_weights(model: ModelConfig) -> int:
