@@ -45,6 +45,10 @@ LARGEST: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
 CHECKED: dict[str, tuple[str, int, dict[str, Any]]] = {
     "8B, 1M tokens, v5p, 8 chips": ("v5p:2x2x2", M, {}),
     "8B, 128K tokens, v5p, 8 chips": ("v5p:2x2x2", M // 8, {}),
+    "8B, 1M tokens, v5p, 8 chips, remat=attention": ("v5p:2x2x2", M, {"remat": "attention"}),
+    "8B, 1M tokens, v5p, 8 chips, remat=offload": ("v5p:2x2x2", M, {"remat": "offload"}),
+    "8B, 4M tokens, v5e, 256 chips": ("v5e:16x16", 4 * M, {}),
+    "8B, 8M tokens, v5e, 256 chips, remat=offload": ("v5e:16x16", 8 * M, {"remat": "offload"}),
 }
 """Steps that are compiled beside those of the recipes: name -> topology, tokens, changes of how it is computed."""
 
@@ -91,7 +95,7 @@ class Kept:
     def compiled(self, name: str) -> Compiled | None:
         """What was said of a name."""
         found = self.read().get(name)
-        return None if found is None or "error" in found else Compiled(**{**found, "collectives": ()})
+        return None if found is None or "memory" not in found else Compiled(**{**found, "collectives": ()})
 
 
 KEPT = Kept(HERE / "pods.json")
@@ -163,7 +167,7 @@ def bytes_table() -> str:
         if known is None:
             continue
         plan = planning.stage_plan(run, index, topology(where))
-        step = f"{name}, {style.tokens(plan.stage.seq_len)} on {where}"
+        step = name if name in CHECKED else f"{name}, {style.tokens(plan.stage.seq_len)} on {where}"
         if "error" in known:
             rows.append([step, f"{plan.held.total / 1e9:.2f}", known["error"], ""])
             continue

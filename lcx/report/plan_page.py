@@ -72,7 +72,7 @@ def by_context(run: RunConfig, index: int, chosen: StagePlan) -> list[StagePlan]
     """Plans of the stage for lengths around its own, in powers of two, corrected by what the compiler said of its own."""
     name, own = chosen.stage.name, chosen.stage.seq_len
     found = []
-    for shift in range(-5, 4):
+    for shift in range(-6, 3):
         length = own << shift if shift >= 0 else own >> -shift
         changes = {f"stages.{name}.seq_len": length, f"stages.{name}.max_position": None}
         try:
