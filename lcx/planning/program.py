@@ -6,7 +6,7 @@ What `training.builder` builds, without a corpus, weights or a workdir.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lcx.core.batch import Batch
+from lcx.core.errors import UserError
 from lcx.core.mesh import AXES, arranged, make_mesh, named_sharding
 from lcx.core.trees import Tree
 from lcx.model.architecture import build_architecture, build_schemes, row_layout
@@ -84,13 +85,24 @@ def build(run: RunConfig, index: int, devices: Sequence[Any]) -> StepProgram:
 
 
 def mesh_over(run: RunConfig, stage: StageConfig, devices: Sequence[Any]) -> Mesh:
-    """The stage's mesh; over several slices the first of its axes that divides by their number goes from slice to slice."""
+    """The stage's mesh; over several slices one of its axes goes from slice to slice (`across_slices`)."""
     config, slices = run.mesh_of(stage), sorted({getattr(device, "slice_index", 0) for device in devices})
     if len(slices) == 1:
         return make_mesh(config, devices)
     sizes = config.sizes(len(devices))
-    across = next(axis for axis in AXES if sizes[axis] % len(slices) == 0)
+    across = across_slices(sizes, len(slices))
     own = {**sizes, across: sizes[across] // len(slices)}
     parts = [[device for device in devices if device.slice_index == i] for i in slices]
     whole = np.concatenate([arranged(own, part) for part in parts], axis=AXES.index(across))
     return Mesh(whole, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+
+
+def across_slices(sizes: Mapping[str, int], slices: int) -> str:
+    """The axis that goes from slice to slice, over a slow network: data or else fsdp; raises `UserError` if neither divides."""
+    for axis in ("data", "fsdp"):
+        if sizes[axis] % slices == 0:
+            return axis
+    raise UserError(
+        f"--slices={slices}: neither mesh.data={sizes['data']} nor mesh.fsdp={sizes['fsdp']} divides over them; make one of them a "
+        f"multiple of {slices}"
+    )

@@ -139,7 +139,12 @@ class Rates:
         """Seconds in which a weight of `size` bytes is gathered from all its shards, or its gradient is summed into them."""
         if self.work.weights == 1:
             return 0.0
-        return size * (1 - 1 / self.work.weights) / self.many(self.work.weights)
+        inside = size * (1 - 1 / self.work.weights) / self.many(self.work.weights)
+        if self.where.slices == 1 or self.work.mesh["data"] % self.where.slices == 0:
+            return inside
+        # What the other slices hold comes over the network, to each chip a part of it.
+        missing = size * (1 - 1 / self.where.slices) * self.where.slices / self.where.chips
+        return inside + missing / self.where.chip.between
 
     def many(self, devices: int) -> float:
         """Bytes per second that a device receives if `devices` gather: from both sides in each dimension of the torus they span."""
@@ -168,7 +173,7 @@ class Rates:
         size, copies, seconds = 4 * numbers, self.work.mesh["data"], 0.0
         if self.where.slices > 1:
             seconds += 2 * size / self.where.chip.between * self.where.chip.cores
-            copies //= self.where.slices
+            copies = max(1, copies // self.where.slices)
         if copies > 1:
             seconds += 2 * size / self.many(copies)
         return seconds

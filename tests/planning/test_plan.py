@@ -60,6 +60,12 @@ def test_what_does_not_divide_is_said():
         planning.stage_plan(run(mesh={"fsdp": 3}), 0, V5P)
 
 
+def test_slices_share_rows_and_no_row():
+    assert planning.stage_plan(run(1 << 20, batch_size=2, mesh={"fsdp": 2}), 0, topology("v5p:2x2x2", 2)).mesh["fsdp"] == 2
+    with pytest.raises(UserError, match="--slices=2: neither mesh.data=1 nor mesh.fsdp=1 divides over them"):
+        planning.stage_plan(run(), 0, topology("v5p:2x2x2", 2))
+
+
 def stand_in(monkeypatch, code):
     monkeypatch.setattr(compiling, "COMMAND", (sys.executable, "-S", "-c", code))
     monkeypatch.setattr(compiling, "_libtpu", lambda: "libtpu.so")
