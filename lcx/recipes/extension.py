@@ -23,7 +23,7 @@ from lcx.positions.theta import critical_base
 from lcx.recipes import models, recipe
 from lcx.recipes.merged import merged
 from lcx.recipes.models import is_foreign, is_tokenizer_of, tokenizer_of
-from lcx.training.checkpoints import scheme_configs
+from lcx.training.meta import scheme_configs
 
 ASKED = ("needle_in_prose", "key_value", "ruler_vt", "session_state", "many_shot", "perplexity", "loss_by_kind")
 """What a model that learns from questions in words is asked before and after, in words that it has not learned from."""

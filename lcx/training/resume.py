@@ -16,7 +16,10 @@ from lcx.core.errors import UserError
 from lcx.core.param_spec import initialize
 from lcx.core.trees import Tree, joined, paths
 from lcx.training.builder import BuiltStage, StageBuilder
-from lcx.training.checkpoints import Meta, Store, stage_ends, unkept
+from lcx.training.checkpoints import Store
+from lcx.training.loading import unkept
+from lcx.training.meta import Meta
+from lcx.training.stages import stage_ends
 from lcx.training.step import TrainState
 from lcx.training.workdir import read_config
 

@@ -271,6 +271,15 @@ def _in_order(stages: Mapping[str, Any], order: list[str] | None) -> list[StageC
     return [built[name] for name in order]
 
 
+def stage_ends(run: RunConfig) -> list[int]:
+    """The run's step count at the end of each stage."""
+    total, ends = 0, []
+    for stage in run.stages:
+        total += stage.steps
+        ends.append(total)
+    return ends
+
+
 def override(current: Mapping[str, Scheme], stage: StageConfig, trained_length: int) -> dict[str, Scheme]:
     """`current` (kind or `default` -> scheme) with the stage's changes; what a change does not name stays as it was."""
     changed = dict(current)
