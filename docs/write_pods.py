@@ -87,7 +87,7 @@ class Kept:
         known = self.read()
         try:
             found = compile_step(run, index, topology(where))
-            known[name] = {**dataclasses.asdict(found), "collectives": [vars(one) for one in found.collectives]}
+            known[name] = {**dataclasses.asdict(found), "collectives": []}
         except UserError as error:
             known[name] = {"error": str(error)}
         self.path.write_text(json.dumps(known, indent=1) + "\n")

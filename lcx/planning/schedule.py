@@ -180,7 +180,10 @@ def _collectives(program: Computations, steps: Sequence[Instruction], mesh: Mapp
         hidden = "async-collective-fusion" in step.name or (
             end is not None and any(_computes(program, between) for between in steps[at + 1 : end])
         )
-        size = max([_size(inner.type), *(_size(x.type) for x in steps if x.name in step.operands)])
+        # A transfer within a fusion has its operands there, and is hidden by what the fusion computes besides.
+        around = steps if inner is step else [one for name in step.called for one in program.get(name, ())]
+        hidden = hidden or (step.operation == "fusion" and _computes(program, step))
+        size = max([_size(inner.type), *(_size(x.type) for x in around if x.name in inner.operands)])
         yield Collective(kind, axes, size, 1, hidden, _part(step.line))
 
 

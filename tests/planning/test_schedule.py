@@ -63,3 +63,24 @@ def test_a_transfer_that_nothing_is_computed_behind_is_not_hidden():
 
 def test_an_empty_program_sends_nothing():
     assert computations("") == ({}, "") and read_schedule("", MESH) == []
+
+
+FUSED = """HloModule jit__train, is_scheduled=true
+
+%gathered_product (x: bf16[64,32], w: bf16[4,32]) -> bf16[64,16] {
+  %x = bf16[64,32]{1,0} parameter(0)
+  %w = bf16[4,32]{1,0} parameter(1)
+  %g = bf16[16,32]{1,0} all-gather(%w), replica_groups=mesh['a'=2,'b'=4] {'b'}
+  ROOT %y = bf16[64,16]{1,0} convolution(%x, %g), dim_labels=bf_io->bf
+}
+
+ENTRY %main (x: bf16[64,32], w: bf16[4,32]) -> bf16[64,16] {
+  %x = bf16[64,32]{1,0} parameter(0)
+  %w = bf16[4,32]{1,0} parameter(1)
+  ROOT %f = bf16[64,16]{1,0} fusion(%x, %w), kind=kOutput, calls=%gathered_product, metadata={op_name="jit(_train)/mlp/dot"}
+}
+"""
+
+
+def test_a_transfer_fused_with_a_product_is_hidden_and_has_its_own_size():
+    assert read_schedule(FUSED, MESH) == [Collective("all-gather", ("ring",), 16 * 32 * 2, 1, True, "mlp")]
