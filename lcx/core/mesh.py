@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lcx.core.errors import UserError
@@ -85,7 +87,19 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over `devices` (default: all) with the axes of `AXES`, each of automatic type."""
     devices = list(jax.devices()) if devices is None else list(devices)
     sizes = config.sizes(len(devices))
-    return jax.make_mesh([sizes[name] for name in AXES], AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return Mesh(arranged(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def arranged(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
+    """`devices` as an array with the axes of `AXES`, neighbours along an axis near each other on a TPU's torus.
+
+    An axis may take part of a dimension of the torus, as 8 devices do of 4 x 4 x 4.
+    """
+    shape = [sizes[name] for name in AXES]
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=list(devices)).devices
+    except NotImplementedError:
+        return mesh_utils.create_device_mesh(shape, list(devices), allow_split_physical_axes=True)
 
 
 def partition_spec(logical_axes: Sequence[str | None]) -> PartitionSpec:
