@@ -43,6 +43,12 @@ LARGEST: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
 """Name -> topology, changes of Llama 3.1 8B, changes of how it is computed, and what others reach."""
 
 CHECKED: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "8B, 1M tokens, v5p, 4 chips, remat=nested": ("v5p:2x2x1", M, {"remat": "nested"}),
+    "8B, 2M tokens, v5p, 8 chips, remat=nested": ("v5p:2x2x2", 2 * M, {"remat": "nested"}),
+    "8B, 6M tokens, v5p, 8 chips, remat=nested_offload": ("v5p:2x2x2", 6 * M, {"remat": "nested_offload"}),
+    "8B, 24M tokens, v5p, 64 chips, remat=nested": ("v5p:4x4x4", 24 * M, {"remat": "nested"}),
+    "8B, 12M tokens, v5e, 256 chips, remat=nested": ("v5e:16x16", 12 * M, {"remat": "nested"}),
+    "8B, 16M tokens, v5p, 512 chips, remat=nested": ("v5p:8x8x8", 16 * M, {"remat": "nested"}),
     "8B, 1M tokens, v5p, 8 chips": ("v5p:2x2x2", M, {}),
     "8B, 128K tokens, v5p, 8 chips": ("v5p:2x2x2", M // 8, {}),
     "8B, 1M tokens, v5p, 8 chips, remat=attention": ("v5p:2x2x2", M, {"remat": "attention"}),

@@ -1,7 +1,9 @@
-"""The process that compiles: reads what to compile as JSON from standard input, writes what was found as JSON to standard output.
+"""The process that compiles: reads what to compile as JSON from standard input, writes what was found as JSON to standard output,
+a line before it compiles and a line after.
 
-A process of its own because a compiler that fails a check ends the process that it runs in, and because libtpu must not be looked
-for by a process that computes. `compile.py` starts it: python -m lcx.planning.child < request.json
+A process of its own because a compiler that fails a check ends the process that it runs in, because libtpu must not be looked for
+by a process that computes, and because nothing else stops a compiler that has written down what is wanted (`dumped.py`).
+`compile.py` starts it: python -m lcx.planning.child < request.json
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -19,7 +21,6 @@ from lcx.core import configs
 from lcx.core.errors import UserError
 from lcx.model.flops import count_jaxpr, kernel_calls
 from lcx.planning.program import StepProgram, build
-from lcx.planning.schedule import read_schedule
 from lcx.planning.topology import Topology
 from lcx.training.stages import RunConfig
 
@@ -28,37 +29,36 @@ def main() -> None:
     """Compile one request; a `UserError` becomes a reply of its own."""
     request = json.load(sys.stdin)
     try:
-        reply = compiled(request)
+        for reply in replies(request):
+            print(json.dumps(reply), flush=True)
     except UserError as error:
-        reply = {"error": str(error)}
-    print(json.dumps(reply))
+        print(json.dumps({"error": str(error)}), flush=True)
 
 
-def compiled(request: dict[str, Any]) -> dict[str, Any]:
-    """What the compiler says about a step: bytes by kind, operations, collectives; `memory` names what it asked for if too much."""
-    begin = time.perf_counter()
+def replies(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What is known of a step once it is traced (state, operations, mesh), then what the compiler says of it (bytes by kind, its
+    text): `exhausted` is the compiler's message where it asked for more memory than there is.
+    """
     run = configs.build(RunConfig, request["run"])
     where = Topology(request["name"], tuple(request["shape"]), request["slices"])
     program = build(run, request["stage"], devices(where))
     traced = program.traced()
-    found: dict[str, Any] = {"operations": operations(traced), "traced_seconds": time.perf_counter() - begin}
-    found["state"] = state_bytes(program)
+    yield {
+        "program": f"jit_{traced.fun_name}",
+        "mesh": {axis: program.mesh.shape[axis] for axis in program.mesh.axis_names},
+        "operations": operations(traced),
+        "state": state_bytes(program),
+    }
     lowered = traced.lower()
-    begin = time.perf_counter()
+    options = {"xla_dump_to": request["dump"]} if where.chip.platform == "tpu" else None
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return {**found, "exhausted": str(error), "compile_seconds": time.perf_counter() - begin}
-    found["compile_seconds"] = time.perf_counter() - begin
-    found["memory"] = memory(compiled)
-    text = compiled.as_text() or ""
-    shape = {axis: program.mesh.shape[axis] for axis in program.mesh.axis_names}
-    found["collectives"] = [vars(one) for one in read_schedule(text, shape)]
-    if request.get("text"):
-        found["text"] = text
-    return found
+        yield {"exhausted": str(error)}
+        return
+    yield {"memory": memory(compiled), "text": compiled.as_text() or ""}
 
 
 def devices(where: Topology) -> list[Any]:
@@ -99,21 +99,16 @@ def state_bytes(program: StepProgram) -> dict[str, int]:
 
 
 def memory(compiled: jax.stages.Compiled) -> dict[str, int]:
-    """The compiler's sizes on a device, in bytes."""
-    stats = compiled.memory_analysis()
-    names = {
-        "arguments": "argument_size_in_bytes",
-        "outputs": "output_size_in_bytes",
-        "aliased": "alias_size_in_bytes",
-        "temporary": "temp_size_in_bytes",
-        "program": "generated_code_size_in_bytes",
-        "peak": "peak_memory_in_bytes",
-        "host_arguments": "host_argument_size_in_bytes",
-        "host_outputs": "host_output_size_in_bytes",
-        "host_aliased": "host_alias_size_in_bytes",
-        "host_temporary": "host_temp_size_in_bytes",
-    }
-    return {name: int(getattr(stats, field, 0) or 0) for name, field in names.items()}
+    """The compiler's sizes on a device, in bytes, by the names of `dumped.memory`: its peak, or where it knows none all sizes."""
+    stats: Any = compiled.memory_analysis()
+
+    def held(kind: str) -> int:
+        sizes = {name: getattr(stats, f"{kind}{name}_size_in_bytes") for name in ("argument", "temp", "output", "alias")}
+        return int(sizes["argument"] + sizes["temp"] + sizes["output"] - sizes["alias"])
+
+    arguments = int(stats.argument_size_in_bytes)
+    peak = max(int(getattr(stats, "peak_memory_in_bytes", 0) or held("")), arguments)
+    return {"arguments": arguments, "temporary": peak - arguments, "peak": peak, "host_temporary": held("host_")}
 
 
 if __name__ == "__main__":

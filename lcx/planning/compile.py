@@ -1,4 +1,4 @@
-"""Asks a process of its own to compile a stage's step, and reads what it says (`child.py`)."""
+"""Asks a process of its own to compile a stage's step (`child.py`), and reads what it says or its compiler wrote (`dumped.py`)."""
 
 from __future__ import annotations
 
@@ -9,18 +9,24 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lcx.core import configs
 from lcx.core.errors import UserError
-from lcx.planning.schedule import Collective
+from lcx.planning import dumped
+from lcx.planning.schedule import Collective, read_schedule
 from lcx.planning.topology import Topology
 from lcx.training.stages import RunConfig
 
 COMMAND = (sys.executable, "-m", "lcx.planning.child")
 """The process that compiles."""
+
+POLL = 0.2
+"""Seconds between two looks at what it has written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +36,7 @@ class Compiled:
     `needed`: the most that the step holds at once in the device's memory, its arguments included; `host` what it holds on the
     host. Where that is more than there is (`fits` is False), the compiler stops there: `memory` and `collectives` are empty.
     `state`: the parameters and the optimizer's part of the arguments. `kernels` and `others`: operations of all devices,
-    counted in the traced step.
+    counted in the traced step. `seconds`: until it was known, tracing included.
     """
 
     fits: bool
@@ -45,26 +51,50 @@ class Compiled:
 
 
 def compile_step(run: RunConfig, stage: int, where: Topology) -> Compiled:
-    """The step of stage `stage` compiled for a topology; takes a minute and some GiB.
+    """The step of stage `stage` compiled for a topology; takes about a minute and 2 GiB; code is made for CPUs alone.
 
     Raises `UserError` if there is no such slice, no compiler for it, the stage does not divide over it, or the compiler gives up.
     """
-    request = {"run": configs.plain(run), "stage": stage, "name": where.name, "shape": where.shape, "slices": where.slices}
-    done = subprocess.run(
-        COMMAND,
-        input=json.dumps(request),
-        capture_output=True,
-        text=True,
-        env=environment(where),
-        check=False,
-    )
-    lines = done.stdout.strip().splitlines()
-    if done.returncode or not lines:
-        raise UserError(_gave_up(run, stage, where, done.returncode, done.stderr))
-    reply = json.loads(lines[-1])
-    if "error" in reply:
-        raise UserError(reply["error"])
-    return _read(reply)
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="lcx-plan-") as name:
+        folder = Path(name)
+        request = {"run": configs.plain(run), "stage": stage, "name": where.name, "shape": where.shape, "slices": where.slices}
+        (folder / "request").write_text(json.dumps({**request, "dump": str(folder / "dump")}))
+        code, reply = _reply(folder, environment(where))
+        if "error" in reply:
+            raise UserError(reply["error"])
+        if not {"memory", "exhausted"} & set(reply):
+            raise UserError(_gave_up(run, stage, where, code, (folder / "stderr").read_text(errors="replace")))
+    return _read(reply, time.perf_counter() - begin)
+
+
+def _reply(folder: Path, variables: dict[str, str]) -> tuple[int, dict[str, Any]]:
+    """The exit status of the process that compiles, and all that it or its compiler said; it is ended once that is enough."""
+    with (folder / "request").open() as given, (folder / "stdout").open("w") as out, (folder / "stderr").open("w") as err:
+        child = subprocess.Popen(COMMAND, stdin=given, stdout=out, stderr=err, env=variables)
+    try:
+        while True:
+            ended = child.poll() is not None
+            said = _said(folder)
+            found = dumped.written(folder / "dump", said["program"]) if "program" in said else None
+            if found is not None and "exhausted" not in said:
+                text, buffers = found
+                return 0, {**said, "memory": dumped.memory(buffers), "text": text}
+            if ended:
+                return child.returncode, said
+            time.sleep(POLL)
+    finally:
+        child.kill()
+        child.wait()
+
+
+def _said(folder: Path) -> dict[str, Any]:
+    """What the process has written so far, whole lines alone."""
+    found: dict[str, Any] = {}
+    for line in (folder / "stdout").read_text().splitlines(keepends=True):
+        if line.endswith("\n") and line.startswith("{"):
+            found |= json.loads(line)
+    return found
 
 
 def environment(where: Topology) -> dict[str, str]:
@@ -93,26 +123,18 @@ def _libtpu() -> Path:
     return library
 
 
-def _read(reply: Mapping[str, Any]) -> Compiled:
-    asked = reply.get("exhausted")
-    memory = reply.get("memory", {})
-    if asked is None:
-        # A TPU's compiler knows the peak, in which results take the place of arguments; others say the sizes alone.
-        held = memory["arguments"] + memory["temporary"] + memory["outputs"] - memory["aliased"]
-        needed = max(memory["peak"], memory["arguments"]) if memory["peak"] else held
-        host = memory["host_arguments"] + memory["host_temporary"] + memory["host_outputs"] - memory["host_aliased"]
-    else:
-        needed, host = used(asked), 0
+def _read(reply: Mapping[str, Any], seconds: float) -> Compiled:
+    asked, memory = reply.get("exhausted"), reply.get("memory", {})
     return Compiled(
         fits=asked is None,
-        needed=float(needed),
-        host=float(host),
+        needed=float(memory["peak"]) if asked is None else used(asked),
+        host=float(memory.get("host_temporary", 0)),
         memory=dict(memory),
         state=reply["state"],
         kernels=reply["operations"]["kernels"],
         others=reply["operations"]["others"],
-        collectives=tuple(Collective(**{**one, "axes": tuple(one["axes"])}) for one in reply.get("collectives", ())),
-        seconds=reply["compile_seconds"],
+        collectives=tuple(read_schedule(reply["text"], reply["mesh"])) if asked is None else (),
+        seconds=seconds,
     )
 
 

@@ -3,6 +3,8 @@
 import json
 import os
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -91,6 +93,47 @@ def test_a_compiler_without_room_says_how_much_it_asked_for(monkeypatch):
     stand_in(monkeypatch, f"print({json.dumps(json.dumps(reply))})")
     plan = planning.compiled_plan(run(), 0, V5P)
     assert not plan.fits and plan.needed == 134.44 * 2**30 and plan.ratio == plan.needed / plan.held.total
+
+
+WRITES = """
+import json, pathlib, sys, time
+dump = pathlib.Path(json.load(sys.stdin)["dump"])
+dump.mkdir()
+said = {"program": "jit_step", "mesh": {"ring": 8}, "state": {}, "operations": {"kernels": 1.0, "others": 2.0}}
+print(json.dumps(said), flush=True)
+for ending, text in (
+    (".txt", "ENTRY %main (a: bf16[4]) -> bf16[4] {\\n  %s = f32[8]{0} all-reduce(%a), replica_groups={{0,1,2,3,4,5,6,7}}\\n}"),
+    ("-buffer-assignment.txt", "allocation 0: size 30, parameter 0:\\nallocation 1: size 12, preallocated-temp:\\n"),
+    ("-memory-usage-report.txt", ""),
+):
+    (dump / f"module_0000.jit_step.cl_1.after_optimizations{ending}").write_text(text)
+"""
+"""A compiler that has written down what is wanted."""
+
+
+def folders():
+    return set(Path(tempfile.gettempdir()).glob("lcx-plan-*"))
+
+
+def test_a_compiler_is_ended_once_it_has_written_what_is_wanted(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    stand_in(monkeypatch, WRITES + "time.sleep(600)")
+    plan = planning.compiled_plan(run(), 0, V5P)
+    assert plan.fits and plan.needed == 42 and plan.compiled.memory["arguments"] == 30 and plan.compiled.others == 2
+    assert [(one.kind, one.axes, one.size) for one in plan.compiled.collectives] == [("all-reduce", ("ring",), 32)]
+    assert plan.compiled.seconds < 60 and not folders()
+
+
+def test_a_compiler_that_dies_half_way_leaves_a_sentence_and_no_folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    half = WRITES.replace('    ("-memory-usage-report.txt", ""),\n', "")
+    stand_in(monkeypatch, half + "import os; os.kill(os.getpid(), 9)")
+    with pytest.raises(UserError, match="was killed, most likely for want of memory"):
+        planning.compiled_plan(run(), 0, V5P)
+    stand_in(monkeypatch, half + "raise ValueError('no code for this')")
+    with pytest.raises(UserError, match="on v5p:2x2x2: the compiler gave up: ValueError: no code for this; plan by arithmetic"):
+        planning.compiled_plan(run(), 0, V5P)
+    assert not folders()
 
 
 def test_a_missing_libtpu_is_one_sentence(monkeypatch, tmp_path):
