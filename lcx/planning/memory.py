@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from lcx.adapters import lora
+from lcx.attention.parallel.head_groups import Share, choose_groups
 from lcx.core.mesh import RULES
 from lcx.core.numbers import round_up
 from lcx.core.param_spec import ParamSpec, abstract, paths_of
@@ -142,7 +143,7 @@ def kept(work: Work, width: int) -> tuple[float, float]:
     tensor = work.mesh["tensor"]
     periods = max(1, m.num_layers // len(m.pattern))
     inputs = periods * t * m.model_dim * width
-    outputs = m.num_layers * t * m.num_heads / tensor * (m.head_dim * out_width(work, width) + 4)
+    outputs = m.num_layers * t * m.num_heads / tensor * (m.head_dim * width + 4)
     if work.policy.startswith("nested"):
         # The input of each group of periods, and what `attention` keeps within the one that is recomputed.
         groups = periods // work.nested + periods % work.nested
@@ -161,9 +162,14 @@ def kept(work: Work, width: int) -> tuple[float, float]:
     return (whole, 0.0) if work.policy == "dots" else (whole + outputs + m.num_layers * t * width * 2 * m.model_dim, 0.0)
 
 
-def out_width(work: Work, width: int) -> int:
-    """Bytes of a number of what attention gives: it is merged in float32 where devices share a row."""
-    return 4 if work.share > 1 else width
+def head_groups(work: Work, platform: str, asked: int | None) -> int:
+    """Groups of heads that attend one after another where devices share a row; 1 elsewhere."""
+    if work.share == 1:
+        return 1
+    m, ring, tensor = work.model, work.mesh["ring"], work.mesh["tensor"]
+    heads, kv_heads = m.num_heads // tensor, max(1, m.num_kv_heads // tensor)
+    share = Share(max(1, int(work.rows)), work.length // ring, heads, kv_heads, m.head_dim, work.mesh["ulysses"], ring)
+    return choose_groups(share, platform, work.strategy, biased=False, asked=asked).count
 
 
 class Layer:
@@ -178,15 +184,18 @@ class Layer:
 
     def attended(self) -> float:
         """Kept of this layer's attention while its feed-forward layer is differentiated: queries, keys, values and outputs."""
-        wide = 0 if self.work.policy == "attention" else out_width(self.work, self.width)
-        return self.width * (self.queries + self.keys) + wide * self.queries
+        outputs = 0 if self.work.policy == "attention" else self.queries
+        return self.width * (self.queries + self.keys + outputs)
 
     def attention(self) -> float:
-        """As attention is differentiated: these, the gradients of its outputs and of the queries, keys on their way, and theirs."""
-        wide = out_width(self.work, self.width)
-        moving = 2 * self.keys * self.width if self.work.share > 1 else 0.0
-        gradients = (wide + 4) * self.queries + (3 if self.work.share > 1 else 1) * 4 * self.keys
-        return self.attended() + moving + gradients + 3 * self.width * self.stream
+        """As attention is differentiated: these, the gradients of all of them, and what a group of heads works on: its queries,
+        outputs and their gradients in float32, its keys on their way, and theirs."""
+        groups = head_groups(self.work, self.platform, self.run.execution.head_groups)
+        shared = self.work.share > 1
+        gradients = self.width * (2 * self.queries + self.keys) if shared else 0.0
+        wide = 3 * 4 if shared else self.width + 4
+        group = (wide * self.queries + (3 * 4 + 2 * self.width if shared else 4) * self.keys) / groups
+        return self.attended() + gradients + group + 3 * self.width * self.stream
 
     def feed_forward(self) -> float:
         """As the feed-forward layer is differentiated, a tile of tokens at a time where it is cut into tiles."""

@@ -190,7 +190,7 @@ def _layers(work: Work, kind: str, rates: Rates) -> list[Segment]:
     trade = rates.exchanged(work.exchanged, work.mesh["ulysses"])
     local = is_local(kind)
     kv = 0.0 if local or work.strategy != "gather" or work.mesh["ring"] == 1 else _gathering(work, rates)
-    offload = work.tokens * work.model.model_dim * WIDTH * 2 / rates.where.chip.host_link if work.policy == "offload" else 0.0
+    offload = work.tokens * work.model.model_dim * WIDTH * 2 / rates.where.chip.host_link if work.policy.endswith("offload") else 0.0
     segments = [
         # Keys are gathered while other products run, as weights are.
         Segment("forward products", "products", dense, weights + kv + offload, count),

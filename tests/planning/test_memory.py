@@ -57,3 +57,16 @@ def test_microbatches_need_less_at_once():
     whole, parted = parts(seq_len=1 << 17, batch_size=8), parts(seq_len=1 << 17, batch_size=8, accumulate=8)
     assert parted.parts["saved inputs"] == whole.parts["saved inputs"] / 8
     assert parted.parts["gradients"] > whole.parts["gradients"]
+
+
+def test_nested_recomputation_keeps_what_attention_gives_in_the_type_of_computation():
+    found = parts(execution={"remat": "nested"})
+    tokens, period = 1 << 17, (1 << 17) * 4096 * 2
+    # Of 8 groups of layers the input; of each of 4 layers the input, the output of attention and its log-sum-exp.
+    assert found.parts["saved inputs"] == (8 + 4 + 4) * period + 4 * tokens * 32 * 4
+
+
+def test_attention_holds_less_if_fewer_heads_attend_at_a_time():
+    few, many = (parts(execution={"head_groups": count}).parts["attention"] for count in (8, 1))
+    queries, keys = (1 << 17) * 4096, 2 * (1 << 17) * 1024
+    assert many - few == (12 * queries + 16 * keys) * 7 / 8
