@@ -4,8 +4,8 @@ lcx plan --config=configs/pods/llama3_8b_4m.py --topology=v5p:4x4x4 [--stage=to_
 lcx plan --config=FILE --topology=v5e:16x16 --find=context|chips|mesh|strategy|remat
 lcx plan --config=FILE --topology=v5e:16x16 --what_if=execution.remat=offload,mesh.ulysses=4
 
-The step of the stage that needs most memory (or --stage) is compiled for the chips, which takes minutes and some GiB; --nocompile
-works everything out by arithmetic, as for GPUs, whose compiler needs one.
+The step of the stage that needs most memory (or --stage) is compiled for the chips, which takes about a minute and 2 GiB;
+--nocompile works everything out by arithmetic, as for GPUs, whose compiler needs one.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def whole(run: RunConfig, index: int, where: Topology, compiles: bool) -> list[S
     """The plans of all stages, of which stage `index` may be compiled."""
     made = [planning.stage_plan(run, i, where) for i in range(len(run.stages))]
     if compiles:
-        say(f"compiling stages.{run.stages[index].name} for {where}, a few minutes (--nocompile plans by arithmetic)", stderr=True)
+        say(f"compiling stages.{run.stages[index].name} for {where}, about a minute (--nocompile plans by arithmetic)", stderr=True)
         made[index] = planning.compiled_plan(run, index, where)
     return made
 

@@ -190,7 +190,8 @@ def _layers(work: Work, kind: str, rates: Rates) -> list[Segment]:
     trade = rates.exchanged(work.exchanged, work.mesh["ulysses"])
     local = is_local(kind)
     kv = 0.0 if local or work.strategy != "gather" or work.mesh["ring"] == 1 else _gathering(work, rates)
-    offload = work.tokens * work.model.model_dim * WIDTH * 2 / rates.where.chip.host_link if work.policy.endswith("offload") else 0.0
+    sent = 2 * WIDTH * work.tokens * work.model.model_dim if work.policy.endswith("offload") else 0.0
+    offload = sent / rates.where.chip.host_link
     segments = [
         # Keys are gathered while other products run, as weights are.
         Segment("forward products", "products", dense, weights + kv + offload, count),
