@@ -116,7 +116,8 @@ def fingerprint(run: RunConfig) -> str:
     fixed = {path: value for path, value in _leaves(configs.plain(run)) if not _is_mutable(path)}
     if run.adapters is None:  # as before there were any
         fixed = {path: value for path, value in fixed.items() if not path.startswith("lora.")}
-    fixed = {path: value for path, value in fixed.items() if value is not None or not path.endswith(".shifted_group")}
+    younger = {"shifted_group": None, "init_noise": 0.0}  # as before there were such fields
+    fixed = {path: value for path, value in fixed.items() if younger.get(path.split(".")[-1], ...) != value}
     # Under the paths that lcx 0.1 hashed, so that checkpoints of then and now bear one fingerprint.
     return configs.fingerprint({re.sub(r"^execution\.", "model.", path): value for path, value in fixed.items()})
 
