@@ -11,7 +11,7 @@ from pathlib import Path
 
 from absl import flags
 
-from lcx.cli import config_flags, parse
+from lcx.cli import config_flags, distributed_flags, parse
 from lcx.core.console import say
 from lcx.core.errors import UserError
 from lcx.data.config import DataConfig
@@ -55,6 +55,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("faithful", False, "keep the quirks of RULER v1", flag_values=values)
     config_flags.define_dtype(values)
     flags.DEFINE_string("label", None, "write the result to eval/<label>.json in the run's workdir", flag_values=values)
+    distributed_flags.define(values)
 
 
 def main(values: flags.FlagValues, rest: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from lcx.cli import config_flags, parse, sampling_flags
+from lcx.cli import config_flags, distributed_flags, parse, sampling_flags
 from lcx.core.console import say
 from lcx.core.errors import UserError
 from lcx.core.mesh import MeshConfig, make_mesh
@@ -42,6 +42,7 @@ def define(values: flags.FlagValues) -> None:
     config_flags.define_dtype(values)
     flags.DEFINE_integer("context", 1, "devices to split the tokens of a row over", flag_values=values)
     flags.DEFINE_integer("tensor", 1, "devices to split the heads over", flag_values=values)
+    distributed_flags.define(values)
 
 
 def main(values: flags.FlagValues, rest: Sequence[str]) -> None:

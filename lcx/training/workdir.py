@@ -104,7 +104,7 @@ def read_config(workdir: Path) -> RunConfig:
 
 def fingerprint(run: RunConfig) -> str:
     """Sixteen hex digits over everything that decides what the run computes."""
-    fixed = {path: value for path, value in _leaves(configs.plain(run)) if not _is_mutable(path)}
+    fixed = {path: value for path, value in configs.leaves(configs.plain(run)) if not _is_mutable(path)}
     if run.adapters is None:  # as before there were any
         fixed = {path: value for path, value in fixed.items() if not path.startswith("lora.")}
     fixed = {path: value for path, value in fixed.items() if value is not None or not path.endswith(".shifted_group")}
@@ -134,7 +134,7 @@ def _migrated(values: dict[str, Any]) -> dict[str, Any]:
 def _compare(workdir: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
     if len(here["stages"]) > len(there["stages"]):
         here = {**here, "stages": here["stages"][: len(there["stages"])]}
-    old, new = dict(_leaves(there)), dict(_leaves(here))
+    old, new = dict(configs.leaves(there)), dict(configs.leaves(here))
     names = {f"stages.{i}": f"stages.{stage['name']}" for i, stage in enumerate(here["stages"])}
     differences = [
         f"{_named(path, names)} is {old.get(path, 'absent')!r} there but {new.get(path, 'absent')!r} here"
@@ -162,17 +162,6 @@ def _is_mutable(path: str) -> bool:
         parts = parts[2:] if parts[2] == "mesh" else parts
     path = ".".join(parts)
     return path not in FIXED_FIELDS and any(path == name or path.startswith(name + ".") for name in MUTABLE_FIELDS)
-
-
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        for key in sorted(value):
-            yield from _leaves(value[key], f"{path}.{key}" if path else str(key))
-    elif isinstance(value, list) and value:
-        for i, item in enumerate(value):
-            yield from _leaves(item, f"{path}.{i}")
-    else:
-        yield path, value
 
 
 def record_environment(workdir: Path, command: Sequence[str]) -> Path:

@@ -1,0 +1,141 @@
+"""A small process around the one that computes: it says why that ended, ends it if it has stopped, and may start it again.
+
+It loads neither JAX nor the model, and hears from the other one over a pipe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import IO
+
+from lcx.core import exits
+from lcx.core.console import print_error, say
+
+PIPE, ATTEMPT = "LCX_PULSE", "LCX_ATTEMPT"
+"""Environment variables of a supervised process: its end of the pipe, and how often it has been started again."""
+
+PATIENCE = 2.0
+"""How many times as long as the others' patience with a silent process its own supervisor waits before it kills it."""
+
+
+@dataclasses.dataclass
+class End:
+    """How a process ended: its status, why if it said so itself, and what it was doing."""
+
+    code: int
+    reason: str | None
+    at: str
+
+    @property
+    def restart(self) -> bool:
+        """Whether starting it again may help."""
+        return self.code == exits.RESTART
+
+    def __str__(self) -> str:
+        return self.reason or f"it ended with status {self.code} at '{self.at}'"
+
+
+def supervised() -> bool:
+    """Whether this process has a supervisor."""
+    return PIPE in os.environ
+
+
+def pulse() -> int | None:
+    """The supervised process's end of the pipe."""
+    return int(os.environ[PIPE]) if supervised() else None
+
+
+def end_with_supervisor() -> None:
+    """On Linux, have this process asked to save and end if its supervisor is killed."""
+    if supervised() and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+def supervise(command: Sequence[str], restarts: int, silence: float, environment: Mapping[str, str] = os.environ) -> int:
+    """Run a command to its end, again up to `restarts` times while it is lost to something that this may cure; returns its status.
+
+    `silence`: seconds without a sign of life after which the other processes of its job have given it up.
+    """
+    for attempt in range(restarts + 1):
+        end = _run(command, {**environment, ATTEMPT: str(attempt)}, silence)
+        if not end.restart:
+            return end.code
+        if attempt < restarts:
+            pause = min(30.0, 2.0**attempt)
+            say(f"starting again ({attempt + 1} of {restarts}) in {pause:g} s, from the last checkpoint", stderr=True)
+            time.sleep(pause)
+    return end.code
+
+
+def _run(command: Sequence[str], environment: Mapping[str, str], silence: float) -> End:
+    ear, mouth = os.pipe()
+    process = subprocess.Popen(command, env={**environment, PIPE: str(mouth)}, pass_fds=[mouth], process_group=0)
+    os.close(mouth)
+    with _passing_on(process), os.fdopen(ear, "rb", buffering=0) as pipe:
+        at, reason, killed = _listen(process, pipe, silence)
+        code = process.wait()
+    if reason is not None and not killed:
+        return End(code, reason, at)
+    if killed:
+        text = f"it gave no sign of life for {PATIENCE * silence:g} s and was killed; it was last at '{at}'"
+    elif code < 0:
+        number = -code
+        name = signal.Signals(number).name if number in iter(signal.Signals) else f"signal {number}"
+        if number in (signal.SIGTERM, signal.SIGINT):
+            return End(128 + number, f"it was ended by {name} at '{at}'", at)
+        memory = ", perhaps for want of memory" if number == signal.SIGKILL else ""
+        text = f"it was ended by {name}{memory}, at '{at}'"
+    elif code in (exits.DONE, exits.INTERRUPTED, exits.PREEMPTED):
+        return End(code, None, at)
+    elif at == _BEFORE:
+        return End(code, None, at)  # it has said what is wrong with its flags
+    else:
+        text = f"it was ended by JAX's distributed service at '{at}': another process, or process 0, was lost"
+    print_error(f"the process that computes here is gone: {text}")
+    return End(exits.RESTART, text, at)
+
+
+_BEFORE = "its start"
+
+
+def _listen(process: subprocess.Popen, pipe: IO[bytes], silence: float) -> tuple[str, str | None, bool]:
+    """What it said it was doing last, why it ended if it said so, and whether it had to be killed."""
+    at, reason, heard, begun, rest = _BEFORE, None, time.monotonic(), False, b""
+    while True:
+        ended = process.poll() is not None
+        if select.select([pipe], [], [], 0 if ended else 0.5)[0]:
+            piece = pipe.read(65536)
+            if not piece:
+                return at, reason, False
+            *lines, rest = (rest + piece).split(b"\n")
+            for line in lines:
+                kind, _, text = line.decode(errors="replace").partition(" ")
+                at, reason = (at, text.partition(" ")[2]) if kind == "end" else (text, reason)
+            heard, begun = time.monotonic(), True
+        elif ended:
+            return at, reason, False
+        elif begun and time.monotonic() - heard > PATIENCE * silence:
+            process.kill()
+            return at, reason, True
+
+
+@contextlib.contextmanager
+def _passing_on(process: subprocess.Popen) -> Iterator[None]:
+    """SIGTERM and Ctrl-C go on to the process, which is not in the terminal's group."""
+    before = {
+        number: signal.signal(number, lambda number, _: process.send_signal(number)) for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
