@@ -4,8 +4,9 @@
 
 The tiny Llama of experiment 004, extended from 256 to 4,096 bytes, and a sibling: its base fine-tuned at 256 bytes on conversations
 from books, a domain and a format that neither has seen. What the extension added is extracted as differences and as adapters of
-several ranks, and laid over the sibling. Then the base is extended again with equal tokens by adapters (LoRA), by adapters with
-embeddings and norms trained (as LongLoRA does) and in full, with three seeds. Needs torch, transformers and books in plain text.
+several ranks, and laid over the sibling. Then the base is extended again with equal tokens in full, by adapters (LoRA), by adapters
+with embeddings and norms trained, and so in shifted groups (LongLoRA), with three seeds. Needs torch, transformers and books in
+plain text.
 Two CPU cores, about an hour. Resumes: what is finished is kept. Writes results.json, the picture and the tables of README.md.
 """
 
@@ -53,14 +54,14 @@ ENERGIES = (0.9, 0.99)
 TURN = 120
 """Bytes of a turn of a conversation."""
 
-METHODS: dict[str, tuple[dict, float]] = {
-    "full": ({}, 1e-3),
-    "lora": ({"rank": 16, "alpha": 32.0, "targets": ("attention", "mlp")}, 3e-3),
-    "lora + embeddings, norms": (
-        {"rank": 16, "alpha": 32.0, "targets": ("attention", "mlp"), "train": ("embed", "norm")}, 3e-3,
-    ),
-}  # fmt: skip
-"""Name -> settings of the adapters, and a learning rate."""
+WIDE = {"rank": 16, "alpha": 32.0, "targets": ("attention", "mlp"), "train": ("embed", "norm")}
+METHODS: dict[str, tuple[dict, float, bool]] = {
+    "full": ({}, 1e-3, False),
+    "lora": ({"rank": 16, "alpha": 32.0, "targets": ("attention", "mlp")}, 3e-3, False),
+    "lora + embeddings, norms": (WIDE, 3e-3, False),
+    "the same, shifted attention (LongLoRA)": (WIDE, 3e-3, True),
+}
+"""Name -> settings of the adapters, a learning rate, and whether attention stays within shifted groups of a quarter of the row."""
 
 
 def write_chats(books: Sequence[str], folder: Path) -> None:
@@ -172,7 +173,7 @@ def size_of(delta: Path) -> dict:
 
 def extended(four: ModuleType, folder: Path, method: str, seed: int) -> ml_collections.ConfigDict:
     """One stage from 256 to 4,096 bytes at the critical base, the same rows for every method."""
-    settings, lr = METHODS[method]
+    settings, lr, shifted = METHODS[method]
     source = folder / "hf_base"
     config = four.base(source)
     config.init_from = str(source)
@@ -180,7 +181,7 @@ def extended(four: ModuleType, folder: Path, method: str, seed: int) -> ml_colle
     stages = {
         f"extend_{length}": {
             "seq_len": length, "batch_size": 8192 // length, "steps": 150, "positions": {"global": theta},
-            "optim": {"lr": lr, "warmup_steps": 10},
+            "optim": {"lr": lr, "warmup_steps": 10}, "shifted_group": length // 4 if shifted else None,
         }
         for length in (1024, 4096)
     }  # fmt: skip
