@@ -83,7 +83,7 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
         if values[name].value is not None:
             raise UserError(f"--{name} belongs to --endpoint, which is not given; add it or leave --{name} out")
     checkpoint = parse.needed(values, "checkpoint", "name a run's workdir, a Hugging Face folder or a GGUF file, or an --endpoint")
-    loaded = models.load(checkpoint, step=values.step, stage=values.stage, dtype=values.dtype)
+    loaded = models.load(checkpoint, values.step, values.stage, models.job_mesh(checkpoint), values.dtype)
     named = values.label or "-".join([values.stage or models.short_name(checkpoint, loaded), *values.positions])
     if values.label in ("before", "after"):
         raise UserError(f"--label={values.label} is reserved for the evaluations of lcx run; choose another")

@@ -23,6 +23,10 @@ KEY = "lcx"
 """The folder of the key-value store that holds what lcx's processes say."""
 
 
+class AllStop(SystemExit):
+    """Ends this process, with its status, as every other process of the job ends now."""
+
+
 @dataclasses.dataclass
 class Doing:
     """What this process is doing, in words, and how often that has changed."""

@@ -71,11 +71,12 @@ def joined(job: Job | None, patience: Patience, said: Callable[[], Mapping[str, 
             _compare(said())
             with _terminable(), _one_voice():
                 yield
-            heartbeat.finish()
-            import jax
-
-            jax.distributed.shutdown()
+            _finish(heartbeat)
         return
+    except processes.AllStop as end:
+        _finish(heartbeat)
+        tell(supervisor.pulse(), "end", f"{end.code} stopped")
+        raise
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else exits.WRONG
         # `friendly_errors` has printed the sentence; the context of its exit is the error.
@@ -88,6 +89,14 @@ def joined(job: Job | None, patience: Patience, said: Callable[[], Mapping[str, 
             heartbeat.leave(verdict)
         traceback.print_exc()
         _leave(heartbeat, f"{type(error).__name__}: {_short(error)}", exits.RESTART if _is_runtime(error) else exits.WRONG)
+
+
+def _finish(heartbeat: Heartbeat | None) -> None:
+    import jax
+
+    if heartbeat is not None:
+        heartbeat.finish()
+    jax.distributed.shutdown()
 
 
 def _leave(heartbeat: Heartbeat | None, reason: str, code: int) -> None:
@@ -105,6 +114,8 @@ def _start(job: Job, patience: Patience) -> None:
     import jax
 
     supervisor.end_with_supervisor()
+    # SIGTERM is lcx's: training sees to it that all stop after the same step.
+    jax.config.update("jax_enable_preemption_service", False)
     since = float(os.environ.setdefault(_SINCE, repr(time.time())))
     left = max(1.0, patience.start - (time.time() - since))
     if job.coordinator is not None and job.process_id is not None:
@@ -195,7 +206,6 @@ def _terminable() -> Iterator[None]:
     def end(number: int, _: object) -> None:
         raise SystemExit(exits.PREEMPTED)
 
-    # JAX's service catches it, too, but only training would ask it.
     before = signal.signal(signal.SIGTERM, end)
     try:
         yield

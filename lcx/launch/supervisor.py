@@ -92,8 +92,10 @@ def _run(command: Sequence[str], environment: Mapping[str, str], silence: float)
         name = signal.Signals(number).name if number in iter(signal.Signals) else f"signal {number}"
         if number in (signal.SIGTERM, signal.SIGINT):
             return End(128 + number, f"it was ended by {name} at '{at}'", at)
-        memory = ", perhaps for want of memory" if number == signal.SIGKILL else ""
-        text = f"it was ended by {name}{memory}, at '{at}'"
+        why = {signal.SIGKILL: ", perhaps for want of memory", signal.SIGABRT: ", as JAX does when process 0 is lost"}.get(
+            number, ""
+        )
+        text = f"it was ended by {name}{why}; it was last at '{at}'"
     elif code in (exits.DONE, exits.INTERRUPTED, exits.PREEMPTED):
         return End(code, None, at)
     elif at == _BEFORE:
@@ -105,6 +107,7 @@ def _run(command: Sequence[str], environment: Mapping[str, str], silence: float)
 
 
 _BEFORE = "its start"
+_WHY = {signal.SIGKILL: ", perhaps for want of memory", signal.SIGABRT: ", as JAX does when process 0 is lost"}
 
 
 def _listen(process: subprocess.Popen, pipe: IO[bytes], silence: float) -> tuple[str, str | None, bool]:

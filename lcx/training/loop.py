@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 
+from lcx.core import processes
 from lcx.core.batch import Batch
 from lcx.core.console import Progress, console, say, warn
 from lcx.core.errors import UserError
@@ -34,7 +34,7 @@ from lcx.training.profile import Profiler, ProfileSteps
 from lcx.training.resume import ResumePoint, continue_into, reread_stage_start, resume_point
 from lcx.training.stages import RunConfig
 from lcx.training.step import TrainState
-from lcx.training.workdir import exclusive, fingerprint, make_workdir, open_workdir
+from lcx.training.workdir import check_shared, exclusive, fingerprint, make_workdir, open_workdir
 
 Reweight = Callable[[BuiltStage, int, TrainState, Batch], Batch]
 """(stage, its step, the state before it, its batch) -> the batch to train on."""
@@ -92,6 +92,7 @@ def train(
     with contextlib.ExitStack() as held:
         if main:
             held.enter_context(exclusive(workdir))
+        check_shared(workdir)
         open_workdir(workdir, run)
         if given is not None:
             given.keep(workdir)
@@ -138,6 +139,7 @@ class Trainer:
         self.writer.truncate(lambda row: metrics_log.place_of(row) <= self._reached(start))
         self._introduce(built, state)
         if fewer is not None and (start.index, start.stage_step) != (len(self.ends) - 1, self.config.stages[-1].steps):
+            processes.meet("metrics")  # they are cut by the first process, and read by all
             rows = metrics_log.read(self.workdir / "metrics.jsonl")
             say(forecast(self.builder, start.index, start.stage_step, rows, fewer))
         for index in range(start.index, len(self.config.stages)):
@@ -179,7 +181,10 @@ class Trainer:
             PendingMetrics(self, built, history, bar) as pending,
         ):
             for step in range(at, stage.steps):
+                number = self._stage_start(built) + step + 1
+                processes.doing(f"the batch of step {number}")
                 batch, waited = batches.next()
+                processes.doing(f"step {number} of stage {stage.name}")
                 if self.reweight is not None:
                     batch = self.reweight(built, step, state, batch)
                 if not built.step.is_compiled_for(batch):
@@ -187,7 +192,7 @@ class Trainer:
                     with pending.excluded():
                         program = built.step.compile(state, batch, built.buffers)
                     check_program(self.config, stage, built.step, program)
-                done, total = step + 1, self._stage_start(built) + step + 1
+                done, total = step + 1, number
                 with self.profiler.begin(total, pending.flush):
                     state, metrics = built.step(state, batch, built.buffers)
                 pending.flush((step, metrics, waited))
@@ -196,12 +201,12 @@ class Trainer:
                     pending.flush()
                     if self._judge(built, state, history):
                         return state, False
-                stopping = self._stopping(total)
-                if stopping or done == stage.steps or (every is not None and total % every == 0):
+                stopping = self.stop.now(built.mesh)
+                if stopping is not None or done == stage.steps or (every is not None and total % every == 0):
                     pending.flush()
                     self._save(built, state, done, history)
-                if stopping:
-                    self._leave(total)
+                if stopping is not None:
+                    self._leave(total, stopping)
         return state, True
 
     def _stage_start(self, built: BuiltStage) -> int:
@@ -256,17 +261,14 @@ class Trainer:
             say(f"monitor: no theta is left to try for {built.stage.name}; it goes on with {scheme}")
         return following.index != built.attempt.index
 
-    def _stopping(self, total: int) -> bool:
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(total)
-        return self.stop.signal is not None
-
-    def _leave(self, total: int) -> None:
+    def _leave(self, total: int, number: int) -> None:
         self.store.wait()
         say(f"saved at step {total}; rerun the same command to resume")
-        if self.stop.signal == signal.SIGINT:
+        if processes.count() > 1:
+            raise processes.AllStop(128 + number)
+        if number == signal.SIGINT:
             raise KeyboardInterrupt
-        raise SystemExit(128 + signal.SIGTERM)
+        raise SystemExit(128 + number)
 
     def _introduce(self, built: BuiltStage, state: TrainState) -> None:
         devices = " x ".join(f"{name}={size}" for name, size in built.mesh.shape.items() if size > 1) or "1 device"

@@ -8,13 +8,14 @@ import os
 import platform
 import re
 import shlex
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from lcx.core import configs
+from lcx.core import configs, processes
 from lcx.core.errors import UserError
 from lcx.core.files import write_atomically
 from lcx.core.version import VERSION
@@ -23,7 +24,10 @@ from lcx.training import metrics
 from lcx.training.stages import RunConfig
 
 CONFIG = "config.json"
-LOCK = ".lock"
+LOCK, SHARED = ".lock", ".shared"
+
+SHARED_SECONDS = 10.0
+"""In which a file that one host has written must be seen by all."""
 
 MUTABLE_FIELDS = ("mesh", "checkpoint", "metrics", "max_bad_steps", "execution")
 """What may change between two starts of one run: how it is computed and kept, not what."""
@@ -61,6 +65,27 @@ def make_workdir(workdir: Path) -> None:
 def begun(workdir: Path) -> bool:
     """Has the run in a workdir come to a checkpoint, or to a decision?"""
     return metrics.read(workdir / "decisions.jsonl") != [] or any(path.name.isdigit() for path in workdir.glob("checkpoints*/*"))
+
+
+def check_shared(workdir: Path) -> None:
+    """Raises `UserError` in all processes of a job if one of them does not see in the workdir what the first one writes there."""
+    if processes.count() == 1:
+        return
+    token, path = processes.exchange("token", os.urandom(8).hex())[0], workdir / SHARED
+    if processes.is_first():
+        write_atomically(path, token)
+    processes.meet("workdir")
+    until = time.monotonic() + SHARED_SECONDS
+    while not (seen := path.exists() and path.read_text() == token) and time.monotonic() < until:
+        time.sleep(0.2)
+    everyone = processes.exchange("workdir", seen)
+    if processes.is_first():
+        path.unlink()
+    if not all(everyone):
+        raise UserError(
+            f"{processes.named(everyone.index(False))} does not see in {workdir} what {processes.named(0)} writes there; name a "
+            "--workdir on a file system that all hosts share"
+        )
 
 
 @contextlib.contextmanager
