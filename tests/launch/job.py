@@ -26,7 +26,7 @@ def environment(devices):
 
 
 def lcx(words, count, folder, *, port=None, devices=2, only=None, **flags):
-    """Start `lcx` with the words in `count` processes, or in those of them in `only`; their output goes to `folder/<process>.log`."""
+    """Start `lcx` with the words in `count` processes, or in those of them in `only`, with output in `folder/<process>.log`."""
     port = port or free_port()
     folder.mkdir(parents=True, exist_ok=True)
     started = []

@@ -28,9 +28,8 @@ STEPS = 5
 
 def config(mesh, experts, heads):
     """A tiny run on a mesh, of rows of packed text and needles."""
-    model = {
-        "vocab_size": 256, "model_dim": 32, "num_layers": 2, "num_heads": heads, "num_kv_heads": heads, "head_dim": 8, "mlp_dim": 64,
-    }  # fmt: skip
+    model = {"vocab_size": 256, "model_dim": 32, "num_layers": 2, "head_dim": 8, "mlp_dim": 64}
+    model |= {"num_heads": heads, "num_kv_heads": heads}
     if experts:
         model |= {"num_experts": 8, "experts_per_token": 2}
     task = {"needles": 1, "queries": 1}
