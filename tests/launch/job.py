@@ -50,7 +50,7 @@ def program(path, count, folder, *words, devices=2):
     return ended(started)
 
 
-def ended(started, timeout=300):
+def ended(started, timeout=1200):
     """The statuses of processes; those that do not end in `timeout` seconds are killed."""
     try:
         return [process.wait(timeout) for process in started]
