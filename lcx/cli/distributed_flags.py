@@ -11,7 +11,7 @@ from typing import Any
 from absl import flags
 
 from lcx.cli import parse
-from lcx.core import configs
+from lcx.core import configs, processes
 from lcx.core.errors import UserError
 from lcx.launch import supervisor
 from lcx.launch.cluster import AUTO, find_job
@@ -49,7 +49,7 @@ def stand_over(name: str, words: Sequence[str]) -> None:
 
     One is needed for a job of several processes, and to start again.
     """
-    if name not in COMMANDS or supervisor.supervised() or any(word in ("-h", "--help", "-help") for word in words):
+    if name not in COMMANDS or processes.supervised() or any(word in ("-h", "--help", "-help") for word in words):
         return
     restarts, silence = (_number(parse.given(words, flag)) for flag in ("max_restarts", "heartbeat_timeout"))
     try:

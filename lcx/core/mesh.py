@@ -106,7 +106,8 @@ def over_slices(sizes: Mapping[str, int], slices: int, with_context: bool = Fals
 
     Raises `UserError` if their sizes do not add up to all slices.
     """
-    found, left = dict.fromkeys(AXES, 1), slices
+    found: dict[str, int] = dict.fromkeys(AXES, 1)
+    left = slices
     for axis in ("data", "fsdp", *("ring",) * with_context):
         found[axis] = math.gcd(sizes[axis], left)
         left //= found[axis]

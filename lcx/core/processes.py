@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import itertools
 import json
+import os
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +19,9 @@ from lcx.core.errors import UserError
 
 PATIENCE = 600.0
 """Seconds for which a process waits for the others at a meeting point."""
+
+PIPE = "LCX_PULSE"
+"""Environment variable of a supervised process: its end of the pipe to its supervisor."""
 
 KEY = "lcx"
 """The folder of the key-value store that holds what lcx's processes say."""
@@ -46,6 +50,11 @@ class _Job:
 
 
 _JOB = _Job()
+
+
+def supervised() -> bool:
+    """Whether a process of lcx stands over this one and may start it again."""
+    return PIPE in os.environ
 
 
 def client() -> Any:

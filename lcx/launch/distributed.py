@@ -147,7 +147,7 @@ def _start(job: Job, patience: Patience) -> None:
 
 def _try_anew(error: Exception, since: float, patience: Patience) -> None:
     """A coordinator of the job before, which has not noticed its end yet, refuses this process: start it anew until it is gone."""
-    if time.time() - since < patience.start and supervisor.supervised() and os.environ.get(supervisor.ATTEMPT, "0") != "0":
+    if time.time() - since < patience.start and processes.supervised() and os.environ.get(supervisor.ATTEMPT, "0") != "0":
         warn(f"the job before has not ended everywhere ({_short(error)}); trying again")
         time.sleep(2.0)
         sys.stdout.flush()

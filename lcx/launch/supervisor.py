@@ -19,9 +19,10 @@ from typing import IO
 
 from lcx.core import exits
 from lcx.core.console import print_error, say
+from lcx.core.processes import PIPE, supervised
 
-PIPE, ATTEMPT = "LCX_PULSE", "LCX_ATTEMPT"
-"""Environment variables of a supervised process: its end of the pipe, and how often it has been started again."""
+ATTEMPT = "LCX_ATTEMPT"
+"""Environment variable of a supervised process: how often it has been started again."""
 
 PATIENCE = 2.0
 """How many times as long as the others' patience with a silent process its own supervisor waits before it kills it."""
@@ -42,11 +43,6 @@ class End:
 
     def __str__(self) -> str:
         return self.reason or f"it ended with status {self.code} at '{self.at}'"
-
-
-def supervised() -> bool:
-    """Whether this process has a supervisor."""
-    return PIPE in os.environ
 
 
 def pulse() -> int | None:

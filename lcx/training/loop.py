@@ -34,7 +34,7 @@ from lcx.training.profile import Profiler, ProfileSteps
 from lcx.training.resume import ResumePoint, continue_into, reread_stage_start, resume_point
 from lcx.training.stages import RunConfig
 from lcx.training.step import TrainState
-from lcx.training.workdir import check_shared, exclusive, fingerprint, make_workdir, open_workdir
+from lcx.training.workdir import check_shared, exclusive, fingerprint, keep_programs, make_workdir, open_workdir
 
 Reweight = Callable[[BuiltStage, int, TrainState, Batch], Batch]
 """(stage, its step, the state before it, its batch) -> the batch to train on."""
@@ -94,6 +94,7 @@ def train(
             held.enter_context(exclusive(workdir))
         check_shared(workdir)
         open_workdir(workdir, run)
+        keep_programs(workdir)
         if given is not None:
             given.keep(workdir)
         warn_unusual(run)
@@ -192,6 +193,7 @@ class Trainer:
                     with pending.excluded():
                         program = built.step.compile(state, batch, built.buffers)
                     check_program(self.config, stage, built.step, program)
+                    processes.meet("compiled")  # the first step's transfers begin within a limit of their library's
                 done, total = step + 1, number
                 with self.profiler.begin(total, pending.flush):
                     state, metrics = built.step(state, batch, built.buffers)

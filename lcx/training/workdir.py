@@ -24,7 +24,7 @@ from lcx.training import metrics
 from lcx.training.stages import RunConfig
 
 CONFIG = "config.json"
-LOCK, SHARED = ".lock", ".shared"
+LOCK, SHARED, PROGRAMS = ".lock", ".shared", "compiled"
 
 SHARED_SECONDS = 10.0
 """In which a file that one host has written must be seen by all."""
@@ -86,6 +86,13 @@ def check_shared(workdir: Path) -> None:
             f"{processes.named(everyone.index(False))} does not see in {workdir} what {processes.named(0)} writes there; name a "
             "--workdir on a file system that all hosts share"
         )
+
+
+def keep_programs(workdir: Path) -> None:
+    """Where a run may be started again by others than its user, keep its compiled programs in the workdir, unless JAX is told of
+    another place."""
+    if (processes.count() > 1 or processes.supervised()) and jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(workdir / PROGRAMS))
 
 
 @contextlib.contextmanager

@@ -33,8 +33,8 @@ EXPECTED = {"SIGKILL": exits.RESTART, "SIGTERM": exits.PREEMPTED, "SIGSTOP": exi
 class Runs:
     """The workdirs of a test, and the processes that work in them."""
 
-    def __init__(self, folder, processes, cache):
-        self.folder, self.processes, self.cache = folder, processes, cache
+    def __init__(self, folder, processes):
+        self.folder, self.processes = folder, processes
 
     def start(self, name, attempt):
         """All processes of a job that runs or resumes `name`, with the time."""
@@ -97,7 +97,7 @@ def main(argv=None):
     parser.add_argument("--folder", type=Path, required=True)
     chosen = parser.parse_args(argv)
     rng, number, processes = random.Random(chosen.seed), getattr(signal, chosen.signal), chosen.processes
-    runs = Runs(chosen.folder, processes, chosen.folder / "compiled")
+    runs = Runs(chosen.folder, processes)
     shutil.rmtree(chosen.folder / "alone", ignore_errors=True)
     started, logs, begun = runs.start("alone", 0)
     assert set(job.ended(started)) == {0}, job.said(logs, 0)[-2000:]
@@ -122,10 +122,8 @@ def main(argv=None):
             struck, hits = struck + 1, hits + 1
             codes, seconds = job.ended(started), time.time() - at
             said = reason(logs, processes)
-            print(
-                f"{struck}: process {hit} after {at - begun:.1f} s: {codes} in {seconds:.1f} s: {' | '.join(said)[:300]}",
-                flush=True,
-            )
+            print(f"{struck}: process {hit} after {at - begun:.1f} s: {codes} in {seconds:.1f} s", *said, sep="
+  ", flush=True)
             ends.append(seconds)
             if set(codes) - {EXPECTED[chosen.signal], 0} or seconds > WITHIN:
                 wrong.append(f"{name}, kill {struck}: {codes} after {seconds:.1f} s")
