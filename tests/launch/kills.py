@@ -122,8 +122,7 @@ def main(argv=None):
             struck, hits = struck + 1, hits + 1
             codes, seconds = job.ended(started), time.time() - at
             said = reason(logs, processes)
-            print(f"{struck}: process {hit} after {at - begun:.1f} s: {codes} in {seconds:.1f} s", *said, sep="
-  ", flush=True)
+            print(f"{struck}: process {hit} after {at - begun:.1f} s: {codes} in {seconds:.1f} s", *said, sep="\n  ", flush=True)
             ends.append(seconds)
             if set(codes) - {EXPECTED[chosen.signal], 0} or seconds > WITHIN:
                 wrong.append(f"{name}, kill {struck}: {codes} after {seconds:.1f} s")
