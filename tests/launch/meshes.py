@@ -5,13 +5,17 @@
 With COUNT 1 there is no job. A mesh is written as its axes, such as `context=4,ulysses=2`; OUT is a shared folder.
 """
 
+import contextlib
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import jax
 
 from lcx.core.mesh import MeshConfig, make_mesh
+from lcx.data import packing
+from lcx.data.loader import Loader
 from lcx.evals.config import EvalConfig
 from lcx.launch.cluster import find_job
 from lcx.launch.distributed import Patience, joined
@@ -52,11 +56,32 @@ def config(mesh, experts, heads):
     )
 
 
-def figures(mesh, workdir):
+@contextlib.contextmanager
+def counted():
+    """Counts the bytes of the batches that loaders make here, and the tokens that they read for packed text."""
+    found = {"bytes": 0, "tokens": 0}
+    batch, window = Loader.batch, packing._targets
+
+    def make(self, *args, **kwargs):
+        made = batch(self, *args, **kwargs)
+        found["bytes"] += sum(x.nbytes for x in jax.tree.leaves(made) if x.ndim == 2)
+        return made
+
+    def targets(tokens, *args):
+        found["tokens"] += len(tokens)
+        return window(tokens, *args)
+
+    with mock.patch.object(Loader, "batch", make), mock.patch.object(packing, "_targets", targets):
+        yield found
+
+
+def figures(mesh, workdir, process):
     """Losses and gradient norms of the steps, measurements of an evaluation, and generated tokens, on one mesh."""
     experts, devices = "expert" in mesh, jax.device_count()
     run = config(mesh, experts, max(4, devices))
-    train(run, workdir)
+    with counted() as share:
+        train(run, workdir)
+    workdir.with_name(f"{workdir.name}.{process}.share").write_text(json.dumps(share))
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     loaded = models.load(workdir, mesh=make_mesh(MeshConfig(**mesh)))
     evals = EvalConfig(tasks=("needles", "perplexity"), lengths=(128,), needle_items=8, perplexity_tokens=1024, generation_items=2)
@@ -81,7 +106,7 @@ def main(port, count, process, out, *meshes):
     with joined(job, Patience(60.0, 20.0, 300.0), lambda: {"meshes": list(meshes)}):
         for name in meshes:
             mesh = {axis: int(size) for axis, size in (pair.split("=") for pair in name.split(","))}
-            found = figures({"fsdp": 1, **mesh}, Path(out) / name)
+            found = figures({"fsdp": 1, **mesh}, Path(out) / name, process)
             if process == 0:
                 (Path(out) / f"{name}.json").write_text(json.dumps(found))
 
