@@ -107,13 +107,15 @@ def keep(folder: Path, into: Path) -> None:
 
 
 def copy_companions(folder: Path, into: Path, length: int) -> None:
-    """Copy the files next to the weights for a model of up to `length` tokens.
-
-    A tokenizer_config.json that declares fewer tokens gets so many, as transformers cuts texts at it where it is asked to.
-    """
+    """Copy the files next to the weights for a model of up to `length` tokens."""
     for path in files_with_weights(folder):
         shutil.copyfile(path, into / path.name)
-    path = into / "tokenizer_config.json"
+    raise_tokenizer_length(into, length)
+
+
+def raise_tokenizer_length(folder: Path, length: int) -> None:
+    """Let a tokenizer_config.json that declares fewer tokens declare `length`: transformers cuts texts there if asked to."""
+    path = folder / "tokenizer_config.json"
     values = configs.read_json(path) if path.exists() else {}
     if isinstance(declared := values.get("model_max_length"), int | float) and declared < length:
         path.write_text(json.dumps({**values, "model_max_length": length}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -156,17 +156,19 @@ def write(
     wanted = Described("", model, dict(schemes), length)
     # If these are missing, transformers uses the ids of the family's own tokenizer, and ends texts at one of them.
     base = base or {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": None}
-    reasons = []
+    reasons: dict[str, str] = {}
     for model_type in [base["model_type"]] if "model_type" in base else FAMILIES:
-        values = _values(model_type, wanted, dtype, base)
         try:
+            values = _values(model_type, wanted, dtype, base)
             reason = _difference(wanted, read(values))
         except UserError as error:
             reason = str(error)
         if reason is None:
             return values
-        reasons.append(f"{model_type}: {reason}")
-    raise UserError(f"none of the Hugging Face families that lcx writes can represent this model ({'; '.join(reasons)})")
+        reasons[model_type] = reason
+    why = set(reasons.values())
+    each = why.pop() if len(why) == 1 else "; ".join(f"{model_type}: {reason}" for model_type, reason in reasons.items())
+    raise UserError(f"none of the Hugging Face families that lcx writes can represent this model ({each})")
 
 
 def _check_keys(values: Mapping[str, Any], family: Family, where: str) -> tuple[str, ...]:

@@ -11,11 +11,11 @@ from typing import Any
 
 from lcx.core.console import say, table, warn
 from lcx.core.errors import UserError
-from lcx.interop.folder import created, files_with_weights, refuse_full_disk, tokenizer_files
+from lcx.interop.folder import created, files_with_weights, raise_tokenizer_length, refuse_full_disk, tokenizer_files
 from lcx.interop.hf_config import FILE, read_json
 from lcx.merging import models as checks
 from lcx.merging.config import MergeConfig, read
-from lcx.merging.models import LAYER_COUNTS, PER_LAYER, Model, config_text, with_rotary
+from lcx.merging.models import LAYER_COUNTS, LENGTH, PER_LAYER, Model, config_text, with_rotary
 from lcx.merging.plan import NO_EFFECT, Job, Plan, PlanBuilder, kind
 from lcx.merging.stream import MAX_SHARD_BYTES, Work, stream
 
@@ -77,7 +77,9 @@ class Merge:
         with created(out, self.bytes) as part:
             stream(part, self._works(), "merge", max_shard_bytes, self.config.seed)
             self._companions(part)
-            (part / FILE).write_text(config_text(self._values()), encoding="utf-8")
+            values = self._values()
+            (part / FILE).write_text(config_text(values), encoding="utf-8")
+            raise_tokenizer_length(part, values.get(LENGTH, 0))
             (part / "README.md").write_text(self._card(out), encoding="utf-8")
         seconds = time.perf_counter() - start
         what = f"{len(self.models)} model{'s' * (len(self.models) != 1)} by {self.config.merge_method}"

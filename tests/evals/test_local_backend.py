@@ -121,6 +121,6 @@ def test_rows_are_the_same(weights):
     task = TASKS["needle_in_prose"](Materials(config, DataConfig(), tokenizers.load("bytes"), None))
     rows = []
     for share in (True, False):
-        args = (params, MODEL, ExecutionConfig(), schemes, 2048, 4096, tokenizers.load("bytes"))
-        rows.append(task.measure(LocalBackend(*args, share_prefixes=share), 2048, 2, AnswerLog(None)))
+        args = (params, MODEL, ExecutionConfig(), schemes, 1024, 2048, tokenizers.load("bytes"))
+        rows.append(task.measure(LocalBackend(*args, share_prefixes=share), 1024, 2, AnswerLog(None)))
     assert rows[0] == rows[1]

@@ -6,6 +6,8 @@ import pytest
 import torch
 import transformers
 
+from lcx.core.errors import UserError
+from lcx.interop import hf_config
 from lcx.interop.families import FAMILIES
 from lcx.interop.folder import HfFolder, keep, save
 from lcx.interop.hf_config import read_file
@@ -14,6 +16,7 @@ from lcx.model.architecture import build_architecture
 from lcx.model.execution import ExecutionConfig
 from lcx.model.loss import loss_sums
 from lcx.model.transformer import hidden_states
+from lcx.positions.xpos import Xpos
 from tests.interop import hf_models
 from tests.interop.hf_models import TRAINED
 from tests.quick import mostly_slow
@@ -122,6 +125,18 @@ def test_import_and_export(name, tmp_path):
         again = transformers.AutoModelForCausalLM.from_pretrained(back, attn_implementation="eager").eval()
     assert np.array_equal(hf_models.torch_logits(again, ids), reference)
     assert read_file(back) == described
+
+
+def test_a_model_without_a_family_gets_one_that_has_its_positions(tmp_path):
+    hf_models.make("gemma3_text", tmp_path, rope_parameters=two(PLAIN))
+    given = read_file(tmp_path)
+    values = hf_config.write(given.model, given.schemes, given.length, "float32")
+    assert values["model_type"] == "gemma3_text"
+    found = hf_config.read(values)
+    assert (found.model, found.schemes) == (given.model, given.schemes)
+    with pytest.raises(UserError) as refused:
+        hf_config.write(given.model, {kind: Xpos() for kind in given.model.kinds}, given.length, "float32")
+    assert str(refused.value).count("xpos has no Hugging Face rope_type") == 1
 
 
 @pytest.mark.parametrize("name", mostly_slow(["llama-llama3-sharded", "qwen2", "qwen3"], ["qwen3"]))

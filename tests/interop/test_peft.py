@@ -97,7 +97,7 @@ OURS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", mostly_slow(OURS, ["llama-rslora-dora", "qwen2", "phi3"]))
+@pytest.mark.parametrize("case", mostly_slow(OURS, ["qwen2", "phi3-dora"]))
 def test_an_adapter_of_ours_in_peft(bases, tmp_path, case):
     model_type, changes, config = OURS[case]
     base = bases(model_type, **changes)

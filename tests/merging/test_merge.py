@@ -158,7 +158,9 @@ def test_rotary_settings_of_the_model_that_is_named(tmp_path):
     scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
     longer = make(tmp_path / "longer", seed=1, near=base, rope_theta=5e5, rope_scaling=scaling, max_position_embeddings=256)
     given = dict(merge_method="linear", base_model=str(base), models=listed(map(str, (base, longer)), weight=0.5))
+    (base / "tokenizer_config.json").write_text('{"model_max_length": 64}')
     out = merge(tmp_path, rotary_source=str(longer), **given)
+    assert json.loads((out / "tokenizer_config.json").read_text()) == {"model_max_length": 256}
     values = json.loads((out / "config.json").read_text())
     assert (values["rope_theta"], values["rope_scaling"], values["max_position_embeddings"]) == (5e5, scaling, 256)
     assert HfFolder(out).described.schemes == HfFolder(longer).described.schemes

@@ -226,12 +226,14 @@ def test_a_shifted_model_sees_no_future_and_no_other_group():
     params, buffers, arch = build(config, {"default": "rope:theta=500"})
     arch, batch = dataclasses.replace(arch, shifted_group=8), Batch.from_tokens(tokens(1))
 
-    def influence(place):
-        def out(embedding):
-            changed = {**params, "embed": {"embedding": embedding}}
-            return jnp.sum(jnp.sin(hidden_states(changed, buffers, arch, batch)[0][0, place]))
+    @jax.jit
+    @jax.grad
+    def gradient_at(embedding, place):
+        changed = {**params, "embed": {"embedding": embedding}}
+        return jnp.sum(jnp.sin(hidden_states(changed, buffers, arch, batch)[0][0, place]))
 
-        gradient = jnp.abs(jax.jit(jax.grad(out))(params["embed"]["embedding"])).sum(axis=1)[batch.tokens[0]]
+    def influence(place):
+        gradient = jnp.abs(gradient_at(params["embed"]["embedding"], place)).sum(axis=1)[batch.tokens[0]]
         return set(np.flatnonzero(np.asarray(gradient) > 0).tolist())
 
     assert influence(2) == {0, 1, 2}
