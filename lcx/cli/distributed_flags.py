@@ -49,7 +49,10 @@ def stand_over(name: str, words: Sequence[str]) -> None:
 
     One is needed for a job of several processes, and to start again.
     """
-    if name not in COMMANDS or processes.supervised() or any(word in ("-h", "--help", "-help") for word in words):
+    if processes.supervised():
+        supervisor.end_with_supervisor()
+        return
+    if name not in COMMANDS or any(word in ("-h", "--help", "-help") for word in words):
         return
     restarts, silence = (_number(parse.given(words, flag)) for flag in ("max_restarts", "heartbeat_timeout"))
     try:

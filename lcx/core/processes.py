@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -112,20 +113,24 @@ def exchange(name: str, value: Any, timeout: float = PATIENCE) -> list[Any]:
     """
     if count() == 1:
         return [value]
-    key = f"{KEY}/{name}/{next(_JOB.calls[name])}"
-    store = client()
+    key, store = f"{KEY}/{name}/{next(_JOB.calls[name])}", client()
     store.key_value_set(f"{key}/{index()}", json.dumps(value))
-    found = []
-    for process in range(count()):
-        try:
-            found.append(json.loads(store.blocking_key_value_get(f"{key}/{process}", int(1000 * timeout))))
-        except Exception as error:
-            if "DEADLINE" not in str(error).upper():
-                raise
-            raise UserError(
-                f"{named(process)} did not come to {name!r} within {timeout:g} s; see what its own log says, and start all again"
-            ) from error
-    return found
+    try:
+        store.wait_at_barrier(key, int(1000 * timeout))
+    except Exception as error:
+        missing = sorted(set(range(count())) - _said(store, key).keys())
+        if not missing:
+            raise
+        raise UserError(
+            f"{named(missing[0])} did not come to {name!r} within {timeout:g} s; see what its own log says, and start all again"
+        ) from error
+    found = _said(store, key)
+    return [json.loads(found[process]) for process in range(count())]
+
+
+def _said(store: Any, key: str) -> dict[int, str]:
+    """What is in a folder of the store, by process."""
+    return {int(name.rpartition("/")[2]): value for name, value in store.key_value_dir_get(key)}
 
 
 def meet(name: str, timeout: float = PATIENCE) -> None:
@@ -138,6 +143,9 @@ def agree(name: str, values: Mapping[str, Any], hint: str) -> None:
 
     `hint` says how to make them the same.
     """
+    digest = hashlib.sha256(json.dumps(dict(values), sort_keys=True).encode()).hexdigest()
+    if len(set(exchange(f"{name} (digest)", digest))) == 1:
+        return
     everyone = exchange(name, dict(values))
     for process, theirs in enumerate(everyone):
         for key in sorted({*everyone[0], *theirs}):

@@ -21,6 +21,7 @@ from lcx.data.chat.frame import chat_frame
 from lcx.data.config import QUESTIONS, DataConfig, PartConfig, SourceConfig, Upsampling
 from lcx.data.schedule import Schedule
 from lcx.data.sources import sources
+from lcx.data.sources.documents import describe
 from lcx.data.synthetic.questions import QuestionTask
 from lcx.data.tasks.base import RetrievalTask
 from lcx.data.tasks.table import make_task
@@ -42,6 +43,14 @@ class Corpus:
         for source in list(wanted)[1:]:
             sources.check(source, self.tokenizer, config.chat_template)
         self._sources = {source: sources.load(source, self.tokenizer, config.chat_template) for source in wanted}
+
+    def contents(self) -> dict[str, str]:
+        """What each source holds, in words: equal for equal documents, so that hosts can be compared."""
+        found = {}
+        for source, held in self._sources.items():
+            digest = zlib.crc32(held.hashes.tobytes() + np.ascontiguousarray(held.lengths).tobytes())
+            found[describe(source)] = f"{len(held.lengths):,} documents, {int(held.lengths.sum()):,} tokens ({digest:08x})"
+        return found
 
     def select(self, source: SourceConfig, split: sources.Split) -> sources.Subset:
         """The training or held-out documents of one of the mixture's sources."""

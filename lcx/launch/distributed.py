@@ -113,7 +113,6 @@ def _leave(heartbeat: Heartbeat | None, reason: str, code: int) -> None:
 def _start(job: Job, patience: Patience) -> None:
     import jax
 
-    supervisor.end_with_supervisor()
     # SIGTERM is lcx's: training sees to it that all stop after the same step.
     jax.config.update("jax_enable_preemption_service", False)
     since = float(os.environ.setdefault(_SINCE, repr(time.time())))
@@ -185,7 +184,9 @@ def _compare(said: Mapping[str, Any]) -> None:
     device = jax.local_devices()[0]
     there = {"the number of devices": jax.local_device_count(), "the kind of device": device.device_kind}
     processes.agree("devices", there, "start lcx on hosts of one kind, with all of their devices")
-    processes.agree("command", said, "give every process the same command and the same config file")
+    processes.agree(
+        "command", said, "give all the same command and the same config file, or --distributed=off for runs of their own"
+    )
     processes.meet("clock")
     times = processes.exchange("clock", time.time())
     for process, there_is in enumerate(times):

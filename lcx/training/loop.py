@@ -85,6 +85,7 @@ def train(
     if given is None and run.init_from is not None:
         given = initial_weights(run.init_from)
     builder = StageBuilder(run, decisions, devices, given)
+    processes.agree("data", builder.corpus.contents(), "give all hosts the same files, or prepare them once (lcx data prepare)")
     main = jax.process_index() == 0
     if profile is not None:
         profile.check(0, stage_ends(run)[-1])
