@@ -4,7 +4,7 @@ DONE = 0
 WRONG = 1
 """Something that starting again does not cure; a sentence on standard error says what."""
 RESTART = 75
-"""Another process was lost, or hangs: the same command, started again on all hosts, goes on from the last checkpoint."""
+"""Another process did not start, was lost, or hangs: the same command, started on all hosts, goes on from the last checkpoint."""
 INTERRUPTED = 130
 """Ctrl-C; training has saved."""
 PREEMPTED = 143

@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from lcx.core import exits, processes
 from lcx.core.console import friendly_errors, print_error, say, warn
@@ -65,7 +65,11 @@ def joined(job: Job | None, patience: Patience, said: Callable[[], Mapping[str, 
     heartbeat: Heartbeat | None = None
     try:
         with friendly_errors():
-            _start(job, patience)
+            try:
+                _start(job, patience)
+            except UserError as error:
+                print_error(str(error))
+                _leave(None, str(error), exits.RESTART)
             heartbeat = Heartbeat(patience.silence, patience.hang, supervisor.pulse())
             heartbeat.start()
             _compare(said())
@@ -99,7 +103,7 @@ def _finish(heartbeat: Heartbeat | None) -> None:
     jax.distributed.shutdown()
 
 
-def _leave(heartbeat: Heartbeat | None, reason: str, code: int) -> None:
+def _leave(heartbeat: Heartbeat | None, reason: str, code: int) -> NoReturn:
     """Tell the others and the supervisor, and end without the meeting at the end, to which they will not come."""
     if heartbeat is not None:
         heartbeat.publish(reason, code)
