@@ -75,11 +75,10 @@ def joined(job: Job | None, patience: Patience, said: Callable[[], Mapping[str, 
             _compare(said())
             with _terminable(), _one_voice():
                 yield
-            _finish(heartbeat)
+            _finish(heartbeat, exits.DONE)
         return
     except processes.AllStop as end:
-        _finish(heartbeat)
-        tell(supervisor.pulse(), "end", f"{end.code} stopped")
+        _finish(heartbeat, int(str(end.code)))
         raise
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else exits.WRONG
@@ -95,11 +94,13 @@ def joined(job: Job | None, patience: Patience, said: Callable[[], Mapping[str, 
         _leave(heartbeat, f"{type(error).__name__}: {_short(error)}", exits.RESTART if _is_runtime(error) else exits.WRONG)
 
 
-def _finish(heartbeat: Heartbeat | None) -> None:
+def _finish(heartbeat: Heartbeat | None, code: int) -> None:
+    """Leave the job when all do."""
     import jax
 
     if heartbeat is not None:
         heartbeat.finish()
+    tell(supervisor.pulse(), "end", f"{code} all have finished")
     jax.distributed.shutdown()
 
 
@@ -119,6 +120,8 @@ def _start(job: Job, patience: Patience) -> None:
 
     # SIGTERM is lcx's: training sees to it that all stop after the same step.
     jax.config.update("jax_enable_preemption_service", False)
+    # On CPUs programs would run side by side, and the transfers of one be taken for another's.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     since = float(os.environ.setdefault(_SINCE, repr(time.time())))
     left = max(1.0, patience.start - (time.time() - since))
     if job.coordinator is not None and job.process_id is not None:
@@ -128,7 +131,7 @@ def _start(job: Job, patience: Patience) -> None:
         "initialization_timeout": int(left),
         # Only for what the heartbeats of lcx do not find.
         "heartbeat_timeout_seconds": int(max(100, 4 * patience.silence)),
-        "shutdown_timeout_seconds": 30,
+        "shutdown_timeout_seconds": 15,
     }
     if job.coordinator is not None and is_loopback(split_address(job.coordinator)[0]):
         arguments["coordinator_bind_address"] = job.coordinator

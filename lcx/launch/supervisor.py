@@ -77,10 +77,11 @@ def _run(command: Sequence[str], environment: Mapping[str, str], silence: float)
     process = subprocess.Popen(command, env={**environment, PIPE: str(mouth)}, pass_fds=[mouth], process_group=0)
     os.close(mouth)
     with _passing_on(process), os.fdopen(ear, "rb", buffering=0) as pipe:
-        at, reason, killed = _listen(process, pipe, silence)
+        at, said, killed = _listen(process, pipe, silence)
         code = process.wait()
-    if reason is not None and not killed:
-        return End(code, reason, at)
+    if said is not None:
+        # What comes after that is JAX's own leave-taking, which may fail where another process is gone already.
+        return End(*said, at)
     if killed:
         text = f"it gave no sign of life for {PATIENCE * silence:g} s and was killed; it was last at '{at}'"
     elif code < 0:
@@ -106,25 +107,29 @@ _BEFORE = "its start"
 _WHY = {signal.SIGKILL: ", perhaps for want of memory", signal.SIGABRT: ", as JAX does when process 0 is lost"}
 
 
-def _listen(process: subprocess.Popen, pipe: IO[bytes], silence: float) -> tuple[str, str | None, bool]:
-    """What it said it was doing last, why it ended if it said so, and whether it had to be killed."""
-    at, reason, heard, begun, rest = _BEFORE, None, time.monotonic(), False, b""
+def _listen(process: subprocess.Popen, pipe: IO[bytes], silence: float) -> tuple[str, tuple[int, str] | None, bool]:
+    """What it said it was doing last, its status and why it ended if it said so, and whether it had to be killed."""
+    at, said, heard, begun, rest = _BEFORE, None, time.monotonic(), False, b""
     while True:
         ended = process.poll() is not None
         if select.select([pipe], [], [], 0 if ended else 0.5)[0]:
             piece = pipe.read(65536)
             if not piece:
-                return at, reason, False
+                return at, said, False
             *lines, rest = (rest + piece).split(b"\n")
             for line in lines:
                 kind, _, text = line.decode(errors="replace").partition(" ")
-                at, reason = (at, text.partition(" ")[2]) if kind == "end" else (text, reason)
+                if kind == "end":
+                    number, _, reason = text.partition(" ")
+                    said = int(number), reason
+                else:
+                    at = text
             heard, begun = time.monotonic(), True
         elif ended:
-            return at, reason, False
-        elif begun and time.monotonic() - heard > PATIENCE * silence:
+            return at, said, False
+        elif begun and said is None and time.monotonic() - heard > PATIENCE * silence:
             process.kill()
-            return at, reason, True
+            return at, None, True
 
 
 @contextlib.contextmanager

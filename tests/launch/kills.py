@@ -23,7 +23,7 @@ from lcx.training.metrics import TIMING
 from tests.launch import job
 
 CONFIG = Path(__file__).parent / "sixty.py"
-SILENCE = 8.0
+SILENCE = 15.0
 WITHIN = 60.0
 """Seconds in which all processes of a job end after the signal."""
 
