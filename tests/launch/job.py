@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.xla_flags import known
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -21,11 +23,13 @@ def environment(devices):
     """For a process with so many CPU devices that compiles as the tests do."""
     found = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
+    if known("xla_cpu_collective_timeout_seconds"):
+        flags += " --xla_cpu_collective_timeout_seconds=300"  # a busy machine may let one process wait for long
     found["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}".strip()
     return found
 
 
-def lcx(words, count, folder, *, port=None, devices=2, only=None, **flags):
+def lcx(words, count, folder, *, port=None, devices=2, only=None, programs=None, **flags):
     """Start `lcx` with the words in `count` processes, or in those of them in `only`, with output in `folder/<process>.log`."""
     port = port or free_port()
     folder.mkdir(parents=True, exist_ok=True)
@@ -34,7 +38,8 @@ def lcx(words, count, folder, *, port=None, devices=2, only=None, **flags):
         job = {"distributed": f"127.0.0.1:{port}", "num_processes": count, "process_id": process, "host_devices": devices, **flags}
         command = [sys.executable, "-m", "lcx.cli", *map(str, words), *(f"--{flag}={value}" for flag, value in job.items())]
         with (folder / f"{process}.log").open("ab") as log:
-            started.append(subprocess.Popen(command, env=environment(1), stdout=log, stderr=subprocess.STDOUT))
+            found = environment(1) | ({} if programs is None else {"JAX_COMPILATION_CACHE_DIR": str(programs)})
+            started.append(subprocess.Popen(command, env=found, stdout=log, stderr=subprocess.STDOUT))
     return started
 
 

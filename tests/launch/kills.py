@@ -23,6 +23,9 @@ from lcx.training.metrics import TIMING
 from tests.launch import job
 
 CONFIG = Path(__file__).parent / "sixty.py"
+STEPS, EVERY = 60, 10
+"""Steps of the run, and how many there are from one checkpoint to the next."""
+
 SILENCE = 15.0
 WITHIN = 60.0
 """Seconds in which all processes of a job end after the signal."""
@@ -36,12 +39,13 @@ class Runs:
     def __init__(self, folder, processes):
         self.folder, self.processes = folder, processes
 
-    def start(self, name, attempt):
-        """All processes of a job that runs or resumes `name`, with the time."""
+    def start(self, name, attempt, cold):
+        """All processes of a job that runs or resumes `name`, with the time; `cold`: with no programs but its own."""
         words = ["run", f"--config={CONFIG}", f"--workdir={self.folder / name}"]
         logs = self.folder / f"{name}.logs" / str(attempt)
         flags = {"heartbeat_timeout": SILENCE, "initialization_timeout": 240}
-        return job.lcx(words, self.processes, logs, **flags), logs, time.time()
+        programs = self.folder / ("compiled" if not cold else f"{name}/compiled")
+        return job.lcx(words, self.processes, logs, programs=programs, **flags), logs, time.time()
 
     def rows(self, name):
         """The rows of metrics of a run, without what differs between two runs; and the rows of its evaluation."""
@@ -65,13 +69,43 @@ def computing(process):
     return found[0] if found else None
 
 
-def strike(started, number, after, rng):
-    """Send the signal to one of the processes; returns which, or None if the job ended before."""
-    until = time.time() + after
-    while time.time() < until:
+def moment(workdir, first_step, rng):
+    """A function that says whether a random moment has come: in the start, in a step, in a save, or in the evaluation."""
+    begun, path = time.time(), workdir / "metrics.jsonl"
+    kind = rng.choices(("start", "step", "save", "evaluation"), (2, 5, 2, 2))[0]
+    if kind == "start":
+        after = rng.uniform(0.05, 1.0) * first_step
+        return kind, lambda: time.time() - begun > after
+    rows = path.read_bytes().count(b"\n") if path.exists() else 0
+    if kind == "evaluation" or rows >= STEPS - 1:
+        after, seen = rng.uniform(0.0, first_step / 4), []
+
+        def evaluated():
+            if not seen and (workdir / "checkpoints" / str(STEPS)).exists():
+                seen.append(time.time())
+            return bool(seen) and time.time() - seen[0] > after
+
+        return "evaluation", evaluated
+    wanted = rng.randrange(rows + 1, STEPS)
+    if kind == "save":
+        wanted = min(STEPS, -(-wanted // EVERY) * EVERY)
+    after = rng.uniform(0.0, 0.3)
+
+    def reached():
+        if not path.exists() or path.read_bytes().count(b"\n") < wanted:
+            return False
+        time.sleep(after)
+        return True
+
+    return kind, reached
+
+
+def strike(started, number, come, rng):
+    """Send the signal to one of the processes when the moment has come; returns which, or None if the job ended before."""
+    while not come():
         if any(process.poll() is not None for process in started):
             return None
-        time.sleep(0.05)
+        time.sleep(0.01)
     chosen = rng.randrange(len(started))
     target = computing(started[chosen])
     if target is None or any(process.poll() is not None for process in started):
@@ -99,20 +133,20 @@ def main(argv=None):
     rng, number, processes = random.Random(chosen.seed), getattr(signal, chosen.signal), chosen.processes
     runs = Runs(chosen.folder, processes)
     shutil.rmtree(chosen.folder / "alone", ignore_errors=True)
-    started, logs, begun = runs.start("alone", 0)
+    started, logs, begun = runs.start("alone", 0, cold=False)
     assert set(job.ended(started)) == {0}, job.said(logs, 0)[-2000:]
     started_in, whole = runs.first_step("alone", begun), time.time() - begun
     expected = runs.rows("alone")
     print(f"left alone: {whole:.0f} s, first step after {started_in:.0f} s", flush=True)
     struck, wrong, starts, ends, run = 0, [], [], [], 0
     while struck < chosen.number:
-        name, attempt, hits = f"run{run}", 0, 0
+        name, attempt, hits, cold = f"run{run}", 0, 0, rng.random() < 0.25
         shutil.rmtree(chosen.folder / name, ignore_errors=True)
         while True:
-            started, logs, begun = runs.start(name, attempt)
+            started, logs, begun = runs.start(name, attempt, cold)
             attempt += 1
-            more = struck < chosen.number and hits < chosen.each
-            hit = strike(started, number, rng.uniform(0.1, 1.0) * whole, rng) if more else None
+            kind, come = moment(chosen.folder / name, started_in, rng)
+            hit = strike(started, number, come, rng) if struck < chosen.number and hits < chosen.each else None
             at = time.time()
             if hit is None:
                 codes = job.ended(started)
@@ -122,7 +156,7 @@ def main(argv=None):
             struck, hits = struck + 1, hits + 1
             codes, seconds = job.ended(started), time.time() - at
             said = reason(logs, processes)
-            print(f"{struck}: process {hit} after {at - begun:.1f} s: {codes} in {seconds:.1f} s", *said, sep="\n  ", flush=True)
+            print(f"{struck}: process {hit}, {kind}, {at - begun:.1f} s: {codes} in {seconds:.1f} s", *said, sep="\n  ", flush=True)
             ends.append(seconds)
             if set(codes) - {EXPECTED[chosen.signal], 0} or seconds > WITHIN:
                 wrong.append(f"{name}, kill {struck}: {codes} after {seconds:.1f} s")
