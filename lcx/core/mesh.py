@@ -16,6 +16,7 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from lcx.core import processes
 from lcx.core.errors import UserError
 
 AXES = ("data", "fsdp", "expert", "tensor", "ring", "ulysses")
@@ -165,6 +166,18 @@ def mesh_of(tree: Any) -> AbstractContextManager[Any]:
     if mesh is None or mesh.size == 1 or not jax.sharding.get_abstract_mesh().empty:
         return nullcontext()
     return jax.set_mesh(mesh)
+
+
+def psum_scatter(x: jax.Array, axes: str | tuple[str, ...], dimension: int = 0) -> jax.Array:
+    """As `jax.lax.psum_scatter`, tiled, inside `jax.shard_map`.
+
+    On the CPUs of several processes every device takes its part of the whole sum: the library that scatters there may give wrong
+    numbers or fail (jax-ml/jax#40830).
+    """
+    if target_platform() != "cpu" or processes.count() == 1:
+        return jax.lax.psum_scatter(x, axes, scatter_dimension=dimension, tiled=True)
+    size = x.shape[dimension] // jax.lax.axis_size(axes)
+    return jax.lax.dynamic_slice_in_dim(jax.lax.psum(x, axes), jax.lax.axis_index(axes) * size, size, dimension)
 
 
 def check_divides(what: str, size: int, mesh: Mesh, logical: str) -> None:

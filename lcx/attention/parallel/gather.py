@@ -26,6 +26,7 @@ from lcx.attention.shard import (
     shard_vjp,
 )
 from lcx.attention.spec import ShardSpec
+from lcx.core.mesh import psum_scatter
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -53,7 +54,7 @@ def _gather_backward(shard: ShardSpec, axis: str, slices: int, saved: tuple, cot
 
     def part(state: tuple, keys: KVShard) -> tuple[tuple, list]:
         (dq, *dkv, dbias), _ = pull.step(_everybodys(axis, keys), ())
-        dkv = [jax.lax.psum_scatter(x, axis, scatter_dimension=1, tiled=True) for x in dkv]
+        dkv = [psum_scatter(x, axis, 1) for x in dkv]
         return jax.tree.map(jnp.add, state, (dq, dbias)), dkv
 
     (dq, dbias), dkv = scan_key_slices(part, (pull.init, zeros_fp32(bias_params)), keys, slices)
