@@ -2,7 +2,8 @@
 
     python meshes.py PORT COUNT PROCESS OUT MESH...
 
-With COUNT 1 there is no job. A mesh is written as its axes, such as `context=4,ulysses=2`; OUT is a shared folder.
+With COUNT 1 there is no job. A mesh is written as its axes, such as `context=4,ulysses=2`, with
+`strategy=ring` for a ring where a gather would be chosen; OUT is a shared folder.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ SOURCE = {"kind": "stdlib", "limit_bytes": 300_000}
 STEPS = 5
 
 
-def config(mesh, experts, heads):
+def config(mesh, strategy, experts, heads):
     """A tiny run on a mesh, of rows of packed text and needles."""
     model = {"vocab_size": 256, "model_dim": 32, "num_layers": 2, "head_dim": 8, "mlp_dim": 64}
     model |= {"num_heads": heads, "num_kv_heads": heads}
@@ -52,6 +53,7 @@ def config(mesh, experts, heads):
             "metrics": {"tensorboard": False, "peak_flops": 1e11},
             "monitor": {"enabled": False},
             "mesh": mesh,
+            "execution": {"context_strategy": strategy},
         }
     )
 
@@ -75,10 +77,10 @@ def counted():
         yield found
 
 
-def figures(mesh, workdir, process):
+def figures(mesh, strategy, workdir, process):
     """Losses and gradient norms of the steps, measurements of an evaluation, and generated tokens, on one mesh."""
     experts, devices = "expert" in mesh, jax.device_count()
-    run = config(mesh, experts, max(4, devices))
+    run = config(mesh, strategy, experts, max(4, devices))
     with counted() as share:
         train(run, workdir)
     workdir.with_name(f"{workdir.name}.{process}.share").write_text(json.dumps(share))
@@ -105,8 +107,10 @@ def main(port, count, process, out, *meshes):
     job = None if count == 1 else find_job(f"127.0.0.1:{port}", count, process, {})
     with joined(job, Patience(60.0, 20.0, 300.0), lambda: {"meshes": list(meshes)}):
         for name in meshes:
-            mesh = {axis: int(size) for axis, size in (pair.split("=") for pair in name.split(","))}
-            found = figures({"fsdp": 1, **mesh}, Path(out) / name, process)
+            pairs = dict(pair.split("=") for pair in name.split(","))
+            strategy = pairs.pop("strategy", "auto")
+            mesh = {"fsdp": 1, **{axis: int(size) for axis, size in pairs.items()}}
+            found = figures(mesh, strategy, Path(out) / name, process)
             if process == 0:
                 (Path(out) / f"{name}.json").write_text(json.dumps(found))
 

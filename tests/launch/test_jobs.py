@@ -14,8 +14,8 @@ from lcx.training.metrics import TIMING
 from tests.cli.command import CONFIG, lcx
 from tests.launch import job, kills
 
-MESHES = ("fsdp=4", "tensor=4", "context=4", "context=4,ulysses=4", "fsdp=2,expert=2")
-WIDER = ("fsdp=8", "tensor=8", "context=8", "context=8,ulysses=4", "fsdp=2,expert=4")
+MESHES = ("fsdp=4", "tensor=4", "context=4", "context=4,strategy=ring", "context=4,ulysses=4", "fsdp=2,expert=2")
+WIDER = ("fsdp=8", "tensor=8", "context=8,strategy=ring", "context=8,ulysses=4", "fsdp=2,expert=4")
 
 
 def rows(workdir):
