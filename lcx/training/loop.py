@@ -156,6 +156,9 @@ class Trainer:
                 built = self.builder.build(index)
                 state, accepted = self._stage(built, reread_stage_start(self.builder, self.store, index), 0, StageHistory())
         self.store.wait()
+        # Of what came too late for a step: the evaluation that may follow would not hear of it.
+        if number := max(processes.exchange("stop", self.stop.signal or 0)):
+            self._leave(self.ends[-1], number)
         say(f"done: {self.ends[-1]} steps; metrics and checkpoints in {self.workdir}")
         params = state.all_params
         return Result(self.workdir, self.ends[-1], params, built.arch, built.buffers, built.schemes, tuple(self.decisions))
