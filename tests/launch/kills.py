@@ -27,8 +27,9 @@ STEPS, EVERY = 60, 10
 """Steps of the run, and how many there are from one checkpoint to the next."""
 
 SILENCE = 15.0
-WITHIN = 60.0
-"""Seconds in which all processes of a job end after the signal."""
+WITHIN, START = 60.0, 240.0
+"""Seconds in which all processes of a job end after the signal, and in which they must have started: before it has joined a job, a
+process that is killed is one that has not come yet."""
 
 EXPECTED = {"SIGKILL": exits.RESTART, "SIGTERM": exits.PREEMPTED, "SIGSTOP": exits.RESTART}
 
@@ -43,7 +44,7 @@ class Runs:
         """All processes of a job that runs or resumes `name`, with the time; `cold`: with no programs but its own."""
         words = ["run", f"--config={CONFIG}", f"--workdir={self.folder / name}"]
         logs = self.folder / f"{name}.logs" / str(attempt)
-        flags = {"heartbeat_timeout": SILENCE, "initialization_timeout": 240}
+        flags = {"heartbeat_timeout": SILENCE, "initialization_timeout": START}
         programs = self.folder / ("compiled" if not cold else f"{name}/compiled")
         return job.lcx(words, self.processes, logs, programs=programs, **flags), logs, time.time()
 
@@ -165,7 +166,7 @@ def main(argv=None):
             said = reason(logs, processes)
             print(f"{struck}: process {hit}, {kind}, {at - begun:.1f} s: {codes} in {seconds:.1f} s", *said, sep="\n  ", flush=True)
             ends.append(seconds)
-            if set(codes) - {EXPECTED[chosen.signal], 0} or seconds > WITHIN:
+            if set(codes) - {EXPECTED[chosen.signal], 0} or seconds > (START + WITHIN if kind == "start" else WITHIN):
                 wrong.append(f"{name}, kill {struck}: {codes} after {seconds:.1f} s")
             if chosen.signal != "SIGTERM" and not any(f"process {hit}" in line or "gone" in line for line in said):
                 wrong.append(f"{name}, kill {struck}: no reason: {said}")
