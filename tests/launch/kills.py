@@ -166,7 +166,7 @@ def main(argv=None):
             said = reason(logs, processes)
             print(f"{struck}: process {hit}, {kind}, {at - begun:.1f} s: {codes} in {seconds:.1f} s", *said, sep="\n  ", flush=True)
             ends.append(seconds)
-            if set(codes) - {EXPECTED[chosen.signal], 0} or seconds > (START + WITHIN if kind == "start" else WITHIN):
+            if set(codes) - {EXPECTED[chosen.signal], 0} or seconds > (START + WITHIN if at - begun < started_in else WITHIN):
                 wrong.append(f"{name}, kill {struck}: {codes} after {seconds:.1f} s")
             if chosen.signal != "SIGTERM" and not any(f"process {hit}" in line or "gone" in line for line in said):
                 wrong.append(f"{name}, kill {struck}: no reason: {said}")
