@@ -122,6 +122,7 @@ def _start(job: Job, patience: Patience) -> None:
     jax.config.update("jax_enable_preemption_service", False)
     # On CPUs programs would run side by side, and the transfers of one be taken for another's.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    tell(supervisor.pulse(), "joining", supervisor.JOINING)
     since = float(os.environ.setdefault(_SINCE, repr(time.time())))
     left = max(1.0, patience.start - (time.time() - since))
     if job.coordinator is not None and job.process_id is not None:

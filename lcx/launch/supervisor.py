@@ -24,6 +24,9 @@ from lcx.core.processes import PIPE, supervised
 ATTEMPT = "LCX_ATTEMPT"
 """Environment variable of a supervised process: how often it has been started again."""
 
+JOINING = "the start of all processes"
+"""What a process says it is doing until it has met the others; it gives no other sign of life before."""
+
 PATIENCE = 2.0
 """How many times as long as the others' patience with a silent process its own supervisor waits before it kills it."""
 
@@ -89,10 +92,8 @@ def _run(command: Sequence[str], environment: Mapping[str, str], silence: float)
         name = signal.Signals(number).name if number in iter(signal.Signals) else f"signal {number}"
         if number in (signal.SIGTERM, signal.SIGINT):
             return End(128 + number, f"it was ended by {name} at '{at}'", at)
-        why = {signal.SIGKILL: ", perhaps for want of memory", signal.SIGABRT: ", as JAX does when process 0 is lost"}.get(
-            number, ""
-        )
-        text = f"it was ended by {name}{why}; it was last at '{at}'"
+        late = number == signal.SIGABRT and at == JOINING
+        text = f"it was ended by {name}{_LATE if late else _WHY.get(number, '')}; it was last at '{at}'"
     elif code in (exits.DONE, exits.INTERRUPTED, exits.PREEMPTED):
         return End(code, None, at)
     elif at == _BEFORE:
@@ -104,6 +105,7 @@ def _run(command: Sequence[str], environment: Mapping[str, str], silence: float)
 
 
 _BEFORE = "its start"
+_LATE = ", as JAX does when not all processes have started in time"
 _WHY = {signal.SIGKILL: ", perhaps for want of memory", signal.SIGABRT: ", as JAX does when process 0 is lost"}
 
 
@@ -123,8 +125,8 @@ def _listen(process: subprocess.Popen, pipe: IO[bytes], silence: float) -> tuple
                     number, _, reason = text.partition(" ")
                     said = int(number), reason
                 else:
-                    at = text
-            heard, begun = time.monotonic(), True
+                    at, begun = text, begun or kind == "at"
+            heard = time.monotonic()
         elif ended:
             return at, said, False
         elif begun and said is None and time.monotonic() - heard > PATIENCE * silence:
