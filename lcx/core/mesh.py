@@ -91,7 +91,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     sizes, types = config.sizes(len(devices)), (AxisType.Auto,) * len(AXES)
     if (slices := num_slices(devices)) == 1:
         return jax.make_mesh([sizes[name] for name in AXES], AXES, axis_types=types, devices=devices)
-    outer = over_slices(sizes, slices, config.context_over_slices)
+    outer = slices_spanned(sizes, slices, config.context_over_slices)
     inner = [sizes[name] // outer[name] for name in AXES]
     placed = mesh_utils.create_hybrid_device_mesh(inner, [outer[name] for name in AXES], devices, allow_split_physical_axes=True)
     return Mesh(placed, AXES, axis_types=types)
@@ -102,7 +102,7 @@ def num_slices(devices: Sequence[Any]) -> int:
     return len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
 
 
-def over_slices(sizes: Mapping[str, int], slices: int, with_context: bool = False) -> dict[str, int]:
+def slices_spanned(sizes: Mapping[str, int], slices: int, with_context: bool = False) -> dict[str, int]:
     """Over how many slices each axis of `AXES` reaches: data first, then fsdp, and then, if asked for, the ring.
 
     Raises `UserError` if their sizes do not add up to all slices.

@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from lcx.core.errors import UserError
-from lcx.core.mesh import AXES, MeshConfig, check_divides, fast_dtype, make_mesh, num_slices, over_slices, partition_spec
+from lcx.core.mesh import AXES, MeshConfig, check_divides, fast_dtype, make_mesh, num_slices, partition_spec, slices_spanned
 from lcx.core.param_spec import ONES, Init, ParamSpec, abstract, initialize, shardings
 from lcx.core.trees import num_bytes
 from tests.compare import worst_error
@@ -144,9 +144,9 @@ def test_slices():
         ({"data": 2, "ring": 8}, 4, True, {"data": 2, "ring": 2}),
     ],
 )
-def test_axes_over_slices(sizes, slices, with_context, found):
+def test_axes_slices_spanned(sizes, slices, with_context, found):
     every = dict.fromkeys(AXES, 1)
-    assert over_slices({**every, **sizes}, slices, with_context) == {**every, **found}
+    assert slices_spanned({**every, **sizes}, slices, with_context) == {**every, **found}
 
 
 def test_the_sequence_does_not_cross_slices_unasked():

@@ -77,8 +77,8 @@ def test_meshes_that_cross_processes(count, meshes, tmp_path):
 @pytest.mark.slow
 def test_four_then_two_then_three_processes(tmp_path):
     """The same batches, and so the losses of a run that nothing has moved."""
-    words = ["train", f"--config={CONFIG}", "--config.stages.base.batch_size=24", "--config.stages.longer.batch_size=24"]
-    words += ["--config.stages.base.steps=3", "--config.stages.longer.steps=6"]
+    words = ["train", f"--config={kills.CONFIG}", "--config.stages.base.batch_size=24", "--config.stages.longer.batch_size=24"]
+    words += ["--config.stages.base.steps=3", "--config.stages.longer.steps=6", "--config.mesh.data=-1", "--config.mesh.fsdp=1"]
     expected = tmp_path / "one"
     assert lcx([*words, f"--workdir={expected}"]).returncode == 0
     for attempt, count in enumerate([4, 2, 3]):
