@@ -73,7 +73,7 @@ def joined(job: Job | None, patience: Patience, said: Callable[[], Mapping[str, 
             heartbeat = Heartbeat(patience.silence, patience.hang, supervisor.pulse())
             heartbeat.start()
             _compare(said())
-            with _terminable(), _one_voice():
+            with _terminable(), _one_voice(), _explained(heartbeat):
                 yield
             _finish(heartbeat, exits.DONE)
         return
@@ -232,11 +232,24 @@ def _one_voice() -> Iterator[None]:
         yield
 
 
-def _is_runtime(error: BaseException) -> bool:
-    """Whether an error is the machine's and not the program's."""
+@contextlib.contextmanager
+def _explained(heartbeat: Heartbeat) -> Iterator[None]:
+    """An error whose cause is that another process is lost, such as a checkpoint that cannot be written, gives way to that reason."""
+    try:
+        yield
+    except UserError as error:
+        if _is_runtime(error) and (verdict := heartbeat.explained()) is not None:
+            heartbeat.leave(verdict)
+        raise
+
+
+def _is_runtime(error: BaseException | None) -> bool:
+    """Whether an error, or what it came from, is the machine's and not the program's."""
     import jax
 
-    return isinstance(error, jax.errors.JaxRuntimeError)
+    while error is not None and not isinstance(error, jax.errors.JaxRuntimeError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _short(error: BaseException) -> str:
