@@ -234,7 +234,7 @@ def _one_voice() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _explained(heartbeat: Heartbeat) -> Iterator[None]:
-    """An error whose cause is that another process is lost, such as a checkpoint that cannot be written, gives way to that reason."""
+    """An error that comes from the loss of another process, as of a checkpoint that cannot be written, gives way to that reason."""
     try:
         yield
     except UserError as error:
