@@ -83,6 +83,15 @@ def merging(found: dict[str, Any]) -> str:
     return markdown.table(header, rows)
 
 
+def checksums(found: dict[str, Any]) -> str:
+    """A row a direction and clock: seconds without checksums and with them."""
+    rows = [
+        (what, *(f"{row[side]:.2f}" for side in ("without", "with")), f"{row['ratio']:.3f}")
+        for what, row in found["summary"].items()
+    ]
+    return markdown.table(("what", "without, s", "with, s", "ratio"), rows)
+
+
 def ways(rows: list[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
     """The columns of `WAYS_HEADER`, with ratios to the fastest run of the peer at the same length where there is one."""
     for row in rows:
@@ -222,7 +231,7 @@ def _curated(workers: str, turns: list[dict[str, Any]]) -> tuple[str, ...]:
 
 def main() -> None:
     """Fill in what has been measured."""
-    for make in (train_step, attention, context_parallel, import_hf, merging, adapters, generation, evaluation):
+    for make in (train_step, attention, context_parallel, import_hf, checksums, merging, adapters, generation, evaluation):
         path = HERE / "results" / f"{make.__name__}.json"
         if path.exists():
             markdown.fill(HERE / "README.md", make.__name__, make(json.loads(path.read_text())))

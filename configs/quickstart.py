@@ -86,7 +86,7 @@ def from_base(lengths, **stage):
     config.evals.needle_items = 10
     config.evals.perplexity_tokens = 1 << 14
     config.checkpoint.every = None
-    config.metrics.tensorboard = False
+    config.metrics.writers = "jsonl"
     config.monitor.enabled = False
     return config
 

@@ -24,7 +24,7 @@ from lcx.recipes import extension, models
 from lcx.recipes.generation import Completion, chat_of, generate_text
 from lcx.recipes.recipe import evaluate_loaded, recipe
 from lcx.training import loop
-from lcx.training.checkpoints import Loaded
+from lcx.training.loading import Loaded
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -21,7 +21,7 @@ from lcx.evals.results import EvalResult, perplexity
 from lcx.evals.statistics import wilson
 from lcx.recipes.recipe import evaluate_loaded, recipe
 from lcx.report import markdown, style
-from lcx.training.checkpoints import load_params
+from lcx.training.loading import load_params
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -22,7 +22,7 @@ from lcx.model.architecture import build_architecture, build_schemes
 from lcx.positions.theta import critical_base
 from lcx.report import markdown
 from lcx.training import metrics, monitor
-from lcx.training.checkpoints import Loaded, load_params
+from lcx.training.loading import Loaded, load_params
 from lcx.training.loop import train
 from lcx.training.stages import RunConfig, run_config
 
@@ -56,7 +56,7 @@ def config(seed: int, **changes: object) -> RunConfig:
         "optim": {"lr": 5e-3, "b2": 0.98, "weight_decay": 0.01, "warmup_steps": 30, "schedule": "linear"},
         "monitor": configs.plain(SETTINGS),
         "checkpoint": {"every": None},
-        "metrics": {"tensorboard": False},
+        "metrics": {"writers": "jsonl"},
         "seed": seed,
     }  # fmt: skip
     return run_config({**values, **changes})

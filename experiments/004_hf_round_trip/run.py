@@ -30,7 +30,7 @@ from lcx.model.architecture import build_schemes
 from lcx.recipes import extension, models
 from lcx.recipes.recipe import defaults, part, recipe, run_recipe
 from lcx.report import markdown
-from lcx.training.checkpoints import scheme_configs
+from lcx.training.meta import scheme_configs
 
 HERE = Path(__file__).parent
 LENGTHS = (64, 128, 256)

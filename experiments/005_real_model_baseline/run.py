@@ -30,7 +30,7 @@ from lcx.evals.tasks.table import GROUPS, TASKS
 from lcx.recipes import models
 from lcx.recipes.recipe import backend_of, evaluate_loaded
 from lcx.report import markdown, plots, style
-from lcx.training.checkpoints import Loaded
+from lcx.training.loading import Loaded
 
 HERE = Path(__file__).parent
 LENGTHS = (1024, 2048, 4096, 8192)

@@ -38,7 +38,7 @@ from lcx.positions.theta import critical_base
 from lcx.recipes.models import initial_weights
 from lcx.recipes.recipe import backend_of, defaults, evaluate_loaded, part, recipe
 from lcx.report import markdown
-from lcx.training.checkpoints import Loaded, load_params
+from lcx.training.loading import Loaded, load_params
 from lcx.training.loop import train
 
 HERE = Path(__file__).parent
@@ -117,7 +117,7 @@ def model_config(stages: dict) -> ml_collections.ConfigDict:
     config.optim.b2 = 0.98
     config.optim.weight_decay = 0.01
     config.checkpoint.every = None
-    config.metrics.tensorboard = False
+    config.metrics.writers = "jsonl"
     config.monitor.enabled = False
     return config
 

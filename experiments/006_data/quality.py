@@ -34,7 +34,7 @@ from lcx.data.loader import probe
 from lcx.model.architecture import build_architecture, build_schemes
 from lcx.report import markdown
 from lcx.training import monitor
-from lcx.training.checkpoints import load_params
+from lcx.training.loading import load_params
 from lcx.training.loop import train
 from lcx.training.stages import RunConfig, run_config
 
@@ -147,7 +147,7 @@ def config(seed: int, data: Path) -> RunConfig:
             "stages": [{"name": "base", "seq_len": LENGTH, "steps": STEPS, "batch_size": BATCH}],
             "optim": {"lr": 4e-3, "b2": 0.98, "weight_decay": 0.01, "warmup_steps": 20, "schedule": "linear"},
             "checkpoint": {"every": None},
-            "metrics": {"tensorboard": False},
+            "metrics": {"writers": "jsonl"},
             "seed": seed,
         }
     )  # fmt: skip

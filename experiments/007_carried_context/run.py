@@ -190,7 +190,7 @@ def extended(four: ModuleType, folder: Path, method: str, seed: int) -> ml_colle
     config.data.parts = four.parts(needles=4, queries=4, needles_per_1024=8.0, queries_per_1024=8.0)
     config.lora.update(settings)
     config.seed, config.monitor.enabled, config.checkpoint.every = seed, False, None
-    config.metrics.tensorboard = False
+    config.metrics.writers = "jsonl"
     return config
 
 

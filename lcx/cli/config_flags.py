@@ -34,7 +34,8 @@ def define_profile(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "profile",
         None,
-        "first and last step to trace for xprof, as in 10:13; kept in WORKDIR/profile",
+        "first and last step to trace for xprof, as in 10:13; kept in WORKDIR/profile; 10:13@0,3 traces processes 0 and 3, "
+        "10:13@all all of them (default: process 0)",
         flag_values=values,
     )
 
@@ -66,8 +67,13 @@ def read(values: flags.FlagValues, rest: Sequence[str]) -> tuple[ml_collections.
     config = chosen(values, rest)
     if values.workdir == "":
         raise UserError("--workdir= is empty; name a directory or omit the flag")
+    return config, Path(values.workdir or Path("runs") / title(values))
+
+
+def title(values: flags.FlagValues) -> str:
+    """The name of the config, with its variant."""
     name, variant = _file_and_variant(values)
-    return config, Path(values.workdir or Path("runs") / "_".join(x for x in (Path(name).stem, variant) if x))
+    return "_".join(x for x in (Path(name).stem, variant) if x)
 
 
 def fewer_steps(values: flags.FlagValues) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from lcx.cli import config_flags, distributed_flags
+from lcx.core.host import process_start
 from lcx.recipes.recipe import recipe, run_recipe
 from lcx.training.profile import profile_steps
 
@@ -25,4 +26,4 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     """Run the recipe."""
     chosen, workdir = config_flags.read(values, rest)
     profile, fewer = profile_steps(values.profile), config_flags.fewer_steps(values)
-    run_recipe(recipe(chosen), workdir, config_flags.command(), profile, fewer)
+    run_recipe(recipe(chosen), workdir, config_flags.command(), profile, fewer, process_start())

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from absl import flags
 
 from lcx.cli import config_flags, distributed_flags
+from lcx.core.host import process_start
 from lcx.recipes.models import initial_weights
 from lcx.recipes.recipe import recipe
+from lcx.training.goodput import Recorder
 from lcx.training.loop import train
 from lcx.training.profile import profile_steps
 
@@ -28,4 +30,5 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     chosen, workdir = config_flags.read(values, rest)
     run = recipe(chosen).run
     profile, fewer = profile_steps(values.profile), config_flags.fewer_steps(values)
-    train(run, workdir, given=initial_weights(run.init_from), profile=profile, fewer=fewer)
+    with Recorder(process_start()) as record:
+        train(run, workdir, given=initial_weights(run.init_from), profile=profile, fewer=fewer, record=record)

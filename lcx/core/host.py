@@ -37,6 +37,11 @@ def take_huge_pages() -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
+def process_start() -> float:
+    """When this process began, in seconds of the epoch: before the interpreter, whose start it includes."""
+    return psutil.Process().create_time()
+
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT_BYTES, _LARGEST_BYTES = 1 << 28, 1 << 25
 

@@ -13,8 +13,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from lcx.core import manifest
 from lcx.core.errors import UserError
 from lcx.core.trees import Tree, paths
 from lcx.interop import hf_config as configs
@@ -35,6 +38,8 @@ _COMPANION_ENDS = (".json", ".model", ".txt", ".jinja", ".tiktoken")
 CARD = "README.md"
 """File of a model card."""
 
+_FOR_PEOPLE = (".md", ".png")
+
 _LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 
 
@@ -46,6 +51,7 @@ class HfFolder:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
+        check_folder(self.folder)
         self.described: Described = configs.read_file(self.folder)
         self.shards = Shards(self.folder)
         model = self.described.model
@@ -65,7 +71,32 @@ class HfFolder:
 
     def params(self, dtype: str | None = None, mesh: Mesh | None = None) -> Tree:
         """The parameters in numpy's `dtype` (None: as stored) on `mesh` (None: the first device)."""
+        self._check_weights()
         return weights.load(self.shards, self._specs, self.slots, dtype or self.dtype, mesh)
+
+    def _check_weights(self) -> None:
+        """Compare the files of weights with the manifest, each in one of the processes."""
+        fault: UserError | None = None
+        try:
+            self.shards.check(jax.process_index(), jax.process_count())
+        except UserError as error:
+            fault = error
+        if jax.process_count() > 1 and multihost_utils.process_allgather(np.array(fault is not None)).any():
+            fault = fault or UserError(f"{self.folder} is damaged, as another process has found")
+        if fault is not None:
+            raise fault
+
+
+def check_folder(folder: Path) -> None:
+    """Raises `DamagedError` for a file that is not as the folder's manifest, if there is one, says.
+
+    Of weights only sizes count here. Cards and pictures may be changed at will.
+    """
+    if (folder / manifest.NAME).is_file():
+        found = manifest.read(folder / manifest.NAME)
+        for name in found.files:
+            if not name.endswith(_FOR_PEOPLE) and not name.upper().startswith(_LICENCES):
+                found.check(name, least=name.endswith(".safetensors"))
 
 
 def is_folder(path: str | Path) -> bool:
@@ -103,6 +134,7 @@ def keep(folder: Path, into: Path) -> None:
     part = new_part(into)
     for path in (folder / configs.FILE, *files_with_weights(folder), *terms(folder)):
         shutil.copyfile(path, part / path.name)
+    manifest.write(part)
     os.replace(part, into)
 
 
@@ -160,7 +192,7 @@ def save(
 
 @contextlib.contextmanager
 def created(out: Path, needed_bytes: int) -> Iterator[Path]:
-    """A folder to write in, which becomes `out` at the end of the body, and is removed if that raises.
+    """A folder to write in, which gets a manifest and becomes `out` at the end of the body, and is removed if that raises.
 
     What a killed process left of one is removed by the next. Raises `UserError` if `out` exists or cannot be created, and for a
     disk with fewer than `needed_bytes` left.
@@ -170,6 +202,7 @@ def created(out: Path, needed_bytes: int) -> Iterator[Path]:
     try:
         refuse_full_disk(out, needed_bytes)
         yield part
+        manifest.write(part)
         os.replace(part, out)
     finally:
         shutil.rmtree(part, ignore_errors=True)

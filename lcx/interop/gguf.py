@@ -26,6 +26,7 @@ from lcx.core.errors import UserError
 from lcx.core.extras import library
 from lcx.core.files import write_atomically
 from lcx.core.gguf import Gguf, Place
+from lcx.core.manifest import check_file
 from lcx.core.trees import Tree, paths
 from lcx.data.tokenizers import gguf_vocab
 from lcx.interop import gguf_config, hf_config, weights
@@ -81,6 +82,8 @@ class GgufModel:
 
     def params(self, dtype: str | None = None, mesh: Mesh | None = None) -> Tree:
         """The parameters in numpy's `dtype` (None: `self.dtype`) on `mesh` (None: the first device)."""
+        for file in self.files:
+            check_file(file)
         return weights.load(self.tensors, self._specs, self.slots, dtype or self.dtype, mesh)
 
 

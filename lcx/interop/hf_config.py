@@ -18,6 +18,7 @@ import numpy as np
 
 from lcx.core.configs import nearest
 from lcx.core.errors import UserError
+from lcx.core.manifest import check_file
 from lcx.interop.families import FAMILIES, LENGTHS, NEUTRAL, NO_EFFECT, REQUIRED, ROPE_KEYS, Family, changes_nothing
 from lcx.model.config import ModelConfig, is_local
 from lcx.positions import hf
@@ -96,7 +97,8 @@ def values_of(folder: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; raises `UserError` if it is anything else."""
+    """The object in a JSON file; raises `UserError` if it is anything else, or not as a manifest beside it says."""
+    check_file(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:

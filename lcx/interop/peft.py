@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lcx.adapters import lora
+from lcx.core import manifest
 from lcx.core.configs import choice
 from lcx.core.errors import UserError
 from lcx.core.trees import Tree
@@ -71,6 +72,7 @@ class PeftFolder:
 
     def __init__(self, folder: str | Path, base: str | Path | None = None):
         self.folder = Path(folder)
+        hf.check_folder(self.folder)
         self.settings = settings_of(self.folder)
         self.base = HfFolder(_base(self.folder, self.settings) if base is None else base)
         self.described: Described = self.base.described
@@ -240,9 +242,11 @@ def _base(folder: Path, settings: Mapping[str, Any]) -> Path:
     places = [] if not name else [Path(name), folder / str(name)]
     found = next((path for path in places if hf.is_folder(path)), None)
     if found is None:
+        listed = (folder / manifest.NAME).is_file()
+        accepted = f", then accept that with: lcx verify {folder} --update" if listed else ""
         raise UserError(
             f"{folder / CONFIG}: base_model_name_or_path={name!r} is not a model's folder here; fetch that model and write the "
-            "path of its folder there"
+            f"path of its folder there{accepted}"
         )
     return found
 

@@ -17,6 +17,7 @@ import numpy as np
 from lcx.core.errors import UserError
 from lcx.core.extras import library
 from lcx.core.files import refuse_lfs_pointer
+from lcx.core.manifest import check_file
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -50,6 +51,7 @@ class Shards:
     """The tensors of a model's folder, a file named `single` or indexed shards, opened on demand.
 
     Raises `UserError` for a folder without safetensors, a broken file, and an index that does not match the contents of the files.
+    A file is compared with the folder's manifest, if there is one, when the first of its tensors is read.
     """
 
     def __init__(self, folder: str | Path, single: str = SINGLE):
@@ -58,6 +60,7 @@ class Shards:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, str] = {}
         self._starts: dict[Path, dict[str, int]] = {}
+        self._checked: set[Path] = set()
         index = self.folder / INDEX
         if single == SINGLE and index.exists():
             self._read_index(index)
@@ -86,9 +89,21 @@ class Shards:
             )
         return DTYPES[stored]
 
+    def check(self, part: int = 0, parts: int = 1) -> None:
+        """Compare one of every `parts` files with the manifest, from the `part`-th on; the others are compared elsewhere."""
+        for path in self.files[part::parts]:
+            check_file(path)
+        self._checked.update(self.files)
+
+    def _check(self, path: Path) -> None:
+        if path not in self._checked:
+            check_file(path)
+            self._checked.add(path)
+
     def place(self, name: str) -> tuple[Path, int]:
         """The file that holds a tensor, and the byte at which its numbers begin, row after row."""
         path = self._where[name]
+        self._check(path)
         if path not in self._starts:
             with path.open("rb") as file:
                 size = int.from_bytes(file.read(8), "little")
@@ -108,6 +123,7 @@ class Shards:
         The library maps the whole file, and every page that was read counts as memory of this process until the end of the `with`.
         """
         self.dtype(name)
+        self._check(self._where[name])
         with _open(self._where[name]) as file:
             stored = file.get_slice(name)
 

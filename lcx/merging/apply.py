@@ -14,8 +14,9 @@ import numpy as np
 from lcx.core.configs import choice
 from lcx.core.console import say, warn
 from lcx.core.errors import UserError
+from lcx.core.manifest import check_file
 from lcx.interop import hf_config, peft
-from lcx.interop.folder import copy_companions, created, is_folder
+from lcx.interop.folder import check_folder, copy_companions, created, is_folder
 from lcx.interop.peft import EMBEDDINGS, HEAD, RECORD, WEIGHTS
 from lcx.interop.shards import DTYPES, Shards
 from lcx.interop.weights import shape_text
@@ -73,6 +74,7 @@ class SparseDelta:
         from safetensors.numpy import load_file
 
         self.folder, self.tuned, self.base = folder, record.get("config"), record.get("rotary", {}).get("base")
+        check_file(folder / SPARSE)
         try:
             self._stored = load_file(folder / SPARSE)
         except (SafetensorError, OSError) as error:
@@ -184,6 +186,7 @@ class PeftDelta:
 def opened(folder: str | Path) -> Delta:
     """What `lcx extract` or peft wrote into a folder."""
     folder = Path(folder)
+    check_folder(folder)
     if (folder / DELTA).is_file():
         record = hf_config.read_json(folder / DELTA)
         return SparseDelta(folder, record) if record.get("form") == "sparse" else FullDelta(folder, record)

@@ -13,7 +13,7 @@ from typing import Any
 from lcx.core.errors import UserError
 from lcx.interop import hf_config
 from lcx.interop.families import FAMILIES, NO_EFFECT, ROPE_KEYS, changes_nothing
-from lcx.interop.folder import tokenizer_files
+from lcx.interop.folder import check_folder, tokenizer_files
 from lcx.merging.tensors import Reader
 
 LAYER = re.compile(r"(?P<before>(?:.*\.)?(?:layers|h|blocks)\.)(?P<layer>\d+)(?P<after>\..+)")
@@ -40,6 +40,7 @@ class Model:
         if not self.folder.is_dir():
             hint = "fetch a model first, for example with huggingface_hub's `hf download`, and name its folder"
             raise UserError(f"{name} does not exist or is not a directory; {hint}")
+        check_folder(self.folder)
         self.values = hf_config.values_of(self.folder)
         self.reader = Reader(self.folder)
         tied = _full(self.values).get("tie_word_embeddings") is True

@@ -14,7 +14,7 @@ from lcx.core.gguf import is_gguf
 from lcx.core.gguf import read as read_gguf
 from lcx.core.trees import num_elements
 from lcx.data.chat.chat import template_in
-from lcx.training.checkpoints import Loaded
+from lcx.training.loading import Loaded
 
 
 class Adapter(NamedTuple):

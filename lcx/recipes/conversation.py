@@ -20,7 +20,7 @@ from lcx.model.sampling import GREEDY, Sampling
 from lcx.model.session import OnRead, Session
 from lcx.positions.registry import settings
 from lcx.recipes.generation import Completion, end_ids, opening, refuse_foreign, said, schemes_for
-from lcx.training.checkpoints import Loaded
+from lcx.training.loading import Loaded
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from lcx.core.trees import paths
 from lcx.interop.weights import shape_text
 from lcx.model.config import ModelConfig
 from lcx.recipes import models
-from lcx.training.checkpoints import Loaded
+from lcx.training.loading import Loaded
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,8 +21,9 @@ from lcx.model.config import is_local
 from lcx.positions.rotary import Rope
 from lcx.positions.theta import critical_base
 from lcx.recipes import models, recipe
+from lcx.recipes.merged import merged
 from lcx.recipes.models import is_foreign, is_tokenizer_of, tokenizer_of
-from lcx.training.checkpoints import scheme_configs
+from lcx.training.meta import scheme_configs
 
 ASKED = ("needle_in_prose", "key_value", "ruler_vt", "session_state", "many_shot", "perplexity", "loss_by_kind")
 """What a model that learns from questions in words is asked before and after, in words that it has not learned from."""
@@ -32,8 +33,9 @@ ASKED = ("needle_in_prose", "key_value", "ruler_vt", "session_state", "many_shot
 class ExtensionConfig:
     """How a model is extended.
 
-    `source`: a Hugging Face folder or GGUF file. `target`: length in tokens to reach, in stages each at most `growth` times longer
-    than the one before; the first starts from `trained`, the length that the source was trained for (None: what it says).
+    `source`: a Hugging Face folder, a GGUF file, or the YAML file of a merge. `target`: length in tokens to reach, in stages each
+    at most `growth` times longer than the one before; the first starts from `trained`, the length that the source was trained for
+    (None: what it says).
     `theta`: that of the last stage (None: the critical base of each stage's length). `steps` of `tokens_per_step` tokens a stage,
     at least one row; `accumulate` microbatches a step. `pose_tokens`: rows of so many tokens stand for whole ones, their positions
     skip so that they reach the stage's length (PoSE, arXiv:2309.10400; None: whole rows); then `whole_steps` steps of whole rows
@@ -77,23 +79,29 @@ class ExtensionConfig:
 
 def defaults() -> ml_collections.ConfigDict:
     """The fields of an extension and of everything else in a run but what `complete` finds out, for flags to change."""
+    run = run_defaults()
+    scalars = {"source": str, "target": int, "trained": int, "theta": float, "pose_tokens": int}
+    for field in dataclasses.fields(ExtensionConfig):
+        run[field.name] = placeholder(scalars[field.name]) if field.name in scalars else field.default
+    return run
+
+
+def run_defaults() -> ml_collections.ConfigDict:
+    """Everything in a run that begins with somebody's checkpoint but what follows from that checkpoint (`with_source`)."""
     run = recipe.defaults({"any": {"seq_len": 1, "steps": 1, "batch_size": 1, "monitor": False}})
     for name in ("stages", "stage_order", "base_stage", "positions", "init_from", "resume_from"):
         del run[name]
     run.model = ml_collections.ConfigDict({"router_aux_weight": run.model.router_aux_weight})
-    # A model that exists bears the rounding; `complete` finds out what this machine multiplies fast.
+    # A model that exists bears the rounding; `with_source` finds out what this machine multiplies fast.
     run.execution.compute_dtype = models.AUTO
     run.optim.lr = 2e-5
     # Rows are few and long, so devices share a row before they share a batch.
     run.mesh.fsdp, run.mesh.context = 1, -1
-    # Follow from the model and the target unless they are given.
+    # Follow from the model and its lengths unless they are given.
     run.evals.lengths, run.evals.tasks = placeholder(tuple), placeholder(tuple)
     run.data.parts = ml_collections.ConfigDict({"text": recipe.part(weight=0.3), "task": recipe.part(weight=0.7)})
     run.data.parts.task.kind = placeholder(str)
     run.data.tokenizer = placeholder(str)
-    scalars = {"source": str, "target": int, "trained": int, "theta": float, "pose_tokens": int}
-    for field in dataclasses.fields(ExtensionConfig):
-        run[field.name] = placeholder(scalars[field.name]) if field.name in scalars else field.default
     return run
 
 
@@ -105,25 +113,36 @@ def complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     values = config.to_dict()
     names = [field.name for field in dataclasses.fields(ExtensionConfig)]
     wanted = configs.build(ExtensionConfig, {name: values.pop(name) for name in names}, "config")
-    source = Path(str(wanted.source)).expanduser()
-    if not is_foreign(source):
-        raise UserError(
-            f"config.source={wanted.source!r} is not a Hugging Face model; the directory needs a config.json with a model_type, "
-            "or name a .gguf file"
-        )
-    described = models.described(source)
+    source, described = opened_source(str(wanted.source))
     trained = wanted.trained or described.length
     if wanted.target <= trained:
         raise UserError(f"config.target={wanted.target} must exceed the {trained} tokens that {source} was trained for")
-    values["model"] = {**configs.plain(described.model), **values["model"]}
-    values["positions"] = scheme_configs(described.schemes)
-    values["init_from"] = str(source)
     packing = {
         name: configs.build(PackingConfig, part.get("packing", {}), f"config.data.parts.{name}.packing")
         for name, part in values["data"]["parts"].items()
     }
     skipping = [name for name, how in packing.items() if how.is_plain]
     values["stages"] = _stages(wanted, described, trained, skipping)
+    reached = (stage.get("max_position", stage["seq_len"]) for stage in values["stages"])
+    return with_source(values, source, described, (trained, *reached))
+
+
+def opened_source(named: str) -> tuple[Path, Described]:
+    """Path and description of the model that a config calls `named`; one that is to be merged is merged first."""
+    source = merged(named)
+    if not is_foreign(source):
+        raise UserError(
+            f"config.source={named!r} is not a Hugging Face model; the directory needs a config.json with a model_type, "
+            "or name a .gguf file, or the .yml file of a merge"
+        )
+    return source, models.described(source)
+
+
+def with_source(values: dict[str, Any], source: Path, described: Described, lengths: Sequence[int]) -> ml_collections.ConfigDict:
+    """A recipe made by `run_defaults` with what follows from the model that it begins with and the lengths that it reaches."""
+    values["model"] = {**configs.plain(described.model), **values["model"]}
+    values["positions"] = scheme_configs(described.schemes)
+    values["init_from"] = str(source)
     given = values["data"]["tokenizer"]
     if given is not None and not is_tokenizer_of(given, source):
         raise UserError(f"config.data.tokenizer={given!r} is not the tokenizer that {source} was trained with; leave it out")
@@ -135,8 +154,7 @@ def complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     # Characters are tokens of a byte model alone; others learn from words, and are asked in words.
     task["kind"] = task["kind"] or ("multikey" if is_bytes else "questions")
     values["evals"]["tasks"] = values["evals"]["tasks"] or (EvalConfig().tasks if task["kind"] != "questions" else ASKED)
-    reached = dict.fromkeys(stage.get("max_position", stage["seq_len"]) for stage in values["stages"])
-    values["evals"]["lengths"] = values["evals"]["lengths"] or (trained, *reached)
+    values["evals"]["lengths"] = values["evals"]["lengths"] or tuple(dict.fromkeys(lengths))
     return ml_collections.ConfigDict(values)
 
 
@@ -160,22 +178,22 @@ def _stages(wanted: ExtensionConfig, described: Described, trained: int, skippin
             "name": f"{'pose' if row < length else 'extend'}_{length}",
             "seq_len": row,
             "steps": wanted.steps,
-            **_batch(wanted, row),
+            **rows_of(wanted.tokens_per_step, row, wanted.accumulate),
             "positions": _thetas(described, wanted, trained, length),
         }
         if row < length:
             stage |= {"max_position": length, "parts": {name: {"remap": "pose"} for name in skipping}}
         stages.append(stage)
     if wanted.whole_steps:
-        whole = {"name": f"extend_{target}", "seq_len": target, "steps": wanted.whole_steps, **_batch(wanted, target)}
-        stages.append({**whole, "keep_optimizer_state": True})
+        whole = {"name": f"extend_{target}", "seq_len": target, "steps": wanted.whole_steps, "keep_optimizer_state": True}
+        stages.append({**whole, **rows_of(wanted.tokens_per_step, target, wanted.accumulate)})
     return stages
 
 
-def _batch(wanted: ExtensionConfig, row: int) -> dict[str, int]:
-    """As many rows of so many tokens as make a step, in microbatches of equal size."""
-    rows = max(1, wanted.tokens_per_step // row)
-    return {"batch_size": -(-rows // wanted.accumulate) * wanted.accumulate, "accumulate": wanted.accumulate}
+def rows_of(tokens_per_step: int, row: int, accumulate: int) -> dict[str, int]:
+    """As many rows of `row` tokens as make a step, in microbatches of equal size: `StageConfig.batch_size` and `accumulate`."""
+    rows = max(1, tokens_per_step // row)
+    return {"batch_size": -(-rows // accumulate) * accumulate, "accumulate": accumulate}
 
 
 def _thetas(described: Described, wanted: ExtensionConfig, trained: int, length: int) -> dict[str, float]:

@@ -28,7 +28,7 @@ from lcx.model.decode import Timings, generate
 from lcx.model.execution import ExecutionConfig
 from lcx.model.sampling import GREEDY, Sampling
 from lcx.positions.scheme import Scheme
-from lcx.training.checkpoints import Loaded
+from lcx.training.loading import Loaded
 
 OnText = Callable[[int, str], None]
 """`(prompt, piece)`: what was added to the text of a prompt."""

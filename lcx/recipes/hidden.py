@@ -20,7 +20,7 @@ from lcx.model.architecture import Architecture, build_architecture, build_schem
 from lcx.model.transformer import hidden_states
 from lcx.recipes import models
 from lcx.recipes.recipe import backend_of
-from lcx.training.checkpoints import Loaded
+from lcx.training.loading import Loaded
 
 WINDOW = 1024
 """Tokens that are read at once, or as many as the model was trained on if that is less."""

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from lcx.core import processes
+from lcx.core import manifest, processes
 from lcx.core.configs import choice
 from lcx.core.console import say, warn
 from lcx.core.errors import UserError
@@ -35,9 +35,11 @@ from lcx.model.architecture import build_schemes
 from lcx.model.config import ModelConfig
 from lcx.model.execution import ExecutionConfig
 from lcx.recipes.cards import Adapter, check_hub_name, write_card
-from lcx.training import checkpoints
-from lcx.training.checkpoints import InitialWeights, Loaded, Meta, Store, scheme_configs, stage_ends
-from lcx.training.stages import CheckpointConfig, RunConfig, StageConfig
+from lcx.training import loading
+from lcx.training.checkpoints import FOLDER, Store
+from lcx.training.loading import InitialWeights, Loaded
+from lcx.training.meta import Meta, scheme_configs
+from lcx.training.stages import CheckpointConfig, RunConfig, StageConfig, stage_ends
 from lcx.training.workdir import CONFIG, begun, fingerprint, open_workdir, read_config
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -75,7 +77,7 @@ def described(path: Path) -> Described:
 def load(
     path: str | Path, step: int | None = None, stage: str | None = None, mesh: Mesh | None = None, dtype: str = "float32"
 ) -> Loaded:
-    """The weights of a run (see `training.checkpoints.load_params`) or of a model that is not lcx's own, in `dtype`, on `mesh`.
+    """The weights of a run (see `training.loading.load_params`) or of a model that is not lcx's own, in `dtype`, on `mesh`.
 
     The latter counts as a run with one stage, `imported`, at step 0, and computed in bfloat16 unless `dtype` is float32. A run is
     computed in the type that it was trained in. `dtype` may be `AUTO`.
@@ -86,7 +88,7 @@ def load(
     if step is not None and stage is not None:
         raise UserError(f"--step={step} and --stage={stage} conflict; give only one of them")
     if not is_foreign(path):
-        loaded = checkpoints.load_params(path, step, stage, mesh, _weights)
+        loaded = loading.load_params(path, step, stage, mesh, _weights)
         return dataclasses.replace(loaded, params=cast(loaded.params, jnp.dtype(dtype)), stop_ids=stop_ids(path))
     for name, value, only in (("step", step, 0), ("stage", stage, STAGE)):
         if value is not None and value != only:
@@ -104,7 +106,7 @@ def job_mesh(path: str | Path) -> Mesh | None:
         return None
     devices = jax.devices()
     if not is_foreign(path) and Path(path).is_dir():
-        config = read_config(checkpoints.locate(Path(path))[0]).mesh
+        config = read_config(loading.locate(Path(path))[0]).mesh
         try:
             return make_mesh(config, devices)
         except UserError as error:
@@ -120,8 +122,8 @@ def initial_weights(init_from: str | None) -> InitialWeights | None:
 def _weights(init_from: str) -> InitialWeights:
     keep = functools.partial(copy_hf_files, init_from)
     if not is_foreign(init_from):
-        given = checkpoints.initial_weights(init_from)
-        load = functools.partial(checkpoints.load_params, init_from, None, None, get_weights=_weights)
+        given = loading.initial_weights(init_from)
+        load = functools.partial(loading.load_params, init_from, None, None, get_weights=_weights)
         return dataclasses.replace(given, keep=keep, load=load)
     source = opened(init_from)
     run = _run_of(source, "float32")
@@ -145,7 +147,7 @@ def stop_ids(path: str | Path) -> tuple[int, ...]:
 
 def workdir_of(path: str | Path) -> Path:
     """Where what is found out about a model is kept: in its run, and for one that is not lcx's own under runs/."""
-    return Path("runs") / stem(Path(path).resolve()) if is_foreign(path) else checkpoints.locate(Path(path))[0]
+    return Path("runs") / stem(Path(path).resolve()) if is_foreign(path) else loading.locate(Path(path))[0]
 
 
 def short_name(path: str | Path, loaded: Loaded) -> str:
@@ -177,7 +179,7 @@ def import_model(source: str | Path, workdir: Path, mesh: Mesh | None = None, dt
     dtype = _dtype(dtype, given.dtype)
     if (workdir / CONFIG).exists():
         raise UserError(f"{workdir} already holds a run; name another --workdir")
-    if (workdir / checkpoints.FOLDER).exists():
+    if (workdir / FOLDER).exists():
         raise UserError(f"{workdir} holds checkpoints without a config.json; name another --workdir, or delete it")
     run = _run_of(given, dtype)
     _check_tokenizer(run)
@@ -195,7 +197,7 @@ def import_model(source: str | Path, workdir: Path, mesh: Mesh | None = None, dt
     except BaseException:
         # A config without weights would be a run that there is not.
         (workdir / CONFIG).unlink(missing_ok=True)
-        shutil.rmtree(workdir / checkpoints.FOLDER, ignore_errors=True)
+        shutil.rmtree(workdir / FOLDER, ignore_errors=True)
         raise
     say(f"imported {num_elements(params):,} parameters as {dtype} ({num_bytes(params) / 1e9:,.2f} GB) into {workdir}")
 
@@ -232,7 +234,7 @@ def export_model(
             "be exported with the weights; train with that model's own"
         )
     schemes = build_schemes(model, loaded.schemes)
-    workdir = None if is_foreign(checkpoint) else checkpoints.locate(Path(checkpoint))[0]
+    workdir = None if is_foreign(checkpoint) else loading.locate(Path(checkpoint))[0]
     if as_gguf:
         with tempfile.TemporaryDirectory() as made:
             own = base if base is not None and hf.tokenizer_files(base) else Path(made)
@@ -241,6 +243,8 @@ def export_model(
             values = gguf.save(out, loaded.params, model, schemes, loaded.meta.length, dtype, own, base)
         _say_exported(loaded, dtype, values, out)
         write_card(out, form, dtype, values, loaded, checkpoint, workdir, base, base_model)
+        if jax.process_index() == 0:
+            manifest.write(out.parent, [out.name], manifest.next_to(out).name)
         return
     tokenizer = None if base else tokenizers.load(name)
     values = hf.save(
@@ -255,6 +259,7 @@ def export_model(
         warn(f"the tokenizer {name!r} was not exported; copy its files into {out}")
     _say_exported(loaded, dtype, values, out)
     write_card(out, form, dtype, values, loaded, checkpoint, workdir, base, base_model)
+    manifest.write(out)
 
 
 def _export_adapter(
@@ -266,7 +271,7 @@ def _export_adapter(
     if is_foreign(checkpoint):
         raise UserError(f"{checkpoint} is not a run of lcx's; name the workdir of one that trained adapters")
     hf.check_new(out)
-    adapted = checkpoints.load_unfolded(checkpoint, step, stage, get_weights=_weights)
+    adapted = loading.load_unfolded(checkpoint, step, stage, get_weights=_weights)
     run, meta = adapted.run, adapted.meta
     if run.adapters is None:
         raise UserError(f"the run in {checkpoint} trained no adapters (config.lora.rank is None); use --format=hf or gguf")
@@ -292,9 +297,10 @@ def _export_adapter(
             f"{meta.step} of stage {meta.stage}, for {meta.length:,} tokens, on top of {base}"
         )
         write_card(
-            out, "peft", "float32", values_of(out), adapted, checkpoint, checkpoints.locate(checkpoint)[0], base, base_model,
+            out, "peft", "float32", values_of(out), adapted, checkpoint, loading.locate(checkpoint)[0], base, base_model,
             adapter=Adapter(values["r"], str(base)),
         )  # fmt: skip
+        manifest.write(out)
 
 
 def _say_exported(loaded: Loaded, dtype: str, values: dict[str, Any], out: Path) -> None:
@@ -357,8 +363,11 @@ def _kept(path: Path) -> Path | None:
     """The folder with the Hugging Face files of a model: its own, or what its run kept."""
     if is_foreign(path):
         return _files(path)
-    kept = checkpoints.locate(path)[0] / HF_FOLDER
-    return kept if kept.is_dir() else None
+    kept = loading.locate(path)[0] / HF_FOLDER
+    if kept.is_dir():
+        hf.check_folder(kept)
+        return kept
+    return None
 
 
 def is_tokenizer_of(name: str, folder: Path) -> bool:

@@ -22,7 +22,7 @@ from lcx.evals.base import Evaluator, Item
 from lcx.model.architecture import Architecture, build_architecture, build_schemes
 from lcx.recipes import models
 from lcx.recipes.recipe import backend_of
-from lcx.training.checkpoints import Loaded
+from lcx.training.loading import Loaded
 
 TOKENS_AT_ONCE = 1 << 21
 """Tokens of documents that are prepared together."""

@@ -29,10 +29,12 @@ from lcx.model.architecture import build_schemes
 from lcx.model.config import ModelConfig
 from lcx.model.execution import refuse_moved
 from lcx.recipes import models
-from lcx.training.checkpoints import FOLDER, Loaded, stage_ends
+from lcx.training import goodput
+from lcx.training.checkpoints import FOLDER
+from lcx.training.loading import Loaded
 from lcx.training.loop import train
 from lcx.training.profile import ProfileSteps
-from lcx.training.stages import RunConfig, StageConfig, run_config
+from lcx.training.stages import RunConfig, StageConfig, run_config, stage_ends
 from lcx.training.workdir import CONFIG, read_config, record_environment
 
 
@@ -91,30 +93,40 @@ def recipe(config: ml_collections.ConfigDict) -> Recipe:
 
 
 def run_recipe(
-    chosen: Recipe, workdir: Path, command: Sequence[str], profile: ProfileSteps | None = None, fewer: str | None = None
+    chosen: Recipe,
+    workdir: Path,
+    command: Sequence[str],
+    profile: ProfileSteps | None = None,
+    fewer: str | None = None,
+    since: float | None = None,
 ) -> None:
     """Train, evaluate and report. Finished parts are not repeated, so the same command resumes after any interruption.
 
-    With `fewer` (`training.loop.train`) the time that training will take is said first.
+    With `fewer` (`training.loop.train`) the time that training will take is said first. `since` is when the process began, in
+    seconds of the epoch (None: now), for the record of where the time goes.
     """
     if all(processes.exchange("finished", is_finished(chosen, workdir))):
         if profile is not None:
             profile.check(stage_ends(chosen.run)[-1], stage_ends(chosen.run)[-1])
         say(f"{workdir} is finished: {stage_ends(chosen.run)[-1]} steps; report: {workdir / 'report.html'}")
         return
-    train(chosen.run, workdir, given=models.initial_weights(chosen.run.init_from), profile=profile, fewer=fewer)
-    if processes.is_first():
-        record_environment(workdir, command)
-    if chosen.base_stage is not None:
-        evaluate_stage(chosen, workdir, "before", chosen.base_stage)
-    elif chosen.run.init_from is not None:
-        evaluate_source(chosen, workdir)
-    evaluate_stage(_extended(chosen), workdir, "after", chosen.run.stages[-1].name)
-    # Loaded only now: drawing takes a library that a finished run repeated does without.
-    from lcx.report.report import write_report
+    with goodput.Recorder(since) as record:
+        given = models.initial_weights(chosen.run.init_from)
+        train(chosen.run, workdir, given=given, profile=profile, fewer=fewer, record=record)
+        if processes.is_first():
+            record_environment(workdir, command)
+        with record.span(goodput.EVALUATION):
+            if chosen.base_stage is not None:
+                evaluate_stage(chosen, workdir, "before", chosen.base_stage)
+            elif chosen.run.init_from is not None:
+                evaluate_source(chosen, workdir)
+            evaluate_stage(_extended(chosen), workdir, "after", chosen.run.stages[-1].name)
+        with record.span(goodput.REPORT):
+            # Loaded only now: drawing takes a library that a finished run repeated does without.
+            from lcx.report.report import write_report
 
-    if processes.is_first():
-        say(f"report: {write_report(workdir)}")
+            if processes.is_first():
+                say(f"report: {write_report(workdir)}")
 
 
 def is_finished(chosen: Recipe, workdir: Path) -> bool:

@@ -9,7 +9,6 @@ A workdir holds `points/<name>/` (the point's own workdir, with `result.json` wh
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import difflib
 import io
@@ -20,12 +19,9 @@ import math
 import os
 import pathlib
 import re
-import signal
-import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 from lcx.core import configs
@@ -34,6 +30,7 @@ from lcx.core.errors import UserError
 from lcx.core.files import write_atomically
 from lcx.evals.results import perplexity
 from lcx.model.execution import refuse_moved
+from lcx.recipes.point import Task, finished, look_at, run_point
 from lcx.report import history, style, sweep_plots
 from lcx.report.sweep_plots import PointResult
 
@@ -42,9 +39,6 @@ Overrides = dict[str, Any]
 
 ArgvFor = Callable[[Overrides, pathlib.Path], Sequence[str]]
 """`(overrides, the point's workdir) -> command line` that runs the point and exits with 0 when it is finished."""
-
-
-_COMPILE_SECONDS = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
 
 
 def param(path: str, *values: Any) -> list[Overrides]:
@@ -118,6 +112,16 @@ def _check_start(points: Sequence[Overrides], base: Mapping[str, Any]) -> None:
             )
 
 
+def points_of(loaded: ModuleType, filename: str) -> list[Overrides]:
+    """The points of a sweep's config file; raises `UserError` for a file that makes none."""
+    if not hasattr(loaded, "get_sweep"):
+        raise UserError(f"{filename} has no get_sweep(); define it, or use a file in configs/sweeps")
+    points = loaded.get_sweep()
+    if not isinstance(points, list) or not all(isinstance(point, dict) for point in points):
+        raise UserError(f"get_sweep() of {filename} returned {points!r:.60}; make a list of points with lcx.recipes.sweeps")
+    return points
+
+
 def cli_argv(config_file: str, command: str = "train", extra: Sequence[str] = ()) -> ArgvFor:
     """Command lines `python -m lcx.cli <command> --config=... --config.<path>=<value> --workdir=...` for the points.
 
@@ -140,25 +144,42 @@ def run_sweep(
     collect: Callable[[pathlib.Path], dict[str, Any]] | None = None,
     timeout: float | None = None,
     metric: str | None = None,
+    runner: Callable[[Callable, Iterable], Iterator[PointResult]] = map,
+    only_collect: bool = False,
 ) -> list[PointResult]:
     """Run every point that is not finished, then write the results, print a table and draw a plot.
 
     Each point is a process of its own, so that one that is killed or out of memory leaves the others alone: it is recorded as
     failed with the reason and tried again when the sweep is next started. `collect` reads a finished point's workdir into
     numbers (default: `collect_run`), `timeout` is seconds for one point, `metric` what to plot (default: the first of
-    needles, perplexity, loss that there is). Raises `UserError` for unknown paths before anything runs.
+    needles, perplexity, loss that there is). `runner` gives the results of a function of each of some tasks, in order, as `map`
+    does here and an engine on a cluster whose machines all see the workdir (`data.curation.cluster.engine`). With `only_collect`
+    nothing runs: points with a report, as jobs of their own leave them, are finished. Raises `UserError` for unknown paths before
+    anything runs.
     """
     check_paths(points, base)
     _check_start(points, base)
-    workdir, named = pathlib.Path(workdir), names(points)
+    workdir, named = pathlib.Path(workdir).absolute(), names(points)
+    tasks = [
+        Task(
+            name,
+            overrides,
+            workdir / "points" / name,
+            list(argv_for(overrides, workdir / "points" / name)),
+            collect or collect_run,
+            timeout,
+        )
+        for name, overrides in zip(named, points, strict=True)
+    ]
+    known = {task.name: finished(task.folder, task.name, task.overrides) for task in tasks}
+    running = iter(runner(look_at if only_collect else run_point, (task for task in tasks if known[task.name] is None)))
     outcomes = []
-    for i, (name, overrides) in enumerate(zip(named, points, strict=True), 1):
-        folder = workdir / "points" / name
-        outcome = _finished(folder, name, overrides)
+    for i, task in enumerate(tasks, 1):
+        outcome = known[task.name]
         if outcome is None:
-            say(f"sweep {i}/{len(points)}: {name}")
-            outcome = _run_point(name, overrides, folder, argv_for, collect or collect_run, timeout)
-        say(f"sweep {i}/{len(points)}: {name} {_line(outcome)}")
+            say(f"sweep {i}/{len(points)}: {task.name}")
+            outcome = next(running)
+        say(f"sweep {i}/{len(points)}: {task.name} {_line(outcome)}")
         outcomes.append(outcome)
         write_results(outcomes, workdir)
     show(outcomes)
@@ -211,92 +232,6 @@ def show(outcomes: Sequence[PointResult]) -> None:
         cells = [style.number(scalars[key]) if key in scalars else "" for key in numbers]
         rows.append([outcome.name, *cells, f"{outcome.seconds:,.0f}", outcome.reason or outcome.status])
     table("Sweep", ["point", *(key.replace("_", " ") for key in numbers), "seconds", "status"], rows)
-
-
-def _run_point(
-    name: str, overrides: Overrides, folder: pathlib.Path, argv_for: ArgvFor, collect: Callable, timeout: float | None
-) -> PointResult:
-    folder.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
-    reason, numbers = _execute(list(argv_for(overrides, folder)), folder / "log.txt", timeout), {}
-    if not reason:
-        try:
-            numbers = collect(folder)
-        except (UserError, OSError, ValueError, KeyError) as error:
-            reason = f"it ended well but its results cannot be read: {error}"
-    seconds = time.perf_counter() - started
-    outcome = PointResult(name, dict(overrides), "failed" if reason else "finished", reason, seconds, numbers)
-    write_atomically(folder / ("failed.json" if reason else "result.json"), json.dumps(configs.plain(outcome), indent=1) + "\n")
-    if not reason:
-        (folder / "failed.json").unlink(missing_ok=True)
-    return outcome
-
-
-def _execute(argv: list[str], log: pathlib.Path, timeout: float | None) -> str:
-    """Run a command with its output in `log`; empty when it exits with 0, else the reason why it did not.
-
-    Points keep what they compile in the sweep's folder: those that differ in a theta alone share one program.
-    """
-    compiled = {"JAX_COMPILATION_CACHE_DIR": str(log.absolute().parents[2] / "compiled"), _COMPILE_SECONDS: "0.3"}
-    environment = {**compiled, **os.environ}
-    with log.open("ab") as output:
-        try:
-            process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment)
-        except OSError as error:
-            return f"it could not be started: {error}"
-        try:
-            with _passing_on(process):
-                code = process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            return f"it took longer than {timeout:g} s"
-        except (KeyboardInterrupt, SystemExit):
-            # The terminal has sent the interrupt to the point too, which saves a checkpoint; leave it the time to.
-            process.wait()
-            raise
-    if code < 0:
-        number = -code
-        text = signal.Signals(number).name if number in iter(signal.Signals) else f"signal {number}"
-        return f"killed by {text}" + (" (out of memory, perhaps)" if number == signal.SIGKILL else "")
-    return f"exit status {code}: {_last_line(log)}" if code else ""
-
-
-@contextlib.contextmanager
-def _passing_on(process: subprocess.Popen) -> Iterator[None]:
-    """While the point runs, a SIGTERM to the sweep ends the point too, so that it does not write during the next one."""
-
-    def end(number: int, _: object) -> None:
-        process.terminate()
-        sys.exit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _finished(folder: pathlib.Path, name: str, overrides: Overrides) -> PointResult | None:
-    """The recorded result of a point that is finished, if there is one."""
-    try:
-        values = json.loads((folder / "result.json").read_text())
-        result = configs.build(PointResult, values, str(folder / "result.json"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
-    if configs.plain(result.overrides) != configs.plain(overrides):
-        raise UserError(
-            f"{folder} holds a point with overrides that differ from those of {name!r}; use another workdir for the changed sweep"
-        )
-    return result
-
-
-def _last_line(log: pathlib.Path) -> str:
-    lines = [line.strip() for line in log.read_bytes()[-4096:].decode(errors="replace").splitlines() if line.strip()]
-    return lines[-1][:300] if lines else "no output"
 
 
 def _line(outcome: PointResult) -> str:

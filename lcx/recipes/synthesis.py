@@ -20,7 +20,7 @@ from lcx.evals.config import EndpointConfig
 from lcx.model.sampling import GREEDY, Sampling
 from lcx.recipes import models
 from lcx.recipes.recipe import backend_of
-from lcx.training.checkpoints import Loaded
+from lcx.training.loading import Loaded
 
 LENGTH = 8192
 """Tokens of a request and its answer, if neither the config nor the model says less: a cache for more would take memory in vain."""

@@ -18,7 +18,7 @@ from lcx.evals.results import EvalResult, perplexity
 from lcx.interop.folder import CARD, terms
 from lcx.report import history, markdown, report, serving, style
 from lcx.report.question_plots import scored
-from lcx.training.checkpoints import Meta
+from lcx.training.meta import Meta
 from lcx.training.stages import RunConfig
 
 PICTURES = {

@@ -3,6 +3,7 @@
 config.json        the whole config          metrics.jsonl      a row for each step
 environment.json   versions, devices, command    decisions.jsonl    a row for each decision of the monitor
 eval/*.json        evaluations; `before` and `after` the extension make the comparison
+goodput.jsonl      where the time went
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from lcx.core.errors import UserError
 from lcx.evals import results
 from lcx.evals.results import EvalResult
 from lcx.report.plots import PartCurve, StageCurve
+from lcx.training import goodput
+from lcx.training.goodput import Goodput
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Run:
     evals: tuple[EvalResult, ...]
     answers: tuple[Mapping[str, Any], ...]
     environment: Mapping[str, Any]
+    goodput: Goodput | None = None
 
     @property
     def before(self) -> EvalResult | None:
@@ -113,6 +117,7 @@ def load(workdir: str | os.PathLike[str], add: Sequence[str | os.PathLike[str]] 
         evals=tuple(evals),
         answers=tuple(_rows(workdir / "eval" / "answers.jsonl")),
         environment=_json(workdir / "environment.json"),
+        goodput=goodput.summary(_rows(workdir / goodput.FILE)),
     )
     if not run.metrics and not run.evals:
         raise UserError(f"workdir {workdir} has neither metrics.jsonl nor eval/*.json; train or evaluate there first")

@@ -16,7 +16,7 @@ from lcx.core.files import write_atomically
 from lcx.core.numbers import duration
 from lcx.evals.results import EvalResult, perplexity
 from lcx.evals.statistics import wilson
-from lcx.report import export, history, likelihood, plots, question_plots, questions, retention, scaling, style
+from lcx.report import export, history, likelihood, plots, question_plots, questions, retention, scaling, style, time
 from lcx.report.history import Run, Stage
 from lcx.report.page import Cell, page, picture, sections, table
 
@@ -68,6 +68,8 @@ def pictures(run: Run) -> dict[str, Figure]:
         figures["kinds"] = figure
     if stages:
         figures["loss"] = plots.losses(stages)
+    if run.goodput is not None and run.goodput.wall:
+        figures["time"] = time.bar(run.goodput)
     parts = [stage.parts for stage in run.stages() if stage.curve.kept]
     if len({name for names in parts for name in names}) > 1:
         figures["loss_by_part"] = plots.part_losses(parts)
@@ -130,6 +132,7 @@ def render(run: Run, figures: dict[str, Figure]) -> str:
                 images.get("positions", ""),
                 "Means over held-out windows of the longest length, in logarithmic bins.",
             ),
+            ("Where the time went", images.get("time", "") + time.section(run.goodput), time.note(run.goodput)),
             ("Reproduce", _reproduce(run), ""),
         ]
     )

@@ -17,9 +17,9 @@ from lcx.data.loader import Corpus, Loader, probe
 from lcx.model.architecture import Architecture, build_architecture, build_schemes
 from lcx.model.flops import kernel_entries, step_flops
 from lcx.positions.scheme import Scheme
-from lcx.training.checkpoints import InitialWeights
 from lcx.training.checks import check_stage, check_vocabulary
 from lcx.training.ladder import Attempt, Decisions, PreviousStage, choose, theta_of
+from lcx.training.loading import InitialWeights
 from lcx.training.memory import check_least
 from lcx.training.metrics import Meter, peak_flops
 from lcx.training.monitor import Probe, probe_sums, read_probe

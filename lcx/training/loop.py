@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from lcx.core import processes
+from lcx.core import configs, processes
 from lcx.core.batch import Batch
 from lcx.core.console import Progress, console, say, warn
 from lcx.core.errors import UserError
@@ -21,20 +21,23 @@ from lcx.core.param_spec import abstract
 from lcx.core.trees import Tree, num_elements, paths
 from lcx.model.architecture import Architecture
 from lcx.positions.scheme import Scheme
+from lcx.training import goodput, monitor
 from lcx.training import metrics as metrics_log
-from lcx.training import monitor
 from lcx.training.builder import BuiltStage, StageBuilder
-from lcx.training.checkpoints import InitialWeights, Meta, Store, initial_weights, scheme_configs, stage_ends
+from lcx.training.checkpoints import Store
 from lcx.training.checks import warn_repeats, warn_unusual
 from lcx.training.forecast import forecast
+from lcx.training.loading import InitialWeights, initial_weights
 from lcx.training.memory import check_program
+from lcx.training.meta import Meta, scheme_configs
 from lcx.training.optimizer import groups
 from lcx.training.prefetch import Prefetcher, Stop
 from lcx.training.profile import Profiler, ProfileSteps
 from lcx.training.resume import ResumePoint, continue_into, reread_stage_start, resume_point
-from lcx.training.stages import RunConfig
+from lcx.training.stages import RunConfig, stage_ends
 from lcx.training.step import TrainState
 from lcx.training.workdir import check_shared, exclusive, fingerprint, keep_programs, make_workdir, open_workdir
+from lcx.training.writers import Writer
 
 Reweight = Callable[[BuiltStage, int, TrainState, Batch], Batch]
 """(stage, its step, the state before it, its batch) -> the batch to train on."""
@@ -70,13 +73,14 @@ def train(
     profile: ProfileSteps | None = None,
     reweight: Reweight | None = None,
     fewer: str | None = None,
+    record: goodput.Recorder | None = None,
 ) -> Result:
     """Run all stages that are not finished in the workdir; the same call resumes after any interruption.
 
     `given` are the weights that `run.init_from` names (None: a checkpoint written by lcx, read when needed).
     `profile` are steps to trace; the call raises `UserError` if they are done already. `reweight` gives the batch to train on in
     place of the loader's, of the same shapes. With `fewer`, which is how a user names the number of steps, the time that the run
-    will take is said before the first of them.
+    will take is said before the first of them. `record` takes down where the time goes (None: one of this call alone).
     Ctrl-C saves and raises `KeyboardInterrupt`, SIGTERM saves and exits with status 143. Raises `UserError` for a config that
     cannot work, a workdir of another run, a full disk, and too many non-finite steps in a row.
     """
@@ -93,9 +97,11 @@ def train(
     with contextlib.ExitStack() as held:
         if main:
             held.enter_context(exclusive(workdir))
+        record = held.enter_context(goodput.Recorder()) if record is None else record
         check_shared(workdir)
         open_workdir(workdir, run)
         keep_programs(workdir)
+        record.become(goodput.PREPARATION)
         if given is not None:
             given.keep(workdir)
         warn_unusual(run)
@@ -103,9 +109,9 @@ def train(
             warn_repeats(stage, loader)
         stop, store = held.enter_context(Stop()), held.enter_context(Store.of(workdir, run))
         profiler = held.enter_context(Profiler(profile, workdir))
-        writer = metrics_log.Writer(workdir, run.metrics, active=main)
+        writer = Writer(workdir, run.metrics, main, configs.plain(run))
         try:
-            return Trainer(builder, workdir, store, writer, decisions, stop, profiler, reweight).run(fewer)
+            return Trainer(builder, workdir, store, writer, decisions, stop, profiler, record, reweight).run(fewer)
         finally:
             writer.close()
 
@@ -118,15 +124,16 @@ class Trainer:
         builder: StageBuilder,
         workdir: Path,
         store: Store,
-        writer: metrics_log.Writer,
+        writer: Writer,
         decisions: list[dict[str, Any]],
         stop: Stop,
         profiler: Profiler,
+        record: goodput.Recorder,
         reweight: Reweight | None = None,
     ):
         self.builder, self.config, self.workdir = builder, builder.run, workdir
         self.store, self.writer, self.decisions, self.stop, self.profiler = store, writer, decisions, stop, profiler
-        self.reweight = reweight
+        self.record, self.reweight = record, reweight
         self.ends = stage_ends(self.config)
         self.config_fingerprint = fingerprint(self.config)
         given, whole = builder.initial, all(self.config.is_kept(path) for path, _ in paths(builder.build(0).specs))
@@ -134,8 +141,12 @@ class Trainer:
 
     def run(self, fewer: str | None = None) -> Result:
         """Run all remaining stages; with `fewer` (see `train`), say first what they will take."""
-        start = resume_point(self.builder, self.store)
+        with self.record.span(goodput.RESTORE if self.store.steps else goodput.PREPARATION):
+            start = resume_point(self.builder, self.store)
         self.profiler.check(self.ends[start.index] - self.config.stages[start.index].steps + start.stage_step, self.ends[-1])
+        # From here on nothing that was asked for is refused: a command that is leaves no trace.
+        self.record.keep(self.workdir, active=jax.process_index() == 0)
+        self.record.goes_on_from(self.ends[start.index] - self.config.stages[start.index].steps + start.stage_step)
         built, state, at = self.builder.build(start.index), start.state, start.stage_step
         history = _history(start)
         self.writer.truncate(lambda row: metrics_log.place_of(row) <= self._reached(start))
@@ -153,9 +164,11 @@ class Trainer:
                 # Free the memory of the failed attempt before the earlier state is read back.
                 del state
                 self.store.drop_after(self._stage_start(built))
+                self.record.goes_on_from(self._stage_start(built))
                 built = self.builder.build(index)
                 state, accepted = self._stage(built, reread_stage_start(self.builder, self.store, index), 0, StageHistory())
-        self.store.wait()
+        with self.record.span(goodput.SAVE):
+            self.store.wait()
         # Of what came too late for a step: the evaluation that may follow would not hear of it.
         if number := max(processes.exchange("stop", self.stop.signal or 0)):
             self._leave(self.ends[-1], number)
@@ -177,10 +190,12 @@ class Trainer:
         stage, every = built.stage, self.config.checkpoint.every
         judged = self.config.monitor.steps if built.attempt.watched else None
         if judged is not None and history.before is None:
-            history.before = self.builder.probe(built, state.all_params)
-            history.reference = self.builder.reference(built, state.all_params)
+            with self.record.span(goodput.EVALUATION):
+                history.before = self.builder.probe(built, state.all_params)
+                history.reference = self.builder.reference(built, state.all_params)
         title = stage.name if not built.attempt.index else f"{stage.name} (attempt {built.attempt.index + 1})"
         with (
+            self.record.span(goodput.STEP),
             Prefetcher(built.batch, at, stage.steps) as batches,
             Progress(title, stage.steps, at) as bar,
             PendingMetrics(self, built, history, bar) as pending,
@@ -188,13 +203,14 @@ class Trainer:
             for step in range(at, stage.steps):
                 number = self._stage_start(built) + step + 1
                 processes.doing(f"the batch of step {number}")
-                batch, waited = batches.next()
+                with self.record.span(goodput.DATA):
+                    batch, waited = batches.next()
                 processes.doing(f"step {number} of stage {stage.name}")
                 if self.reweight is not None:
                     batch = self.reweight(built, step, state, batch)
                 if not built.step.is_compiled_for(batch):
                     bar.note("compiling")
-                    with pending.excluded():
+                    with pending.excluded(), self.record.span(goodput.COMPILE):
                         program = built.step.compile(state, batch, built.buffers)
                     check_program(self.config, stage, built.step, program)
                     processes.meet("compiled")  # the first step's transfers begin within a limit of their library's
@@ -234,11 +250,13 @@ class Trainer:
             reference=_record(history.reference),
             base=self.base,
         )
-        self.store.save(state, meta)
+        with self.record.span(goodput.SAVE):
+            self.store.save(state, meta)
 
     def _judge(self, built: BuiltStage, state: TrainState, history: StageHistory) -> bool:
         """Judge the stage, record and report the decision; True when the run has to return to the stage's start."""
-        after = self.builder.probe(built, state.all_params)
+        with self.record.span(goodput.EVALUATION):
+            after = self.builder.probe(built, state.all_params)
         decision = monitor.decide(self.config.monitor, history.losses, history.before, after, history.reference)
         entry = {
             "stage": built.stage.name,
@@ -268,7 +286,8 @@ class Trainer:
         return following.index != built.attempt.index
 
     def _leave(self, total: int, number: int) -> None:
-        self.store.wait()
+        with self.record.span(goodput.SAVE):
+            self.store.wait()
         say(f"saved at step {total}; rerun the same command to resume")
         if processes.count() > 1:
             raise processes.AllStop(128 + number)
@@ -345,6 +364,7 @@ class PendingMetrics:
         timing = {**built.meter.speed(seconds), "data_wait": waited}
         row = metrics_log.row(place, metrics, timing, built.loader.names)
         trainer.writer.write(row)
+        trainer.record.step(row["step"])
         if built.attempt.watched and len(self._history.losses) < trainer.config.monitor.steps:
             self._history.losses.append(row["loss"])
         left = f"  {(built.stage.steps - step - 1) * seconds:,.0f} s left" if self._plain else ""

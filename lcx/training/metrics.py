@@ -1,4 +1,4 @@
-"""A run's metrics as JSONL and TensorBoard events, fetched from the device one step late."""
+"""A run's metrics, one row a step, fetched from the device one step late."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,8 @@ import jax
 import jax.numpy as jnp
 import psutil
 
-from lcx.core.configs import positive
+from lcx.core.configs import choice, positive
 from lcx.core.errors import UserError
-from lcx.core.files import write_atomically
 
 TIMING = ("time", "tokens_per_second", "mfu", "data_wait", "host_memory")
 """Fields of a row that differ between two identical runs; all others are bitwise equal."""
@@ -39,16 +38,34 @@ PEAK_FLOPS = {
 """Dense bfloat16 operations per second of one device, by the beginning of its kind, from the vendors' data sheets."""
 
 
+KNOWN = ("jsonl", "tensorboard", "wandb")
+"""The writers there are; `lcx.training.writers.WRITERS` has them."""
+
+
 @dataclasses.dataclass(frozen=True)
 class MetricsConfig:
-    """`tensorboard`: also write event files. `peak_flops`: operations per second of one device, for MFU (None: from the table,
-    or measured)."""
+    """Where metrics go, and what MFU refers to.
 
-    tensorboard: bool = True
+    `writers` are names between commas: jsonl, which reports and resuming read, tensorboard, and wandb (extra `wandb`).
+    `peak_flops`: operations per second of one device, for MFU (None: from the table, or measured).
+    """
+
+    writers: str = "jsonl,tensorboard"
     peak_flops: float | None = None
 
     def __post_init__(self) -> None:
         positive("metrics", peak_flops=self.peak_flops)
+        for name in self.names:
+            choice("metrics.writers", name, KNOWN)
+            if self.names.count(name) > 1:
+                raise UserError(f"metrics.writers={self.writers} names {name} twice; once is enough")
+        if "jsonl" not in self.names:
+            raise UserError(f"metrics.writers={self.writers} lacks jsonl, which reports and resuming read; add it")
+
+    @property
+    def names(self) -> list[str]:
+        """The writers one by one."""
+        return [name.strip() for name in self.writers.split(",")]
 
 
 def peak_flops(device: jax.Device, given: float | None = None) -> float:
@@ -110,40 +127,6 @@ def row(
 def place_of(entry: Mapping[str, Any]) -> tuple[int, int, int]:
     """The place of a row in its run: (stage, attempt, step within the stage). Rows of a run are in this order."""
     return entry["stage_index"], entry["attempt"], entry["stage_step"]
-
-
-class Writer:
-    """`metrics.jsonl` (one row a step, flushed) and TensorBoard events of a workdir; writes nothing where `active` is false."""
-
-    def __init__(self, workdir: Path, config: MetricsConfig, active: bool = True):
-        self._path, self._active, self._events = workdir / "metrics.jsonl", active, None
-        if active and config.tensorboard:
-            import tensorboardX
-
-            self._events = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), flush_secs=30)
-
-    def truncate(self, keep: Callable[[Mapping[str, Any]], bool]) -> None:
-        """Drop the rows that `keep` rejects and a truncated last line: the restored run writes them again."""
-        if not self._active or not self._path.exists():
-            return
-        kept = [json.dumps(entry) for entry in read(self._path) if keep(entry)]
-        write_atomically(self._path, "".join(line + "\n" for line in kept))
-
-    def write(self, entry: Mapping[str, Any]) -> None:
-        """Append a row; raises `UserError` when the disk is full."""
-        if not self._active:
-            return
-        append(self._path, entry)
-        if self._events is not None:
-            by_part = {f"{name}/{part}": x for name, found in entry.items() if isinstance(found, dict) for part, x in found.items()}
-            for name, value in (entry | by_part).items():
-                if isinstance(value, int | float) and name not in ("step", "stage_index", "stage_step", "attempt", "time"):
-                    self._events.add_scalar(f"train/{name}", value, entry["step"])
-
-    def close(self) -> None:
-        """Flush the events."""
-        if self._events is not None:
-            self._events.close()
 
 
 def append(path: Path, entry: Mapping[str, Any]) -> None:

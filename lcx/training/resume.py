@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from pathlib import Path
 
 import jax
@@ -13,11 +14,17 @@ from lcx.adapters.freeze import join, split
 from lcx.core.console import say, warn
 from lcx.core.errors import UserError
 from lcx.core.param_spec import initialize
-from lcx.core.trees import Tree, paths
+from lcx.core.trees import Tree, joined, paths
 from lcx.training.builder import BuiltStage, StageBuilder
-from lcx.training.checkpoints import Meta, Store, stage_ends, unkept
+from lcx.training.checkpoints import Store
+from lcx.training.loading import unkept
+from lcx.training.meta import Meta
+from lcx.training.stages import stage_ends
 from lcx.training.step import TrainState
 from lcx.training.workdir import read_config
+
+NOISE = 1
+"""Of the keys folded from a run's seed, that of the noise on initial weights."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +55,28 @@ def from_initial_weights(builder: StageBuilder, built: BuiltStage) -> ResumePoin
     if given is None:
         return ResumePoint(built.step.init_state(jax.random.key(run.seed)), 0, 0)
     params = given.load(built.mesh).params
-    say(f"starting from the weights of {given.name} (stage {given.meta.stage}, step {given.meta.step})")
+    noise = f", with noise of {run.init_noise:g} of their size" if run.init_noise else ""
+    say(f"starting from the weights of {given.name} (stage {given.meta.stage}, step {given.meta.step}){noise}")
     params = lora.start(fit(params, built, run.seed, f"weights of {given.name}"))
+    if run.init_noise:
+        params = noisy(params, built, run.init_noise, run.seed)
     return ResumePoint(built.step.state_from_params(params), 0, 0)
+
+
+def noisy(params: Tree, built: BuiltStage, share: float, seed: int) -> Tree:
+    """`params` with normal noise of deviation `share` times an array's root mean square on every one that the stage trains."""
+    trained, frozen = built.step.split(params)
+
+    @jax.jit
+    def add(tree: Tree, key: jax.Array) -> Tree:
+        def one(path: tuple, x: jax.Array) -> jax.Array:
+            drawn = jax.random.normal(jax.random.fold_in(key, zlib.crc32(joined(path).encode())), x.shape)
+            return (x + share * jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32)))) * drawn).astype(x.dtype)
+
+        return jax.tree_util.tree_map_with_path(one, tree)
+
+    # Another key than that of first values.
+    return join(add(trained, jax.random.fold_in(jax.random.key(seed), NOISE)), frozen)
 
 
 def completed(state: TrainState, built: BuiltStage, builder: StageBuilder, meta: Meta) -> TrainState:

@@ -127,6 +127,7 @@ class RunConfig:
     """Everything that decides what a run computes.
 
     `lora` trains adapters and leaves the weights of `init_from` as they are. `init_from`: a model whose weights to start from.
+    `init_noise`: deviation of normal noise on those of them that are trained, as a share of the root mean square of each array.
     `resume_from`: another run's workdir to go on from, with optimizer and step. `max_bad_steps`: non-finite steps in a row after
     which the run stops.
     """
@@ -144,11 +145,20 @@ class RunConfig:
     metrics: MetricsConfig = MetricsConfig()
     seed: int = 0
     init_from: str | None = None
+    init_noise: float = 0.0
     resume_from: str | None = None
     max_bad_steps: int = 5
 
     def __post_init__(self) -> None:
         positive("config", max_bad_steps=self.max_bad_steps)
+        not_negative("config", init_noise=self.init_noise)
+        if self.init_noise and self.init_from is None:
+            raise UserError(f"init_noise={self.init_noise} is for the weights of a model that exists; name it with init_from")
+        if self.init_noise and self.adapters is not None:
+            raise UserError(
+                f"init_noise={self.init_noise} has no effect on a model below adapters, which stays as it is; set init_noise=0, or "
+                "lora.rank=None to train the model itself"
+            )
         if self.seed < 0:
             raise UserError(f"config.seed={self.seed} must not be negative")
         if self.adapters is not None and self.init_from is None:
@@ -259,6 +269,15 @@ def _in_order(stages: Mapping[str, Any], order: list[str] | None) -> list[StageC
     if left := sorted(set(built) - set(order)):
         raise UserError(f"config.stage_order={order} leaves out {', '.join(left)}; list every stage, or delete it from stages")
     return [built[name] for name in order]
+
+
+def stage_ends(run: RunConfig) -> list[int]:
+    """The run's step count at the end of each stage."""
+    total, ends = 0, []
+    for stage in run.stages:
+        total += stage.steps
+        ends.append(total)
+    return ends
 
 
 def override(current: Mapping[str, Scheme], stage: StageConfig, trained_length: int) -> dict[str, Scheme]:

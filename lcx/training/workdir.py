@@ -24,6 +24,9 @@ from lcx.training import metrics
 from lcx.training.stages import RunConfig
 
 CONFIG = "config.json"
+OWN = "checksum"
+"""Key of the config's own checksum, the last one in the file."""
+
 LOCK, SHARED, PROGRAMS = ".lock", ".shared", "compiled"
 
 SHARED_SECONDS = 10.0
@@ -47,7 +50,13 @@ def open_workdir(workdir: Path, run: RunConfig) -> None:
         # Read as a config, so that fields which are younger than the run have their defaults.
         _compare(workdir, configs.plain(read_config(workdir)), configs.plain(run))
     if jax.process_index() == 0:
-        write_atomically(path, json.dumps(configs.plain(run), indent=1) + "\n")
+        write_config(workdir, run)
+
+
+def write_config(workdir: Path, run: RunConfig) -> None:
+    """Keep the config of the run, with a checksum of it."""
+    values = configs.plain(run)
+    write_atomically(workdir / CONFIG, json.dumps({**values, OWN: configs.fingerprint(values)}, indent=1) + "\n")
 
 
 def make_workdir(workdir: Path) -> None:
@@ -151,11 +160,21 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged ({error}); delete it and rerun the training command, which rewrites it") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} is damaged (not a JSON object); delete it and rerun the training command, which rewrites it")
+    own = values.pop(OWN, None)
+    if own is not None and own != configs.fingerprint(values):
+        raise UserError(
+            f"{path} is damaged (its checksum differs); put it back, or delete it and rerun the command that wrote it; if it was "
+            f"changed on purpose, delete its last line, {OWN}"
+        )
     return values
 
 
 def _migrated(values: dict[str, Any]) -> dict[str, Any]:
-    """The config of a run of lcx 0.1, where the fields of `ExecutionConfig` belonged to the model, in today's form."""
+    """The config of a run of lcx 0.1, where the fields of `ExecutionConfig` belonged to the model, and of later ones, where
+    `metrics.tensorboard` said what `metrics.writers` does, in today's form."""
+    if isinstance(log := values.get("metrics"), dict) and "tensorboard" in log:
+        wanted = "jsonl,tensorboard" if log["tensorboard"] else "jsonl"
+        values = {**values, "metrics": {"writers": wanted, **{name: value for name, value in log.items() if name != "tensorboard"}}}
     if not isinstance(model := values.get("model"), dict):
         return values
     moved = {name: model[name] for name in EXECUTION_FIELDS & model.keys()}

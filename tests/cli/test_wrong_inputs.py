@@ -288,6 +288,11 @@ WRONG = {
     "compare {new}": "before.json does not exist; `lcx eval` writes it",
     "compare {tmp}/page.jsonl {tmp}/page.jsonl": "has no field 'txt'",
     "compare {run} --up_to=1": "--up_to",
+    "verify": "lcx verify takes one folder or GGUF file but got 0",
+    "verify {tmp}/none": "none does not exist; name a run, an exported model, a dataset",
+    "verify {tmp}/empty_llama": "nothing could be checked",
+    "verify {run}/checkpoints/77": "does not exist",
+    "verify {run} --updat": "unknown flag --updat for lcx verify; did you mean",
     "diff {run}": "lcx diff takes two models but got 1; use lcx diff ONE OTHER",
     "diff {run} {tmp}/lama": "model_type='lama' is not an architecture",
     "train --config={config} --workdir={new} --config.init_from={tmp}/pickled": "pytorch_model.bin is a pickle",
@@ -340,8 +345,14 @@ def test_one_sentence_and_nothing_lost(typed, places, capsys):
     assert not (places["new"] / "config.json").exists() and not list(places["new"].rglob("*.array_record*"))
 
 
-@pytest.mark.parametrize("command", ["train --config={config} --workdir={copy}", "eval --checkpoint={copy} --lengths=64"])
-def test_all_checkpoints_corrupt(command, places, capsys):
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("train --config={config} --workdir={copy}", "no checkpoint in"),
+        ("eval --checkpoint={copy} --lengths=64", "is damaged: array"),
+    ],
+)
+def test_all_checkpoints_corrupt(command, says, places, capsys):
     copy = places["tmp"] / "copy"
     shutil.copytree(places["run"], copy)
     for path in (copy / "checkpoints").rglob("*"):
@@ -350,7 +361,7 @@ def test_all_checkpoints_corrupt(command, places, capsys):
     before = contents(copy)
     with pytest.raises(SystemExit) as left:
         main(shlex.split(command.format(copy=copy, **places)))
-    one_sentence(capsys.readouterr().err, "can be read")
+    one_sentence(capsys.readouterr().err, says)
     assert left.value.code == 1
     assert contents(copy) == before
 

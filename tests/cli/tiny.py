@@ -16,5 +16,5 @@ def get_config():
     config.data.parts = {"text": {"kind": "text", "weight": 1.0, "source": source, "packing": {"method": "best_fit"}}}
     config.monitor.enabled = False
     config.checkpoint.every = None
-    config.metrics.tensorboard = False
+    config.metrics.writers = "jsonl"
     return config

@@ -199,7 +199,7 @@ def test_what_stands_beside_the_weights_is_kept(tmp_path):
     (tmp_path / "source" / "chat_template.jinja").write_text("{{ messages }}")
     keep(tmp_path / "source", tmp_path / "kept")
     names = {path.name for path in (tmp_path / "kept").iterdir()}
-    assert names == {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"}
+    assert names == {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "checksums.json"}
 
 
 def _tensors(folder):

@@ -11,6 +11,7 @@ import transformers
 from ml_dtypes import bfloat16
 from safetensors.numpy import load_file, save_file
 
+from lcx.core import manifest
 from lcx.core.errors import UserError
 from lcx.interop.peft import PeftFolder
 from lcx.interop.shards import Shards
@@ -155,6 +156,7 @@ def test_an_adapter_without_its_base_replaces(models, tmp_path, capsys):
     extracted(models, tmp_path / "adapter", rank=3)
     file = tmp_path / "adapter" / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": "gone"}))
+    manifest.write(file.parent)
     got = applied(tmp_path / "adapter", models / "sibling", tmp_path / "out")
     np.testing.assert_array_equal(got["model.norm.weight"], tensors(models / "tuned")["model.norm.weight"])
     assert "so what it saves whole replaced the target's own" in " ".join(capsys.readouterr().err.split())
@@ -211,7 +213,8 @@ def test_models_that_do_not_belong_together(models, tmp_path):
         Application(base, base)
     with pytest.raises(UserError, match="--weight=nan must be finite"):
         Application(str(tmp_path / "adapter"), base, weight=float("nan"))
-    (tmp_path / "adapter" / "config.json").unlink()
+    for name in ("config.json", "checksums.json"):
+        (tmp_path / "adapter" / name).unlink()
     with pytest.raises(UserError, match="they are of different models"):
         Application(str(tmp_path / "adapter"), str(tmp_path / "wide"))
 
@@ -222,6 +225,9 @@ def test_a_broken_delta_leaves_nothing(models, tmp_path):
     stored = load_file(file)
     stored[f"{QUERY}.values"][3] = np.nan
     save_file(stored, file)
+    with pytest.raises(UserError, match="sparse.safetensors has other contents than were written"):
+        applied(tmp_path / "delta", models / "base", tmp_path / "out")
+    (tmp_path / "delta" / "checksums.json").unlink()
     with pytest.raises(UserError, match=f"{QUERY} contains NaN or infinity"):
         applied(tmp_path / "delta", models / "base", tmp_path / "out")
     file.write_bytes(file.read_bytes()[:200])

@@ -39,7 +39,7 @@ def run(tmp_path_factory):
             "stages": [{"name": "only", "seq_len": LENGTH, "steps": STEPS, "batch_size": ROWS}],
             "optim": {"lr": 5e-3, "warmup_steps": 4},
             "checkpoint": {"every": 25, "keep_latest": 9},
-            "metrics": {"tensorboard": False, "peak_flops": 1e11},
+            "metrics": {"writers": "jsonl", "peak_flops": 1e11},
             "mesh": {"fsdp": 1},
         }
     )

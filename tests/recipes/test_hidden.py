@@ -18,7 +18,8 @@ from lcx.model.params import specs
 from lcx.model.transformer import hidden_states
 from lcx.recipes import hidden
 from lcx.recipes.hidden import HiddenStates
-from lcx.training.checkpoints import Loaded, Meta
+from lcx.training.loading import Loaded
+from lcx.training.meta import Meta
 from lcx.training.stages import RunConfig, StageConfig
 
 LENGTH = 32

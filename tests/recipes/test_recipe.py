@@ -20,7 +20,7 @@ def chosen(tmp_path):
     config.data.heldout_fraction = 0.3
     config.base_stage = "base"
     config.evals.lengths, config.evals.perplexity_tokens = (16, 32), 128
-    config.metrics.tensorboard = False
+    config.metrics.writers = "jsonl"
     return recipe(config)
 
 

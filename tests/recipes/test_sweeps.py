@@ -218,3 +218,32 @@ def test_nothing_to_draw():
     assert sweep_plots.figure([PointResult("a", {}, "failed", "killed")]) is None
     assert sweep_plots.figure([result({"a": 1}, other=2.0)]) is None
     assert sweep_plots.figure([result({"a": 1}, other=2.0), result({"a": 2}, other=3.0)], "other") is not None
+
+
+def test_a_point_that_ran_elsewhere_is_collected(tmp_path):
+    """What `lcx launch --sweep` starts leaves reports; collecting runs nothing."""
+    points = param("seed", 0, 1)
+    (done := tmp_path / "points" / "seed=0").mkdir(parents=True)
+    (done / "report.html").write_text("")
+    (done / "numbers").write_text('{"loss": 2.5}')
+    first, second = run_sweep(points, BASE, tmp_path, lambda *_: ["/no/such/program"], collect=numbers, only_collect=True)
+    assert (first.status, first.numbers) == ("finished", {"loss": 2.5})
+    assert (second.status, second.reason) == ("failed", "not finished: it has no report yet")
+    assert (done / "result.json").exists() and not (tmp_path / "points" / "seed=1").exists()
+
+
+@pytest.mark.slow
+def test_points_are_tasks_of_a_ray_cluster(tmp_path):
+    pytest.importorskip("ray")
+    from lcx.data.curation import cluster
+
+    points = param("seed", 0, 1, 2, 4)
+    for wanted in (["finished", "failed", "failed", "finished"], ["finished", "finished", "failed", "finished"]):
+        with cluster.engine(workers=2, num_cpus=0.5) as runner:
+            found = run_sweep(points, BASE, tmp_path, runner_of(tmp_path), collect=numbers, runner=runner)
+        assert [result.status for result in found] == wanted
+    assert found[2].reason == "exit status 1: error: theta is negative" and found[3].numbers["needles"] == 0.4
+
+
+def runner_of(tmp_path):
+    return lambda overrides, folder: [sys.executable, "-c", SCRIPT, str(overrides["seed"]), str(folder)]

@@ -10,7 +10,8 @@ from lcx.model.architecture import build_schemes
 from lcx.model.execution import ExecutionConfig
 from lcx.model.params import specs
 from lcx.recipes.reader import Reader
-from lcx.training.checkpoints import Loaded, Meta
+from lcx.training.loading import Loaded
+from lcx.training.meta import Meta
 from lcx.training.stages import RunConfig, StageConfig
 from tests.model.numpy_decoder import MODEL, THETA
 

@@ -12,7 +12,7 @@ from lcx.interop import hf_config
 from lcx.model.config import ModelConfig
 from lcx.positions.registry import from_config
 from lcx.report import card
-from lcx.training.checkpoints import Meta
+from lcx.training.meta import Meta
 from lcx.training.stages import RunConfig, StageConfig
 from tests.report import synthetic
 

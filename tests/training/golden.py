@@ -44,7 +44,7 @@ def config(corpus: Path) -> Any:
         "text": part(kind="text", weight=0.5, source=source, packing={"mask_documents": True}),
         "needles": part(kind="multikey", weight=0.5, source=source, task={"needles": 2, "queries": 2}),
     }
-    chosen.metrics.tensorboard = False
+    chosen.metrics.writers = "jsonl"
     chosen.metrics.peak_flops = 1e12
     chosen.checkpoint.every = None
     return chosen

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcx.training.checkpoints import Meta, Store
+from lcx.training.checkpoints import Store
+from lcx.training.meta import Meta
 from lcx.training.stages import CheckpointConfig
 from lcx.training.step import TrainState
 

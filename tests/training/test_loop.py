@@ -16,8 +16,8 @@ import tiny
 from lcx.core import configs
 from lcx.core.errors import UserError
 from lcx.training.builder import StageBuilder
-from lcx.training.checkpoints import load_params
 from lcx.training.checks import warn_repeats
+from lcx.training.loading import load_params
 from lcx.training.loop import train
 from lcx.training.metrics import TIMING, read
 from lcx.training.profile import ProfileSteps

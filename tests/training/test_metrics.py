@@ -4,7 +4,8 @@ import jax
 import pytest
 
 from lcx.core.errors import UserError
-from lcx.training.metrics import Meter, MetricsConfig, Writer, append, peak_flops, place_of, read, row
+from lcx.training.metrics import Meter, MetricsConfig, append, peak_flops, place_of, read, row
+from lcx.training.writers import Writer
 
 PLACE = {"step": 3, "stage": "a", "stage_index": 0, "attempt": 0, "stage_step": 3}
 
@@ -22,7 +23,7 @@ def test_values_of_parts_have_their_names(tmp_path):
     found = row(PLACE, {"loss": jax.numpy.float32(2.0), **by_part}, {}, ("books", "code", "needles"))
     assert found["loss_by_part"] == {"books": 1.5, "needles": 2.5}
     assert found["weight_by_part"] == {"books": 8.0, "needles": 1.0}
-    writer = Writer(tmp_path, MetricsConfig(tensorboard=True))
+    writer = Writer(tmp_path, MetricsConfig())
     writer.write(found)
     writer.close()
     assert read(tmp_path / "metrics.jsonl")[0]["loss_by_part"] == {"books": 1.5, "needles": 2.5}
@@ -31,7 +32,7 @@ def test_values_of_parts_have_their_names(tmp_path):
 
 
 def test_cut_back_to_the_restored_step(tmp_path):
-    writer = Writer(tmp_path, MetricsConfig(tensorboard=True))
+    writer = Writer(tmp_path, MetricsConfig())
     for step in range(1, 6):
         writer.write({**PLACE, "step": step, "stage_step": step, "loss": 1.0})
     path = tmp_path / "metrics.jsonl"

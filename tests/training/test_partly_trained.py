@@ -10,7 +10,7 @@ import tiny
 from lcx.adapters import lora
 from lcx.core.errors import UserError
 from lcx.core.trees import paths
-from lcx.training.checkpoints import load_kept, load_meta, load_params
+from lcx.training.loading import load_kept, load_meta, load_params
 from lcx.training.loop import train
 from lcx.training.metrics import TIMING, read
 from lcx.training.stages import run_config

@@ -35,7 +35,7 @@ def config(**changes):
         "stages": stages(),
         "optim": {"lr": 3e-3, "warmup_steps": 2},
         "checkpoint": {"every": 4},
-        "metrics": {"tensorboard": False, "peak_flops": 1e11},
+        "metrics": {"writers": "jsonl", "peak_flops": 1e11},
         "mesh": {"fsdp": 1},
     }
     return {**values, **changes}

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from lcx.core.errors import UserError
+from lcx.core.manifest import check_file
 from lcx.data.tokenizers.special_tokens import files_next_to
 from lcx.data.tokenizers.tokenizers import Tokenizer
 
@@ -156,6 +157,7 @@ def template_in(folder: pathlib.Path) -> tuple[str, str] | None:
 
 
 def _text(path: pathlib.Path) -> str:
+    check_file(path)
     try:
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -11,7 +11,7 @@ import collections
 import contextlib
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from lcx.core.errors import UserError
@@ -20,12 +20,12 @@ from lcx.data.curation.workers import Runner
 
 
 @contextlib.contextmanager
-def engine(address: str | None = None, workers: int | None = None) -> Iterator[Runner]:
+def engine(address: str | None = None, workers: int | None = None, **resources: float) -> Iterator[Runner]:
     """A `Runner` on the cluster at `address`, `auto` for one that runs on this machine, or on a cluster of its own.
 
     Without an address that of the environment (RAY_ADDRESS) is taken; without that too a local cluster with `workers` CPUs starts
-    and ends with the body. `workers` bounds how many tasks run at once (None: one per CPU of the cluster). Raises `UserError`
-    without Ray and for a cluster that does not answer.
+    and ends with the body. `workers` bounds how many tasks run at once (None: one per CPU of the cluster). `resources` are what a
+    task takes, by Ray's names (default: num_cpus=1). Raises `UserError` without Ray and for a cluster that does not answer.
     """
     ray = library("ray", "--engine=ray", "ray")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -48,7 +48,7 @@ def engine(address: str | None = None, workers: int | None = None) -> Iterator[R
         raise UserError(f"Ray cannot start on this machine: {_first_line(error)}; leave out --engine=ray") from error
     try:
         most = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
-        yield lambda function, tasks: _ordered(ray, function, tasks, most)
+        yield lambda function, tasks: _ordered(ray, function, tasks, most, resources or {"num_cpus": 1})
     finally:
         ray.shutdown()
 
@@ -60,9 +60,9 @@ def _knock(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=10).close()
 
 
-def _ordered(ray: Any, function: Callable, tasks: Iterable, workers: int) -> Iterator[Any]:
+def _ordered(ray: Any, function: Callable, tasks: Iterable, workers: int, resources: Mapping[str, float]) -> Iterator[Any]:
     """The results in order; at most `workers` tasks run, and of twice as many the results have not been taken."""
-    remote = ray.remote(num_cpus=1, max_retries=0)(function)
+    remote = ray.remote(max_retries=0, **resources)(function)
     waiting: collections.deque = collections.deque()
     try:
         for task in tasks:

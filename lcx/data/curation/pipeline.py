@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from lcx.core import manifest
 from lcx.core.configs import plain
 from lcx.core.errors import UserError
 from lcx.core.files import opened_atomically, write_atomically
@@ -33,7 +34,7 @@ from lcx.data.curation.embed import Embedder, EmbedderFactory, build_embedder
 from lcx.data.curation.labels import AskFactory
 from lcx.data.curation.scores import Learner, Scorer, ScorerFactory, build_scorers
 from lcx.data.curation.shard import Shard, Unreadable, judge
-from lcx.data.curation.store import FORMAT, REPORT, WORK, Documents, Drop, Drops, Stored, claimed, to_json
+from lcx.data.curation.store import FORMAT, META, REPORT, WORK, Documents, Drop, Drops, Stored, claimed, to_json
 from lcx.data.curation.synthesize.generator import GeneratorFactory
 from lcx.data.curation.synthesize.settings import identity
 from lcx.data.curation.synthesize.stage import Synthesizer
@@ -103,6 +104,9 @@ def curate(
                 content = curation.run(dry_run)
                 if dry_run:
                     return content
+                # What is written besides (pages, vectors) may be made again.
+                names = [META, *(name for name in manifest.listed(folder) if name.endswith(".jsonl") and not name.startswith(WORK))]
+                manifest.write(folder, names, given={REPORT: to_json(content)})
                 write_atomically(folder / REPORT, to_json(content))
             shutil.rmtree(folder / WORK, ignore_errors=True)
             return json.loads((folder / REPORT).read_bytes())

@@ -20,6 +20,7 @@ from typing import IO
 from lcx.core.configs import nearest
 from lcx.core.errors import UserError
 from lcx.core.files import refuse_lfs_pointer
+from lcx.core.manifest import check_file
 from lcx.data.config import SourceConfig
 
 _TESTS = {"test", "tests", "idle_test"}
@@ -240,6 +241,7 @@ def opened(path: pathlib.Path) -> Iterator[IO[bytes]]:
     """A file for reading, decompressed if its name ends in .gz; raises `UserError` if it cannot be read, now or in the body."""
     try:
         refuse_lfs_pointer(path)
+        check_file(path)
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             yield file
     except (OSError, EOFError, zlib.error) as error:

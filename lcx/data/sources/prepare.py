@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from lcx.core import manifest
 from lcx.core.configs import plain
 from lcx.core.errors import UserError
 from lcx.core.files import write_atomically
@@ -174,13 +175,14 @@ class _Writer:
         os.replace(partial, path)
         names, tokens, hashes = zip(*self._pending, strict=True)
         lengths = [len(x) for x in tokens]
-        records.write_index(records.index_path(self._folder, shard), names, lengths, hashes)
+        sums = [records.checksum(one) for one in tokens]
+        records.write_index(records.index_path(self._folder, shard), names, lengths, hashes, sums)
         self._count(lengths, hashes)
         self._pending = []
         return True
 
     def finish(self) -> None:
-        """The last shard, TFDS's files, and the mark of completion, in that order."""
+        """The last shard, TFDS's files, the manifest, and the mark of completion, in that order."""
         self.commit()
         if not self._shard_lengths:
             raise UserError(f"{self._folder}: the corpus has no tokens; give files that are not empty")
@@ -190,7 +192,12 @@ class _Writer:
         for name, content in described.items():
             write_atomically(self._folder / name, _json(content))
         progress = dataclasses.asdict(self.progress)
-        write_atomically(self._folder / records.META, _json({**self._identity, **progress, "complete": True}))
+        content = _json({**self._identity, **progress, records.CHECKED: True, "complete": True})
+        # Weights of tokens, which may have been computed and deleted, have a manifest of their own.
+        names = [*described, *(path.name for path in paths)]
+        names += [records.index_path(pathlib.Path(), shard).as_posix() for shard in range(len(paths))]
+        manifest.write(self._folder, names, given={records.META: content})
+        write_atomically(self._folder / records.META, content)
 
     def _count(self, lengths: list[int], hashes: list[int]) -> None:
         self._shard_lengths.append(len(lengths))

@@ -8,12 +8,17 @@ import pathlib
 
 import numpy as np
 
+from lcx.core import manifest
 from lcx.core.errors import UserError
+from lcx.core.manifest import DamagedError
 from lcx.data.config import SourceConfig
 from lcx.data.sources import records, token_weights
 from lcx.data.tokenizers.tokenizers import Tokenizer
 
 _KEEP_DOCUMENTS = 64
+
+WHOLE = 1 << 30
+"""Bytes of a dataset up to which its shards are read through when it is opened; a larger one is checked document by document."""
 
 
 class Prepared:
@@ -34,9 +39,18 @@ class Prepared:
         self._weights = token_weights.find(folder, by_shard) if weighted else None
         self.weighted = self._weights is not None
         self.hashes = np.concatenate([hashes for _, _, hashes in indexes])
+        sums = [records.read_sums(records.index_path(folder, shard)) for shard in range(meta["shards"])]
+        self._sums = None if any(one is None for one in sums) else np.concatenate(sums)
+        self._folder = folder
         self._dtype = np.dtype(meta["dtype"])
         paths = [str(records.shard_path(folder, meta["name"], shard)) for shard in range(meta["shards"])]
-        self._records = array_record_data_source.ArrayRecordDataSource(paths)
+        try:
+            self._records = array_record_data_source.ArrayRecordDataSource(paths)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise DamagedError(
+                f"a shard of the dataset in {folder} is not what was written ({' '.join(str(error).split())[:160]}); put back a "
+                "whole copy of the dataset, or delete it and prepare it again"
+            ) from error
         self._kept: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
         if len(self._records) != len(self.lengths):
             raise UserError(
@@ -57,17 +71,43 @@ class Prepared:
     def _document(self, document: int) -> np.ndarray:
         tokens = self._kept.pop(document, None)
         if tokens is None:
-            tokens = np.frombuffer(records.decode_example(self._records[document])["tokens"], self._dtype)
+            tokens = self._read(document)
         self._kept[document] = tokens
         if len(self._kept) > _KEEP_DOCUMENTS:
             self._kept.popitem(last=False)
         return tokens
 
+    def _read(self, document: int) -> np.ndarray:
+        """A document's tokens from its file; raises `DamagedError` if they are not those that were written."""
+        try:
+            tokens = np.frombuffer(records.decode_example(self._records[document])["tokens"], self._dtype)
+        except (RuntimeError, ValueError, KeyError, IndexError, StopIteration) as error:
+            raise self._damaged(document) from error
+        if self._sums is not None and records.checksum(tokens) != int(self._sums[document]):
+            raise self._damaged(document)
+        return tokens
+
+    def _damaged(self, document: int) -> DamagedError:
+        return DamagedError(
+            f"document {self.names[document]!r} in {self._folder} is not what was written; put back a whole copy of the dataset, "
+            "or delete it and prepare it again"
+        )
+
 
 def open_prepared(config: SourceConfig, tokenizer: Tokenizer, weighted: bool = True) -> Prepared:
-    """The dataset in the single folder that `config.path` names; raises `UserError` like `checked_meta`, and for loss weights (of
-    which there are none if not `weighted`) that are unfinished."""
-    return Prepared(*checked_meta(config, tokenizer), weighted)
+    """The dataset in the single folder that `config.path` names; raises `UserError` like `checked_meta`, for loss weights (of which
+    there are none if not `weighted`) that are unfinished, and for files that are not as the dataset's manifests say."""
+    folder, meta = checked_meta(config, tokenizer)
+    if meta.get(records.CHECKED):
+        check_files(folder, meta)
+    return Prepared(folder, meta, weighted)
+
+
+def check_files(folder: pathlib.Path, meta: dict) -> None:
+    """Raises `DamagedError` for a file that is not as the manifest says; of the shards of a dataset above `WHOLE` sizes count."""
+    found = manifest.read(folder / manifest.NAME)
+    for name in found.files:
+        found.check(name, least=found.bytes > WHOLE and name.startswith(f"{meta['name']}-train."))
 
 
 def checked_meta(config: SourceConfig, tokenizer: Tokenizer) -> tuple[pathlib.Path, dict]:
@@ -78,6 +118,7 @@ def checked_meta(config: SourceConfig, tokenizer: Tokenizer) -> tuple[pathlib.Pa
     if len(config.paths) != 1:
         raise UserError(f"source.path={config.paths} names {len(config.paths)} prepared datasets; give one folder per part")
     folder = pathlib.Path(config.paths[0]).expanduser()
+    manifest.check_file(folder / records.META)
     try:
         meta = json.loads((folder / records.META).read_bytes())
     except (OSError, ValueError) as error:

@@ -2,7 +2,9 @@
 
     folder/dataset_info.json, features.json      what `tfds.builder_from_directory(folder)` needs
     folder/<name>-train.array_record-00000       documents 0, 1, ...: features `name` (text) and `tokens` (raw bytes of a vector)
-    folder/index/00000.npz                       lengths, text hashes and names of that shard's documents; the shard's commit mark
+    folder/index/00000.npz                       lengths, text hashes, names and checksums of that shard's documents; the shard's
+                                                 commit mark
+    folder/checksums.json                        sizes and checksums of all other files
     folder/lcx.json                              tokenizer fingerprint, source, counts, and whether the dataset is complete
 
 An `Example` is encoded and decoded by hand here: its bytes must be the same in every run, which protobuf does not guarantee for
@@ -18,10 +20,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from lcx.core.files import write_atomically
 
 META = "lcx.json"
+CHECKED = "checksums"
+"""Key of it, and of the metadata of loss weights, that says that there is a manifest."""
 
 
 def shard_path(folder: pathlib.Path, name: str, shard: int) -> pathlib.Path:
@@ -34,11 +39,14 @@ def index_path(folder: pathlib.Path, shard: int) -> pathlib.Path:
     return folder / "index" / f"{shard:05d}.npz"
 
 
-def write_index(path: pathlib.Path, names: Sequence[str], lengths: Sequence[int], hashes: Sequence[int]) -> None:
+def write_index(
+    path: pathlib.Path, names: Sequence[str], lengths: Sequence[int], hashes: Sequence[int], sums: Sequence[int]
+) -> None:
     """Writes one shard's index, atomically."""
     content = io.BytesIO()
     words = np.frombuffer(json.dumps(list(names)).encode(), np.uint8)
-    np.savez(content, lengths=np.asarray(lengths, np.int64), hashes=np.asarray(hashes, np.uint64), names=words)
+    integers = {name: np.asarray(values, np.uint64) for name, values in (("hashes", hashes), ("sums", sums))}
+    np.savez(content, lengths=np.asarray(lengths, np.int64), names=words, **integers)
     write_atomically(path, content.getvalue())
 
 
@@ -46,6 +54,17 @@ def read_index(path: pathlib.Path) -> tuple[list[str], np.ndarray, np.ndarray]:
     """(names, lengths int64, hashes uint64) of a shard."""
     with np.load(path) as index:
         return json.loads(index["names"].tobytes()), index["lengths"], index["hashes"]
+
+
+def read_sums(path: pathlib.Path) -> np.ndarray | None:
+    """Checksums uint64 of the tokens of a shard's documents (`checksum`); None in a dataset from before they were kept."""
+    with np.load(path) as index:
+        return index.get("sums")
+
+
+def checksum(tokens: np.ndarray) -> int:
+    """XXH3 (64 bits) of a document's tokens as they are stored."""
+    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(tokens).view(np.uint8).data)
 
 
 def encode_example(features: Mapping[str, bytes]) -> bytes:

@@ -2,6 +2,7 @@
 
 folder/weights/00000.npy     float16, the weights of that shard's tokens, document after document
 folder/weights.json          what they were computed with, and whether all of them are there; written first and last
+folder/weights.checksums.json   sizes and checksums of these files, which are read through when the dataset is opened
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ from typing import Any
 
 import numpy as np
 
+from lcx.core import manifest
 from lcx.core.errors import UserError
 from lcx.core.files import write_atomically
+from lcx.data.sources import records
 
 META, FOLDER = "weights.json", "weights"
+MANIFEST = f"weights.{manifest.NAME}"
 
 
 class TokenWeights:
@@ -55,6 +59,10 @@ def find(folder: pathlib.Path, lengths: list[np.ndarray]) -> TokenWeights | None
         return None
     if not meta["complete"]:
         raise UserError(f"the loss weights in {folder} are unfinished; rerun the same lcx data prepare, or delete {folder / META}")
+    if meta.get(records.CHECKED):
+        found = manifest.read(folder / MANIFEST)
+        for name in found.files:
+            found.check(name)
     return TokenWeights(folder, lengths)
 
 
@@ -71,7 +79,9 @@ def write(
     """
     file = folder / META
     there = json.loads(file.read_bytes()) if file.exists() else None
-    if there is not None and there != {**identity, "complete": there["complete"]}:
+    done = json.dumps({**identity, records.CHECKED: True, "complete": True}).encode()
+    known = {key: value for key, value in (there or {}).items() if key != records.CHECKED}
+    if there is not None and known != {**identity, "complete": there["complete"]}:
         raise UserError(f"{folder} has loss weights of another kind ({there}); delete {file} to replace them, or use a new folder")
     if there is None:
         shutil.rmtree(folder / FOLDER, ignore_errors=True)
@@ -84,4 +94,6 @@ def write(
             write_atomically(path(folder, shard), content.getvalue())
         if report is not None:
             report(shard + 1)
-    write_atomically(file, json.dumps({**identity, "complete": True}))
+    names = [path(pathlib.Path(), shard).as_posix() for shard in range(len(shards))]
+    manifest.write(folder, names, MANIFEST, given={META: done})
+    write_atomically(file, done)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from lcx.core.errors import UserError
+from lcx.core.manifest import check_file
 
 USUAL = {
     "bos_token": ("<s>", "<bos>", "<|begin_of_text|>"),
@@ -57,6 +58,7 @@ def files_next_to(folder: pathlib.Path) -> TokenizerFiles:
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """The object in a JSON file, empty if the file is missing; raises `UserError` for anything else."""
+    check_file(path)
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:

@@ -30,6 +30,7 @@ from lcx.core.configs import nearest
 from lcx.core.errors import UserError
 from lcx.core.files import refuse_lfs_pointer
 from lcx.core.gguf import is_gguf
+from lcx.core.manifest import check_file
 from lcx.data.tokenizers import special_tokens
 from lcx.data.tokenizers.gguf_vocab import unpacked
 from lcx.data.tokenizers.hugging_face import HuggingFace
@@ -161,6 +162,7 @@ def load(name: str) -> Tokenizer:
     if path.is_dir():
         path = _in_folder(path)
     if path.is_file():
+        check_file(path)
         try:
             refuse_lfs_pointer(path)
             with open(path, "rb") as file:
