@@ -33,7 +33,7 @@ from lcx.training.meta import Meta, scheme_configs
 from lcx.training.optimizer import groups
 from lcx.training.prefetch import Prefetcher, Stop
 from lcx.training.profile import Profiler, ProfileSteps
-from lcx.training.resume import ResumePoint, continue_into, reread_stage_start, resume_point
+from lcx.training.resume import ResumePoint, StageHistory, continue_into, history_of, reread_stage_start, resume_point
 from lcx.training.stages import RunConfig, stage_ends
 from lcx.training.step import TrainState
 from lcx.training.workdir import check_shared, exclusive, fingerprint, keep_programs, make_workdir, open_workdir
@@ -54,15 +54,6 @@ class Result:
     buffers: Tree
     schemes: dict[str, Scheme]
     decisions: tuple[dict[str, Any], ...]
-
-
-@dataclasses.dataclass
-class StageHistory:
-    """What the monitor has recorded of the current stage."""
-
-    losses: list[float] = dataclasses.field(default_factory=list)
-    before: monitor.Probe | None = None
-    reference: monitor.Probe | None = None
 
 
 def train(
@@ -148,7 +139,7 @@ class Trainer:
         self.record.keep(self.workdir, active=jax.process_index() == 0)
         self.record.goes_on_from(self.ends[start.index] - self.config.stages[start.index].steps + start.stage_step)
         built, state, at = self.builder.build(start.index), start.state, start.stage_step
-        history = _history(start)
+        history = history_of(start)
         self.writer.truncate(lambda row: metrics_log.place_of(row) <= self._reached(start))
         self._introduce(built, state)
         if fewer is not None and (start.index, start.stage_step) != (len(self.ends) - 1, self.config.stages[-1].steps):
@@ -393,13 +384,6 @@ def _finish_time(metrics: dict[str, jax.Array]) -> float:
 def _few(lines: Sequence[str], count: int = 3) -> str:
     rest = f"; and {len(lines) - count} more rows" if len(lines) > count else ""
     return "; ".join(lines[:count]) + rest
-
-
-def _history(start: ResumePoint) -> StageHistory:
-    if start.meta is None or start.meta.probe_before is None:
-        return StageHistory()
-    reference = None if start.meta.reference is None else monitor.Probe(**start.meta.reference)
-    return StageHistory(list(start.meta.losses), monitor.Probe(**start.meta.probe_before), reference)
 
 
 def _record(probe: monitor.Probe | None) -> dict[str, float] | None:
