@@ -205,7 +205,8 @@ def _compare(said: Mapping[str, Any]) -> None:
             )
     if processes.is_first():
         hosts = len({processes.named(i).partition(" on ")[2] for i in range(processes.count())})
-        say(f"{processes.count()} processes on {hosts} host{'s'[: hosts > 1]}, {jax.device_count()} devices ({device.device_kind})")
+        there = f"{jax.device_count()} devices ({device.device_kind})"
+        say(f"{processes.count()} processes on {hosts} host{'s'[: hosts > 1]}, {there}", stderr=True)
 
 
 @contextlib.contextmanager
