@@ -50,7 +50,7 @@ def config(mesh, strategy, experts, heads):
             "stages": [{"name": "base", "seq_len": 128, "steps": STEPS, "batch_size": 8}],
             "optim": {"lr": 3e-3, "warmup_steps": 2},
             "checkpoint": {"every": None},
-            "metrics": {"writers": ["jsonl"], "peak_flops": 1e11},
+            "metrics": {"writers": "jsonl", "peak_flops": 1e11},
             "monitor": {"enabled": False},
             "mesh": mesh,
             "execution": {"context_strategy": strategy},

@@ -16,7 +16,7 @@ def get_config():
     config.data.parts = {"text": {"kind": "text", "weight": 1.0, "source": source, "packing": {"method": "best_fit"}}}
     config.monitor.enabled = False
     config.checkpoint.every = 10
-    config.metrics.writers = ("jsonl",)
+    config.metrics.writers = "jsonl"
     config.metrics.peak_flops = 1e11
     config.evals.tasks = ("needles", "perplexity")
     config.evals.lengths = (64, 128)
