@@ -13,14 +13,15 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from lcx.attention.parallel.context import (
+    ContextSpec,
     choose_strategy,
     context_parallel_attention,
-    host_parts,
     mesh_split,
     shard_map_attention,
 )
+from lcx.attention.parallel.head_groups import choose_groups, host_schedule
 from lcx.attention.parallel.split_kv import split_kv
-from lcx.attention.parallel.ulysses import check_heads
+from lcx.attention.parallel.ulysses import check_heads, share_of_bias
 from lcx.attention.partial import Partial, apply_sinks
 from lcx.attention.plan import shard_spec
 from lcx.attention.shard import KERNELS, KVShard, QueryShard, shard_attention
@@ -61,7 +62,10 @@ def attend(
     wide = jnp.promote_types(q.dtype, jnp.float32)
     mesh = jax.sharding.get_abstract_mesh()
     if context_size() > 1:
-        o, lse = (_cached_context_parallel if cached else _context_parallel)(spec, mesh, wide, queries, keys, bias_params)
+        if cached:
+            o, lse = _cached_context_parallel(spec, mesh, wide, queries, keys, bias_params)
+        else:
+            o, lse = _context_parallel(spec, mesh, wide, queries, keys, bias_params, sinks is not None)
     else:
         shard = shard_spec(spec, q, wide if len(spec.scheme.regions) > 1 or sinks is not None else q.dtype, T, S, N, K)
         if not KERNELS[shard.kernel.kernel].partitionable and mesh.size > 1:
@@ -77,25 +81,27 @@ def attend(
 
 
 def _context_parallel(
-    spec: AttentionSpec, mesh: AbstractMesh, wide: Any, queries: QueryShard, keys: KVShard, bias_params: Any
+    spec: AttentionSpec, mesh: AbstractMesh, wide: Any, queries: QueryShard, keys: KVShard, bias_params: Any, sinks: bool
 ) -> Partial:
-    B, T, N, _ = queries.q.shape
+    B, T, N, H = queries.q.shape
     S, K = keys.k.shape[1:3]
     ring_size, share, layout = mesh.shape["ring"], mesh.shape["ulysses"], keys.index.layout
     if T % axis_size(mesh, "sequence") or S != T:
         raise UserError(f"{T} queries and {S} keys must be divisible by the {axis_size(mesh, 'sequence')} devices of mesh.context")
     check_heads(N, share)
-    choice = choose_strategy(spec.strategy, spec.mask, layout, T, ring_size, N // K)
+    choice, platform = choose_strategy(spec.strategy, spec.mask, layout, T, ring_size, N // K), target_platform()
     tokens, chunk = T // ring_size, T // (2 * ring_size) if layout == "zigzag" else None
     kernel = shard_spec(spec, queries.q, wide, tokens, tokens, N // share, max(1, K // share), chunk, mesh.size).kernel
     split = mesh_split(mesh, kernel.kernel, queries, keys)
-    rows, heads, kv_heads = split.sizes(mesh, B, N, K)
-    if choice.strategy != "gather" and target_platform() == "cpu":
-        schedule = host_parts(choice.schedule, kernel.bias is not None, rows, tokens, heads, kv_heads)
-        choice, heads, kv_heads = choice._replace(schedule=schedule), heads // schedule.groups, kv_heads // schedule.groups
+    here, biased = split.share(mesh, B, T, N, K, H), kernel.bias is not None
+    groups = choose_groups(here, platform, choice.strategy, biased, spec.head_groups)
+    if platform == "cpu" and choice.strategy != "gather":
+        choice = choice._replace(schedule=host_schedule(choice.schedule, groups, biased, tokens))
+    heads, kv_heads = here.of_group(groups)
     shard = split.shard(shard_spec(spec, queries.q, wide, tokens, tokens, heads, kv_heads, chunk, mesh.size))
-    run = functools.partial(context_parallel_attention, choice, shard, share > 1)
-    return shard_map_attention(mesh, split, run, queries, keys, bias_params)
+    # Sinks enter after the last merge, and are the last to need o in full precision.
+    plan = ContextSpec(choice, share_of_bias(shard, "ulysses") if share > 1 else shard, groups, wide if sinks else queries.q.dtype)
+    return shard_map_attention(mesh, split, functools.partial(context_parallel_attention, plan), queries, keys, bias_params)
 
 
 def _cached_context_parallel(

@@ -128,16 +128,13 @@ def nothing_seen(queries: QueryShard) -> Partial:
     return jnp.zeros(queries.q.shape, wide), jnp.full(queries.q.shape[:3], -jnp.inf, wide)
 
 
-def cotangents(queries: QueryShard, keys: KVShard, bias_params: Any, dq: jax.Array, dkv: Any, dbias: Any) -> tuple:
-    """What a strategy's VJP returns for `(queries, keys, bias_params)`, in their dtypes; indices and tables have no gradient."""
-    nothing = functools.partial(jax.tree.map, jnp.zeros_like)
-    index: Any = None
-    dk, dv = (x.astype(like.dtype) for x, like in zip(dkv, (keys.k, keys.v), strict=True))
-    return (
-        QueryShard(dq.astype(queries.q.dtype), index, nothing(queries.tables)),
-        KVShard(dk, dv, index, nothing(keys.tables)),
-        jax.tree.map(lambda x, like: x.astype(like.dtype), dbias, bias_params),
-    )
+class Gradients(NamedTuple):
+    """What a strategy's backward pass finds, in float32 or wider: of q, of k and v where they came from, and of the bias."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    bias: Any
 
 
 def scan_key_slices(part: Callable, state: Any, keys: KVShard, slices: int) -> tuple[Any, Any]:
@@ -155,17 +152,28 @@ def scan_key_slices(part: Callable, state: Any, keys: KVShard, slices: int) -> t
     return state, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:]), out)
 
 
-def map_head_groups(part: Callable, groups: int, out: tuple[jax.Array, ...], arrays: tuple[jax.Array, ...]) -> Any:
-    """`part(*arrays)` for `groups` groups of the heads in turn, written into `out`; heads are axis 2 of both."""
+def map_head_groups(
+    part: Callable, groups: int, sums: Any, out: tuple[jax.Array, ...], arrays: tuple[jax.Array, ...], blocks: int = 1
+) -> Any:
+    """`part(sums, *arrays) -> (sums, found)` for `groups` groups of the heads in turn, `found` written into `out`.
 
-    def group_of(i: jax.Array, x: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice_in_dim(x, i * (x.shape[2] // groups), x.shape[2] // groups, axis=2)
+    Heads are axis 2 of `out` and `arrays`. A group has its share of each of `blocks` equal parts of the heads. Returns (sums, out).
+    """
+    if groups == 1:
+        return part(sums, *arrays)
 
-    def one(i: jax.Array, out: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        found = part(*(group_of(i, x) for x in arrays))
-        return tuple(jax.lax.dynamic_update_slice_in_dim(whole, x, i * x.shape[2], 2) for whole, x in zip(out, found, strict=True))
+    def cut(x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:2], blocks, groups, x.shape[2] // blocks // groups, *x.shape[3:])
 
-    return jax.lax.fori_loop(0, groups, one, out)
+    def one(i: jax.Array, carry: tuple) -> tuple:
+        sums, out = carry
+        chosen = (jax.lax.dynamic_index_in_dim(cut(x), i, 3, keepdims=False) for x in arrays)
+        sums, found = part(sums, *(x.reshape(*x.shape[:2], -1, *x.shape[4:]) for x in chosen))
+        pairs = ((cut(whole), x) for whole, x in zip(out, found, strict=True))
+        placed = (jax.lax.dynamic_update_index_in_dim(w, x.reshape(*w.shape[:3], *w.shape[4:]), i, 3) for w, x in pairs)
+        return sums, tuple(w.reshape(*w.shape[:2], -1, *w.shape[5:]) for w in placed)
+
+    return jax.lax.fori_loop(0, groups, one, (sums, out))
 
 
 def _spec_of(shard: ShardSpec, region: Region) -> KernelSpec:

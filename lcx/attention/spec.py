@@ -84,8 +84,8 @@ class ShardSpec:
 @dataclasses.dataclass(frozen=True)
 class AttentionSpec:
     """Static description of one kind of layer. `kernel` is a key of `attention.shard.KERNELS`, or "auto"; `block_q` and `block_k`
-    override the chosen tile sizes, `strategy` the one chosen for a sequence that is split over the mesh. `interpret` names the
-    platform whose flash kernel is interpreted without such a device, for tests."""
+    override the chosen tile sizes, `strategy` and `head_groups` what is chosen for a sequence that is split over the mesh.
+    `interpret` names the platform whose flash kernel is interpreted without such a device, for tests."""
 
     mask: Mask
     scheme: SchemeSpec
@@ -95,6 +95,7 @@ class AttentionSpec:
     block_q: int | None = None
     block_k: int | None = None
     strategy: Strategy | Literal["auto"] = "auto"
+    head_groups: int | None = None
     interpret: Platform | None = None
 
     def __post_init__(self) -> None:

@@ -28,6 +28,7 @@ COMMANDS = {
     "launch": "start a run, or each point of a sweep, on many hosts: Google Cloud, Kubernetes, Slurm, SkyPilot, or here",
     "sweep": "run the unfinished points of a sweep, then print a table and draw a plot",
     "doremi": "find weights for the parts of a mixture with a reference and a proxy run",
+    "plan": "say whether a config fits chips that need not be here, what its steps take, and what it costs",
     "theta": "choose theta for a target length",
     "import": "convert a Hugging Face folder or a GGUF file to a run's checkpoint",
     "export": "write a run's weights as a Hugging Face folder or a GGUF file, or its adapters for peft",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import types
@@ -32,7 +33,7 @@ def build(cls: type[T], values: Mapping[str, Any] | ml_collections.ConfigDict, p
     for key in values:
         if key not in fields:
             raise UserError(f"{path} has no field {key!r}{nearest(key, fields)}")
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     built = {key: _convert(hints[key], value, f"{path}.{key}") for key, value in values.items()}
     missing = [
         name
@@ -42,6 +43,12 @@ def build(cls: type[T], values: Mapping[str, Any] | ml_collections.ConfigDict, p
     if missing:
         raise UserError(f"{path} is missing a value for {', '.join(missing)}")
     return cls(**built)
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    """The types of a dataclass's fields; resolving them takes longer than all else that `build` does."""
+    return typing.get_type_hints(cls)
 
 
 def nearest(key: str, allowed: Iterable[str]) -> str:

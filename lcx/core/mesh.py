@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -90,7 +91,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     devices = list(jax.devices()) if devices is None else list(devices)
     sizes, types = config.sizes(len(devices)), (AxisType.Auto,) * len(AXES)
     if (slices := num_slices(devices)) == 1:
-        return jax.make_mesh([sizes[name] for name in AXES], AXES, axis_types=types, devices=devices)
+        return Mesh(arranged(sizes, devices), AXES, axis_types=types)
     outer = slices_spanned(sizes, slices, config.context_over_slices)
     inner = [sizes[name] // outer[name] for name in AXES]
     placed = mesh_utils.create_hybrid_device_mesh(inner, [outer[name] for name in AXES], devices, allow_split_physical_axes=True)
@@ -119,6 +120,18 @@ def slices_spanned(sizes: Mapping[str, int], slices: int, with_context: bool = F
             f"multiple of {slices}, each slice taking whole parts{ways}"
         )
     return found
+
+
+def arranged(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
+    """`devices` as an array with the axes of `AXES`, neighbours along an axis near each other on a TPU's torus.
+
+    An axis may take part of a dimension of the torus, as 8 devices do of 4 x 4 x 4.
+    """
+    shape = [sizes[name] for name in AXES]
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=list(devices)).devices
+    except NotImplementedError:
+        return mesh_utils.create_device_mesh(shape, list(devices), allow_split_physical_axes=True)
 
 
 def partition_spec(logical_axes: Sequence[str | None]) -> PartitionSpec:

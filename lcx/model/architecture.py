@@ -48,6 +48,7 @@ class Architecture:
             softcap=config.attention_softcap,
             kernel=self.execution.attention,
             strategy=self.execution.context_strategy,
+            head_groups=self.execution.head_groups,
         )
 
 

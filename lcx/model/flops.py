@@ -24,34 +24,45 @@ def count(function: Callable[..., Any], *args: Any, while_trips: int = 1) -> int
     A loop with a run-time trip count is assumed to run `while_trips` times; all blocks of a Pallas kernel count, even those that it
     skips.
     """
-    return _jaxpr(jax.make_jaxpr(function)(*args).jaxpr, while_trips)
+    return count_jaxpr(jax.make_jaxpr(function)(*args).jaxpr, while_trips)
 
 
-def _jaxpr(jaxpr: jex.Jaxpr, while_trips: int) -> int:
-    return sum(_equation(equation, while_trips) for equation in jaxpr.eqns)
+def count_jaxpr(jaxpr: jex.Jaxpr, while_trips: int = 1) -> int:
+    """As `count`, of a function that is traced already."""
+    return _jaxpr(jaxpr, while_trips)
 
 
-def _equation(equation: jex.JaxprEqn, while_trips: int) -> int:
+def kernel_calls(jaxpr: jex.Jaxpr) -> int:
+    """Of the operations that `count_jaxpr` finds, those of Pallas kernels."""
+    return _jaxpr(jaxpr, 1, only="pallas_call")
+
+
+def _jaxpr(jaxpr: jex.Jaxpr, while_trips: int, only: str | None = None) -> int:
+    """The sum over a jaxpr's equations; `only` those of primitives of this name, whole, and nothing outside of them."""
+    return sum(_equation(equation, while_trips, only) for equation in jaxpr.eqns)
+
+
+def _equation(equation: jex.JaxprEqn, while_trips: int, only: str | None) -> int:
     name, params = equation.primitive.name, equation.params
-    if name == "dot_general":
-        return _dot(equation)
-    if name == "ragged_dot_general":
-        return _ragged_dot(equation)
+    if name == only:
+        only = None
+    if name in ("dot_general", "ragged_dot_general"):
+        return 0 if only else _dot(equation) if name == "dot_general" else _ragged_dot(equation)
     if name == "scan":
-        return params["length"] * _jaxpr(params["jaxpr"].jaxpr, while_trips)
+        return params["length"] * _jaxpr(params["jaxpr"].jaxpr, while_trips, only)
     if name == "while":
-        return while_trips * _jaxpr(params["body_jaxpr"].jaxpr, while_trips)
+        return while_trips * _jaxpr(params["body_jaxpr"].jaxpr, while_trips, only)
     if name == "cond":
-        return max(_jaxpr(branch.jaxpr, while_trips) for branch in params["branches"])
+        return max(_jaxpr(branch.jaxpr, while_trips, only) for branch in params["branches"])
     if name == "pallas_call":
-        return math.prod(params["grid_mapping"].grid) * _jaxpr(params["jaxpr"], while_trips)
+        return math.prod(params["grid_mapping"].grid) * _jaxpr(params["jaxpr"], while_trips, only)
     if name == "shard_map":
-        return math.prod(params["mesh"].shape.values()) * _jaxpr(params["jaxpr"], while_trips)
+        return math.prod(params["mesh"].shape.values()) * _jaxpr(params["jaxpr"], while_trips, only)
     total = 0
     for value in params.values():
         inner = getattr(value, "jaxpr", value)
         if isinstance(inner, jex.Jaxpr):
-            total += _jaxpr(inner, while_trips)
+            total += _jaxpr(inner, while_trips, only)
     return total
 
 

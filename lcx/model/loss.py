@@ -11,14 +11,19 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.custom_derivatives import SymbolicZero
+from jax.sharding import PartitionSpec
 
 from lcx.core.batch import PADDING, Batch
+from lcx.core.mesh import SEQUENCE, axis_size, context_size
 from lcx.core.trees import Tree
 from lcx.model.architecture import Architecture
 from lcx.model.config import ModelConfig
 from lcx.model.linear import effective_kernel, head_logits
+from lcx.model.tiles import count_tiles, shard_length
+
+LEAST_ENTRIES = 2048
+"""Entries of the vocabulary in a tile below which tokens are cut instead: products of that width keep a chip's matrix unit busy."""
 
 
 @flax.struct.dataclass
@@ -96,7 +101,13 @@ def token_losses(params: Tree, hidden: jax.Array, targets: jax.Array, arch: Arch
     """Loss of every token, unweighted; differentiable with respect to `params` and `hidden`."""
     config = arch.config
     kernel = output_kernel(params, config).astype(hidden.dtype)
-    found: Any = _tiled(hidden, kernel, targets, _tile(hidden, arch), config.logit_softcap)
+    tiles, entries = _tile(hidden, arch)
+    run = functools.partial(_tiled, tiles=tiles, entries=entries, softcap=config.logit_softcap)
+    if tiles > 1 and context_size() > 1:
+        tokens = PartitionSpec(None, SEQUENCE)
+        split = {"in_specs": (tokens, PartitionSpec(), tokens), "out_specs": tokens, "axis_names": set(SEQUENCE)}
+        run = jax.shard_map(run, **split, check_vma=False)
+    found: Any = run(hidden, kernel, targets)
     lse, chosen, best = found
     return TokenLosses(nll=lse - chosen, lse=lse, correct=chosen >= best)
 
@@ -112,10 +123,17 @@ def output_kernel(params: Tree, config: ModelConfig) -> jax.Array:
     return params["embed"]["embedding"].T if config.tied_embeddings else effective_kernel(params["head"], 1)
 
 
-def _tile(hidden: jax.Array, arch: Architecture) -> int:
-    tokens = int(np.prod(hidden.shape[:-1]))
-    tiles = -(-tokens * arch.config.vocab_size // arch.execution.loss_tile)
-    return -(-arch.config.vocab_size // tiles)
+def _tile(hidden: jax.Array, arch: Architecture) -> tuple[int, int]:
+    """Tiles of a device's tokens, and entries of the vocabulary in a tile."""
+    rows, length, most = hidden.shape[0], hidden.shape[1], arch.execution.loss_tile
+    mesh, least = jax.sharding.get_abstract_mesh(), min(LEAST_ENTRIES, arch.config.vocab_size)
+    here = rows if mesh.empty else -(-rows // axis_size(mesh, "batch"))
+    tiles = 1
+    if here * shard_length(length) * least > most and length % context_size() == 0:
+        tiles = count_tiles(shard_length(length), max(1, most // (2 * least) // here))
+    tokens = rows * length if tiles == 1 else here * shard_length(length) // tiles
+    pieces = -(-tokens * arch.config.vocab_size // most)
+    return tiles, -(-arch.config.vocab_size // pieces)
 
 
 def _cap(raw: jax.Array, softcap: float | None) -> jax.Array:
@@ -136,14 +154,33 @@ def _tile_logits(hidden: jax.Array, weights: jax.Array, start: jax.Array, vocab:
     return jnp.where(entries < vocab, _cap(raw, softcap), -jnp.inf), raw, entries
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _tiled(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, tile: int, softcap: float | None) -> tuple:
-    """Log-sum-exp, the target's logit and the largest logit, each float32 `[B, T]`; the last carries no gradient."""
-    return _lse_chosen_best(hidden, kernel, targets, tile, softcap)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _tiled(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, tiles: int, entries: int, softcap: float | None) -> tuple:
+    """Log-sum-exp, the target's logit and the largest logit, each float32 `[B, T]`; the last carries no gradient.
+
+    `tiles` of the tokens one after another, and for each the vocabulary in tiles of so many `entries`.
+    """
+    if tiles == 1:
+        return _lse_chosen_best(hidden, kernel, targets, entries, softcap)
+
+    def one(part: Any) -> tuple:
+        return _lse_chosen_best(part[0], kernel, part[1], entries, softcap)
+
+    return _joined(jax.lax.map(one, _cut((hidden, targets), tiles)))
 
 
-def _tiled_forward(hidden: Any, kernel: Any, targets: Any, tile: int, softcap: float | None) -> tuple:
-    found = _lse_chosen_best(hidden.value, kernel.value, targets.value, tile, softcap)
+def _cut(arrays: Any, tiles: int) -> Any:
+    """`[B, T, ...]` as `[tiles, B, T / tiles, ...]`."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[0], tiles, -1, *x.shape[2:]).swapaxes(0, 1), arrays)
+
+
+def _joined(parts: Any) -> Any:
+    """The inverse of `_cut`."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:]), parts)
+
+
+def _tiled_forward(hidden: Any, kernel: Any, targets: Any, tiles: int, entries: int, softcap: float | None) -> tuple:
+    found: Any = _tiled(hidden.value, kernel.value, targets.value, tiles, entries, softcap)
     # A frozen kernel gets no gradient, which takes a third of the time: what is saved says so by its structure.
     return found, (hidden.value, kernel.value, targets.value, found[0], () if kernel.perturbed else None)
 
@@ -171,10 +208,40 @@ def _lse_chosen_best(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, t
     return lse, chosen, best
 
 
-def _tiled_backward(tile: int, softcap: float | None, saved: tuple, cotangents: tuple) -> tuple:
+def _tiled_backward(tiles: int, entries: int, softcap: float | None, saved: tuple, cotangents: tuple) -> tuple:
     hidden, kernel, targets, lse, trained = saved
     d_lse, d_chosen = (jnp.zeros(lse.shape) if isinstance(d, SymbolicZero) else d for d in cotangents[:2])
-    dim, vocab = kernel.shape
+    weights, firsts = _tiles(kernel, entries)
+    pull = functools.partial(_pull_back, weights=weights, firsts=firsts, vocab=kernel.shape[1], softcap=softcap, trained=trained)
+    if tiles == 1:
+        d_hidden, d_tiles = pull(hidden, targets, lse, d_lse, d_chosen)
+    else:
+
+        def one(total: Any, part: tuple) -> tuple:
+            d_hidden, found = pull(*part)
+            return jax.tree.map(jnp.add, total, found), d_hidden.astype(hidden.dtype)
+
+        zeros = None if trained is None else jnp.zeros(weights.shape, jnp.float32)
+        d_tiles, d_hidden = jax.lax.scan(one, zeros, _cut((hidden, targets, lse, d_lse, d_chosen), tiles))
+        d_hidden = _joined(d_hidden)
+    d_kernel = None if d_tiles is None else d_tiles.transpose(1, 0, 2).reshape(kernel.shape[0], -1)[:, : kernel.shape[1]]
+    return d_hidden.astype(hidden.dtype), None if d_kernel is None else d_kernel.astype(kernel.dtype), None
+
+
+def _pull_back(
+    hidden: jax.Array,
+    targets: jax.Array,
+    lse: jax.Array,
+    d_lse: jax.Array,
+    d_chosen: jax.Array,
+    *,
+    weights: jax.Array,
+    firsts: jax.Array,
+    vocab: int,
+    softcap: float | None,
+    trained: tuple | None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """The float32 gradients of `hidden` and of the tiles `weights` `[V/C, D, C]`; None for a kernel that is not trained."""
 
     def step(d_hidden: jax.Array, tile_: tuple) -> tuple[jax.Array, jax.Array | None]:
         weights, first = tile_
@@ -189,15 +256,11 @@ def _tiled_backward(tile: int, softcap: float | None, saved: tuple, cotangents: 
             return d_hidden, None
         return d_hidden, jnp.einsum("btd,btc->dc", hidden, slope, preferred_element_type=jnp.float32)
 
-    weights, firsts = _tiles(kernel, tile)
     start = jnp.zeros(hidden.shape, jnp.float32)
-    if weights.shape[0] == 1:
-        d_hidden, d_tile = step(start, (weights[0], firsts[0]))
-        d_kernel = None if d_tile is None else d_tile[:, :vocab]
-    else:
-        d_hidden, d_tiles = jax.lax.scan(step, start, (weights, firsts))
-        d_kernel = None if d_tiles is None else d_tiles.transpose(1, 0, 2).reshape(dim, -1)[:, :vocab]
-    return d_hidden.astype(hidden.dtype), None if d_kernel is None else d_kernel.astype(kernel.dtype), None
+    if weights.shape[0] > 1:
+        return jax.lax.scan(step, start, (weights, firsts))
+    d_hidden, d_tile = step(start, (weights[0], firsts[0]))
+    return d_hidden, None if d_tile is None else d_tile[None]
 
 
 _tiled.defvjp(_tiled_forward, _tiled_backward, symbolic_zeros=True)

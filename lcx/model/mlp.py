@@ -17,7 +17,8 @@ from lcx.model import experts
 from lcx.model.architecture import Architecture
 from lcx.model.config import ModelConfig
 from lcx.model.linear import linear, project
-from lcx.model.norm import Norm
+from lcx.model.norm import Norm, before
+from lcx.model.tiles import count_tiles, over_tiles, shard_length
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -33,18 +34,20 @@ tokens needs a quarter less memory, and no more time although it computes two pr
 
 
 def mlp(
-    params: Tree, x: jax.Array, arch: Architecture, norm: Norm | None = None, token_mask: jax.Array | None = None
+    params: Tree, x: jax.Array, arch: Architecture, norm: Tree | None = None, token_mask: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Feed-forward branch `[B, T, D] -> [B, T, D]` over `norm(x)`, gated or plain, one or a mixture of experts; long rows tile by
-    tile (`mlp_tile`). Also returns the experts' load-balancing loss over the tokens marked in `token_mask`; None without them."""
+    """Feed-forward branch `[B, T, D] -> [B, T, D]`, gated or plain, one or a mixture of experts; long rows tile by tile
+    (`mlp_tile`). `norm` holds the parameters of the norm before it. Also returns the experts' load-balancing loss over the tokens
+    marked in `token_mask`; None without them."""
     B, T, _ = x.shape
-    count = _mlp_tiles(T, arch)
+    count = mlp_tiles(T, arch)
+    if arch.config.num_experts is None:
+        run = functools.partial(_feed_forward_of, config=arch.config)
+        return (run((params, norm), x) if count == 1 else over_tiles(run, (params, norm), (x,), count)), None
 
     def branch(part: tuple[jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array | None]:
         tokens, marks = part
-        if arch.config.num_experts is None:
-            return _mlp(params, tokens, arch.config, norm), None
-        return _experts(params, tokens, arch, norm, marks)
+        return _experts(params, tokens, arch, before(norm, arch.config), marks)
 
     if count == 1:
         y, expert_load = branch((x, token_mask))
@@ -57,18 +60,24 @@ def mlp(
     return y, experts.balance_loss(expert_load, jnp.sum(token_mask, dtype=jnp.float32))
 
 
-def _mlp_tiles(length: int, arch: Architecture) -> int:
+def _feed_forward_of(weights: tuple[Tree, Tree | None], x: jax.Array, *, config: ModelConfig) -> jax.Array:
+    params, norm = weights
+    return feed_forward(params, x, config, before(norm, config))
+
+
+def mlp_tiles(length: int, arch: Architecture) -> int:
+    """In how many tiles the tokens of a row of `length` go through the feed-forward layer, on each device that has a part of it."""
     most = arch.execution.mlp_tile
     if most is not None and target_platform() == "cpu":
         most = max(1, min(most, CPU_WIDE // arch.config.mlp_dim))
-    # A row that is split over devices is already cut, and cutting it again would move it between them.
-    if most is None or length <= most or context_size() > 1:
+    # Experts exchange tokens between devices, so a part of a row is not cut again for them.
+    if (arch.config.num_experts is not None and context_size() > 1) or length % context_size():
         return 1
-    least = -(-length // most)
-    return next((n for n in range(least, 2 * least) if length % n == 0), 1)
+    return count_tiles(shard_length(length), most)
 
 
-def _mlp(params: Tree, x: jax.Array, config: ModelConfig, norm: Norm | None) -> jax.Array:
+def feed_forward(params: Tree, x: jax.Array, config: ModelConfig, norm: Norm | None) -> jax.Array:
+    """One feed-forward block `[B, T, D] -> [B, T, D]` over `norm(x)`."""
     activation = ACTIVATIONS[config.activation]
     inner = project([params[name] for name in (("up", "gate") if config.gated else ("up",))], x, norm)
 
@@ -93,5 +102,5 @@ def _experts(
 
     routing = router(y)
     activation = ACTIVATIONS[config.activation]
-    out = experts.mix(params, y, routing, arch.execution, activation, lambda params, y: _mlp(params, y, config, None))
+    out = experts.mix(params, y, routing, arch.execution, activation, lambda params, y: feed_forward(params, y, config, None))
     return out, None if token_mask is None else experts.count_load(routing, token_mask)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -11,6 +12,11 @@ from lcx.core.trees import Tree
 from lcx.model.config import ModelConfig
 
 Norm = Callable[[jax.Array], jax.Array]
+
+
+def before(params: Tree | None, config: ModelConfig) -> Norm | None:
+    """The norm before a branch, from its parameters; None without one."""
+    return None if params is None else functools.partial(rms_norm, params, config=config)
 
 
 def rms_norm(params: Tree, x: jax.Array, config: ModelConfig) -> jax.Array:

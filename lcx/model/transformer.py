@@ -17,14 +17,15 @@ from jax.ad_checkpoint import checkpoint_name
 from lcx.attention.attend import attend
 from lcx.attention.blockwise import SAVED
 from lcx.core.batch import PADDING, SHARED, Batch, Index
-from lcx.core.mesh import fitting_spec, target_platform
+from lcx.core.mesh import context_size, fitting_spec, target_platform
 from lcx.core.trees import Tree, cast
 from lcx.model.architecture import Architecture
 from lcx.model.config import ModelConfig, is_local
 from lcx.model.execution import ExecutionConfig
 from lcx.model.linear import linear, project
-from lcx.model.mlp import mlp
-from lcx.model.norm import Norm, rms_norm
+from lcx.model.mlp import feed_forward, mlp, mlp_tiles
+from lcx.model.norm import before, rms_norm
+from lcx.model.tiles import over_tiles
 from lcx.positions.rotary import tables
 
 CPU_UNROLL = 8
@@ -36,6 +37,9 @@ LONG = 8192
 
 INPUT = "layer input"
 """Name of the input to a period of layers, for rematerialisation policies."""
+
+FIRST_INPUT = "input of layers recomputed together"
+"""Name of what `nested` policies keep of several periods."""
 
 AttentionFn = Callable[..., tuple[jax.Array, Tree]]
 """`(kind, nth, layer, state, q_BTNH, k_BTKH, v_BTKH) -> (o_BTNH, state)`: how a layer's queries attend to keys.
@@ -175,16 +179,30 @@ def scan_layers(
     step = remat(functools.partial(_period, arch=arch, attention_fn=attention_fn, token_mask=token_mask), policy)
     carry, done = (x, state, None if token_mask is None else jnp.zeros((), jnp.float32)), 0
     if whole > 1:
-        done = whole * period
-        grouped = jax.tree.map(lambda w: w[:done].reshape(whole, period, *w.shape[1:]), stacked)
+        every = execution.periods_together(whole)
+        done = whole // every * every * period
+        grouped = jax.tree.map(lambda w: w[:done].reshape(-1, period, *w.shape[1:]), stacked)
         unroll = execution.layer_unroll or (CPU_UNROLL if policy == "none" and target_platform() == "cpu" else 1)
-        turns = (grouped, jnp.arange(whole, dtype=jnp.int32))
-        carry, _ = jax.lax.scan(functools.partial(step, kinds=config.pattern), carry, turns, unroll=min(whole, unroll))
+        turns = (grouped, jnp.arange(done // period, dtype=jnp.int32))
+        run = functools.partial(jax.lax.scan, functools.partial(step, kinds=config.pattern), unroll=min(whole, unroll))
+        if every > 1:
+            turns = jax.tree.map(lambda x: x.reshape(-1, every, *x.shape[1:]), turns)
+            run = functools.partial(jax.lax.scan, _recomputed_together(run, policy))
+        carry, _ = run(carry, turns)
     for start in range(done, config.num_layers, period):
         kinds = config.pattern[: config.num_layers - start]
         rest = jax.tree.map(functools.partial(_slice, start=start, size=len(kinds)), stacked)
         carry, _ = step(carry, (rest, start // period), kinds=kinds)
     return carry
+
+
+def _recomputed_together(run: Callable[..., Any], policy: str) -> Callable[..., Any]:
+    """`run(carry, turns)` over some periods, of which the first one's input is kept for the backward pass."""
+
+    def from_first(carry: tuple, turns: Any) -> tuple:
+        return run((checkpoint_name(carry[0], FIRST_INPUT), *carry[1:]), turns)
+
+    return jax.checkpoint(from_first, policy=_keeping([FIRST_INPUT], host=policy == "nested_offload"))
 
 
 def unrolled_layers(
@@ -221,17 +239,23 @@ def remat(step: Callable[..., Any], policy: str) -> Callable[..., Any]:
     if policy == "none":
         return step
     policies = {
-        "attention": jax.checkpoint_policies.save_only_these_names(SAVED),
+        "attention": _keeping([SAVED]),
         "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         "block": jax.checkpoint_policies.nothing_saveable,
-        "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[],
-            names_which_can_be_offloaded=[INPUT, SAVED],
-            offload_src="device",
-            offload_dst="pinned_host",
-        ),
+        "offload": _keeping([INPUT, SAVED], host=True),
+        "nested": _keeping([SAVED]),
+        "nested_offload": _keeping([INPUT, SAVED], host=True),
     }
     return lambda carry, group, kinds: jax.checkpoint(functools.partial(step, kinds=kinds), policy=policies[policy])(carry, group)
+
+
+def _keeping(names: list[str], host: bool = False) -> Any:
+    """The policy that keeps what has one of these names, and arguments; on the host with `host`, on the device otherwise."""
+    if not host:
+        return jax.checkpoint_policies.save_only_these_names(*names)
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=names, offload_src="device", offload_dst="pinned_host"
+    )
 
 
 def _period(
@@ -260,29 +284,74 @@ def block(
 
     Also returns the layer's state and load-balancing loss, as `scan_layers` does.
     """
-    config = arch.config
-
-    def pre_norm(name: str) -> Norm | None:
-        return functools.partial(rms_norm, layer[name], config=config) if config.pre_norm else None
-
+    config, tiles = arch.config, shard_tiles(arch, x.shape[1])
     with jax.named_scope("attention"):
-        params = layer["attention"]
-        q, k, v = project([params[name] for name in ("query", "key", "value")], x, pre_norm("pre_attention_norm"))
-        if config.qk_norm == "head":
-            q, k = rms_norm(params["query_norm"], q, config), rms_norm(params["key_norm"], k, config)
-        elif config.qk_norm == "full":
-            q, k = (
-                rms_norm(params[name], y.reshape(*y.shape[:-2], -1), config).reshape(y.shape)
-                for name, y in (("query_norm", q), ("key_norm", k))
-            )
+        project = functools.partial(queries_keys_values, config=config)
+        q, k, v = over_tiles(project, _some(layer, BEFORE), (x,), tiles) if tiles > 1 else project(layer, x)
         out, state = attention_fn(q, k, v)
-        y = linear(params["out"], out, inputs=2)
-        y = rms_norm(layer["post_attention_norm"], y, config) if config.post_norm else y
-        x = constrain(x + y)
+    if tiles > 1:
+        with jax.named_scope("mlp"):
+            finish = functools.partial(_rest_of_block, config=config)
+            return constrain(over_tiles(finish, _some(layer, AFTER), (x, out), tiles)), state, None
+    with jax.named_scope("attention"):
+        x = constrain(x + _attention_output(layer, out, config))
     with jax.named_scope("mlp"):
-        y, balance = mlp(layer["mlp"], x, arch, pre_norm("pre_mlp_norm"), token_mask)
+        y, balance = mlp(layer["mlp"], x, arch, layer["pre_mlp_norm"] if config.pre_norm else None, token_mask)
         y = rms_norm(layer["post_mlp_norm"], y, config) if config.post_norm else y
         return constrain(x + y), state, balance
+
+
+BEFORE = ("pre_attention_norm", "attention/query", "attention/key", "attention/value", "attention/query_norm", "attention/key_norm")
+"""Parameters of a layer that are applied before its queries attend."""
+
+AFTER = ("attention/out", "post_attention_norm", "pre_mlp_norm", "mlp", "post_mlp_norm")
+"""Those that are applied afterwards."""
+
+
+def _some(layer: Tree, names: tuple[str, ...]) -> Tree:
+    found: Tree = {}
+    for first, _, second in (name.partition("/") for name in names):
+        if not second and first in layer:
+            found[first] = layer[first]
+        elif second in layer.get(first, {}):
+            found.setdefault(first, {})[second] = layer[first][second]
+    return found
+
+
+def shard_tiles(arch: Architecture, length: int) -> int:
+    """In how many tiles a device of a split row of `length` tokens computes a layer apart from attention; 1: not in tiles.
+
+    Only where `remat` recomputes this anyway, and not for experts, which exchange tokens between devices.
+    """
+    recomputes = remat_policy(arch.execution, length) not in ("none", "dots")
+    return mlp_tiles(length, arch) if context_size() > 1 and recomputes and arch.config.num_experts is None else 1
+
+
+def queries_keys_values(layer: Tree, x: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`[B, T, N, H]` and twice `[B, T, K, H]` of a layer's input, not rotated."""
+    params = layer["attention"]
+    norm = before(layer["pre_attention_norm"] if config.pre_norm else None, config)
+    q, k, v = project([params[name] for name in ("query", "key", "value")], x, norm)
+    if config.qk_norm == "head":
+        q, k = rms_norm(params["query_norm"], q, config), rms_norm(params["key_norm"], k, config)
+    elif config.qk_norm == "full":
+        q, k = (
+            rms_norm(params[name], y.reshape(*y.shape[:-2], -1), config).reshape(y.shape)
+            for name, y in (("query_norm", q), ("key_norm", k))
+        )
+    return q, k, v
+
+
+def _attention_output(layer: Tree, out: jax.Array, config: ModelConfig) -> jax.Array:
+    y = linear(layer["attention"]["out"], out, inputs=2)
+    return rms_norm(layer["post_attention_norm"], y, config) if config.post_norm else y
+
+
+def _rest_of_block(layer: Tree, x: jax.Array, out: jax.Array, config: ModelConfig) -> jax.Array:
+    """What follows attention, on a tile of tokens."""
+    x = x + _attention_output(layer, out, config)
+    y = feed_forward(layer["mlp"], x, config, before(layer["pre_mlp_norm"] if config.pre_norm else None, config))
+    return x + (rms_norm(layer["post_mlp_norm"], y, config) if config.post_norm else y)
 
 
 def constrain(x: jax.Array) -> jax.Array:

@@ -28,12 +28,28 @@ def check_stage(run: RunConfig, stage: StageConfig, mesh: Mesh, specs: Tree) -> 
     check_length(f"stages.{stage.name}.seq_len", stage.seq_len, layout, mesh.shape["ring"])
     check_heads(run.model.num_heads // mesh.shape["tensor"], mesh.shape["ulysses"])
     check_model(run.model, mesh)
+    check_execution(run, stage, mesh)
     if stage.shifted_group is not None:
         check_shifted(run, stage, mesh)
     for path, spec in paths_of(specs):
         for size, name in zip(spec.shape, spec.logical_axes, strict=True):
             if name is not None:
                 check_divides(f"{name} dimension of {path}", size, mesh, name)
+
+
+def check_execution(run: RunConfig, stage: StageConfig, mesh: Mesh) -> None:
+    """Raises `UserError` for an option of memory or parallelism that would have no effect on a stage."""
+    execution, periods = run.execution, run.model.num_layers // len(run.model.pattern)
+    if execution.head_groups is not None and axis_size(mesh, "sequence") == 1:
+        raise UserError(
+            f"execution.head_groups={execution.head_groups} is for rows that are split over devices, but stages.{stage.name} has "
+            "mesh.context=1; raise that, or leave head_groups out"
+        )
+    if execution.nested and (periods < 2 or (execution.remat_every or 2) > periods):
+        raise UserError(
+            f"execution.remat={execution.remat} recomputes several periods of layers together, with "
+            f"remat_every={execution.remat_every}, but the model has {periods}; use block, or fewer periods at a time"
+        )
 
 
 def check_shifted(run: RunConfig, stage: StageConfig, mesh: Mesh) -> None:

@@ -26,7 +26,15 @@ NEGLIGIBLE = 1e10
 RECENT = 20
 """Steps that a stage's time is the median of."""
 
-RECOMPUTED = {"none": (1.0, 1.0), "attention": (4 / 3, 1.0), "offload": (4 / 3, 1.0), "dots": (1.1, 9 / 7), "block": (4 / 3, 9 / 7)}
+RECOMPUTED = {
+    "none": (1.0, 1.0),
+    "attention": (4 / 3, 1.0),
+    "offload": (4 / 3, 1.0),
+    "dots": (1.1, 9 / 7),
+    "block": (4 / 3, 9 / 7),
+    "nested": (5 / 3, 9 / 7),
+    "nested_offload": (5 / 3, 9 / 7),
+}
 """What the policies of `execution.remat` multiply the time of layers by, and that of their attention, for what they recompute: one
 pass of three, and of attention two products of seven."""
 

@@ -51,8 +51,11 @@ def least(run: RunConfig, stage: StageConfig, step: TrainStep) -> dict[str, int]
     model, execution = run.model, run.execution
     logits = 4 * min(tokens * model.vocab_size, execution.loss_tile)
     at_loss = {"logits": logits}
-    if execution.remat != "offload" and any(path.startswith("layers/") for path, _ in paths(state.params)):
-        at_loss["inputs of the layers"] = model.num_layers * tokens * model.model_dim * jnp.dtype(execution.compute_dtype).itemsize
+    if "offload" not in execution.remat and any(path.startswith("layers/") for path, _ in paths(state.params)):
+        periods = model.num_layers // len(model.pattern)
+        every = execution.periods_together(periods) if periods > 1 else 1
+        kept = model.num_layers if every == 1 else periods // every
+        at_loss["inputs of the layers"] = kept * tokens * model.model_dim * jnp.dtype(execution.compute_dtype).itemsize
     if stage.accumulate > 1:
         at_loss["gradients"] = gradients
     return held | max({"gradients": gradients}, at_loss, key=lambda part: sum(part.values()))
@@ -100,8 +103,9 @@ def _ways(run: RunConfig, stage: StageConfig, mesh: Mesh) -> str:
     ways = ["shorter rows"]
     if stage.batch_size > stage.accumulate:
         ways.append("more microbatches (accumulate)")
-    if run.execution.remat not in ("block", "offload"):
-        ways.append("execution.remat=block")
+    if not run.execution.nested:
+        periods = run.model.num_layers // len(run.model.pattern)
+        ways.append("execution.remat=nested" if periods > 4 else "execution.remat=block")
     if run.execution.compute_dtype == "float32":
         ways.append("execution.compute_dtype=bfloat16")
     if run.adapters is None and run.init_from is not None:

@@ -126,6 +126,11 @@ class TrainStep:
             program = self._programs[_form(batch)] = self._step.lower(state, batch, buffers).compile()
         return program
 
+    def trace(self, state: TrainState, batch: Batch, buffers: Mapping[str, Any]) -> jax.stages.Traced:
+        """The step of such arguments, which may be abstract, traced: it has a jaxpr, and can be lowered and compiled."""
+        with jax.set_mesh(self.mesh):
+            return self._step.trace(state, batch, buffers)
+
     def with_gradients(self, state: TrainState, batch: Batch, buffers: Mapping[str, Any]) -> tuple[TrainState, dict, Tree]:
         """As a call, and the float32 gradient of (Σ w·ℓ + z-loss) / Σ w (+ the experts' balance) before clipping; for tests and
         diagnosis."""

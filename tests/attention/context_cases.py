@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lcx.attention.attend import attend
+from lcx.attention.parallel.head_groups import Share
 from lcx.attention.parallel.sequence_layout import arrange, restore
 from lcx.attention.spec import AttentionSpec
 from lcx.core.mask import Mask
@@ -38,6 +39,7 @@ OPTIONS = {
     "segments": ("none", "packed", "shared", "padding", "half"),
     "softcap": (None, 5.0),
     "sink": (False, True),
+    "groups": (1, "most"),
 }
 
 MASKS = {
@@ -60,6 +62,11 @@ KV_HEADS = {"mha": 24, "gqa": 6, "mqa": 1}
 def allowed(case: dict[str, Any]) -> bool:
     """Whether a case, whole or in part, can exist: the others are refused (`tests/attention/test_context.py`)."""
     size, strategy, layout, mask = (case.get(name) for name in ("size", "strategy", "layout", "mask"))
+    if case.get("groups") == "most":
+        # A bias is computed for all heads at once, and a ring is walked once for every group of KV heads.
+        around = strategy not in (None, "ulysses")
+        if case.get("scheme") in ("alibi", "t5") or (case.get("grouping") == "mqa" and around):
+            return False
     if strategy == "hybrid":
         return size not in (2, 3)
     if strategy == "ulysses":  # one piece of the ring: nothing to deal
@@ -75,6 +82,15 @@ def mesh_of(case: dict[str, Any]) -> MeshConfig:
     """Ring × ulysses for a size and a strategy."""
     ulysses = {"ulysses": case["size"], "hybrid": 2}.get(case["strategy"], 1)
     return MeshConfig(fsdp=1, context=case["size"], ulysses=ulysses)
+
+
+def groups_of(case: dict[str, Any]) -> int:
+    """The number of groups in which a case's heads attend."""
+    if case["groups"] == 1:
+        return 1
+    mesh = mesh_of(case)
+    ring = mesh.context // mesh.ulysses
+    return Share(B, T // ring, N, KV_HEADS[case["grouping"]], H, mesh.ulysses, ring).possible()[-1].count
 
 
 def inputs_of(case: dict[str, Any], dtype: Any = jnp.float32) -> tuple[dict[str, Any], jax.Array]:
@@ -93,7 +109,7 @@ def program(case: dict[str, Any], strategy: str, kernel: str) -> Any:
     block = 16 if kernel == "flash gpu" else 8
     spec = AttentionSpec(
         MASKS[case["mask"]], scheme, scale=0.5, softcap=case["softcap"], block_q=block, block_k=block, strategy=strategy,
-        **served(kernel),
+        head_groups=groups_of(case) if "groups" in case else None, **served(kernel),
     )  # fmt: skip
 
     def run(inputs: dict[str, Any], where: Any, cotangent: jax.Array) -> Any:
@@ -158,13 +174,16 @@ def product() -> list[dict[str, Any]]:
     Cases that share a compiled program follow one another. The covering array has the dense kernel, and further pairs of options;
     windows over keys on both sides are plain here.
     """
-    plain = {"kernel": "blockwise", "grouping": "mha", "softcap": None, "sink": False}
+    plain = {"kernel": "blockwise", "grouping": "mha", "softcap": None, "sink": False, "groups": 1}
     further: tuple[dict[str, Any], ...] = ({}, {"softcap": 5.0, "grouping": "gqa"}, {"sink": True, "grouping": "mqa"})
+    grouped = {"groups": "most", "grouping": "gqa"}
     names = ("size", "strategy", "layout", "mask", "scheme")
     found = []
     for values in itertools.product(*(OPTIONS[name] for name in names)):
         case = dict(zip(names, values, strict=True))
         if allowed(case):
             options = further[:1] if case["mask"] == "full window" else further
+            if case["mask"] in ("causal", "window") and allowed({**case, **grouped}):
+                options = (*options, grouped)
             found += [{**case, **plain, **more, "segments": rows} for more in options for rows in ("packed", "padding", "half")]
     return found

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from lcx.attention.attend import attend
-from lcx.attention.parallel import context
 from lcx.attention.parallel.context import choose_strategy
-from lcx.attention.parallel.ring import RingSchedule
+from lcx.attention.parallel.head_groups import HeadGroups, Share, choose_groups
 from lcx.attention.parallel.sequence_layout import SEQUENCE_LAYOUTS, arrange, check_length, choose_layout, restore
 from lcx.attention.parallel.ulysses import check_heads
 from lcx.attention.plan import choose_kernel
@@ -38,7 +37,7 @@ QUICK = [*each_setting([row for row in ROWS if row not in DENSE], cost), min(DEN
 """Every option with the kernel of long rows, and the other kernel once; `make test-all` has every pair of options."""
 CASE = {
     "size": 4, "strategy": "ring", "layout": "zigzag", "mask": "causal", "scheme": "rope", "kernel": "blockwise", "grouping": "gqa",
-    "segments": "packed", "softcap": None, "sink": True,
+    "segments": "packed", "softcap": None, "sink": True, "groups": 1,
 }  # fmt: skip
 
 
@@ -57,6 +56,21 @@ def test_split_attention_equals_dense(case):
     assert within(found), found
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ring", "gather", "window", "hybrid"])
+def test_heads_in_groups_equal_dense(strategy):
+    """The whole exchange for some heads, then for the next ones."""
+    mask = "window" if strategy == "window" else "causal"
+    found = errors({**CASE, "strategy": strategy, "mask": mask, "groups": "most"}, optimize=False)
+    assert within(found), found
+
+
+@pytest.mark.parametrize("grouping", mostly_slow(["mha", "gqa", "mqa"], ["gqa"]))
+def test_queries_in_groups_over_keys_exchanged_once_equal_dense(grouping):
+    found = errors({**CASE, "strategy": "ulysses", "layout": "contiguous", "grouping": grouping, "groups": "most"}, optimize=False)
+    assert within(found), found
+
+
 def test_heads_that_are_sent_twice_keep_their_bias():
     """Six KV heads over four devices: each gets three, two of them also its neighbour's."""
     case = {**CASE, "strategy": "ulysses", "layout": "contiguous", "scheme": "alibi"}
@@ -64,32 +78,51 @@ def test_heads_that_are_sent_twice_keep_their_bias():
     assert within(found), found
 
 
-@pytest.mark.parametrize("strategy", [("ring", "causal"), ("window", "window")], ids=" ".join)
-def test_heads_in_groups_equal_dense(strategy, monkeypatch):
-    """What host devices do with long shards: the whole ring for some heads, then for the next ones."""
-    monkeypatch.setattr(context, "CPU_HOP", 1)
-    assert context.host_parts(RingSchedule(3), False, 2, 12, 24, 6) == RingSchedule(3, groups=6)
-    found = errors({**CASE, "strategy": strategy[0], "layout": "contiguous", "mask": strategy[1]}, optimize=False)
-    assert within(found), found
+SHARE = Share(rows=2, tokens=24, heads=24, kv_heads=6, head_dim=4, ulysses=2, ring=2)
+
+
+def test_heads_are_grouped_by_size_and_as_far_as_they_divide():
+    assert SHARE.possible() == [(1, 1), (3, 1)]  # two KV heads a group, one for each device
+    assert dataclasses.replace(SHARE, ring=1).possible() == [(1, 1), (3, 1), (3, 2), (3, 4)]
+    assert dataclasses.replace(SHARE, ring=1, ulysses=4).possible() == [(1, 1), (1, 2)]  # KV heads are sent to two devices
+    assert SHARE.of_group(HeadGroups(3, 1)) == (4, 1)
+    assert choose_groups(SHARE, "tpu", "ring", False, None) == (1, 1)
+    long = dataclasses.replace(SHARE, tokens=2**20, head_dim=128, ulysses=1)
+    assert choose_groups(long, "tpu", "ring", False, None) == (6, 1)
+    assert choose_groups(long, "gpu", "gather", False, None) == (6, 1)
+    assert choose_groups(dataclasses.replace(long, tokens=2**16), "tpu", "ring", False, None) == (3, 1)
+    assert choose_groups(long, "tpu", "ring", True, None) == (1, 1)
+    assert choose_groups(long, "cpu", "ring", False, None) == (6, 1)
+    assert choose_groups(long, "cpu", "gather", False, None) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("biased", "words"), [(False, "24 heads and 6 KV heads; use one of [1, 3], or None"), (True, "a positional bias is computed")]
+)
+def test_groups_that_do_not_fit_are_refused(biased, words):
+    with pytest.raises(UserError) as caught:
+        choose_groups(SHARE, "tpu", "ring", biased, 4)
+    assert "execution.head_groups=4" in str(caught.value) and words in str(caught.value)
 
 
 @pytest.mark.slow
-def test_heads_in_groups_take_less_memory(monkeypatch):
-    length, layout = 2048, "zigzag"
-    where = arrange(Index.dense(1, length), layout, 8).replace(layout=layout)
-    x = jax.ShapeDtypeStruct((1, length, 8, 16), jnp.float32)
-    ring = spec(kernel="blockwise", strategy="ring")
+@pytest.mark.parametrize("strategy", [("ring", 8, 1), ("ulysses", 8, 8)], ids=lambda s: s[0])
+def test_heads_in_groups_take_less_memory(strategy):
+    length, (_, context, ulysses) = 2048, strategy
+    where = arrange(Index.dense(1, length), "zigzag", context // ulysses).replace(layout="zigzag")
+    q, k = (jax.ShapeDtypeStruct((1, length, heads, 16), jnp.float32) for heads in (64, 8))
 
-    def loss(q, k, v):
-        return jnp.sum(attend(ring, q, k, v, where, where, q_tables={}, k_tables={}) ** 2)
+    def temporary(groups):
+        layer = spec(kernel="blockwise", strategy="ring", head_groups=groups)
 
-    def temporary(hop):
-        monkeypatch.setattr(context, "CPU_HOP", hop)
-        with jax.set_mesh(make_mesh(MeshConfig(fsdp=1, context=8), jax.devices()[:8])):
-            program = jax.jit(jax.grad(lambda *x: loss(*x), argnums=(0, 1, 2))).lower(x, x, x).compile()
+        def loss(q, k, v):
+            return jnp.sum(attend(layer, q, k, v, where, where, q_tables={}, k_tables={}) ** 2)
+
+        with jax.set_mesh(make_mesh(MeshConfig(fsdp=1, context=context, ulysses=ulysses), jax.devices()[:8])):
+            program = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, k).compile()
         return program.memory_analysis().temp_size_in_bytes
 
-    assert temporary(1) < 0.5 * temporary(2**62)
+    assert temporary(8) < 0.7 * temporary(1)
 
 
 @pytest.mark.slow

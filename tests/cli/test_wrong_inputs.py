@@ -74,6 +74,7 @@ FILES = {
 TRAIN = "train --config={config} --workdir={new} "
 CHAT = TRAIN + "--config.data.parts.text.source.kind=chat --config.data.parts.text.source.path={tmp}/chats.jsonl "
 GENERATE = "generate --checkpoint={run} "
+PLAN = "plan --config={config} --nocompile "
 TEMPLATE = CHAT + "--config.data.chat_template={tmp}/"
 
 # What is typed -> what the answer has to name.
@@ -254,6 +255,18 @@ WRONG = {
     GENERATE + "--prompt=a --context=0": "mesh.context=0 must be positive",
     "report": "--workdir is missing; name the workdir of a run",
     "report --workdir={tmp}": "has neither metrics.jsonl nor eval/*.json; train or evaluate there first",
+    "plan --topology=v5p:2x2x2": "--config is missing; name a file",
+    PLAN + "--topology=v5q:4x4": "--topology='v5q' is unknown; did you mean 'v5",
+    PLAN + "--topology=v5p:4x4": "--topology=v5p:4x4 has 2 dimensions, but slices of v5p have 3; write it as in v5p:4x4x4",
+    PLAN + "--topology=v5e:1x1 --slices=0": "--slices=0 must be at least 1",
+    PLAN
+    + "--topology=v5e:2x2 --config.mesh.fsdp=3": "mesh axes data=1, fsdp=3, expert=1, tensor=1, context=1 need 3 devices and 4",
+    PLAN + "--topology=v5e:4x4": "stages.base.batch_size=8 must be divisible by 16",
+    PLAN + "--stage=bse": "--stage='bse' is unknown; did you mean 'base'",
+    PLAN + "--find=contxt": "--find='contxt' is unknown; did you mean 'context'",
+    PLAN + "--what_if=execution.remat": "'execution.remat' is not key=value, as in execution.remat=offload,mesh.ulysses=4",
+    PLAN + "--what_if=execution.remta=block": "--what_if=execution.remta='remta' is unknown; did you mean 'remat'",
+    PLAN + "--what_if=execution.remat=blok": "config.execution.remat='blok' is unknown; did you mean 'block'",
     "sweep --config={config} --workdir={new}": "tiny.py has no get_sweep(); define it, or use a file in configs/sweeps",
     "sweep --config={tmp}/numbers.py --workdir={new}": "returned [1, 2]; make a list of points with lcx.recipes.sweeps",
     "sweep --config={tmp}/sweep.py --workdir={new}": "the sweep sets 'optim.lrr', which the config does not have; did you mean",

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lcx.core.batch import Batch
+from lcx.model import loss as losses
 from lcx.model.architecture import Architecture
 from lcx.model.config import ModelConfig
 from lcx.model.execution import ExecutionConfig
@@ -62,14 +63,17 @@ def test_counts_correct_targets():
     np.testing.assert_array_equal(losses.correct, np.broadcast_to(np.arange(T) % 2 == 0, (B, T)))
 
 
-def test_no_array_of_all_logits():
+@pytest.mark.parametrize(("least", "tile"), [(10, f"[{B},{T},10]"), (losses.LEAST_ENTRIES, f"[{B},2,{V}]")])
+def test_no_array_of_all_logits(least, tile, monkeypatch):
+    """Cut along the vocabulary, or along the tokens where tiles of the vocabulary would be narrow."""
+    monkeypatch.setattr(losses, "LEAST_ENTRIES", least)
     params, hidden, batch, arch = problem(tile=B * T * 10)
 
     def loss(params, hidden):
         return loss_sums(params, hidden, batch, arch).nll
 
     text = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(params, hidden))
-    assert f"[{B},{T},10]" in text
+    assert tile in text
     assert f"[{B},{T},{V}]" not in text
 
 

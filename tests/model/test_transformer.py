@@ -98,6 +98,9 @@ def test_scan_over_periods_equals_single_layers():
         pytest.param({"remat": "offload", "attention": "blockwise"}, marks=pytest.mark.slow),
         pytest.param({"layer_unroll": 1}, marks=pytest.mark.slow),
         pytest.param({"mlp_tile": T // 4}, marks=pytest.mark.slow),
+        pytest.param({"loss_tile": 64}, marks=pytest.mark.slow),
+        pytest.param({"remat": "nested", "remat_every": 2, "attention": "blockwise"}, marks=pytest.mark.slow),
+        pytest.param({"remat": "nested_offload", "remat_every": 2, "attention": "blockwise"}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

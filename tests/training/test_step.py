@@ -122,9 +122,32 @@ def test_context_meshes_equal_one_device(sizes, strategy):
 
 
 @pytest.mark.slow
-def test_residuals_in_host_memory_on_a_context_mesh():
-    execution = dict(remat="offload", context_strategy="ring", attention="blockwise")
+@pytest.mark.parametrize("remat", ["offload", "nested_offload"])
+def test_residuals_in_host_memory_on_a_context_mesh(remat):
+    execution = dict(remat=remat, context_strategy="ring", attention="blockwise")
+    execution |= {"remat_every": 2} if remat == "nested_offload" else {}
     check(*run(*make_step(MeshConfig(data=2, fsdp=1, context=4, ulysses=2), **execution))[:2])
+
+
+TILED = {"attention": "blockwise", "context_strategy": "ring", "mlp_tile": 2, "loss_tile": 256}
+"""Tiles of two tokens and of 256 logits: of a device's 6 tokens of a row, three and six."""
+IN_SHARDS = [
+    ((1, 1, 1, 8, 2), {"remat": "nested", "remat_every": 2, "head_groups": 1, **TILED}),
+    ((1, 1, 1, 8, 1), {"remat": "block", "head_groups": 2, **TILED}),
+    ((1, 1, 1, 4, 4), {"remat": "attention", "head_groups": 1, **TILED}),
+    ((2, 1, 2, 2, 1), {"remat": "nested", "remat_every": 2, **TILED}),
+    ((1, 2, 1, 4, 2), {"remat": "none", **TILED}),
+    ((2, 1, 1, 4, 4), {"remat": "dots", **TILED}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", IN_SHARDS, ids=lambda case: f"{case[0]}-{case[1]['remat']}")
+def test_tiles_inside_shards_equal_one_device(case):
+    """Layers and loss in tiles of each device's tokens, heads in groups, several periods of layers recomputed together."""
+    (data, fsdp, tensor, context, ulysses), execution = case
+    mesh = MeshConfig(data=data, fsdp=fsdp, tensor=tensor, context=context, ulysses=ulysses)
+    check(*run(*make_step(mesh, **execution))[:2])
 
 
 @pytest.mark.parametrize("accumulate", mostly_slow([2, 4], [4]))

@@ -6,17 +6,29 @@ Legend: B batch, T tokens, N heads, K KV heads.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from lcx.attention.parallel.gather import gather
-from lcx.attention.parallel.ring import RingSchedule, ring
-from lcx.attention.parallel.ulysses import kv_copies, share_of_bias, ulysses
-from lcx.attention.partial import Partial
-from lcx.attention.shard import KERNELS, KVShard, QueryShard
+from lcx.attention.blockwise import SAVED
+from lcx.attention.parallel.gather import gather, gather_backward
+from lcx.attention.parallel.head_groups import HeadGroups, Share
+from lcx.attention.parallel.ring import RingSchedule, ring, ring_backward
+from lcx.attention.parallel.ulysses import (
+    heads_for_tokens,
+    keys_for_tokens,
+    of_all_tokens,
+    share_of_bias,
+    tokens_for_heads,
+    tokens_for_keys,
+)
+from lcx.attention.partial import Partial, zeros_fp32
+from lcx.attention.shard import KERNELS, Gradients, KVShard, QueryShard, map_head_groups
 from lcx.attention.spec import ShardSpec, Strategy
 from lcx.core.batch import SequenceLayout
 from lcx.core.errors import UserError
@@ -25,11 +37,6 @@ from lcx.core.mesh import RULES, SEQUENCE, axis_size
 
 RING_TOKENS = 12_288
 """Query tokens per device times heads per KV head above which a ring hides its transfers: 3K tokens for Llama 3 on a TPU v5p."""
-
-
-CPU_HOP = 2**21
-"""Logits of a hop down to which host devices process fewer heads at a time: they share their memory, so savings count for all
-of them."""
 
 
 class ContextChoice(NamedTuple):
@@ -69,15 +76,6 @@ def choose_strategy(
     return ContextChoice(strategy, dataclasses.replace(schedule, slices=slices), f"{strategy}: {why}")
 
 
-def host_parts(schedule: RingSchedule, biased: bool, rows: int, tokens: int, heads: int, kv_heads: int) -> RingSchedule:
-    """How host devices that hold `rows` of `tokens` tokens walk a ring: by groups of heads; or by halves of the keys if there is a
-    bias, which is computed for all heads at once, or if no other device has keys."""
-    if biased or not schedule.before + schedule.after:
-        return dataclasses.replace(schedule, slices=2 if tokens % 2 == 0 else 1)
-    fits = (n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and rows * tokens**2 * (heads // n) >= CPU_HOP)
-    return dataclasses.replace(schedule, groups=max(fits, default=1))
-
-
 def _window_hops(mask: Mask, layout: SequenceLayout, shard: int, ring_size: int) -> RingSchedule | None:
     """The neighbours that a window reaches; None if it reaches all devices, or one that is not a neighbour."""
     if mask.window is None or mask.prefix or layout == "striped":
@@ -99,12 +97,11 @@ class MeshSplit(NamedTuple):
         """`spec` for a device's share of the heads."""
         return share_of_bias(spec, "tensor") if len(self.heads) > 2 and self.heads[2] else spec
 
-    def sizes(self, mesh: AbstractMesh, B: int, N: int, K: int) -> tuple[int, int, int]:
-        """Rows, heads and KV heads that a device computes with, after an exchange of heads over `ulysses`."""
+    def share(self, mesh: AbstractMesh, B: int, T: int, N: int, K: int, H: int) -> Share:
+        """What a device works on."""
         rows = B // axis_size(mesh, "batch") if self.heads[0] else B
-        tensor, share = mesh.shape["tensor"] if len(self.heads) > 2 and self.heads[2] else 1, mesh.shape["ulysses"]
-        kv_heads = K // tensor
-        return rows, N // tensor // share, kv_heads * kv_copies(kv_heads, share) // share
+        tensor = mesh.shape["tensor"] if len(self.heads) > 2 and self.heads[2] else 1
+        return Share(rows, T // mesh.shape["ring"], N // tensor, K // tensor, H, mesh.shape["ulysses"], mesh.shape["ring"])
 
 
 def mesh_split(mesh: AbstractMesh, kernel: str, queries: QueryShard, keys: KVShard) -> MeshSplit:
@@ -146,18 +143,96 @@ def _whole(spec: PartitionSpec) -> PartitionSpec:
     return PartitionSpec(*(None if axes == SEQUENCE else axes for axes in spec))
 
 
-def context_parallel_attention(
-    choice: ContextChoice, shard: ShardSpec, exchange: bool, queries: QueryShard, keys: KVShard, bias_params: Any
-) -> Partial:
-    """`(o_BTNH, lse_BTN)` in float32 or wider of a device's own tokens; inside `shard_map` over the mesh's sequence axes.
+@dataclasses.dataclass(frozen=True)
+class ContextSpec:
+    """All that is static about a layer's attention over a split sequence: `shard` is for one group of heads, `groups` says how many
+    there are; o is returned in `out_dtype`."""
 
-    `exchange`: devices trade tokens for heads first (ulysses).
+    choice: ContextChoice
+    shard: ShardSpec
+    groups: HeadGroups
+    out_dtype: Any
+
+    def forward(self, queries: QueryShard, keys: KVShard, bias_params: Any) -> Partial:
+        """Of one group of heads, after the exchange."""
+        _, schedule, _ = self.choice
+        if self.choice.strategy == "gather":
+            return gather(self.shard, "ring", schedule.slices, queries, keys, bias_params)
+        return ring(self.shard, "ring", schedule, queries, keys, bias_params)
+
+    def backward(self, queries: QueryShard, keys: KVShard, bias_params: Any, whole: Partial, cotangent: Partial) -> Gradients:
+        """The same, backward."""
+        _, schedule, _ = self.choice
+        if self.choice.strategy == "gather":
+            return gather_backward(self.shard, "ring", schedule.slices, queries, keys, bias_params, whole, cotangent)
+        return ring_backward(self.shard, "ring", schedule, queries, keys, bias_params, whole, cotangent)
+
+
+U = "ulysses"
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def context_parallel_attention(plan: ContextSpec, queries: QueryShard, keys: KVShard, bias_params: Any) -> Partial:
+    """`(o_BTNH, lse_BTN)` of a device's own tokens, lse in float32 or wider; inside `shard_map` over the mesh's sequence axes.
+
+    Where the `ulysses` axis has several devices they trade tokens for heads first. All strategies share this forward and backward
+    pass: group after group of heads, which are exchanged, attended over the ring, and exchanged back. The backward pass keeps
+    o and lse of the device's own tokens alone.
     """
-    shard = share_of_bias(shard, "ulysses") if exchange else shard
+    q_side, k_side = (of_all_tokens(U, (side.index, side.tables)) for side in (queries, keys))
 
-    def attention(queries: QueryShard, keys: KVShard) -> Partial:
-        if choice.strategy == "gather":
-            return gather(shard, "ring", choice.schedule.slices, queries, keys, bias_params)
-        return ring(shard, "ring", choice.schedule, queries, keys, bias_params)
+    def kv_group(_: None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[None, Partial]:
+        here = KVShard(keys_for_tokens(U, k), keys_for_tokens(U, v), *k_side)
 
-    return ulysses(attention, "ulysses", queries, keys) if exchange else attention(queries, keys)
+        def query_group(_: None, q: jax.Array) -> tuple[None, Partial]:
+            o, lse = plan.forward(QueryShard(heads_for_tokens(U, q), *q_side), here, bias_params)
+            return None, (tokens_for_heads(U, o.astype(plan.out_dtype)), tokens_for_heads(U, lse))
+
+        return map_head_groups(query_group, plan.groups.queries, None, _nothing(plan, q), (q,), k.shape[2])
+
+    return map_head_groups(kv_group, plan.groups.kv, None, _nothing(plan, queries.q), (queries.q, keys.k, keys.v))[1]
+
+
+def _nothing(plan: ContextSpec, q: jax.Array) -> Partial:
+    return jnp.zeros(q.shape, plan.out_dtype), jnp.zeros(q.shape[:3], jnp.promote_types(q.dtype, jnp.float32))
+
+
+def _forward(plan: ContextSpec, queries: QueryShard, keys: KVShard, bias_params: Any) -> tuple:
+    found: Any = context_parallel_attention(plan, queries, keys, bias_params)
+    whole = tuple(checkpoint_name(x, SAVED) for x in found)
+    return whole, (queries, keys, bias_params, whole)
+
+
+def _backward(plan: ContextSpec, saved: tuple, cotangent: Partial) -> tuple:
+    queries, keys, bias_params, whole = saved
+    q_side, k_side = (of_all_tokens(U, (side.index, side.tables)) for side in (queries, keys))
+
+    def kv_group(dbias: Any, q: jax.Array, k: jax.Array, v: jax.Array, *of_q: jax.Array) -> tuple:
+        here = KVShard(keys_for_tokens(U, k), keys_for_tokens(U, v), *k_side)
+
+        def query_group(sums: Any, q: jax.Array, *of_q: jax.Array) -> tuple:
+            o, lse, do, dlse = (heads_for_tokens(U, x) for x in of_q)
+            found = plan.backward(QueryShard(heads_for_tokens(U, q), *q_side), here, bias_params, (o, lse), (do, dlse))
+            sums = jax.tree.map(lambda total, x: total + x.astype(total.dtype), sums, (found.k, found.v, found.bias))
+            return sums, (tokens_for_heads(U, found.q.astype(q.dtype)),)
+
+        none = (*zeros_fp32((here.k, here.v)), dbias)
+        (dk, dv, dbias), (dq,) = map_head_groups(
+            query_group, plan.groups.queries, none, (jnp.zeros_like(q),), (q, *of_q), k.shape[2]
+        )
+        return dbias, (dq, tokens_for_keys(U, dk, k), tokens_for_keys(U, dv, v))
+
+    inputs = queries.q, keys.k, keys.v
+    dbias, (dq, dk, dv) = map_head_groups(
+        kv_group, plan.groups.kv, zeros_fp32(bias_params), tuple(map(jnp.zeros_like, inputs)), (*inputs, *whole, *cotangent)
+    )
+    nothing = functools.partial(jax.tree.map, jnp.zeros_like)
+    index: Any = None
+    return (
+        QueryShard(dq, index, nothing(queries.tables)),
+        KVShard(dk, dv, index, nothing(keys.tables)),
+        jax.tree.map(lambda x, like: x.astype(like.dtype), dbias, bias_params),
+    )
+
+
+context_parallel_attention.defvjp(_forward, _backward)

@@ -7,49 +7,37 @@ Must be called inside `jax.shard_map`. Legend: B batch, S keys of one device.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
-from lcx.attention.blockwise import SAVED
 from lcx.attention.partial import Partial, merge, zeros_fp32
-from lcx.attention.shard import (
-    KVShard,
-    QueryShard,
-    cotangents,
-    nothing_seen,
-    scan_key_slices,
-    shard_attention,
-    shard_vjp,
-)
+from lcx.attention.shard import Gradients, KVShard, QueryShard, nothing_seen, scan_key_slices, shard_attention, shard_vjp
 from lcx.attention.spec import ShardSpec
 from lcx.core.mesh import psum_scatter
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def gather(shard: ShardSpec, axis: str, slices: int, queries: QueryShard, keys: KVShard, bias_params: Any) -> Partial:
     """`(o_BTNH, lse_BTN)` in float32 or wider over the keys of all devices of mesh axis `axis`; `slices` divides S."""
-    return _forward(shard, axis, slices, queries, keys, bias_params)
 
-
-def _forward(shard: ShardSpec, axis: str, slices: int, queries: QueryShard, keys: KVShard, bias_params: Any) -> Partial:
     def part(so_far: Partial, keys: KVShard) -> tuple[Partial, None]:
         return merge(so_far, shard_attention(shard, queries, _everybodys(axis, keys), bias_params)), None
 
     return scan_key_slices(part, nothing_seen(queries), keys, slices)[0]
 
 
-def _gather_forward(shard: ShardSpec, axis: str, slices: int, queries: QueryShard, keys: KVShard, bias_params: Any) -> tuple:
-    whole = tuple(checkpoint_name(x, SAVED) for x in _forward(shard, axis, slices, queries, keys, bias_params))
-    return whole, (queries, keys, bias_params, whole)
-
-
-def _gather_backward(shard: ShardSpec, axis: str, slices: int, saved: tuple, cotangent: Partial) -> tuple:
-    queries, keys, bias_params, whole = saved
-
+def gather_backward(
+    shard: ShardSpec,
+    axis: str,
+    slices: int,
+    queries: QueryShard,
+    keys: KVShard,
+    bias_params: Any,
+    whole: Partial,
+    cotangent: Partial,
+) -> Gradients:
+    """The gradients of `gather`, from its result `whole` and the cotangent of that."""
     pull = shard_vjp(shard, queries, keys.k.shape[2], bias_params, whole, cotangent)
 
     def part(state: tuple, keys: KVShard) -> tuple[tuple, list]:
@@ -57,11 +45,8 @@ def _gather_backward(shard: ShardSpec, axis: str, slices: int, saved: tuple, cot
         dkv = [psum_scatter(x, axis, 1) for x in dkv]
         return jax.tree.map(jnp.add, state, (dq, dbias)), dkv
 
-    (dq, dbias), dkv = scan_key_slices(part, (pull.init, zeros_fp32(bias_params)), keys, slices)
-    return cotangents(queries, keys, bias_params, pull.finalize(dq), dkv, dbias)
-
-
-gather.defvjp(_gather_forward, _gather_backward)
+    (dq, dbias), (dk, dv) = scan_key_slices(part, (pull.init, zeros_fp32(bias_params)), keys, slices)
+    return Gradients(pull.finalize(dq), dk, dv, dbias)
 
 
 def _everybodys(axis: str, keys: KVShard) -> KVShard:

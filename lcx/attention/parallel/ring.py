@@ -10,26 +10,14 @@ Must be called inside `jax.shard_map`. Legend: B batch, T tokens of one device, 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
-from lcx.attention.blockwise import SAVED
 from lcx.attention.partial import Partial, merge, zeros_fp32
-from lcx.attention.shard import (
-    KVShard,
-    QueryShard,
-    cotangents,
-    map_head_groups,
-    nothing_seen,
-    scan_key_slices,
-    shard_attention,
-    shard_vjp,
-)
+from lcx.attention.shard import Gradients, KVShard, QueryShard, nothing_seen, scan_key_slices, shard_attention, shard_vjp
 from lcx.attention.spec import ShardSpec
 
 
@@ -37,30 +25,16 @@ from lcx.attention.spec import ShardSpec
 class RingSchedule:
     """From how many devices before and after its own a device receives keys. A whole ring is (n - 1, 0).
 
-    Keys travel in `slices` parts, one after another, or the whole ring is walked once for each of `groups` groups of heads: what is
-    in transfer, and what the kernel allocates for it, is that much smaller. More than one group requires a scheme without a bias.
+    Keys travel in `slices` parts, one after another: what is in transfer, and what the kernel allocates for it, is so much smaller.
     """
 
     before: int
     after: int = 0
     slices: int = 1
-    groups: int = 1
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def ring(shard: ShardSpec, axis: str, schedule: RingSchedule, queries: QueryShard, keys: KVShard, bias_params: Any) -> Partial:
     """`(o_BTNH, lse_BTN)` in float32 or wider of the queries here over the keys that `schedule` brings along mesh axis `axis`."""
-    return _forward(shard, axis, schedule, queries, keys, bias_params)
-
-
-def _forward(shard: ShardSpec, axis: str, schedule: RingSchedule, queries: QueryShard, keys: KVShard, bias_params: Any) -> Partial:
-    if schedule.groups > 1:
-
-        def some(q: jax.Array, k: jax.Array, v: jax.Array) -> Partial:
-            q_group, kv_group = dataclasses.replace(queries, q=q), dataclasses.replace(keys, k=k, v=v)
-            return _forward(shard, axis, _one_group(schedule), q_group, kv_group, bias_params)
-
-        return map_head_groups(some, schedule.groups, nothing_seen(queries), (queries.q, keys.k, keys.v))
 
     def visit(so_far: Partial, here: KVShard, following: Any) -> tuple[Partial, Any]:
         part = shard_attention(shard, queries, here, bias_params)
@@ -76,26 +50,18 @@ def _forward(shard: ShardSpec, axis: str, schedule: RingSchedule, queries: Query
     return scan_key_slices(part, nothing_seen(queries), keys, schedule.slices)[0]
 
 
-def _ring_forward(
-    shard: ShardSpec, axis: str, schedule: RingSchedule, queries: QueryShard, keys: KVShard, bias_params: Any
-) -> tuple:
-    whole = tuple(checkpoint_name(x, SAVED) for x in _forward(shard, axis, schedule, queries, keys, bias_params))
-    return whole, (queries, keys, bias_params, whole)
-
-
-def _ring_backward(shard: ShardSpec, axis: str, schedule: RingSchedule, saved: tuple, cotangent: Partial) -> tuple:
-    queries, keys, bias_params, whole = saved
-    if schedule.groups > 1:
-
-        def some(q: jax.Array, k: jax.Array, v: jax.Array, o: jax.Array, lse: jax.Array, do: jax.Array, dlse: jax.Array) -> tuple:
-            part = dataclasses.replace(queries, q=q), dataclasses.replace(keys, k=k, v=v), bias_params, (o, lse)
-            dqueries, dkeys, _ = _ring_backward(shard, axis, _one_group(schedule), part, (do, dlse))
-            return dqueries.q, dkeys.k, dkeys.v
-
-        inputs = queries.q, keys.k, keys.v
-        dq, *dkv = map_head_groups(some, schedule.groups, tuple(map(jnp.zeros_like, inputs)), (*inputs, *whole, *cotangent))
-        return cotangents(queries, keys, bias_params, dq, dkv, zeros_fp32(bias_params))
-    wide = whole[0].dtype
+def ring_backward(
+    shard: ShardSpec,
+    axis: str,
+    schedule: RingSchedule,
+    queries: QueryShard,
+    keys: KVShard,
+    bias_params: Any,
+    whole: Partial,
+    cotangent: Partial,
+) -> Gradients:
+    """The gradients of `ring`, from its result `whole` and the cotangent of that."""
+    wide = whole[1].dtype
     pull = shard_vjp(shard, queries, keys.k.shape[2], bias_params, whole, cotangent)
 
     def part(state: tuple, keys: KVShard) -> tuple[tuple, tuple]:
@@ -117,15 +83,8 @@ def _ring_backward(shard: ShardSpec, axis: str, schedule: RingSchedule, saved: t
             dkv = home if dkv is None else jax.tree.map(jnp.add, dkv, home)
         return state, tuple(dkv)
 
-    (dq, dbias), dkv = scan_key_slices(part, (pull.init, zeros_fp32(bias_params)), keys, schedule.slices)
-    return cotangents(queries, keys, bias_params, pull.finalize(dq), dkv, dbias)
-
-
-ring.defvjp(_ring_forward, _ring_backward)
-
-
-def _one_group(schedule: RingSchedule) -> RingSchedule:
-    return dataclasses.replace(schedule, groups=1)
+    (dq, dbias), (dk, dv) = scan_key_slices(part, (pull.init, zeros_fp32(bias_params)), keys, schedule.slices)
+    return Gradients(pull.finalize(dq), dk, dv, dbias)
 
 
 def _directions(schedule: RingSchedule) -> list[tuple[int, int, int]]:

@@ -1,7 +1,7 @@
 """Ulysses: devices trade a share of the tokens for a share of the heads, and attend over whole rows (arXiv 2309.14509).
 
-The tokens that are brought together are those of one piece of the ring (all tokens if there is no ring). JAX differentiates it:
-every transfer is linear.
+The tokens that are brought together are those of one piece of the ring (all tokens if there is no ring). An axis of one device
+exchanges nothing.
 
 Must be called inside `jax.shard_map`. Legend: N heads, K KV heads, u devices of the axis.
 """
@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lcx.attention.partial import Partial
-from lcx.attention.shard import KVShard, QueryShard
+from lcx.attention.partial import to_fp32
 from lcx.attention.spec import ShardSpec
 from lcx.core.errors import UserError
 from lcx.positions.scheme import BiasFn
@@ -68,22 +66,31 @@ def share_of_bias(shard: ShardSpec, axis: str) -> ShardSpec:
     )
 
 
-def ulysses(attention: Callable[[QueryShard, KVShard], Partial], axis: str, queries: QueryShard, keys: KVShard) -> Partial:
-    """`attention` over the tokens of all devices of mesh axis `axis`, on this device's share of the heads."""
-    size = jax.lax.axis_size(axis)
-    copies = kv_copies(keys.k.shape[2], size)
-    k, v = (jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in (keys.k, keys.v))
+def heads_for_tokens(axis: str, x: jax.Array) -> jax.Array:
+    """`[B, T, N, ...]` of this device's tokens to `[B, u·T, N / u, ...]` of its heads."""
+    return x if jax.lax.axis_size(axis) == 1 else jax.lax.all_to_all(x, axis, split_axis=2, concat_axis=1, tiled=True)
 
-    def heads_for_tokens(x: jax.Array) -> jax.Array:
-        return jax.lax.all_to_all(x, axis, split_axis=2, concat_axis=1, tiled=True)
 
-    def tokens_for_heads(x: jax.Array) -> jax.Array:
-        return jax.lax.all_to_all(x, axis, split_axis=1, concat_axis=2, tiled=True)
+def tokens_for_heads(axis: str, x: jax.Array) -> jax.Array:
+    """`[B, u·T, N / u, ...]` of this device's heads to `[B, T, N, ...]` of its tokens: the inverse, and the transpose."""
+    return x if jax.lax.axis_size(axis) == 1 else jax.lax.all_to_all(x, axis, split_axis=1, concat_axis=2, tiled=True)
 
-    def everyone(tree: Any) -> Any:
-        return jax.tree.map(lambda x: jax.lax.all_gather(x, axis, axis=1, tiled=True), tree)
 
-    q_side = QueryShard(heads_for_tokens(queries.q), *everyone((queries.index, queries.tables)))
-    k_side = KVShard(heads_for_tokens(k), heads_for_tokens(v), *everyone((keys.index, keys.tables)))
-    o, lse = attention(q_side, k_side)
-    return tokens_for_heads(o), tokens_for_heads(lse)
+def keys_for_tokens(axis: str, x: jax.Array) -> jax.Array:
+    """`heads_for_tokens` of keys or values `[B, T, K, H]`, whose heads are sent to as many devices as have queries for them."""
+    copies = kv_copies(x.shape[2], jax.lax.axis_size(axis))
+    return heads_for_tokens(axis, jnp.repeat(x, copies, axis=2) if copies > 1 else x)
+
+
+def tokens_for_keys(axis: str, dx: jax.Array, like: jax.Array) -> jax.Array:
+    """The transpose of `keys_for_tokens`: gradients sent back in the dtype of `like` `[B, T, K, H]`, copies summed in float32."""
+    home = tokens_for_heads(axis, dx.astype(like.dtype))
+    if home.shape == like.shape:
+        return home
+    copies = home.reshape(*like.shape[:3], -1, like.shape[3])
+    return jnp.sum(to_fp32(copies), axis=3).astype(like.dtype)
+
+
+def of_all_tokens(axis: str, tree: Any) -> Any:
+    """Arrays `[B, T, ...]` of every device's tokens, `[B, u·T, ...]`."""
+    return tree if jax.lax.axis_size(axis) == 1 else jax.tree.map(lambda x: jax.lax.all_gather(x, axis, axis=1, tiled=True), tree)

@@ -1,0 +1,253 @@
+"""How long a step takes and what bounds it: the work of each part over the rates of a chip, and transfers behind or after it.
+
+Rates are a chip's peaks times an efficiency for each class of kernel. Those of TPUs are set from published rows
+(`published.py`), none of which was measured with lcx.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+from lcx.model.config import is_local
+from lcx.planning.topology import Topology
+from lcx.planning.work import WIDTH, Work, useful
+
+
+@dataclasses.dataclass(frozen=True)
+class Efficiency:
+    """Shares of a chip's peak that kernels reach: products with weights and attention, where a device has many tokens of a
+    microbatch and where it has few."""
+
+    matmul: float
+    attention: float
+    matmul_few: float
+    attention_few: float
+
+
+MANY, FEW = 16_384, 4_096
+"""Tokens of a microbatch on a device from which on, and up to which, the efficiencies for many and for few hold."""
+
+TPU = Efficiency(0.627, 0.684, 0.197, 0.304)
+WIDE = Efficiency(0.692, 0.345, 0.217, 0.153)
+"""Of TPUs, and of those whose matrix units are twice as wide as a head (v6e, tpu7x): what `published.fitted` gives. For few
+tokens no row of the latter is published; they lose what the others lose."""
+
+GPU = Efficiency(0.60, 0.35, 0.30, 0.20)
+"""Of GPUs: attention as published for Pallas-Triton kernels on an H100 (345 TFLOP/s forward and backward), the others assumed."""
+
+HOST = Efficiency(0.50, 0.25, 0.50, 0.25)
+"""Of hosts, assumed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """A stretch of a step: seconds that it computes and that it sends, how often it comes, and whether both go on at once."""
+
+    name: str
+    part: str
+    compute: float
+    transfer: float
+    times: int
+    overlapped: bool = True
+
+    @property
+    def seconds(self) -> float:
+        """All its times together."""
+        return self.times * (max(self.compute, self.transfer) if self.overlapped else self.compute + self.transfer)
+
+    @property
+    def exposed(self) -> float:
+        """Of these, seconds in which nothing is computed."""
+        return self.seconds - self.times * self.compute
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTime:
+    """A step's segments in the order in which they come, each with all its times."""
+
+    segments: tuple[Segment, ...]
+    useful: float
+    peak: float
+
+    @property
+    def seconds(self) -> float:
+        """Of the step."""
+        return sum(one.seconds for one in self.segments)
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs utilisation."""
+        return self.useful / self.seconds / self.peak
+
+    @property
+    def by_part(self) -> dict[str, float]:
+        """Seconds by part, what is only sent under `transfers`, the largest first."""
+        found: dict[str, float] = {}
+        for one in self.segments:
+            found[one.part] = found.get(one.part, 0.0) + one.times * one.compute
+            found["transfers"] = found.get("transfers", 0.0) + one.exposed
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+    @property
+    def bound(self) -> str:
+        """What takes most of the step."""
+        return next(iter(self.by_part))
+
+
+def efficiency(where: Topology) -> Efficiency:
+    """The efficiencies of a kind of chip."""
+    if where.chip.platform == "tpu":
+        return WIDE if where.chip.wide > 128 else TPU
+    return GPU if where.chip.platform == "gpu" else HOST
+
+
+def step_time(work: Work, where: Topology, reached: Efficiency | None = None) -> StepTime:
+    """The time of a step, by the work of its parts."""
+    reached = reached or efficiency(where)
+    rates = Rates(work, where, reached)
+    layers = [one for kind in work.model.kinds for one in _layers(work, kind, rates)]
+    forward = [one for one in layers if one.name.startswith("forward")]
+    backward = [one for one in layers if one.name.startswith("backward")]
+    logits = work.logits / rates.matmul
+    loss = Segment(
+        "loss", "loss", 4 * logits, 4 * rates.gathered(work.model.model_dim * work.model.vocab_size * WIDTH), work.accumulate
+    )
+    numbers = num_weights(work) / (work.weights * work.mesh["tensor"] * work.mesh["expert"])
+    update = Segment(
+        "optimizer", "optimizer", UPDATE * numbers / where.chip.bandwidth * where.chip.cores, rates.summed(numbers), 1, False
+    )
+    return StepTime((*forward, loss, *backward, update), useful(work), where.flops)
+
+
+UPDATE = 40
+"""Bytes that an update moves for a number: weight, two moments and gradient read in float32, three of them written, a cast."""
+
+
+class Rates:
+    """What a device reaches: operations per second by class, and seconds of its transfers."""
+
+    def __init__(self, work: Work, where: Topology, reached: Efficiency):
+        self.work, self.where = work, where
+        few = _few(work.tokens)
+        self.matmul = where.flops * _between(reached.matmul, reached.matmul_few, few)
+        self.attention = where.flops * _between(reached.attention, reached.attention_few, few)
+        self.link = where.chip.link / where.chip.cores
+
+    def gathered(self, size: float) -> float:
+        """Seconds in which a weight of `size` bytes is gathered from all its shards, or its gradient is summed into them."""
+        if self.work.weights == 1:
+            return 0.0
+        inside = size * (1 - 1 / self.work.weights) / self.many(self.work.weights)
+        if self.where.slices == 1 or self.work.mesh["data"] % self.where.slices == 0:
+            return inside
+        # What the other slices hold comes over the network, to each chip a part of it.
+        missing = size * (1 - 1 / self.where.slices) * self.where.slices / self.where.chips
+        return inside + missing / self.where.chip.between
+
+    def many(self, devices: int) -> float:
+        """Bytes per second that a device receives if `devices` gather: from both sides in each dimension of the torus they span."""
+        chip = self.where.chip
+        if chip.platform != "tpu":
+            return self.link if devices <= chip.per_host else chip.between
+        spanned = min(chip.torus, max(1, round(math.log(devices, 4))))
+        return 2 * self.link * spanned
+
+    def hop(self, size: float) -> float:
+        """Seconds in which `size` bytes go to the next device of a ring."""
+        chip = self.where.chip
+        rate = self.link if chip.platform == "tpu" or self.work.share <= chip.per_host else chip.between
+        return size / rate
+
+    def exchanged(self, size: float, devices: int) -> float:
+        """Seconds in which a device trades all but its part of `size` bytes with others: on a torus a quarter of gathering them."""
+        if devices == 1:
+            return 0.0
+        if self.where.chip.platform == "tpu":
+            return size * devices / 4 / self.many(devices)
+        return size * (1 - 1 / devices) / self.many(devices)
+
+    def summed(self, numbers: float) -> float:
+        """Seconds in which gradients of so many numbers are summed over `data`, and over slices."""
+        size, copies, seconds = 4 * numbers, self.work.mesh["data"], 0.0
+        if self.where.slices > 1:
+            seconds += 2 * size / self.where.chip.between * self.where.chip.cores
+            copies = max(1, copies // self.where.slices)
+        if copies > 1:
+            seconds += 2 * size / self.many(copies)
+        return seconds
+
+
+def _layers(work: Work, kind: str, rates: Rates) -> list[Segment]:
+    """The segments of all layers of a kind, forward and backward."""
+    again, attended_again = work.recomputes
+    count = work.model.layer_kinds.count(kind) * work.accumulate
+    dense, weights = work.dense / rates.matmul, rates.gathered(work.layer_weights * WIDTH)
+    tensor = 4 * work.tokens * work.model.model_dim * WIDTH / rates.many(work.mesh["tensor"]) if work.mesh["tensor"] > 1 else 0.0
+    seconds = work.attention(kind) / rates.attention
+    attend, pull = _attention(work, kind, rates, seconds, 1), _attention(work, kind, rates, 2.5 * seconds, 3)
+    trade = rates.exchanged(work.exchanged, work.mesh["ulysses"])
+    local = is_local(kind)
+    kv = 0.0 if local or work.strategy != "gather" or work.mesh["ring"] == 1 else _gathering(work, rates)
+    offload = work.tokens * work.model.model_dim * WIDTH * 2 / rates.where.chip.host_link if work.policy == "offload" else 0.0
+    segments = [
+        # Keys are gathered while other products run, as weights are.
+        Segment("forward products", "products", dense, weights + kv + offload, count),
+        Segment("forward attention", "attention", *attend, count),
+        Segment("backward products", "products", 2 * dense + work.redone / rates.matmul, 2 * weights + 2 * kv + offload, count),
+        Segment("backward attention", "attention", *pull, count),
+    ]
+    if attended_again:
+        segments.append(Segment("backward attention again", "attention", *attend, count))
+    if trade:
+        segments.append(Segment("forward exchange of heads", "transfers", 0.0, trade, count))
+        segments.append(Segment("backward exchange of heads", "transfers", 0.0, trade * (2 if attended_again else 1), count))
+    if tensor:
+        segments.append(Segment("forward sums over tensor", "transfers", 0.0, tensor, count))
+        segments.append(Segment("backward sums over tensor", "transfers", 0.0, tensor * (2 if again else 1), count))
+    return segments
+
+
+def _attention(work: Work, kind: str, rates: Rates, seconds: float, carried: int) -> tuple[float, float]:
+    """Seconds of a layer's attention and of its ring; `carried`: what travels, in units of its keys and values in bfloat16."""
+    ring = work.mesh["ring"]
+    if ring == 1 or work.strategy != "ring":
+        return seconds, 0.0
+    hops = ring - 1
+    if is_local(kind):
+        piece = max(1, work.length // ring)
+        hops = min(hops, math.ceil((work.model.window or 1) / piece))
+    return seconds, hops * rates.hop(carried * work.keys)
+
+
+def _gathering(work: Work, rates: Rates) -> float:
+    ring = work.mesh["ring"]
+    return work.keys * (ring - 1) / rates.many(ring)
+
+
+def num_weights(work: Work) -> float:
+    """Numbers in the weights of the whole model."""
+    model = work.model
+    layer = work.layer_weights * work.mesh["tensor"] * work.mesh["expert"]
+    return model.num_layers * layer + model.model_dim * model.vocab_size * (1 if model.tied_embeddings else 2)
+
+
+def _few(tokens: float) -> float:
+    """How few the tokens of a device are: 0 from `MANY` on, 1 up to `FEW`, straight over their logarithm between."""
+    return min(1.0, max(0.0, math.log(MANY / max(tokens, 1.0)) / math.log(MANY / FEW)))
+
+
+def _between(many: float, few: float, share: float) -> float:
+    return many ** (1 - share) * few**share
+
+
+def cost(times: Mapping[str, float], steps: Mapping[str, int], chips: int) -> tuple[float, float]:
+    """Hours and chip-hours of stages, by the seconds of their steps and how many there are."""
+    hours = sum(times[name] * steps[name] for name in times) / 3600
+    return hours, hours * chips
+
+
+def exposed(segments: Sequence[Segment]) -> float:
+    """Seconds in which devices only send."""
+    return sum(one.exposed for one in segments)
