@@ -40,6 +40,7 @@ def get_config():
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path, devices):
     (config := tmp_path / "short.py").write_text(SHORT)
     started = job.lcx(["train", f"--config={config}", f"--workdir={tmp_path / 'two'}"], 2, tmp_path / "logs")
