@@ -11,7 +11,7 @@ from pathlib import Path
 
 from absl import flags
 
-from lcx.cli import config_flags, parse
+from lcx.cli import config_flags, distributed_flags, parse
 from lcx.core.console import say
 from lcx.core.errors import UserError
 from lcx.data.config import DataConfig
@@ -55,6 +55,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("faithful", False, "keep the quirks of RULER v1", flag_values=values)
     config_flags.define_dtype(values)
     flags.DEFINE_string("label", None, "write the result to eval/<label>.json in the run's workdir", flag_values=values)
+    distributed_flags.define(values)
 
 
 def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
@@ -82,7 +83,7 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
         if values[name].value is not None:
             raise UserError(f"--{name} belongs to --endpoint, which is not given; add it or leave --{name} out")
     checkpoint = parse.needed(values, "checkpoint", "name a run's workdir, a Hugging Face folder or a GGUF file, or an --endpoint")
-    loaded = models.load(checkpoint, step=values.step, stage=values.stage, dtype=values.dtype)
+    loaded = models.load(checkpoint, values.step, values.stage, models.job_mesh(checkpoint), values.dtype)
     named = values.label or "-".join([values.stage or models.short_name(checkpoint, loaded), *values.positions])
     if values.label in ("before", "after"):
         raise UserError(f"--label={values.label} is reserved for the evaluations of lcx run; choose another")

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from lcx.cli import config_flags, parse, sampling_flags
+from lcx.cli import config_flags, distributed_flags, parse, sampling_flags
+from lcx.core import processes
 from lcx.core.console import say
 from lcx.core.errors import UserError
 from lcx.core.mesh import MeshConfig, make_mesh
@@ -42,6 +43,7 @@ def define(values: flags.FlagValues) -> None:
     config_flags.define_dtype(values)
     flags.DEFINE_integer("context", 1, "devices to split the tokens of a row over", flag_values=values)
     flags.DEFINE_integer("tensor", 1, "devices to split the heads over", flag_values=values)
+    distributed_flags.define(values)
 
 
 def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
@@ -58,9 +60,10 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     sampling = sampling_flags.chosen(values)
     # One device, unless a mesh is requested: then all of them.
     one_device = values.context == values.tensor == 1
-    if one_device and values.host_devices > 1:
+    if one_device and values.host_devices > 1 and processes.count() == 1:
         raise UserError(f"--host_devices={values.host_devices} has no effect without a mesh; add --context=N or --tensor=N")
-    mesh = None if one_device else make_mesh(MeshConfig(context=values.context, tensor=values.tensor))
+    # As many processes as there are share the work.
+    mesh = models.job_mesh(checkpoint) if one_device else make_mesh(MeshConfig(context=values.context, tensor=values.tensor))
     loaded = models.load(checkpoint, stage=values.stage, mesh=mesh, dtype=values.dtype)
     ask = chat_of(loaded, checkpoint, values.chat_template, "--chat_template") if values.chat else None
     single = len(prompts) == 1
@@ -87,7 +90,8 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     )
     if single:
         _write(0, "\n")
-    say(_line(figures[0]), stderr=True)
+    if processes.is_first():
+        say(_line(figures[0]), stderr=True)
 
 
 def _write(row: int, piece: str) -> None:

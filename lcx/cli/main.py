@@ -11,7 +11,7 @@ from types import ModuleType
 
 from absl import flags
 
-from lcx.cli import parse
+from lcx.cli import distributed_flags, parse
 from lcx.core.configs import nearest
 from lcx.core.console import friendly_errors, say
 from lcx.core.errors import UserError
@@ -66,12 +66,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             say(usage(within))
             return
         use_host_devices(words)
+        distributed_flags.stand_over(name, words)
         module = importlib.import_module(f"lcx.cli.{name.replace(' ', '_')}")
         values = _flags(module)
         if any(word in ("-h", "--help", "-help") for word in words):
             say(parse.help_text(name, module.__doc__, values))
             return
-        module.main(values, parse.parse(values, name, words))
+        rest = parse.parse(values, name, words)
+        with distributed_flags.joined(name, values):
+            module.main(values, rest)
 
 
 def usage(commands: dict[str, str]) -> str:

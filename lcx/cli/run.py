@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from lcx.cli import config_flags
+from lcx.cli import config_flags, distributed_flags
 from lcx.core.host import process_start
 from lcx.recipes.recipe import recipe, run_recipe
 from lcx.training.profile import profile_steps
@@ -19,6 +19,7 @@ def define(values: flags.FlagValues) -> None:
     """The command's flags."""
     config_flags.define(values)
     config_flags.define_profile(values)
+    distributed_flags.define(values)
 
 
 def main(values: flags.FlagValues, rest: Sequence[str]) -> None:

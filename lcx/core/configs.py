@@ -9,7 +9,7 @@ import hashlib
 import json
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import ml_collections
@@ -115,6 +115,18 @@ def _record_of_entries(options: tuple[Any, ...]) -> type | None:
 def plain(instance: Any) -> Any:
     """Nested dicts, lists and scalars of a dataclass, for JSON."""
     return json.loads(json.dumps(_plain(instance)))
+
+
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The `(dotted path, value)` pairs of nested mappings and lists, sorted by key; empty ones are leaves."""
+    if isinstance(value, Mapping) and value:
+        for key in sorted(value):
+            yield from leaves(value[key], f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list | tuple) and value:
+        for i, item in enumerate(value):
+            yield from leaves(item, f"{path}.{i}")
+    else:
+        yield path, value
 
 
 def fingerprint(*instances: Any) -> str:

@@ -13,6 +13,7 @@ import rich.markup
 import rich.progress
 import rich.table
 
+from lcx.core import processes
 from lcx.core.errors import UserError
 
 
@@ -81,6 +82,7 @@ class Progress:
 
     def note(self, text: str) -> None:
         """What is being done where no step can be counted, such as compilation."""
+        processes.doing(f"{self._title} {self._done}/{self._total}: {text}")
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, figures=text)
         elif self._every:
@@ -92,6 +94,7 @@ class Progress:
     def advance(self, figures: str = "", steps: int = 1) -> None:
         """Record `steps` more completed steps, with `figures` to show next to the bar."""
         before, self._done = self._done, self._done + steps
+        processes.doing(f"{self._title} {self._done}/{self._total} done")
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, advance=steps, figures=figures)
         elif self._every and (self._done // self._every > before // self._every or self._done == self._total):

@@ -17,6 +17,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from lcx.core import processes
 from lcx.core.errors import UserError
 
 AXES = ("data", "fsdp", "expert", "tensor", "ring", "ulysses")
@@ -41,7 +42,8 @@ SEQUENCE = RULES["sequence"]
 class MeshConfig:
     """Sizes of the mesh axes; at most one may be -1 (all remaining devices).
 
-    `context` splits the sequence; `ulysses` is its share of the split, and `ring` is the rest.
+    `context` splits the sequence; `ulysses` is its share of the split, and `ring` is the rest. Of several TPU slices, which a slow
+    network joins, only data and fsdp have their parts in different ones; with `context_over_slices` the ring may, too.
     """
 
     data: int = 1
@@ -50,6 +52,7 @@ class MeshConfig:
     tensor: int = 1
     context: int = 1
     ulysses: int = 1
+    context_over_slices: bool = False
 
     def sizes(self, num_devices: int) -> dict[str, int]:
         """Size of each axis of `AXES` on `num_devices` devices; raises `UserError` when they do not fit."""
@@ -86,8 +89,37 @@ class MeshConfig:
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over `devices` (default: all) with the axes of `AXES`, each of automatic type."""
     devices = list(jax.devices()) if devices is None else list(devices)
-    sizes = config.sizes(len(devices))
-    return Mesh(arranged(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    sizes, types = config.sizes(len(devices)), (AxisType.Auto,) * len(AXES)
+    if (slices := num_slices(devices)) == 1:
+        return Mesh(arranged(sizes, devices), AXES, axis_types=types)
+    outer = slices_spanned(sizes, slices, config.context_over_slices)
+    inner = [sizes[name] // outer[name] for name in AXES]
+    placed = mesh_utils.create_hybrid_device_mesh(inner, [outer[name] for name in AXES], devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=types)
+
+
+def num_slices(devices: Sequence[Any]) -> int:
+    """Number of TPU slices that the devices belong to; 1 for other devices."""
+    return len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+
+
+def slices_spanned(sizes: Mapping[str, int], slices: int, with_context: bool = False) -> dict[str, int]:
+    """Over how many slices each axis of `AXES` reaches: data first, then fsdp, and then, if asked for, the ring.
+
+    Raises `UserError` if their sizes do not add up to all slices.
+    """
+    found: dict[str, int] = dict.fromkeys(AXES, 1)
+    left = slices
+    for axis in ("data", "fsdp", *("ring",) * with_context):
+        found[axis] = math.gcd(sizes[axis], left)
+        left //= found[axis]
+    if left > 1:
+        ways = "" if with_context else ", or set mesh.context_over_slices=True to let the sequence cross the slow network"
+        raise UserError(
+            f"{slices} TPU slices cannot share mesh.data={sizes['data']} x mesh.fsdp={sizes['fsdp']}; make their product a "
+            f"multiple of {slices}, each slice taking whole parts{ways}"
+        )
+    return found
 
 
 def arranged(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
@@ -147,6 +179,18 @@ def mesh_of(tree: Any) -> AbstractContextManager[Any]:
     if mesh is None or mesh.size == 1 or not jax.sharding.get_abstract_mesh().empty:
         return nullcontext()
     return jax.set_mesh(mesh)
+
+
+def psum_scatter(x: jax.Array, axes: str | tuple[str, ...], dimension: int = 0) -> jax.Array:
+    """As `jax.lax.psum_scatter`, tiled, inside `jax.shard_map`.
+
+    On the CPUs of several processes every device takes its part of the whole sum: the library that scatters there may give wrong
+    numbers or fail (jax-ml/jax#40830).
+    """
+    if target_platform() != "cpu" or processes.count() == 1:
+        return jax.lax.psum_scatter(x, axes, scatter_dimension=dimension, tiled=True)
+    size = x.shape[dimension] // jax.lax.axis_size(axes)
+    return jax.lax.dynamic_slice_in_dim(jax.lax.psum(x, axes), jax.lax.axis_index(axes) * size, size, dimension)
 
 
 def check_divides(what: str, size: int, mesh: Mesh, logical: str) -> None:

@@ -21,6 +21,7 @@ from lcx.data.chat.frame import chat_frame
 from lcx.data.config import QUESTIONS, DataConfig, PartConfig, SourceConfig, Upsampling
 from lcx.data.schedule import Schedule
 from lcx.data.sources import sources
+from lcx.data.sources.documents import describe
 from lcx.data.synthetic.questions import QuestionTask
 from lcx.data.tasks.base import RetrievalTask
 from lcx.data.tasks.table import make_task
@@ -42,6 +43,14 @@ class Corpus:
         for source in list(wanted)[1:]:
             sources.check(source, self.tokenizer, config.chat_template)
         self._sources = {source: sources.load(source, self.tokenizer, config.chat_template) for source in wanted}
+
+    def contents(self) -> dict[str, str]:
+        """What each source holds, in words: equal for equal documents, so that hosts can be compared."""
+        found = {}
+        for source, held in self._sources.items():
+            digest = zlib.crc32(held.hashes.tobytes() + np.ascontiguousarray(held.lengths).tobytes())
+            found[describe(source)] = f"{len(held.lengths):,} documents, {int(held.lengths.sum()):,} tokens ({digest:08x})"
+        return found
 
     def select(self, source: SourceConfig, split: sources.Split) -> sources.Subset:
         """The training or held-out documents of one of the mixture's sources."""
@@ -94,15 +103,19 @@ class Loader:
             self.shares = (weights / weights.sum(axis=1, keepdims=True)).mean(axis=0)
             self.rows = mixture.changing(weights, sizes, keys)
 
-    def batch(self, step: int, rows: slice = slice(None)) -> Batch:
-        """Rows `rows` of step `step`, as NumPy arrays `[B, T]` (`row_parts` `[B]`): weights float32, all others int32."""
+    def batch(self, step: int, rows: slice = slice(None), columns: np.ndarray | None = None) -> Batch:
+        """Rows `rows` of step `step`, as NumPy arrays `[B, T]` (`row_parts` `[B]`): weights float32, all others int32.
+
+        With `columns` int `[m]`, only those of each row, `[B, m]`; of packed text nothing else is read.
+        """
         part, row = self.addresses(step, rows)
-        shape = (len(part), self.seq_len)
+        columns = None if columns is not None and np.array_equal(columns, np.arange(self.seq_len)) else columns
+        shape = (len(part), self.seq_len if columns is None else len(columns))
         out = {key: np.zeros(shape, np.float32 if key == "loss_weights" else np.int32) for key in _KEYS}
-        out["order"][:] = np.arange(self.seq_len, dtype=np.int32)
+        out["order"][:] = np.arange(self.seq_len, dtype=np.int32) if columns is None else columns
         for index in np.unique(part):
             own = np.flatnonzero(part == index)
-            for key, value in self.parts[index].build(row[own]).items():
+            for key, value in self.parts[index].build(row[own], columns).items():
                 out[key][own] = value
         return Batch(**out, row_parts=part.astype(np.int32), num_parts=len(self.names))
 
@@ -168,9 +181,9 @@ class TextPart:
         """Rows in an epoch."""
         return len(self.plan)
 
-    def build(self, rows: np.ndarray) -> Mapping[str, np.ndarray]:
-        """Arrays `[n, T]` of the named rows."""
-        out = packing.assemble(self.plan, rows, self.source, self.seq_len, self.config.packing, self.bos_id)
+    def build(self, rows: np.ndarray, columns: np.ndarray | None = None) -> Mapping[str, np.ndarray]:
+        """Arrays `[n, T]` of the named rows, or `[n, m]` of `columns`."""
+        out = packing.assemble(self.plan, rows, self.source, self.seq_len, self.config.packing, self.bos_id, columns)
         out["loss_weights"] *= np.float32(self.config.loss_weight)
         return out
 
@@ -190,16 +203,17 @@ class TaskPart:
     key: tuple[int, ...]
     size: None = None
 
-    def build(self, rows: np.ndarray) -> Mapping[str, np.ndarray]:
-        """Arrays `[n, T]` of the named rows."""
+    def build(self, rows: np.ndarray, columns: np.ndarray | None = None) -> Mapping[str, np.ndarray]:
+        """Arrays `[n, T]` of the named rows, or `[n, m]` of `columns`."""
         samples = self.task.rows(self._uniforms(rows), self.seq_len, self.source)
-        return {
+        out = {
             "tokens": samples.tokens[:, :-1],
             "targets": samples.tokens[:, 1:],
             "loss_weights": samples.loss_weights[:, 1:] * np.float32(self.config.loss_weight),
             "segments": np.ones((len(rows), self.seq_len), np.int32),
             "positions": np.broadcast_to(np.arange(self.seq_len, dtype=np.int32), (len(rows), self.seq_len)),
         }
+        return _cut(out, columns)
 
     def describe(self, row: int) -> str:
         """The task's name and counts."""
@@ -229,8 +243,8 @@ class Remapped:
         """Rows in an epoch, None if endless."""
         return self.part.size
 
-    def build(self, rows: np.ndarray) -> Mapping[str, np.ndarray]:
-        """Arrays `[n, T]` of the named rows."""
+    def build(self, rows: np.ndarray, columns: np.ndarray | None = None) -> Mapping[str, np.ndarray]:
+        """Arrays `[n, T]` of the named rows, or `[n, m]` of `columns`; the positions of a row are drawn for all of it."""
         out = dict(self.part.build(rows))
         new = np.empty_like(out["positions"])
         for i, rng in enumerate(generators(self.key, rows)):
@@ -238,11 +252,15 @@ class Remapped:
                 new[i] = remap.pose(out["positions"][i], rng, self.max_position)
             else:
                 new[i] = remap.randomized(new.shape[1], rng, self.max_position)
-        return {**out, "positions": new}
+        return _cut({**out, "positions": new}, columns)
 
     def describe(self, row: int) -> str:
         """The part's own description, and the remap."""
         return f"{self.part.describe(row)}; positions {self.part.config.remap} up to {self.max_position}"
+
+
+def _cut(out: Mapping[str, np.ndarray], columns: np.ndarray | None) -> Mapping[str, np.ndarray]:
+    return out if columns is None else {key: x[:, columns] for key, x in out.items()}
 
 
 def unmapped(part: TextPart | TaskPart | Remapped) -> TextPart | TaskPart:

@@ -1,6 +1,6 @@
 """From documents of known lengths to rows: a seeded plan of spans, then the rows' arrays.
 
-Legend: D documents, R rows, S spans, T tokens in a row, n requested rows.
+Legend: D documents, R rows, S spans, T tokens in a row, n requested rows, m requested columns.
 
 Rules that hold for every combination of options:
 - A plan uses every token of every document exactly once as an input token. Nothing is dropped: the last row of a stream and
@@ -26,6 +26,9 @@ from lcx.core.batch import PADDING, SHARED
 from lcx.core.errors import UserError
 from lcx.data.config import PackingConfig
 from lcx.data.sources.sources import Subset, cut, ranges
+
+MOST_RUNS = 16
+"""Runs of columns that are read one by one; of more, whole rows are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,27 +130,52 @@ def _best_fit(sizes: list[int], capacity: int) -> np.ndarray:
     return rows
 
 
-def assemble(plan: Plan, rows: np.ndarray, source: Subset, seq_len: int, config: PackingConfig, bos_id: int | None) -> dict:
+def assemble(
+    plan: Plan, rows: np.ndarray, source: Subset, seq_len: int, config: PackingConfig, bos_id: int | None,
+    columns: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:  # fmt: skip
     """The named rows as arrays `[n, T]`: tokens, targets, positions, segments (int32) and weights (float32).
 
-    The plan must have been made for rows of `seq_len - config.shared_bos` tokens. Raises `UserError` if the shared anchor
-    is requested and the tokenizer has no begin-of-sequence token.
+    The plan must have been made for rows of `seq_len - config.shared_bos` tokens. With `columns` int `[m]` the arrays are `[n, m]`,
+    those of the whole rows there; of a run of columns only its own tokens are read, and the one behind them. Raises `UserError`
+    if the shared anchor is requested and the tokenizer has no begin-of-sequence token.
     """
     if config.shared_bos and bos_id is None:
         raise UserError("packing.shared_bos=True needs a begin-of-sequence token; use tokenizer 'bytes+bos' or set it to False")
-    anchor, shape = int(config.shared_bos), (len(rows), seq_len)
+    if columns is None:
+        return _window(plan, rows, source, seq_len, config, bos_id, 0, seq_len)
+    cuts = [0, *(np.flatnonzero(np.diff(columns) != 1) + 1).tolist(), len(columns)]
+    if len(cuts) - 1 > MOST_RUNS:
+        return {key: x[:, columns] for key, x in assemble(plan, rows, source, seq_len, config, bos_id).items()}
+    firsts, stops = columns[cuts[:-1]].tolist(), (columns[np.asarray(cuts[1:]) - 1] + 1).tolist()
+    found = [_window(plan, rows, source, seq_len, config, bos_id, *run) for run in zip(firsts, stops, strict=True)]
+    return {key: np.concatenate([one[key] for one in found], axis=1) for key in found[0]}
+
+
+def _window(
+    plan: Plan, rows: np.ndarray, source: Subset, seq_len: int, config: PackingConfig, bos_id: int | None, first: int, stop: int
+) -> dict[str, np.ndarray]:
+    """Columns `first` to `stop - 1` of the rows."""
+    # One column more, whose token may be the last one's target.
+    stop, wanted = min(stop + 1, seq_len), stop - first
+    anchor, shape = int(config.shared_bos), (len(rows), stop - first)
     counts = plan.splits[rows + 1] - plan.splits[rows]
     spans = ranges(plan.splits[rows], counts)
-    document, start, end = plan.document[spans], plan.start[spans], plan.end[spans]
-    lengths, row = end - start, np.repeat(np.arange(len(rows)), counts)
+    lengths = plan.end[spans] - plan.start[spans]
     before = np.cumsum(lengths) - lengths
-    first = np.cumsum(counts) - counts
-    place = ranges(row * seq_len + anchor + before - np.repeat(before[first], counts), lengths)
-
-    tokens = source.gather(document, start, end)
-    targets, weights = _targets(tokens, source, document, start, end, np.cumsum(lengths) - 1, row, config.mask_documents)
+    column = anchor + before - np.repeat(before[np.cumsum(counts) - counts], counts)
     number = ranges(np.ones_like(counts), counts) if config.mask_documents else np.ones_like(lengths)
-    columns = np.broadcast_to(np.arange(seq_len, dtype=np.int32), shape)
+    row, skipped = np.repeat(np.arange(len(rows)), counts), np.maximum(first - column, 0)
+    there = np.minimum(column + lengths, stop) - np.maximum(column, first)
+    kept = there > 0
+    document, start, lengths = plan.document[spans][kept], (plan.start[spans] + skipped)[kept], there[kept]
+    number, row, skipped, column = number[kept], row[kept], skipped[kept], np.maximum(column, first)[kept] - first
+    place = ranges(row * shape[1] + column, lengths)
+
+    tokens = source.gather(document, start, start + lengths)
+    last = np.cumsum(lengths) - 1
+    targets, weights = _targets(tokens, source, document, start, start + lengths, last, row, config.mask_documents)
+    columns = np.broadcast_to(np.arange(first, stop, dtype=np.int32), shape)
     out = {
         "tokens": _scatter(shape, place, tokens, 0),
         "targets": _scatter(shape, place, targets, 0),
@@ -156,15 +184,17 @@ def assemble(plan: Plan, rows: np.ndarray, source: Subset, seq_len: int, config:
         "positions": columns.copy(),
     }
     if config.reset_positions:
-        out["positions"] = _scatter(shape, place, ranges(np.full_like(lengths, anchor), lengths), 0)
-    if config.shared_bos:
+        out["positions"] = _scatter(shape, place, ranges(anchor + skipped, lengths), 0)
+    if config.shared_bos and first == 0:
         out["tokens"][:, 0], out["segments"][:, 0] = bos_id, SHARED
         out["targets"][:, 0] = out["tokens"][:, 1]
-    return out
+    return {key: x[:, :wanted] for key, x in out.items()}
 
 
 def _targets(tokens, source, document, start, end, last, row, masked) -> tuple[np.ndarray, np.ndarray]:
     """Next token and weight of each token; `last` int64 `[S]` is the index of each span's last token in `tokens`."""
+    if not len(tokens):
+        return np.zeros(0, np.int32), np.zeros(0, np.float32)
     targets = np.append(tokens[1:], np.int32(0))
     weights = np.append(source.loss_weights(document, start, end)[1:], np.float32(0))
     goes_on = end < source.lengths[document]

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lcx.core import processes
 from lcx.core.console import warn
 from lcx.core.errors import UserError
 
@@ -27,6 +28,8 @@ class AnswerLog:
         self.heard: Callable[[int], None] = lambda count: None
         """Is called with the number of answers that this object has added, whenever there is one more."""
         self.added = 0
+        if path is not None:
+            processes.meet("answers")  # the first process has written all that the others know
         if path is None or not path.exists():
             return
         text = path.read_text("utf-8")

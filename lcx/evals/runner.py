@@ -9,7 +9,7 @@ import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from lcx.core import configs
+from lcx.core import configs, processes
 from lcx.core.configs import choice
 from lcx.core.console import Progress, say
 from lcx.core.errors import UserError
@@ -203,7 +203,7 @@ def _settings(config: EvalConfig) -> dict[str, object]:
 
 
 def _kept(result: EvalResult, workdir: str | os.PathLike[str] | None) -> EvalResult:
-    if workdir is not None:
+    if workdir is not None and processes.is_first():
         results.write(result, pathlib.Path(workdir) / FOLDER / f"{result.label}.json")
     return result
 

@@ -9,16 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lcx.core import exits
 from lcx.core.errors import UserError
 
 LONGEST_NAME = 40
 """Characters of a job's name: Kubernetes makes names of pods of it, which have at most 63."""
 
-RETRY_STATUSES = (75, 143)
-"""Exit statuses of a run that goes on from its last checkpoint when started again: 75 where a host was lost, 143 after SIGTERM."""
-
-USER_ERROR_STATUS = 1
-"""The exit status of a run that the user has to change something for: starting it again does not help."""
+RETRY_STATUSES = (exits.RESTART, exits.PREEMPTED)
+"""Exit statuses of a run that goes on from its last checkpoint when started again."""
 
 BUCKETS = ("gs://", "s3://", "r2://", "az://")
 

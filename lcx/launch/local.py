@@ -17,9 +17,10 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from lcx.core import exits
 from lcx.core.console import say
 from lcx.core.errors import UserError
-from lcx.launch.job import USER_ERROR_STATUS, JobSpec, at_least
+from lcx.launch.job import JobSpec, at_least
 
 ALONE, GRACE = 10.0, 30.0
 """Seconds that the other processes have to end in by themselves once one has failed, and then after a SIGTERM."""
@@ -62,7 +63,7 @@ def run(job: JobSpec, options: Processes, folder: Path) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     for tries in range(job.max_restarts + 1):
         status, stopped = run_all(commands(job, options, options.port or _free_port()), folder)
-        if stopped or status in (0, USER_ERROR_STATUS) or tries == job.max_restarts:
+        if stopped or status in (exits.DONE, exits.WRONG) or tries == job.max_restarts:
             break
         say(f"{job.name}: ended with status {status}; starting again ({tries + 1} of at most {job.max_restarts})")
     return status

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from lcx.core.mesh import fitting_spec, target_platform
+from lcx.core.mesh import fitting_spec, psum_scatter, target_platform
 from lcx.core.trees import Tree
 from lcx.model.config import ModelConfig
 from lcx.model.execution import ExecutionConfig
@@ -125,7 +125,7 @@ def _expert_parallel(mesh: AbstractMesh, run: Callable[..., jax.Array], params: 
         if experts_split:
             experts = experts - jax.lax.axis_index("expert") * params["down"].shape[0]
         y = run(params, x, weights, experts)
-        return (jax.lax.psum_scatter(y, "expert", tiled=True) if gathered else y)[None]
+        return (psum_scatter(y, "expert") if gathered else y)[None]
 
     return jnp.sum(
         jax.shard_map(

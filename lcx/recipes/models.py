@@ -15,13 +15,13 @@ import jax.numpy as jnp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from lcx.core import manifest
+from lcx.core import manifest, processes
 from lcx.core.configs import choice
 from lcx.core.console import say, warn
 from lcx.core.errors import UserError
 from lcx.core.files import sampled_hash
 from lcx.core.gguf import is_gguf, stem
-from lcx.core.mesh import fast_dtype
+from lcx.core.mesh import MeshConfig, fast_dtype, make_mesh
 from lcx.core.trees import cast, num_bytes, num_elements, paths
 from lcx.data.config import DataConfig
 from lcx.data.tokenizers import tokenizers
@@ -40,7 +40,7 @@ from lcx.training.checkpoints import FOLDER, Store
 from lcx.training.loading import InitialWeights, Loaded
 from lcx.training.meta import Meta, scheme_configs
 from lcx.training.stages import CheckpointConfig, RunConfig, StageConfig, stage_ends
-from lcx.training.workdir import CONFIG, begun, fingerprint, open_workdir
+from lcx.training.workdir import CONFIG, begun, fingerprint, open_workdir, read_config
 
 DTYPES = ("float32", "bfloat16", "float16")
 AUTO = "auto"
@@ -98,6 +98,20 @@ def load(
     source = opened(path)
     run = _run_of(source, dtype)
     return Loaded(source.params(dtype, mesh), run, _meta_of(run, source), stop_ids(path))
+
+
+def job_mesh(path: str | Path) -> Mesh | None:
+    """The mesh for the weights of a model in all processes of a job: that of its run, if it fits; None for a process alone."""
+    if processes.count() == 1:
+        return None
+    devices = jax.devices()
+    if not is_foreign(path) and Path(path).is_dir():
+        config = read_config(loading.locate(Path(path))[0]).mesh
+        try:
+            return make_mesh(config, devices)
+        except UserError as error:
+            warn(f"the mesh of the run in {path} does not fit here ({error}); its weights are split over all devices instead")
+    return make_mesh(MeshConfig(), devices)
 
 
 def initial_weights(init_from: str | None) -> InitialWeights | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import ml_collections
 
-from lcx.core import configs
+from lcx.core import configs, processes
 from lcx.core.configs import choice
 from lcx.core.console import say
 from lcx.core.errors import UserError
@@ -105,7 +105,7 @@ def run_recipe(
     With `fewer` (`training.loop.train`) the time that training will take is said first. `since` is when the process began, in
     seconds of the epoch (None: now), for the record of where the time goes.
     """
-    if is_finished(chosen, workdir):
+    if all(processes.exchange("finished", is_finished(chosen, workdir))):
         if profile is not None:
             profile.check(stage_ends(chosen.run)[-1], stage_ends(chosen.run)[-1])
         say(f"{workdir} is finished: {stage_ends(chosen.run)[-1]} steps; report: {workdir / 'report.html'}")
@@ -113,7 +113,8 @@ def run_recipe(
     with goodput.Recorder(since) as record:
         given = models.initial_weights(chosen.run.init_from)
         train(chosen.run, workdir, given=given, profile=profile, fewer=fewer, record=record)
-        record_environment(workdir, command)
+        if processes.is_first():
+            record_environment(workdir, command)
         with record.span(goodput.EVALUATION):
             if chosen.base_stage is not None:
                 evaluate_stage(chosen, workdir, "before", chosen.base_stage)
@@ -124,7 +125,8 @@ def run_recipe(
             # Loaded only now: drawing takes a library that a finished run repeated does without.
             from lcx.report.report import write_report
 
-            say(f"report: {write_report(workdir)}")
+            if processes.is_first():
+                say(f"report: {write_report(workdir)}")
 
 
 def is_finished(chosen: Recipe, workdir: Path) -> bool:
@@ -149,7 +151,7 @@ def _extended(chosen: Recipe) -> Recipe:
 def evaluate_stage(chosen: Recipe, workdir: Path, label: str, stage: str) -> EvalResult:
     """The evaluation of the model at the end of a stage, kept as `eval/<label>.json`."""
     loaded = models.load(workdir, stage=stage, mesh=make_mesh(chosen.run.mesh))
-    return _known(chosen, workdir, label, loaded.meta.step) or evaluate_loaded(loaded, chosen.evals, label, workdir)
+    return _known_to_all(chosen, workdir, label, loaded.meta.step) or evaluate_loaded(loaded, chosen.evals, label, workdir)
 
 
 def evaluate_source(chosen: Recipe, workdir: Path) -> EvalResult:
@@ -157,7 +159,7 @@ def evaluate_source(chosen: Recipe, workdir: Path) -> EvalResult:
     loaded = models.load(str(chosen.run.init_from), mesh=make_mesh(chosen.run.mesh))
     run = dataclasses.replace(loaded.run, data=chosen.run.data, execution=chosen.run.execution)
     loaded = dataclasses.replace(loaded, run=run)
-    return _known(chosen, workdir, "before", loaded.meta.step) or evaluate_loaded(loaded, chosen.evals, "before", workdir)
+    return _known_to_all(chosen, workdir, "before", loaded.meta.step) or evaluate_loaded(loaded, chosen.evals, "before", workdir)
 
 
 def free_label(workdir: Path, label: str, evals: EvalConfig) -> str:
@@ -174,6 +176,12 @@ def _known(chosen: Recipe, workdir: Path, label: str, step: int | None) -> EvalR
     """The result that is there already, if it is of this step (None: of any) and these settings."""
     found = _result(workdir, label)
     return found if found is not None and _is_of(found, chosen.evals) and step in (None, found.step) else None
+
+
+def _known_to_all(chosen: Recipe, workdir: Path, label: str, step: int) -> EvalResult | None:
+    """The same, unless another process of the job does not see it."""
+    found = _known(chosen, workdir, label, step)
+    return found if all(processes.exchange("known", found is not None)) else None
 
 
 def _result(workdir: Path, label: str) -> EvalResult | None:

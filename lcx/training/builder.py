@@ -52,8 +52,9 @@ class BuiltStage:
 
     def batch(self, step: int) -> Batch:
         """Global arrays of the stage's step `step`."""
-        rows = self.step.local_rows(self.stage.batch_size, self.stage.seq_len)
-        return self.step.to_device(self.loader.batch(step, rows), self.stage.batch_size)
+        rows, length = self.stage.batch_size, self.stage.seq_len
+        share = self.step.share(rows, length)
+        return self.step.to_device(self.loader.batch(step, share.rows, share.columns), rows, share, length)
 
 
 class StageBuilder:

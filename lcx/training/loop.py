@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 
-from lcx.core import configs
+from lcx.core import configs, processes
 from lcx.core.batch import Batch
 from lcx.core.console import Progress, console, say, warn
 from lcx.core.errors import UserError
@@ -34,10 +33,10 @@ from lcx.training.meta import Meta, scheme_configs
 from lcx.training.optimizer import groups
 from lcx.training.prefetch import Prefetcher, Stop
 from lcx.training.profile import Profiler, ProfileSteps
-from lcx.training.resume import ResumePoint, continue_into, reread_stage_start, resume_point
+from lcx.training.resume import ResumePoint, StageHistory, continue_into, history_of, reread_stage_start, resume_point
 from lcx.training.stages import RunConfig, stage_ends
 from lcx.training.step import TrainState
-from lcx.training.workdir import exclusive, fingerprint, make_workdir, open_workdir
+from lcx.training.workdir import check_shared, exclusive, fingerprint, keep_programs, make_workdir, open_workdir
 from lcx.training.writers import Writer
 
 Reweight = Callable[[BuiltStage, int, TrainState, Batch], Batch]
@@ -55,15 +54,6 @@ class Result:
     buffers: Tree
     schemes: dict[str, Scheme]
     decisions: tuple[dict[str, Any], ...]
-
-
-@dataclasses.dataclass
-class StageHistory:
-    """What the monitor has recorded of the current stage."""
-
-    losses: list[float] = dataclasses.field(default_factory=list)
-    before: monitor.Probe | None = None
-    reference: monitor.Probe | None = None
 
 
 def train(
@@ -90,6 +80,7 @@ def train(
     if given is None and run.init_from is not None:
         given = initial_weights(run.init_from)
     builder = StageBuilder(run, decisions, devices, given)
+    processes.agree("data", builder.corpus.contents(), "give all hosts the same files, or prepare them once (lcx data prepare)")
     main = jax.process_index() == 0
     if profile is not None:
         profile.check(0, stage_ends(run)[-1])
@@ -98,7 +89,9 @@ def train(
         if main:
             held.enter_context(exclusive(workdir))
         record = held.enter_context(goodput.Recorder()) if record is None else record
+        check_shared(workdir)
         open_workdir(workdir, run)
+        keep_programs(workdir)
         record.become(goodput.PREPARATION)
         if given is not None:
             given.keep(workdir)
@@ -146,10 +139,11 @@ class Trainer:
         self.record.keep(self.workdir, active=jax.process_index() == 0)
         self.record.goes_on_from(self.ends[start.index] - self.config.stages[start.index].steps + start.stage_step)
         built, state, at = self.builder.build(start.index), start.state, start.stage_step
-        history = _history(start)
+        history = history_of(start)
         self.writer.truncate(lambda row: metrics_log.place_of(row) <= self._reached(start))
         self._introduce(built, state)
         if fewer is not None and (start.index, start.stage_step) != (len(self.ends) - 1, self.config.stages[-1].steps):
+            processes.meet("metrics")  # they are cut by the first process, and read by all
             rows = metrics_log.read(self.workdir / "metrics.jsonl")
             say(forecast(self.builder, start.index, start.stage_step, rows, fewer))
         for index in range(start.index, len(self.config.stages)):
@@ -166,6 +160,9 @@ class Trainer:
                 state, accepted = self._stage(built, reread_stage_start(self.builder, self.store, index), 0, StageHistory())
         with self.record.span(goodput.SAVE):
             self.store.wait()
+        # Of what came too late for a step: the evaluation that may follow would not hear of it.
+        if number := max(processes.exchange("stop", self.stop.signal or 0)):
+            self._leave(self.ends[-1], number)
         say(f"done: {self.ends[-1]} steps; metrics and checkpoints in {self.workdir}")
         params = state.all_params
         return Result(self.workdir, self.ends[-1], params, built.arch, built.buffers, built.schemes, tuple(self.decisions))
@@ -195,8 +192,11 @@ class Trainer:
             PendingMetrics(self, built, history, bar) as pending,
         ):
             for step in range(at, stage.steps):
+                number = self._stage_start(built) + step + 1
+                processes.doing(f"the batch of step {number}")
                 with self.record.span(goodput.DATA):
                     batch, waited = batches.next()
+                processes.doing(f"step {number} of stage {stage.name}")
                 if self.reweight is not None:
                     batch = self.reweight(built, step, state, batch)
                 if not built.step.is_compiled_for(batch):
@@ -204,7 +204,8 @@ class Trainer:
                     with pending.excluded(), self.record.span(goodput.COMPILE):
                         program = built.step.compile(state, batch, built.buffers)
                     check_program(self.config, stage, built.step, program)
-                done, total = step + 1, self._stage_start(built) + step + 1
+                    processes.meet("compiled")  # the first step's transfers begin within a limit of their library's
+                done, total = step + 1, number
                 with self.profiler.begin(total, pending.flush):
                     state, metrics = built.step(state, batch, built.buffers)
                 pending.flush((step, metrics, waited))
@@ -213,12 +214,12 @@ class Trainer:
                     pending.flush()
                     if self._judge(built, state, history):
                         return state, False
-                stopping = self._stopping(total)
-                if stopping or done == stage.steps or (every is not None and total % every == 0):
+                stopping = self.stop.now(built.mesh)
+                if stopping is not None or done == stage.steps or (every is not None and total % every == 0):
                     pending.flush()
                     self._save(built, state, done, history)
-                if stopping:
-                    self._leave(total)
+                if stopping is not None:
+                    self._leave(total, stopping)
         return state, True
 
     def _stage_start(self, built: BuiltStage) -> int:
@@ -275,18 +276,15 @@ class Trainer:
             say(f"monitor: no theta is left to try for {built.stage.name}; it goes on with {scheme}")
         return following.index != built.attempt.index
 
-    def _stopping(self, total: int) -> bool:
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(total)
-        return self.stop.signal is not None
-
-    def _leave(self, total: int) -> None:
+    def _leave(self, total: int, number: int) -> None:
         with self.record.span(goodput.SAVE):
             self.store.wait()
         say(f"saved at step {total}; rerun the same command to resume")
-        if self.stop.signal == signal.SIGINT:
+        if processes.count() > 1:
+            raise processes.AllStop(128 + number)
+        if number == signal.SIGINT:
             raise KeyboardInterrupt
-        raise SystemExit(128 + signal.SIGTERM)
+        raise SystemExit(128 + number)
 
     def _introduce(self, built: BuiltStage, state: TrainState) -> None:
         devices = " x ".join(f"{name}={size}" for name, size in built.mesh.shape.items() if size > 1) or "1 device"
@@ -386,13 +384,6 @@ def _finish_time(metrics: dict[str, jax.Array]) -> float:
 def _few(lines: Sequence[str], count: int = 3) -> str:
     rest = f"; and {len(lines) - count} more rows" if len(lines) > count else ""
     return "; ".join(lines[:count]) + rest
-
-
-def _history(start: ResumePoint) -> StageHistory:
-    if start.meta is None or start.meta.probe_before is None:
-        return StageHistory()
-    reference = None if start.meta.reference is None else monitor.Probe(**start.meta.reference)
-    return StageHistory(list(start.meta.losses), monitor.Probe(**start.meta.probe_before), reference)
 
 
 def _record(probe: monitor.Probe | None) -> dict[str, float] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import signal
 import threading
 import time
@@ -11,6 +12,12 @@ from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lcx.core import processes
 from lcx.core.batch import Batch
 from lcx.core.console import warn
 
@@ -48,11 +55,12 @@ class Prefetcher:
 class Stop:
     """While entered, the first Ctrl-C or SIGTERM only sets `signal`; a second Ctrl-C interrupts at once.
 
-    On several hosts JAX's own preemption service decides, so that all stop after the same step.
+    Of several processes any may be told to stop; `now` lets all of them do so after the same step.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._asked: jax.Array | None = None
         self._before: Mapping[int, Any] = {}
 
     def __enter__(self) -> "Stop":
@@ -64,8 +72,29 @@ class Stop:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def now(self, mesh: Mesh) -> int | None:
+        """The signal after which to stop now, None to go on. Every process asks after every step, and all hear the same.
+
+        What each of several processes knows goes over the devices of the mesh, behind the step, and is read one step later.
+        """
+        if processes.count() == 1:
+            return self.signal
+        asked, self._asked = self._asked, _largest(mesh)(_by_device(mesh, self.signal or 0))
+        return None if asked is None else int(asked) or None
+
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
         warn(f"{signal.Signals(number).name}: saving after this step; press Ctrl-C again to stop immediately")
+
+
+def _by_device(mesh: Mesh, value: int) -> jax.Array:
+    """int32 `[devices]`, to which each process gives its value."""
+    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    return jax.make_array_from_callback((mesh.size,), sharding, lambda _: np.full(1, value, np.int32))
+
+
+@functools.lru_cache(maxsize=8)
+def _largest(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))

@@ -15,6 +15,7 @@ from lcx.core.console import say, warn
 from lcx.core.errors import UserError
 from lcx.core.param_spec import initialize
 from lcx.core.trees import Tree, joined, paths
+from lcx.training import monitor
 from lcx.training.builder import BuiltStage, StageBuilder
 from lcx.training.checkpoints import Store
 from lcx.training.loading import unkept
@@ -35,6 +36,23 @@ class ResumePoint:
     index: int
     stage_step: int
     meta: Meta | None = None
+
+
+@dataclasses.dataclass
+class StageHistory:
+    """What the monitor has recorded of the current stage."""
+
+    losses: list[float] = dataclasses.field(default_factory=list)
+    before: monitor.Probe | None = None
+    reference: monitor.Probe | None = None
+
+
+def history_of(start: ResumePoint) -> StageHistory:
+    """What the monitor had recorded of the stage that a run goes on with."""
+    if start.meta is None or start.meta.probe_before is None:
+        return StageHistory()
+    reference = None if start.meta.reference is None else monitor.Probe(**start.meta.reference)
+    return StageHistory(list(start.meta.losses), monitor.Probe(**start.meta.probe_before), reference)
 
 
 def resume_point(builder: StageBuilder, store: Store) -> ResumePoint:

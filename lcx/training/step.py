@@ -8,6 +8,7 @@ Legend: B batch rows, T tokens, A microbatches of a step.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -57,6 +58,18 @@ class TrainState:
     def all_params(self) -> Tree:
         """Trained and frozen parameters in one tree."""
         return join(self.params, self.frozen) if self.frozen else self.params
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """What the devices of this process hold of a batch `[B, T]`: `rows`, and `pieces` (start, stop) of T as the layout deals it.
+
+    `columns` int `[m]` are the places in a row, before they are dealt, of the tokens of all pieces, one piece after the other.
+    """
+
+    rows: slice
+    pieces: tuple[tuple[int, int], ...]
+    columns: np.ndarray
 
 
 class TrainStep:
@@ -128,25 +141,44 @@ class TrainStep:
         """A tree of all parameters as those that are trained and those that are frozen."""
         return split(params, lambda path: is_trained(self.optim, self.lora, path))
 
+    def share(self, rows: int, length: int) -> Share:
+        """What this process's devices hold of a `[rows, length]` batch: all that its loader has to make."""
+        ring, held = self.mesh.shape["ring"], self._batch_sharding.addressable_devices_indices_map((rows, length)).values()
+        pieces = sorted({index[1].indices(length)[:2] for index in held})
+        layout = row_layout(self.arch.config, self.arch.execution, length, self.mesh)
+        dealt = arrange(np.arange(length)[None], layout, ring)[0]
+        return Share(self.local_rows(rows, length), tuple(pieces), np.concatenate([dealt[start:stop] for start, stop in pieces]))
+
     def local_rows(self, rows: int, length: int) -> slice:
         """Rows of a `[rows, length]` batch that this process's devices hold: all that its loader has to make."""
         indices = self._batch_sharding.addressable_devices_indices_map((rows, length)).values()
         return slice(min(i[0].start or 0 for i in indices), max(rows if i[0].stop is None else i[0].stop for i in indices))
 
-    def to_device(self, batch: Batch, rows: int) -> Batch:
-        """Host arrays of this process's rows as global arrays `[rows, T]`, in the mesh's sequence layout, or `[rows]`."""
-        ring, length = self.mesh.shape["ring"], batch.tokens.shape[1]
+    def to_device(self, batch: Batch, rows: int, share: Share | None = None, length: int | None = None) -> Batch:
+        """Host arrays of this process's rows as global arrays `[rows, T]`, in the mesh's sequence layout, or `[rows]`.
+
+        With its `share` of rows of `length` tokens, the arrays have that share's columns alone, in its order.
+        """
+        ring, length = self.mesh.shape["ring"], length or batch.tokens.shape[1]
         layout = row_layout(self.arch.config, self.arch.execution, length, self.mesh)
-        batch = arrange(batch, layout, ring).replace(layout=layout)
+        batch = (batch if share is not None else arrange(batch, layout, ring)).replace(layout=layout)
         first = self.local_rows(rows, length).start
+        pieces = ((0, length),) if share is None else share.pieces
+        sizes = [stop - start for start, stop in pieces]
+        places = {start: place for (start, _), place in zip(pieces, np.cumsum([0, *sizes[:-1]]).tolist(), strict=True)}
 
         def one(x: np.ndarray) -> jax.Array:
             def part(index: tuple[slice, ...]) -> np.ndarray:
                 start, stop, _ = index[0].indices(rows)
-                return x[(slice(start - first, stop - first), *index[1:])]
+                own = x[start - first : stop - first]
+                if x.ndim == 1:
+                    return own
+                begin, end, _ = index[1].indices(length)
+                at = begin if share is None else places[begin]
+                return own[:, at : at + end - begin]
 
             sharding = self._row_sharding if x.ndim == 1 else self._batch_sharding
-            return jax.make_array_from_callback((rows, *x.shape[1:]), sharding, part)
+            return jax.make_array_from_callback((rows, *(length,)[: x.ndim - 1]), sharding, part)
 
         return jax.tree.map(one, batch)
 

@@ -8,13 +8,14 @@ import os
 import platform
 import re
 import shlex
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from lcx.core import configs
+from lcx.core import configs, processes
 from lcx.core.errors import UserError
 from lcx.core.files import write_atomically
 from lcx.core.version import VERSION
@@ -26,7 +27,10 @@ CONFIG = "config.json"
 OWN = "checksum"
 """Key of the config's own checksum, the last one in the file."""
 
-LOCK = ".lock"
+LOCK, SHARED, PROGRAMS = ".lock", ".shared", "compiled"
+
+SHARED_SECONDS = 10.0
+"""In which a file that one host has written must be seen by all."""
 
 MUTABLE_FIELDS = ("mesh", "checkpoint", "metrics", "max_bad_steps", "execution")
 """What may change between two starts of one run: how it is computed and kept, not what."""
@@ -72,6 +76,34 @@ def begun(workdir: Path) -> bool:
     return metrics.read(workdir / "decisions.jsonl") != [] or any(path.name.isdigit() for path in workdir.glob("checkpoints*/*"))
 
 
+def check_shared(workdir: Path) -> None:
+    """Raises `UserError` in all processes of a job if one of them does not see in the workdir what the first one writes there."""
+    if processes.count() == 1:
+        return
+    token, path = processes.exchange("token", os.urandom(8).hex())[0], workdir / SHARED
+    if processes.is_first():
+        write_atomically(path, token)
+    processes.meet("workdir")
+    until = time.monotonic() + SHARED_SECONDS
+    while not (seen := path.exists() and path.read_text() == token) and time.monotonic() < until:
+        time.sleep(0.2)
+    everyone = processes.exchange("workdir", seen)
+    if processes.is_first():
+        path.unlink()
+    if not all(everyone):
+        raise UserError(
+            f"{processes.named(everyone.index(False))} does not see in {workdir} what {processes.named(0)} writes there; name a "
+            "--workdir on a file system that all hosts share"
+        )
+
+
+def keep_programs(workdir: Path) -> None:
+    """Where a run may be started again by others than its user, keep its compiled programs in the workdir, unless JAX is told of
+    another place."""
+    if (processes.count() > 1 or processes.supervised()) and jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(workdir / PROGRAMS))
+
+
 @contextlib.contextmanager
 def exclusive(workdir: Path) -> Iterator[None]:
     """Holds the workdir for one training process of this host; raises `UserError` when another one has it.
@@ -113,10 +145,11 @@ def read_config(workdir: Path) -> RunConfig:
 
 def fingerprint(run: RunConfig) -> str:
     """Sixteen hex digits over everything that decides what the run computes."""
-    fixed = {path: value for path, value in _leaves(configs.plain(run)) if not _is_mutable(path)}
+    fixed = {path: value for path, value in configs.leaves(configs.plain(run)) if not _is_mutable(path)}
     if run.adapters is None:  # as before there were any
         fixed = {path: value for path, value in fixed.items() if not path.startswith("lora.")}
-    fixed = {path: value for path, value in fixed.items() if value is not None or not path.endswith(".shifted_group")}
+    younger = {"shifted_group": None, "init_noise": 0.0}  # as before there were such fields
+    fixed = {path: value for path, value in fixed.items() if younger.get(path.split(".")[-1], ...) != value}
     # Under the paths that lcx 0.1 hashed, so that checkpoints of then and now bear one fingerprint.
     return configs.fingerprint({re.sub(r"^execution\.", "model.", path): value for path, value in fixed.items()})
 
@@ -153,7 +186,7 @@ def _migrated(values: dict[str, Any]) -> dict[str, Any]:
 def _compare(workdir: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
     if len(here["stages"]) > len(there["stages"]):
         here = {**here, "stages": here["stages"][: len(there["stages"])]}
-    old, new = dict(_leaves(there)), dict(_leaves(here))
+    old, new = dict(configs.leaves(there)), dict(configs.leaves(here))
     names = {f"stages.{i}": f"stages.{stage['name']}" for i, stage in enumerate(here["stages"])}
     differences = [
         f"{_named(path, names)} is {old.get(path, 'absent')!r} there but {new.get(path, 'absent')!r} here"
@@ -181,17 +214,6 @@ def _is_mutable(path: str) -> bool:
         parts = parts[2:] if parts[2] == "mesh" else parts
     path = ".".join(parts)
     return path not in FIXED_FIELDS and any(path == name or path.startswith(name + ".") for name in MUTABLE_FIELDS)
-
-
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        for key in sorted(value):
-            yield from _leaves(value[key], f"{path}.{key}" if path else str(key))
-    elif isinstance(value, list) and value:
-        for i, item in enumerate(value):
-            yield from _leaves(item, f"{path}.{i}")
-    else:
-        yield path, value
 
 
 def record_environment(workdir: Path, command: Sequence[str]) -> Path:

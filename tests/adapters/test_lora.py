@@ -141,7 +141,7 @@ def test_adapters_start_without_effect(init, deviation):
     assert worst_error(outputs(params), outputs(base))[0] <= 1e-6
 
 
-@pytest.mark.parametrize("model", [MODEL, EXPERTS], ids=["dense", "experts"])
+@pytest.mark.parametrize("model", [MODEL, pytest.param(EXPERTS, marks=pytest.mark.slow)], ids=["dense", "experts"])
 @pytest.mark.parametrize("dora", mostly_slow([False, True], [True]))
 def test_folded_equals_unfolded(model, dora):
     """Every kernel and the embeddings adapted, each with its own scale."""

@@ -81,7 +81,7 @@ KERNELS = [
         },
     ),
 ]
-QUICK = {("v5p:2x2x1", 128), ("v5e:2x2", 64)}
+QUICK = {("v5p:2x2x1", 128)}
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def check_order(text):
     assert len(moved) == 7  # keys, values and rotary tables, forward and backward; dk with dv
 
 
-@pytest.mark.parametrize("layout", ["zigzag", "striped"])
+@pytest.mark.parametrize("layout", ["zigzag", pytest.param("striped", marks=pytest.mark.slow)])
 def test_tokens_are_dealt_without_gather_or_loop(layout):
     mesh = one_chip("v5p:2x2x1")
     rows, hidden = (abstract(mesh, shape, dtype) for shape, dtype in [((2, 65536), jnp.int32), ((2, 65536, 512), jnp.bfloat16)])

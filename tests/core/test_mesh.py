@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from lcx.core.errors import UserError
-from lcx.core.mesh import AXES, MeshConfig, check_divides, fast_dtype, make_mesh, partition_spec
+from lcx.core.mesh import AXES, MeshConfig, check_divides, fast_dtype, make_mesh, num_slices, partition_spec, slices_spanned
 from lcx.core.param_spec import ONES, Init, ParamSpec, abstract, initialize, shardings
 from lcx.core.trees import num_bytes
 from tests.compare import worst_error
@@ -112,3 +112,48 @@ def test_bad_specs_are_refused():
 def test_the_type_to_compute_in(platform, capability, dtype):
     assert fast_dtype(platform, capability) == dtype
     assert fast_dtype() == "float32"  # the tests run on CPUs
+
+
+class Chip:
+    """As much of a TPU's chip as a mesh asks for."""
+
+    platform, device_kind, process_index, core_on_chip = "tpu", "a chip of four to a slice", 0, 0
+
+    def __init__(self, number, slice_index):
+        self.id, self.slice_index, self.coords = number, slice_index, [number % 2, number // 2 % 2, 0]
+
+
+def test_slices():
+    chips = [Chip(i, i // 4) for i in (5, 4, 7, 6, 1, 0, 3, 2)]
+    assert num_slices(chips) == 2 and num_slices(jax.devices()) == 1
+    mesh = make_mesh(MeshConfig(data=2, fsdp=1, context=2, tensor=2), chips)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "expert": 1, "tensor": 2, "ring": 2, "ulysses": 1}
+    for part in mesh.devices[:, 0, 0]:
+        assert len({chip.slice_index for chip in part.flat}) == 1  # whatever is below data stays within a slice
+    mesh = make_mesh(MeshConfig(fsdp=8), chips)
+    assert [chip.slice_index for chip in mesh.devices.flat] == [0] * 4 + [1] * 4
+
+
+@pytest.mark.parametrize(
+    ("sizes", "slices", "with_context", "found"),
+    [
+        ({"data": 4}, 2, False, {"data": 2}),
+        ({"data": 2, "fsdp": 8}, 4, False, {"data": 2, "fsdp": 2}),
+        ({"data": 3, "fsdp": 8}, 4, False, {"fsdp": 4}),
+        ({"ring": 8}, 4, True, {"ring": 4}),
+        ({"data": 2, "ring": 8}, 4, True, {"data": 2, "ring": 2}),
+    ],
+)
+def test_axes_slices_spanned(sizes, slices, with_context, found):
+    every = dict.fromkeys(AXES, 1)
+    assert slices_spanned({**every, **sizes}, slices, with_context) == {**every, **found}
+
+
+def test_the_sequence_does_not_cross_slices_unasked():
+    chips = [Chip(i, i // 4) for i in range(8)]
+    with pytest.raises(UserError, match="2 TPU slices cannot share mesh.data=1 x mesh.fsdp=1.*mesh.context_over_slices=True"):
+        make_mesh(MeshConfig(context=8, fsdp=1), chips)
+    mesh = make_mesh(MeshConfig(context=8, fsdp=1, context_over_slices=True), chips)
+    assert [chip.slice_index for chip in mesh.devices.flat] == [0] * 4 + [1] * 4
+    with pytest.raises(UserError, match="make their product a multiple of 2, each slice taking whole parts$"):
+        make_mesh(MeshConfig(tensor=8, fsdp=1, context_over_slices=True), chips)

@@ -211,7 +211,7 @@ def test_generation_runs_where_the_weights_are(params, data):
     np.testing.assert_array_equal(LocalBackend(split, MODEL, ExecutionConfig(), SCHEMES, 67, 256).generate(items, 4), wanted)
 
 
-@pytest.mark.parametrize("length", [64, 67])
+@pytest.mark.parametrize("length", [pytest.param(64, marks=pytest.mark.slow), 67])
 def test_scores_are_the_same_where_rows_are_split(params, length):
     rows = np.random.default_rng(0).integers(0, 256, (2, length + 1))
     split = jax.device_put(params, shardings(specs(MODEL, SCHEMES, 128), make_mesh(MeshConfig(fsdp=1, context=8, ulysses=2))))

@@ -100,7 +100,8 @@ def test_every_family_has_a_case():
 
 
 SLOW = (
-    "llama", "llama-linear", "llama-dynamic", "llama-yarn", "llama-longrope", "mistral-full", "qwen2-yarn-tied", "qwen3",
+    "llama", "llama-mha-tied", "llama-mqa-biases", "llama-linear", "llama-dynamic", "llama-yarn", "llama-longrope", "mistral-full",
+    "qwen2-yarn-tied", "qwen3",
     "gemma2-mha", "gemma3-linear", "phi3", "phi3-partial", "olmo2-yarn-mha", "smollm3-window", "mixtral-window-yarn",
     "qwen3-moe-window-sums",
 )  # fmt: skip

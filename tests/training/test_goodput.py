@@ -97,7 +97,8 @@ def test_only_one_process_writes_and_a_row_cut_short_is_dropped(tmp_path):
 
 
 def test_a_run_leaves_a_record_of_all_its_steps(tmp_path):
-    train(run_config(tiny.config()), tmp_path, jax.devices()[:1])
+    # Settings that no other test has: its program is yet to be compiled.
+    train(run_config(tiny.config(optim={"lr": 3e-3, "warmup_steps": 2, "b1": 0.91})), tmp_path, jax.devices()[:1])
     rows = metrics.read(tmp_path / FILE)
     found = summary(rows)
     assert [one["step"] for one in rows if one["event"] == "step_end"] == list(range(1, 19))

@@ -169,7 +169,7 @@ def as_lcx_0_1_wrote_it(run):
     """config.json with the fields of `ExecutionConfig` among the model's."""
     values = configs.plain(run)
     execution = values.pop("execution")
-    del values["lora"]
+    del values["lora"], values["init_noise"]
     for stage in values["stages"]:
         del stage["shifted_group"]
     return {**values, "model": {**values["model"], **execution}}

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from lcx.attention.partial import Partial, merge, zeros_fp32
 from lcx.attention.shard import Gradients, KVShard, QueryShard, nothing_seen, scan_key_slices, shard_attention, shard_vjp
 from lcx.attention.spec import ShardSpec
+from lcx.core.mesh import psum_scatter
 
 
 def gather(shard: ShardSpec, axis: str, slices: int, queries: QueryShard, keys: KVShard, bias_params: Any) -> Partial:
@@ -41,7 +42,7 @@ def gather_backward(
 
     def part(state: tuple, keys: KVShard) -> tuple[tuple, list]:
         (dq, *dkv, dbias), _ = pull.step(_everybodys(axis, keys), ())
-        dkv = [jax.lax.psum_scatter(x, axis, scatter_dimension=1, tiled=True) for x in dkv]
+        dkv = [psum_scatter(x, axis, 1) for x in dkv]
         return jax.tree.map(jnp.add, state, (dq, dbias)), dkv
 
     (dq, dbias), (dk, dv) = scan_key_slices(part, (pull.init, zeros_fp32(bias_params)), keys, slices)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from lcx.attention.partial import Partial
 from lcx.attention.shard import KVShard, QueryShard, shard_attention
 from lcx.attention.spec import ShardSpec
-from lcx.core.mesh import SEQUENCE
+from lcx.core.mesh import SEQUENCE, psum_scatter
 
 
 def split_kv(shard: ShardSpec, spread: bool, queries: QueryShard, keys: KVShard, bias_params: Any) -> Partial:
@@ -48,7 +48,7 @@ def merge_over(axes: tuple[str, ...], part: Partial, scatter: bool) -> Partial:
     if scatter:
         share = weight.shape[1] // jax.lax.axis_size(axes)
         top = jax.lax.dynamic_slice_in_dim(top, jax.lax.axis_index(axes) * share, share, axis=1)
-        o, weight = (jax.lax.psum_scatter(x, axes, scatter_dimension=1, tiled=True) for x in (o, weight))
+        o, weight = (psum_scatter(x, axes, 1) for x in (o, weight))
     else:
         o, weight = jax.lax.psum((o, weight), axes)
     empty = weight == 0.0

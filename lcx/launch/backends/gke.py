@@ -7,8 +7,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from lcx.core import exits
 from lcx.core.errors import UserError
-from lcx.launch.job import USER_ERROR_STATUS, Backend, JobSpec, at_least, plain_word, refuse_own_disks, refuse_sources
+from lcx.launch.job import Backend, JobSpec, at_least, plain_word, refuse_own_disks, refuse_sources
 from lcx.launch.render import render
 from lcx.launch.tpu import Slice
 
@@ -47,7 +48,7 @@ def files(job: JobSpec, options: Gke) -> dict[str, str]:
         "jobset.yaml.j2", job=job, options=options, place=place, volumes=[_volume(i, job) for i in range(len(job.mounts))],
         secrets={name: where.split("/") for name, where in job.secrets.items()},
         env={name: _literal(value) for name, value in job.env.items()},
-        command=["lcx", *map(_literal, job.words), "--distributed=auto"], user_error=USER_ERROR_STATUS,
+        command=["lcx", *map(_literal, job.words), "--distributed=auto"], user_error=exits.WRONG,
     )  # fmt: skip
     return {f"{job.name}.yaml": text}
 
