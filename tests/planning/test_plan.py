@@ -136,6 +136,11 @@ def test_a_compiler_that_dies_half_way_leaves_a_sentence_and_no_folder(monkeypat
     assert not folders()
 
 
+def test_a_compiler_that_cannot_even_hold_temporaries_says_how_many():
+    said = "Ran out of memory on HBM, the total memory required for HLO temporaries (323.75G) exceeds available HBM (95.74G)."
+    assert compiling.used(said) == 323.75 * 2**30 and compiling.used("nothing") == float("inf")
+
+
 def test_a_missing_libtpu_is_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(compiling.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(compiling.sys, "prefix", str(tmp_path))
