@@ -142,7 +142,7 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def used(message: str) -> float:
-    """Bytes that a compiler asked for in vain, from its message: `Used 134.44G of 95.74G hbm`, or `(323.75G)` of temporaries alone."""
+    """Bytes that a compiler asked for in vain, from its message: `Used 134.44G of 95.74G`, or of temporaries alone."""
     found = re.search(r"Used ([\d.]+)([KMGT]?) of", message) or re.search(r"temporaries \(([\d.]+)([KMGT]?)\)", message)
     if found is None:
         found = re.search(r"(?:total|allocate|allocating) ([\d.]+)\s*([KMGT]?)i?B?\b", message)
