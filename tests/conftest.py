@@ -31,6 +31,7 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+jax.devices()  # there are eight from here on, whatever a command that a test runs in its process asks for
 
 
 @pytest.fixture(scope="session")

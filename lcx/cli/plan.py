@@ -171,7 +171,7 @@ def show(plans: Sequence[StagePlan], index: int) -> None:
         ["stage", "tokens a row", "fits", "needs", "step", "tokens/s", "MFU", "bound by", "steps", "time", "chip-hours"],
         [
             [
-                one.stage.name, f"{one.stage.seq_len:,}", yes(one.fits), size(one.needed), f"{one.time.seconds:.3g} s",
+                one.stage.name, f"{one.stage.seq_len:,}", yes(one.fits), size(one.needed), _seconds(one.time.seconds),
                 f"{one.tokens / one.time.seconds:,.0f}", f"{one.time.mfu:.0%}", one.time.bound, f"{one.stage.steps:,}",
                 duration(one.hours * 3600), f"{one.chip_hours:,.1f}",
             ]
@@ -207,7 +207,7 @@ def as_row(one: search.Candidate) -> dict[str, str]:
         "fits": yes(plan.fits),
         "needs": size(plan.needed),
         "host": size(plan.host) if plan.host else "",
-        "step": f"{plan.time.seconds:.3g} s",
+        "step": _seconds(plan.time.seconds),
         "mfu": f"{plan.time.mfu:.0%}",
         "chip_hours": f"{plan.chip_hours:,.1f}",
     }
@@ -220,7 +220,7 @@ def compare(text: str, before: Sequence[StagePlan], after: Sequence[StagePlan], 
         one, total = plans[index], planning.totals(plans)
         rows.append(
             [
-                name, yes(one.fits), size(one.needed), size(one.host) if one.host else "", f"{one.time.seconds:.3g} s",
+                name, yes(one.fits), size(one.needed), size(one.host) if one.host else "", _seconds(one.time.seconds),
                 f"{one.time.mfu:.0%}", duration(total["hours"] * 3600), f"{total['chip_hours']:,.0f}",
             ]
         )  # fmt: skip
@@ -229,3 +229,8 @@ def compare(text: str, before: Sequence[StagePlan], after: Sequence[StagePlan], 
         ["config", "fits", "needs", "host", "step", "MFU", "all stages", "chip-hours"],
         rows,
     )
+
+
+def _seconds(seconds: float) -> str:
+    """Three digits, or all whole ones."""
+    return f"{seconds:.3g} s" if seconds < 1000 else f"{seconds:,.0f} s"

@@ -65,7 +65,9 @@ def find_job(
         if value is None:
             raise UserError(f"--distributed={asked} needs --{name}; give it, or --distributed=auto where a scheduler starts lcx")
     assert num_processes is not None and process_id is not None
-    if num_processes < 1 or not 0 <= process_id < num_processes:
+    if num_processes < 1:
+        raise UserError(f"--num_processes={num_processes} must be at least 1, the number of processes of the whole job")
+    if not 0 <= process_id < num_processes:
         raise UserError(f"--process_id={process_id} is not one of --num_processes={num_processes}; processes count from 0")
     _check_slices(environment, several_slices=False)
     return Job("the command line", f"{host}:{port}", num_processes, process_id, method="deactivate")

@@ -85,7 +85,7 @@ def test_a_script_is_written_with_what_was_typed(places, capsys):
 
 def test_a_copied_folder_has_relative_configs(places):
     main(shlex.split((GKE + "--config={config} --workdir=/mnt/b/x").format(**places)))
-    assert f'"--config={places["near"]}"' in (places["out"] / "tiny.yaml").read_text()
+    assert f'"--config={places["near"]}"' in (places["out"] / "tiny.jobset.yaml").read_text()
 
 
 def test_here_it_says_what_would_run(places, capsys):

@@ -96,6 +96,7 @@ def test_an_explicit_job_and_slices():
         (("10.0.0.2:8476", None, 0), "needs --num_processes"),
         (("10.0.0.2:8476", 2, None), "needs --process_id"),
         (("10.0.0.2:8476", 2, 2), "--process_id=2 is not one of --num_processes=2"),
+        (("10.0.0.2:8476", 0, 0), "--num_processes=0 must be at least 1"),
         (("10.0.0.2", 2, 0), "--distributed=10.0.0.2 is not auto, off or the address"),
         (("here:99999", 2, 0), "--distributed=here:99999 is not"),
         (("atuo", 2, 0), "--distributed=atuo is not auto, off"),

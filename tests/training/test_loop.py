@@ -22,7 +22,7 @@ from lcx.training.loop import train
 from lcx.training.metrics import TIMING, read
 from lcx.training.profile import ProfileSteps
 from lcx.training.stages import run_config
-from lcx.training.workdir import _leaves, exclusive, fingerprint, open_workdir, read_config
+from lcx.training.workdir import exclusive, fingerprint, open_workdir, read_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -219,7 +219,7 @@ def test_a_fingerprint_is_that_of_lcx_0_1(changes):
     could_change = {"mesh", "checkpoint", "metrics", "max_bad_steps", *(f"model.{name}" for name in COULD_CHANGE_IN_0_1)}
     leaves = {
         path: value
-        for path, value in _leaves(as_lcx_0_1_wrote_it(run))
+        for path, value in configs.leaves(as_lcx_0_1_wrote_it(run))
         if "mesh" not in path.split(".") and not could_change & {path, path.split(".")[0]}
     }
     assert fingerprint(run) == configs.fingerprint(leaves)

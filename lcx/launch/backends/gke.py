@@ -50,7 +50,7 @@ def files(job: JobSpec, options: Gke) -> dict[str, str]:
         env={name: _literal(value) for name, value in job.env.items()},
         command=["lcx", *map(_literal, job.words), "--distributed=auto"], user_error=exits.WRONG,
     )  # fmt: skip
-    return {f"{job.name}.yaml": text}
+    return {f"{job.name}.jobset.yaml": text}
 
 
 def _literal(text: str) -> str:

@@ -65,7 +65,7 @@ def files(job: JobSpec, options: SkyPilot) -> dict[str, str]:
         setup=job.setup or (None if job.image else default_setup("tpu" if options.is_tpu else "gpu")),
         words=["lcx", *job.words], port=PORT,
     )  # fmt: skip
-    return {f"{job.name}.yaml": text}
+    return {f"{job.name}.sky.yaml": text}
 
 
 def _indented(values: dict[str, Any], by: int) -> str:
