@@ -169,7 +169,8 @@ def as_lcx_0_1_wrote_it(run):
     """config.json with the fields of `ExecutionConfig` among the model's."""
     values = configs.plain(run)
     execution = values.pop("execution")
-    del values["lora"], values["init_noise"]
+    # Fields that it did not have.
+    del values["lora"], values["init_noise"], execution["head_groups"], execution["remat_every"]
     for stage in values["stages"]:
         del stage["shifted_group"]
     return {**values, "model": {**values["model"], **execution}}
