@@ -17,7 +17,7 @@ from typing import Any
 from lcx.cli import parse
 from lcx.core import configs
 from lcx.core.errors import UserError
-from lcx.core.numbers import duration
+from lcx.core.numbers import duration, step_time
 from lcx.model.presets import family
 from lcx.planning import plan as planning
 from lcx.planning import search
@@ -140,13 +140,8 @@ def recipes_table() -> str:
 def stage_cells(one: StagePlan, compiled: str) -> list[str]:
     """The figures of a stage."""
     mesh = " ".join(f"{axis} {count}" for axis, count in one.mesh.items() if count > 1)
-    step = [seconds(one.time.seconds), f"{one.time.mfu:.0%}", duration(3600 * one.hours), f"{one.chip_hours:,.0f}"]
+    step = [step_time(one.time.seconds), f"{one.time.mfu:.0%}", duration(3600 * one.hours), f"{one.chip_hours:,.0f}"]
     return [style.tokens(one.stage.seq_len), mesh, f"{one.needed / 1e9:.1f}", compiled, *step]
-
-
-def seconds(count: float) -> str:
-    """A step's time."""
-    return f"{count:.3g} s" if count < 100 else f"{count:,.0f} s"
 
 
 def largest_table() -> str:

@@ -23,7 +23,7 @@ from lcx.cli import config_flags
 from lcx.core.configs import choice
 from lcx.core.console import say, table
 from lcx.core.errors import UserError
-from lcx.core.numbers import duration
+from lcx.core.numbers import duration, step_time
 from lcx.planning import plan as planning
 from lcx.planning import search
 from lcx.planning.plan import StagePlan
@@ -150,20 +150,8 @@ def show(plans: Sequence[StagePlan], index: int) -> None:
         )
         table(
             "transfers of a step, as scheduled",
-            ["transfer", "along", "for", "each", "times", "in all", "hidden"],
-            [
-                [
-                    one.kind,
-                    " x ".join(one.axes),
-                    one.part,
-                    size(one.size),
-                    f"{one.times:,}",
-                    size(one.bytes),
-                    yes(one.hidden),
-                ]
-                for one in compiled.collectives
-                if one.bytes >= 1e6
-            ],
+            planning.TRANSFER,
+            [cells for cells, _ in planning.transfers(compiled)],
             left=3,
         )
     table(
@@ -171,7 +159,7 @@ def show(plans: Sequence[StagePlan], index: int) -> None:
         ["stage", "tokens a row", "fits", "needs", "step", "tokens/s", "MFU", "bound by", "steps", "time", "chip-hours"],
         [
             [
-                one.stage.name, f"{one.stage.seq_len:,}", yes(one.fits), size(one.needed), _seconds(one.time.seconds),
+                one.stage.name, f"{one.stage.seq_len:,}", yes(one.fits), size(one.needed), step_time(one.time.seconds),
                 f"{one.tokens / one.time.seconds:,.0f}", f"{one.time.mfu:.0%}", one.time.bound, f"{one.stage.steps:,}",
                 duration(one.hours * 3600), f"{one.chip_hours:,.1f}",
             ]
@@ -207,7 +195,7 @@ def as_row(one: search.Candidate) -> dict[str, str]:
         "fits": yes(plan.fits),
         "needs": size(plan.needed),
         "host": size(plan.host) if plan.host else "",
-        "step": _seconds(plan.time.seconds),
+        "step": step_time(plan.time.seconds),
         "mfu": f"{plan.time.mfu:.0%}",
         "chip_hours": f"{plan.chip_hours:,.1f}",
     }
@@ -220,7 +208,7 @@ def compare(text: str, before: Sequence[StagePlan], after: Sequence[StagePlan], 
         one, total = plans[index], planning.totals(plans)
         rows.append(
             [
-                name, yes(one.fits), size(one.needed), size(one.host) if one.host else "", _seconds(one.time.seconds),
+                name, yes(one.fits), size(one.needed), size(one.host) if one.host else "", step_time(one.time.seconds),
                 f"{one.time.mfu:.0%}", duration(total["hours"] * 3600), f"{total['chip_hours']:,.0f}",
             ]
         )  # fmt: skip
@@ -229,8 +217,3 @@ def compare(text: str, before: Sequence[StagePlan], after: Sequence[StagePlan], 
         ["config", "fits", "needs", "host", "step", "MFU", "all stages", "chip-hours"],
         rows,
     )
-
-
-def _seconds(seconds: float) -> str:
-    """Three digits, or all whole ones."""
-    return f"{seconds:.3g} s" if seconds < 1000 else f"{seconds:,.0f} s"

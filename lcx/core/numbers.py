@@ -11,6 +11,11 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def step_time(seconds: float) -> str:
+    """The time of a step: three digits, or whole seconds where these are more."""
+    return f"{seconds:.3g} s" if seconds < 100 else f"{seconds:,.0f} s"
+
+
 def round_up(x: int, multiple: int) -> int:
     """The least multiple of `multiple` that is at least `x`."""
     return -(-x // multiple) * multiple

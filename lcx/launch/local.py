@@ -43,7 +43,7 @@ class Processes:
     def __post_init__(self) -> None:
         at_least("num_processes", self.num_processes, 1)
         if self.port is not None and not 1 <= self.port <= 65535:
-            raise UserError(f"--port={self.port} is no port; give 1 to 65535, or leave it out for a free one")
+            raise UserError(f"--port={self.port} is not a port; give 1 to 65535, or leave it out for a free one")
 
 
 def commands(job: JobSpec, options: Processes, port: int) -> list[list[str]]:
@@ -62,14 +62,15 @@ def run(job: JobSpec, options: Processes, folder: Path) -> int:
     """
     folder.mkdir(parents=True, exist_ok=True)
     for tries in range(job.max_restarts + 1):
-        status, stopped = run_all(commands(job, options, options.port or _free_port()), folder)
+        status, stopped = run_all(commands(job, options, options.port or free_port()), folder)
         if stopped or status in (exits.DONE, exits.WRONG) or tries == job.max_restarts:
             break
         say(f"{job.name}: ended with status {status}; starting again ({tries + 1} of at most {job.max_restarts})")
     return status
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]

@@ -203,6 +203,28 @@ def as_json(plan: StagePlan) -> dict[str, Any]:
     return found
 
 
+TRANSFER = ("transfer", "along", "for", "each", "times", "in all", "hidden")
+"""The columns of `transfers`."""
+
+WORTH = 1e6
+"""Bytes in all from which on a transfer is listed."""
+
+
+def transfers(compiled: Compiled) -> list[tuple[list[str], bool]]:
+    """What a compiled step sends, a row of `TRANSFER` each, and whether the schedule hides it."""
+    return [
+        (
+            [
+                one.kind, " x ".join(one.axes), one.part, size(one.size), f"{one.times:,}", size(one.bytes),
+                "yes" if one.hidden else "no",
+            ],
+            one.hidden,
+        )
+        for one in compiled.collectives
+        if one.bytes >= WORTH
+    ]  # fmt: skip
+
+
 def totals(plans: Sequence[StagePlan]) -> dict[str, float]:
     """Hours, chip-hours and tokens of all stages."""
     return {

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import jax
-from jax.experimental import multihost_utils
-
+from lcx.core import processes
 from lcx.core.errors import UserError
 from lcx.interop.folder import CARD
 from lcx.merging.merge import Merge
@@ -23,10 +21,9 @@ def merged(source: str | Path) -> Path:
     if path.suffix not in SUFFIXES or not path.is_file():
         return path
     folder = path.with_suffix("")
-    if not folder.exists() and jax.process_index() == 0:
+    if not folder.exists() and processes.is_first():
         Merge(path).write(folder)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("merge")
+    processes.meet("merge")
     card = folder / CARD
     if not card.is_file() or path.read_text(encoding="utf-8-sig").strip() not in card.read_text(encoding="utf-8"):
         raise UserError(f"{folder} is not the merge that {path} describes; delete or rename the folder to have it merged anew")

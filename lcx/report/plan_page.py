@@ -170,24 +170,8 @@ def transfers_table(plan: StagePlan) -> str:
     """HTML of what a compiled step sends; empty where nothing was compiled."""
     if plan.compiled is None:
         return ""
-    heads = ["transfer", "along", "for", "each", "times", "in all", "hidden"]
-    rows = [
-        (
-            [
-                one.kind,
-                " x ".join(one.axes),
-                one.part,
-                size(one.size),
-                f"{one.times:,}",
-                size(one.bytes),
-                "yes" if one.hidden else "no",
-            ],
-            "dim" if one.hidden else "",
-        )
-        for one in plan.compiled.collectives
-        if one.bytes >= 1e6
-    ]
-    return table(heads, rows)
+    rows = [(cells, "dim" if hidden else "") for cells, hidden in planning.transfers(plan.compiled)]
+    return table(planning.TRANSFER, rows)
 
 
 def _mesh(mesh: dict[str, int]) -> str:

@@ -1,11 +1,6 @@
 """A checkpoint read onto a mesh of two processes, each its own part of it, and written by one of them."""
 
-import os
 import re
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 
@@ -13,8 +8,7 @@ from lcx.core.trees import paths
 from lcx.interop.folder import HfFolder
 from lcx.interop.shards import Shards
 from tests.interop import hf_models
-
-ROOT = Path(__file__).parents[2]
+from tests.launch.job import answers
 
 PROGRAM = """
 import sys
@@ -65,24 +59,11 @@ def test_two_processes(tmp_path):
     hf_models.make("llama", source, shard="100KB")
     whole = dict(paths(HfFolder(source).params("float32")))
     np.savez(out.with_suffix(".npz"), **{path: np.asarray(x) for path, x in whole.items()})
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    environment.pop("XLA_FLAGS", None)
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, port, str(rank), str(source), str(out)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    answers = [child.communicate(timeout=180) for child in children]
-    assert [child.returncode for child in children] == [0, 0], [error[-2000:] for _, error in answers]
+    heard = answers(PROGRAM, source, out)
     # Two processes of two devices, rows over the one axis and columns over the other: half each, but for what all have.
     stored, written = Shards(source), Shards(out)
     total = sum(stored.read(name).nbytes for name in stored.shapes)
-    for said, _ in answers:
+    for said in heard:
         # The library that connects them writes lines of its own.
         (read,) = re.findall(r"^read (\d+)$", said, re.MULTILINE)
         assert int(read) < 0.6 * total

@@ -2,21 +2,14 @@
 
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
+from lcx.launch.local import free_port
 from tests.xla_flags import known
 
 ROOT = Path(__file__).parents[2]
-
-
-def free_port():
-    """A port of this machine that nothing listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def environment(devices):
@@ -53,6 +46,23 @@ def program(path, count, folder, *words, devices=2):
         with (folder / f"{process}.log").open("wb") as log:
             started.append(subprocess.Popen(command, env=environment(devices), stdout=log, stderr=subprocess.STDOUT))
     return ended(started)
+
+
+def answers(code, *words):
+    """What two processes print that run the Python `code`, with port and own number before the words."""
+    port = free_port()
+    found = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    found.pop("XLA_FLAGS", None)
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(port), str(rank), *map(str, words)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=found,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    heard = [child.communicate(timeout=180) for child in children]
+    assert [child.returncode for child in children] == [0, 0], [error[-3000:] for _, error in heard]
+    return [out for out, _ in heard]
 
 
 def ended(started, timeout=1200):

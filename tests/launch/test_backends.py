@@ -167,7 +167,7 @@ def test_a_preempted_slice_is_asked_for_again(cloud):
 
 def test_a_mistake_is_not_tried_again(cloud):
     ended, words = cloud("1")
-    assert ended.returncode == 1 and "mend the cause" in ended.stderr
+    assert ended.returncode == 1 and "fix the cause" in ended.stderr
     assert len([one for one in words if "create" in one]) == 1 and not [one for one in words if "delete" in one]
 
 

@@ -24,7 +24,7 @@ def test_each_process_is_told_who_it_is():
     ]
     assert "--host_devices=1" not in commands(JobSpec("a", ("run",)), Processes(1), 1)[0]
     for values in ({"num_processes": 0}, {"port": 0}, {"port": 70000}):
-        with pytest.raises(UserError, match="must be at least 1|is no port"):
+        with pytest.raises(UserError, match="must be at least 1|is not a port"):
             Processes(**values)
 
 

@@ -1,11 +1,6 @@
 """Checksums of a checkpoint that several processes write, each of its own part, and others read on another mesh."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,8 +10,7 @@ from lcx.core.errors import UserError
 from lcx.training.checkpoints import Store
 from lcx.training.meta import Meta
 from lcx.training.stages import CheckpointConfig
-
-ROOT = Path(__file__).parents[2]
+from tests.launch.job import answers
 
 PROGRAM = """
 import json, sys
@@ -30,6 +24,7 @@ from lcx.core.errors import UserError
 from lcx.training.checkpoints import Store
 from lcx.training.meta import Meta
 from lcx.training.stages import CheckpointConfig
+from tests.launch.job import answers
 
 mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
 whole = np.arange(64 * 16, dtype=np.float32).reshape(64, 16)
@@ -58,21 +53,7 @@ print("said", json.dumps(said))
 
 def two(workdir):
     """What each of two processes says of each checkpoint under each sharding."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    environment.pop("XLA_FLAGS", None)
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, port, str(rank), str(workdir)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    answers = [child.communicate(timeout=180) for child in children]
-    assert [child.returncode for child in children] == [0, 0], [error[-3000:] for _, error in answers]
-    return [json.loads(out.split("said ", 1)[1].splitlines()[0]) for out, _ in answers]
+    return [json.loads(out.split("said ", 1)[1].splitlines()[0]) for out in answers(PROGRAM, workdir)]
 
 
 def alone(workdir, step):
