@@ -6,10 +6,12 @@ Legend: B batch, T query tokens, S key tokens.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lcx.core.batch import PADDING, SHARED, Index
 
@@ -45,6 +47,13 @@ class Mask:
     window: int | None = None
     prefix: bool = False
     band: Band = Band()
+
+
+def visible_pairs(length: Any, window: int | None) -> Any:
+    """Query-key pairs of a causal row or document of `length` tokens, or of each of an array of lengths: T(T+1)/2, or fewer under a
+    window."""
+    reach = length if window is None else min(window, length) if isinstance(length, int) else np.minimum(window, length)
+    return reach * (reach + 1) // 2 + (length - reach) * reach
 
 
 def visible(mask: Mask, q: Index, k: Index) -> jax.Array:

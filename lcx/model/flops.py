@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.extend import core as jex
 
+from lcx.core.mask import visible_pairs
 from lcx.core.trees import Tree, paths
 from lcx.model.config import ModelConfig, is_local
 
@@ -101,12 +102,6 @@ def forward_flops(config: ModelConfig, rows: int, length: int) -> int:
     per_token = config.num_layers * (projections + feed_forward) + D * config.vocab_size
     pairs = sum(visible_pairs(length, config.window if is_local(kind) else None) for kind in config.layer_kinds)
     return 2 * rows * (length * per_token + pairs * 2 * N * H)
-
-
-def visible_pairs(length: int, window: int | None) -> int:
-    """Query-key pairs of one causal row: T(T+1)/2, or fewer under a window."""
-    reach = length if window is None else min(window, length)
-    return reach * (reach + 1) // 2 + (length - reach) * reach
 
 
 def step_flops(config: ModelConfig, rows: int, length: int, frozen: int = 0, added: int = 0) -> int:

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 
 from lcx.attention.parallel.context import RING_TOKENS
 from lcx.attention.parallel.ulysses import kv_copies
+from lcx.core.mask import visible_pairs
 from lcx.model.config import ModelConfig, is_local
 from lcx.model.execution import ExecutionConfig
-from lcx.model.flops import visible_pairs
 from lcx.model.transformer import remat_policy
 
 WIDTH = 2

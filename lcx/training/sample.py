@@ -22,11 +22,12 @@ from lcx.attention.attend import attend
 from lcx.attention.plan import choose_kernel
 from lcx.core import processes
 from lcx.core.batch import Batch
+from lcx.core.mask import visible_pairs
 from lcx.core.mesh import axis_size
 from lcx.core.param_spec import paths_of
 from lcx.core.trees import Tree, num_elements
 from lcx.model.config import is_local
-from lcx.model.flops import step_flops, visible_pairs
+from lcx.model.flops import step_flops
 from lcx.model.loss import loss_sums
 from lcx.model.transformer import LayerInputs, block, cast_params, constrain
 from lcx.training.builder import BuiltStage

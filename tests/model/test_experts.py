@@ -12,6 +12,7 @@ import pytest
 
 from lcx.core.batch import PADDING, Batch
 from lcx.core.errors import UserError
+from lcx.core.mask import visible_pairs
 from lcx.core.mesh import MeshConfig, make_mesh, named_sharding
 from lcx.core.param_spec import abstract, initialize
 from lcx.core.trees import num_elements
@@ -319,7 +320,7 @@ def test_flops_are_those_of_the_chosen_experts():
         return loss_sums(params, hidden_states(params, buffers, arch, batch)[0], batch, arch).nll
 
     # Dense attention computes all T * T pairs of every head, the formula charges the T(T+1)/2 that are visible.
-    unseen = 4 * config.num_layers * config.num_heads * config.head_dim * (T * T - flops.visible_pairs(T, None))
+    unseen = 4 * config.num_layers * config.num_heads * config.head_dim * (T * T - visible_pairs(T, None))
     assert flops.count(loss, params, tokens(2)) == 2 * (flops.forward_flops(config, 1, T) + unseen)
 
 

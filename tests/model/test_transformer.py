@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lcx.core.batch import PADDING, SHARED, Batch, Index
-from lcx.core.mask import Mask, visible
+from lcx.core.mask import Mask, visible, visible_pairs
 from lcx.core.param_spec import initialize
 from lcx.model import flops
 from lcx.model.architecture import Architecture, build_architecture, build_schemes
@@ -165,7 +165,7 @@ def test_flops_agree_with_the_walked_program():
     walked = flops.count(lambda p, b: loss(p, buffers, arch, b), params, batch)
     per_row = flops.forward_flops(config, 1, T)
     # Dense attention computes all T * T pairs of every head, the formula charges the T(T+1)/2 that are visible.
-    hidden_pairs = 4 * config.num_layers * config.num_heads * config.head_dim * (T * T - flops.visible_pairs(T, None))
+    hidden_pairs = 4 * config.num_layers * config.num_heads * config.head_dim * (T * T - visible_pairs(T, None))
     assert walked == 2 * (per_row + hidden_pairs)
 
 
@@ -182,7 +182,7 @@ def test_visible_pairs():
             order = np.arange(length)
             distance = order[:, None] - order[None, :]
             want = (distance >= 0) & (distance < (window or length))
-            assert flops.visible_pairs(length, window) == want.sum()
+            assert visible_pairs(length, window) == want.sum()
 
 
 def grouped_index(length: int) -> Index:
