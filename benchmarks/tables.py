@@ -229,6 +229,41 @@ def _curated(workers: str, turns: list[dict[str, Any]]) -> tuple[str, ...]:
     return workers, f"{size:,.1f}", f"{turns[0]['read']:,}", *speeds, f"{peak:,.0f}"
 
 
+Cells = tuple[tuple[str, ...], list[tuple[str, ...]]]
+"""The header and the rows of a table."""
+
+
+def balance_counts(found: list[dict[str, Any]]) -> Cells:
+    """A row a kind of documents and number of devices: the worst of its rows in work and bytes, the mean rate; zigzag's means."""
+    header = (
+        "documents", "window", "devices x tokens", "documents a row", "busiest device", "waiting in all", "sent", "of", "rate",
+        "zigzag: busiest", "waiting", "rate", "ms to deal",
+    )  # fmt: skip
+    lines = []
+    for row in found:
+        ours = (
+            f"{max(row[f'balanced {name}']):{form}}" for name, form in (("busiest", ".3f"), ("longest", ".3f"), ("sent", ".1f"))
+        )
+        zigzag = (f"{statistics.fmean(row[f'zigzag {name}']):.2f}" for name in ("busiest", "longest", "rate"))
+        lines.append(
+            (
+                row["kind"], f"{row['window']:,}" if row["window"] else "", f"{row['devices']} x {row['tokens']:,}",
+                f"{statistics.fmean(row['documents']):,.0f}", *ours, f"{row['devices'] - 1}",
+                f"{statistics.fmean(row['balanced rate']):.2f}", *zigzag, f"{statistics.median(row['milliseconds']):.0f}",
+            )
+        )  # fmt: skip
+    return header, lines
+
+
+def balance_seconds(found: dict[str, Any]) -> Cells:
+    """A row a kind of documents: seconds in both layouts, the best turn."""
+    lines = []
+    for kind, seconds in found["seconds"].items():
+        zigzag, ours = (min(seconds[layout]) for layout in ("zigzag", "balanced"))
+        lines.append((kind, f"{found['length']:,}", f"{zigzag:.2f}", f"{ours:.2f}", f"{zigzag / ours:.2f}"))
+    return ("documents", "tokens", "zigzag, s", "balanced, s", "times as fast"), lines
+
+
 def main() -> None:
     """Fill in what has been measured."""
     for make in (train_step, attention, context_parallel, import_hf, checksums, merging, adapters, generation, evaluation):
@@ -246,6 +281,12 @@ def main() -> None:
         for name, make in made.items():
             if (part := name.replace("speed", "filters").removeprefix("curation_")) in figures:
                 markdown.fill(HERE / "README.md", name, make(figures[part]))
+    path = HERE / "results" / "balance.json"
+    if path.exists():
+        figures = json.loads(path.read_text())
+        markdown.fill(HERE / "README.md", "balance", markdown.table(*balance_counts(figures["counted"])))
+        if figures["timed"]:
+            markdown.fill(HERE / "README.md", "balance_seconds", markdown.table(*balance_seconds(figures["timed"])))
     path = HERE / "results" / "generation.json"
     if path.exists() and "long" in (found := json.loads(path.read_text())):
         markdown.fill(HERE / "README.md", "long_prompt", long_prompt(found))

@@ -5,6 +5,7 @@ Legend: B batch, T query tokens, S key tokens, N heads, K KV heads, H head dim, 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -20,6 +21,7 @@ from lcx.attention.parallel.context import (
     shard_map_attention,
 )
 from lcx.attention.parallel.head_groups import choose_groups, host_schedule
+from lcx.attention.parallel.nested import parts_of
 from lcx.attention.parallel.split_kv import split_kv
 from lcx.attention.parallel.ulysses import check_heads, share_of_bias
 from lcx.attention.partial import Partial, apply_sinks
@@ -58,7 +60,8 @@ def attend(
     """
     T, N, S, K = *q_BTNH.shape[1:3], *k_BSKH.shape[1:3]
     q = scale_queries(q_BTNH, query_scale)
-    queries, keys = QueryShard(q, q_index, q_tables), KVShard(k_BSKH, v_BSKH, k_index, k_tables)
+    queries = QueryShard(q, dataclasses.replace(q_index, reach=None, parts=None), q_tables)
+    keys = KVShard(k_BSKH, v_BSKH, k_index, k_tables)
     wide = jnp.promote_types(q.dtype, jnp.float32)
     mesh = jax.sharding.get_abstract_mesh()
     if context_size() > 1:
@@ -90,6 +93,12 @@ def _context_parallel(
         raise UserError(f"{T} queries and {S} keys must be divisible by the {axis_size(mesh, 'sequence')} devices of mesh.context")
     check_heads(N, share)
     choice, platform = choose_strategy(spec.strategy, spec.mask, layout, T, ring_size, N // K), target_platform()
+    index, parts = keys.index, None
+    if choice.strategy == "nested":
+        assert index.reach is not None  # as every balanced row has it
+        parts = parts_of(index.reach, ring_size) if index.parts is None else index.parts
+    index = dataclasses.replace(index, reach=index.reach if parts else None, parts=None)
+    keys = dataclasses.replace(keys, index=index)
     tokens, chunk = T // ring_size, T // (2 * ring_size) if layout == "zigzag" else None
     kernel = shard_spec(spec, queries.q, wide, tokens, tokens, N // share, max(1, K // share), chunk, mesh.size).kernel
     split = mesh_split(mesh, kernel.kernel, queries, keys)
@@ -101,7 +110,11 @@ def _context_parallel(
     shard = split.shard(shard_spec(spec, queries.q, wide, tokens, tokens, heads, kv_heads, chunk, mesh.size))
     # Sinks enter after the last merge, and are the last to need o in full precision.
     plan = ContextSpec(choice, share_of_bias(shard, "ulysses") if share > 1 else shard, groups, wide if sinks else queries.q.dtype)
-    return shard_map_attention(mesh, split, functools.partial(context_parallel_attention, plan), queries, keys, bias_params)
+
+    def run(queries: QueryShard, keys: KVShard, given: Any) -> Partial:
+        return context_parallel_attention(plan, queries, keys, *given)
+
+    return shard_map_attention(mesh, split, run, queries, keys, (bias_params, parts))
 
 
 def _cached_context_parallel(

@@ -16,7 +16,7 @@ from lcx.core.mask import Mask
 from lcx.positions.scheme import BiasFn, Layout, Region, SchemeSpec
 
 Platform = Literal["tpu", "gpu"]
-Strategy = Literal["ring", "gather", "window"]
+Strategy = Literal["ring", "gather", "window", "nested"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-SequenceLayout = Literal["contiguous", "zigzag", "striped"]
-"""The orders in which the devices of a ring hold a row's tokens."""
+SequenceLayout = Literal["contiguous", "zigzag", "striped", "balanced"]
+"""The orders in which the devices of a ring hold a row's tokens; `balanced` is another one for each row, by its documents."""
 
 PADDING = 0
 """Segment id of padding: no query sees such a key, and such a query sees no key."""
@@ -29,13 +29,17 @@ class Index:
     `order` is the row index before any permutation; masks and windows compare it. `positions` is what positional schemes
     see. `segments` is the document id (`PADDING` and `SHARED` are reserved). `is_prefix` (or None) is 1 for keys that every query
     of their document sees, whatever the order. `layout` says how rows are distributed over the devices that share them
-    (`attention.parallel.sequence_layout`); strategies may rely on it, masks never do.
+    (`attention.parallel.sequence_layout`); strategies may rely on it, masks never do. `reach` (with `balanced` alone) is in a ring
+    of how many devices the key is needed (`attention.parallel.dealing`), and `parts` are scalars that follow from it
+    (`attention.parallel.nested.parts_of`), the same for all layers.
     """
 
     order: jax.Array
     positions: jax.Array
     segments: jax.Array
     is_prefix: jax.Array | None = None
+    reach: jax.Array | None = None
+    parts: tuple[jax.Array, ...] | None = None
     layout: SequenceLayout = flax.struct.field(pytree_node=False, default="contiguous")
 
     @classmethod
@@ -54,8 +58,8 @@ class Batch:
     """Training or scoring rows: int32 `[B, T]` each, `loss_weights` float32 `[B, T]`.
 
     `targets[b, t]` is the token that follows `tokens[b, t]` in its row (shifted before any permutation); `loss_weights` scales its
-    loss, 0 where there is nothing to predict. `layout` as in `Index`. `row_parts` int32 `[B]` (or None) is the number of the part
-    of a mixture that a row comes from, below `num_parts`.
+    loss, 0 where there is nothing to predict. `layout` and `reach` as in `Index`. `row_parts` int32 `[B]` (or None) is the number
+    of the part of a mixture that a row comes from, below `num_parts`.
     """
 
     tokens: jax.Array
@@ -65,6 +69,7 @@ class Batch:
     positions: jax.Array
     segments: jax.Array
     is_prefix: jax.Array | None = None
+    reach: jax.Array | None = None
     row_parts: jax.Array | None = None
     layout: SequenceLayout = flax.struct.field(pytree_node=False, default="contiguous")
     num_parts: int = flax.struct.field(pytree_node=False, default=0)
@@ -72,7 +77,7 @@ class Batch:
     @property
     def index(self) -> Index:
         """The attention index of the rows."""
-        return Index(self.order, self.positions, self.segments, self.is_prefix, self.layout)
+        return Index(self.order, self.positions, self.segments, self.is_prefix, self.reach, layout=self.layout)
 
     @classmethod
     def from_tokens(cls, tokens: np.ndarray | jax.Array, loss_weights: np.ndarray | jax.Array | None = None) -> "Batch":

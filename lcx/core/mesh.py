@@ -181,16 +181,19 @@ def mesh_of(tree: Any) -> AbstractContextManager[Any]:
     return jax.set_mesh(mesh)
 
 
-def psum_scatter(x: jax.Array, axes: str | tuple[str, ...], dimension: int = 0) -> jax.Array:
-    """As `jax.lax.psum_scatter`, tiled, inside `jax.shard_map`.
+def psum_scatter(x: jax.Array, axes: str | tuple[str, ...], dimension: int = 0, groups: list[list[int]] | None = None) -> jax.Array:
+    """As `jax.lax.psum_scatter`, tiled, inside `jax.shard_map`; with `groups` of the axis' indices, each of consecutive ones, over
+    the devices of each group.
 
     On the CPUs of several processes every device takes its part of the whole sum: the library that scatters there may give wrong
     numbers or fail (jax-ml/jax#40830).
     """
     if target_platform() != "cpu" or processes.count() == 1:
-        return jax.lax.psum_scatter(x, axes, scatter_dimension=dimension, tiled=True)
-    size = x.shape[dimension] // jax.lax.axis_size(axes)
-    return jax.lax.dynamic_slice_in_dim(jax.lax.psum(x, axes), jax.lax.axis_index(axes) * size, size, dimension)
+        return jax.lax.psum_scatter(x, axes, scatter_dimension=dimension, tiled=True, axis_index_groups=groups)
+    devices = jax.lax.axis_size(axes) if groups is None else len(groups[0])
+    size = x.shape[dimension] // devices
+    place = jax.lax.axis_index(axes) % devices
+    return jax.lax.dynamic_slice_in_dim(jax.lax.psum(x, axes, axis_index_groups=groups), place * size, size, dimension)
 
 
 def check_divides(what: str, size: int, mesh: Mesh, logical: str) -> None:

@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lcx.attention.attend import attend
 from lcx.attention.blockwise import SAVED
+from lcx.attention.parallel.nested import parts_of
 from lcx.core.batch import PADDING, SHARED, Batch, Index
 from lcx.core.mesh import context_size, fitting_spec, target_platform
 from lcx.core.trees import Tree, cast
@@ -58,6 +59,9 @@ def hidden_states(params: Tree, buffers: Tree, arch: Architecture, batch: Batch)
     """
     params = cast_params(params, arch)
     index = batch.index
+    if index.reach is not None:
+        parts = parts_of(index.reach, jax.sharding.get_abstract_mesh().shape["ring"])
+        index = dataclasses.replace(index, parts=parts)
     inputs = {kind: LayerInputs.build(arch, kind, params, buffers, index) for kind in arch.config.kinds}
 
     def attention_fn(

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lcx.attention.attend import attend
+from lcx.attention.parallel.dealing import deal
+from lcx.attention.parallel.documents import Documents
 from lcx.attention.parallel.head_groups import Share
 from lcx.attention.parallel.sequence_layout import arrange, restore
 from lcx.attention.spec import AttentionSpec
@@ -30,8 +34,8 @@ HEADS = Heads(N, N, H, N * H)
 
 OPTIONS = {
     "size": (2, 3, 4, 6, 8),
-    "strategy": ("ring", "gather", "window", "ulysses", "hybrid"),
-    "layout": ("contiguous", "zigzag", "striped"),
+    "strategy": ("ring", "gather", "window", "ulysses", "hybrid", "nested"),
+    "layout": ("contiguous", "zigzag", "striped", "balanced"),
     "mask": ("causal", "window", "prefix", "full", "full window"),
     "scheme": ("rope", "self_extend", "alibi", "t5", "nope"),
     "kernel": ("blockwise", "dense"),
@@ -67,6 +71,11 @@ def allowed(case: dict[str, Any]) -> bool:
         around = strategy not in (None, "ulysses")
         if case.get("scheme") in ("alibi", "t5") or (case.get("grouping") == "mqa" and around):
             return False
+    # Documents of a row are dealt for the one strategy, alone or behind an exchange of heads.
+    if layout == "balanced" and strategy not in (None, "nested", "hybrid"):
+        return False
+    if strategy == "nested":
+        return layout in (None, "balanced")
     if strategy == "hybrid":
         return size not in (2, 3)
     if strategy == "ulysses":  # one piece of the ring: nothing to deal
@@ -130,22 +139,41 @@ def context_parallel_attention(case: dict[str, Any], inputs: dict[str, Any], cot
     """(o, gradients) of a case on its mesh, in row order."""
     config = mesh_of(case)
     ring = config.context // config.ulysses
-    deal = functools.partial(arrange, layout=case["layout"], ring_size=ring)
-    back = functools.partial(restore, layout=case["layout"], ring_size=ring)
-    where = deal(index(case["segments"], "reset", T)).replace(layout=case["layout"])
-    rows = {name: deal(inputs[name]) for name in "qkv"}
+    where = index(case["segments"], "reset", T)
+    if case["layout"] == "balanced":
+        deal_row, back, reach = by_documents(np.asarray(where.segments), ring)
+        where = jax.tree.map(deal_row, where).replace(reach=reach)
+    else:
+        deal_row = functools.partial(arrange, layout=case["layout"], ring_size=ring)
+        back = functools.partial(restore, layout=case["layout"], ring_size=ring)
+        where = deal_row(where)
+    where, rows = where.replace(layout=case["layout"]), {name: deal_row(inputs[name]) for name in "qkv"}
     with jax.set_mesh(make_mesh(config, jax.devices()[: case["size"]])):
         run = compiled(tuple((name, value) for name, value in case.items() if name != "segments"), optimize)
-        o, gradients = run({**inputs, **rows}, where, deal(cotangent))
+        o, gradients = run({**inputs, **rows}, where, deal_row(cotangent))
     o, gradients = jax.device_get((o, gradients))
     return back(o), {**gradients, **{name: back(gradients[name]) for name in "qkv"}}
+
+
+def by_documents(segments: np.ndarray, ring: int) -> tuple[Callable, Callable, jax.Array]:
+    """How rows `[B, T, ...]` of these segments are dealt and put in order again, and how far each token's keys reach, `[B, T]`."""
+    pieces = [deal(Documents.of(row), ring) for row in segments]
+    columns = np.stack([row.columns for row in pieces])
+    reach = np.stack([np.repeat(row.reach, row.length) for row in pieces])
+
+    def by(columns: np.ndarray, x: Any) -> Any:
+        return jnp.take_along_axis(x, columns.reshape(*columns.shape, *(1,) * (x.ndim - 2)), axis=1)
+
+    forward, backward = (functools.partial(by, places) for places in (columns, np.argsort(columns, axis=1)))
+    return forward, backward, jnp.asarray(reach, jnp.int32)
 
 
 @functools.lru_cache(maxsize=1)
 def compiled(structure: tuple[tuple[str, Any], ...], optimize: bool) -> Any:
     """The program of a structure; the last one is kept, so that cases that differ in their segments compile once."""
     case = dict(structure)
-    strategy = {"ulysses": "auto", "hybrid": "ring"}.get(case["strategy"], case["strategy"])
+    around = "nested" if case["layout"] == "balanced" else "ring"
+    strategy = {"ulysses": "auto", "hybrid": around}.get(case["strategy"], case["strategy"])
     options = {"xla_cpu_parallel_codegen_split_count": 1}
     if not optimize:
         options |= {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}

@@ -18,6 +18,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from lcx.attention.blockwise import SAVED
 from lcx.attention.parallel.gather import gather, gather_backward
 from lcx.attention.parallel.head_groups import HeadGroups, Share
+from lcx.attention.parallel.nested import Parts, nested, nested_backward
 from lcx.attention.parallel.ring import RingSchedule, ring, ring_backward
 from lcx.attention.parallel.ulysses import (
     heads_for_tokens,
@@ -54,6 +55,8 @@ def choose_strategy(
 
     Raises `UserError` if the requested strategy cannot be exact.
     """
+    if strategy == "nested" and layout != "balanced":
+        raise UserError(f"strategy 'nested' needs rows whose layout is balanced, not {layout!r}; choose 'ring'")
     shard = length // ring_size
     whole = RingSchedule(ring_size - 1)
     near = _window_hops(mask, layout, shard, ring_size)
@@ -63,7 +66,9 @@ def choose_strategy(
             f"(window={mask.window}, prefix={mask.prefix}, layout={layout!r}); choose 'ring'"
         )
     why = "requested"
-    if strategy == "auto":
+    if strategy == "auto" and layout == "balanced":
+        strategy, why = "nested", "keys go to the devices that have queries of their document"
+    elif strategy == "auto":
         many = shard * group >= RING_TOKENS
         strategy = "window" if near is not None else "ring" if many else "gather"
         enough = f"{shard:,} tokens per device with {group} heads per KV head are {'enough' if many else 'too few'} to hide a ring"
@@ -78,7 +83,7 @@ def choose_strategy(
 
 def _window_hops(mask: Mask, layout: SequenceLayout, shard: int, ring_size: int) -> RingSchedule | None:
     """The neighbours that a window reaches; None if it reaches all devices, or one that is not a neighbour."""
-    if mask.window is None or mask.prefix or layout == "striped":
+    if mask.window is None or mask.prefix or layout in ("striped", "balanced"):
         return None
     reach = -(-(mask.window - 1) // (shard // 2 if layout == "zigzag" else shard))
     # Of a device's two zigzag chunks one has its predecessor on the device before, the other on the device after.
@@ -153,16 +158,22 @@ class ContextSpec:
     groups: HeadGroups
     out_dtype: Any
 
-    def forward(self, queries: QueryShard, keys: KVShard, bias_params: Any) -> Partial:
+    def forward(self, queries: QueryShard, keys: KVShard, bias_params: Any, parts: Parts | None) -> Partial:
         """Of one group of heads, after the exchange."""
         _, schedule, _ = self.choice
+        if parts is not None:
+            return nested(self.shard, "ring", parts, queries, keys, bias_params)
         if self.choice.strategy == "gather":
             return gather(self.shard, "ring", schedule.slices, queries, keys, bias_params)
         return ring(self.shard, "ring", schedule, queries, keys, bias_params)
 
-    def backward(self, queries: QueryShard, keys: KVShard, bias_params: Any, whole: Partial, cotangent: Partial) -> Gradients:
+    def backward(
+        self, queries: QueryShard, keys: KVShard, bias_params: Any, parts: Parts | None, whole: Partial, cotangent: Partial
+    ) -> Gradients:
         """The same, backward."""
         _, schedule, _ = self.choice
+        if parts is not None:
+            return nested_backward(self.shard, "ring", parts, queries, keys, bias_params, whole, cotangent)
         if self.choice.strategy == "gather":
             return gather_backward(self.shard, "ring", schedule.slices, queries, keys, bias_params, whole, cotangent)
         return ring_backward(self.shard, "ring", schedule, queries, keys, bias_params, whole, cotangent)
@@ -172,8 +183,12 @@ U = "ulysses"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def context_parallel_attention(plan: ContextSpec, queries: QueryShard, keys: KVShard, bias_params: Any) -> Partial:
+def context_parallel_attention(
+    plan: ContextSpec, queries: QueryShard, keys: KVShard, bias_params: Any, parts: Parts | None = None
+) -> Partial:
     """`(o_BTNH, lse_BTN)` of a device's own tokens, lse in float32 or wider; inside `shard_map` over the mesh's sequence axes.
+
+    `parts` are those of `nested.parts_of`, for that strategy alone.
 
     Where the `ulysses` axis has several devices they trade tokens for heads first. All strategies share this forward and backward
     pass: group after group of heads, which are exchanged, attended over the ring, and exchanged back. The backward pass keeps
@@ -185,7 +200,7 @@ def context_parallel_attention(plan: ContextSpec, queries: QueryShard, keys: KVS
         here = KVShard(keys_for_tokens(U, k), keys_for_tokens(U, v), *k_side)
 
         def query_group(_: None, q: jax.Array) -> tuple[None, Partial]:
-            o, lse = plan.forward(QueryShard(heads_for_tokens(U, q), *q_side), here, bias_params)
+            o, lse = plan.forward(QueryShard(heads_for_tokens(U, q), *q_side), here, bias_params, parts)
             return None, (tokens_for_heads(U, o.astype(plan.out_dtype)), tokens_for_heads(U, lse))
 
         return map_head_groups(query_group, plan.groups.queries, None, _nothing(plan, q), (q,), k.shape[2])
@@ -197,14 +212,14 @@ def _nothing(plan: ContextSpec, q: jax.Array) -> Partial:
     return jnp.zeros(q.shape, plan.out_dtype), jnp.zeros(q.shape[:3], jnp.promote_types(q.dtype, jnp.float32))
 
 
-def _forward(plan: ContextSpec, queries: QueryShard, keys: KVShard, bias_params: Any) -> tuple:
-    found: Any = context_parallel_attention(plan, queries, keys, bias_params)
+def _forward(plan: ContextSpec, queries: QueryShard, keys: KVShard, bias_params: Any, parts: Parts | None) -> tuple:
+    found: Any = context_parallel_attention(plan, queries, keys, bias_params, parts)
     whole = tuple(checkpoint_name(x, SAVED) for x in found)
-    return whole, (queries, keys, bias_params, whole)
+    return whole, (queries, keys, bias_params, parts, whole)
 
 
 def _backward(plan: ContextSpec, saved: tuple, cotangent: Partial) -> tuple:
-    queries, keys, bias_params, whole = saved
+    queries, keys, bias_params, parts, whole = saved
     q_side, k_side = (of_all_tokens(U, (side.index, side.tables)) for side in (queries, keys))
 
     def kv_group(dbias: Any, q: jax.Array, k: jax.Array, v: jax.Array, *of_q: jax.Array) -> tuple:
@@ -212,7 +227,7 @@ def _backward(plan: ContextSpec, saved: tuple, cotangent: Partial) -> tuple:
 
         def query_group(sums: Any, q: jax.Array, *of_q: jax.Array) -> tuple:
             o, lse, do, dlse = (heads_for_tokens(U, x) for x in of_q)
-            found = plan.backward(QueryShard(heads_for_tokens(U, q), *q_side), here, bias_params, (o, lse), (do, dlse))
+            found = plan.backward(QueryShard(heads_for_tokens(U, q), *q_side), here, bias_params, parts, (o, lse), (do, dlse))
             sums = jax.tree.map(lambda total, x: total + x.astype(total.dtype), sums, (found.k, found.v, found.bias))
             return sums, (tokens_for_heads(U, found.q.astype(q.dtype)),)
 
@@ -232,6 +247,7 @@ def _backward(plan: ContextSpec, saved: tuple, cotangent: Partial) -> tuple:
         QueryShard(dq, index, nothing(queries.tables)),
         KVShard(dk, dv, index, nothing(keys.tables)),
         jax.tree.map(lambda x, like: x.astype(like.dtype), dbias, bias_params),
+        None,
     )
 
 

@@ -22,9 +22,10 @@ def choose_layout(asked: SequenceLayout | Literal["auto"], length: int, ring_siz
     """The layout for rows of `length` tokens on a ring of `ring_size` devices.
 
     auto: zigzag, which balances causal attention; contiguous if all layers have a window (`windowed`), since they only need
-    neighbours, and if there is no ring; striped, also balanced, if the length is not divisible into zigzag chunks.
+    neighbours, and if there is no ring; striped, also even, if the length is not divisible into zigzag chunks. So, too, for
+    balanced, which is for rows whose documents are known before they are dealt (`dealing`).
     """
-    if asked != "auto":
+    if asked not in ("auto", "balanced"):
         return asked
     if ring_size == 1 or windowed:
         return "contiguous"
@@ -51,8 +52,11 @@ def arrange(tree: Any, layout: SequenceLayout, ring_size: int) -> Any:
 
     contiguous: tokens in order. zigzag: of 2n chunks, device i gets chunks i and 2n - 1 - i, so that under a causal mask all
     devices have the same work. striped: device i gets tokens i, i + n, ... (arXiv 2311.09431). Uses reshape and flip: a gather
-    would become a serial loop on a TPU. Shift labels first.
+    would become a serial loop on a TPU. Shift labels first. Rows of which each is dealt by its documents (balanced) are dealt
+    where they are made.
     """
+    if layout == "balanced":
+        raise ValueError("balanced rows are dealt by their documents: see `dealing.deal`")
 
     def one(x: Any) -> Any:
         if x.ndim == 1:
