@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 import jax
 import numpy as np
 
+from lcx.attention.parallel.documents import Documents
 from lcx.core.batch import Batch
 from lcx.core.errors import UserError
 from lcx.data import mixture, packing, remap, upsampling
@@ -106,16 +107,20 @@ class Loader:
     def batch(self, step: int, rows: slice = slice(None), columns: np.ndarray | None = None) -> Batch:
         """Rows `rows` of step `step`, as NumPy arrays `[B, T]` (`row_parts` `[B]`): weights float32, all others int32.
 
-        With `columns` int `[m]`, only those of each row, `[B, m]`; of packed text nothing else is read.
+        With `columns` int `[m]`, only those of each row, `[B, m]`; of packed text nothing else is read. With columns `[B, m]` other
+        ones of each row.
         """
         part, row = self.addresses(step, rows)
         columns = None if columns is not None and np.array_equal(columns, np.arange(self.seq_len)) else columns
-        shape = (len(part), self.seq_len if columns is None else len(columns))
+        shape = (len(part), self.seq_len if columns is None else columns.shape[-1])
         out = {key: np.zeros(shape, np.float32 if key == "loss_weights" else np.int32) for key in _KEYS}
         out["order"][:] = np.arange(self.seq_len, dtype=np.int32) if columns is None else columns
-        for index in np.unique(part):
-            own = np.flatnonzero(part == index)
-            for key, value in self.parts[index].build(row[own], columns).items():
+        if columns is not None and columns.ndim == 2:
+            groups = [([i], index, columns[i]) for i, index in enumerate(part.tolist())]
+        else:
+            groups = [(np.flatnonzero(part == index), index, columns) for index in np.unique(part)]
+        for own, index, wanted in groups:
+            for key, value in self.parts[index].build(row[own], wanted).items():
                 out[key][own] = value
         return Batch(**out, row_parts=part.astype(np.int32), num_parts=len(self.names))
 
@@ -154,6 +159,11 @@ class Loader:
         part, row = self.addresses(step, rows)
         return [f"{self.names[p]}[{r}]: {self.parts[p].describe(r)}" for p, r in zip(part.tolist(), row.tolist(), strict=True)]
 
+    def documents(self, step: int, rows: slice = slice(None)) -> list[Documents]:
+        """The documents of each of the step's rows, as the mask has them; no token is read."""
+        part, row = self.addresses(step, rows)
+        return [self.parts[p].documents(r) for p, r in zip(part.tolist(), row.tolist(), strict=True)]
+
     def addresses(self, step: int, rows: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
         """(part, row of the part) of each of the step's rows, int64 `[B]`; parts as numbered in `names`."""
         first, stop, stride = rows.indices(self.num_rows)
@@ -187,6 +197,10 @@ class TextPart:
         out["loss_weights"] *= np.float32(self.config.loss_weight)
         return out
 
+    def documents(self, row: int) -> Documents:
+        """The row's documents."""
+        return packing.documents(self.plan, row, self.seq_len, self.config.packing)
+
     def describe(self, row: int) -> str:
         """The row's documents with the tokens taken from each."""
         return ", ".join(f"{self.source.name(d)}[{start}:{end}]" for d, start, end in self.plan.spans(row))
@@ -214,6 +228,10 @@ class TaskPart:
             "positions": np.broadcast_to(np.arange(self.seq_len, dtype=np.int32), (len(rows), self.seq_len)),
         }
         return _cut(out, columns)
+
+    def documents(self, row: int) -> Documents:
+        """A row is one document."""
+        return Documents(np.asarray([self.seq_len]), np.asarray([1]))
 
     def describe(self, row: int) -> str:
         """The task's name and counts."""
@@ -253,6 +271,10 @@ class Remapped:
             else:
                 new[i] = remap.randomized(new.shape[1], rng, self.max_position)
         return _cut({**out, "positions": new}, columns)
+
+    def documents(self, row: int) -> Documents:
+        """Those of the part: masks do not see positions."""
+        return self.part.documents(row)
 
     def describe(self, row: int) -> str:
         """The part's own description, and the remap."""

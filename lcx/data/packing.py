@@ -22,6 +22,7 @@ import dataclasses
 
 import numpy as np
 
+from lcx.attention.parallel.documents import Documents
 from lcx.core.batch import PADDING, SHARED
 from lcx.core.errors import UserError
 from lcx.data.config import PackingConfig
@@ -150,6 +151,20 @@ def assemble(
     firsts, stops = columns[cuts[:-1]].tolist(), (columns[np.asarray(cuts[1:]) - 1] + 1).tolist()
     found = [_window(plan, rows, source, seq_len, config, bos_id, *run) for run in zip(firsts, stops, strict=True)]
     return {key: np.concatenate([one[key] for one in found], axis=1) for key in found[0]}
+
+
+def documents(plan: Plan, row: int, seq_len: int, config: PackingConfig) -> Documents:
+    """The documents of a row of `assemble` as its mask has them; no token is read."""
+    own = slice(plan.splits[row], plan.splits[row + 1])
+    lengths = (plan.end[own] - plan.start[own]).tolist()
+    held = lengths if config.mask_documents else [sum(lengths)]
+    anchor, left = int(config.shared_bos), seq_len - config.shared_bos - sum(lengths)
+    found = [
+        *[(1, SHARED)] * anchor,
+        *((length, number + 1) for number, length in enumerate(held)),
+        *[(left, PADDING)] * (left > 0),
+    ]
+    return Documents(*np.asarray(found, np.int64).T)
 
 
 def _window(

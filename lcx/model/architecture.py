@@ -8,6 +8,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from lcx.attention.parallel.documents import Windows
 from lcx.attention.parallel.sequence_layout import choose_layout
 from lcx.attention.spec import AttentionSpec
 from lcx.core.batch import SequenceLayout
@@ -83,6 +84,12 @@ def build_architecture(
     return Architecture(config, execution, specs, shifted_group), buffers
 
 
+def windows(config: ModelConfig) -> Windows:
+    """The windows of a model's kinds of layers, and the fraction of its layers of each."""
+    found = [config.window if is_local(kind) else None for kind in config.layer_kinds]
+    return tuple((window, found.count(window) / len(found)) for window in dict.fromkeys(found))
+
+
 def row_layout(config: ModelConfig, execution: ExecutionConfig, length: int, mesh: Mesh) -> SequenceLayout:
-    """How rows of `length` tokens are distributed over the devices of a mesh."""
+    """How rows of `length` tokens are distributed over the devices of a mesh if nothing is known of their documents."""
     return choose_layout(execution.context_layout, length, mesh.shape["ring"], all(is_local(kind) for kind in config.kinds))

@@ -21,8 +21,10 @@ class ExecutionConfig:
     context_strategy: Literal["auto", "ring", "gather"] = "auto"
     """How the devices that share a sequence access each other's keys (`attention.parallel.context`). `auto`: only
     neighbours for a window, a ring if a device has enough tokens to hide it, otherwise all-gather."""
-    context_layout: Literal["auto", "contiguous", "zigzag", "striped"] = "auto"
-    """How the tokens of a row are distributed over those devices. `auto`: zigzag, or contiguous if all layers are local."""
+    context_layout: Literal["auto", "contiguous", "zigzag", "striped", "balanced"] = "auto"
+    """How the tokens of a row are distributed over those devices. `balanced`: in training, by the documents of each row, so that
+    all devices work equally much and few keys travel; else as `auto`. `auto`: zigzag, or contiguous if all layers are local; or
+    balanced for a stage whose documents make that slower by more than 5% (`attention.parallel.balance`)."""
     expert_matmul: Literal["auto", "ragged", "dense"] = "auto"
     """How tokens are matched with their experts; none is ever dropped. `ragged`: sorted by expert, in one grouped product. `dense`:
     every expert runs over every token. `auto`: dense on a CPU, which has no grouped product, otherwise ragged."""

@@ -9,12 +9,13 @@ import jax
 from jax.sharding import Mesh
 
 from lcx.adapters.lora import is_adapter
-from lcx.core.batch import Batch
+from lcx.attention.parallel.balance import choose_balanced
+from lcx.core.batch import Batch, SequenceLayout
 from lcx.core.errors import UserError
 from lcx.core.mesh import axis_size, make_mesh
 from lcx.core.trees import Tree
 from lcx.data.loader import Corpus, Loader, probe
-from lcx.model.architecture import Architecture, build_architecture, build_schemes
+from lcx.model.architecture import Architecture, build_architecture, build_schemes, row_layout, windows
 from lcx.model.flops import kernel_entries, step_flops
 from lcx.positions.scheme import Scheme
 from lcx.training.checks import check_stage, check_vocabulary
@@ -26,6 +27,9 @@ from lcx.training.monitor import Probe, probe_sums, read_probe
 from lcx.training.optimizer import is_trained
 from lcx.training.stages import RunConfig, StageConfig
 from lcx.training.step import TrainStep, train_step
+
+JUDGED = 8
+"""Rows of a stage's first step by which its layout is chosen."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +48,8 @@ class BuiltStage:
     loader: Loader
     meter: Meter
     previous: PreviousStage | None
+    layout: str = ""
+    """Why rows are dealt to devices by their documents, or not; empty where there is nothing to choose."""
 
     @property
     def theta(self) -> float | None:
@@ -53,7 +59,8 @@ class BuiltStage:
     def batch(self, step: int) -> Batch:
         """Global arrays of the stage's step `step`."""
         rows, length = self.stage.batch_size, self.stage.seq_len
-        share = self.step.share(rows, length)
+        own = self.step.local_rows(rows, length)
+        share = self.step.share(rows, length, self.loader.documents(step, own) if self.step.balanced else None)
         return self.step.to_device(self.loader.batch(step, share.rows, share.columns), rows, share, length)
 
 
@@ -79,13 +86,15 @@ class StageBuilder:
         self.corpus = _corpus(run)
         check_vocabulary(run.model, self.corpus.tokenizer.vocab_size, run.data.tokenizer)
         self.loaders = [self._loader(index, stage) for index, stage in enumerate(run.stages)]
+        self._layouts: dict[int, tuple[SequenceLayout | None, str]] = {}
 
     def build(self, index: int) -> BuiltStage:
         """The stage built under the decisions so far."""
         stage, mesh = self.run.stages[index], self.meshes[index]
         attempt, schemes = self.choose(index)
+        layout, why = self._layout(index)
         previous = PreviousStage(self.choose(index - 1)[1], self.run.stages[index - 1].length) if index else self.before_first
-        arch, buffers, table, step = self._step(index, schemes)
+        arch, buffers, table, step = self._step(index, schemes, layout)
         peak = peak_flops(mesh.devices.flat[0], self.run.metrics.peak_flops) * mesh.size
         return BuiltStage(
             index=index,
@@ -104,13 +113,31 @@ class StageBuilder:
                 peak=peak,
             ),
             previous=previous,
+            layout=why,
         )
 
-    def _step(self, index: int, schemes: dict[str, Scheme]) -> tuple[Architecture, Tree, Tree, TrainStep]:
+    def _layout(self, index: int) -> tuple[SequenceLayout | None, str]:
+        """The layout of a stage's rows where it follows from their documents, else None; and why."""
+        run, stage, mesh = self.run, self.run.stages[index], self.meshes[index]
+        plain = row_layout(run.model, run.execution, stage.seq_len, mesh)
+        asked, ring = run.execution.context_layout, mesh.shape["ring"]
+        if index not in self._layouts:
+            found = None, ""
+            if asked == "auto" and plain != "striped" and ring > 1 and stage.shifted_group is None:
+                rows = self.loaders[index].documents(0)[:JUDGED]
+                if any(len(row.lengths) > 1 for row in rows):
+                    found = choose_balanced(rows, plain, ring, windows(run.model))
+            self._layouts[index] = found
+        return self._layouts[index]
+
+    def _step(
+        self, index: int, schemes: dict[str, Scheme], layout: SequenceLayout | None = None
+    ) -> tuple[Architecture, Tree, Tree, TrainStep]:
         """The architecture of a stage under its schemes, its buffers, its table of parameters and its step, not compiled."""
         run, stage = self.run, self.run.stages[index]
+        execution = run.execution if layout != "balanced" else dataclasses.replace(run.execution, context_layout="balanced")
         arch, buffers = build_architecture(
-            run.model, run.execution, build_schemes(run.model, schemes), stage.length, stage.shifted_group
+            run.model, execution, build_schemes(run.model, schemes), stage.length, stage.shifted_group
         )
         table = run.specs(schemes, stage.length)
         step = train_step(arch, table, run.optim_of(stage), stage.steps, self.meshes[index], stage.accumulate, run.adapters)

@@ -45,6 +45,11 @@ def check_execution(run: RunConfig, stage: StageConfig, mesh: Mesh) -> None:
             f"execution.head_groups={execution.head_groups} is for rows that are split over devices, but stages.{stage.name} has "
             "mesh.context=1; raise that, or leave head_groups out"
         )
+    if execution.context_layout == "balanced" and mesh.shape["ring"] == 1:
+        raise UserError(
+            f"execution.context_layout=balanced deals documents to the devices of a ring, but stages.{stage.name} has "
+            f"mesh.context={axis_size(mesh, 'sequence')} with mesh.ulysses={mesh.shape['ulysses']}; raise context, or take auto"
+        )
     if execution.nested and (periods < 2 or (execution.remat_every or 2) > periods):
         raise UserError(
             f"execution.remat={execution.remat} recomputes several periods of layers together, with "

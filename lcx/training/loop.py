@@ -185,6 +185,8 @@ class Trainer:
                 history.before = self.builder.probe(built, state.all_params)
                 history.reference = self.builder.reference(built, state.all_params)
         title = stage.name if not built.attempt.index else f"{stage.name} (attempt {built.attempt.index + 1})"
+        if built.layout:
+            say(f"{title}: layout {built.layout}")
         with (
             self.record.span(goodput.STEP),
             Prefetcher(built.batch, at, stage.steps) as batches,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -24,12 +24,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lcx.adapters import lora
 from lcx.adapters.freeze import join, split
 from lcx.adapters.lora import LoraConfig
+from lcx.attention.parallel.dealing import deal
+from lcx.attention.parallel.documents import Documents
 from lcx.attention.parallel.sequence_layout import arrange
 from lcx.core.batch import Batch
 from lcx.core.mesh import named_sharding, partition_spec
 from lcx.core.param_spec import ParamSpec, abstract, initialize, paths_of, shardings
 from lcx.core.trees import Tree, joined, paths
-from lcx.model.architecture import Architecture, row_layout
+from lcx.model.architecture import Architecture, row_layout, windows
 from lcx.model.loss import LossSums, loss_sums, unpadded_tokens
 from lcx.model.transformer import hidden_states
 from lcx.training.optimizer import OptimConfig, is_trained, learning_rate, optimizer
@@ -64,12 +66,14 @@ class TrainState:
 class Share:
     """What the devices of this process hold of a batch `[B, T]`: `rows`, and `pieces` (start, stop) of T as the layout deals it.
 
-    `columns` int `[m]` are the places in a row, before they are dealt, of the tokens of all pieces, one piece after the other.
+    `columns` int `[m]` are the places in a row, before they are dealt, of the tokens of all pieces, one piece after the other. In
+    rows that are dealt by their documents they are `[B, m]`, with the `reach` of each token as in `Index`.
     """
 
     rows: slice
     pieces: tuple[tuple[int, int], ...]
     columns: np.ndarray
+    reach: np.ndarray | None = None
 
 
 class TrainStep:
@@ -141,13 +145,26 @@ class TrainStep:
         """A tree of all parameters as those that are trained and those that are frozen."""
         return split(params, lambda path: is_trained(self.optim, self.lora, path))
 
-    def share(self, rows: int, length: int) -> Share:
-        """What this process's devices hold of a `[rows, length]` batch: all that its loader has to make."""
+    @property
+    def balanced(self) -> bool:
+        """Whether rows are dealt by their documents."""
+        return self.arch.execution.context_layout == "balanced" and self.mesh.shape["ring"] > 1
+
+    def share(self, rows: int, length: int, documents: Sequence[Documents] | None = None) -> Share:
+        """What this process's devices hold of a `[rows, length]` batch: all that its loader has to make.
+
+        `documents` of this process's rows, if they are to be dealt by them (`balanced`).
+        """
         ring, held = self.mesh.shape["ring"], self._batch_sharding.addressable_devices_indices_map((rows, length)).values()
         pieces = sorted({index[1].indices(length)[:2] for index in held})
-        layout = row_layout(self.arch.config, self.arch.execution, length, self.mesh)
-        dealt = arrange(np.arange(length)[None], layout, ring)[0]
-        return Share(self.local_rows(rows, length), tuple(pieces), np.concatenate([dealt[start:stop] for start, stop in pieces]))
+        places, own = np.concatenate([np.arange(start, stop) for start, stop in pieces]), self.local_rows(rows, length)
+        if documents is None:
+            layout = row_layout(self.arch.config, self.arch.execution, length, self.mesh)
+            return Share(own, tuple(pieces), arrange(np.arange(length)[None], layout, ring)[0, places])
+        dealt = [deal(row, ring, windows(self.arch.config)) for row in documents]
+        columns = np.stack([row.columns[places] for row in dealt])
+        reach = np.stack([np.repeat(row.reach, row.length)[places] for row in dealt])
+        return Share(own, tuple(pieces), columns, reach.astype(np.int32))
 
     def local_rows(self, rows: int, length: int) -> slice:
         """Rows of a `[rows, length]` batch that this process's devices hold: all that its loader has to make."""
@@ -161,7 +178,10 @@ class TrainStep:
         """
         ring, length = self.mesh.shape["ring"], length or batch.tokens.shape[1]
         layout = row_layout(self.arch.config, self.arch.execution, length, self.mesh)
-        batch = (batch if share is not None else arrange(batch, layout, ring)).replace(layout=layout)
+        if share is not None and share.reach is not None:
+            batch = batch.replace(reach=share.reach, layout="balanced")
+        else:
+            batch = (batch if share is not None else arrange(batch, layout, ring)).replace(layout=layout)
         first = self.local_rows(rows, length).start
         pieces = ((0, length),) if share is None else share.pieces
         sizes = [stop - start for start, stop in pieces]

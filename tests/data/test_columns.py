@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from lcx.attention.parallel.documents import Documents
 from lcx.data import packing
 from lcx.data.config import DataConfig, PackingConfig, PartConfig, SourceConfig, TaskConfig
 from lcx.data.loader import Loader
@@ -83,3 +84,37 @@ def test_columns_of_a_batch():
                 x, y = getattr(whole, field.name), getattr(part, field.name)
                 if isinstance(x, np.ndarray):
                     np.testing.assert_array_equal(y, x[2:7] if x.ndim == 1 else x[2:7][:, columns], err_msg=field.name)
+
+
+@pytest.mark.parametrize("method", ["concat_then_split", "best_fit"])
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("shared_bos", [True, False])
+def test_documents_of_rows_are_those_of_their_segments(method, masked, shared_bos):
+    texts = source()
+    config = PackingConfig(method=method, mask_documents=masked, shared_bos=shared_bos)
+    plan = packing.plan(method, texts.lengths, LENGTH - shared_bos, np.random.default_rng(0))
+    whole = packing.assemble(plan, np.arange(len(plan)), texts, LENGTH, config, 255)
+    texts.read = 0
+    for row in range(len(plan)):
+        found, wanted = packing.documents(plan, row, LENGTH, config), Documents.of(whole["segments"][row])
+        assert found.lengths.tolist() == wanted.lengths.tolist() and found.segments.tolist() == wanted.segments.tolist()
+    assert texts.read == 0
+
+
+def test_columns_that_differ_from_row_to_row():
+    text = SourceConfig(kind="stdlib", limit_bytes=100_000)
+    parts = {
+        "text": PartConfig(weight=0.5, source=text, packing=PackingConfig(mask_documents=True)),
+        "needles": PartConfig(kind="multikey", weight=0.5, source=text, task=TaskConfig(needles=1, queries=1)),
+    }
+    loader = Loader(DataConfig(parts=parts), LENGTH, 6, seed=1)
+    whole, rng = loader.batch(1), np.random.default_rng(0)
+    columns = np.stack([rng.permutation(LENGTH)[:40] for _ in range(6)])
+    part = loader.batch(1, slice(1, 5), columns[1:5])
+    assert len(set(whole.row_parts.tolist())) > 1
+    for field in dataclasses.fields(whole):
+        x, y = getattr(whole, field.name), getattr(part, field.name)
+        if isinstance(x, np.ndarray):
+            np.testing.assert_array_equal(y, x[1:5] if x.ndim == 1 else np.take_along_axis(x, columns, 1)[1:5], err_msg=field.name)
+    for row, segments in zip(loader.documents(1), whole.segments, strict=True):
+        assert row.lengths.tolist() == Documents.of(segments).lengths.tolist()
