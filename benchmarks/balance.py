@@ -24,8 +24,6 @@ import jax.numpy as jnp
 import numpy as np
 import tables
 from jax.sharding import NamedSharding, PartitionSpec
-from rich.console import Console
-from rich.table import Table
 
 from lcx.attention.attend import attend
 from lcx.attention.parallel.balance import Balance, of_layout, of_pieces
@@ -40,6 +38,7 @@ from lcx.core.mesh import MeshConfig, make_mesh
 from lcx.planning.roofline import TPU
 from lcx.planning.topology import CHIPS
 from lcx.positions.scheme import SchemeSpec
+from lcx.report import markdown
 
 LEAST, ROWS = 64, 8
 """Documents of a row, and rows of a kind."""
@@ -102,7 +101,7 @@ def transfer(tokens: int) -> float:
 
 
 def counted(kind: str, n: int, tokens: int, windows: Windows = CAUSAL) -> dict[str, Any]:
-    """What rows of a kind take over n devices with `tokens` each, in both layouts."""
+    """What rows of a kind take over n devices with `tokens` each; the other layout is zigzag, with a window contiguous."""
     found: dict[str, list[float]] = {}
 
     def note(layout: str, balance: Balance) -> None:
@@ -116,7 +115,7 @@ def counted(kind: str, n: int, tokens: int, windows: Windows = CAUSAL) -> dict[s
         found.setdefault("milliseconds", []).append(1e3 * (time.perf_counter() - begin))
         found.setdefault("documents", []).append(len(documents.lengths))
         note("balanced", of_pieces(documents, pieces, n, windows))
-        note("zigzag", of_layout(documents, "zigzag", n, windows))
+        note("other", of_layout(documents, "zigzag" if windows == CAUSAL else "contiguous", n, windows))
     window = next((size for size, _ in windows if size is not None), None)
     return {"kind": kind, "devices": n, "tokens": tokens, "window": window, **found}
 
@@ -186,16 +185,11 @@ def main() -> None:
         take_huge_pages()
         jax.config.update("jax_num_cpu_devices", 8)
         result["timed"] = {"jax": jax.__version__, **timed(arguments.length, arguments.repeats)}
-    made = {"counted": tables.balance_counts(found)}
+    made = [tables.balance_counts(found)]
     if result["timed"]:
-        made["seconds"] = tables.balance_seconds(result["timed"])
-    for title, (header, lines) in made.items():
-        table = Table(title=title)
-        for column in header:
-            table.add_column(column)
-        for line in lines:
-            table.add_row(*line)
-        Console().print(table)
+        made.append(tables.balance_seconds(result["timed"]))
+    for header, lines in made:
+        print(markdown.table(header, lines), end="\n\n")
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"figures in {arguments.out}")
 

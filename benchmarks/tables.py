@@ -234,24 +234,19 @@ Cells = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
 
 def balance_counts(found: list[dict[str, Any]]) -> Cells:
-    """A row a kind of documents and number of devices: the worst of its rows in work and bytes, the mean rate; zigzag's means."""
-    header = (
-        "documents", "window", "devices x tokens", "documents a row", "busiest device", "waiting in all", "sent", "of", "rate",
-        "zigzag: busiest", "waiting", "rate", "ms to deal",
-    )  # fmt: skip
+    """A row a kind of documents and number of devices: of `balanced` the worst in work and bytes and the mean rate, of the other
+    layout the means."""
+    own = ("busiest", "with waiting", "sent", "rate")
+    header = ("documents", "window", "devices x tokens", "documents a row", *own, f"other layout: {own[0]}", *own[1:], "ms to deal")
     lines = []
     for row in found:
-        ours = (
-            f"{max(row[f'balanced {name}']):{form}}" for name, form in (("busiest", ".3f"), ("longest", ".3f"), ("sent", ".1f"))
-        )
-        zigzag = (f"{statistics.fmean(row[f'zigzag {name}']):.2f}" for name in ("busiest", "longest", "rate"))
-        lines.append(
-            (
-                row["kind"], f"{row['window']:,}" if row["window"] else "", f"{row['devices']} x {row['tokens']:,}",
-                f"{statistics.fmean(row['documents']):,.0f}", *ours, f"{row['devices'] - 1}",
-                f"{statistics.fmean(row['balanced rate']):.2f}", *zigzag, f"{statistics.median(row['milliseconds']):.0f}",
-            )
-        )  # fmt: skip
+        figures = []
+        for layout, worst in (("balanced", max), ("other", statistics.fmean)):
+            figures += [f"{worst(row[f'{layout} {name}']):.3f}" for name in ("busiest", "longest")]
+            figures += [f"{worst(row[f'{layout} sent']):.1f}", f"{statistics.fmean(row[f'{layout} rate']):.2f}"]
+        window, mean = f"{row['window']:,}" if row["window"] else "", statistics.fmean(row["documents"])
+        size, deal = f"{row['devices']} x {row['tokens']:,}", statistics.median(row["milliseconds"])
+        lines.append((row["kind"], window, size, f"{mean:,.0f}", *figures, f"{deal:.0f}"))
     return header, lines
 
 

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from lcx.adapters.lora import is_adapter
 from lcx.attention.parallel.balance import choose_balanced
+from lcx.attention.parallel.context import RING_TOKENS
 from lcx.core.batch import Batch, SequenceLayout
 from lcx.core.errors import UserError
 from lcx.core.mesh import axis_size, make_mesh
@@ -126,7 +127,10 @@ class StageBuilder:
             if asked == "auto" and plain != "striped" and ring > 1 and stage.shifted_group is None:
                 rows = self.loaders[index].documents(0)[:JUDGED]
                 if any(len(row.lengths) > 1 for row in rows):
-                    found = choose_balanced(rows, plain, ring, windows(run.model))
+                    # In as many tokens for one query head of a KV head a device computes while it sends what it holds.
+                    tokens = stage.seq_len // ring
+                    transfer = tokens * RING_TOKENS * run.model.num_kv_heads / run.model.num_heads / 2
+                    found = choose_balanced(rows, plain, ring, windows(run.model), transfer)
             self._layouts[index] = found
         return self._layouts[index]
 

@@ -60,9 +60,9 @@ def test_batches_hold_the_rows_of_the_loader_each_dealt_by_its_documents(texts):
 
 def test_the_layout_follows_the_documents_of_a_stage_and_says_why(texts):
     packed = built(texts, 8, 8, needles=0.0, length=4096)
-    assert packed.step.balanced and packed.layout.startswith("balanced: by the documents of 4 rows the slowest of 8 devices take")
+    assert packed.step.balanced and packed.layout.startswith("balanced: attention over the documents of 4 rows takes")
     plain = built(texts, 8, 8, masked=False, needles=0.0, length=4096)
-    assert not plain.step.balanced and plain.layout.startswith("zigzag: by the documents of 4 rows")
+    assert not plain.step.balanced and plain.layout.startswith("zigzag: attention over the documents of 4 rows")
     assert plain.batch(0).layout == "zigzag" and plain.batch(0).reach is None
     asked = built(texts, 8, 8, context_layout="zigzag")
     assert not asked.step.balanced and asked.layout == ""

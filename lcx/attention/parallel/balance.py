@@ -12,8 +12,10 @@ import numpy as np
 
 from lcx.attention.parallel.dealing import deal, nested_rings, part_sizes, parts_needed
 from lcx.attention.parallel.documents import CAUSAL, Documents, Pieces, Windows, pair_counts
+from lcx.attention.parallel.ring import window_hops
 from lcx.attention.parallel.sequence_layout import arrange
 from lcx.core.batch import SequenceLayout
+from lcx.core.mask import Mask
 
 WORSE = 1.05
 """How much longer than with `balanced` the devices may work with another layout before `auto` takes `balanced`."""
@@ -84,11 +86,16 @@ def of_pieces(documents: Documents, pieces: Pieces, n: int, windows: Windows = C
 
 
 def of_layout(documents: Documents, layout: SequenceLayout, n: int, windows: Windows = CAUSAL) -> Balance:
-    """The balance of a plain ring over a row that is dealt without regard to its documents."""
-    pieces = _pieces(documents, arrange(np.arange(int(documents.lengths.sum()))[None], layout, n)[0], n)
+    """The balance of a ring over a row that is dealt without regard to its documents; of layers with windows alone, over the
+    neighbours that these reach."""
+    tokens = int(documents.lengths.sum())
+    pieces = _pieces(documents, arrange(np.arange(tokens)[None], layout, n)[0], n)
     pairs = pair_counts(documents, pieces, pieces.device, n, n, windows)
+    sizes = [size for size, _ in windows if size is not None]
+    near = window_hops(Mask(window=max(sizes)), layout, tokens // n, n) if len(sizes) == len(windows) else None
+    hops = range(n) if near is None else [*range(near.before + 1), *range(n - near.after, n)]
     device = np.arange(n)
-    return Balance(tuple(Step(pairs[device, (device - hop) % n], n, float(hop > 0)) for hop in range(n)))
+    return Balance(tuple(Step(pairs[device, (device - hop) % n], n, float(hop > 0)) for hop in hops))
 
 
 def _pieces(documents: Documents, columns: np.ndarray, n: int) -> Pieces:
@@ -102,17 +109,22 @@ def _pieces(documents: Documents, columns: np.ndarray, n: int) -> Pieces:
 
 
 def choose_balanced(
-    rows: Sequence[Documents], layout: SequenceLayout, n: int, windows: Windows = CAUSAL
+    rows: Sequence[Documents], layout: SequenceLayout, n: int, windows: Windows = CAUSAL, transfer: float = 0.0
 ) -> tuple[SequenceLayout, str]:
-    """`balanced`, if rows like these take the devices at least `WORSE` times as long in `layout`; else that. And why.
+    """`balanced`, if attention over rows like these takes n devices at least `WORSE` times as long in `layout`; else that. And why.
 
-    All rows count together: a step takes as long as the devices need for the rows of a batch.
+    `transfer`: pairs that a device computes while what it holds is sent. Rows are taken one by one, kinds of layers in proportion.
     """
-    work = sum(float(row.work(windows).sum()) for row in rows)
-    other = sum(of_layout(row, layout, n, windows).time(0.0) for row in rows) * n / work
-    ours = sum(of_pieces(row, deal(row, n, windows), n, windows).time(0.0) for row in rows) * n / work
+    ideal = sum(float(row.work(windows).sum()) for row in rows) / n
+    other = ours = 0.0
+    for row in rows:
+        pieces = deal(row, n, windows)
+        for window, fraction in windows:
+            kind = ((window, 1.0),)
+            other += fraction * of_layout(row, layout, n, kind).time(transfer)
+            ours += fraction * of_pieces(row, pieces, n, kind).time(transfer)
     taken: SequenceLayout = "balanced" if other > WORSE * ours else layout
     return taken, (
-        f"{taken}: by the documents of {len(rows)} rows the slowest of {n} devices take {other:.2f} times the mean's time with "
-        f"{layout}, {ours:.2f} times with balanced"
+        f"{taken}: attention over the documents of {len(rows)} rows takes {n} devices {other / ideal:.2f} times as long as even "
+        f"work with {layout}, {ours / ideal:.2f} times with balanced"
     )

@@ -19,7 +19,7 @@ from lcx.attention.blockwise import SAVED
 from lcx.attention.parallel.gather import gather, gather_backward
 from lcx.attention.parallel.head_groups import HeadGroups, Share
 from lcx.attention.parallel.nested import Parts, nested, nested_backward
-from lcx.attention.parallel.ring import RingSchedule, ring, ring_backward
+from lcx.attention.parallel.ring import RingSchedule, ring, ring_backward, window_hops
 from lcx.attention.parallel.ulysses import (
     heads_for_tokens,
     keys_for_tokens,
@@ -59,7 +59,7 @@ def choose_strategy(
         raise UserError(f"strategy 'nested' needs rows whose layout is balanced, not {layout!r}; choose 'ring'")
     shard = length // ring_size
     whole = RingSchedule(ring_size - 1)
-    near = _window_hops(mask, layout, shard, ring_size)
+    near = window_hops(mask, layout, shard, ring_size)
     if strategy == "window" and near is None:
         raise UserError(
             "strategy 'window' needs a window that ends within the ring, no prefix, and a contiguous or zigzag layout "
@@ -79,16 +79,6 @@ def choose_strategy(
     # When gathering, a slice of every shard adds up to what one device holds. A ring needs large messages.
     slices = next(n for n in range(min(ring_size, shard), 0, -1) if shard % n == 0) if strategy == "gather" else 1
     return ContextChoice(strategy, dataclasses.replace(schedule, slices=slices), f"{strategy}: {why}")
-
-
-def _window_hops(mask: Mask, layout: SequenceLayout, shard: int, ring_size: int) -> RingSchedule | None:
-    """The neighbours that a window reaches; None if it reaches all devices, or one that is not a neighbour."""
-    if mask.window is None or mask.prefix or layout in ("striped", "balanced"):
-        return None
-    reach = -(-(mask.window - 1) // (shard // 2 if layout == "zigzag" else shard))
-    # Of a device's two zigzag chunks one has its predecessor on the device before, the other on the device after.
-    schedule = RingSchedule(reach, 0 if mask.causal and layout == "contiguous" else reach)
-    return schedule if schedule.before + schedule.after < ring_size - 1 else None
 
 
 class MeshSplit(NamedTuple):

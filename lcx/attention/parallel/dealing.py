@@ -82,6 +82,7 @@ class _Shares:
     def __init__(self, documents: Documents, n: int, windows: Windows) -> None:
         self.documents, self.n, self.rings = documents, n, nested_rings(n)
         self.lengths, self.work = documents.lengths, documents.work(windows)
+        self.window = min((size for size, _ in windows if size is not None), default=None)
         self.free = np.full(n, self.lengths.sum() // n)
         """Tokens that each device has yet to get, int64 `[n]`."""
         self.need = np.full(n, self.work.sum() / n)
@@ -195,7 +196,7 @@ class _Shares:
         reach = np.where(self.documents.shared[whole], self.n, 1)
         rows = [np.stack([whole, starts[whole], self.lengths[whole], self.home[whole], reach, np.where(reach > 1, 1, 2)])]
         for d, tokens in self.spread.items():
-            devices, length, start = _stripes(tokens)
+            devices, length, start = _stripes(tokens, self.window)
             ends = int(devices.min()), int(devices.max())
             size = next(size for size in (1, *self.rings) if ends[0] // size == ends[1] // size)
             if self.documents.segments[d] in (PADDING, SHARED):
@@ -219,11 +220,15 @@ def _shared(total: int, weights: np.ndarray, room: np.ndarray) -> np.ndarray:
     return found + _shared(int(over.sum()), (room - found).astype(float), room - found)
 
 
-def _stripes(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(device, length, start in the document) of the stripes of a document with so many tokens on each device, all int64."""
+def _stripes(tokens: np.ndarray, window: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(device, length, start in the document) of the stripes of a document with so many tokens on each device, all int64.
+
+    With a window one stripe of every device is at most half as long as it.
+    """
     devices = np.flatnonzero(tokens)
     own = tokens[devices]
-    rounds = int(np.clip(own.max() // STRIPE // 2 * 2, 2, STRIPES))
+    most = STRIPES if window is None else max(STRIPES, 2 * int(own.sum()) // window)
+    rounds = int(np.clip(own.max() // STRIPE // 2 * 2, 2, most // 2 * 2))
     length = np.diff(own * np.arange(rounds + 1)[:, None] // rounds, axis=0)
     who = np.broadcast_to(devices, length.shape).copy()
     length[1::2], who[1::2] = length[1::2, ::-1], who[1::2, ::-1]

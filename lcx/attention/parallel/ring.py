@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from lcx.attention.partial import Partial, merge, zeros_fp32
 from lcx.attention.shard import Gradients, KVShard, QueryShard, nothing_seen, scan_key_slices, shard_attention, shard_vjp
 from lcx.attention.spec import ShardSpec
+from lcx.core.batch import SequenceLayout
+from lcx.core.mask import Mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,17 @@ class RingSchedule:
     before: int
     after: int = 0
     slices: int = 1
+
+
+def window_hops(mask: Mask, layout: SequenceLayout, shard: int, ring_size: int) -> RingSchedule | None:
+    """The neighbours that a window reaches from devices of `shard` tokens; None if it reaches all devices, or one that is not a
+    neighbour."""
+    if mask.window is None or mask.prefix or layout in ("striped", "balanced"):
+        return None
+    reach = -(-(mask.window - 1) // (shard // 2 if layout == "zigzag" else shard))
+    # Of a device's two zigzag chunks one has its predecessor on the device before, the other on the device after.
+    schedule = RingSchedule(reach, 0 if mask.causal and layout == "contiguous" else reach)
+    return schedule if schedule.before + schedule.after < ring_size - 1 else None
 
 
 def ring(shard: ShardSpec, axis: str, schedule: RingSchedule, queries: QueryShard, keys: KVShard, bias_params: Any) -> Partial:
