@@ -237,13 +237,18 @@ def balance_counts(found: list[dict[str, Any]]) -> Cells:
     """A row a kind of documents and number of devices: of `balanced` the worst in work and bytes and the mean rate, of the other
     layout the means."""
     own = ("busiest", "with waiting", "sent", "rate")
-    header = ("documents", "window", "devices x tokens", "documents a row", *own, f"other layout: {own[0]}", *own[1:], "ms to deal")
-    lines = []
+    last = ("rate over that of 8", f"other layout: {own[0]}", *own[1:], "ms to deal")
+    header = ("documents", "window", "devices x tokens", "documents a row", *own, *last)
+    lines, of_eight = [], {}
     for row in found:
         figures = []
         for layout, worst in (("balanced", max), ("other", statistics.fmean)):
             figures += [f"{worst(row[f'{layout} {name}']):.3f}" for name in ("busiest", "longest")]
             figures += [f"{worst(row[f'{layout} sent']):.1f}", f"{statistics.fmean(row[f'{layout} rate']):.2f}"]
+        # Of as many tokens on each device: 8 come first.
+        rate = statistics.fmean(row["balanced rate"])
+        few = of_eight.setdefault((row["kind"], row["window"], row["tokens"]), rate)
+        figures.insert(4, f"{rate / few:.2f}" if row["devices"] > 8 else "")
         window, mean = f"{row['window']:,}" if row["window"] else "", statistics.fmean(row["documents"])
         size, deal = f"{row['devices']} x {row['tokens']:,}", statistics.median(row["milliseconds"])
         lines.append((row["kind"], window, size, f"{mean:,.0f}", *figures, f"{deal:.0f}"))

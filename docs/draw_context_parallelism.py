@@ -10,10 +10,12 @@ from pathlib import Path
 import matplotlib.colors
 import numpy as np
 
-from lcx.attention.parallel.sequence_layout import LAYOUTS, arrange
+from lcx.attention.parallel.sequence_layout import SEQUENCE_LAYOUTS, arrange
 from lcx.report import style
 
 TOKENS, DEVICES = 32, 4
+LAYOUTS = [layout for layout in SEQUENCE_LAYOUTS if layout != "balanced"]
+"""Those that do not depend on the documents of a row."""
 
 
 @style.typography()

@@ -53,6 +53,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "ring": {"context_strategy": "ring"},
     "striped ring": {"context_strategy": "ring", "context_layout": "striped"},
     "gather": {"context_strategy": "gather"},
+    "balanced": {"context_layout": "balanced"},
     "window": {},
     "ulysses": {"ulysses": 4},
     "hybrid": {"ulysses": 2, "context_strategy": "ring"},
@@ -88,10 +89,17 @@ class Split:
 
     def losses(self, batch: Batch) -> tuple[LossSums, Any]:
         """The sums of a batch over the mesh, and the gradient of Σ w·ℓ."""
-        layout = row_layout(self.config, self.arch.execution, T, self.mesh)
-        dealt = jax.tree.map(jnp.asarray, arrange(batch, layout, self.mesh.shape["ring"]).replace(layout=layout))
         with jax.set_mesh(self.mesh):
-            return jax.device_get(jax.jit(lambda params, batch: self._pulled(self.arch, params, batch))(self.params, dealt))
+            run = jax.jit(lambda params, batch: self._pulled(self.arch, params, batch))
+            return jax.device_get(run(self.params, self.dealt(batch)))
+
+    def dealt(self, batch: Batch) -> Batch:
+        """The rows in the order in which the devices hold them."""
+        layout, ring = row_layout(self.config, self.arch.execution, T, self.mesh), self.mesh.shape["ring"]
+        if self.arch.execution.context_layout == "balanced":
+            deal_row, _, reach = context_cases.by_documents(np.asarray(batch.segments), ring)
+            return jax.tree.map(deal_row, batch).replace(reach=reach, layout="balanced")
+        return jax.tree.map(jnp.asarray, arrange(batch, layout, ring).replace(layout=layout))
 
     def reference(self, batch: Batch) -> tuple[LossSums, Any]:
         """The same on one device, every score at once."""
@@ -107,11 +115,9 @@ class Split:
 
     def temporaries(self) -> int:
         """Bytes that the compiled gradient needs on a device, on top of its arguments and results."""
-        layout = row_layout(self.config, self.arch.execution, T, self.mesh)
-        dealt = jax.tree.map(jnp.asarray, arrange(packed(), layout, self.mesh.shape["ring"]).replace(layout=layout))
         with jax.set_mesh(self.mesh):
             run = jax.jit(lambda params, batch: self._pulled(self.arch, params, batch))
-            return run.lower(self.params, dealt).compile().memory_analysis().temp_size_in_bytes
+            return run.lower(self.params, self.dealt(packed())).compile().memory_analysis().temp_size_in_bytes
 
 
 DOCUMENTS = ((11, 23, 9, 21), (40, 16))
@@ -165,7 +171,7 @@ def check_packed_loss(strategy: str) -> None:
 
 def errors_of(strategy: str, segments: str) -> dict[str, float]:
     """How far attention over a split row, and dq, dk and dv, are from one device; heads are grouped, keys shared by queries."""
-    found = {"striped ring": ("ring", "striped"), "groups": ("hybrid", "zigzag")}
+    found = {"striped ring": ("ring", "striped"), "groups": ("hybrid", "zigzag"), "balanced": ("nested", "balanced")}
     way, layout = found.get(strategy, (strategy, "contiguous" if strategy in ("ulysses", "window") else "zigzag"))
     case = {
         "size": 4, "strategy": way, "layout": layout, "mask": "window" if way == "window" else "causal", "scheme": "rope",

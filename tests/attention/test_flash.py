@@ -15,6 +15,7 @@ from lcx.core.mesh import MeshConfig, make_mesh
 from tests.attention import cases, context_cases
 from tests.attention.cases import call, errors, within
 from tests.attention.test_blockwise import chunk_index, draw
+from tests.quick import mostly_slow
 
 # Every option of `cases.OPTIONS` that the kernel serves, in few programs, over several kinds of rows each.
 PLAIN = {"mask": "causal", "bias": "none", "pieces": "one", "grouping": "gqa", "softcap": None, "sink": False}
@@ -75,18 +76,20 @@ def test_chunk_with_lse_cotangent_and_empty_rows():
     check_chunk(functools.partial(call, flash, blocks=Blocks(8, 16), interpret=True), softcap=3.0)
 
 
-def check_ring(kernel, size):
-    """A zigzag ring over a kernel against dense."""
+def check_ring(kernel, size, strategy="ring"):
+    """A zigzag ring over a kernel, or nested rings, against dense."""
+    layout = "balanced" if strategy == "nested" else "zigzag"
     case = {
-        "size": size, "strategy": "ring", "layout": "zigzag", "mask": "causal", "scheme": "alibi", "kernel": kernel,
+        "size": size, "strategy": strategy, "layout": layout, "mask": "causal", "scheme": "alibi", "kernel": kernel,
         "grouping": "gqa", "segments": "packed", "softcap": None, "sink": True,
     }  # fmt: skip
     found = context_cases.errors(case, optimize=False)
     assert within(found), found
 
 
-def test_ring_of_flash_equals_dense():
-    check_ring("flash", 4)
+@pytest.mark.parametrize("strategy", mostly_slow(["ring", "nested"], ["ring"]))
+def test_ring_of_flash_equals_dense(strategy):
+    check_ring("flash", 4, strategy)
 
 
 def check_split(kernel):

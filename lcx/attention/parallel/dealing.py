@@ -201,8 +201,9 @@ class _Shares:
             size = next(size for size in (1, *self.rings) if ends[0] // size == ends[1] // size)
             if self.documents.segments[d] in (PADDING, SHARED):
                 size = 1 if self.documents.segments[d] == PADDING else self.n
-            outer = 2 if size == 1 else (1 if d in self.cut else 0) if size == self.n else (3 if d in self.cut else 4)
-            rows.append(np.stack([*np.broadcast_arrays(d, starts[d] + start, length, devices, size, outer)]))
+            # Around the whole ring, in equal shares and cut; on one device; around an inner ring, cut and in equal shares.
+            place = {self.n: 0 + (d in self.cut), 1: 2}.get(size, 4 - (d in self.cut))
+            rows.append(np.stack([*np.broadcast_arrays(d, starts[d] + start, length, devices, size, place)]))
         found = np.concatenate(rows, axis=1)
         _, start, _, device, _, place = found
         return Pieces(*found[:-1, np.lexsort((start, place, device))])

@@ -90,7 +90,7 @@ def nested_backward(
         sums, dkv = state
         carry = sums, dkv, held.gathered(size, jnp.int32(0)), jnp.zeros_like(dkv)
         sums, dkv, here, pending = jax.lax.fori_loop(1, count, hop, carry)
-        sums, last, home = visit(sums, here, held.scattered(size, pending))
+        sums, last, (home,) = visit(sums, here, (held.scattered(size, pending),))
         dkv = held.add(size, count - 2, dkv, home)
         return sums, held.add(size, count - 1, dkv, held.scattered(size, last))
 
