@@ -236,22 +236,21 @@ Cells = tuple[tuple[str, ...], list[tuple[str, ...]]]
 def balance_counts(found: list[dict[str, Any]]) -> Cells:
     """A row a kind of documents and number of devices: of `balanced` the worst in work and bytes and the mean rate, of the other
     layout the means."""
-    own = ("busiest", "with waiting", "sent", "rate")
-    last = ("rate over that of 8", f"other layout: {own[0]}", *own[1:], "ms to deal")
-    header = ("documents", "window", "devices x tokens", "documents a row", *own, *last)
+    own, other = ("busiest", "with waiting", "sent", "rate"), ("busiest", "longest", "sent", "rate")
+    names = ("documents", "window", "devices x tokens", "documents a row", *own, "of 8's", "nothing hidden", "of 8's")
+    header = (*names, f"other layout: {own[0]}", *own[1:], "ms to deal")
     lines, of_eight = [], {}
     for row in found:
-        figures = []
-        for layout, worst in (("balanced", max), ("other", statistics.fmean)):
-            figures += [f"{worst(row[f'{layout} {name}']):.3f}" for name in ("busiest", "longest")]
-            figures += [f"{worst(row[f'{layout} sent']):.1f}", f"{statistics.fmean(row[f'{layout} rate']):.2f}"]
-        # Of as many tokens on each device: 8 come first.
-        rate = statistics.fmean(row["balanced rate"])
-        few = of_eight.setdefault((row["kind"], row["window"], row["tokens"]), rate)
-        figures.insert(4, f"{rate / few:.2f}" if row["devices"] > 8 else "")
-        window, mean = f"{row['window']:,}" if row["window"] else "", statistics.fmean(row["documents"])
-        size, deal = f"{row['devices']} x {row['tokens']:,}", statistics.median(row["milliseconds"])
-        lines.append((row["kind"], window, size, f"{mean:,.0f}", *figures, f"{deal:.0f}"))
+        cells = [row["kind"], f"{row['window']:,}" if row["window"] else "", f"{row['devices']} x {row['tokens']:,}"]
+        cells += [f"{statistics.fmean(row['documents']):,.0f}"]
+        cells += [f"{max(row[f'balanced {name}']):{form}}" for name, form in zip(other, (".3f", ".3f", ".1f"), strict=False)]
+        for name in ("rate", "exposed rate"):
+            rate = statistics.fmean(row[f"balanced {name}"])
+            # Over that with as many tokens on each of 8 devices, which come first.
+            few = of_eight.setdefault((row["kind"], row["window"], row["tokens"], name), rate)
+            cells += [f"{rate:.2f}", f"{rate / few:.2f}" if row["devices"] > 8 else ""]
+        cells += [f"{statistics.fmean(row[f'other {name}']):.{digits}f}" for name, digits in zip(other, (2, 2, 1, 2), strict=True)]
+        lines.append((*cells, f"{statistics.median(row['milliseconds']):.0f}"))
     return header, lines
 
 

@@ -58,15 +58,16 @@ class Balance:
         """What each device receives, in multiples of what it holds; n - 1 in a plain ring."""
         return sum(step.sent for step in self.steps)
 
-    def time(self, transfer: float) -> float:
+    def time(self, transfer: float, hidden: bool = True) -> float:
         """The time until all are done, in pairs, if what a device holds is sent in the time of `transfer` pairs.
 
-        What a step needs is sent during the step before it.
+        What a step needs is sent during the step before it, or unless it is `hidden` before the step's own work.
         """
         clock = np.zeros(len(self.steps[0].work))
         for step, following in zip(self.steps, (*self.steps[1:], Step(np.zeros(1), 1, 0.0)), strict=True):
-            begin = clock.reshape(-1, step.ring).max(axis=1)
-            clock = np.repeat(begin, step.ring) + np.maximum(step.work, following.sent * transfer)
+            begin = np.repeat(clock.reshape(-1, step.ring).max(axis=1), step.ring)
+            sent = transfer * (following.sent if hidden else step.sent)
+            clock = begin + (np.maximum(step.work, sent) if hidden else step.work + sent)
         return float(clock.max())
 
 
@@ -113,7 +114,8 @@ def choose_balanced(
 ) -> tuple[SequenceLayout, str]:
     """`balanced`, if attention over rows like these takes n devices at least `WORSE` times as long in `layout`; else that. And why.
 
-    `transfer`: pairs that a device computes while what it holds is sent. Rows are taken one by one, kinds of layers in proportion.
+    `transfer`: pairs that a device computes while what it holds is sent; a ring hides that behind work, gathers need not (on TPUs
+    they do not). Rows are taken one by one, kinds of layers in proportion.
     """
     ideal = sum(float(row.work(windows).sum()) for row in rows) / n
     other = ours = 0.0
@@ -122,7 +124,7 @@ def choose_balanced(
         for window, fraction in windows:
             kind = ((window, 1.0),)
             other += fraction * of_layout(row, layout, n, kind).time(transfer)
-            ours += fraction * of_pieces(row, pieces, n, kind).time(transfer)
+            ours += fraction * of_pieces(row, pieces, n, kind).time(transfer, hidden=False)
     taken: SequenceLayout = "balanced" if other > WORSE * ours else layout
     return taken, (
         f"{taken}: attention over the documents of {len(rows)} rows takes {n} devices {other / ideal:.2f} times as long as even "
