@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import jax
 import matplotlib
@@ -41,8 +42,10 @@ from lcx.positions.theta import critical_base
 from lcx.recipes import models
 from lcx.recipes.recipe import evaluate_loaded, part, recipe
 from lcx.report import markdown, style
+from lcx.training.builder import StageBuilder
 from lcx.training.loop import train
 from lcx.training.metrics import read
+from lcx.training.stages import RunConfig
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -194,6 +197,16 @@ def extended(four: ModuleType, folder: Path, method: str, seed: int) -> ml_colle
     return config
 
 
+def step_bytes(run: RunConfig) -> int:
+    """Memory of the compiled step of a run's last stage: its arguments, results and temporaries, by the compiler's count."""
+    builder = StageBuilder(run, (), jax.devices()[:1], models.initial_weights(run.init_from))
+    built = builder.build(len(run.stages) - 1)
+    program = built.step.compile(built.step.abstract_state(), built.batch(0), built.buffers)
+    found: Any = program.memory_analysis()
+    new = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return found.argument_size_in_bytes + new
+
+
 def trained(four: ModuleType, folder: Path, seeds: int) -> list[dict]:
     """Every method and seed: needles, perplexity, time of a step and memory."""
     rows = []
@@ -208,7 +221,7 @@ def trained(four: ModuleType, folder: Path, seeds: int) -> list[dict]:
                 steps = [row for row in read(out / "metrics.jsonl") if row["seq_len"] == 4096]
                 sizes = sum(path.stat().st_size for path in (out / "checkpoints").glob("300/**/*") if path.is_file())
                 seconds = 8192 / float(np.median([row["tokens_per_second"] for row in steps]))
-                return {"step_seconds": seconds, "checkpoint": sizes, **measure(out, folder)}
+                return {"step_seconds": seconds, "step_bytes": step_bytes(run), "checkpoint": sizes, **measure(out, folder)}
 
             rows.append({"method": method, "seed": seed, **kept(out.with_suffix(".json"), make)})
     return rows
@@ -269,7 +282,7 @@ def fill(results: dict) -> None:
         energy = "" if row["energy"] is None else f"{row['energy']:.1%}"
         lines.append([row["model"], row["form"] or "as it is", numbers, energy, *needles, *chats])
     markdown.fill(HERE / "README.md", "carried", markdown.table(head, lines))
-    head = ["trained", "needles at 256", "at 1,024", "at 4,096", "code at 4,096", "s a step", "checkpoint, MB"]
+    head = ["trained", "needles at 256", "at 1,024", "at 4,096", "code at 4,096", "s a step", "memory, MB", "checkpoint, MB"]
     lines = []
     for method in METHODS:
         rows = [row for row in results.get("trained", []) if row["method"] == method]
@@ -277,7 +290,8 @@ def fill(results: dict) -> None:
             needles = [_spread([100 * row["needles"][str(n)] for row in rows], ".0f") for n in LENGTHS]
             code = _spread([row["code"]["4096"] for row in rows], ".3f")
             seconds = _spread([row["step_seconds"] for row in rows], ".2f")
-            lines.append([method, *needles, code, seconds, f"{np.mean([row['checkpoint'] for row in rows]) / 1e6:.2f}"])
+            memory, checkpoint = (f"{np.mean([row[key] for row in rows]) / 1e6:,.2f}" for key in ("step_bytes", "checkpoint"))
+            lines.append([method, *needles, code, seconds, memory, checkpoint])
     markdown.fill(HERE / "README.md", "trained", markdown.table(head, lines))
     if results.get("carried"):
         draw(results["carried"])
