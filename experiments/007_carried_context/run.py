@@ -51,11 +51,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
+PARTS = ("carried", "trained", "timed")
 LENGTHS = (256, 1024, 4096)
 RANKS = (4, 8, 16, 32, 64)
 ENERGIES = (0.9, 0.99)
 TURN = 120
 """Bytes of a turn of a conversation."""
+TURNS = 3
+"""Short runs of each method from which the time of a step is taken."""
 
 WIDE = {"rank": 16, "alpha": 32.0, "targets": ("attention", "mlp"), "train": ("embed", "norm")}
 METHODS: dict[str, tuple[dict, float, bool]] = {
@@ -208,7 +211,7 @@ def step_bytes(run: RunConfig) -> int:
 
 
 def trained(four: ModuleType, folder: Path, seeds: int) -> list[dict]:
-    """Every method and seed: needles, perplexity, time of a step and memory."""
+    """Every method and seed: needles, perplexity and size of the checkpoint."""
     rows = []
     for seed in range(seeds):
         for method in METHODS:
@@ -218,13 +221,28 @@ def trained(four: ModuleType, folder: Path, seeds: int) -> list[dict]:
                 say(f"{method}, seed {seed}")
                 run = recipe(extended(four, folder, method, seed)).run
                 train(run, out, jax.devices()[:1], given=models.initial_weights(run.init_from))
-                steps = [row for row in read(out / "metrics.jsonl") if row["seq_len"] == 4096]
                 sizes = sum(path.stat().st_size for path in (out / "checkpoints").glob("300/**/*") if path.is_file())
-                seconds = 8192 / float(np.median([row["tokens_per_second"] for row in steps]))
-                return {"step_seconds": seconds, "step_bytes": step_bytes(run), "checkpoint": sizes, **measure(out, folder)}
+                return {"checkpoint": sizes, **measure(out, folder)}
 
             rows.append({"method": method, "seed": seed, **kept(out.with_suffix(".json"), make)})
     return rows
+
+
+def timed(four: ModuleType, folder: Path) -> dict[str, dict]:
+    """Seconds and memory of a step of 4,096 bytes by method, from short runs in turns. For a machine that does nothing else."""
+    seconds: dict[str, list[float]] = {method: [] for method in METHODS}
+    memory: dict[str, int] = {}
+    for turn in range(TURNS):
+        for i, method in enumerate(METHODS):
+            config = extended(four, folder, method, 0)
+            for stage in config.stages.values():
+                stage.steps = 12
+            run, out = recipe(config).run, folder / f"timed_{i}_{turn}"
+            train(run, out, jax.devices()[:1], given=models.initial_weights(run.init_from))
+            rows = [row for row in read(out / "metrics.jsonl") if row["seq_len"] == 4096]
+            seconds[method].append(8192 / float(np.median([row["tokens_per_second"] for row in rows])))
+            memory[method] = memory[method] if turn else step_bytes(run)
+    return {method: {"step_seconds": seconds[method], "step_bytes": memory[method]} for method in METHODS}
 
 
 def main() -> None:
@@ -232,7 +250,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--books", required=True, help="files of plain text, as a pattern")
     parser.add_argument("--workdir", type=Path, default=Path("runs/007_carried_context"))
-    parser.add_argument("--parts", nargs="+", choices=("carried", "trained"), default=["carried", "trained"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method of training")
     args = parser.parse_args()
     folder = args.workdir
@@ -246,6 +264,8 @@ def main() -> None:
         results["carried"] = carried(folder)
     if "trained" in args.parts:
         results["trained"] = trained(four, folder, args.seeds)
+    if "timed" in args.parts:
+        results["timed"] = timed(four, folder)
     file.write_text(json.dumps(results, indent=1) + "\n")
     fill(results)
 
@@ -289,9 +309,9 @@ def fill(results: dict) -> None:
         if rows:
             needles = [_spread([100 * row["needles"][str(n)] for row in rows], ".0f") for n in LENGTHS]
             code = _spread([row["code"]["4096"] for row in rows], ".3f")
-            seconds = _spread([row["step_seconds"] for row in rows], ".2f")
-            memory, checkpoint = (f"{np.mean([row[key] for row in rows]) / 1e6:,.2f}" for key in ("step_bytes", "checkpoint"))
-            lines.append([method, *needles, code, seconds, memory, checkpoint])
+            step = results.get("timed", {}).get(method)
+            costs = ["", ""] if step is None else [_spread(step["step_seconds"], ".2f"), f"{step['step_bytes'] / 1e6:,.0f}"]
+            lines.append([method, *needles, code, *costs, f"{np.mean([row['checkpoint'] for row in rows]) / 1e6:.2f}"])
     markdown.fill(HERE / "README.md", "trained", markdown.table(head, lines))
     if results.get("carried"):
         draw(results["carried"])
