@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import transformers
 
 from lcx.core import host_devices
 from lcx.core.mesh import MeshConfig
 from lcx.model.config import ModelConfig
-from lcx.recipes.cores import on_cores
+from lcx.recipes.cores import evaluation_mesh, on_cores
 from lcx.training.stages import RunConfig, StageConfig
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +23,7 @@ import jax
 from lcx.core import host
 host.cores = lambda: 4
 from tests.core.test_host_devices import RUN
-from lcx.recipes.cores import on_cores
+from lcx.recipes.cores import evaluation_mesh, on_cores
 
 mesh = on_cores(RUN).mesh
 print(mesh.fsdp, mesh.context, mesh.ulysses, jax.device_count())
@@ -62,3 +63,14 @@ def test_a_mesh_that_is_named_is_taken(monkeypatch, mesh, asked):
     calls.clear()
     on_cores(RunConfig(RUN.model, (StageConfig("one", 64, 2, 2, mesh=mesh),)))
     assert not calls
+
+
+def test_an_evaluation_is_shared_as_its_model_allows(tmp_path, monkeypatch):
+    transformers.LlamaConfig(num_attention_heads=16, num_key_value_heads=8).save_pretrained(tmp_path)
+    calls = []
+    monkeypatch.setattr(host_devices, "share", lambda *sizes: calls.append(sizes))
+    monkeypatch.setattr(host_devices, "sharing", lambda: 8)
+    mesh = evaluation_mesh(tmp_path)
+    assert mesh is not None and mesh.shape["ulysses"] == 8 and calls == [(16, 8, ())]
+    monkeypatch.setattr(host_devices, "sharing", lambda: 1)
+    assert evaluation_mesh(tmp_path) is None
