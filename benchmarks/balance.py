@@ -135,12 +135,14 @@ def program(documents: Documents, n: int, layout: str, heads: int = 8) -> Callab
     q, k, v, do = np.random.default_rng(0).standard_normal((4, 1, length, heads, 64), np.float32)
     pieces = deal(documents, n)
     columns = pieces.columns if layout == "balanced" else arrange(np.arange(length)[None], "zigzag", n)[0]
-    reach = np.repeat(pieces.reach, pieces.length)[None].astype(np.int32) if layout == "balanced" else None
+    reach, there = None, segments[:, columns]
+    if layout == "balanced":
+        reach, there = (x[None].astype(np.int32) for x in (np.repeat(pieces.reach, pieces.length), pieces.segments(documents)))
     mesh = make_mesh(MeshConfig(fsdp=1, context=n))
     split = NamedSharding(mesh, PartitionSpec(None, ("ring", "ulysses")))
     spec = AttentionSpec(Mask(), SchemeSpec(), scale=64**-0.5, strategy="nested" if layout == "balanced" else "ring")
     dealt = [jax.device_put(x[:, columns], split) for x in (q, k, v, do)]
-    index = Index(order[:, columns], order[:, columns], segments[:, columns], reach=reach, layout=layout)
+    index = Index(order[:, columns], order[:, columns], there, reach=reach, layout=layout)
     index = jax.device_put(index, split)
 
     def step(q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array, index: Index) -> tuple[jax.Array, ...]:

@@ -97,8 +97,8 @@ class Split:
         """The rows in the order in which the devices hold them."""
         layout, ring = row_layout(self.config, self.arch.execution, T, self.mesh), self.mesh.shape["ring"]
         if self.arch.execution.context_layout == "balanced":
-            deal_row, _, reach = context_cases.by_documents(np.asarray(batch.segments), ring)
-            return jax.tree.map(deal_row, batch).replace(reach=reach, layout="balanced")
+            deal_row, _, changed = context_cases.by_documents(np.asarray(batch.segments), ring)
+            return jax.tree.map(deal_row, batch).replace(**changed, layout="balanced")
         return jax.tree.map(jnp.asarray, arrange(batch, layout, ring).replace(layout=layout))
 
     def reference(self, batch: Batch) -> tuple[LossSums, Any]:

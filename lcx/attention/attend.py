@@ -34,6 +34,10 @@ from lcx.core.mesh import axis_size, context_size, target_platform
 from lcx.positions.query_scaling import scale_queries
 from lcx.positions.rotary import Tables
 
+DEALT = 256
+"""Tokens on a side of a tile, at most, where rows are dealt by their documents: tokens of a tile are as many times farther apart as
+devices share a document, and larger tiles compute more pairs that nobody sees."""
+
 
 def attend(
     spec: AttentionSpec,
@@ -99,7 +103,8 @@ def _context_parallel(
         parts = parts_of(index.reach, ring_size) if index.parts is None else index.parts
     index = dataclasses.replace(index, reach=index.reach if parts else None, parts=None)
     keys = dataclasses.replace(keys, index=index)
-    tokens, chunk = T // ring_size, T // (2 * ring_size) if layout == "zigzag" else None
+    tokens = T // ring_size
+    chunk = {"zigzag": tokens // 2, "balanced": min(tokens, DEALT)}.get(layout)
     kernel = shard_spec(spec, queries.q, wide, tokens, tokens, N // share, max(1, K // share), chunk, mesh.size).kernel
     split = mesh_split(mesh, kernel.kernel, queries, keys)
     here, biased = split.share(mesh, B, T, N, K, H), kernel.bias is not None

@@ -67,13 +67,14 @@ class Share:
     """What the devices of this process hold of a batch `[B, T]`: `rows`, and `pieces` (start, stop) of T as the layout deals it.
 
     `columns` int `[m]` are the places in a row, before they are dealt, of the tokens of all pieces, one piece after the other. In
-    rows that are dealt by their documents they are `[B, m]`, with the `reach` of each token as in `Index`.
+    rows that are dealt by their documents they are `[B, m]`, with the `reach` of each token as in `Index`, and other `segments`.
     """
 
     rows: slice
     pieces: tuple[tuple[int, int], ...]
     columns: np.ndarray
     reach: np.ndarray | None = None
+    segments: np.ndarray | None = None
 
 
 class TrainStep:
@@ -164,7 +165,8 @@ class TrainStep:
         dealt = [deal(row, ring, windows(self.arch.config)) for row in documents]
         columns = np.stack([row.columns[places] for row in dealt])
         reach = np.stack([np.repeat(row.reach, row.length)[places] for row in dealt])
-        return Share(own, tuple(pieces), columns, reach.astype(np.int32))
+        segments = np.stack([row.segments(whole)[places] for row, whole in zip(dealt, documents, strict=True)])
+        return Share(own, tuple(pieces), columns, reach.astype(np.int32), segments.astype(np.int32))
 
     def local_rows(self, rows: int, length: int) -> slice:
         """Rows of a `[rows, length]` batch that this process's devices hold: all that its loader has to make."""
@@ -179,7 +181,7 @@ class TrainStep:
         ring, length = self.mesh.shape["ring"], length or batch.tokens.shape[1]
         layout = row_layout(self.arch.config, self.arch.execution, length, self.mesh)
         if share is not None and share.reach is not None:
-            batch = batch.replace(reach=share.reach, layout="balanced")
+            batch = batch.replace(reach=share.reach, segments=share.segments, layout="balanced")
         else:
             batch = (batch if share is not None else arrange(batch, layout, ring)).replace(layout=layout)
         first = self.local_rows(rows, length).start

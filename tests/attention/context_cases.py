@@ -141,8 +141,8 @@ def context_parallel_attention(case: dict[str, Any], inputs: dict[str, Any], cot
     ring = config.context // config.ulysses
     where = index(case["segments"], "reset", T)
     if case["layout"] == "balanced":
-        deal_row, back, reach = by_documents(np.asarray(where.segments), ring)
-        where = jax.tree.map(deal_row, where).replace(reach=reach)
+        deal_row, back, changed = by_documents(np.asarray(where.segments), ring)
+        where = jax.tree.map(deal_row, where).replace(**changed)
     else:
         deal_row = functools.partial(arrange, layout=case["layout"], ring_size=ring)
         back = functools.partial(restore, layout=case["layout"], ring_size=ring)
@@ -155,9 +155,10 @@ def context_parallel_attention(case: dict[str, Any], inputs: dict[str, Any], cot
     return back(o), {**gradients, **{name: back(gradients[name]) for name in "qkv"}}
 
 
-def by_documents(segments: np.ndarray, ring: int) -> tuple[Callable, Callable, jax.Array]:
-    """How rows `[B, T, ...]` of these segments are dealt and put in order again, and how far each token's keys reach, `[B, T]`."""
+def by_documents(segments: np.ndarray, ring: int) -> tuple[Callable, Callable, dict[str, jax.Array]]:
+    """How rows `[B, T, ...]` of these segments are dealt and put in order again, and the reach and new segments `[B, T]`."""
     pieces = [deal(Documents.of(row), ring) for row in segments]
+    numbered = np.stack([own.segments(Documents.of(row)) for own, row in zip(pieces, segments, strict=True)])
     columns = np.stack([row.columns for row in pieces])
     reach = np.stack([np.repeat(row.reach, row.length) for row in pieces])
 
@@ -165,7 +166,7 @@ def by_documents(segments: np.ndarray, ring: int) -> tuple[Callable, Callable, j
         return jnp.take_along_axis(x, columns.reshape(*columns.shape, *(1,) * (x.ndim - 2)), axis=1)
 
     forward, backward = (functools.partial(by, places) for places in (columns, np.argsort(columns, axis=1)))
-    return forward, backward, jnp.asarray(reach, jnp.int32)
+    return forward, backward, {"reach": jnp.asarray(reach, jnp.int32), "segments": jnp.asarray(numbered, jnp.int32)}
 
 
 @functools.lru_cache(maxsize=1)

@@ -47,8 +47,11 @@ def test_batches_hold_the_rows_of_the_loader_each_dealt_by_its_documents(texts):
     batch, whole = jax.device_get(stage.batch(3)), stage.loader.batch(3)
     assert batch.layout == "balanced" and stage.layout == ""
     assert len({tuple(row) for row in batch.order.tolist()}) == ROWS
-    for name in ("tokens", "targets", "loss_weights", "positions", "segments"):
+    for name in ("tokens", "targets", "loss_weights", "positions"):
         np.testing.assert_array_equal(np.take_along_axis(getattr(batch, name), np.argsort(batch.order, 1), 1), getattr(whole, name))
+    for order, new, old in zip(batch.order, batch.segments, whole.segments, strict=True):
+        pairs = set(zip(new.tolist(), old[order].tolist(), strict=True))  # one number for another, and padding is padding
+        assert len(pairs) == len(set(new)) == len(set(old)) and all((one == 0) == (other == 0) for one, other in pairs)
     for order, reach, segments in zip(batch.order, batch.reach, whole.segments, strict=True):
         row, device = Documents.of(segments), np.empty(LENGTH, int)
         device[order] = np.arange(LENGTH) // (LENGTH // 8)

@@ -74,6 +74,18 @@ class Pieces:
         """Place in the row of each token, in the order in which the devices hold them, int64 `[T]`."""
         return ranges(self.start, self.length)
 
+    def segments(self, documents: Documents) -> np.ndarray:
+        """Segment ids of the tokens as the devices hold them, int64 `[T]`: documents are numbered as they lie there.
+
+        Kernels skip tiles by the least and greatest id in them, which say little where documents far apart in a row lie together.
+        """
+        first = np.full(len(documents.lengths), len(self.document))
+        np.minimum.at(first, self.document, np.arange(len(self.document)))
+        number = np.empty(len(first), np.int64)
+        number[np.argsort(first, kind="stable")] = np.arange(1, len(first) + 1)
+        kept = (documents.segments == PADDING) | documents.shared
+        return np.repeat(np.where(kept, documents.segments, number)[self.document], self.length)
+
     def cut(self, size: int) -> tuple["Pieces", np.ndarray]:
         """The same cut where a part of `size` tokens of a device ends, and the number of the part that each is in, `[P]`."""
         tokens = int(self.length[self.device == 0].sum())
