@@ -173,15 +173,18 @@ def _attend_bwd(plan, saved, cotangents):
     pull = shard_vjp(plan.shard, queries, keys.k.shape[-2], bias_params, (o, lse), cotangent)
 
     def visit(i: jax.Array, sums: tuple) -> tuple:
-        dq, dbias, gradients = sums
+        *own, gradients = sums
         j = chunk.visited[i]
-        (dq_part, dk, dv, dbias_part), _ = pull.step(_shard(plan, keys, nth, row, j), ())
+        (dq, dk, dv, dbias), _ = pull.step(_shard(plan, keys, nth, row, j), ())
+        dkv = [jnp.where(j == chunk.number, x, 0.0) for x in (dk, dv)]
         before_k, before_v = gradients.read(nth, j)
-        return *jax.tree.map(jnp.add, (dq, dbias), (dq_part, dbias_part)), gradients.write(nth, j, before_k + dk, before_v + dv)
+        return *jax.tree.map(jnp.add, own, [dq, dbias, dkv]), gradients.write(nth, j, before_k + dk, before_v + dv)
 
-    start = (pull.init, zeros_fp32(bias_params), gradients)
-    dq, dbias, gradients = jax.lax.fori_loop(0, chunk.count, visit, start)
-    dk, dv = (x.astype(keys.k.dtype) for x in gradients.read(nth, chunk.number))
+    # What later queries have found of this chunk's keys is read first and summed apart: read afterwards, when nothing but the order
+    # of two operations keeps it from being changed, it would make the compiler copy all gradients.
+    later = list(gradients.read(nth, chunk.number))
+    dq, dbias, dkv, gradients = jax.lax.fori_loop(0, chunk.count, visit, (pull.init, zeros_fp32(bias_params), later, gradients))
+    dk, dv = (x.astype(keys.k.dtype) for x in dkv)
     dbias = jax.tree.map(lambda x, like: x.astype(like.dtype), dbias, bias_params)
     return pull.finalize(dq).astype(q.dtype), dk, dv, dbias, gradients, None
 
