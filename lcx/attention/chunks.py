@@ -35,32 +35,33 @@ from lcx.positions.scheme import SchemeSpec
 
 @flax.struct.dataclass
 class KeyChunks:
-    """Keys (not rotated) and values of the layers of a kind, or the gradients of both: `[L, n, B, C, K, H]` each."""
+    """Keys (not rotated) and values of the layers of a kind, or the gradients of both: `[L·n, B, C, K, H]` each, layer by layer.
+
+    `count` is n. Layers and chunks share an axis because a TPU copies to and from its host's memory along one only.
+    """
 
     k: jax.Array
     v: jax.Array
+    count: int = flax.struct.field(pytree_node=False)
 
     @classmethod
-    def empty(cls, shape: tuple[int, ...], dtype: Any) -> KeyChunks:
-        """Zeros of a shape `[L, n, B, C, K, H]`."""
-        return cls(*(_away(jnp.zeros(shape, dtype)) for _ in range(2)))
+    def empty(cls, layers: int, count: int, shape: tuple[int, ...], dtype: Any) -> KeyChunks:
+        """Zeros for chunks of a shape `[B, C, K, H]`."""
+        k, v = (_away(jnp.zeros((layers * count, *shape), dtype)) for _ in range(2))
+        return cls(k, v, count)
 
     def read(self, nth: jax.Array | int, chunk: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Keys and values `[B, C, K, H]` of a chunk in the `nth` layer."""
-
-        def one(x: jax.Array) -> jax.Array:
-            start = (nth, chunk, *(0,) * (x.ndim - 2))
-            return _near(jax.lax.dynamic_slice(x, start, (1, 1, *x.shape[2:])))[0, 0]
-
-        return one(self.k), one(self.v)
+        k, v = (_near(jax.lax.dynamic_slice_in_dim(x, nth * self.count + chunk, 1)[0]) for x in (self.k, self.v))
+        return k, v
 
     def write(self, nth: jax.Array | int, chunk: jax.Array, k: jax.Array, v: jax.Array) -> KeyChunks:
         """The same with other keys and values in a chunk of the `nth` layer; in place where this one is not used again."""
 
         def one(x: jax.Array, new: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_slice(x, _away(new[None, None].astype(x.dtype)), (nth, chunk, *(0,) * new.ndim))
+            return jax.lax.dynamic_update_slice_in_dim(x, _away(new[None].astype(x.dtype)), nth * self.count + chunk, 0)
 
-        return KeyChunks(one(self.k, k), one(self.v, v))
+        return KeyChunks(one(self.k, k), one(self.v, v), self.count)
 
 
 @flax.struct.dataclass

@@ -62,7 +62,7 @@ def sums_and_gradients(
             return (total, stand_in), sums
 
         # Only the cotangents of the stand-in mean anything: the gradients of keys and values so far.
-        (total, _), pull, own = jax.vjp(chunk, trained, jax.tree.map(jnp.zeros_like, pending), has_aux=True)
+        (total, _), pull, own = jax.vjp(chunk, trained, walk.empty(jnp.float32), has_aux=True)
         found, pending = pull((jnp.ones_like(total), pending))
         return (jax.tree.map(jnp.add, gradients, found), jax.tree.map(jnp.add, sums, own), pending), None
 
@@ -129,9 +129,8 @@ class _Walk:
     def empty(self, dtype: Any) -> dict[str, KeyChunks]:
         """Room for the keys and values of all layers, by kind."""
         config = self.arch.config
-        n, B, C = self.tokens.tokens.shape
-        shape = (n, B, C, config.num_kv_heads, config.head_dim)
-        return {kind: KeyChunks.empty((config.layer_kinds.count(kind), *shape), dtype) for kind in config.kinds}
+        shape = (*self.tokens.tokens.shape[1:], config.num_kv_heads, config.head_dim)
+        return {kind: KeyChunks.empty(config.layer_kinds.count(kind), self.count, shape, dtype) for kind in config.kinds}
 
     def states(self, params: Tree, number: jax.Array, attention: Callable[..., tuple], state: Tree) -> tuple[jax.Array, Tree]:
         """Final hidden states `[B, C, D]` of a chunk, and `state` after all layers.
