@@ -11,7 +11,9 @@ from lcx.positions.theta import critical_base
 from lcx.recipes.recipe import defaults, part
 
 BASE_LENGTH, BASE_THETA = 2048, 350.0
-MODEL = dict(model_dim=32, num_layers=2, num_heads=1, num_kv_heads=1, head_dim=16, mlp_dim=64)
+MODEL = dict(
+    model_dim=32, num_layers=2, num_heads=1, num_kv_heads=1, head_dim=16, mlp_dim=64, pattern=("local", "global"), window=16
+)
 
 
 def get_config():
@@ -24,13 +26,13 @@ def get_config():
                 "seq_len": length,
                 "batch_size": 1,
                 "steps": 1,
-                "positions": {"default": critical_base(BASE_THETA, BASE_LENGTH, length)},
+                "positions": {"global": critical_base(BASE_THETA, BASE_LENGTH, length)},
                 "optim": {"lr": 1e-3, "schedule": "constant", "warmup_steps": 0},
             },
         },
         **MODEL,
     )
-    config.positions = {"default": {"name": "rope", "theta": BASE_THETA}}
+    config.positions = {"local": {"name": "t5", "focus": 8.0}, "global": {"name": "rope", "theta": BASE_THETA}}
     config.execution.recurrent_chunk = 4096
     config.data.parts = {"code": part(kind="text")}
     config.evals.tasks = ("perplexity",)

@@ -35,33 +35,27 @@ from lcx.positions.scheme import SchemeSpec
 
 @flax.struct.dataclass
 class KeyChunks:
-    """Keys (not rotated) and values of the layers of a kind, or the gradients of both: `[L·n, B, C, K, H]` each, layer by layer.
+    """Keys (not rotated) and values of the layers of a kind, or the gradients of both: `both` is `[L·n, 2, B, C, K, H]`.
 
     `count` is n. Layers and chunks share an axis because a TPU copies to and from its host's memory along one only.
     """
 
-    k: jax.Array
-    v: jax.Array
+    both: jax.Array
     count: int = flax.struct.field(pytree_node=False)
 
     @classmethod
     def empty(cls, layers: int, count: int, shape: tuple[int, ...], dtype: Any) -> KeyChunks:
         """Zeros for chunks of a shape `[B, C, K, H]`."""
-        k, v = (_away(jnp.zeros((layers * count, *shape), dtype)) for _ in range(2))
-        return cls(k, v, count)
+        return cls(_blank(layers * count, (2, *shape), dtype), count)
 
-    def read(self, nth: jax.Array | int, chunk: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Keys and values `[B, C, K, H]` of a chunk in the `nth` layer."""
-        k, v = (_near(jax.lax.dynamic_slice_in_dim(x, nth * self.count + chunk, 1)[0]) for x in (self.k, self.v))
-        return k, v
+    def read(self, nth: jax.Array | int, chunk: jax.Array) -> jax.Array:
+        """Keys and values `[2, B, C, K, H]` of a chunk in the `nth` layer."""
+        return _near(jax.lax.dynamic_slice_in_dim(self.both, nth * self.count + chunk, 1)[0])
 
-    def write(self, nth: jax.Array | int, chunk: jax.Array, k: jax.Array, v: jax.Array) -> KeyChunks:
+    def write(self, nth: jax.Array | int, chunk: jax.Array, new: jax.Array) -> KeyChunks:
         """The same with other keys and values in a chunk of the `nth` layer; in place where this one is not used again."""
-
-        def one(x: jax.Array, new: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_slice_in_dim(x, _away(new[None].astype(x.dtype)), nth * self.count + chunk, 0)
-
-        return KeyChunks(one(self.k, k), one(self.v, v), self.count)
+        new = _away(new[None].astype(self.both.dtype))
+        return KeyChunks(jax.lax.dynamic_update_slice_in_dim(self.both, new, nth * self.count + chunk, 0), self.count)
 
 
 @flax.struct.dataclass
@@ -142,7 +136,8 @@ def attend_to_chunks(
     q = scale_queries(q_BCNH, query_scale)
     C, N, K = *q.shape[1:3], k_BCKH.shape[2]
     plan = _Plan(shard_spec(spec, q, jnp.promote_types(q.dtype, jnp.float32), C, C, N, K), spec.scheme)
-    (o, lse), gradients = _attend(plan, q, k_BCKH, v_BCKH, bias_params, gradients, (keys, jnp.int32(nth), row, chunk, q_tables))
+    found: Any = _attend(plan, q, k_BCKH, v_BCKH, bias_params, gradients, (keys, jnp.int32(nth), row, chunk, q_tables))
+    (o, lse), gradients = found
     if sinks is not None:
         o, _ = apply_sinks(o, lse, sinks)
     return o.astype(q_BCNH.dtype), gradients
@@ -152,18 +147,21 @@ def attend_to_chunks(
 def _attend(
     plan: _Plan, q: jax.Array, k: jax.Array, v: jax.Array, bias_params: Any, gradients: Any, where: tuple
 ) -> tuple[Partial, Any]:
+    return _forward(plan, q, bias_params, where), gradients
+
+
+def _forward(plan: _Plan, q: jax.Array, bias_params: Any, where: tuple) -> Partial:
     keys, nth, row, chunk, q_tables = where
     queries = QueryShard(q, row.index_of(chunk.number), q_tables)
 
     def visit(i: jax.Array, result: Partial) -> Partial:
         return merge(result, shard_attention(plan.shard, queries, _shard(plan, keys, nth, row, chunk.visited[i]), bias_params))
 
-    return jax.lax.fori_loop(0, chunk.count, visit, nothing_seen(queries)), gradients
+    return jax.lax.fori_loop(0, chunk.count, visit, nothing_seen(queries))
 
 
 def _attend_fwd(plan, q, k, v, bias_params, gradients, where):
-    whole, gradients = _attend(plan, q, k, v, bias_params, gradients, where)
-    o, lse = (checkpoint_name(x, SAVED) for x in whole)
+    o, lse = (checkpoint_name(x, SAVED) for x in _forward(plan, q, bias_params, where))
     return ((o, lse), gradients), (q, bias_params, o, lse, where)
 
 
@@ -171,21 +169,21 @@ def _attend_bwd(plan, saved, cotangents):
     q, bias_params, o, lse, (keys, nth, row, chunk, q_tables) = saved
     cotangent, gradients = cotangents
     queries = QueryShard(q, row.index_of(chunk.number), q_tables)
-    pull = shard_vjp(plan.shard, queries, keys.k.shape[-2], bias_params, (o, lse), cotangent)
+    pull = shard_vjp(plan.shard, queries, keys.both.shape[-2], bias_params, (o, lse), cotangent)
 
     def visit(i: jax.Array, sums: tuple) -> tuple:
         *own, gradients = sums
         j = chunk.visited[i]
         (dq, dk, dv, dbias), _ = pull.step(_shard(plan, keys, nth, row, j), ())
-        dkv = [jnp.where(j == chunk.number, x, 0.0) for x in (dk, dv)]
-        before_k, before_v = gradients.read(nth, j)
-        return *jax.tree.map(jnp.add, own, [dq, dbias, dkv]), gradients.write(nth, j, before_k + dk, before_v + dv)
+        dkv = jnp.stack([dk, dv])
+        mine = jnp.where(j == chunk.number, dkv, 0.0)
+        return *jax.tree.map(jnp.add, own, [dq, dbias, mine]), gradients.write(nth, j, gradients.read(nth, j) + dkv)
 
     # What later queries have found of this chunk's keys is read first and summed apart: read afterwards, when nothing but the order
     # of two operations keeps it from being changed, it would make the compiler copy all gradients.
-    later = list(gradients.read(nth, chunk.number))
+    later = gradients.read(nth, chunk.number)
     dq, dbias, dkv, gradients = jax.lax.fori_loop(0, chunk.count, visit, (pull.init, zeros_fp32(bias_params), later, gradients))
-    dk, dv = (x.astype(keys.k.dtype) for x in dkv)
+    dk, dv = dkv.astype(keys.both.dtype)
     dbias = jax.tree.map(lambda x, like: x.astype(like.dtype), dbias, bias_params)
     return pull.finalize(dq).astype(q.dtype), dk, dv, dbias, gradients, None
 
@@ -194,12 +192,21 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def _shard(plan: _Plan, keys: KeyChunks, nth: jax.Array, row: RowChunks, j: jax.Array) -> KVShard:
-    return KVShard(*keys.read(nth, j), row.index_of(j), row.tables(plan.scheme, j))
+    k, v = keys.read(nth, j)
+    return KVShard(k, v, row.index_of(j), row.tables(plan.scheme, j))
 
 
 def _away(x: jax.Array) -> jax.Array:
     """Where chunks are kept: in the host's memory, if the device has its own."""
     return x if target_platform() == "cpu" else jax.device_put(x, jax.memory.Space.Host)
+
+
+def _blank(count: int, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Zeros `[count, *shape]` where chunks are kept; the device never has them all."""
+    if target_platform() == "cpu":
+        return jnp.zeros((count, *shape), dtype)
+    _, zeros = jax.lax.scan(lambda _, i: (None, _away(jnp.zeros(shape, dtype))), None, length=count)
+    return zeros
 
 
 def _near(x: jax.Array) -> jax.Array:

@@ -164,7 +164,7 @@ class _Walk:
         """The keys and values so far with those of a chunk, and its hidden states."""
 
         def attention(attend, kind, nth, state, q, k, v):
-            own = state[kind].write(nth, number, k, v)
+            own = state[kind].write(nth, number, jnp.stack([k, v]))
             return attend(q, k, v, keys=own, gradients=None)[0], {**state, kind: own}
 
         states, keys = self.states(params, number, attention, keys)

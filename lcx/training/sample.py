@@ -101,7 +101,8 @@ class Sample:
             pieces, length = axis_size(self.mesh, "batch"), min(TILE, length)
             while N * length * length > LOGITS and length > 64 and length % 2 == 0:
                 length //= 2
-            rows = pieces * max(1, min(rows // pieces, LOGITS // (N * length * length)))
+            # As many rows as fit, even if the stage has fewer: of a tile that is over in no time the call itself would be measured.
+            rows = pieces * max(1, LOGITS // (N * length * length))
             spec = dataclasses.replace(spec, kernel="dense", block_q=None, block_k=None)
         batch = self._batch(rows, length)
         params = _joined(self.params, self.frozen)
