@@ -3,7 +3,7 @@
 Command:  lcx run --config=configs/million_tokens.py --workdir=runs/million
           shorter: --config.stages.row.seq_len=65536
 Hardware: 2 CPU cores, 2 GiB of memory.
-Time:     TIME
+Time:     TODO
 Result:   RESULT
 """
 
