@@ -208,6 +208,18 @@ def curation_speed(found: dict[str, Any]) -> str:
     return markdown.table(("clock", "lcx MB/s", "datatrove MB/s", "ratio"), rows)
 
 
+def products(found: dict[str, Any]) -> str:
+    """A row a product: GFLOP/s of both libraries; and the tokens/s that all products of a step allow."""
+    rows = []
+    for one in found["products"]:
+        rate = {side: one["operations"] / taken / 1e9 for side, taken in one["seconds"].items()}
+        rows.append((one["weight"], one["product"], *(f"{rate[side]:.0f}" for side in rate), f"{rate['jax'] / rate['torch']:.2f}"))
+    bound = found["bound_tokens_per_second"]
+    sides = (f"{bound[side]:.1f} tok/s" for side in ("jax", "torch"))
+    rows.append(("all of a step", "", *sides, f"{bound['jax'] / bound['torch']:.2f}"))
+    return markdown.table(("weight", "product", "JAX GFLOP/s", "torch GFLOP/s", "ratio"), rows)
+
+
 _CURATED = ("workers", "MB", "documents", "wall s", "MB/s", "CPU s", "MB per CPU s", "MiB")
 
 
@@ -231,7 +243,18 @@ def _curated(workers: str, turns: list[dict[str, Any]]) -> tuple[str, ...]:
 
 def main() -> None:
     """Fill in what has been measured."""
-    for make in (train_step, attention, context_parallel, import_hf, checksums, merging, adapters, generation, evaluation):
+    for make in (
+        train_step,
+        attention,
+        context_parallel,
+        import_hf,
+        checksums,
+        merging,
+        adapters,
+        products,
+        generation,
+        evaluation,
+    ):
         path = HERE / "results" / f"{make.__name__}.json"
         if path.exists():
             markdown.fill(HERE / "README.md", make.__name__, make(json.loads(path.read_text())))

@@ -21,6 +21,7 @@ from lcx.positions.registry import from_config
 from lcx.positions.scheme import Scheme
 from lcx.positions.theta import report as theta_report
 from lcx.recipes import extension, models
+from lcx.recipes.cores import on_cores
 from lcx.recipes.generation import Completion, chat_of, generate_text
 from lcx.recipes.recipe import evaluate_loaded, recipe
 from lcx.training import loop
@@ -144,7 +145,7 @@ def plot(results: EvalResult | Sequence[EvalResult] | Mapping[str, EvalResult], 
 
 
 def _trained(complete: ml_collections.ConfigDict, workdir: str | Path, fewer: str) -> Loaded:
-    run = recipe(complete).run
+    run = on_cores(recipe(complete).run)
     loop.train(run, workdir, given=models.initial_weights(run.init_from), fewer=fewer)
     return models.load(workdir)
 

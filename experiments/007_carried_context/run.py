@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import jax
 import matplotlib
@@ -41,18 +42,23 @@ from lcx.positions.theta import critical_base
 from lcx.recipes import models
 from lcx.recipes.recipe import evaluate_loaded, part, recipe
 from lcx.report import markdown, style
+from lcx.training.builder import StageBuilder
 from lcx.training.loop import train
 from lcx.training.metrics import read
+from lcx.training.stages import RunConfig
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
+PARTS = ("carried", "trained", "timed")
 LENGTHS = (256, 1024, 4096)
 RANKS = (4, 8, 16, 32, 64)
 ENERGIES = (0.9, 0.99)
 TURN = 120
 """Bytes of a turn of a conversation."""
+TURNS = 3
+"""Short runs of each method from which the time of a step is taken."""
 
 WIDE = {"rank": 16, "alpha": 32.0, "targets": ("attention", "mlp"), "train": ("embed", "norm")}
 METHODS: dict[str, tuple[dict, float, bool]] = {
@@ -194,8 +200,18 @@ def extended(four: ModuleType, folder: Path, method: str, seed: int) -> ml_colle
     return config
 
 
+def step_bytes(run: RunConfig) -> int:
+    """Memory of the compiled step of a run's last stage: its arguments, results and temporaries, by the compiler's count."""
+    builder = StageBuilder(run, (), jax.devices()[:1], models.initial_weights(run.init_from))
+    built = builder.build(len(run.stages) - 1)
+    program = built.step.compile(built.step.abstract_state(), built.batch(0), built.buffers)
+    found: Any = program.memory_analysis()
+    new = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return found.argument_size_in_bytes + new
+
+
 def trained(four: ModuleType, folder: Path, seeds: int) -> list[dict]:
-    """Every method and seed: needles, perplexity, time of a step and memory."""
+    """Every method and seed: needles, perplexity and size of the checkpoint."""
     rows = []
     for seed in range(seeds):
         for method in METHODS:
@@ -205,13 +221,28 @@ def trained(four: ModuleType, folder: Path, seeds: int) -> list[dict]:
                 say(f"{method}, seed {seed}")
                 run = recipe(extended(four, folder, method, seed)).run
                 train(run, out, jax.devices()[:1], given=models.initial_weights(run.init_from))
-                steps = [row for row in read(out / "metrics.jsonl") if row["seq_len"] == 4096]
                 sizes = sum(path.stat().st_size for path in (out / "checkpoints").glob("300/**/*") if path.is_file())
-                seconds = 8192 / float(np.median([row["tokens_per_second"] for row in steps]))
-                return {"step_seconds": seconds, "checkpoint": sizes, **measure(out, folder)}
+                return {"checkpoint": sizes, **measure(out, folder)}
 
             rows.append({"method": method, "seed": seed, **kept(out.with_suffix(".json"), make)})
     return rows
+
+
+def timed(four: ModuleType, folder: Path) -> dict[str, dict]:
+    """Seconds and memory of a step of 4,096 bytes by method, from short runs in turns. For a machine that does nothing else."""
+    seconds: dict[str, list[float]] = {method: [] for method in METHODS}
+    memory: dict[str, int] = {}
+    for turn in range(TURNS):
+        for i, method in enumerate(METHODS):
+            config = extended(four, folder, method, 0)
+            for stage in config.stages.values():
+                stage.steps = 12
+            run, out = recipe(config).run, folder / f"timed_{i}_{turn}"
+            train(run, out, jax.devices()[:1], given=models.initial_weights(run.init_from))
+            rows = [row for row in read(out / "metrics.jsonl") if row["seq_len"] == 4096]
+            seconds[method].append(8192 / float(np.median([row["tokens_per_second"] for row in rows])))
+            memory[method] = memory[method] if turn else step_bytes(run)
+    return {method: {"step_seconds": seconds[method], "step_bytes": memory[method]} for method in METHODS}
 
 
 def main() -> None:
@@ -219,7 +250,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--books", required=True, help="files of plain text, as a pattern")
     parser.add_argument("--workdir", type=Path, default=Path("runs/007_carried_context"))
-    parser.add_argument("--parts", nargs="+", choices=("carried", "trained"), default=["carried", "trained"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--seeds", type=int, default=3, help="runs of each method of training")
     args = parser.parse_args()
     folder = args.workdir
@@ -233,6 +264,8 @@ def main() -> None:
         results["carried"] = carried(folder)
     if "trained" in args.parts:
         results["trained"] = trained(four, folder, args.seeds)
+    if "timed" in args.parts:
+        results["timed"] = timed(four, folder)
     file.write_text(json.dumps(results, indent=1) + "\n")
     fill(results)
 
@@ -269,15 +302,16 @@ def fill(results: dict) -> None:
         energy = "" if row["energy"] is None else f"{row['energy']:.1%}"
         lines.append([row["model"], row["form"] or "as it is", numbers, energy, *needles, *chats])
     markdown.fill(HERE / "README.md", "carried", markdown.table(head, lines))
-    head = ["trained", "needles at 256", "at 1,024", "at 4,096", "code at 4,096", "s a step", "checkpoint, MB"]
+    head = ["trained", "needles at 256", "at 1,024", "at 4,096", "code at 4,096", "s a step", "memory, MB", "checkpoint, MB"]
     lines = []
     for method in METHODS:
         rows = [row for row in results.get("trained", []) if row["method"] == method]
         if rows:
             needles = [_spread([100 * row["needles"][str(n)] for row in rows], ".0f") for n in LENGTHS]
             code = _spread([row["code"]["4096"] for row in rows], ".3f")
-            seconds = _spread([row["step_seconds"] for row in rows], ".2f")
-            lines.append([method, *needles, code, seconds, f"{np.mean([row['checkpoint'] for row in rows]) / 1e6:.2f}"])
+            step = results.get("timed", {}).get(method)
+            costs = ["", ""] if step is None else [_spread(step["step_seconds"], ".2f"), f"{step['step_bytes'] / 1e6:,.0f}"]
+            lines.append([method, *needles, code, *costs, f"{np.mean([row['checkpoint'] for row in rows]) / 1e6:.2f}"])
     markdown.fill(HERE / "README.md", "trained", markdown.table(head, lines))
     if results.get("carried"):
         draw(results["carried"])

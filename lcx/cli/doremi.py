@@ -13,6 +13,7 @@ from absl import flags
 
 from lcx.cli import config_flags
 from lcx.core.console import say, table
+from lcx.recipes.cores import on_cores
 from lcx.recipes.doremi import RESULT, find_mixture
 from lcx.recipes.recipe import recipe
 from lcx.training.doremi import DoReMiConfig
@@ -30,7 +31,7 @@ def define(values: flags.FlagValues) -> None:
 def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     """Train both runs and print the weights."""
     chosen, workdir = config_flags.read(values, rest)
-    run = recipe(chosen).run
+    run = on_cores(recipe(chosen).run)
     found = find_mixture(run, workdir, DoReMiConfig(values.step_size, values.smoothing), values.stage)
     stage = values.stage or run.stages[0].name
     before = {name: part.weight for name, part in run.data_of(next(one for one in run.stages if one.name == stage)).parts.items()}

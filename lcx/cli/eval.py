@@ -18,6 +18,7 @@ from lcx.data.config import DataConfig
 from lcx.evals.config import EndpointConfig, EvalConfig, QuestionConfig
 from lcx.evals.runner import chosen_tasks, evaluate_endpoint
 from lcx.recipes import models
+from lcx.recipes.cores import evaluation_mesh
 from lcx.recipes.recipe import evaluate_loaded, free_label
 
 
@@ -83,7 +84,7 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
         if values[name].value is not None:
             raise UserError(f"--{name} belongs to --endpoint, which is not given; add it or leave --{name} out")
     checkpoint = parse.needed(values, "checkpoint", "name a run's workdir, a Hugging Face folder or a GGUF file, or an --endpoint")
-    loaded = models.load(checkpoint, values.step, values.stage, models.job_mesh(checkpoint), values.dtype)
+    loaded = models.load(checkpoint, values.step, values.stage, evaluation_mesh(checkpoint), values.dtype)
     named = values.label or "-".join([values.stage or models.short_name(checkpoint, loaded), *values.positions])
     if values.label in ("before", "after"):
         raise UserError(f"--label={values.label} is reserved for the evaluations of lcx run; choose another")

@@ -60,7 +60,7 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     sampling = sampling_flags.chosen(values)
     # One device, unless a mesh is requested: then all of them.
     one_device = values.context == values.tensor == 1
-    if one_device and values.host_devices > 1 and processes.count() == 1:
+    if one_device and (values.host_devices or 1) > 1 and processes.count() == 1:
         raise UserError(f"--host_devices={values.host_devices} has no effect without a mesh; add --context=N or --tensor=N")
     # As many processes as there are share the work.
     mesh = models.job_mesh(checkpoint) if one_device else make_mesh(MeshConfig(context=values.context, tensor=values.tensor))

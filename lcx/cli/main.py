@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -43,9 +42,6 @@ COMMANDS = {
     "data inspect": "print and plot what a config's data mixture contains",
 }
 """Command -> what it does. Each is a module of this package with `define(values)` and `main(values, rest)`."""
-
-MOST_DEVICES = 512
-"""The most CPU devices that a machine may be split into: each one has its own threads."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -88,9 +84,10 @@ def use_host_devices(argv: Sequence[str]) -> None:
     """Apply `--host_devices=N`, which must take effect before JAX starts and so is read ahead of the other flags."""
     count = parse.given(argv, "host_devices") or ""
     if re.fullmatch(r"0*[1-9]\d*", count):
-        if int(count) > MOST_DEVICES:
-            raise UserError(f"--host_devices={count} is too many; give at most {MOST_DEVICES}")
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}".strip()
+        # Loaded only now: JAX takes its time.
+        from lcx.core import host_devices
+
+        host_devices.split(int(count))
 
 
 def _command(argv: Sequence[str]) -> tuple[str, list[str]]:
@@ -110,6 +107,10 @@ def _flags(module: ModuleType) -> flags.FlagValues:
     values = flags.FlagValues()
     module.define(values)
     flags.DEFINE_integer(
-        "host_devices", 1, "split the CPU into this many devices, to try out a mesh", lower_bound=1, flag_values=values
+        "host_devices",
+        None,
+        "split the CPU into this many devices, to try out a mesh (default: one, or in training as many as share the heads)",
+        lower_bound=1,
+        flag_values=values,
     )
     return values

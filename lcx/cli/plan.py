@@ -57,11 +57,12 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     if values.find is not None:
         choice("--find", values.find, get_args(search.Wanted))
     changes = parse_changes(values.what_if) if values.what_if is not None else {}
+    other_run = planning.changed(run, changes) if changes else run
     index = planning.fullest(run, where) if values.stage is None else planning.stage_index(run, values.stage)
     compiles = values.compile and where.compiles
     found: dict[str, Any] = {"topology": str(where)}
     if values.find is not None:
-        found["find"] = find(values.find, planning.changed(run, changes) if changes else run, index, where, compiles, values.json)
+        found["find"] = find(values.find, other_run, index, where, compiles, values.json)
     else:
         plans = whole(run, index, where, compiles)
         found |= {"stages": [planning.as_json(one) for one in plans], "total": planning.totals(plans)}
@@ -73,7 +74,7 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
             if not values.json:
                 candidates("to make it fit, the least slow first", ways)
         if changes:
-            other = whole(planning.changed(run, changes), index, where, compiles)
+            other = whole(other_run, index, where, compiles)
             found["what_if"] = {
                 "changes": changes,
                 "stages": [planning.as_json(one) for one in other],

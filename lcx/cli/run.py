@@ -5,12 +5,14 @@ lcx run --config=configs/quickstart.py --workdir=runs/quickstart [--config.KEY=V
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from absl import flags
 
 from lcx.cli import config_flags, distributed_flags
 from lcx.core.host import process_start
+from lcx.recipes.cores import on_cores
 from lcx.recipes.recipe import recipe, run_recipe
 from lcx.training.profile import profile_steps
 
@@ -24,6 +26,8 @@ def define(values: flags.FlagValues) -> None:
 
 def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     """Run the recipe."""
-    chosen, workdir = config_flags.read(values, rest)
+    config, workdir = config_flags.read(values, rest)
     profile, fewer = profile_steps(values.profile), config_flags.fewer_steps(values)
-    run_recipe(recipe(chosen), workdir, config_flags.command(), profile, fewer, process_start())
+    chosen = recipe(config)
+    chosen = dataclasses.replace(chosen, run=on_cores(chosen.run))
+    run_recipe(chosen, workdir, config_flags.command(), profile, fewer, process_start())

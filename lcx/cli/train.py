@@ -11,6 +11,7 @@ from absl import flags
 
 from lcx.cli import config_flags, distributed_flags
 from lcx.core.host import process_start
+from lcx.recipes.cores import on_cores
 from lcx.recipes.models import initial_weights
 from lcx.recipes.recipe import recipe
 from lcx.training.goodput import Recorder
@@ -28,7 +29,7 @@ def define(values: flags.FlagValues) -> None:
 def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     """Train."""
     chosen, workdir = config_flags.read(values, rest)
-    run = recipe(chosen).run
+    run = on_cores(recipe(chosen).run)
     profile, fewer = profile_steps(values.profile), config_flags.fewer_steps(values)
     with Recorder(process_start()) as record:
         train(run, workdir, given=initial_weights(run.init_from), profile=profile, fewer=fewer, record=record)

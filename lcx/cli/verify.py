@@ -1,6 +1,6 @@
 """Compare checkpoints, models and data with the checksums that were written with them; exit with status 1 if any is damaged.
 
-lcx verify runs/quickstart
+lcx verify DIR [--update]      DIR is a run, its checkpoints or one of them, an export, prepared data, or a GGUF file
 """
 
 from __future__ import annotations

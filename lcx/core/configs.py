@@ -54,7 +54,7 @@ def _hints(cls: type) -> dict[str, Any]:
 def nearest(key: str, allowed: Iterable[str]) -> str:
     """The end of an error sentence: `; did you mean 'x'?`, or the list of allowed names if none is close."""
     allowed = [str(name) for name in allowed]
-    close = difflib.get_close_matches(key, allowed, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(key, allowed, n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else f"; allowed: {', '.join(sorted(allowed)) or 'none'}"
 
 

@@ -1,13 +1,14 @@
-"""How a process uses host memory; huge pages must be asked for before JAX is loaded."""
+"""What a process has of its host, memory and cores; huge pages must be asked for before JAX is loaded."""
 
 from __future__ import annotations
 
 import ctypes
 import glob
+import math
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import psutil
@@ -35,6 +36,15 @@ def take_huge_pages() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def cores(root: Path = Path("/")) -> int:
+    """Cores that this process may use: those it is bound to, within what the control groups of a container leave.
+
+    `root` is where /proc and /sys are looked for.
+    """
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([bound, *_core_limits(root)]))
 
 
 def process_start() -> float:
@@ -69,20 +79,36 @@ def available_memory(root: Path = Path("/")) -> int:
 def _group_limits(root: Path) -> Iterator[tuple[int, int]]:
     """The limit and the use, in bytes, of this process's control groups and those above them, in either version's files."""
     versions = {
-        "": ("", "memory.max", "memory.current", "inactive_file"),
-        "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        "": ("memory.max", "memory.current", "inactive_file"),
+        "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     }
+    for version, group in _groups(root, versions):
+        *names, inactive = versions[version]
+        limit, used = ("".join(_lines(group / name)) for name in names)
+        if limit.isdigit() and used.isdigit():
+            # Pages of files that nobody has touched lately are given back on demand.
+            spare = [int(line.split()[1]) for line in _lines(group / "memory.stat") if line.split()[0] == inactive]
+            yield int(limit), int(used) - sum(spare)
+
+
+def _core_limits(root: Path) -> Iterator[int]:
+    """Whole cores whose time this process's control groups and those above them grant, in either version's files."""
+    for version, group in _groups(root, ("", "cpu")):
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if version else ("cpu.max",)
+        words = [word for name in names for line in _lines(group / name) for word in line.split()]
+        if len(words) == 2 and all(word.isdigit() for word in words):
+            yield math.ceil(int(words[0]) / int(words[1]))
+
+
+def _groups(root: Path, controllers: Collection[str]) -> Iterator[tuple[str, Path]]:
+    """The folders of this process's control groups and those above them, by controller; that of version 2 is the empty one."""
     for line in _lines(root / "proc/self/cgroup"):
-        _, controllers, path = line.split(":", 2)
-        for folder, *names in (versions[name] for name in controllers.split(",") if name in versions):
-            top = root / "sys/fs/cgroup" / folder
-            own = top / path.strip("/")
-            for group in (own, *(parent for parent in own.parents if parent.is_relative_to(top))):
-                limit, used = ("".join(_lines(group / name)) for name in names[:2])
-                if limit.isdigit() and used.isdigit():
-                    # Pages of files that nobody has touched lately are given back on demand.
-                    spare = [int(line.split()[1]) for line in _lines(group / "memory.stat") if line.split()[0] == names[2]]
-                    yield int(limit), int(used) - sum(spare)
+        _, names, path = line.split(":", 2)
+        for name in names.split(","):
+            if name in controllers:
+                top = root / "sys/fs/cgroup" / name
+                own = top / path.strip("/")
+                yield from ((name, group) for group in (own, *(one for one in own.parents if one.is_relative_to(top))))
 
 
 def _lines(path: Path) -> list[str]:

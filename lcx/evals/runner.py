@@ -185,7 +185,7 @@ def _measured(
                 log.heard = functools.partial(_heard, bar, doing, log.added)
                 found += task.measure(backend(spec, length), length, count, log)
             rows += [dataclasses.replace(row, scheme=spec) for row in found]
-            announce(f"{label}: {task.name}, {spec}: {_by_length(found)}")
+            announce(f"{label}: {task.name}, {spec}: {_by_part(task.name, found) or _by_length(found)}")
     for name, members in GROUPS.items():
         averages = average(rows, name, members)
         for spec in dict.fromkeys(row.scheme for row in averages):
@@ -206,6 +206,16 @@ def _kept(result: EvalResult, workdir: str | os.PathLike[str] | None) -> EvalRes
     if workdir is not None and processes.is_first():
         results.write(result, pathlib.Path(workdir) / FOLDER / f"{result.label}.json")
     return result
+
+
+def _by_part(task: str, rows: Sequence[Measurement]) -> str | None:
+    """What a task that splits its tokens into parts found of each, at the longest length; None of other tasks."""
+    parts = [row for row in rows if row.task.startswith(f"{task}_") and row.metric == "nll"]
+    if not parts:
+        return None
+    longest = max(row.length for row in parts)
+    shown = {row.task.removeprefix(f"{task}_"): perplexity(row.value) for row in parts if row.length == longest}
+    return f"perplexity at {longest:,}: " + "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
 
 
 def _by_length(rows: Sequence[Measurement]) -> str:

@@ -13,11 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from lcx.core import manifest
+from lcx.core import manifest, processes
 from lcx.core.errors import UserError
 from lcx.core.trees import Tree, paths
 from lcx.interop import hf_config as configs
@@ -81,7 +79,7 @@ class HfFolder:
             self.shards.check(jax.process_index(), jax.process_count())
         except UserError as error:
             fault = error
-        if jax.process_count() > 1 and multihost_utils.process_allgather(np.array(fault is not None)).any():
+        if any(processes.exchange("weights are damaged", fault is not None)):
             fault = fault or UserError(f"{self.folder} is damaged, as another process has found")
         if fault is not None:
             raise fault

@@ -13,7 +13,7 @@ from ml_collections.config_dict import placeholder
 from lcx.core import configs
 from lcx.core.configs import not_negative, positive
 from lcx.core.errors import UserError
-from lcx.core.mesh import fast_dtype
+from lcx.core.mesh import MeshConfig, fast_dtype
 from lcx.data.config import PackingConfig
 from lcx.evals.config import EvalConfig
 from lcx.interop.hf_config import Described
@@ -21,6 +21,7 @@ from lcx.model.config import is_local
 from lcx.positions.rotary import Rope
 from lcx.positions.theta import critical_base
 from lcx.recipes import models, recipe
+from lcx.recipes.cores import share_heads
 from lcx.recipes.merged import merged
 from lcx.recipes.models import is_foreign, is_tokenizer_of, tokenizer_of
 from lcx.training.meta import scheme_configs
@@ -148,6 +149,10 @@ def with_source(values: dict[str, Any], source: Path, described: Described, leng
         raise UserError(f"config.data.tokenizer={given!r} is not the tokenizer that {source} was trained with; leave it out")
     values["data"]["tokenizer"] = given or tokenizer_of(source, described.model)
     execution = values["execution"]
+    # What this machine multiplies fast is known once JAX has started, and then its CPU can no longer be split.
+    mesh = configs.build(MeshConfig, values["mesh"], "config.mesh")
+    model = described.model
+    share_heads(mesh, model.num_heads, model.num_kv_heads, [stage["seq_len"] for stage in values["stages"]])
     execution["compute_dtype"] = fast_dtype() if execution["compute_dtype"] == models.AUTO else execution["compute_dtype"]
     is_bytes = values["data"]["tokenizer"].startswith("bytes")
     task = values["data"]["parts"].get("task", {"kind": "text"})

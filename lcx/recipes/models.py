@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from lcx.core import manifest, processes
@@ -186,9 +185,8 @@ def import_model(source: str | Path, workdir: Path, mesh: Mesh | None = None, dt
     if hf.tokenizer_files(_files(source)):
         run = dataclasses.replace(run, data=DataConfig(tokenizer=str(workdir / HF_FOLDER)))
     params = given.params(dtype, mesh)
-    if jax.process_count() > 1:
-        # No process looks for a run in the workdir when another has begun to make one.
-        multihost_utils.sync_global_devices("import")
+    # No process looks for a run in the workdir when another has begun to make one.
+    processes.meet("import")
     open_workdir(workdir, run)
     try:
         copy_hf_files(str(source), workdir)

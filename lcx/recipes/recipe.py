@@ -133,7 +133,10 @@ def is_finished(chosen: Recipe, workdir: Path) -> bool:
     """Whether the workdir holds the end of this very run, its evaluations and its report; nothing is read but their settings."""
     ends, names = stage_ends(chosen.run), [stage.name for stage in chosen.run.stages]
     files = (workdir / CONFIG, workdir / FOLDER / str(ends[-1]), workdir / "report.html")
-    if not all(path.exists() for path in files) or configs.plain(read_config(workdir)) != configs.plain(chosen.run):
+    if not all(path.exists() for path in files):
+        return False
+    # Over which devices it ran is not asked: another machine splits it in another way.
+    if configs.plain(dataclasses.replace(read_config(workdir), mesh=chosen.run.mesh)) != configs.plain(chosen.run):
         return False
     wanted = [(_extended(chosen), "after", ends[-1])]
     if chosen.base_stage is not None:

@@ -20,11 +20,10 @@ from typing import Any, TypeVar, cast
 
 import absl.logging
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from lcx.adapters.freeze import split
+from lcx.core import processes
 from lcx.core.console import warn
 from lcx.core.errors import UserError
 from lcx.core.manifest import DamagedError
@@ -203,11 +202,8 @@ class Store:
             if isinstance(caught, UserError) and not isinstance(caught, DamagedError):
                 raise
             error = caught
-        if jax.process_count() > 1:
-            text = b"" if error is None else short(error).encode()[:400]
-            heard = multihost_utils.process_allgather(np.frombuffer(text.ljust(400, b"\0"), np.uint8))
-            told = [text for row in heard if (text := bytes(row).rstrip(b"\0"))]
-            error = error or (DamagedError(told[0].decode(errors="replace")) if told else None)
+        told = [text for text in processes.exchange("checkpoint is damaged", None if error is None else short(error)) if text]
+        error = error or (DamagedError(told[0]) if told else None)
         return (None if error is not None else found), error
 
     def read(self, step: int, abstract: TrainState) -> TrainState:
@@ -262,8 +258,7 @@ class Store:
             shutil.rmtree(aside, ignore_errors=True)
             aside.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(self.directory / str(step), aside)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"checkpoint {step} set aside")
+        processes.meet("a checkpoint is set aside")
         self._checkpointer.reload()
 
     def _check_space(self, trees: Tree, step: int) -> None:

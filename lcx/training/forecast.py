@@ -1,7 +1,7 @@
 """How long a run will take, said before its first step.
 
 A stage that has begun takes what its steps have taken so far. For others parts of the model are run for a moment (`Sample`):
-a layer without its attention, attention over a tile of queries and keys, the loss over some of the vocabulary, and the optimizer's
+a layer without its attention, attention over rows of a few tiles, the loss over some of the vocabulary, and the optimizer's
 update. Each takes time in proportion to what it works on: tokens, visited pairs, tokens times entries, trained numbers.
 """
 

@@ -40,8 +40,8 @@ PASS_CPU, PASS_DEVICE = 2e10, 1e13
 VOCABULARY, SHORTEST = 8192, 256
 """The most entries of the vocabulary in a measured loss, and the fewest tokens of a row that is cut for a measurement."""
 
-TILE, LOGITS = 256, 5 << 17
-"""Queries and keys of a measured tile of attention on a CPU, and the most logits of all heads in it: they stay in its caches."""
+TILED = 1024
+"""Tokens of a row in which attention is measured on a CPU, up to twice as many."""
 
 
 class Sample:
@@ -93,17 +93,16 @@ class Sample:
     def attention(self, kind: str) -> float:
         """Seconds a visited pair of a query and a key (`visited`) of one layer of a kind, forward and backward.
 
-        On a CPU, where kernels in tiles take long to compile, those of a single tile, by the kernel without any.
+        On a CPU the rows are cut to a few tiles: a pair takes as long in them as in a long row.
         """
         N, K, H = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
         spec, (rows, length) = self.arch.attention(kind), self.shape()
         if self.is_cpu:
-            pieces, length = axis_size(self.mesh, "batch"), min(TILE, length)
-            while N * length * length > LOGITS and length > 64 and length % 2 == 0:
+            unit, length = 2 * axis_size(self.mesh, "sequence"), self.stage.seq_len
+            while length >= 2 * TILED and length % (2 * unit) == 0:
                 length //= 2
-            # As many rows as fit, even if the stage has fewer: of a tile that is over in no time the call itself would be measured.
-            rows = pieces * max(1, LOGITS // (N * length * length))
-            spec = dataclasses.replace(spec, kernel="dense", block_q=None, block_k=None)
+            pieces = axis_size(self.mesh, "batch")
+            rows = pieces * min(2, self.stage.batch_size // self.stage.accumulate // pieces)
         batch = self._batch(rows, length)
         params = _joined(self.params, self.frozen)
 
@@ -118,7 +117,7 @@ class Sample:
         run = self._compiled(jax.grad(energy, argnums=(0, 1, 2)))
         q, k, v = (jnp.full((rows, length, heads, H), 0.1, self.arch.execution.compute_dtype) for heads in (N, K, K))
         seconds = self._seconds(lambda: run(q, k, v, batch, params, self.buffers))
-        return seconds / (rows * (length * length if self.is_cpu else self.visited(kind, rows, length)))
+        return seconds / (rows * self.visited(kind, rows, length))
 
     def visited(self, kind: str, rows: int, length: int, group: int | None = None) -> int:
         """Pairs that a kernel visits in a row of `length` tokens: those that the mask shows, on a CPU whole tiles of them."""

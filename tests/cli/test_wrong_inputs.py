@@ -95,7 +95,7 @@ WRONG = {
     "train --config={config} --workdir={new} --profile=0:2": "--profile=0:2 holds no step; the first step is 1",
     "train --config={config} --workdir={new} --profile=2:999": "--profile=2:999 goes beyond the last step of the run",
     "train --config={config} --workdir={run} --profile=1:2": "--profile=1:2 names steps that are done, for the run is at step",
-    "train --host_devices=0 --config={config}": "invalid value --host_devices=0: expected a positive integer, such as 1",
+    "train --host_devices=0 --config={config}": "invalid value --host_devices=0: expected a positive integer",
     "train --host_devices=100000 --config={config}": "--host_devices=100000 is too many; give at most 512",
     "train --host_devices 100000 --config={config}": "--host_devices=100000 is too many; give at most 512",
     "train --config={config} --workdir=": "--workdir= is empty; name a directory or omit the flag",

@@ -105,3 +105,19 @@ def test_memory_without_a_limit_is_the_machine_s(tmp_path, cgroup):
     limits = {"sys/fs/cgroup/memory.max": "max\n", "sys/fs/cgroup/memory.current": "5\n"}
     assert host.available_memory(tree(tmp_path, cgroup, **limits)) > 1e8
     assert host.available_memory(tmp_path / "nowhere") > 1e8
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "files", "wanted"),
+    [
+        ("0::/a/b\n", {"a/b/cpu.max": "max 100000", "a/cpu.max": "150000 100000"}, 2),
+        ("0::/\n", {"cpu.max": "50000 100000"}, 1),
+        ("3:cpu,cpuacct:/x\n", {"cpu/x/cpu.cfs_quota_us": "100000", "cpu/x/cpu.cfs_period_us": "100000"}, 1),
+        ("3:cpu,cpuacct:/x\n", {"cpu/x/cpu.cfs_quota_us": "-1", "cpu/x/cpu.cfs_period_us": "100000"}, 8),
+        ("0::/\n", {}, 8),
+    ],
+)
+def test_cores_within_a_container(tmp_path, monkeypatch, cgroup, files, wanted):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
+    named = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
+    assert host.cores(tree(tmp_path, cgroup, **named)) == wanted

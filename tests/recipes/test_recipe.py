@@ -1,10 +1,12 @@
 """A recipe as a whole: what is finished is not done again."""
 
+import dataclasses
 import shutil
 
 import pytest
 
 from lcx.core.errors import UserError
+from lcx.core.mesh import MeshConfig
 from lcx.recipes.recipe import defaults, is_finished, part, recipe, run_recipe
 
 
@@ -34,6 +36,9 @@ def test_a_finished_run_is_not_done_again(chosen, tmp_path, capsys):
     run_recipe(chosen, workdir, ["lcx", "run"])
     assert "is finished: 2 steps" in " ".join(capsys.readouterr().out.split())
     assert report.stat().st_mtime_ns == changed
+    split = dataclasses.replace(chosen.run, mesh=MeshConfig(fsdp=1, context=2, ulysses=2))
+    assert is_finished(dataclasses.replace(chosen, run=split), workdir)
+    assert not is_finished(dataclasses.replace(chosen, run=dataclasses.replace(split, seed=1)), workdir)
     (workdir / "eval" / "after.json").unlink()
     assert not is_finished(chosen, workdir)
     with pytest.raises(UserError, match="corpus"):
