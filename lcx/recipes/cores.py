@@ -42,9 +42,10 @@ def evaluation_mesh(path: str | Path) -> Mesh | None:
     one."""
     if processes.count() > 1:
         return models.job_mesh(path)
-    run = models.described(Path(path)) if models.is_foreign(path) else read_config(locate(Path(path))[0])
-    if run.execution.recurrent_chunk is None:
-        host_devices.share(run.model.num_heads, run.model.num_kv_heads, ())
+    run = None if models.is_foreign(path) else read_config(locate(Path(path))[0])
+    model = models.described(Path(path)).model if run is None else run.model
+    if run is None or run.execution.recurrent_chunk is None:
+        host_devices.share(model.num_heads, model.num_kv_heads, ())
     mesh = _mesh()
     return None if mesh is None else make_mesh(mesh)
 
