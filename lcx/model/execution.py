@@ -41,6 +41,10 @@ class ExecutionConfig:
     otherwise none."""
     remat_every: int | None = None
     """Periods of layers that `nested` recomputes together. None: as many as make it hold least."""
+    recurrent_chunk: int | None = None
+    """Tokens of a chunk in which one device walks a longer row, forward and backward (`model.recurrent`): activations do not grow
+    with the row. Exact, at the price of one more forward pass. Keys, values and their gradients are in the host's memory. Rows of
+    at most so many tokens are computed at once. None: whole rows."""
     layer_unroll: int | None = None
     """Periods of the pattern per iteration of the scan over layers. None: up to 8 on a CPU, where every iteration copies its
     weights and activations (a step of 4 layers takes a quarter less time), unless `remat` recomputes anything; otherwise 1, which
@@ -55,7 +59,7 @@ class ExecutionConfig:
 
     def __post_init__(self) -> None:
         choice("execution.attention", self.attention, ("auto", *KERNELS))
-        sizes = ("head_groups", "remat_every", "layer_unroll", "mlp_tile", "loss_tile")
+        sizes = ("head_groups", "remat_every", "recurrent_chunk", "layer_unroll", "mlp_tile", "loss_tile")
         positive("execution", **{name: getattr(self, name) for name in sizes})
         if self.remat_every is not None and not self.nested:
             raise UserError(
@@ -67,6 +71,10 @@ class ExecutionConfig:
     def nested(self) -> bool:
         """Whether periods of layers are recomputed several at a time."""
         return self.remat.startswith("nested")
+
+    def at_once(self, length: int) -> int:
+        """Tokens of rows of `length` that go through the layers at once: all, or those of a chunk (`recurrent_chunk`)."""
+        return length if self.recurrent_chunk is None else min(length, self.recurrent_chunk)
 
     def periods_together(self, periods: int) -> int:
         """How many of a model's `periods` of layers `nested` recomputes together; 1 for every other policy."""

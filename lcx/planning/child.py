@@ -58,7 +58,7 @@ def replies(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
             raise
         yield {"exhausted": str(error)}
         return
-    yield {"memory": memory(compiled), "text": compiled.as_text() or ""}
+    yield {"memory": memory(compiled, where.chip.platform), "text": compiled.as_text() or ""}
 
 
 def devices(where: Topology) -> list[Any]:
@@ -98,8 +98,11 @@ def state_bytes(program: StepProgram) -> dict[str, int]:
     return {"parameters": total([state.params, state.frozen]), "optimizer": total(state.opt_state)}
 
 
-def memory(compiled: jax.stages.Compiled) -> dict[str, int]:
-    """The compiler's sizes on a device, in bytes, by the names of `dumped.memory`: its peak, or where it knows none all sizes."""
+def memory(compiled: jax.stages.Compiled, platform: str) -> dict[str, int]:
+    """The compiler's sizes on a device, in bytes, by the names of `dumped.memory`: its peak, or where it knows none all sizes.
+
+    On a CPU all sizes, since a program takes its temporaries there as one piece, which the compiler's peak leaves out.
+    """
     stats: Any = compiled.memory_analysis()
 
     def held(kind: str) -> int:
@@ -107,7 +110,8 @@ def memory(compiled: jax.stages.Compiled) -> dict[str, int]:
         return int(sizes["argument"] + sizes["temp"] + sizes["output"] - sizes["alias"])
 
     arguments = int(stats.argument_size_in_bytes)
-    peak = max(int(getattr(stats, "peak_memory_in_bytes", 0) or held("")), arguments)
+    known = 0 if platform == "cpu" else int(getattr(stats, "peak_memory_in_bytes", 0))
+    peak = max(known or held(""), arguments)
     return {"arguments": arguments, "temporary": peak - arguments, "peak": peak, "host_temporary": held("host_")}
 
 

@@ -26,6 +26,7 @@ from lcx.core.trees import paths
 from lcx.planning.program import schemes_at
 from lcx.planning.topology import Topology
 from lcx.planning.work import Work, work_of
+from lcx.training.memory import key_bytes
 from lcx.training.optimizer import OptimConfig, is_trained, optimizer
 from lcx.training.stages import RunConfig, StageConfig
 from lcx.training.step import Table
@@ -67,9 +68,13 @@ def held(run: RunConfig, stage: StageConfig, mesh: Mapping[str, int], where: Top
     # Layers' weights are cast before they are gathered; the table of embeddings is gathered whole.
     cast = 0.0 if width == 4 else width * state.layers
     table = width * run.model.vocab_size * run.model.model_dim / mesh["tensor"] if work.weights > 1 else 0.0
-    gradients = width * state.trained_layers + (4 * state.trained if stage.accumulate > 1 else 0.0)
+    summed = stage.accumulate > 1 or work.chunk is not None
+    gradients = width * state.trained_layers + (4 * state.trained if summed else 0.0)
+    keys = 0.0 if work.chunk is None else key_bytes(run.model, run.execution, work.rows, stage.seq_len)
     work = laid_out(work, where)
     saved, host = kept(work, width)
+    # A CPU's memory is the host's.
+    saved, host = (saved + keys, host) if where.chip.platform == "cpu" else (saved, host + keys)
     layer = Layer(work, run, width, where.chip.platform)
     base = {
         "parameters": state.parameters, "optimizer": state.optimizer, "weights in use": cast + table, "gradients": gradients,
@@ -139,7 +144,7 @@ def laid_out(work: Work, where: Topology) -> Work:
 
 def kept(work: Work, width: int) -> tuple[float, float]:
     """Bytes on the device and on the host of what all layers keep for the backward pass, by the policy."""
-    m, t = work.model, work.tokens
+    m, t = work.model, work.at_once
     tensor = work.mesh["tensor"]
     periods = max(1, m.num_layers // len(m.pattern))
     inputs = periods * t * m.model_dim * width
@@ -178,9 +183,9 @@ class Layer:
     def __init__(self, work: Work, run: RunConfig, width: int, platform: str):
         self.work, self.run, self.width, self.platform = work, run, width, platform
         m, tensor = work.model, work.mesh["tensor"]
-        self.queries = work.tokens * m.num_heads / tensor * m.head_dim
-        self.keys = 2 * work.tokens * m.num_kv_heads / tensor * m.head_dim
-        self.stream = work.tokens * m.model_dim
+        self.queries = work.at_once * m.num_heads / tensor * m.head_dim
+        self.keys = 2 * work.at_once * m.num_kv_heads / tensor * m.head_dim
+        self.stream = work.at_once * m.model_dim
 
     def attended(self) -> float:
         """Kept of this layer's attention while its feed-forward layer is differentiated: queries, keys, values and outputs."""
@@ -201,7 +206,7 @@ class Layer:
         """As the feed-forward layer is differentiated, a tile of tokens at a time where it is cut into tiles."""
         m, tile = self.work.model, self.run.execution.mlp_tile
         tiled = self.work.share == 1 or (self.work.recomputes[0] and m.num_experts is None)
-        own = self.work.tokens if tile is None or not tiled else min(self.work.tokens, tile)
+        own = self.work.at_once if tile is None or not tiled else min(self.work.at_once, tile)
         inner = own * m.mlp_dim / self.work.mesh["tensor"] * (1 if m.num_experts is None else m.experts_per_token)
         # Gate, up, their product, and the gradients of all three; weights come shard by shard, and none is whole at any time.
         arrays = 6 if m.gated else 3
@@ -210,6 +215,6 @@ class Layer:
     def loss(self, tile: int) -> float:
         """A tile of logits with its gradient, the output weights and their gradient, the states and their gradient in float32."""
         m = self.work.model
-        logits = min(self.work.tokens * m.vocab_size, tile)
+        logits = min(self.work.at_once * m.vocab_size, tile)
         head = m.model_dim * m.vocab_size / self.work.mesh["tensor"]
         return 8 * logits + 2 * self.width * head + (self.width + 4) * self.stream

@@ -130,7 +130,7 @@ class Rates:
 
     def __init__(self, work: Work, where: Topology, reached: Efficiency):
         self.work, self.where = work, where
-        few = _few(work.tokens)
+        few = _few(work.at_once)
         self.matmul = where.flops * _between(reached.matmul, reached.matmul_few, few)
         self.attention = where.flops * _between(reached.attention, reached.attention_few, few)
         self.link = where.chip.link / where.chip.cores
@@ -184,9 +184,12 @@ def _layers(work: Work, kind: str, rates: Rates) -> list[Segment]:
     again, attended_again = work.recomputes
     count = work.model.layer_kinds.count(kind) * work.accumulate
     dense, weights = work.dense / rates.matmul, rates.gathered(work.layer_weights * WIDTH)
+    fetch = _fetching(work, kind, rates)
     tensor = 4 * work.tokens * work.model.model_dim * WIDTH / rates.many(work.mesh["tensor"]) if work.mesh["tensor"] > 1 else 0.0
     seconds = work.attention(kind) / rates.attention
     attend, pull = _attention(work, kind, rates, seconds, 1), _attention(work, kind, rates, 2.5 * seconds, 3)
+    # The backward pass reads gradients in float32 besides keys, and writes them.
+    attend, pull = (attend[0], attend[1] + fetch), (pull[0], pull[1] + fetch * (1 + 2 * 4 / WIDTH))
     trade = rates.exchanged(work.exchanged, work.mesh["ulysses"])
     local = is_local(kind)
     kv = 0.0 if local or work.strategy != "gather" or work.mesh["ring"] == 1 else _gathering(work, rates)
@@ -199,6 +202,9 @@ def _layers(work: Work, kind: str, rates: Rates) -> list[Segment]:
         Segment("backward products", "products", 2 * dense + work.redone / rates.matmul, 2 * weights + 2 * kv + offload, count),
         Segment("backward attention", "attention", *pull, count),
     ]
+    if work.chunk is not None:
+        segments.append(Segment("forward products of the first walk", "products", dense, weights, count))
+        segments.append(Segment("forward attention of the first walk", "attention", *attend, count))
     if attended_again:
         segments.append(Segment("backward attention again", "attention", *attend, count))
     if trade:
@@ -220,6 +226,11 @@ def _attention(work: Work, kind: str, rates: Rates, seconds: float, carried: int
         piece = max(1, work.length // ring)
         hops = min(hops, math.ceil((work.model.window or 1) / piece))
     return seconds, hops * rates.hop(carried * work.keys)
+
+
+def _fetching(work: Work, kind: str, rates: Rates) -> float:
+    """Seconds in which a layer's keys and values come from the host, chunk by chunk for each chunk of queries."""
+    return 0.0 if rates.where.chip.platform == "cpu" else WIDTH * work.fetched(kind) / rates.where.chip.host_link
 
 
 def _gathering(work: Work, rates: Rates) -> float:

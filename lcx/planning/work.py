@@ -24,7 +24,8 @@ class Work:
     """A step on one device: a microbatch of `rows` rows of T = `length` tokens over a mesh (axis to size), `accumulate` times.
 
     `strategy`: how devices of a ring share keys; `policy`: what layers keep (`ExecutionConfig.remat`); `nested`: periods of
-    layers that are recomputed together, where the policy nests.
+    layers that are recomputed together, where the policy nests; `chunk`: tokens of a row that a device has at a time where it
+    walks rows in chunks.
     """
 
     model: ModelConfig
@@ -35,6 +36,7 @@ class Work:
     policy: str
     strategy: str
     nested: int = 1
+    chunk: int | None = None
 
     @property
     def share(self) -> int:
@@ -45,6 +47,20 @@ class Work:
     def tokens(self) -> float:
         """Tokens of a microbatch on the device."""
         return self.rows * self.length / self.share
+
+    @property
+    def at_once(self) -> float:
+        """Tokens of a microbatch that the device has at a time."""
+        return self.tokens if self.chunk is None else self.rows * self.chunk
+
+    def fetched(self, kind: str) -> float:
+        """Keys and values, in numbers, that a layer of a kind reads in a forward pass for one chunk of queries after another."""
+        if self.chunk is None:
+            return 0.0
+        count, window = self.length // self.chunk, self.model.window if is_local(kind) else None
+        most = count if window is None else min(count, -(-(window - 1) // self.chunk) + 1)
+        visits = most * (most + 1) / 2 + (count - most) * most
+        return visits * 2 * self.at_once * self.model.num_kv_heads * self.model.head_dim
 
     @property
     def weights(self) -> int:
@@ -120,9 +136,10 @@ def work_of(
     strategy = execution.context_strategy
     if strategy == "auto":
         strategy = "ring" if length // mesh["ring"] * group >= RING_TOKENS else "gather"
-    policy, periods = remat_policy(execution, length), max(1, model.num_layers // len(model.pattern))
+    at_once, periods = execution.at_once(length), max(1, model.num_layers // len(model.pattern))
+    policy = remat_policy(execution, at_once)
     nested = execution.periods_together(periods) if policy.startswith("nested") else 1
-    return Work(model, own, length, mesh, accumulate, policy, strategy, nested)
+    return Work(model, own, length, mesh, accumulate, policy, strategy, nested, at_once if at_once < length else None)
 
 
 def attention_weights(model: ModelConfig) -> int:
@@ -140,13 +157,13 @@ def executed(work: Work) -> dict[str, float]:
 
     Attention's backward pass has five products where the forward pass has two; that of the logits computes them again.
     """
-    attended_again = work.recomputes[1]
+    attended_again, walked = work.recomputes[1], work.chunk is not None
     layers = work.model.num_layers
     attention = sum(work.attention(kind) for kind in work.model.layer_kinds)
     times = work.accumulate
     return {
-        "matmul": times * (layers * (3 * work.dense + work.redone) + 4 * work.logits),
-        "attention": times * attention * (1 + attended_again + 2.5),
+        "matmul": times * (layers * ((3 + walked) * work.dense + work.redone) + 4 * work.logits),
+        "attention": times * attention * (1 + walked + attended_again + 2.5),
     }
 
 

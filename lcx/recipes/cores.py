@@ -29,7 +29,9 @@ def share_heads(mesh: MeshConfig, num_heads: int, num_kv_heads: int, lengths: Se
 
 def on_cores(run: RunConfig) -> RunConfig:
     """The run as it is computed on this machine: over the devices that share its heads, where there are such; says so."""
-    if all(stage.mesh is None for stage in run.stages):
+    # A row that is walked in chunks is on one device.
+    walked = any(run.execution.at_once(stage.seq_len) < stage.seq_len for stage in run.stages)
+    if all(stage.mesh is None for stage in run.stages) and not walked:
         share_heads(run.mesh, run.model.num_heads, run.model.num_kv_heads, [stage.seq_len for stage in run.stages])
     mesh = _mesh()
     return run if mesh is None else dataclasses.replace(run, mesh=mesh)
@@ -40,8 +42,10 @@ def evaluation_mesh(path: str | Path) -> Mesh | None:
     one."""
     if processes.count() > 1:
         return models.job_mesh(path)
-    model = models.described(Path(path)).model if models.is_foreign(path) else read_config(locate(Path(path))[0]).model
-    host_devices.share(model.num_heads, model.num_kv_heads, ())
+    run = None if models.is_foreign(path) else read_config(locate(Path(path))[0])
+    model = models.described(Path(path)).model if run is None else run.model
+    if run is None or run.execution.recurrent_chunk is None:
+        host_devices.share(model.num_heads, model.num_kv_heads, ())
     mesh = _mesh()
     return None if mesh is None else make_mesh(mesh)
 

@@ -17,7 +17,7 @@ from lcx.core.trees import Tree
 from lcx.data.curation.embed import EmbedConfig, normalised
 from lcx.data.tokenizers import tokenizers
 from lcx.model.architecture import Architecture, build_architecture, build_schemes
-from lcx.model.transformer import hidden_states
+from lcx.model.recurrent import hidden_states
 from lcx.recipes import models
 from lcx.recipes.recipe import backend_of
 from lcx.training.loading import Loaded
@@ -80,6 +80,6 @@ class HiddenStates:
 @functools.partial(jax.jit, static_argnames="arch")
 def _summed(params: Tree, buffers: Tree, tokens_BT: jax.Array, lengths_B: jax.Array, arch: Architecture) -> jax.Array:
     """Sums float32 `[B, D]` of the hidden states of the first `lengths_B` tokens; no state depends on what is behind it."""
-    states_BTD = hidden_states(params, buffers, arch, Batch.from_tokens(tokens_BT))[0].astype(jnp.float32)
+    states_BTD = hidden_states(params, buffers, arch, Batch.from_tokens(tokens_BT)).astype(jnp.float32)
     inside_BT = jnp.arange(states_BTD.shape[1])[None] < lengths_B[:, None]
     return jnp.where(inside_BT[..., None], states_BTD, 0).sum(1)

@@ -55,6 +55,33 @@ def check_execution(run: RunConfig, stage: StageConfig, mesh: Mesh) -> None:
             f"execution.remat={execution.remat} recomputes several periods of layers together, with "
             f"remat_every={execution.remat_every}, but the model has {periods}; use block, or fewer periods at a time"
         )
+    if execution.at_once(stage.seq_len) < stage.seq_len:
+        check_recurrent(run, stage, mesh)
+
+
+def check_recurrent(run: RunConfig, stage: StageConfig, mesh: Mesh) -> None:
+    """Raises `UserError` for what cannot be computed in chunks of a row."""
+    chunk = run.execution.at_once(stage.seq_len)
+    said = f"execution.recurrent_chunk={chunk}"
+    if mesh.size > 1:
+        raise UserError(
+            f"{said} walks a row on one device, but stages.{stage.name} has a mesh of {mesh.size}; use one device, or leave "
+            "recurrent_chunk out and split rows by mesh.context"
+        )
+    if stage.seq_len % chunk:
+        raise UserError(
+            f"stages.{stage.name}.seq_len={stage.seq_len} must be divisible by {said}; try {multiples(stage.seq_len, chunk)}"
+        )
+    if stage.shifted_group is not None:
+        raise UserError(
+            f"{said} is for attention to whole rows, but stages.{stage.name} has shifted_group={stage.shifted_group}; leave one of "
+            "them out"
+        )
+    if run.model.router_aux_weight:
+        raise UserError(
+            f"{said} computes a chunk at a time, but the experts' balance is that of whole rows; set "
+            f"model.router_aux_weight={run.model.router_aux_weight} to 0, or leave recurrent_chunk out"
+        )
 
 
 def check_shifted(run: RunConfig, stage: StageConfig, mesh: Mesh) -> None:

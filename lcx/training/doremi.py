@@ -24,7 +24,7 @@ from lcx.core.errors import UserError
 from lcx.core.trees import Tree
 from lcx.model.architecture import Architecture
 from lcx.model.loss import sums_by_part, token_losses
-from lcx.model.transformer import hidden_states
+from lcx.model.recurrent import hidden_states
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +85,6 @@ def measure(proxy: Tree, reference: Tree, buffers: Mapping[str, Any], batch: Bat
     """`excess_by_part` of two sets of parameters of one architecture, whose mesh is set."""
 
     def nll(params: Tree) -> jax.Array:
-        return token_losses(params, hidden_states(params, buffers, arch, batch)[0], batch.targets, arch).nll
+        return token_losses(params, hidden_states(params, buffers, arch, batch), batch.targets, arch).nll
 
     return excess_by_part(nll(proxy), nll(reference), batch)

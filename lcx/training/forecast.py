@@ -38,6 +38,9 @@ RECOMPUTED = {
 """What the policies of `execution.remat` multiply the time of layers by, and that of their attention, for what they recompute: one
 pass of three, and of attention two products of seven."""
 
+WALK = (1 / 3, 2 / 7)
+"""What the first walk of `execution.recurrent_chunk` adds to these: a forward pass."""
+
 
 def forecast(builder: StageBuilder, index: int, at: int, rows: Sequence[Mapping[str, Any]], fewer: str) -> str:
     """The time left to a run at step `at` of stage `index`, with `rows` of metrics, as a sentence; `fewer` names its steps."""
@@ -77,11 +80,13 @@ def step_seconds(run: RunConfig, stages: Sequence[BuiltStage]) -> dict[int, floa
         pair = {kind: sample.attention(kind) for kind in run.model.kinds}
         layer, entry, number = sample.layer(), sample.loss(), sample.update()
         for built in group:
-            stage, policy = built.stage, remat_policy(run.execution, built.stage.seq_len)
+            stage, length = built.stage, run.execution.at_once(built.stage.seq_len)
             tokens, rows = stage.batch_size * stage.seq_len, stage.batch_size // stage.accumulate
             visited = {kind: sample.visited(kind, rows, stage.seq_len, stage.shifted_group) for kind in pair}
             attention = stage.batch_size * sum(pair[kind] * visited[kind] for kind in run.model.layer_kinds)
-            again, attended_again = RECOMPUTED[policy]
+            again, attended_again = RECOMPUTED[remat_policy(run.execution, length)]
+            if length < stage.seq_len:
+                again, attended_again = again + WALK[0], attended_again + WALK[1]
             found[built.index] = (
                 tokens * (run.model.num_layers * layer * again + run.model.vocab_size * entry)
                 + attention * attended_again

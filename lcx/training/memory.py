@@ -18,6 +18,8 @@ from lcx.core.errors import UserError
 from lcx.core.host import available_memory
 from lcx.core.mesh import axis_size
 from lcx.core.trees import Tree, paths
+from lcx.model.config import ModelConfig
+from lcx.model.execution import ExecutionConfig
 from lcx.training.stages import RunConfig, StageConfig
 from lcx.training.step import TrainStep
 
@@ -47,8 +49,11 @@ def least(run: RunConfig, stage: StageConfig, step: TrainStep) -> dict[str, int]
     }
     gradients = sum(_size(leaf) * 4 for leaf in jax.tree.leaves(state.params))
     rows = stage.batch_size // stage.accumulate
-    tokens = rows * stage.seq_len // (axis_size(step.mesh, "batch") * axis_size(step.mesh, "sequence"))
     model, execution = run.model, run.execution
+    length = execution.at_once(stage.seq_len)
+    tokens = rows * length // (axis_size(step.mesh, "batch") * axis_size(step.mesh, "sequence"))
+    if length < stage.seq_len and step.mesh.devices.flat[0].platform == "cpu":
+        held["keys, values and their gradients"] = int(key_bytes(model, execution, rows, stage.seq_len))
     logits = 4 * min(tokens * model.vocab_size, execution.loss_tile)
     at_loss = {"logits": logits}
     if "offload" not in execution.remat and any(path.startswith("layers/") for path, _ in paths(state.params)):
@@ -56,9 +61,15 @@ def least(run: RunConfig, stage: StageConfig, step: TrainStep) -> dict[str, int]
         every = execution.periods_together(periods) if periods > 1 else 1
         kept = model.num_layers if every == 1 else periods // every
         at_loss["inputs of the layers"] = kept * tokens * model.model_dim * jnp.dtype(execution.compute_dtype).itemsize
-    if stage.accumulate > 1:
+    if stage.accumulate > 1 or length < stage.seq_len:
         at_loss["gradients"] = gradients
     return held | max({"gradients": gradients}, at_loss, key=lambda part: sum(part.values()))
+
+
+def key_bytes(model: ModelConfig, execution: ExecutionConfig, rows: float, length: int) -> float:
+    """Bytes of the keys and values of all layers, and of their gradients in float32, which `execution.recurrent_chunk` keeps."""
+    width = jnp.dtype(execution.compute_dtype).itemsize + 4
+    return 2 * width * model.num_layers * rows * length * model.num_kv_heads * model.head_dim
 
 
 def check_least(run: RunConfig, stage: StageConfig, step: TrainStep) -> None:

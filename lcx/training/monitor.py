@@ -41,7 +41,7 @@ from lcx.core.errors import UserError
 from lcx.core.trees import Tree
 from lcx.model.architecture import Architecture
 from lcx.model.loss import token_losses
-from lcx.model.transformer import hidden_states
+from lcx.model.recurrent import hidden_states
 
 FEWEST = 8
 """The fewest losses that a statistic can be computed from."""
@@ -201,7 +201,7 @@ class ProbeSums:
 @functools.partial(jax.jit, static_argnums=2)
 def probe_sums(params: Tree, buffers: Mapping[str, Any], arch: Architecture, batch: Batch) -> ProbeSums:
     """Sums over a batch from `lcx.data.loader.probe`: text in the first half of its rows `[B, T]`, needles in the rest."""
-    losses = token_losses(params, hidden_states(params, buffers, arch, batch)[0], batch.targets, arch)
+    losses = token_losses(params, hidden_states(params, buffers, arch, batch), batch.targets, arch)
     rows = batch.tokens.shape[0]
     needle = (jnp.arange(rows) >= rows - rows // 2).astype(jnp.float32)
     halves = jnp.stack([1 - needle, needle])

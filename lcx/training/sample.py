@@ -20,6 +20,7 @@ import optax
 from lcx.adapters.freeze import join, split
 from lcx.attention.attend import attend
 from lcx.attention.plan import choose_kernel
+from lcx.attention.spec import Blocks
 from lcx.core import processes
 from lcx.core.batch import Batch
 from lcx.core.mask import visible_pairs
@@ -126,9 +127,8 @@ class Sample:
             return visible_pairs(length, window)
         spec, config = self.arch.attention(kind), self.config
         sizes = {"heads": config.num_heads, "kv_heads": config.num_kv_heads, "head_dim": config.head_dim}
-        blocks = choose_kernel(spec, length, length, "cpu", batch=rows, **sizes).blocks
-        if blocks is None:
-            return length * length
+        part = self.arch.execution.at_once(length)
+        blocks = choose_kernel(spec, part, part, "cpu", batch=rows, **sizes).blocks or Blocks(part, part)
         starts = range(0, length, blocks.q)
         firsts = (0 if window is None else max(0, start - window + 1) // blocks.k for start in starts)
         ends = (-(-min(start + blocks.q, length) // blocks.k) for start in starts)

@@ -31,6 +31,7 @@ from lcx.core.batch import Batch
 from lcx.core.mesh import named_sharding, partition_spec
 from lcx.core.param_spec import ParamSpec, abstract, initialize, paths_of, shardings
 from lcx.core.trees import Tree, joined, paths
+from lcx.model import recurrent
 from lcx.model.architecture import Architecture, row_layout, windows
 from lcx.model.loss import LossSums, loss_sums, unpadded_tokens
 from lcx.model.transformer import hidden_states
@@ -270,17 +271,16 @@ class TrainStep:
 
     def _train(self, state: TrainState, batch: Batch, buffers: Mapping[str, Any], gradients: bool = False) -> tuple:
         self.compiles += 1  # runs when the step is traced, never when it is executed
-        gradient = jax.value_and_grad(self._loss, has_aux=True)
         balanced = self.arch.config.router_aux_weight > 0
         # What Σ w·ℓ has to be divided by, over what the load-balancing loss has to be.
         rate = jnp.sum(batch.loss_weights, dtype=jnp.float32) / jnp.maximum(unpadded_tokens(batch), 1.0) if balanced else None
         if self.accumulate == 1:
-            (_, sums), grads = gradient(state.params, state.frozen, batch, buffers, rate)
+            sums, grads = self._gradients(state.params, state.frozen, batch, buffers, rate)
         else:
             parts = microbatches(batch, self.accumulate)
 
             def add(carry: tuple, part: Batch) -> tuple:
-                (_, sums), grads = gradient(state.params, state.frozen, part, buffers, rate)
+                sums, grads = self._gradients(state.params, state.frozen, part, buffers, rate)
                 return jax.tree.map(jnp.add, carry, (sums, self._shard(grads))), None
 
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.params)
@@ -328,11 +328,27 @@ class TrainStep:
             metrics["weight_by_part"] = sums.part_weight
         return after, metrics
 
-    def _loss(
+    def _gradients(
         self, params: Tree, frozen: Tree, batch: Batch, buffers: Mapping[str, Any], rate: jax.Array | None
+    ) -> tuple[LossSums, Tree]:
+        """The sums of a microbatch, and the gradient of what is minimised, not divided yet."""
+
+        def whole(params: Tree) -> Tree:
+            return join(params, frozen) if frozen else params
+
+        if recurrent.in_several(self.arch, batch.tokens.shape[1]):
+            return recurrent.sums_and_gradients(self._objective, whole, params, buffers, self.arch, batch)
+
+        def loss(params: Tree) -> tuple[jax.Array, LossSums]:
+            states, router_aux = hidden_states(whole(params), buffers, self.arch, batch)
+            return self._objective(whole(params), states, batch, router_aux, rate)
+
+        (_, sums), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+        return sums, gradients
+
+    def _objective(
+        self, params: Tree, states: jax.Array, batch: Batch, router_aux: jax.Array | None = None, rate: jax.Array | None = None
     ) -> tuple[jax.Array, LossSums]:
-        params = join(params, frozen) if frozen else params
-        states, router_aux = hidden_states(params, buffers, self.arch, batch)
         with jax.named_scope("loss"):
             sums = loss_sums(params, states, batch, self.arch, router_aux)
         # Both sums have Σ w as denominator, which is divided out once, after the last microbatch; `rate` gives a third one its own.

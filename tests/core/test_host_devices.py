@@ -11,6 +11,7 @@ import transformers
 from lcx.core import host_devices
 from lcx.core.mesh import MeshConfig
 from lcx.model.config import ModelConfig
+from lcx.model.execution import ExecutionConfig
 from lcx.recipes.cores import evaluation_mesh, on_cores
 from lcx.training.stages import RunConfig, StageConfig
 
@@ -60,6 +61,10 @@ def test_a_mesh_that_is_named_is_taken(monkeypatch, mesh, asked):
     monkeypatch.setattr(host_devices, "share", lambda *sizes: calls.append(sizes))
     on_cores(RunConfig(RUN.model, RUN.stages, mesh=mesh))
     assert calls == [(8, 2, [64])] * asked
+    calls.clear()
+    # Rows that are walked in chunks are on one device.
+    on_cores(RunConfig(RUN.model, RUN.stages, ExecutionConfig(recurrent_chunk=32), mesh=mesh))
+    assert calls == []
     calls.clear()
     on_cores(RunConfig(RUN.model, (StageConfig("one", 64, 2, 2, mesh=mesh),)))
     assert not calls

@@ -70,3 +70,13 @@ def test_attention_holds_less_if_fewer_heads_attend_at_a_time():
     few, many = (parts(execution={"head_groups": count}).parts["attention"] for count in (8, 1))
     queries, keys = (1 << 17) * 4096, 2 * (1 << 17) * 1024
     assert many - few == (12 * queries + 16 * keys) * 7 / 8
+
+
+def test_of_rows_in_chunks_only_keys_grow_and_they_are_on_the_host():
+    walked = {"mesh": {"context": 1}, "execution": {"recurrent_chunk": 8192}}
+    short, long = (parts(topology("h100:1"), seq_len=length, **walked) for length in (1 << 18, 1 << 20))
+    assert short.parts == long.parts
+    # Of 32 layers: 8 heads of 128 in bfloat16, and gradients in float32, of keys and of values.
+    assert long.host == 4 * short.host == (1 << 20) * 32 * 8 * 128 * 2 * (2 + 4)
+    at_home = parts(topology("cpu:1"), seq_len=1 << 20, **walked)
+    assert at_home.host == 0 and at_home.parts["saved inputs"] == long.parts["saved inputs"] + long.host

@@ -58,3 +58,14 @@ def test_slices_share_gradients_slowly():
     one = times("v5p:4x4x4", 1 << 18, 2, mesh={"data": 2, "context": 32})
     two = times("v5p:2x4x4", 1 << 18, 2, slices=2, mesh={"data": 2, "context": 32})
     assert two.segments[-1].transfer > one.segments[-1].transfer
+
+
+def test_a_row_in_chunks_takes_a_pass_more_and_waits_for_a_slow_host():
+    plain = {"mesh": {"context": 1}, "execution": {"remat": "attention"}}
+    walked = {**plain, "execution": {"remat": "attention", "recurrent_chunk": 16384}}
+    for where in ("h100:1", "v5p:1x1x1"):
+        whole, parted = times(where, **plain), times(where, **walked)
+        assert 4.3 / 3.5 * whole.by_part["attention"] < parted.by_part["attention"] < 4.6 / 3.5 * whole.by_part["attention"]
+    # Smaller chunks bring the same keys more often.
+    again = times("v5p:1x1x1", mesh={"context": 1}, execution={"remat": "attention", "recurrent_chunk": 1024})
+    assert again.by_part["transfers"] > parted.by_part["transfers"]

@@ -49,3 +49,22 @@ def test_operations_are_those_of_the_program_that_a_compiler_was_given():
     config = run(131072)
     found = executed(work_of(config.model, config.execution, 1, 131072, 1, sizes(8, context=8)))
     assert 8 * found["matmul"] == pytest.approx(7_376_623_510_749_184, rel=1e-3)
+
+
+def test_rows_in_chunks_are_computed_forward_once_more():
+    walked = run(65536, execution={"recurrent_chunk": 8192})
+    one, parted = (work_of(c.model, c.execution, 1, 65536, 1, sizes(1)) for c in (run(65536), walked))
+    assert (one.chunk, one.at_once, one.fetched("global")) == (None, 65536, 0)
+    assert (parted.chunk, parted.at_once) == (8192, 8192)
+    # Chunk i reads the keys and values of chunks 1 to i, of 8 heads of 128.
+    assert parted.fetched("global") == 8 * 9 / 2 * 8192 * 2 * 8 * 128
+    whole, twice = executed(one), executed(parted)
+    assert twice["matmul"] == whole["matmul"] + 32 * one.dense
+    assert twice["attention"] == pytest.approx(whole["attention"] * 5.5 / 4.5)
+
+
+def test_behind_a_window_only_near_chunks_are_read():
+    config = run(65536, name="mistral_7b", execution={"recurrent_chunk": 2048}, model={"pattern": ("local",), "window": 4096})
+    found = work_of(config.model, config.execution, 1, 65536, 1, sizes(1))
+    # A chunk's own, and the two that hold the 4,095 keys before it; less at the start of the row.
+    assert found.fetched("local") == (1 + 2 + 3 * 30) * 2048 * 2 * 8 * 128

@@ -28,8 +28,8 @@ from lcx.model.config import ModelConfig
 from lcx.model.decode import CHUNK, Prefix, generate, prefill
 from lcx.model.execution import ExecutionConfig
 from lcx.model.loss import token_losses
+from lcx.model.recurrent import hidden_states
 from lcx.model.sampling import GREEDY, Sampling
-from lcx.model.transformer import hidden_states
 from lcx.positions.scheme import Scheme
 
 
@@ -49,12 +49,12 @@ def score(
     batch = Batch.from_tokens(tokens)
     mesh = jax.sharding.get_abstract_mesh()
     if context_size() == 1:
-        states = chosen(hidden_states(params, buffers, arch, batch)[0])
+        states = chosen(hidden_states(params, buffers, arch, batch))
         losses = token_losses(params, states, chosen(batch.targets), arch)
         return losses.nll, losses.correct
     ring, layout = mesh.shape["ring"], row_layout(arch.config, arch.execution, batch.tokens.shape[1], mesh)
     batch = arrange(batch, layout, ring).replace(layout=layout)
-    losses = token_losses(params, hidden_states(params, buffers, arch, batch)[0], batch.targets, arch)
+    losses = token_losses(params, hidden_states(params, buffers, arch, batch), batch.targets, arch)
     nll, correct = restore((losses.nll, losses.correct), layout, ring)
     return chosen(nll), chosen(correct)
 
