@@ -25,7 +25,7 @@ SMOOTHED = 15
 
 
 def row_of(point: dict, workdir: Path) -> dict:
-    """What a point found: needles and perplexity by length, and every stage's tokens, losses and time of a step."""
+    """What a point found: needles and perplexity by length, and every stage's tokens and losses."""
     stages = [stage for stage in history.load(workdir / "points" / point["name"]).stages() if stage.curve.kept]
     return {
         "optimizer": point["overrides"]["optim.name"],
@@ -38,7 +38,6 @@ def row_of(point: dict, workdir: Path) -> dict:
                 "tokens": stage.tokens,
                 "losses": stage.curve.loss,
                 "final_loss": stage.final_loss,
-                "step_seconds": stage.seconds / len(stage.curve.loss),
             }
             for stage in stages
         ],
@@ -64,14 +63,13 @@ def quality(rows: Sequence[dict]) -> str:
 
 
 def losses(rows: Sequence[dict]) -> str:
-    """Loss over the last tenth of each stage and seconds of a step, of both optimizers, as a Markdown table."""
+    """Mean loss over the last tenth of each stage, of both optimizers, as a Markdown table."""
     both = by_optimizer(rows)
-    header = ["stage", *(f"loss at its end, {name}" for name in both), *(f"ms a step, {name}" for name in both)]
+    header = ["stage", "million tokens", *(f"loss at its end, {name}" for name in both)]
     lines = []
     for i, stage in enumerate(rows[0]["stages"]):
         ends = [spread((row["stages"][i]["final_loss"] for row in own), ".3f") for own in both.values()]
-        times = [f"{1000 * statistics.mean(row['stages'][i]['step_seconds'] for row in own):,.0f}" for own in both.values()]
-        lines.append([f"`{stage['name']}`", *ends, *times])
+        lines.append([f"`{stage['name']}`", f"{stage['tokens'] / 1e6:.2f}", *ends])
     return markdown.table(header, lines)
 
 
