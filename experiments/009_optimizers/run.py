@@ -83,7 +83,7 @@ def draw(rows: Sequence[dict], path: Path) -> None:
     """The loss of every point over its tokens, stage by stage."""
     figure = style.new_figure(10.0, 3.6)
     stages = rows[0]["stages"]
-    for i, (axes, stage) in enumerate(zip(figure.subplots(1, len(stages), sharey=True), stages, strict=True)):
+    for i, (axes, stage) in enumerate(zip(figure.subplots(1, len(stages)), stages, strict=True)):
         for row in rows:
             values = row["stages"][i]["losses"]
             smooth = [statistics.median(values[max(0, at - SMOOTHED + 1) : at + 1]) for at in range(len(values))]
@@ -92,11 +92,11 @@ def draw(rows: Sequence[dict], path: Path) -> None:
             steps = [per_step * (at + 1) for at in range(len(values))]
             axes.plot(steps, smooth, color=COLORS[row["optimizer"]], linewidth=1.4, alpha=0.85, label=label)
         style.grid_lines(axes)
+        late = [value for row in rows for value in row["stages"][i]["losses"][SMOOTHED:]]
+        style.value_axis(axes, min(late), max(late), f"training loss, median of {SMOOTHED} steps" if i == 0 else "")
         axes.set_title(stage["name"])
         axes.set_xlabel("million tokens")
-        axes.set_ylim(1.4, 4.0)
         if i == 0:
-            axes.set_ylabel(f"training loss, median of {SMOOTHED} steps")
             axes.legend(frameon=False)
     style.save(figure, path)
 
