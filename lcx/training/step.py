@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -271,16 +271,17 @@ class TrainStep:
 
     def _train(self, state: TrainState, batch: Batch, buffers: Mapping[str, Any], gradients: bool = False) -> tuple:
         self.compiles += 1  # runs when the step is traced, never when it is executed
+        gradient = self._gradient(batch.tokens.shape[1])
         balanced = self.arch.config.router_aux_weight > 0
         # What Σ w·ℓ has to be divided by, over what the load-balancing loss has to be.
         rate = jnp.sum(batch.loss_weights, dtype=jnp.float32) / jnp.maximum(unpadded_tokens(batch), 1.0) if balanced else None
         if self.accumulate == 1:
-            sums, grads = self._gradients(state.params, state.frozen, batch, buffers, rate)
+            (_, sums), grads = gradient(state.params, state.frozen, batch, buffers, rate)
         else:
             parts = microbatches(batch, self.accumulate)
 
             def add(carry: tuple, part: Batch) -> tuple:
-                sums, grads = self._gradients(state.params, state.frozen, part, buffers, rate)
+                (_, sums), grads = gradient(state.params, state.frozen, part, buffers, rate)
                 return jax.tree.map(jnp.add, carry, (sums, self._shard(grads))), None
 
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.params)
@@ -328,23 +329,27 @@ class TrainStep:
             metrics["weight_by_part"] = sums.part_weight
         return after, metrics
 
-    def _gradients(
-        self, params: Tree, frozen: Tree, batch: Batch, buffers: Mapping[str, Any], rate: jax.Array | None
-    ) -> tuple[LossSums, Tree]:
-        """The sums of a microbatch, and the gradient of what is minimised, not divided yet."""
+    def _gradient(self, length: int) -> Callable[..., tuple[tuple[Any, LossSums], Tree]]:
+        """Of `_loss` for rows of a length, as `jax.value_and_grad` has it: of whole rows, or chunk by chunk."""
+        if recurrent.in_several(self.arch, length):
+            return self._walked
+        return jax.value_and_grad(self._loss, has_aux=True)
 
+    def _loss(
+        self, params: Tree, frozen: Tree, batch: Batch, buffers: Mapping[str, Any], rate: jax.Array | None
+    ) -> tuple[jax.Array, LossSums]:
+        params = join(params, frozen) if frozen else params
+        states, router_aux = hidden_states(params, buffers, self.arch, batch)
+        return self._objective(params, states, batch, router_aux, rate)
+
+    def _walked(
+        self, params: Tree, frozen: Tree, batch: Batch, buffers: Mapping[str, Any], rate: jax.Array | None
+    ) -> tuple[tuple[None, LossSums], Tree]:
         def whole(params: Tree) -> Tree:
             return join(params, frozen) if frozen else params
 
-        if recurrent.in_several(self.arch, batch.tokens.shape[1]):
-            return recurrent.sums_and_gradients(self._objective, whole, params, buffers, self.arch, batch)
-
-        def loss(params: Tree) -> tuple[jax.Array, LossSums]:
-            states, router_aux = hidden_states(whole(params), buffers, self.arch, batch)
-            return self._objective(whole(params), states, batch, router_aux, rate)
-
-        (_, sums), gradients = jax.value_and_grad(loss, has_aux=True)(params)
-        return sums, gradients
+        sums, gradients = recurrent.sums_and_gradients(self._objective, whole, params, buffers, self.arch, batch)
+        return (None, sums), gradients
 
     def _objective(
         self, params: Tree, states: jax.Array, batch: Batch, router_aux: jax.Array | None = None, rate: jax.Array | None = None

@@ -52,7 +52,7 @@ WRONG = {
     (TIES, "weight: 1", "weight: 1, density: 0"): "density=0 must be above 0 and at most 1",
     (TIES, "weight: 1", "weight: 1, normalize: false"): "normalize=False is one for all models; move it to the parameters of",
     (TIES, "ties", "della"): "density=1 and epsilon=0.15: probabilities from density - epsilon to density + epsilon must lie",
-    (TIES, "merge_method: ties", "merge_method: dare_ties, parameters: {rescale_by: l2}"): "rescale_by='l2' is unknown; did",
+    (TIES, "merge_method: ties", "merge_method: dare_ties, parameters: {rescale_by: l2}"): "rescale_by='l2' is unknown; allowed",
     (SLERP, "t: 0.5", "t: 1.5"): "parameters.t=1.5 must be at least 0 and at most 1",
     (SLERP, "t: 0.5", ""): "the parameter t is missing for model.embed_tokens.weight; give t in its parameters",
     # models

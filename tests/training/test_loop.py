@@ -170,7 +170,9 @@ def as_lcx_0_1_wrote_it(run):
     values = configs.plain(run)
     execution = values.pop("execution")
     # Fields that it did not have.
-    del values["lora"], values["init_noise"], execution["head_groups"], execution["remat_every"]
+    del values["lora"], values["init_noise"]
+    for name in ("head_groups", "remat_every", "recurrent_chunk"):
+        del execution[name]
     for stage in values["stages"]:
         del stage["shifted_group"]
     return {**values, "model": {**values["model"], **execution}}
