@@ -2,7 +2,7 @@
 
 Command:  lcx sweep --config=configs/sweeps/optimizers.py --workdir=runs/optimizers
 Hardware: 2 CPU cores.
-Time:     about half an hour, 4 points of 6 to 9 minutes.
+Time:     about half an hour, 4 points of 5 to 9 minutes.
 Result:   perplexity at 4,096 of 4.97 with Muon, 5.32 with AdamW; needles alike (experiments/009_optimizers).
 
 Muon's steps are scaled to the size of AdamW's, so that both take the quickstart's learning rates as they are.
