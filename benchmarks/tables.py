@@ -292,6 +292,8 @@ def main() -> None:
         path = HERE / "results" / f"{make.__name__}.json"
         if path.exists():
             markdown.fill(HERE / "README.md", make.__name__, make(json.loads(path.read_text())))
+    other = HERE / "results" / "train_step_other.json"
+    markdown.fill(HERE / "README.md", "train_step_other", train_step(json.loads(other.read_text())))
     markdown.fill(HERE / "README.md", "gpu_attention", gpu_attention(json.loads((HERE / "results" / "h200.json").read_text())))
     path = HERE / "results" / "curation.json"
     if path.exists():
