@@ -44,6 +44,7 @@ from lcx.recipes.recipe import evaluate_loaded, part, recipe
 from lcx.report import markdown, style
 from lcx.training.builder import StageBuilder
 from lcx.training.loop import train
+from lcx.training.memory import bytes_beside_arguments
 from lcx.training.metrics import read
 from lcx.training.stages import RunConfig
 
@@ -206,8 +207,7 @@ def step_bytes(run: RunConfig) -> int:
     built = builder.build(len(run.stages) - 1)
     program = built.step.compile(built.step.abstract_state(), built.batch(0), built.buffers)
     found: Any = program.memory_analysis()
-    new = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-    return found.argument_size_in_bytes + new
+    return found.argument_size_in_bytes + bytes_beside_arguments(found)
 
 
 def trained(four: ModuleType, folder: Path, seeds: int) -> list[dict]:

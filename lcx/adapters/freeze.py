@@ -18,7 +18,10 @@ def split(tree: Tree, is_trained: Callable[[str], bool]) -> tuple[Tree, Tree]:
 
 
 def join(*parts: Tree) -> Tree:
-    """Nested dicts with different leaves as one."""
+    """Nested dicts with different leaves as one; the only one that is not empty as it is."""
+    parts = tuple(part for part in parts if part)
+    if len(parts) == 1:
+        return parts[0]
     flat: dict[str, Tree] = {}
     for part in parts:
         flat |= flax.traverse_util.flatten_dict(part, sep="/")

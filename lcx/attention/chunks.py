@@ -25,7 +25,7 @@ from lcx.attention.plan import shard_spec
 from lcx.attention.shard import KVShard, QueryShard, nothing_seen, shard_attention, shard_vjp
 from lcx.attention.spec import AttentionSpec, ShardSpec
 from lcx.attention.tiles import visits
-from lcx.core.batch import Index
+from lcx.core.batch import Index, cut_tokens
 from lcx.core.mask import Bounds, bounds
 from lcx.core.mesh import target_platform
 from lcx.positions.query_scaling import scale_queries
@@ -70,7 +70,7 @@ class RowChunks:
     @classmethod
     def build(cls, index: Index, chunk: int, rotations: Any) -> RowChunks:
         """Of rows with the index `[B, T]`, T a multiple of `chunk` tokens."""
-        return cls(in_chunks(index, chunk), bounds(index, chunk), rotations)
+        return cls(cut_tokens(index, index.order.shape[1] // chunk), bounds(index, chunk), rotations)
 
     def index_of(self, chunk: jax.Array) -> Index:
         """The index `[B, C]` of a chunk."""
@@ -95,11 +95,6 @@ class Chunk:
         own = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, number, 1, axis=1), row.extremes)
         visited, _, count = visits(spec.mask, own, row.extremes)
         return cls(number, visited, count)
-
-
-def in_chunks(tree: Any, chunk: int) -> Any:
-    """Arrays `[B, T, ...]` as `[n, B, C, ...]`, C = `chunk`."""
-    return jax.tree.map(lambda x: x.reshape(x.shape[0], -1, chunk, *x.shape[2:]).swapaxes(0, 1), tree)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,6 @@ lcx data curate --config=configs/data/long_mixture.py --config.sources.books.sou
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from lcx.cli import config_flags
 from lcx.core import configs
 from lcx.core.console import say, table
 from lcx.core.errors import UserError
+from lcx.core.host import cores
 from lcx.data.curation import cluster
 from lcx.data.curation.config import CurationConfig
 from lcx.data.curation.embed import EmbedConfig, Embedder
@@ -58,7 +58,7 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     config = configs.build(CurationConfig, config_flags.chosen(values, rest).to_dict(), "config")
     if not values.out:
         raise UserError("--out is missing; name the directory to write, such as --out=data/curated")
-    workers = len(os.sched_getaffinity(0)) if values.workers is None else values.workers
+    workers = cores() if values.workers is None else values.workers
     if workers < 1:
         raise UserError(f"--workers={workers} must be at least 1")
     if values.ray_address is not None and values.engine != "ray":

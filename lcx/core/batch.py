@@ -5,7 +5,7 @@ Legend: B batch rows, T tokens in a row.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import flax.struct
 import jax
@@ -90,3 +90,13 @@ class Batch:
         loss_weights = jnp.ones_like(tokens, jnp.float32) if loss_weights is None else jnp.asarray(loss_weights, jnp.float32)
         index = Index.dense(rows, length)
         return cls(tokens[:, :-1], tokens[:, 1:], loss_weights[:, 1:], index.order, index.positions, index.segments)
+
+
+def cut_tokens(tree: Any, count: int) -> Any:
+    """Arrays `[B, T, ...]` as `[count, B, T / count, ...]`: the tokens in equal parts, to be taken one after another."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[0], count, -1, *x.shape[2:]).swapaxes(0, 1), tree)
+
+
+def join_tokens(parts: Any) -> Any:
+    """The inverse of `cut_tokens`."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:]), parts)

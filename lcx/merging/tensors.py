@@ -17,7 +17,7 @@ from typing import TypeVar
 import numpy as np
 
 from lcx.core.errors import UserError
-from lcx.core.host import keep_freed_memory
+from lcx.core.host import cores, keep_freed_memory
 from lcx.interop.shards import Shards, finite
 
 T = TypeVar("T")
@@ -159,8 +159,7 @@ def shape_of(shape: Sequence[int]) -> tuple[int, int]:
 def threads() -> Iterator[Executor]:
     """The threads that work on blocks; what has not begun when the body raises is left out."""
     keep_freed_memory()
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    executor = ThreadPoolExecutor(min(THREADS, available))
+    executor = ThreadPoolExecutor(min(THREADS, cores()))
     try:
         yield executor
     finally:

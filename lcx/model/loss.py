@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
-from lcx.core.batch import PADDING, Batch
+from lcx.core.batch import PADDING, Batch, cut_tokens, join_tokens
 from lcx.core.mesh import SEQUENCE, axis_size, context_size
 from lcx.core.trees import Tree
 from lcx.model.architecture import Architecture
@@ -166,17 +166,7 @@ def _tiled(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, tiles: int,
     def one(part: Any) -> tuple:
         return _lse_chosen_best(part[0], kernel, part[1], entries, softcap)
 
-    return _joined(jax.lax.map(one, _cut((hidden, targets), tiles)))
-
-
-def _cut(arrays: Any, tiles: int) -> Any:
-    """`[B, T, ...]` as `[tiles, B, T / tiles, ...]`."""
-    return jax.tree.map(lambda x: x.reshape(x.shape[0], tiles, -1, *x.shape[2:]).swapaxes(0, 1), arrays)
-
-
-def _joined(parts: Any) -> Any:
-    """The inverse of `_cut`."""
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:]), parts)
+    return join_tokens(jax.lax.map(one, cut_tokens((hidden, targets), tiles)))
 
 
 def _tiled_forward(hidden: Any, kernel: Any, targets: Any, tiles: int, entries: int, softcap: float | None) -> tuple:
@@ -222,8 +212,8 @@ def _tiled_backward(tiles: int, entries: int, softcap: float | None, saved: tupl
             return jax.tree.map(jnp.add, total, found), d_hidden.astype(hidden.dtype)
 
         zeros = None if trained is None else jnp.zeros(weights.shape, jnp.float32)
-        d_tiles, d_hidden = jax.lax.scan(one, zeros, _cut((hidden, targets, lse, d_lse, d_chosen), tiles))
-        d_hidden = _joined(d_hidden)
+        d_tiles, d_hidden = jax.lax.scan(one, zeros, cut_tokens((hidden, targets, lse, d_lse, d_chosen), tiles))
+        d_hidden = join_tokens(d_hidden)
     d_kernel = None if d_tiles is None else d_tiles.transpose(1, 0, 2).reshape(kernel.shape[0], -1)[:, : kernel.shape[1]]
     return d_hidden.astype(hidden.dtype), None if d_kernel is None else d_kernel.astype(kernel.dtype), None
 

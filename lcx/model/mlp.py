@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from lcx.core.batch import cut_tokens, join_tokens
 from lcx.core.mesh import context_size, target_platform
 from lcx.core.trees import Tree
 from lcx.model import experts
@@ -52,9 +53,8 @@ def mlp(
     if count == 1:
         y, expert_load = branch((x, token_mask))
     else:
-        tiles = jax.tree.map(lambda a: a.reshape(B, count, T // count, *a.shape[2:]).swapaxes(0, 1), (x, token_mask))
-        y, expert_load = jax.lax.map(jax.checkpoint(branch, prevent_cse=False), tiles)
-        y, expert_load = y.swapaxes(0, 1).reshape(x.shape), None if expert_load is None else jnp.sum(expert_load, axis=0)
+        y, expert_load = jax.lax.map(jax.checkpoint(branch, prevent_cse=False), cut_tokens((x, token_mask), count))
+        y, expert_load = join_tokens(y), None if expert_load is None else jnp.sum(expert_load, axis=0)
     if expert_load is None or token_mask is None:
         return y, None
     return y, experts.balance_loss(expert_load, jnp.sum(token_mask, dtype=jnp.float32))

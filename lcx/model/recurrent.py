@@ -19,8 +19,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lcx.attention.chunks import Chunk, KeyChunks, RowChunks, attend_to_chunks, in_chunks
-from lcx.core.batch import Batch
+from lcx.attention.chunks import Chunk, KeyChunks, RowChunks, attend_to_chunks
+from lcx.core.batch import Batch, cut_tokens, join_tokens
 from lcx.core.errors import UserError
 from lcx.core.trees import Tree
 from lcx.model import transformer
@@ -88,7 +88,7 @@ def hidden_states(params: Tree, buffers: Mapping[str, Any], arch: Architecture, 
     _, states = jax.lax.scan(
         functools.partial(walk.collect, params), walk.empty(arch.execution.compute_dtype), jnp.arange(walk.count)
     )
-    return states.swapaxes(0, 1).reshape(batch.tokens.shape[0], -1, states.shape[-1])[:, :length]
+    return join_tokens(states)[:, :length]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +111,8 @@ class _Walk:
             )
         chunk = arch.execution.recurrent_chunk or batch.tokens.shape[1]
         rows = {kind: RowChunks.build(batch.index, chunk, buffers[kind].get("rotations", {})) for kind in arch.config.kinds}
-        return cls(arch, buffers, in_chunks(dataclasses.replace(batch, row_parts=None), chunk), batch.row_parts, rows)
+        tokens = cut_tokens(dataclasses.replace(batch, row_parts=None), batch.tokens.shape[1] // chunk)
+        return cls(arch, buffers, tokens, batch.row_parts, rows)
 
     @property
     def count(self) -> int:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from lcx.core.batch import cut_tokens, join_tokens
 from lcx.core.mesh import SEQUENCE, context_size
 from lcx.core.trees import Tree
 
@@ -42,9 +43,7 @@ def over_tiles(run: Callable[..., Any], params: Tree, arrays: tuple[Any, ...], c
         def one(part: tuple[Any, ...]) -> Any:
             return run(jax.tree.map(lambda w, like: w.astype(like.dtype), wide, params), *part)
 
-        parts = jax.tree.map(lambda x: x.reshape(x.shape[0], count, -1, *x.shape[2:]).swapaxes(0, 1), arrays)
-        found = jax.lax.map(jax.checkpoint(one, prevent_cse=False), parts)
-        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:]), found)
+        return join_tokens(jax.lax.map(jax.checkpoint(one, prevent_cse=False), cut_tokens(arrays, count)))
 
     if context_size() == 1:
         return here(params, arrays)

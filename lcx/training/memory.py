@@ -87,7 +87,7 @@ def check_program(run: RunConfig, stage: StageConfig, step: TrainStep, program: 
     found, free = program.memory_analysis(), room(step.mesh)
     if found is None or free is None:
         return
-    new = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    new = bytes_beside_arguments(found)
     need = {"its arguments": found.argument_size_in_bytes, "results of its layers and other temporaries": new}
     if new <= NEAR * free:
         return
@@ -96,6 +96,11 @@ def check_program(run: RunConfig, stage: StageConfig, step: TrainStep, program: 
     if new > REFUSED * free:
         raise UserError(f"{said}, but there are {there}; {ways}")
     warn(f"{said}, and there are {there}, so the run may be killed for want of memory; {ways}")
+
+
+def bytes_beside_arguments(found: Any) -> int:
+    """What a program needs besides its arguments by its `memory_analysis`: temporaries, and results that are not in their place."""
+    return found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
 
 
 def size(count: float) -> str:

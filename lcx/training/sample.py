@@ -82,7 +82,7 @@ class Sample:
         (rows, length), (own, others) = self.shape(), (self.params, self.frozen)
 
         def energy(own: Tree, x: jax.Array, others: Tree) -> jax.Array:
-            params = cast_params(_joined(own, others), self.arch)
+            params = cast_params(join(own, others), self.arch)
             first = jax.tree.map(lambda w: w[0], params["layers"])
             y, _, _ = block(first, constrain(x), self.arch, _unattended)
             return jnp.sum(jnp.square(y.astype(jnp.float32)))
@@ -105,7 +105,7 @@ class Sample:
             pieces = axis_size(self.mesh, "batch")
             rows = pieces * min(2, self.stage.batch_size // self.stage.accumulate // pieces)
         batch = self._batch(rows, length)
-        params = _joined(self.params, self.frozen)
+        params = join(self.params, self.frozen)
 
         def energy(q: jax.Array, k: jax.Array, v: jax.Array, batch: Batch, params: Tree, buffers: Tree) -> jax.Array:
             inputs, index = LayerInputs.build(self.arch, kind, params, buffers, batch.index), batch.index
@@ -141,11 +141,11 @@ class Sample:
 
         def nll(own: Tree, scale: jax.Array, others: Tree, batch: Batch) -> jax.Array:
             states = constrain((batch.tokens % 7 + 1)[..., None].astype(scale.dtype) * scale)
-            return loss_sums(_joined(own, others), states, batch, self.arch).nll
+            return loss_sums(join(own, others), states, batch, self.arch).nll
 
         run = self._compiled(jax.grad(nll, argnums=(0, 1)))
         scale = jnp.full((1, 1, self.config.model_dim), 0.01, self.arch.execution.compute_dtype)
-        others, batch = _joined(others, self.frozen), self._batch(rows, length)
+        others, batch = join(others, self.frozen), self._batch(rows, length)
         return self._seconds(lambda: run(own, scale, others, batch)) / (rows * length * vocab)
 
     def update(self) -> float:
@@ -190,10 +190,6 @@ def _unattended(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, No
     """In place of attention: of its shapes, and with a gradient for all three."""
     group = q.shape[2] // k.shape[2]
     return q * jnp.repeat(k + v, group, axis=2), None
-
-
-def _joined(params: Tree, frozen: Tree) -> Tree:
-    return join(params, frozen) if frozen else params
 
 
 def _filled(noise: np.ndarray, leaf: jax.ShapeDtypeStruct) -> jax.Array:

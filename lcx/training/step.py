@@ -60,7 +60,7 @@ class TrainState:
     @property
     def all_params(self) -> Tree:
         """Trained and frozen parameters in one tree."""
-        return join(self.params, self.frozen) if self.frozen else self.params
+        return join(self.params, self.frozen)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -338,17 +338,16 @@ class TrainStep:
     def _loss(
         self, params: Tree, frozen: Tree, batch: Batch, buffers: Mapping[str, Any], rate: jax.Array | None
     ) -> tuple[jax.Array, LossSums]:
-        params = join(params, frozen) if frozen else params
+        params = join(params, frozen)
         states, router_aux = hidden_states(params, buffers, self.arch, batch)
         return self._objective(params, states, batch, router_aux, rate)
 
     def _walked(
         self, params: Tree, frozen: Tree, batch: Batch, buffers: Mapping[str, Any], rate: jax.Array | None
     ) -> tuple[tuple[None, LossSums], Tree]:
-        def whole(params: Tree) -> Tree:
-            return join(params, frozen) if frozen else params
-
-        sums, gradients = recurrent.sums_and_gradients(self._objective, whole, params, buffers, self.arch, batch)
+        sums, gradients = recurrent.sums_and_gradients(
+            self._objective, lambda trained: join(trained, frozen), params, buffers, self.arch, batch
+        )
         return (None, sums), gradients
 
     def _objective(
