@@ -12,10 +12,10 @@ from lcx.core import configs
 from lcx.core.configs import choice
 from lcx.core.errors import UserError
 from lcx.core.host import available_memory
-from lcx.core.mesh import AXES, MeshConfig
+from lcx.core.mesh import AXES, MeshConfig, slices_spanned
 from lcx.planning.compile import Compiled, compile_step
 from lcx.planning.memory import Held, held
-from lcx.planning.program import across_slices, schemes_at
+from lcx.planning.program import schemes_at
 from lcx.planning.roofline import StepTime, step_time
 from lcx.planning.topology import Topology
 from lcx.planning.work import Work, work_of
@@ -90,8 +90,9 @@ def stage_plan(
     Raises `UserError` where the stage does not divide over the topology's devices.
     """
     stage = run.stages[index]
-    mesh = (mesh_config or run.mesh_of(stage)).sizes(where.devices)
-    across_slices(mesh, where.slices)
+    config = mesh_config or run.mesh_of(stage)
+    mesh = config.sizes(where.devices)
+    slices_spanned(mesh, where.slices, config.context_over_slices)
     abstract: Any = AbstractMesh(tuple(mesh[axis] for axis in AXES), AXES)
     check_stage(run, stage, abstract, run.specs(schemes_at(run, index), stage.length))
     work = work_of(run.model, run.execution, stage.batch_size, stage.seq_len, stage.accumulate, mesh)

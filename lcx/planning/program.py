@@ -6,7 +6,7 @@ What `training.builder` builds, without a corpus, weights or a workdir.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,8 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lcx.core.batch import Batch
-from lcx.core.errors import UserError
-from lcx.core.mesh import AXES, arranged, make_mesh, named_sharding
+from lcx.core.mesh import make_mesh, named_sharding
 from lcx.core.trees import Tree
 from lcx.model.architecture import build_architecture, build_schemes, row_layout
 from lcx.positions.registry import from_config
@@ -48,7 +47,7 @@ class StepProgram:
         def tokens(dtype: Any = jnp.int32) -> Any:
             return jax.ShapeDtypeStruct((rows, length), dtype, sharding=named_sharding(mesh, ("batch", "sequence")))
 
-        parts = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=named_sharding(mesh, ("batch",)))
+        parts: Any = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=named_sharding(mesh, ("batch",)))
         layout = row_layout(self.run.model, self.run.execution, length, mesh)
         count = sum(part.weight > 0 for part in self.run.data_of(stage).parts.values())
         return Batch(
@@ -72,7 +71,7 @@ def build(run: RunConfig, index: int, devices: Sequence[Any]) -> StepProgram:
     Raises `UserError` where the stage does not divide over them.
     """
     stage = run.stages[index]
-    mesh = mesh_over(run, stage, devices)
+    mesh = make_mesh(run.mesh_of(stage), devices)
     schemes = schemes_at(run, index)
     table = run.specs(schemes, stage.length)
     check_stage(run, stage, mesh, table)
@@ -82,27 +81,3 @@ def build(run: RunConfig, index: int, devices: Sequence[Any]) -> StepProgram:
     step = train_step(arch, table, run.optim_of(stage), stage.steps, mesh, stage.accumulate, run.adapters)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)), buffers)
     return StepProgram(run, stage, mesh, step, abstract)
-
-
-def mesh_over(run: RunConfig, stage: StageConfig, devices: Sequence[Any]) -> Mesh:
-    """The stage's mesh; over several slices one of its axes goes from slice to slice (`across_slices`)."""
-    config, slices = run.mesh_of(stage), sorted({getattr(device, "slice_index", 0) for device in devices})
-    if len(slices) == 1:
-        return make_mesh(config, devices)
-    sizes = config.sizes(len(devices))
-    across = across_slices(sizes, len(slices))
-    own = {**sizes, across: sizes[across] // len(slices)}
-    parts = [[device for device in devices if device.slice_index == i] for i in slices]
-    whole = np.concatenate([arranged(own, part) for part in parts], axis=AXES.index(across))
-    return Mesh(whole, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
-
-
-def across_slices(sizes: Mapping[str, int], slices: int) -> str:
-    """The axis that goes from slice to slice, over a slow network: data or else fsdp; raises `UserError` if neither divides."""
-    for axis in ("data", "fsdp"):
-        if sizes[axis] % slices == 0:
-            return axis
-    raise UserError(
-        f"--slices={slices}: neither mesh.data={sizes['data']} nor mesh.fsdp={sizes['fsdp']} divides over them; make one of them a "
-        f"multiple of {slices}"
-    )

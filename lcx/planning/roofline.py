@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
+from lcx.core.mesh import slices_spanned
 from lcx.model.config import is_local
 from lcx.planning.topology import Topology
 from lcx.planning.work import WIDTH, Work, useful
@@ -134,16 +135,16 @@ class Rates:
         self.matmul = where.flops * _between(reached.matmul, reached.matmul_few, few)
         self.attention = where.flops * _between(reached.attention, reached.attention_few, few)
         self.link = where.chip.link / where.chip.cores
+        self.spanned = slices_spanned(work.mesh, where.slices, True)
+        """Slices that each axis goes over."""
 
     def gathered(self, size: float) -> float:
         """Seconds in which a weight of `size` bytes is gathered from all its shards, or its gradient is summed into them."""
         if self.work.weights == 1:
             return 0.0
         inside = size * (1 - 1 / self.work.weights) / self.many(self.work.weights)
-        if self.where.slices == 1 or self.work.mesh["data"] % self.where.slices == 0:
-            return inside
-        # What the other slices hold comes over the network, to each chip a part of it.
-        missing = size * (1 - 1 / self.where.slices) * self.where.slices / self.where.chips
+        # What other slices hold comes over the network, to each chip of a slice a part of it.
+        missing = size * (1 - 1 / self.spanned["fsdp"]) * self.where.slices / self.where.chips
         return inside + missing / self.where.chip.between
 
     def many(self, devices: int) -> float:
@@ -157,8 +158,8 @@ class Rates:
     def hop(self, size: float) -> float:
         """Seconds in which `size` bytes go to the next device of a ring."""
         chip = self.where.chip
-        rate = self.link if chip.platform == "tpu" or self.work.share <= chip.per_host else chip.between
-        return size / rate
+        near = self.spanned["ring"] == 1 if chip.platform == "tpu" else self.work.share <= chip.per_host
+        return size / (self.link if near else chip.between)
 
     def exchanged(self, size: float, devices: int) -> float:
         """Seconds in which a device trades all but its part of `size` bytes with others: on a torus a quarter of gathering them."""
@@ -173,7 +174,7 @@ class Rates:
         size, copies, seconds = 4 * numbers, self.work.mesh["data"], 0.0
         if self.where.slices > 1:
             seconds += 2 * size / self.where.chip.between * self.where.chip.cores
-            copies = max(1, copies // self.where.slices)
+            copies //= self.spanned["data"]
         if copies > 1:
             seconds += 2 * size / self.many(copies)
         return seconds

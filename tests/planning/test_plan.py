@@ -62,10 +62,16 @@ def test_what_does_not_divide_is_said():
         planning.stage_plan(run(mesh={"fsdp": 3}), 0, V5P)
 
 
-def test_slices_share_rows_and_no_row():
-    assert planning.stage_plan(run(1 << 20, batch_size=2, mesh={"fsdp": 2}), 0, topology("v5p:2x2x2", 2)).mesh["fsdp"] == 2
-    with pytest.raises(UserError, match="--slices=2: neither mesh.data=1 nor mesh.fsdp=1 divides over them"):
-        planning.stage_plan(run(), 0, topology("v5p:2x2x2", 2))
+def test_slices_share_rows_and_a_row_only_if_asked():
+    two = topology("v5p:2x2x2", 2)
+    rows = planning.stage_plan(run(1 << 20, batch_size=2, mesh={"fsdp": 2}), 0, two)
+    assert rows.mesh["fsdp"] == 2
+    with pytest.raises(UserError, match="2 TPU slices cannot share mesh.data=1 x mesh.fsdp=1.*mesh.context_over_slices=True"):
+        planning.stage_plan(run(), 0, two)
+    # Keys then go over the network between slices, 90 / 6.25 times as slowly as over a link.
+    one = planning.stage_plan(run(1 << 20), 0, topology("v5p:4x2x2")).time
+    over = planning.stage_plan(run(1 << 20, mesh={"context_over_slices": True}), 0, two).time
+    assert over.by_part["transfers"] > one.by_part["transfers"]
 
 
 def stand_in(monkeypatch, code):
