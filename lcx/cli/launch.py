@@ -1,7 +1,7 @@
 """Start a run on many hosts: write the files of a platform and hand them to its tool, or start several processes here.
 
     lcx launch --backend=local --num_processes=4 --config=configs/quickstart.py:smoke --workdir=runs/four
-    lcx launch --backend=slurm --nodes=4 --gpus_per_node=8 --config=configs/laptop_128x.py --workdir=/shared/runs/x --dry_run
+    lcx launch --backend=slurm --nodes=4 --gpus_per_node=8 --config=configs/pods/prolong_8b_512k.py --workdir=/shared/x --dry_run
     lcx launch --backend=local --num_processes=2 -- train --config=configs/quickstart.py:smoke --workdir=runs/two
 
 Words behind -- are another command of lcx to start in place of run. launch/README.md has a page for each platform.
@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -24,8 +25,10 @@ from lcx.core.console import say
 from lcx.core.errors import UserError
 from lcx.launch import job
 from lcx.launch.launch import LOCAL, OPTIONS, check_backend, launch, options_of
-from lcx.recipes.recipe import recipe
+from lcx.planning.program import sizes_over
+from lcx.recipes.recipe import Recipe, recipe
 from lcx.recipes.sweeps import check_paths, cli_argv, names, points_of
+from lcx.training.profile import profile_steps
 
 WHERE = {
     "num_processes": (int, "local: processes, each with --host_devices CPU devices"),
@@ -87,7 +90,7 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     if values["host_devices"].present:
         given["host_devices"] = values.host_devices
     options = options_of(backend, given)
-    jobs = _sweep_jobs(values, backend) if values.sweep else [_job(values, rest, backend)]
+    jobs = _sweep_jobs(values, backend) if values.sweep else [_job(values, rest, backend, options)]
     if not jobs:
         say("every point of the sweep is finished; lcx sweep with the same config and workdir makes the table")
         return
@@ -103,7 +106,7 @@ def _title(values: flags.FlagValues, rest: Sequence[str]) -> str:
     return config_flags.title(values) if values.config is not None else rest[0]
 
 
-def _job(values: flags.FlagValues, rest: Sequence[str], backend: str) -> job.JobSpec:
+def _job(values: flags.FlagValues, rest: Sequence[str], backend: str, options: Any) -> job.JobSpec:
     """The one job that is asked for: a run of the config, or the command behind --."""
     if values.config is not None and rest:
         raise UserError(f"unexpected argument {rest[0]!r} beside --config; give a config, or another command behind --, not both")
@@ -117,7 +120,11 @@ def _job(values: flags.FlagValues, rest: Sequence[str], backend: str) -> job.Job
             if values[flag].value is not None:
                 raise UserError(f"--{flag} belongs behind --, to the command that is started; move it there")
         return _spec(values, backend, values.name or job.job_name(rest[0]), list(rest), parse.given(rest, "workdir"))
-    workdir = _check_config(values, backend)
+    workdir, chosen = _check_config(values)
+    profile_steps(values.profile)
+    if chosen is not None and options.devices is not None:
+        for index in range(len(chosen.run.stages)):
+            sizes_over(chosen.run, index, options.devices, getattr(options, "num_slices", 1))
     extra = [] if values.profile is None else [f"--profile={values.profile}"]
     words = ["run", f"--config={_reachable(values, backend)}", *_overrides(), *extra, f"--workdir={workdir}"]
     return _spec(values, backend, values.name or job.job_name(config_flags.title(values)), words, workdir)
@@ -127,7 +134,7 @@ def _sweep_jobs(values: flags.FlagValues, backend: str) -> list[job.JobSpec]:
     """A job for each point of the sweep that has no report yet, so far as its folder can be seen from here."""
     if values.config is None:
         raise UserError("--sweep needs --config, a file with get_sweep() such as configs/sweeps/theta_length.py")
-    workdir = _check_config(values, backend)
+    workdir, _ = _check_config(values)
     points = points_of(config_flags.module(values), config_flags.filename(values))
     check_paths(points, values.config)
     argv = cli_argv(_reachable(values, backend), "run", _overrides())
@@ -143,13 +150,20 @@ def _sweep_jobs(values: flags.FlagValues, backend: str) -> list[job.JobSpec]:
     return found
 
 
-def _check_config(values: flags.FlagValues, backend: str) -> str:
-    """The workdir; raises `UserError` for a config that cannot work, so far as can be told here, before anything is paid for."""
+def _check_config(values: flags.FlagValues) -> tuple[str, Recipe | None]:
+    """The workdir, and the recipe unless a model is needed for it that is not here.
+
+    Raises `UserError` for a config that cannot work, so far as can be told here, before anything is paid for.
+    """
     if values.workdir == "":
         raise UserError("--workdir= is empty; name a directory or omit the flag")
-    if not hasattr(config_flags.module(values), "complete"):
-        recipe(values.config)  # where a model has to be read first, its hosts check it
-    return values.workdir or str(Path("runs") / config_flags.title(values))
+    workdir, config = values.workdir or str(Path("runs") / config_flags.title(values)), values.config
+    if complete := getattr(config_flags.module(values), "complete", None):
+        source = str(config.get("source"))
+        if not Path(source).exists() or Path(source).suffix in (".yml", ".yaml"):
+            return workdir, None  # the model is read, or merged first, where the job runs
+        config = complete(config)
+    return workdir, recipe(config)
 
 
 def _reachable(values: flags.FlagValues, backend: str) -> str:

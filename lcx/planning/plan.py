@@ -6,20 +6,17 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jax.sharding import AbstractMesh
-
 from lcx.core import configs
 from lcx.core.configs import choice
 from lcx.core.errors import UserError
 from lcx.core.host import available_memory
-from lcx.core.mesh import AXES, MeshConfig, slices_spanned
+from lcx.core.mesh import MeshConfig
 from lcx.planning.compile import Compiled, compile_step
 from lcx.planning.memory import Held, held
-from lcx.planning.program import schemes_at
+from lcx.planning.program import sizes_over
 from lcx.planning.roofline import StepTime, step_time
 from lcx.planning.topology import Topology
 from lcx.planning.work import Work, work_of
-from lcx.training.checks import check_stage
 from lcx.training.memory import size
 from lcx.training.stages import RunConfig, StageConfig
 
@@ -90,11 +87,7 @@ def stage_plan(
     Raises `UserError` where the stage does not divide over the topology's devices.
     """
     stage = run.stages[index]
-    config = mesh_config or run.mesh_of(stage)
-    mesh = config.sizes(where.devices)
-    slices_spanned(mesh, where.slices, config.context_over_slices)
-    abstract: Any = AbstractMesh(tuple(mesh[axis] for axis in AXES), AXES)
-    check_stage(run, stage, abstract, run.specs(schemes_at(run, index), stage.length))
+    mesh = sizes_over(run, index, where.devices, where.slices, mesh_config)
     work = work_of(run.model, run.execution, stage.batch_size, stage.seq_len, stage.accumulate, mesh)
     found = held(run, stage, mesh, where)
     ratio = compiled.needed / found.total if compiled is not None else 1.0

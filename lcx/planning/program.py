@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from lcx.core.batch import Batch
-from lcx.core.mesh import make_mesh, named_sharding
+from lcx.core.mesh import AXES, MeshConfig, make_mesh, named_sharding, slices_spanned
 from lcx.core.trees import Tree
 from lcx.model.architecture import build_architecture, build_schemes, row_layout
 from lcx.positions.registry import from_config
@@ -63,6 +63,20 @@ def schemes_at(run: RunConfig, index: int) -> dict[str, Scheme]:
         current = override(current, stage, before or stage.length)
         before = stage.length
     return current
+
+
+def sizes_over(run: RunConfig, index: int, devices: int, slices: int = 1, config: MeshConfig | None = None) -> dict[str, int]:
+    """Sizes of the mesh of stage `index`, or of another `config`, over so many devices, which may be those of several TPU slices.
+
+    Raises `UserError` where the stage does not divide over them.
+    """
+    stage = run.stages[index]
+    config = config or run.mesh_of(stage)
+    sizes = config.sizes(devices)
+    slices_spanned(sizes, slices, config.context_over_slices)
+    abstract: Any = AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES)
+    check_stage(run, stage, abstract, run.specs(schemes_at(run, index), stage.length))
+    return sizes
 
 
 def build(run: RunConfig, index: int, devices: Sequence[Any]) -> StepProgram:

@@ -19,7 +19,7 @@ def get_sweep():
 
 SLURM = "launch --backend=slurm --nodes=2 --dry_run --out={out} "
 GKE = "launch --backend=gke --tpu=v5e --topology=4x4 --image=host/lcx:1 --mount=gs://b:/mnt/b --dry_run --out={out} "
-LOCAL = "launch --backend=local --num_processes=2 --host_devices=3 --dry_run "
+LOCAL = "launch --backend=local --num_processes=2 --host_devices=4 --dry_run "
 
 WRONG = {
     "launch": "--backend is missing; choose one of local, tpu_vm, gke, slurm, skypilot",
@@ -50,9 +50,15 @@ WRONG = {
     SLURM + "--config={config} --config.optim.lrr=1": "--config.optim.lrr",
     SLURM + "--config={config} --config.optim.lr=-1": "optim.lr=-1.0 must be above 0",
     SLURM + "--config={config} --mount=a": "--mount=a is not of the form SOURCE:/FOLDER",
-    GKE + "--config={far} --workdir=/mnt/b/x": "lies outside this folder, which is all that the hosts of --backend=gke see",
-    GKE + "--config={near} --workdir=/x": "would be a folder of its own on each of 4 hosts",
-    GKE + "--config={near} --workdir=/mnt/b/x --setup=x": "--setup gives a setup, which --backend=gke does not take",
+    SLURM + "--config={config} --profile=1-2": "--profile=1-2 is not a range of steps; give the first and the last, as in",
+    SLURM + "--config={config} --gpus_per_node=3 --config.mesh.context=4": "need a multiple of 4 devices and 6 are available",
+    SLURM + "--config={config} --gpus_per_node=3": "stages.base.batch_size=8 must be divisible by 6",
+    SLURM + "--config=configs/extend_hf.py --config.source={file}": "config.target is missing; give the length to reach",
+    GKE + "--config={near} --workdir=/mnt/b/x --num_slices=2 --config.mesh.fsdp=1 --config.mesh.context=32": "2 TPU slices cannot",
+    GKE + "--config={far} --config.mesh.context=2 --workdir=/mnt/b/x": "lies outside this folder, which is all that the hosts",
+    GKE + "--config={near} --config.mesh.context=2 --workdir=/x": "would be a folder of its own on each of 4 hosts",
+    GKE
+    + "--config={near} --config.mesh.context=2 --workdir=/mnt/b/x --setup=x": "--setup gives a setup, which --backend=gke does not",
 }
 
 
@@ -84,7 +90,7 @@ def test_a_script_is_written_with_what_was_typed(places, capsys):
 
 
 def test_a_copied_folder_has_relative_configs(places):
-    main(shlex.split((GKE + "--config={config} --workdir=/mnt/b/x").format(**places)))
+    main(shlex.split((GKE + "--config={config} --config.mesh.context=2 --workdir=/mnt/b/x").format(**places)))
     assert f'"--config={places["near"]}"' in (places["out"] / "tiny.jobset.yaml").read_text()
 
 
@@ -92,11 +98,11 @@ def test_here_it_says_what_would_run(places, capsys):
     main(shlex.split((LOCAL + "--config={config} --workdir={run}").format(**places)))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and lines[1].endswith(
-        f"-m lcx.cli run --config={CONFIG} --workdir={places['run']} --host_devices=3 "
+        f"-m lcx.cli run --config={CONFIG} --workdir={places['run']} --host_devices=4 "
         "--distributed=127.0.0.1:8476 --num_processes=2 --process_id=1"
     )
     main(shlex.split((LOCAL + "-- eval --checkpoint={run} --lengths=64").format(**places)))
-    assert f"-m lcx.cli eval --checkpoint={places['run']} --lengths=64 --host_devices=3 --dist" in capsys.readouterr().out
+    assert f"-m lcx.cli eval --checkpoint={places['run']} --lengths=64 --host_devices=4 --dist" in capsys.readouterr().out
 
 
 def test_a_sweep_is_a_job_a_point_without_the_finished_ones(places, capsys):
@@ -116,3 +122,11 @@ def test_a_sweep_is_a_job_a_point_without_the_finished_ones(places, capsys):
     main(shlex.split(typed.replace(str(places["out"]), str(places["out"] / "again"))))
     assert "seed=1 is finished" in capsys.readouterr().out
     assert len(list((places["out"] / "again").iterdir())) == 2
+
+
+PAGE = (Path(__file__).parents[2] / "launch" / "README.md").read_text().replace("\\\n", " ")
+
+
+@pytest.mark.parametrize("line", re.findall(r"^lcx (launch .*?)(?: #.*)?$", PAGE, re.MULTILINE))
+def test_the_page_has_commands_that_fit(line, tmp_path):
+    main([*shlex.split(line), "--dry_run", f"--out={tmp_path}"])

@@ -26,6 +26,11 @@ class Gke:
     queue: str | None = None
     service_account: str | None = None
 
+    @property
+    def devices(self) -> int:
+        """Devices of all slices."""
+        return self.num_slices * Slice(self.tpu, self.topology).devices
+
     def __post_init__(self) -> None:
         at_least("num_slices", self.num_slices, 1)
         for flag in ("namespace", "queue", "service_account"):

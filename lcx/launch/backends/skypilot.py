@@ -41,6 +41,12 @@ class SkyPilot:
         plain_word("infra", self.infra)
 
     @property
+    def devices(self) -> int | None:
+        """Accelerators of the job; None for TPUs, whose names count chips or cores."""
+        count = self.accelerators.partition(":")[2] or "1"
+        return self.nodes * int(count) if count.isdigit() and not self.is_tpu else None
+
+    @property
     def is_tpu(self) -> bool:
         """Whether the accelerators are TPUs, whose hosts find each other by themselves."""
         return self.accelerators.startswith("tpu-")

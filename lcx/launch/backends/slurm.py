@@ -27,6 +27,11 @@ class Slurm:
     partition: str | None = None
     account: str | None = None
 
+    @property
+    def devices(self) -> int | None:
+        """GPUs of the job; None without any."""
+        return None if self.gpus_per_node is None else self.nodes * self.gpus_per_node
+
     def __post_init__(self) -> None:
         for flag in ("nodes", "gpus_per_node", "cpus_per_task"):
             at_least(flag, getattr(self, flag), 1)
