@@ -41,8 +41,8 @@ PASS_CPU, PASS_DEVICE = 2e10, 1e13
 VOCABULARY, SHORTEST = 8192, 256
 """The most entries of the vocabulary in a measured loss, and the fewest tokens of a row that is cut for a measurement."""
 
-TILED = 1024
-"""Tokens of a row in which attention is measured on a CPU, up to twice as many."""
+TILED, WORTH = 1024, 2e9
+"""The fewest tokens of a row in which attention is measured on a CPU, and operations in it beside which all else does not count."""
 
 
 class Sample:
@@ -99,11 +99,11 @@ class Sample:
         N, K, H = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
         spec, (rows, length) = self.arch.attention(kind), self.shape()
         if self.is_cpu:
-            unit, length = 2 * axis_size(self.mesh, "sequence"), self.stage.seq_len
-            while length >= 2 * TILED and length % (2 * unit) == 0:
-                length //= 2
-            pieces = axis_size(self.mesh, "batch")
+            unit, length, pieces = 2 * axis_size(self.mesh, "sequence"), self.stage.seq_len, axis_size(self.mesh, "batch")
             rows = pieces * min(2, self.stage.batch_size // self.stage.accumulate // pieces)
+            pairs = WORTH / (14 * rows * N * H)  # seven products, two operations a number
+            while length >= 2 * TILED and length % (2 * unit) == 0 and self.visited(kind, rows, length // 2) >= pairs:
+                length //= 2
         batch = self._batch(rows, length)
         params = join(self.params, self.frozen)
 
