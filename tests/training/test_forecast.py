@@ -6,6 +6,7 @@ import jax
 import pytest
 import tiny
 
+from lcx.core import host
 from lcx.core.numbers import duration
 from lcx.model.config import ModelConfig
 from lcx.model.execution import ExecutionConfig
@@ -87,7 +88,8 @@ def test_what_is_measured_is_short(stage, devices, shape, monkeypatch):
     assert (found.config.num_layers, found.config.vocab_size) == (1, 256)
 
 
-def test_pairs_that_a_kernel_visits():
+def test_pairs_that_a_kernel_visits(monkeypatch):
+    monkeypatch.setattr(host, "cores", lambda: 2)  # on one core tiles are smaller
     found = sampled(model={"pattern": ("local", "global"), "window": 100}, seq_len=4096)
     # Whole tiles of 512 on and below the diagonal, smaller ones in a band.
     assert found.visited("global", 1, 4096) == 512 * 512 * 8 * 9 // 2
