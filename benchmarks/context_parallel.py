@@ -55,13 +55,17 @@ Program = tuple[Callable[[], Any], int, Callable[[Any], tuple[np.ndarray, np.nda
 """A run of forward and backward, its temporary bytes, and (o, dq) in row order of what it gave."""
 
 
-def ours(way: tuple[str, str, int], buffers: list[np.ndarray]) -> Program:
-    """lcx over the mesh."""
+def ours(
+    way: tuple[str, str, int], buffers: list[np.ndarray], mask: Mask | None = None, segments: np.ndarray | None = None
+) -> Program:
+    """lcx over the mesh; `segments` int32 `[1, T]` are the documents' ids, without which the row is one document."""
     strategy, layout, ulysses = way
     ring, length = DEVICES // ulysses, buffers[0].shape[1]
     mesh = make_mesh(MeshConfig(fsdp=1, context=DEVICES, ulysses=ulysses))
-    spec = AttentionSpec(Mask(), SchemeSpec(), scale=HEAD_DIM**-0.5, strategy=strategy)
-    index = arrange(Index.dense(1, length), layout, ring).replace(layout=layout)
+    spec = AttentionSpec(mask or Mask(), SchemeSpec(), scale=HEAD_DIM**-0.5, strategy=strategy)
+    index = Index.dense(1, length)
+    index = index if segments is None else index.replace(segments=segments)
+    index = arrange(index, layout, ring).replace(layout=layout)
 
     def step(q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array, index: Index) -> tuple[jax.Array, ...]:
         o, pull = jax.vjp(lambda q, k, v: attend(spec, q, k, v, index, index, q_tables={}, k_tables={}), q, k, v)

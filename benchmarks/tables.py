@@ -275,6 +275,21 @@ def balance_seconds(found: dict[str, Any]) -> Cells:
     return ("documents", "tokens", "zigzag, s", "balanced, s", "times as fast"), lines
 
 
+def strategies(found: dict[str, Any]) -> Cells:
+    """A row a cell: seconds by strategy, the best turn, what `auto` takes, and that over the fastest."""
+    names = ("gather", "ring", "window")
+    header = ("tokens a device", "KV heads", "mask", *(f"{name}, s" for name in names), "`auto`", "over the fastest")
+    return header, [strategy(row, names) for row in found["cells"]]
+
+
+def strategy(row: dict[str, Any], names: tuple[str, ...] = ("gather", "ring", "window")) -> tuple[str, ...]:
+    """One row of `strategies`."""
+    best = {name: min(turns) for name, turns in row["seconds"].items()}
+    cells = (f"{best[name]:.3f}" if name in best else "" for name in names)
+    ratio = best[row["taken"]] / min(best.values())
+    return (f"{row['tokens']:,}", f"{row['kv_heads']}", row["mask"], *cells, row["taken"], f"{ratio:.2f}")
+
+
 def main() -> None:
     """Fill in what has been measured."""
     for make in (

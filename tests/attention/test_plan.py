@@ -9,6 +9,7 @@ from lcx.attention.attend import attend
 from lcx.attention.dense import dense
 from lcx.attention.plan import choose_kernel
 from lcx.attention.spec import AttentionSpec, Blocks
+from lcx.core import host
 from lcx.core.batch import Index
 from lcx.core.errors import UserError
 from lcx.core.mask import Mask
@@ -31,6 +32,17 @@ def test_choice_depends_on_size_and_says_so():
     assert large.kernel == "blockwise" and "2,147,483,648 logits" in large.reason and "suit cpu" in large.reason
     assert choose_kernel(spec(kernel="dense"), 16384, 16384, "cpu").reason == "dense: requested"
     assert choose_kernel(spec(kernel="blockwise"), 64, 64, "cpu").kernel == "blockwise"
+
+
+@pytest.mark.parametrize(
+    ("cores", "devices", "blocks"),
+    [(2, 1, (512, 512, 1, 2)), (1, 1, (256, 256, 1, 1)), (2, 2, (256, 256, 1, 1)), (8, 2, (256, 256, 1, 4))],
+)
+def test_a_device_of_one_core_takes_a_head_at_a_time(cores, devices, blocks, monkeypatch):
+    monkeypatch.setattr(host, "cores", lambda: cores)
+    assert choose_kernel(spec(), 4096, 4096, "cpu", batch=4, heads=8, kv_heads=8, devices=devices).blocks == Blocks(*blocks)
+    short = choose_kernel(spec(kernel="blockwise"), 64, 64, "cpu", batch=32, heads=8, kv_heads=8, devices=devices).blocks
+    assert short == Blocks(64, 64, *((16, 1) if blocks[-1] == 1 else (128 // 8 // devices, 8)))
 
 
 def test_single_queries_read_a_cache_as_it_lies_on_a_cpu():
