@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lcx.attention.parallel.context import choose_strategy
+from lcx.core.mask import Mask
 from lcx.report import markdown
 
 HERE = Path(__file__).resolve().parent
@@ -278,16 +280,16 @@ def balance_seconds(found: dict[str, Any]) -> Cells:
 def strategies(found: dict[str, Any]) -> Cells:
     """A row a cell: seconds by strategy, the best turn, what `auto` takes, and that over the fastest."""
     names = ("gather", "ring", "window")
-    header = ("tokens a device", "KV heads", "mask", *(f"{name}, s" for name in names), "`auto`", "over the fastest")
-    return header, [strategy(row, names) for row in found["cells"]]
-
-
-def strategy(row: dict[str, Any], names: tuple[str, ...] = ("gather", "ring", "window")) -> tuple[str, ...]:
-    """One row of `strategies`."""
-    best = {name: min(turns) for name, turns in row["seconds"].items()}
-    cells = (f"{best[name]:.3f}" if name in best else "" for name in names)
-    ratio = best[row["taken"]] / min(best.values())
-    return (f"{row['tokens']:,}", f"{row['kv_heads']}", row["mask"], *cells, row["taken"], f"{ratio:.2f}")
+    lines = []
+    for row in found["cells"]:
+        best = {name: min(turns) for name, turns in row["seconds"].items()}
+        mask = Mask(window=found["window"]) if row["mask"] == "window" else Mask()
+        length, group = found["devices"] * row["tokens"], found["heads"] // row["kv_heads"]
+        taken = choose_strategy("auto", mask, row["layout"], length, found["devices"], group, "cpu").strategy
+        seconds = (f"{best[name]:.3f}" if name in best else "" for name in names)
+        ratio = f"{best[taken] / min(best.values()):.2f}"
+        lines.append((f"{row['tokens']:,}", f"{row['kv_heads']}", row["mask"], *seconds, taken, ratio))
+    return ("tokens a device", "KV heads", "mask", *(f"{name}, s" for name in names), "`auto`", "over the fastest"), lines
 
 
 def main() -> None:
@@ -326,6 +328,11 @@ def main() -> None:
         markdown.fill(HERE / "README.md", "balance", markdown.table(*balance_counts(figures["counted"])))
         if figures["timed"]:
             markdown.fill(HERE / "README.md", "balance_seconds", markdown.table(*balance_seconds(figures["timed"])))
+    markdown.fill(
+        HERE / "README.md",
+        "strategies",
+        markdown.table(*strategies(json.loads((HERE / "results" / "strategies.json").read_text()))),
+    )
     path = HERE / "results" / "generation.json"
     if path.exists() and "long" in (found := json.loads(path.read_text())):
         markdown.fill(HERE / "README.md", "long_prompt", long_prompt(found))

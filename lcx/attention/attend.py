@@ -96,7 +96,8 @@ def _context_parallel(
     if T % axis_size(mesh, "sequence") or S != T:
         raise UserError(f"{T} queries and {S} keys must be divisible by the {axis_size(mesh, 'sequence')} devices of mesh.context")
     check_heads(N, share)
-    choice, platform = choose_strategy(spec.strategy, spec.mask, layout, T, ring_size, N // K), target_platform()
+    platform = target_platform()
+    choice = choose_strategy(spec.strategy, spec.mask, layout, T, ring_size, N // K, platform)
     index, parts = keys.index, None
     if choice.strategy == "nested":
         assert index.reach is not None  # as every balanced row has it

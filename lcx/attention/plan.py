@@ -142,12 +142,12 @@ def tiles_blockwise(
     """Tile sizes. On a CPU a tile's logits stay in its caches; an accelerator processes all rows and heads at once."""
     group = heads // kv_heads
     one_core = platform == "cpu" and devices >= host.cores()
-    alone = platform == "cpu" and devices == 1 and not one_core
+    threads = platform == "cpu" and devices == 1 and not one_core
     if platform == "cpu":
         longest, budget = max(T, S), CORE_TILE if one_core else CPU_TILE // min(devices, 8)
         # If each device has its own part of the work, tiles need not be large enough for the threads of all of them; for eight,
         # larger ones are as fast.
-        side = 128 if longest <= 256 else 256 if longest <= 1024 or (not alone and devices < 8) else 512
+        side = 128 if longest <= 256 else 256 if longest <= 1024 or (not threads and devices < 8) else 512
     else:
         side, budget = 512, 2**62
     if spec.mask.window is not None:
@@ -155,8 +155,8 @@ def tiles_blockwise(
         side = min(side, max(64, _power(spec.mask.window)))
     block_k = spec.block_k or min(side, round_up(S, 16))
     # A row of 512 in one tile of queries: products are large enough for two threads, which gains more than the masked half costs.
-    wide = 512 if alone and side == 256 and max(T, S) <= 512 else side
-    if alone and side >= 256:
+    wide = 512 if threads and side == 256 and max(T, S) <= 512 else side
+    if threads and side >= 256:
         # All query heads of a KV head in full: 10 to 30% faster, forward and backward, than as many rows as for a single one.
         query_side = wide
     else:

@@ -128,14 +128,20 @@ class Work:
 
 
 def work_of(
-    model: ModelConfig, execution: ExecutionConfig, rows: int, length: int, accumulate: int, mesh: Mapping[str, int]
+    model: ModelConfig,
+    execution: ExecutionConfig,
+    rows: int,
+    length: int,
+    accumulate: int,
+    mesh: Mapping[str, int],
+    platform: str = "tpu",
 ) -> Work:
     """The work of a step of `rows` rows of `length` tokens over a mesh."""
     own = rows / accumulate / (mesh["data"] * mesh["fsdp"] * mesh["expert"])
     group = model.num_heads // model.num_kv_heads
     strategy = execution.context_strategy
     if strategy == "auto":
-        strategy = "ring" if length // mesh["ring"] * group >= RING_TOKENS else "gather"
+        strategy = "ring" if platform == "cpu" or length // mesh["ring"] * group >= RING_TOKENS else "gather"
     at_once, periods = execution.at_once(length), max(1, model.num_layers // len(model.pattern))
     policy = remat_policy(execution, at_once)
     nested = execution.periods_together(periods) if policy.startswith("nested") else 1

@@ -201,6 +201,8 @@ def test_strategy_follows_the_tokens_of_a_device_and_says_why():
     assert few.strategy == "gather" and "1,024 tokens per device with 4 heads per KV head are too few to hide a ring" in few.reason
     many = choose_strategy("auto", Mask(), "zigzag", 65536, 8, group=4)
     assert many.strategy == "ring" and many.schedule.before == 7
+    host = choose_strategy("auto", Mask(), "zigzag", 8192, 8, group=4, platform="cpu")
+    assert host.strategy == "ring" and "between devices of one host there is nothing to hide" in host.reason
     near = choose_strategy("auto", Mask(window=1024), "contiguous", 65536, 8, group=4)
     assert near.strategy == "window" and (near.schedule.before, near.schedule.after) == (1, 0)
     sides = choose_strategy("auto", Mask(window=1024), "zigzag", 65536, 8, group=4)

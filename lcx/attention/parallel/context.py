@@ -49,7 +49,13 @@ class ContextChoice(NamedTuple):
 
 
 def choose_strategy(
-    strategy: Strategy | Literal["auto"], mask: Mask, layout: SequenceLayout, length: int, ring_size: int, group: int
+    strategy: Strategy | Literal["auto"],
+    mask: Mask,
+    layout: SequenceLayout,
+    length: int,
+    ring_size: int,
+    group: int,
+    platform: str = "tpu",
 ) -> ContextChoice:
     """How `ring_size` devices of the ring share rows of `length` tokens under a mask, and why; `group` is N / K.
 
@@ -68,13 +74,14 @@ def choose_strategy(
     why = "requested"
     if strategy == "auto" and layout == "balanced":
         strategy, why = "nested", "keys go to the devices that have queries of their document"
+    elif strategy == "auto" and near is not None:
+        strategy, why = "window", f"a window of {mask.window} reaches {near.before} devices before and {near.after} after"
+    elif strategy == "auto" and platform == "cpu":
+        strategy, why = "ring", "between devices of one host there is nothing to hide"
     elif strategy == "auto":
         many = shard * group >= RING_TOKENS
-        strategy = "window" if near is not None else "ring" if many else "gather"
-        enough = f"{shard:,} tokens per device with {group} heads per KV head are {'enough' if many else 'too few'} to hide a ring"
-        why = (
-            f"a window of {mask.window} reaches {near.before} devices before and {near.after} after" if near is not None else enough
-        )
+        strategy = "ring" if many else "gather"
+        why = f"{shard:,} tokens per device with {group} heads per KV head are {'enough' if many else 'too few'} to hide a ring"
     schedule = near if strategy == "window" and near is not None else whole
     # When gathering, a slice of every shard adds up to what one device holds. A ring needs large messages.
     slices = next(n for n in range(min(ring_size, shard), 0, -1) if shard % n == 0) if strategy == "gather" else 1
