@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tables
+from context_parallel import in_turns
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lcx.attention.attend import attend
@@ -160,14 +161,9 @@ def timed(length: int, repeats: int) -> dict[str, Any]:
     for kind in DISTRIBUTIONS:
         documents = scaled(rows(kind, 131_072, 1)[0], length)
         programs = {layout: program(documents, 8, layout) for layout in ("zigzag", "balanced")}
-        seconds: dict[str, list[float]] = {layout: [] for layout in programs}
-        for turn in range(repeats + 1):
-            for layout, run in programs.items():
-                begin = time.perf_counter()
-                run()
-                if turn:
-                    seconds[layout].append(time.perf_counter() - begin)
-        found["seconds"][kind] = seconds
+        for run in programs.values():
+            run()
+        found["seconds"][kind] = in_turns(programs, repeats)
     return found
 
 

@@ -18,7 +18,7 @@ import pathlib
 import sys
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -158,16 +158,22 @@ def measure(length: int, repeats: int, chosen: list[str]) -> list[dict[str, Any]
             "way": name,
             "temporary_bytes": memory,
             "error": error(results(run()), reference, rows),
-            "seconds": [],
         }
         for name, (run, memory, results) in programs.items()
     }
+    seconds = in_turns({name: run for name, (run, _, _) in programs.items()}, repeats)
+    return [{**row, "seconds": seconds[name]} for name, row in found.items()]
+
+
+def in_turns(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of runs that take turns, so many of each; what a first run does once should be done before."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
-        for name, (run, _, _) in programs.items():
+        for name, run in runs.items():
             start = time.perf_counter()
             run()
-            found[name]["seconds"].append(time.perf_counter() - start)
-    return list(found.values())
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
 
 
 def show(rows: list[dict[str, Any]]) -> None:

@@ -12,13 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
-import time
 from typing import Any, get_args
 
 import jax
 import numpy as np
 import tables
-from context_parallel import DEVICES, HEAD_DIM, HEADS, ours
+from context_parallel import DEVICES, HEAD_DIM, HEADS, in_turns, ours
 
 from lcx.attention.parallel.ring import window_hops
 from lcx.attention.spec import Strategy
@@ -45,14 +44,9 @@ def cell(tokens: int, kv_heads: int, mask: str, repeats: int) -> dict[str, Any]:
     near = mask == "window" and window_hops(seen, layout, tokens, DEVICES) is not None
     wanted = [name for name in get_args(Strategy) if name != "nested" and (name != "window" or near)]
     runs = {name: ours((name, layout, 1), buffers, seen, segments)[0] for name in wanted}
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(repeats + 1):
-        for name, run in runs.items():
-            begin = time.perf_counter()
-            run()
-            if turn:
-                seconds[name].append(time.perf_counter() - begin)
-    return {"tokens": tokens, "kv_heads": kv_heads, "mask": mask, "layout": layout, "seconds": seconds}
+    for run in runs.values():
+        run()
+    return {"tokens": tokens, "kv_heads": kv_heads, "mask": mask, "layout": layout, "seconds": in_turns(runs, repeats)}
 
 
 def main() -> None:

@@ -25,8 +25,12 @@ def huge_pages_help() -> bool:
     """Whether huge pages are not yet requested and would help: Linux with glibc, and no accelerator to compute on instead."""
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc" or "GLIBC_TUNABLES" in os.environ:
         return False
-    accelerators = ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*", "/dev/kfd")
-    return not any(glob.glob(pattern) for pattern in accelerators)
+    return not has_accelerators()
+
+
+def has_accelerators() -> bool:
+    """Whether Linux shows an accelerator under /dev, of NVIDIA, Google or AMD; JAX, which may not want it, is not asked."""
+    return any(glob.glob(pattern) for pattern in ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*", "/dev/kfd"))
 
 
 def take_huge_pages() -> None:

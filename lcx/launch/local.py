@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from lcx.core import exits
+from lcx.core import exits, host
 from lcx.core.console import say
 from lcx.core.errors import UserError
 from lcx.launch.job import JobSpec, at_least
@@ -27,9 +27,6 @@ ALONE, GRACE = 10.0, 30.0
 
 EXAMPLE_PORT = 8476
 """Shown where nothing is started, and so no port is chosen."""
-
-ACCELERATORS = ("nvidia[0-9]*", "accel*", "vfio/*", "kfd")
-"""What Linux has under /dev for NVIDIA's GPUs, TPUs and AMD's GPUs."""
 
 LOOK = 0.05
 """Seconds between two looks at the processes."""
@@ -46,8 +43,7 @@ class Processes:
     @property
     def devices(self) -> int | None:
         """Devices of all processes; None where this machine has accelerators, which are counted when JAX starts."""
-        present = any(found for pattern in ACCELERATORS for found in Path("/dev").glob(pattern))
-        return None if present else self.num_processes * self.host_devices
+        return None if host.has_accelerators() else self.num_processes * self.host_devices
 
     def __post_init__(self) -> None:
         at_least("num_processes", self.num_processes, 1)

@@ -8,6 +8,7 @@ import re
 
 from lcx.core.configs import choice
 from lcx.core.errors import UserError
+from lcx.planning.topology import CHIPS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Generation:
 
     `label` is the value of GKE's node label, `prefix` begins the accelerator type of a TPU VM, which counts `counted` cores a chip
     (None: no TPU VMs of this kind), `runtime` is the usual software version of such a VM. A topology has `dimensions` numbers.
-    `whole_hosts` are slices on one host of as many chips. JAX sees `devices` in a chip.
+    `whole_hosts` are slices on one host of as many chips.
     """
 
     label: str
@@ -25,7 +26,6 @@ class Generation:
     runtime: str
     dimensions: int
     whole_hosts: tuple[str, ...]
-    devices: int = 1
 
 
 GENERATIONS = {
@@ -33,7 +33,7 @@ GENERATIONS = {
     "v5e": Generation("tpu-v5-lite-podslice", "v5litepod", 1, "v2-alpha-tpuv5-lite", 2, ("1x1", "2x2", "2x4")),
     "v5p": Generation("tpu-v5p-slice", "v5p", 2, "v2-alpha-tpuv5", 3, ()),
     "v6e": Generation("tpu-v6e-slice", "v6e", 1, "v2-alpha-tpuv6e", 2, ("1x1", "2x2", "2x4")),
-    "tpu7x": Generation("tpu7x", None, 2, "", 3, (), devices=2),
+    "tpu7x": Generation("tpu7x", None, 2, "", 3, ()),
 }
 """Names and sizes as in the documentation of Cloud TPU and of TPUs in GKE (read November 2026)."""
 
@@ -81,7 +81,7 @@ class Slice:
     @property
     def devices(self) -> int:
         """Devices of the slice as JAX counts them."""
-        return self.chips * self.generation.devices
+        return self.chips * CHIPS[self.kind].cores
 
     @property
     def hosts(self) -> int:

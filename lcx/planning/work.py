@@ -8,9 +8,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from lcx.attention.parallel.context import RING_TOKENS
+from lcx.attention.parallel.context import choose_strategy
 from lcx.attention.parallel.ulysses import kv_copies
-from lcx.core.mask import visible_pairs
+from lcx.core.mask import Mask, visible_pairs
 from lcx.model.config import ModelConfig, is_local
 from lcx.model.execution import ExecutionConfig
 from lcx.model.transformer import remat_policy
@@ -139,9 +139,7 @@ def work_of(
     """The work of a step of `rows` rows of `length` tokens over a mesh."""
     own = rows / accumulate / (mesh["data"] * mesh["fsdp"] * mesh["expert"])
     group = model.num_heads // model.num_kv_heads
-    strategy = execution.context_strategy
-    if strategy == "auto":
-        strategy = "ring" if platform == "cpu" or length // mesh["ring"] * group >= RING_TOKENS else "gather"
+    strategy = choose_strategy(execution.context_strategy, Mask(), "zigzag", length, mesh["ring"], group, platform).strategy
     at_once, periods = execution.at_once(length), max(1, model.num_layers // len(model.pattern))
     policy = remat_policy(execution, at_once)
     nested = execution.periods_together(periods) if policy.startswith("nested") else 1

@@ -35,14 +35,19 @@ def test_choice_depends_on_size_and_says_so():
 
 
 @pytest.mark.parametrize(
-    ("cores", "devices", "blocks"),
-    [(2, 1, (512, 512, 1, 2)), (1, 1, (256, 256, 1, 1)), (2, 2, (256, 256, 1, 1)), (8, 2, (256, 256, 1, 4))],
+    ("cores", "devices", "long", "short"),
+    [
+        (2, 1, Blocks(512, 512, 1, 2), Blocks(64, 64, 16, 8)),
+        (1, 1, Blocks(256, 256, 1, 1), Blocks(64, 64, 16, 1)),
+        (2, 2, Blocks(256, 256, 1, 1), Blocks(64, 64, 16, 1)),
+        (8, 2, Blocks(256, 256, 1, 4), Blocks(64, 64, 8, 8)),
+    ],
 )
-def test_a_device_of_one_core_takes_a_head_at_a_time(cores, devices, blocks, monkeypatch):
+def test_a_device_of_one_core_takes_a_head_at_a_time(cores, devices, long, short, monkeypatch):
     monkeypatch.setattr(host, "cores", lambda: cores)
-    assert choose_kernel(spec(), 4096, 4096, "cpu", batch=4, heads=8, kv_heads=8, devices=devices).blocks == Blocks(*blocks)
-    short = choose_kernel(spec(kernel="blockwise"), 64, 64, "cpu", batch=32, heads=8, kv_heads=8, devices=devices).blocks
-    assert short == Blocks(64, 64, *((16, 1) if blocks[-1] == 1 else (128 // 8 // devices, 8)))
+    sizes = {"heads": 8, "kv_heads": 8, "devices": devices}
+    assert choose_kernel(spec(), 4096, 4096, "cpu", batch=4, **sizes).blocks == long
+    assert choose_kernel(spec(kernel="blockwise"), 64, 64, "cpu", batch=32, **sizes).blocks == short
 
 
 def test_single_queries_read_a_cache_as_it_lies_on_a_cpu():

@@ -55,10 +55,13 @@ WRONG = {
     SLURM + "--config={config} --gpus_per_node=3": "stages.base.batch_size=8 must be divisible by 6",
     SLURM + "--config=configs/extend_hf.py --config.source={file}": "config.target is missing; give the length to reach",
     GKE + "--config={near} --workdir=/mnt/b/x --num_slices=2 --config.mesh.fsdp=1 --config.mesh.context=32": "2 TPU slices cannot",
-    GKE + "--config={far} --config.mesh.context=2 --workdir=/mnt/b/x": "lies outside this folder, which is all that the hosts",
+    GKE + "--config={far} --config.mesh.context=2 --workdir=/mnt/b/x": (
+        "lies outside this folder, which is all that the hosts of --backend=gke see"
+    ),
     GKE + "--config={near} --config.mesh.context=2 --workdir=/x": "would be a folder of its own on each of 4 hosts",
-    GKE
-    + "--config={near} --config.mesh.context=2 --workdir=/mnt/b/x --setup=x": "--setup gives a setup, which --backend=gke does not",
+    GKE + "--config={near} --config.mesh.context=2 --workdir=/mnt/b/x --setup=x": (
+        "--setup gives a setup, which --backend=gke does not take"
+    ),
 }
 
 
