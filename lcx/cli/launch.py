@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_collections
 from absl import flags
 
 import lcx.cli
@@ -26,8 +27,8 @@ from lcx.core.errors import UserError
 from lcx.launch import job
 from lcx.launch.launch import LOCAL, OPTIONS, check_backend, launch, options_of
 from lcx.planning.program import sizes_over
-from lcx.recipes.recipe import Recipe, recipe
-from lcx.recipes.sweeps import check_paths, cli_argv, names, points_of
+from lcx.recipes.recipe import recipe
+from lcx.recipes.sweeps import check_paths, cli_argv, config_of, names, points_of
 from lcx.training.profile import profile_steps
 
 WHERE = {
@@ -90,7 +91,7 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     if values["host_devices"].present:
         given["host_devices"] = values.host_devices
     options = options_of(backend, given)
-    jobs = _sweep_jobs(values, backend) if values.sweep else [_job(values, rest, backend, options)]
+    jobs = _sweep_jobs(values, backend, options) if values.sweep else [_job(values, rest, backend, options)]
     if not jobs:
         say("every point of the sweep is finished; lcx sweep with the same config and workdir makes the table")
         return
@@ -120,21 +121,19 @@ def _job(values: flags.FlagValues, rest: Sequence[str], backend: str, options: A
             if values[flag].value is not None:
                 raise UserError(f"--{flag} belongs behind --, to the command that is started; move it there")
         return _spec(values, backend, values.name or job.job_name(rest[0]), list(rest), parse.given(rest, "workdir"))
-    workdir, chosen = _check_config(values)
+    workdir = _workdir(values)
+    _check_config(values, values.config, options)
     profile_steps(values.profile)
-    if chosen is not None and options.devices is not None:
-        for index in range(len(chosen.run.stages)):
-            sizes_over(chosen.run, index, options.devices, getattr(options, "num_slices", 1))
     extra = [] if values.profile is None else [f"--profile={values.profile}"]
     words = ["run", f"--config={_reachable(values, backend)}", *_overrides(), *extra, f"--workdir={workdir}"]
     return _spec(values, backend, values.name or job.job_name(config_flags.title(values)), words, workdir)
 
 
-def _sweep_jobs(values: flags.FlagValues, backend: str) -> list[job.JobSpec]:
+def _sweep_jobs(values: flags.FlagValues, backend: str, options: Any) -> list[job.JobSpec]:
     """A job for each point of the sweep that has no report yet, so far as its folder can be seen from here."""
     if values.config is None:
         raise UserError("--sweep needs --config, a file with get_sweep() such as configs/sweeps/theta_length.py")
-    workdir, _ = _check_config(values)
+    workdir = _workdir(values)
     points = points_of(config_flags.module(values), config_flags.filename(values))
     check_paths(points, values.config)
     argv = cli_argv(_reachable(values, backend), "run", _overrides())
@@ -144,26 +143,33 @@ def _sweep_jobs(values: flags.FlagValues, backend: str) -> list[job.JobSpec]:
         if (folder / "report.html").exists():
             say(f"{name} is finished")
             continue
+        try:
+            _check_config(values, config_of(overrides, values.config), options)
+        except UserError as error:
+            raise UserError(f"point {name} of the sweep: {error}") from error
         words = list(argv(overrides, folder))
         words = words[words.index("lcx.cli") + 1 :]
         found.append(_spec(values, backend, job.job_name(f"{title}-{name}"), words, str(folder)))
     return found
 
 
-def _check_config(values: flags.FlagValues) -> tuple[str, Recipe | None]:
-    """The workdir, and the recipe unless a model is needed for it that is not here.
-
-    Raises `UserError` for a config that cannot work, so far as can be told here, before anything is paid for.
-    """
+def _workdir(values: flags.FlagValues) -> str:
     if values.workdir == "":
         raise UserError("--workdir= is empty; name a directory or omit the flag")
-    workdir, config = values.workdir or str(Path("runs") / config_flags.title(values)), values.config
+    return values.workdir or str(Path("runs") / config_flags.title(values))
+
+
+def _check_config(values: flags.FlagValues, config: ml_collections.ConfigDict, options: Any) -> None:
+    """Raises `UserError` for a config that cannot work on the devices of a job, so far as can be told before they are paid for."""
     if complete := getattr(config_flags.module(values), "complete", None):
         source = str(config.get("source"))
         if not Path(source).exists() or Path(source).suffix in (".yml", ".yaml"):
-            return workdir, None  # the model is read, or merged first, where the job runs
+            return  # the model is read, or merged first, where the job runs
         config = complete(config)
-    return workdir, recipe(config)
+    run = recipe(config).run
+    if options.devices is not None:
+        for index in range(len(run.stages)):
+            sizes_over(run, index, options.devices, options.num_slices)
 
 
 def _reachable(values: flags.FlagValues, backend: str) -> str:

@@ -185,9 +185,9 @@ def _limited(seconds: float, sentence: str) -> Iterator[None]:
 def _compare(said: Mapping[str, Any]) -> None:
     """Raises `UserError` where the processes are not the same, before anything is compiled; clocks only bring a warning."""
     import jax
-    import jaxlib
+    import jaxlib.version
 
-    versions = {"lcx": VERSION, "jax": jax.__version__, "jaxlib": jaxlib.__version__, "Python": platform.python_version()}
+    versions = {"lcx": VERSION, "jax": jax.__version__, "jaxlib": jaxlib.version.__version__, "Python": platform.python_version()}
     processes.agree("versions", versions, "install the same on all hosts, as with constraints.txt")
     device = jax.local_devices()[0]
     there = {"the number of devices": jax.local_device_count(), "the kind of device": device.device_kind}

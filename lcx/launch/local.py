@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, ClassVar
 
 from lcx.core import exits, host
 from lcx.core.console import say
@@ -39,6 +39,7 @@ class Processes:
     num_processes: int = 1
     host_devices: int = 1
     port: int | None = None
+    num_slices: ClassVar[int] = 1
 
     @property
     def devices(self) -> int | None:

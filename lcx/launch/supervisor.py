@@ -89,7 +89,7 @@ def _run(command: Sequence[str], environment: Mapping[str, str], silence: float)
         text = f"it gave no sign of life for {PATIENCE * silence:g} s and was killed; it was last at '{at}'"
     elif code < 0:
         number = -code
-        name = signal.Signals(number).name if number in iter(signal.Signals) else f"signal {number}"
+        name = {int(one): one.name for one in signal.Signals}.get(number, f"signal {number}")
         if number in (signal.SIGTERM, signal.SIGINT):
             return End(128 + number, f"it was ended by {name} at '{at}'", at)
         late = number == signal.SIGABRT and at == JOINING
@@ -106,7 +106,7 @@ def _run(command: Sequence[str], environment: Mapping[str, str], silence: float)
 
 _BEFORE = "its start"
 _LATE = ", as JAX does when not all processes have started in time"
-_WHY = {signal.SIGKILL: ", perhaps for want of memory", signal.SIGABRT: ", as JAX does when process 0 is lost"}
+_WHY: dict[int, str] = {signal.SIGKILL: ", perhaps for want of memory", signal.SIGABRT: ", as JAX does when process 0 is lost"}
 
 
 def _listen(process: subprocess.Popen, pipe: IO[bytes], silence: float) -> tuple[str, tuple[int, str] | None, bool]:

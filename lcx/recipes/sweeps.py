@@ -24,6 +24,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
+import ml_collections
+
 from lcx.core import configs
 from lcx.core.console import say, table
 from lcx.core.errors import UserError
@@ -100,6 +102,19 @@ def check_paths(points: Sequence[Overrides], base: Mapping[str, Any]) -> None:
             close = difflib.get_close_matches(_dotted(path), known, n=1, cutoff=0.4)
             hint = f"; did you mean {known[close[0]]!r}?" if close else f"; its top fields are {', '.join(sorted(map(str, base)))}"
             raise UserError(f"the sweep sets {path!r}, which the config does not have{hint}")
+
+
+def config_of(point: Overrides, base: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The config of a point: a copy of the base config with the point's values, whose paths are known (`check_paths`)."""
+    config = base.copy_and_resolve_references()
+    with config.ignore_type():
+        for path, value in point.items():
+            *way, last = _dotted(path).split(".")
+            place: Any = config
+            for part in way:
+                place = place[int(part) if isinstance(place, list) else part]
+            place[int(last) if isinstance(place, list) else last] = value
+    return config
 
 
 def _check_start(points: Sequence[Overrides], base: Mapping[str, Any]) -> None:

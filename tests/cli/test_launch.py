@@ -127,6 +127,14 @@ def test_a_sweep_is_a_job_a_point_without_the_finished_ones(places, capsys):
     assert len(list((places["out"] / "again").iterdir())) == 2
 
 
+def test_a_point_that_does_not_fit_is_refused_before_any_is_started(places, capsys):
+    places["sweep"].write_text(SWEEP.replace('"seed", 0, 1, 2', '"mesh.context", 4, 3'))
+    with pytest.raises(SystemExit):
+        main(shlex.split((LOCAL + "--config={sweep} --workdir={run} --sweep").format(**places)))
+    said = capsys.readouterr()
+    assert "error: point context=3 of the sweep: mesh axes" in said.err and "8 are available" in said.err and not said.out
+
+
 PAGE = (Path(__file__).parents[2] / "launch" / "README.md").read_text().replace("\\\n", " ")
 
 

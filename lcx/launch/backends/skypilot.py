@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -34,6 +34,7 @@ class SkyPilot:
     accelerators: str
     infra: str | None = None
     spot: bool = False
+    num_slices: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         at_least("nodes", self.nodes, 1)

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 from lcx.core.errors import UserError
 from lcx.launch.job import RETRY_STATUSES, Backend, JobSpec, at_least, plain_word, refuse_sources
@@ -26,6 +27,7 @@ class Slurm:
     time: str | None = None
     partition: str | None = None
     account: str | None = None
+    num_slices: ClassVar[int] = 1
 
     @property
     def devices(self) -> int | None:
