@@ -33,11 +33,10 @@ from lcx.attention.parallel.documents import CAUSAL, Documents, Windows
 from lcx.attention.parallel.sequence_layout import arrange
 from lcx.attention.spec import AttentionSpec
 from lcx.core.batch import Index
+from lcx.core.chips import CHIPS, TPU
 from lcx.core.host import take_huge_pages
 from lcx.core.mask import Mask
 from lcx.core.mesh import MeshConfig, make_mesh
-from lcx.planning.roofline import TPU
-from lcx.planning.topology import CHIPS
 from lcx.positions.scheme import SchemeSpec
 from lcx.report import markdown
 

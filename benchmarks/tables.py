@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lcx.attention.parallel.context import choose_strategy
+from lcx.attention.parallel.head_groups import Share
+from lcx.core.chips import CHIPS
 from lcx.core.mask import Mask
 from lcx.report import markdown
 
@@ -284,8 +286,8 @@ def strategies(found: dict[str, Any]) -> Cells:
     for row in found["cells"]:
         best = {name: min(turns) for name, turns in row["seconds"].items()}
         mask = Mask(window=found["window"]) if row["mask"] == "window" else Mask()
-        length, group = found["devices"] * row["tokens"], found["heads"] // row["kv_heads"]
-        taken = choose_strategy("auto", mask, row["layout"], length, found["devices"], group, "cpu").strategy
+        here = Share(1, row["tokens"], found["heads"], row["kv_heads"], 64, 1, found["devices"])
+        taken = choose_strategy("auto", mask, row["layout"], here, CHIPS["cpu"]).strategy
         seconds = (f"{best[name]:.3f}" if name in best else "" for name in names)
         ratio = f"{best[taken] / min(best.values()):.2f}"
         lines.append((f"{row['tokens']:,}", f"{row['kv_heads']}", row["mask"], *seconds, taken, ratio))

@@ -30,7 +30,7 @@ from lcx.attention.shard import KERNELS, KVShard, QueryShard, shard_attention
 from lcx.attention.spec import AttentionSpec
 from lcx.core.batch import Index
 from lcx.core.errors import UserError
-from lcx.core.mesh import axis_size, context_size, target_platform
+from lcx.core.mesh import axis_size, context_size, target_chip, target_platform
 from lcx.positions.query_scaling import scale_queries
 from lcx.positions.rotary import Tables
 
@@ -96,19 +96,18 @@ def _context_parallel(
     if T % axis_size(mesh, "sequence") or S != T:
         raise UserError(f"{T} queries and {S} keys must be divisible by the {axis_size(mesh, 'sequence')} devices of mesh.context")
     check_heads(N, share)
-    platform = target_platform()
-    choice = choose_strategy(spec.strategy, spec.mask, layout, T, ring_size, N // K, platform)
+    platform, tokens = target_platform(), T // ring_size
+    chunk = {"zigzag": tokens // 2, "balanced": min(tokens, DEALT)}.get(layout)
+    kernel = shard_spec(spec, queries.q, wide, tokens, tokens, N // share, max(1, K // share), chunk, mesh.size).kernel
+    split = mesh_split(mesh, kernel.kernel, queries, keys)
+    here, biased = split.share(mesh, B, T, N, K, H), kernel.bias is not None
+    choice = choose_strategy(spec.strategy, spec.mask, layout, here, target_chip())
     index, parts = keys.index, None
     if choice.strategy == "nested":
         assert index.reach is not None  # as every balanced row has it
         parts = parts_of(index.reach, ring_size) if index.parts is None else index.parts
     index = dataclasses.replace(index, reach=index.reach if parts else None, parts=None)
     keys = dataclasses.replace(keys, index=index)
-    tokens = T // ring_size
-    chunk = {"zigzag": tokens // 2, "balanced": min(tokens, DEALT)}.get(layout)
-    kernel = shard_spec(spec, queries.q, wide, tokens, tokens, N // share, max(1, K // share), chunk, mesh.size).kernel
-    split = mesh_split(mesh, kernel.kernel, queries, keys)
-    here, biased = split.share(mesh, B, T, N, K, H), kernel.bias is not None
     groups = choose_groups(here, platform, choice.strategy, biased, spec.head_groups)
     if platform == "cpu" and choice.strategy != "gather":
         choice = choice._replace(schedule=host_schedule(choice.schedule, groups, biased, tokens))

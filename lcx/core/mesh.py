@@ -18,6 +18,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lcx.core import processes
+from lcx.core.chips import Chip, chip_of
 from lcx.core.errors import UserError
 
 AXES = ("data", "fsdp", "expert", "tensor", "ring", "ulysses")
@@ -221,6 +222,11 @@ def target_platform() -> str:
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
+
+
+def target_chip() -> Chip:
+    """The chip for which the program being traced will run."""
+    return chip_of(jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0])
 
 
 def compute_capability() -> str | None:

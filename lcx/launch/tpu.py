@@ -6,9 +6,9 @@ import dataclasses
 import math
 import re
 
+from lcx.core.chips import CHIPS
 from lcx.core.configs import choice
 from lcx.core.errors import UserError
-from lcx.planning.topology import CHIPS
 
 
 @dataclasses.dataclass(frozen=True)

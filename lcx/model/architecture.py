@@ -9,6 +9,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from lcx.attention.parallel.documents import Windows
+from lcx.attention.parallel.head_groups import Share
 from lcx.attention.parallel.sequence_layout import choose_layout
 from lcx.attention.spec import AttentionSpec
 from lcx.core.batch import SequenceLayout
@@ -88,6 +89,13 @@ def windows(config: ModelConfig) -> Windows:
     """The windows of a model's kinds of layers, and the fraction of its layers of each."""
     found = [config.window if is_local(kind) else None for kind in config.layer_kinds]
     return tuple((window, found.count(window) / len(found)) for window in dict.fromkeys(found))
+
+
+def share_of(model: ModelConfig, length: int, mesh: Mapping[str, int]) -> Share:
+    """What a device has of a row of `length` tokens over a mesh (axis to size), before heads are traded for tokens."""
+    tensor, ring = mesh["tensor"], mesh["ring"]
+    heads, kv_heads = model.num_heads // tensor, max(1, model.num_kv_heads // tensor)
+    return Share(1, length // ring, heads, kv_heads, model.head_dim, mesh["ulysses"], ring)
 
 
 def row_layout(config: ModelConfig, execution: ExecutionConfig, length: int, mesh: Mesh) -> SequenceLayout:

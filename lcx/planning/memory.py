@@ -63,7 +63,7 @@ class StateSizes:
 def held(run: RunConfig, stage: StageConfig, mesh: Mapping[str, int], where: Topology) -> Held:
     """What a step of a stage holds on each device of a mesh (axis to size)."""
     state = state_sizes(run, stage, mesh)
-    work = work_of(run.model, run.execution, stage.batch_size, stage.seq_len, stage.accumulate, mesh, where.chip.platform)
+    work = work_of(run.model, run.execution, stage.batch_size, stage.seq_len, stage.accumulate, mesh, where.chip)
     width = jnp.dtype(run.execution.compute_dtype).itemsize
     # Layers' weights are cast before they are gathered; the table of embeddings is gathered whole.
     cast = 0.0 if width == 4 else width * state.layers

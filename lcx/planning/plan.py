@@ -88,7 +88,7 @@ def stage_plan(
     """
     stage = run.stages[index]
     mesh = sizes_over(run, index, where.devices, where.slices, mesh_config)
-    work = work_of(run.model, run.execution, stage.batch_size, stage.seq_len, stage.accumulate, mesh, where.chip.platform)
+    work = work_of(run.model, run.execution, stage.batch_size, stage.seq_len, stage.accumulate, mesh, where.chip)
     found = held(run, stage, mesh, where)
     ratio = compiled.needed / found.total if compiled is not None else 1.0
     return StagePlan(stage, where, mesh, work, found, step_time(work, where), compiled, ratio)

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from scipy.optimize import least_squares
 
+from lcx.core.chips import Efficiency
 from lcx.model.config import ModelConfig
 from lcx.model.presets import family
-from lcx.planning.roofline import Efficiency, efficiency, step_time
+from lcx.planning.roofline import step_time
 from lcx.planning.topology import Topology, topology
 from lcx.planning.work import Work
 
@@ -48,11 +49,11 @@ class Row:
         """What its devices have to do; layers keep their input and what attention gives, as far as is known."""
         mesh = {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1, "ring": 1, "ulysses": 1, **self.mesh}
         rows = self.rows / (mesh["data"] * mesh["fsdp"])
-        return Work(self.model, rows, self.length, mesh, 1, "attention", self.strategy)
+        return Work(self.model, rows, self.length, mesh, 1, "attention", self.strategy, gathers_ahead=True)
 
     def predicted(self, reached: Efficiency | None = None) -> float:
         """Seconds by the roofline."""
-        reached = reached or efficiency(self.where)
+        reached = reached or self.where.chip.efficiency
         if self.float8:
             reached = dataclasses.replace(reached, matmul=2 * reached.matmul, matmul_few=2 * reached.matmul_few)
         return step_time(self.work(), self.where, reached).seconds

@@ -1,6 +1,6 @@
 """How long a step takes and what bounds it: the work of each part over the rates of a chip, and transfers behind or after it.
 
-Rates are a chip's peaks times an efficiency for each class of kernel. Those of TPUs are set from published rows
+Rates are a chip's peaks times an efficiency for each class of kernel (`core.chips`). Those of TPUs are set from published rows
 (`published.py`), none of which was measured with lcx.
 """
 
@@ -10,36 +10,11 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
+from lcx.core.chips import Efficiency
 from lcx.core.mesh import slices_spanned
 from lcx.model.config import is_local
 from lcx.planning.topology import Topology
 from lcx.planning.work import WIDTH, Work, useful
-
-
-@dataclasses.dataclass(frozen=True)
-class Efficiency:
-    """Shares of a chip's peak that kernels reach: products with weights and attention, where a device has many tokens of a
-    microbatch and where it has few."""
-
-    matmul: float
-    attention: float
-    matmul_few: float
-    attention_few: float
-
-
-MANY, FEW = 16_384, 4_096
-"""Tokens of a microbatch on a device from which on, and up to which, the efficiencies for many and for few hold."""
-
-TPU = Efficiency(0.627, 0.684, 0.197, 0.304)
-WIDE = Efficiency(0.692, 0.345, 0.217, 0.153)
-"""Of TPUs, and of those whose matrix units are twice as wide as a head (v6e, tpu7x): what `published.fitted` gives. For few
-tokens no row of the latter is published; they lose what the others lose."""
-
-GPU = Efficiency(0.60, 0.35, 0.30, 0.20)
-"""Of GPUs: attention as published for Pallas-Triton kernels on an H100 (345 TFLOP/s forward and backward), the others assumed."""
-
-HOST = Efficiency(0.50, 0.25, 0.50, 0.25)
-"""Of hosts, assumed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,16 +72,9 @@ class StepTime:
         return next(iter(self.by_part))
 
 
-def efficiency(where: Topology) -> Efficiency:
-    """The efficiencies of a kind of chip."""
-    if where.chip.platform == "tpu":
-        return WIDE if where.chip.wide > 128 else TPU
-    return GPU if where.chip.platform == "gpu" else HOST
-
-
 def step_time(work: Work, where: Topology, reached: Efficiency | None = None) -> StepTime:
     """The time of a step, by the work of its parts."""
-    reached = reached or efficiency(where)
+    reached = reached or where.chip.efficiency
     rates = Rates(work, where, reached)
     layers = [one for kind in work.model.kinds for one in _layers(work, kind, rates)]
     forward = [one for one in layers if one.name.startswith("forward")]
@@ -131,10 +99,8 @@ class Rates:
 
     def __init__(self, work: Work, where: Topology, reached: Efficiency):
         self.work, self.where = work, where
-        few = _few(work.at_once)
-        self.matmul = where.flops * _between(reached.matmul, reached.matmul_few, few)
-        self.attention = where.flops * _between(reached.attention, reached.attention_few, few)
-        self.link = where.chip.link / where.chip.cores
+        self.matmul = where.flops * reached.matmul_at(work.at_once)
+        self.attention = where.flops * reached.attention_at(work.at_once)
         self.spanned = slices_spanned(work.mesh, where.slices, True)
         """Slices that each axis goes over."""
 
@@ -142,32 +108,24 @@ class Rates:
         """Seconds in which a weight of `size` bytes is gathered from all its shards, or its gradient is summed into them."""
         if self.work.weights == 1:
             return 0.0
-        inside = size * (1 - 1 / self.work.weights) / self.many(self.work.weights)
+        inside = size * (1 - 1 / self.work.weights) / self.where.chip.gathered(self.work.weights)
         # What other slices hold comes over the network, to each chip of a slice a part of it.
         missing = size * (1 - 1 / self.spanned["fsdp"]) * self.where.slices / self.where.chips
         return inside + missing / self.where.chip.between
-
-    def many(self, devices: int) -> float:
-        """Bytes per second that a device receives if `devices` gather: from both sides in each dimension of the torus they span."""
-        chip = self.where.chip
-        if chip.platform != "tpu":
-            return self.link if devices <= chip.per_host else chip.between
-        spanned = min(chip.torus, max(1, round(math.log(devices, 4))))
-        return 2 * self.link * spanned
 
     def hop(self, size: float) -> float:
         """Seconds in which `size` bytes go to the next device of a ring."""
         chip = self.where.chip
         near = self.spanned["ring"] == 1 if chip.platform == "tpu" else self.work.share <= chip.per_host
-        return size / (self.link if near else chip.between)
+        return size / chip.sent(near)
 
     def exchanged(self, size: float, devices: int) -> float:
         """Seconds in which a device trades all but its part of `size` bytes with others: on a torus a quarter of gathering them."""
         if devices == 1:
             return 0.0
         if self.where.chip.platform == "tpu":
-            return size * devices / 4 / self.many(devices)
-        return size * (1 - 1 / devices) / self.many(devices)
+            return size * devices / 4 / self.where.chip.gathered(devices)
+        return size * (1 - 1 / devices) / self.where.chip.gathered(devices)
 
     def summed(self, numbers: float) -> float:
         """Seconds in which gradients of so many numbers are summed over `data`, and over slices."""
@@ -176,7 +134,7 @@ class Rates:
             seconds += 2 * size / self.where.chip.between * self.where.chip.cores
             copies //= self.spanned["data"]
         if copies > 1:
-            seconds += 2 * size / self.many(copies)
+            seconds += 2 * size / self.where.chip.gathered(copies)
         return seconds
 
 
@@ -186,7 +144,8 @@ def _layers(work: Work, kind: str, rates: Rates) -> list[Segment]:
     count = work.model.layer_kinds.count(kind) * work.accumulate
     dense, weights = work.dense / rates.matmul, rates.gathered(work.layer_weights * WIDTH)
     fetch = _fetching(work, kind, rates)
-    tensor = 4 * work.tokens * work.model.model_dim * WIDTH / rates.many(work.mesh["tensor"]) if work.mesh["tensor"] > 1 else 0.0
+    summed = 4 * work.tokens * work.model.model_dim * WIDTH
+    tensor = summed / rates.where.chip.gathered(work.mesh["tensor"]) if work.mesh["tensor"] > 1 else 0.0
     seconds = work.attention(kind) / rates.attention
     attend, pull = _attention(work, kind, rates, seconds, 1), _attention(work, kind, rates, 2.5 * seconds, 3)
     # The backward pass reads gradients in float32 besides keys, and writes them.
@@ -194,13 +153,13 @@ def _layers(work: Work, kind: str, rates: Rates) -> list[Segment]:
     trade = rates.exchanged(work.exchanged, work.mesh["ulysses"])
     local = is_local(kind)
     kv = 0.0 if local or work.strategy != "gather" or work.mesh["ring"] == 1 else _gathering(work, rates)
+    ahead, kv = (kv, 0.0) if work.gathers_ahead else (0.0, kv)
     sent = 2 * WIDTH * work.tokens * work.model.model_dim if work.policy.endswith("offload") else 0.0
     offload = sent / rates.where.chip.host_link
     segments = [
-        # Keys are gathered while other products run, as weights are.
-        Segment("forward products", "products", dense, weights + kv + offload, count),
+        Segment("forward products", "products", dense, weights + ahead + offload, count),
         Segment("forward attention", "attention", *attend, count),
-        Segment("backward products", "products", 2 * dense + work.redone / rates.matmul, 2 * weights + 2 * kv + offload, count),
+        Segment("backward products", "products", 2 * dense + work.redone / rates.matmul, 2 * weights + 2 * ahead + offload, count),
         Segment("backward attention", "attention", *pull, count),
     ]
     if work.chunk is not None:
@@ -208,6 +167,10 @@ def _layers(work: Work, kind: str, rates: Rates) -> list[Segment]:
         segments.append(Segment("forward attention of the first walk", "attention", *attend, count))
     if attended_again:
         segments.append(Segment("backward attention again", "attention", *attend, count))
+    if kv:
+        # libtpu computes nothing while keys are gathered in slices, nor while their gradients, in float32, are summed.
+        segments.append(Segment("forward gathering of keys", "transfers", 0.0, kv, count))
+        segments.append(Segment("backward gathering of keys", "transfers", 0.0, kv * (3 + attended_again), count))
     if trade:
         segments.append(Segment("forward exchange of heads", "transfers", 0.0, trade, count))
         segments.append(Segment("backward exchange of heads", "transfers", 0.0, trade * (2 if attended_again else 1), count))
@@ -236,7 +199,7 @@ def _fetching(work: Work, kind: str, rates: Rates) -> float:
 
 def _gathering(work: Work, rates: Rates) -> float:
     ring = work.mesh["ring"]
-    return work.keys * (ring - 1) / rates.many(ring)
+    return work.keys * (ring - 1) / rates.where.chip.gathered(ring)
 
 
 def num_weights(work: Work) -> float:
@@ -244,15 +207,6 @@ def num_weights(work: Work) -> float:
     model = work.model
     layer = work.layer_weights * work.mesh["tensor"] * work.mesh["expert"]
     return model.num_layers * layer + model.model_dim * model.vocab_size * (1 if model.tied_embeddings else 2)
-
-
-def _few(tokens: float) -> float:
-    """How few the tokens of a device are: 0 from `MANY` on, 1 up to `FEW`, straight over their logarithm between."""
-    return min(1.0, max(0.0, math.log(MANY / max(tokens, 1.0)) / math.log(MANY / FEW)))
-
-
-def _between(many: float, few: float, share: float) -> float:
-    return many ** (1 - share) * few**share
 
 
 def cost(times: Mapping[str, float], steps: Mapping[str, int], chips: int) -> tuple[float, float]:

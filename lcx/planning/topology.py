@@ -1,62 +1,14 @@
-"""The machines that a plan is for: chips by their data sheets, and slices of them by name.
-
-Rates are per second and sizes in bytes, both of one chip unless said otherwise.
-"""
+"""The machines that a plan is for: slices of chips by name."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import re
-from typing import Literal
 
+from lcx.core.chips import CHIPS, Chip
 from lcx.core.configs import choice
 from lcx.core.errors import UserError
-
-GiB = 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """A chip as its data sheet has it.
-
-    `flops`: dense bfloat16 operations. `memory`: what the compiler lets a program take; `bandwidth` of that memory. `link`: one way
-    over one link to a neighbour; `torus`: dimensions of the torus of such links (1: every chip reaches every other of its host
-    through a switch). `between`: to chips of other slices, or for GPUs of other hosts. `host`: host memory per chip, `host_link`
-    one way to it. `per_host`: chips of a host. `cores`: devices that the compiler sees in a chip. `wide`: the matrix unit's
-    side, which a head's dimensions fill or not.
-    """
-
-    platform: Literal["tpu", "gpu", "cpu"]
-    flops: float
-    memory: float
-    bandwidth: float
-    link: float
-    torus: int
-    between: float
-    host: float
-    host_link: float
-    per_host: int
-    cores: int = 1
-    wide: int = 128
-
-
-CHIPS: dict[str, Chip] = {
-    "v4": Chip("tpu", 275e12, 30.75 * GiB, 1228e9, 45e9, 3, 6.25e9, 100e9, 16e9, 4),
-    "v5e": Chip("tpu", 197e12, 15.75 * GiB, 819e9, 45e9, 2, 3.1e9, 48e9, 16e9, 4),
-    "v5p": Chip("tpu", 459e12, 95.74 * GiB, 2765e9, 90e9, 3, 6.25e9, 112e9, 16e9, 4),
-    "v6e": Chip("tpu", 918e12, 31.25 * GiB, 1640e9, 90e9, 2, 12.5e9, 180e9, 32e9, 4, wide=256),
-    "tpu7x": Chip("tpu", 2307e12, 189.5 * GiB, 7380e9, 100e9, 3, 12.5e9, 240e9, 32e9, 4, cores=2, wide=256),
-    "a100": Chip("gpu", 312e12, 78 * GiB, 2039e9, 300e9, 1, 25e9, 125e9, 25e9, 8),
-    "l40s": Chip("gpu", 362e12, 46 * GiB, 864e9, 25e9, 1, 6.25e9, 64e9, 25e9, 8),
-    "h100": Chip("gpu", 989e12, 78 * GiB, 3350e9, 450e9, 1, 50e9, 250e9, 50e9, 8),
-    "h200": Chip("gpu", 989e12, 139 * GiB, 4800e9, 450e9, 1, 50e9, 250e9, 50e9, 8),
-    "b200": Chip("gpu", 2250e12, 178 * GiB, 8000e9, 900e9, 1, 50e9, 250e9, 50e9, 8),
-    "cpu": Chip("cpu", 5e10, 4 * GiB, 20e9, 5e9, 1, 1e9, 0.0, 5e9, 1),
-}
-"""Chips by the names that libtpu and vendors use. Google's documentation of TPU versions (links by "How to Scale Your
-Model", Google DeepMind 2025: one way, with both ways at once), NVIDIA's data sheets. `memory` is what libtpu 0.0.42 allows a
-program, for GPUs 97% of the sheet's. A CPU stands for one device of a host whose memory is read when the plan is made."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,9 @@ from collections.abc import Mapping
 
 from lcx.attention.parallel.context import choose_strategy
 from lcx.attention.parallel.ulysses import kv_copies
+from lcx.core.chips import CHIPS, Chip
 from lcx.core.mask import Mask, visible_pairs
+from lcx.model.architecture import share_of
 from lcx.model.config import ModelConfig, is_local
 from lcx.model.execution import ExecutionConfig
 from lcx.model.transformer import remat_policy
@@ -25,7 +27,7 @@ class Work:
 
     `strategy`: how devices of a ring share keys; `policy`: what layers keep (`ExecutionConfig.remat`); `nested`: periods of
     layers that are recomputed together, where the policy nests; `chunk`: tokens of a row that a device has at a time where it
-    walks rows in chunks.
+    walks rows in chunks; `gathers_ahead`: the keys of a whole row are gathered while other products run, as MaxText does it.
     """
 
     model: ModelConfig
@@ -37,6 +39,7 @@ class Work:
     strategy: str
     nested: int = 1
     chunk: int | None = None
+    gathers_ahead: bool = False
 
     @property
     def share(self) -> int:
@@ -134,12 +137,11 @@ def work_of(
     length: int,
     accumulate: int,
     mesh: Mapping[str, int],
-    platform: str = "tpu",
+    chip: Chip = CHIPS["v5p"],
 ) -> Work:
-    """The work of a step of `rows` rows of `length` tokens over a mesh."""
+    """The work of a step of `rows` rows of `length` tokens over a mesh of chips."""
     own = rows / accumulate / (mesh["data"] * mesh["fsdp"] * mesh["expert"])
-    group = model.num_heads // model.num_kv_heads
-    strategy = choose_strategy(execution.context_strategy, Mask(), "zigzag", length, mesh["ring"], group, platform).strategy
+    strategy = choose_strategy(execution.context_strategy, Mask(), "zigzag", share_of(model, length, mesh), chip).strategy
     at_once, periods = execution.at_once(length), max(1, model.num_layers // len(model.pattern))
     policy = remat_policy(execution, at_once)
     nested = execution.periods_together(periods) if policy.startswith("nested") else 1

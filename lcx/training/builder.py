@@ -10,13 +10,15 @@ from jax.sharding import Mesh
 
 from lcx.adapters.lora import is_adapter
 from lcx.attention.parallel.balance import choose_balanced
-from lcx.attention.parallel.context import RING_TOKENS
+from lcx.attention.parallel.cost import SplitCost
 from lcx.core.batch import Batch, SequenceLayout
+from lcx.core.chips import chip_of
 from lcx.core.errors import UserError
 from lcx.core.mesh import axis_size, make_mesh
 from lcx.core.trees import Tree
 from lcx.data.loader import Corpus, Loader, probe
-from lcx.model.architecture import Architecture, build_architecture, build_schemes, row_layout, windows
+from lcx.model.architecture import Architecture, build_architecture, build_schemes, row_layout, share_of, windows
+from lcx.model.config import ModelConfig
 from lcx.model.flops import kernel_entries, step_flops
 from lcx.positions.scheme import Scheme
 from lcx.training.checks import check_stage, check_vocabulary
@@ -127,10 +129,7 @@ class StageBuilder:
             if asked == "auto" and plain != "striped" and ring > 1 and stage.shifted_group is None:
                 rows = self.loaders[index].documents(0)[:JUDGED]
                 if any(len(row.lengths) > 1 for row in rows):
-                    # In as many tokens for one query head of a KV head a device computes while it sends what it holds.
-                    tokens = stage.seq_len // ring
-                    transfer = tokens * RING_TOKENS * run.model.num_kv_heads / run.model.num_heads / 2
-                    found = choose_balanced(rows, plain, ring, windows(run.model), transfer)
+                    found = choose_balanced(rows, plain, ring, windows(run.model), _transfer(run.model, stage.seq_len, mesh))
             self._layouts[index] = found
         return self._layouts[index]
 
@@ -187,6 +186,12 @@ class StageBuilder:
             )
         except UserError as error:
             raise UserError(f"stages.{stage.name}: {error}") from error
+
+
+def _transfer(model: ModelConfig, length: int, mesh: Mesh) -> float:
+    """Query-key pairs that a device computes while its keys go to the next one; 0 on a host, whose devices share memory."""
+    cost = SplitCost(share_of(model, length, mesh.shape), chip_of(mesh.devices.flat[0]))
+    return 0.0 if cost.chip.platform == "cpu" else cost.hop * cost.rate
 
 
 def _flops(run: RunConfig, stage: StageConfig, table: Tree) -> int:

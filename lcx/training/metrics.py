@@ -16,27 +16,12 @@ import jax
 import jax.numpy as jnp
 import psutil
 
+from lcx.core.chips import known_chip
 from lcx.core.configs import choice, positive
 from lcx.core.errors import UserError
 
 TIMING = ("time", "tokens_per_second", "mfu", "data_wait", "host_memory")
 """Fields of a row that differ between two identical runs; all others are bitwise equal."""
-
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA L40S": 362e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-}
-"""Dense bfloat16 operations per second of one device, by the beginning of its kind, from the vendors' data sheets."""
-
 
 KNOWN = ("jsonl", "tensorboard", "wandb")
 """The writers there are; `lcx.training.writers.WRITERS` has them."""
@@ -72,8 +57,8 @@ def peak_flops(device: jax.Device, given: float | None = None) -> float:
     """Peak operations per second for MFU: `given`, the data sheet's, or what a large matrix product reaches on this machine."""
     if given is not None:
         return given
-    kinds = sorted((kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)), key=len)
-    return PEAK_FLOPS[kinds[-1]] if kinds else _measure(device)
+    chip = known_chip(device)
+    return chip.flops / chip.cores if chip is not None else _measure(device)
 
 
 @functools.lru_cache(maxsize=4)

@@ -15,6 +15,7 @@ from lcx.attention.parallel.ulysses import check_heads
 from lcx.attention.plan import choose_kernel
 from lcx.attention.tiles import visited_pairs
 from lcx.core.batch import Index
+from lcx.core.chips import CHIPS
 from lcx.core.errors import UserError
 from lcx.core.mask import Mask
 from lcx.core.mesh import MeshConfig, make_mesh
@@ -196,18 +197,25 @@ def test_layout_follows_the_layers_and_the_length():
     assert choose_layout("contiguous", 64, 4, windowed=False) == "contiguous"
 
 
-def test_strategy_follows_the_tokens_of_a_device_and_says_why():
-    few = choose_strategy("auto", Mask(), "zigzag", 8192, 8, group=4)
-    assert few.strategy == "gather" and "1,024 tokens per device with 4 heads per KV head are too few to hide a ring" in few.reason
-    many = choose_strategy("auto", Mask(), "zigzag", 65536, 8, group=4)
+def chosen(mask, layout, tokens, ring=8, kv_heads=8, chip="v5p"):
+    """What `auto` takes with so many tokens on each device, for 32 heads."""
+    return choose_strategy("auto", mask, layout, Share(1, tokens, 32, kv_heads, 128, 1, ring), CHIPS[chip])
+
+
+def test_strategy_follows_the_cost_on_the_chip_and_says_why():
+    few = chosen(Mask(), "zigzag", 256)
+    assert few.strategy == "gather" and few.reason.startswith("gather: by arithmetic a ring takes ")
+    many = chosen(Mask(), "zigzag", 8192)
     assert many.strategy == "ring" and many.schedule.before == 7
-    host = choose_strategy("auto", Mask(), "zigzag", 8192, 8, group=4, platform="cpu")
+    host = chosen(Mask(), "zigzag", 256, chip="cpu")
     assert host.strategy == "ring" and "between devices of one host there is nothing to hide" in host.reason
-    near = choose_strategy("auto", Mask(window=1024), "contiguous", 65536, 8, group=4)
+    near = chosen(Mask(window=1024), "contiguous", 8192)
     assert near.strategy == "window" and (near.schedule.before, near.schedule.after) == (1, 0)
-    sides = choose_strategy("auto", Mask(window=1024), "zigzag", 65536, 8, group=4)
+    sides = chosen(Mask(window=1024), "zigzag", 8192)
     assert sides.strategy == "window" and (sides.schedule.before, sides.schedule.after) == (1, 1)
-    assert choose_strategy("auto", Mask(window=1024), "striped", 65536, 8, group=4).strategy == "ring"
+    striped = [chosen(Mask(window=1024), "striped", 8192, chip=chip).strategy for chip in ("cpu", "v5p")]
+    assert striped == ["ring", "gather"]  # all keys are needed, for little work
+    assert chosen(Mask(window=1024), "contiguous", 16, ring=128).strategy == "gather"  # 64 hops for what all links bring at once
 
 
 @pytest.mark.parametrize(
@@ -215,7 +223,7 @@ def test_strategy_follows_the_tokens_of_a_device_and_says_why():
 )
 def test_a_window_that_is_none_is_refused(mask, layout):
     with pytest.raises(UserError, match="strategy 'window' needs a window that ends within the ring"):
-        choose_strategy("window", mask, layout, 48, 4, group=1)
+        choose_strategy("window", mask, layout, Share(1, 12, 1, 1, 8, 1, 4), CHIPS["v5p"])
 
 
 def test_lengths_and_heads_that_do_not_divide_name_those_that_do():

@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 
+from lcx.core.chips import TPU, WIDE
 from lcx.core.mesh import MeshConfig
 from lcx.planning.published import ROWS, fitted
-from lcx.planning.roofline import TPU, WIDE, StepTime, step_time
+from lcx.planning.roofline import StepTime, step_time
 from lcx.planning.topology import topology
 from lcx.planning.work import work_of
 from tests.planning.cases import run

@@ -2,8 +2,9 @@
 
 import pytest
 
+from lcx.core.chips import CHIPS
 from lcx.core.errors import UserError
-from lcx.planning.topology import CHIPS, shapes, topology
+from lcx.planning.topology import shapes, topology
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def of_layout(documents: Documents, layout: SequenceLayout, n: int, windows: Win
     pairs = pair_counts(documents, pieces, pieces.device, n, n, windows)
     sizes = [size for size, _ in windows if size is not None]
     near = window_hops(Mask(window=max(sizes)), layout, tokens // n, n) if len(sizes) == len(windows) else None
-    hops = range(n) if near is None else [*range(near.before + 1), *range(n - near.after, n)]
+    hops = range(n) if near is None else [*range(near.before + 1), *range(n - 1, n - near.after - 1, -1)]
     device = np.arange(n)
     return Balance(tuple(Step(pairs[device, (device - hop) % n], n, float(hop > 0)) for hop in hops))
 

@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from lcx.attention.blockwise import SAVED
+from lcx.attention.parallel.cost import SplitCost
 from lcx.attention.parallel.gather import gather, gather_backward
 from lcx.attention.parallel.head_groups import HeadGroups, Share
 from lcx.attention.parallel.nested import Parts, nested, nested_backward
@@ -32,12 +33,10 @@ from lcx.attention.partial import Partial, zeros_fp32
 from lcx.attention.shard import KERNELS, Gradients, KVShard, QueryShard, map_head_groups
 from lcx.attention.spec import ShardSpec, Strategy
 from lcx.core.batch import SequenceLayout
+from lcx.core.chips import Chip
 from lcx.core.errors import UserError
 from lcx.core.mask import Mask
 from lcx.core.mesh import RULES, SEQUENCE, axis_size
-
-RING_TOKENS = 12_288
-"""Query tokens per device times heads per KV head above which a ring hides its transfers: 3K tokens for Llama 3 on a TPU v5p."""
 
 
 class ContextChoice(NamedTuple):
@@ -49,21 +48,15 @@ class ContextChoice(NamedTuple):
 
 
 def choose_strategy(
-    strategy: Strategy | Literal["auto"],
-    mask: Mask,
-    layout: SequenceLayout,
-    length: int,
-    ring_size: int,
-    group: int,
-    platform: str = "tpu",
+    strategy: Strategy | Literal["auto"], mask: Mask, layout: SequenceLayout, share: Share, chip: Chip
 ) -> ContextChoice:
-    """How `ring_size` devices of the ring share rows of `length` tokens under a mask, and why; `group` is N / K.
+    """How the devices of a ring share rows under a mask, and why; `share` is what one of them works on.
 
     Raises `UserError` if the requested strategy cannot be exact.
     """
     if strategy == "nested" and layout != "balanced":
         raise UserError(f"strategy 'nested' needs rows whose layout is balanced, not {layout!r}; choose 'ring'")
-    shard = length // ring_size
+    shard, ring_size = share.tokens, share.ring
     whole = RingSchedule(ring_size - 1)
     near = window_hops(mask, layout, shard, ring_size)
     if strategy == "window" and near is None:
@@ -74,18 +67,26 @@ def choose_strategy(
     why = "requested"
     if strategy == "auto" and layout == "balanced":
         strategy, why = "nested", "keys go to the devices that have queries of their document"
-    elif strategy == "auto" and near is not None:
-        strategy, why = "window", f"a window of {mask.window} reaches {near.before} devices before and {near.after} after"
-    elif strategy == "auto" and platform == "cpu":
-        strategy, why = "ring", "between devices of one host there is nothing to hide"
     elif strategy == "auto":
-        many = shard * group >= RING_TOKENS
-        strategy = "ring" if many else "gather"
-        why = f"{shard:,} tokens per device with {group} heads per KV head are {'enough' if many else 'too few'} to hide a ring"
+        strategy, why = _cheapest(mask, layout, near, share, chip)
     schedule = near if strategy == "window" and near is not None else whole
     # When gathering, a slice of every shard adds up to what one device holds. A ring needs large messages.
     slices = next(n for n in range(min(ring_size, shard), 0, -1) if shard % n == 0) if strategy == "gather" else 1
     return ContextChoice(strategy, dataclasses.replace(schedule, slices=slices), f"{strategy}: {why}")
+
+
+def _cheapest(mask: Mask, layout: SequenceLayout, near: RingSchedule | None, share: Share, chip: Chip) -> tuple[Strategy, str]:
+    """The strategy that takes least time on devices of a kind, and why; `near` are the neighbours that a window reaches."""
+    strategy: Strategy = "ring"
+    way = "a ring"
+    if near is not None:
+        strategy, way = "window", f"a window that reaches {near.before} devices before and {near.after} after"
+    if chip.platform == "cpu":
+        return strategy, f"{way}; between devices of one host there is nothing to hide"
+    cost = SplitCost(share, chip)
+    around, gathered = 1e3 * cost.ring(mask, layout), 1e3 * cost.gather(mask, layout)
+    why = f"by arithmetic {way} takes {around:.3g} ms a layer and a gather {gathered:.3g}"
+    return (strategy, why) if around <= gathered else ("gather", why)
 
 
 class MeshSplit(NamedTuple):
