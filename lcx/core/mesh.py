@@ -71,7 +71,7 @@ class MeshConfig:
             if num_devices % fixed:
                 raise UserError(
                     f"mesh axes {_text(given)} need a multiple of {fixed} devices and {num_devices} are available; lower their "
-                    f"product, or split a CPU into more devices with --host_devices={fixed}"
+                    f"product, or take more devices, on a CPU with --host_devices={fixed}"
                 )
             given[open_axes[0]] = num_devices // fixed
         elif fixed != num_devices:
