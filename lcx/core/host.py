@@ -51,6 +51,12 @@ def cores(root: Path = Path("/")) -> int:
     return max(1, min([bound, *_core_limits(root)]))
 
 
+def end_with_parent(number: int) -> None:
+    """On Linux, have this process sent a signal when the one that started it ends, however that ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, number)
+
+
 def process_start() -> float:
     """When this process began, in seconds of the epoch: before the interpreter, whose start it includes."""
     return psutil.Process().create_time()

@@ -6,18 +6,16 @@ It loads neither JAX nor the model, and hears from the other one over a pipe.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import os
 import select
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO
 
-from lcx.core import exits
+from lcx.core import exits, host
 from lcx.core.console import print_error, say
 from lcx.core.processes import PIPE, supervised
 
@@ -55,8 +53,8 @@ def pulse() -> int | None:
 
 def end_with_supervisor() -> None:
     """On Linux, have this process asked to save and end if its supervisor is killed."""
-    if supervised() and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    if supervised():
+        host.end_with_parent(signal.SIGTERM)
 
 
 def supervise(command: Sequence[str], restarts: int, silence: float, environment: Mapping[str, str] = os.environ) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +20,7 @@ from jax.experimental import topologies
 
 from lcx.core import configs
 from lcx.core.errors import UserError
+from lcx.core.host import end_with_parent
 from lcx.model.flops import count_jaxpr, kernel_calls
 from lcx.planning.program import StepProgram, build
 from lcx.planning.topology import Topology
@@ -27,6 +29,7 @@ from lcx.training.stages import RunConfig
 
 def main() -> None:
     """Compile one request; a `UserError` becomes a reply of its own."""
+    end_with_parent(signal.SIGKILL)  # a compiler does not stop for anything else
     request = json.load(sys.stdin)
     try:
         for reply in replies(request):

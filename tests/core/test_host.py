@@ -4,8 +4,10 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from lcx.core import host
@@ -121,3 +123,29 @@ def test_cores_within_a_container(tmp_path, monkeypatch, cgroup, files, wanted):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
     named = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
     assert host.cores(tree(tmp_path, cgroup, **named)) == wanted
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's end")
+def test_a_process_ends_with_its_parent_even_if_that_is_killed():
+    child = (
+        "import signal, sys, time; from lcx.core.host import end_with_parent; end_with_parent(signal.SIGKILL); print(flush=True)"
+    )
+    command = [sys.executable, "-c", f"{child}; time.sleep(600)"]
+    start = f"import subprocess; p = subprocess.Popen({command!r}); print(p.pid, flush=True); p.wait()"
+    with subprocess.Popen([sys.executable, "-c", start], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        assert parent.stdout.readline() == "\n"  # the child has asked for it
+        parent.kill()
+    until = time.monotonic() + 60
+    while _runs(pid) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not _runs(pid)
+
+
+def _runs(pid):
+    """Whether a process is there, and has not ended without anybody who asks for its status."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
