@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import re
 import sys
@@ -11,10 +12,10 @@ from types import ModuleType
 from absl import flags
 
 from lcx.cli import distributed_flags, parse
+from lcx.core import host
 from lcx.core.configs import nearest
 from lcx.core.console import friendly_errors, say
 from lcx.core.errors import UserError
-from lcx.core.host import take_huge_pages
 
 COMMANDS = {
     "run": "train the stages of a config, evaluate before and after, and write the report",
@@ -46,10 +47,11 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The console script; exits with status 0, or with 1 after a one-sentence error."""
-    if argv is None:
-        take_huge_pages()
+    own = argv is None
+    if own:
+        host.take_huge_pages()
     argv = list(sys.argv[1:] if argv is None else argv)
-    with friendly_errors(), parse.typed(argv):
+    with host.ending() if own else contextlib.nullcontext(), friendly_errors(), parse.typed(argv):
         for word in argv:
             if any("\udc80" <= one <= "\udcff" for one in word):
                 raise UserError(f"argument {word!r} contains bytes that are not valid UTF-8; pass UTF-8 text instead")

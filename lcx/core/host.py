@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import glob
 import math
 import os
 import platform
 import sys
+import threading
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -55,6 +57,23 @@ def end_with_parent(number: int) -> None:
     """On Linux, have this process sent a signal when the one that started it ends, however that ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, number)
+
+
+LEFT_ALONE = "compile"
+"""Name of threads of a compiler whose result may not be waited for."""
+
+
+@contextlib.contextmanager
+def ending() -> Iterator[None]:
+    """Around a whole command: one that exits does so although a compiler still runs in it, which would be waited for."""
+    try:
+        yield
+    except SystemExit as left:
+        if any(thread.name == LEFT_ALONE for thread in threading.enumerate()):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(left.code if isinstance(left.code, int) else 0)
+        raise
 
 
 def process_start() -> float:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 
@@ -145,7 +145,8 @@ class Trainer:
         if fewer is not None and (start.index, start.stage_step) != (len(self.ends) - 1, self.config.stages[-1].steps):
             processes.meet("metrics")  # they are cut by the first process, and read by all
             rows = metrics_log.read(self.workdir / "metrics.jsonl")
-            say(forecast(self.builder, start.index, start.stage_step, rows, fewer))
+            with self.stop.before_a_step():
+                say(forecast(self.builder, start.index, start.stage_step, rows, fewer))
         for index in range(start.index, len(self.config.stages)):
             if index > start.index:
                 built = self.builder.build(index)
@@ -203,9 +204,14 @@ class Trainer:
                     batch = self.reweight(built, step, state, batch)
                 if not built.step.is_compiled_for(batch):
                     bar.note("compiling")
-                    with pending.excluded(), self.record.span(goodput.COMPILE):
-                        program = built.step.compile(state, batch, built.buffers)
-                    check_program(self.config, stage, built.step, program)
+                    with pending.excluded(), self.record.span(goodput.COMPILE), self.stop.before_a_step():
+                        program = self.stop.compiled(built.step.lower(state, batch, built.buffers))
+                        if program is None:
+                            if step > at:
+                                pending.flush()
+                                self._save(built, state, step, history)
+                            self._leave(number - 1, self.stop.signal or signal.SIGINT)
+                    check_program(self.config, stage, built.step, built.step.keep(batch, program))
                     processes.meet("compiled")  # the first step's transfers begin within a limit of their library's
                 done, total = step + 1, number
                 with self.profiler.begin(total, pending.flush):
@@ -278,10 +284,10 @@ class Trainer:
             say(f"monitor: no theta is left to try for {built.stage.name}; it goes on with {scheme}")
         return following.index != built.attempt.index
 
-    def _leave(self, total: int, number: int) -> None:
+    def _leave(self, total: int, number: int) -> NoReturn:
         with self.record.span(goodput.SAVE):
             self.store.wait()
-        say(f"saved at step {total}; rerun the same command to resume")
+        say(f"saved at step {total}; rerun the same command to resume" if total else "no step is done yet; rerun the same command")
         if processes.count() > 1:
             raise processes.AllStop(128 + number)
         if number == signal.SIGINT:

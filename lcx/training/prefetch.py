@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import functools
 import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lcx.core import processes
+from lcx.core import host, processes
 from lcx.core.batch import Batch
 from lcx.core.console import warn
 
@@ -60,6 +61,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._plan = _AFTER_STEP
         self._asked: jax.Array | None = None
         self._before: Mapping[int, Any] = {}
 
@@ -82,11 +84,42 @@ class Stop:
         asked, self._asked = self._asked, _largest(mesh)(_by_device(mesh, self.signal or 0))
         return None if asked is None else int(asked) or None
 
+    @contextlib.contextmanager
+    def before_a_step(self) -> Iterator[None]:
+        """While entered there is no step to wait for, which a signal is answered with."""
+        self._plan = "stopping"
+        yield
+        self._plan = _AFTER_STEP
+
+    def compiled(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled | None:
+        """The compiled program; None once a signal has come, for which a compiler that hears none is left alone in its thread.
+
+        Several processes, which have to compile together, wait for the compiler.
+        """
+        if processes.count() > 1 or not self._before:
+            return lowered.compile()
+        found: concurrent.futures.Future[jax.stages.Compiled] = concurrent.futures.Future()
+        threading.Thread(target=_settle, args=(found, lowered.compile), name=host.LEFT_ALONE, daemon=True).start()
+        while self.signal is None and not found.done():
+            concurrent.futures.wait([found], timeout=0.2)
+        return None if self.signal is not None else found.result()
+
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
-        warn(f"{signal.Signals(number).name}: saving after this step; press Ctrl-C again to stop immediately")
+        warn(f"{signal.Signals(number).name}: {self._plan}")
+
+
+_AFTER_STEP = "saving after this step; press Ctrl-C again to stop immediately"
+
+
+def _settle(found: concurrent.futures.Future, run: Callable[[], Any]) -> None:
+    """Give a future what `run` gives or raises."""
+    try:
+        found.set_result(run())
+    except BaseException as error:
+        found.set_exception(error)
 
 
 def _by_device(mesh: Mesh, value: int) -> jax.Array:

@@ -128,8 +128,16 @@ class TrainStep:
 
     def compile(self, state: TrainState, batch: Batch, buffers: Mapping[str, Any]) -> jax.stages.Compiled:
         """The program of such a batch, compiled and kept; nothing is run, and `state` is kept."""
+        return self.keep(batch, self.lower(state, batch, buffers).compile())
+
+    def lower(self, state: TrainState, batch: Batch, buffers: Mapping[str, Any]) -> jax.stages.Lowered:
+        """The program of such a batch before it is compiled."""
         with jax.set_mesh(self.mesh):
-            program = self._programs[_form(batch)] = self._step.lower(state, batch, buffers).compile()
+            return self._step.lower(state, batch, buffers)
+
+    def keep(self, batch: Batch, program: jax.stages.Compiled) -> jax.stages.Compiled:
+        """Take a compiled program for batches such as this one; returns it."""
+        self._programs[_form(batch)] = program
         return program
 
     def trace(self, state: TrainState, batch: Batch, buffers: Mapping[str, Any]) -> jax.stages.Traced:

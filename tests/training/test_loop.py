@@ -6,6 +6,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import jax
@@ -22,6 +24,7 @@ from lcx.training.loop import train
 from lcx.training.metrics import TIMING, read
 from lcx.training.profile import ProfileSteps
 from lcx.training.stages import run_config
+from lcx.training.step import TrainStep
 from lcx.training.workdir import exclusive, fingerprint, open_workdir, read_config
 
 ROOT = Path(__file__).parents[2]
@@ -110,6 +113,28 @@ def test_a_signal_saves_first(number, error, whole, tmp_path):
     stopped = len(rows(tmp_path))
     saved = [int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
     assert 10 <= stopped < 18 and max(saved) == stopped
+    same(tmp_path, go(tmp_path), whole)
+
+
+@pytest.mark.parametrize("at", [0, 8])
+def test_a_signal_is_heard_while_a_stage_compiles(at, whole, tmp_path, monkeypatch, capsys):
+    compiled = jax.stages.Lowered.compile
+
+    def slow(self, *args, **options):
+        if threading.current_thread() is not threading.main_thread() and len(rows(tmp_path)) == at:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+        return compiled(self, *args, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(jax.stages.Lowered, "compile", slow)
+        patch.setattr(TrainStep, "is_compiled_for", lambda self, batch: False)
+        begin = time.monotonic()
+        go(tmp_path, checkpoint={"every": None})
+    said = capsys.readouterr()
+    assert time.monotonic() - begin < 60 and "SIGINT: stopping" in said.err
+    assert ("no step is done yet" if at == 0 else f"saved at step {at}; rerun") in said.out
+    assert len(rows(tmp_path)) == at
     same(tmp_path, go(tmp_path), whole)
 
 
