@@ -4,8 +4,8 @@ lcx plan --config=configs/pods/llama3_8b_4m.py --topology=v5p:4x4x4 [--stage=to_
 lcx plan --config=FILE --topology=v5e:16x16 --find=context|chips|mesh|strategy|remat
 lcx plan --config=FILE --topology=v5e:16x16 --what_if=execution.remat=offload,mesh.ulysses=4
 
-The step of the stage that needs most memory (or --stage) is compiled for the chips, which takes about a minute and 2 GiB;
---nocompile works everything out by arithmetic, as for GPUs, whose compiler needs one.
+The step of the stage that needs most memory (or --stage) is compiled for the chips, which takes about a minute, 2 GiB and for TPUs
+libtpu; --nocompile works everything out by arithmetic, as for GPUs, whose compiler needs one.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from absl import flags
 
 from lcx.cli import config_flags
 from lcx.core.configs import choice
-from lcx.core.console import say, table
+from lcx.core.console import say, table, warn
 from lcx.core.errors import UserError
 from lcx.core.numbers import duration, step_time
 from lcx.planning import plan as planning
 from lcx.planning import search
+from lcx.planning.compile import has_compiler
 from lcx.planning.plan import StagePlan
 from lcx.planning.topology import Topology, topology
 from lcx.recipes.recipe import recipe
@@ -60,6 +61,9 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     other_run = planning.changed(run, changes) if changes else run
     index = planning.fullest(run, where) if values.stage is None else planning.stage_index(run, values.stage)
     compiles = values.compile and where.compiles
+    if compiles and not values["compile"].present and not has_compiler(where):
+        warn("libtpu is not installed, so that nothing is compiled and bytes are by arithmetic; install it with pip install libtpu")
+        compiles = False
     found: dict[str, Any] = {"topology": str(where)}
     if values.find is not None:
         found["find"] = find(values.find, other_run, index, where, compiles, values.json)

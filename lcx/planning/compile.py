@@ -108,13 +108,22 @@ def environment(where: Topology) -> dict[str, str]:
     return {**known, "TPU_LIBRARY_PATH": str(library), "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
 
 
-def _libtpu() -> Path:
+def has_compiler(where: Topology) -> bool:
+    """Whether this machine has a compiler for a topology."""
+    return where.chip.platform == "cpu" or (where.compiles and _find_libtpu() is not None)
+
+
+def _find_libtpu() -> Path | None:
     given = os.environ.get("TPU_LIBRARY_PATH")
     spec = importlib.util.find_spec("libtpu")
     installed = [] if spec is None else [Path(folder) / "libtpu.so" for folder in spec.submodule_search_locations or []]
     # `make` puts it beside the packages: see the Makefile.
     found = [*([Path(given)] if given else []), *installed, Path(sys.prefix) / "libtpu" / "libtpu" / "libtpu.so"]
-    library = next((path for path in found if path.is_file()), None)
+    return next((path for path in found if path.is_file()), None)
+
+
+def _libtpu() -> Path:
+    library = _find_libtpu()
     if library is None:
         raise UserError(
             "compiling for a TPU needs libtpu, which is not installed; install it with pip install libtpu (Linux on x86-64), or "

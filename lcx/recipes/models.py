@@ -21,7 +21,7 @@ from lcx.core.errors import UserError
 from lcx.core.files import sampled_hash
 from lcx.core.gguf import is_gguf, stem
 from lcx.core.mesh import MeshConfig, fast_dtype, make_mesh
-from lcx.core.trees import cast, num_bytes, num_elements, paths
+from lcx.core.trees import Tree, cast, num_bytes, num_elements, paths
 from lcx.data.config import DataConfig
 from lcx.data.tokenizers import tokenizers
 from lcx.interop import byte_tokenizer, gguf, peft, peft_save
@@ -37,6 +37,7 @@ from lcx.recipes.cards import Adapter, check_hub_name, write_card
 from lcx.training import loading
 from lcx.training.checkpoints import FOLDER, Store
 from lcx.training.loading import InitialWeights, Loaded
+from lcx.training.memory import size
 from lcx.training.meta import Meta, scheme_configs
 from lcx.training.stages import CheckpointConfig, RunConfig, StageConfig, stage_ends
 from lcx.training.workdir import CONFIG, begun, fingerprint, open_workdir, read_config
@@ -49,6 +50,9 @@ GGUF_DTYPES = tuple(gguf.TYPES)
 FORMATS = ("hf", "gguf", "peft")
 STAGE = "imported"
 """Name of the stage of a run that holds nothing but imported weights."""
+
+SLOW = 1 << 26
+"""Bytes of a model from which on it is said that it is read."""
 
 HF_FOLDER = "hf"
 """Directory of a workdir for the files that came with the run's initial weights: an export needs them."""
@@ -66,6 +70,14 @@ def opened(path: str | Path) -> Source:
     """A Hugging Face folder, an adapter of peft's with its base, or a GGUF file; raises `UserError` for what lcx would not compute
     exactly."""
     return GgufModel(path) if is_gguf(path) else PeftFolder(path) if peft.is_adapter(path) else HfFolder(path)
+
+
+def _read(source: Source, path: str | Path, dtype: str, mesh: Mesh | None) -> Tree:
+    """The weights of a model, of which is said that it is read if that takes a while."""
+    files = [Path(path)] if is_gguf(path) else list(Path(path).glob("*.safetensors"))
+    if (total := sum(file.stat().st_size for file in files)) >= SLOW:
+        say(f"reading {path}, {size(total)}", stderr=True)
+    return source.params(dtype, mesh)
 
 
 def described(path: Path) -> Described:
@@ -96,7 +108,7 @@ def load(
             )
     source = opened(path)
     run = _run_of(source, dtype)
-    return Loaded(source.params(dtype, mesh), run, _meta_of(run, source), stop_ids(path))
+    return Loaded(_read(source, path, dtype, mesh), run, _meta_of(run, source), stop_ids(path))
 
 
 def job_mesh(path: str | Path) -> Mesh | None:
@@ -127,9 +139,11 @@ def _weights(init_from: str) -> InitialWeights:
     source = opened(init_from)
     run = _run_of(source, "float32")
     meta = _meta_of(run, source)
-    return InitialWeights(
-        init_from, meta, lambda mesh: Loaded(source.params("float32", mesh), run, meta), lambda: sampled_hash(source.files), keep
-    )
+
+    def load(mesh: Mesh | None) -> Loaded:
+        return Loaded(_read(source, init_from, "float32", mesh), run, meta)
+
+    return InitialWeights(init_from, meta, load, lambda: sampled_hash(source.files), keep)
 
 
 def stop_ids(path: str | Path) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ import pytest
 
 from lcx.cli.main import main
 from lcx.cli.plan import parse_changes
+from lcx.planning import compile as compiling
 from tests.cli.command import CONFIG
 from tests.report.html_page import Page
 
@@ -52,3 +53,13 @@ def test_a_config_without_chips_is_for_this_machine(capsys):
 def test_changes_are_values_or_words():
     found = parse_changes("execution.remat=offload, mesh.ulysses=4,stages.a.max_position=None")
     assert found == {"execution.remat": "offload", "mesh.ulysses": 4, "stages.a.max_position": None}
+
+
+def test_without_libtpu_it_is_arithmetic_and_that_is_said(capsys, monkeypatch):
+    monkeypatch.setattr(compiling, "_find_libtpu", lambda: None)
+    main(["plan", f"--config={POD}"])
+    said = capsys.readouterr()
+    assert "by arithmetic: it fits" in said.out and "nothing is compiled and bytes are by arithmetic" in said.err.replace("\n", " ")
+    with pytest.raises(SystemExit):
+        main(["plan", f"--config={POD}", "--compile"])
+    assert "needs libtpu, which is not installed" in capsys.readouterr().err
