@@ -101,10 +101,11 @@ WRONG = {
     "train --config={config} --workdir=": "--workdir= is empty; name a directory or omit the flag",
     # the config file
     "train --config={tmp}/missing.py": "missing.py does not exist or is not a file; name a config file such as",
-    "train --config={tmp}/syntax.py": "syntax.py, line 1: SyntaxError: invalid syntax; fix the config file",
+    "train --config={tmp}/syntax.py": "syntax.py, line 1 (`def get_config(:`): SyntaxError: invalid syntax; fix the config file",
     "train --config={tmp}/empty.py": "empty.py has no get_config(); define one",
     "train --config={tmp}/variant.py:smok --workdir={new}": "the config's variant='smok' is unknown; did you mean 'smoke'",
-    "train --config={tmp}/broken.py": "broken.py, line 2: NameError: name 'undefined_name' is not defined; fix the config file",
+    "train --config={tmp}/broken.py": "broken.py, line 2 (`return undefined_name`): NameError: name 'undefined_name' is not "
+    "defined; fix the config file",
     "train --config={tmp}/nothing.py": "get_config() returned NoneType; it must return a ConfigDict",
     "train --config={tmp}/typo.py --workdir={new}": "config.optim has no field 'lrr'; did you mean 'lr'",
     "train --config={tmp}/type.py --workdir={new}": "config.optim.lr='fast': expected float, got str",
@@ -424,6 +425,14 @@ def test_a_full_disk_while_preparing(places):
     one_sentence(ended.stderr, "rerun the same command, it resumes from there")
     assert ended.returncode == 1
     assert lcx(words).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["syntax.py", "broken.py"])
+def test_the_line_of_a_config_named_from_the_folder_it_is_in(name, places, monkeypatch, capsys):
+    monkeypatch.chdir(places["tmp"])
+    with pytest.raises(SystemExit):
+        main(["train", f"--config={name}"])
+    one_sentence(capsys.readouterr().err, f"--config={WRONG['train --config={tmp}/' + name]}")
 
 
 def test_errors_leave_a_process_with_status_1(places):
