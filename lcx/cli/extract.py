@@ -36,8 +36,8 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     forms = {"rank": values.rank, "energy": values.energy, "full": values.full or None, "sparse": values.sparse}
     chosen = [name for name, value in forms.items() if value is not None]
     if len(chosen) != 1:
-        got = "none of them" if not chosen else "--" + " and --".join(chosen)
-        raise UserError(f"give one of --rank=R, --energy=SHARE, --full and --sparse=SHARE, not {got}")
+        got = "none was given" if not chosen else f"--{', --'.join(chosen[:-1])} and --{chosen[-1]} were"
+        raise UserError(f"give one of --rank=R, --energy=SHARE, --full and --sparse=SHARE; {got}")
     if values.embed and chosen[0] in ("full", "sparse"):
         raise UserError(f"--embed is for adapters; --{chosen[0]} has all tensors anyway, so omit it")
     extraction = Extraction(*rest)
