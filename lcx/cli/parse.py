@@ -21,6 +21,7 @@ from absl import flags
 
 from lcx.core.configs import nearest
 from lcx.core.errors import UserError
+from lcx.core.numbers import counted
 
 CONFIG_HELP = "    --config.KEY=VALUE     change a value of the config, as in --config.seed=1; may be repeated\n"
 
@@ -168,7 +169,8 @@ def check_key(config: Any, key: str) -> None:
             config = config[part]
         elif isinstance(config, list | tuple) and part.isdigit():
             if int(part) >= len(config):
-                raise UserError(f"--config.{key}: {place} has {len(config)} entries but no index {part}; indices start at 0")
+                entries = counted(len(config), "entry", "entries")
+                raise UserError(f"--config.{key}: {place} has {entries} but no index {part}; indices start at 0")
             config = config[int(part)]
         elif config is not None:
             raise UserError(f"--config.{key}: {place}={config!r} is of type {type(config).__name__} and has no field {part!r}")

@@ -42,7 +42,7 @@ def test_from_two_models_to_a_third(root, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["extract", "BASE"], "takes a base and its fine-tune but got 1 models; use lcx extract BASE TUNED --out=DIR"),
+        (["extract", "BASE"], "takes a base and its fine-tune but got 1 model; use lcx extract BASE TUNED --out=DIR"),
         (["extract", "BASE", "TUNED"], "--out is missing"),
         (
             ["extract", "BASE", "TUNED", "--out=OUT"],
@@ -57,7 +57,7 @@ def test_from_two_models_to_a_third(root, tmp_path, capsys):
         (["extract", "BASE", "gone", "--out=OUT", "--rank=2"], "gone does not exist or is not a directory; fetch a model first"),
         (["extract", "BASE", "MODEL.gguf", "--out=OUT", "--rank=2"], "model.gguf is a GGUF file, but lcx merge, extract and apply"),
         (["extract", "BASE", "TUNED", "--out=BASE", "--full"], "already exists; choose a new folder"),
-        (["apply", "BASE"], "takes a delta and a model but got 1 names; use lcx apply DELTA TARGET --out=DIR"),
+        (["apply", "BASE"], "takes a delta and a model but got 1 name; use lcx apply DELTA TARGET --out=DIR"),
         (
             ["apply", "BASE", "TUNED", "--out=OUT"],
             "holds neither lcx_delta.json nor adapter_config.json; name what lcx extract wrote",

@@ -137,7 +137,7 @@ WRONG = {
     TRAIN + "--config.stages.base.batch_size=6": "stages.base.batch_size=6 must be divisible by 8 (data=1 x fsdp=8 x expert=1 x",
     TRAIN + "--config.mesh.context=8 --config.stages.base.seq_len=60": "seq_len=60 must be divisible by 8 (mesh axes",
     TRAIN + "--config.mesh.data=3": "need a multiple of 3 devices and 8 are available; lower their product, "
-    "or split a CPU into more devices with --host_devices=3",
+    "or take 3 devices, on a CPU with --host_devices=3, or in a local launch with --num_processes=3",
     TRAIN + "--config.mesh.data=16 --config.mesh.fsdp=1": "need 16 devices and 8 are available; set one axis to -1",
     TRAIN + "--config.model.vocab_size=100": "model.vocab_size=100 is below the 256 tokens of data.tokenizer='bytes'; set it to",
     TRAIN + "--config.init_from={tmp}/nowhere": "nowhere does not exist or is not a directory; name a run's workdir, one of its",
