@@ -73,6 +73,7 @@ FILES = {
 
 TRAIN = "train --config={config} --workdir={new} "
 CHAT = TRAIN + "--config.data.parts.text.source.kind=chat --config.data.parts.text.source.path={tmp}/chats.jsonl "
+RUN = "run --config={config} --workdir={new} "
 GENERATE = "generate --checkpoint={run} "
 PLAN = "plan --config={config} --nocompile "
 TEMPLATE = CHAT + "--config.data.chat_template={tmp}/"
@@ -206,9 +207,12 @@ WRONG = {
     "eval --checkpoint={run}/checkpoints/2 --stage=longer": "/2 names step 2, which conflicts with stage=longer; give only one of",
     "eval --checkpoint={run} --label=after": "--label=after is reserved for the evaluations of lcx run; choose another",
     "eval --checkpoint={run} --lengths=64 --positions=t5": "positions='t5' learns table, which the checkpoint does not have; try",
-    "eval --checkpoint={run} --lengths=64 --positions=yarm": "'yarm' is unknown; did you mean 'yarn'",
+    "eval --checkpoint={run} --lengths=64 --positions=yarm": "error: --positions='yarm' is unknown; did you mean 'yarn'",
+    "eval --checkpoint={run} --positions=yarn:factor": "--positions='yarn:factor': 'factor' is not key=value, as in",
+    RUN + "\"--config.evals.zero_shot=('yarm',)\"": "error: evals.zero_shot='yarm' is unknown; did you mean 'yarn'",
+    RUN + "\"--config.evals.tasks=('rular',)\"": "error: evals.tasks='rular' is unknown; did you mean 'ruler'",
     "eval --checkpoint={run} --lengths=64 --positions=yarn:factor=big": "factor='big'",
-    "eval --checkpoint={run} --tasks=rular --lengths=64": "evals.tasks='rular' is unknown; did you mean 'ruler'",
+    "eval --checkpoint={run} --tasks=rular --lengths=64": "error: --tasks='rular' is unknown; did you mean 'ruler'",
     "eval --checkpoint={run} --tasks=ruler_niah_single_1 --lengths=64": "evals.lengths has 64, but ruler_niah",
     "eval --checkpoint={run} --tasks=ruler_vt --lengths=2048 --prompt_format=chat": "has no chat template; name a template file",
     "eval --checkpoint={run} --tasks=ruler_qa_1 --lengths=2048 --qa_1={tmp}/no.json": "no.json' does not exist or is not a file",
@@ -251,7 +255,7 @@ WRONG = {
     GENERATE + "--prompt=a --max_new_tokens=0": "max_new_tokens=0 must be at least 1",
     GENERATE + "--prompt=a --max_new_tokens=8 --chunk=0": "chunk=0 must be at least 1",
     GENERATE + "--prompt=a --stop=": "a stop string is empty; omit it, or give text to stop at",
-    GENERATE + "--prompt=a --positions=yarm": "'yarm' is unknown; did you mean 'yarn'",
+    GENERATE + "--prompt=a --positions=yarm": "error: --positions='yarm' is unknown; did you mean 'yarn'",
     GENERATE + "--prompt=a --context=3": "need a multiple of 3 devices and 8 are available",
     GENERATE + "--prompt=a --context=0": "mesh.context=0 must be positive",
     "report": "--workdir is missing; name the workdir of a run",
@@ -286,6 +290,7 @@ WRONG = {
     "harness --checkpoint={run} --tasks=a --include={new}": "is not a folder; name one with YAML files of tasks",
     "harness --checkpoint={run} --tasks=a --lengths=64,long": "invalid value 'long' in --lengths",
     "harness --checkpoint={run} --tasks=a --lengths=64 --length=32": "--length=32 must be at least 64, the longest of --lengths",
+    "harness --checkpoint={run} --tasks=a --positions=yarm": "error: --positions='yarm' is unknown; did you mean 'yarn'",
     "harness --checkpoint={run} --tasks=a --prompt_format=chat": "has no chat template",
     "eval --checkpoint={run} --tasks=needles --evaluator={run}": "has nothing to judge: only long_perplexity has key tokens",
     "eval --checkpoint={tmp}/pickled": "pytorch_model.bin is a pickle",
