@@ -15,6 +15,8 @@ from lcx.cli.main import main
 from tests.cli.command import CONFIG, lcx
 
 CURATION = Path(__file__).parents[2] / "configs" / "data" / "long_mixture.py"
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.py"
+"""Every stage of it sets its own learning rate."""
 
 TINY = "from tests.cli import tiny\n\ndef get_config():\n    c = tiny.get_config()\n    {}\n    return c\n"
 """A config file that changes the tiny one."""
@@ -43,6 +45,7 @@ FILES = {
     "moved.py": TINY.format("c.model.mlp_tile = 64"),
     "moved_argument.py": "from lcx.recipes.recipe import defaults\n\ndef get_config():\n    return defaults({}, remat='none')\n",
     "moved_sweep.py": "from tests.cli.tiny import get_config\n\ndef get_sweep():\n    return [{'model.remat': 'none'}]\n",
+    "books.py": TINY.format("c.data.parts = {'books': c.data.parts.text}"),
     "type.py": TINY.format("c.optim.lr = 'fast'"),
     "numbers.py": "from tests.cli.tiny import get_config\n\ndef get_sweep():\n    return [1, 2]\n",
     "variant.py": "from lcx.recipes.recipe import variant_of\n\ndef get_config(variant=''):\n    variant_of(variant, 'smoke')\n",
@@ -129,6 +132,7 @@ WRONG = {
     TRAIN
     + "--config.stages.base.seq_len=99999999999": "stages.base: 99,999,999,999 positions exceed the number of int32 positions;",
     TRAIN + "--config.optim.lr=-1": "optim.lr=-1.0 must be above 0",
+    "train --config={quickstart} --workdir={new} --config.optim.lr=-1": "optim.lr=-1.0 must be above 0",
     TRAIN + "--config.positions.default.theta=-500": "rope.theta=-500.0 must be a number above 1, such as 10000",
     TRAIN + "--config.positions.default.name=yarm": "positions.default.name='yarm' is unknown; did you mean 'yarn'",
     TRAIN + "--config.model.head_dim=7": "= 7 dims; choose an even number of at least 2, such as 6",
@@ -195,9 +199,15 @@ WRONG = {
     # workdirs and checkpoints
     "train --config={config} --config.seed=1 --workdir={run}": "holds a run with another config: seed is 0 there but 1 here",
     "train --config={config} --config.stages.longer.steps=9 --workdir={run}": "stages.longer.steps is 2 there but 9 here",
+    "train --config={config} --config.stages.longer.steps=9 --config.seed=1 --workdir={run}": "seed is 0 there but 1 here, and 1 "
+    "other value differs, too; name another --workdir",
+    "train --config={tmp}/books.py --workdir={run}": " is not set there but 'text' here, and ",
     "train --config={config} --workdir={tmp}/empty.txt": "empty.txt is a file; name a directory",
     "eval --lengths=64": "--checkpoint is missing; name a run's workdir",
-    "eval --checkpoint={tmp}": "does not hold a run (config.json is missing); name the workdir of a training run",
+    "eval --checkpoint={tmp}": "(config.json is missing); name a run's workdir, one of its checkpoints/<step>, a Hugging Face "
+    "folder or a GGUF file",
+    "generate --checkpoint={tmp} --prompt=a": "does not hold a run (config.json is missing); name a run's workdir, one of its",
+    "chat --checkpoint={tmp}": "does not hold a run (config.json is missing); name a run's workdir, one of its checkpoints/<step>",
     "eval --checkpoint={tmp}/nowhere": "nowhere does not exist or is not a directory; name a run's workdir, one of its",
     "eval --checkpoint={run} --stage=lnger": "has no stage 'lnger'; its stages are base, longer",
     "eval --checkpoint={run} --step=3": "has no checkpoint of step 3; its steps are 2, 4",
@@ -337,7 +347,7 @@ def places(tmp_path, run):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     (tmp_path / "latin.prompt").write_bytes("café"[2:].encode("latin-1"))
-    return {"config": CONFIG, "curation": CURATION, "tmp": tmp_path, "run": run, "new": tmp_path / "new"}
+    return {"config": CONFIG, "curation": CURATION, "quickstart": QUICKSTART, "tmp": tmp_path, "run": run, "new": tmp_path / "new"}
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -430,6 +440,14 @@ def test_a_full_disk_while_preparing(places):
     one_sentence(ended.stderr, "rerun the same command, it resumes from there")
     assert ended.returncode == 1
     assert lcx(words).returncode == 0
+
+
+def test_a_value_without_effect_is_remarked(capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", f"--config={QUICKSTART}", "--nocompile", "--config.optim.lr=0.5", "--stage=none"])
+    remark, error = capsys.readouterr().err.strip().splitlines()
+    assert remark.startswith("warning: --config.optim.lr=0.5 has no effect: every stage sets its own; use --config.stages.STAGE.")
+    assert error.startswith("error: --stage='none' is unknown")
 
 
 @pytest.mark.parametrize("name", ["syntax.py", "broken.py"])
