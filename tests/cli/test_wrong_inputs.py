@@ -169,6 +169,10 @@ WRONG = {
     "data prepare --kind=texty --out={new}": "source.kind='texty' is unknown; did you mean 'text'",
     "data prepare --kind=array_record --out={new}": "--kind=array_record is the format this command writes, not reads; allowed:",
     "data prepare --kind=jsonl --path={tmp}/page.jsonl --out={new}": "no text under source.field='text'; did you mean 'txt'",
+    "data prepare --kind=jsonl --path={tmp}/own.jinja --out={new}": "own.jinja:1 is not valid JSON (Expecting property name "
+    "enclosed in double quotes at column 2); if it is plain text, set source.kind='text', or --kind=text",
+    "data prepare --kind=jsonl --path={tmp}/broken.jsonl --out={new}": "broken.jsonl:1 is not valid JSON (Expecting value at column "
+    "11); correct the line, or leave it out",
     "data prepare --kind=jsonl --path={tmp}/number.jsonl --out={new}": "has 5 under source.field='text'; expected text",
     "data prepare --kind=jsonl --path={tmp}/list.jsonl --out={new}": "is not a JSON object; expected lines such as {'text': ...}",
     "data prepare --kind=text --path={tmp} --out={new}": "is a directory; add a pattern, such as",
@@ -314,7 +318,11 @@ WRONG = {
     "report --workdir={run} --add={tmp}/page.jsonl": "has no field 'txt'",
     "compare": "takes a run's workdir or two evaluations but got 0; use lcx compare ONE.json OTHER.json",
     "compare {tmp}/lama": "has not been evaluated before and after; `lcx run` does that at its end",
-    "compare {new}": "before.json does not exist; `lcx eval` writes it",
+    "compare {new}": "new does not exist; name a run's workdir, or two evaluations, as in lcx compare ONE.json OTHER.json",
+    "compare {tmp}/page.jsonl": "page.jsonl is a single file; name a run's workdir, or two evaluations, as in lcx compare",
+    "compare {new}/4.json {tmp}/page.jsonl": "4.json does not exist; `lcx run` writes eval/before.json and eval/after.json",
+    "compare {tmp}/lama {tmp}/lama/4.json": "lama is not a file; name an evaluation, such as",
+    "compare {tmp}/lama/4.json {tmp}/page.jsonl": "4.json does not exist; {tmp}/lama has config.json",
     "compare {tmp}/page.jsonl {tmp}/page.jsonl": "has no field 'txt'",
     "compare {run} --up_to=1": "--up_to",
     "verify": "lcx verify takes one folder or GGUF file but got 0",
@@ -367,7 +375,7 @@ def test_one_sentence_and_nothing_lost(typed, places, capsys):
     before = contents(places["run"])
     with pytest.raises(SystemExit) as left:
         main(shlex.split(typed.format(**places)))
-    one_sentence(capsys.readouterr().err, WRONG[typed])
+    one_sentence(capsys.readouterr().err, WRONG[typed].replace("{tmp}", str(places["tmp"])))
     assert left.value.code == 1
     assert contents(places["run"]) == before
     # Nothing was begun that would stand in the way of the command put right.
