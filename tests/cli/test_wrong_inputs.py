@@ -171,8 +171,8 @@ WRONG = {
     "data prepare --kind=jsonl --path={tmp}/page.jsonl --out={new}": "no text under source.field='text'; did you mean 'txt'",
     "data prepare --kind=jsonl --path={tmp}/own.jinja --out={new}": "own.jinja:1 is not valid JSON (Expecting property name "
     "enclosed in double quotes at column 2); if it is plain text, set source.kind='text', or --kind=text",
-    "data prepare --kind=jsonl --path={tmp}/broken.jsonl --out={new}": "broken.jsonl:1 is not valid JSON (Expecting value at column "
-    "11); correct the line, or leave it out",
+    "data prepare --kind=jsonl --path={tmp}/broken.jsonl --out={new}": "broken.jsonl:1 is not valid JSON (Expecting value at "
+    "column 11); correct the line, or leave it out",
     "data prepare --kind=jsonl --path={tmp}/number.jsonl --out={new}": "has 5 under source.field='text'; expected text",
     "data prepare --kind=jsonl --path={tmp}/list.jsonl --out={new}": "is not a JSON object; expected lines such as {'text': ...}",
     "data prepare --kind=text --path={tmp} --out={new}": "is a directory; add a pattern, such as",
