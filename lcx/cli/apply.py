@@ -12,6 +12,7 @@ from absl import flags
 
 from lcx.cli import parse
 from lcx.core.errors import UserError
+from lcx.core.numbers import counted
 from lcx.merging.apply import Application
 
 
@@ -30,7 +31,8 @@ def define(values: flags.FlagValues) -> None:
 def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     """Apply."""
     if len(rest) != 2:
-        raise UserError(f"lcx apply takes a delta and a model but got {len(rest)} names; use lcx apply DELTA TARGET --out=DIR")
+        got = counted(len(rest), "name")
+        raise UserError(f"lcx apply takes a delta and a model but got {got}; use lcx apply DELTA TARGET --out=DIR")
     out = Path(parse.needed(values, "out", "name a new directory"))
     application = Application(*rest, weight=values.weight, rotary=values.rotary, dtype=values.dtype)
     application.write(out, int(values.max_shard_gb * 1e9))

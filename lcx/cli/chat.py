@@ -20,6 +20,7 @@ from lcx.cli import config_flags, parse, sampling_flags
 from lcx.core import console
 from lcx.core.configs import nearest
 from lcx.core.errors import UserError
+from lcx.evals import zero_shot
 from lcx.recipes import models
 from lcx.recipes.conversation import Conversation
 from lcx.recipes.generation import chat_of, read_text
@@ -77,6 +78,7 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
 
 
 def _begun(values: flags.FlagValues, checkpoint: str) -> Conversation:
+    zero_shot.check(values.positions, "--positions")
     sampling = sampling_flags.chosen(values)
     texts = [read_text(path) for path in values.file]
     loaded = models.load(checkpoint, stage=values.stage, dtype=values.dtype)

@@ -26,7 +26,10 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     """Print every task's two means and their paired difference."""
     if len(rest) == 1:
         folder = Path(rest[0]) / "eval"
-        if folder.parent.is_dir() and not all((folder / f"{label}.json").exists() for label in ("before", "after")):
+        if not folder.parent.is_dir():
+            what = "is a single file" if folder.parent.exists() else "does not exist"
+            raise UserError(f"{rest[0]} {what}; name a run's workdir, or two evaluations, as in lcx compare ONE.json OTHER.json")
+        if not all((folder / f"{label}.json").exists() for label in ("before", "after")):
             raise UserError(
                 f"{rest[0]} has not been evaluated before and after; `lcx run` does that at its end, so repeat the command to "
                 "finish it, or name two evaluations"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -57,9 +58,10 @@ def chosen(values: flags.FlagValues, rest: Sequence[str]) -> ml_collections.Conf
         raise UserError(f"unexpected argument {rest[0]!r}; set config values with --config.KEY=VALUE")
     if values.config is None:
         raise UserError("--config is missing; name a file such as configs/quickstart.py")
-    _remark(values.config)
     complete = getattr(module(values), "complete", None)
-    return values.config if complete is None else complete(values.config)
+    config = values.config if complete is None else complete(values.config)
+    _remark(config)
+    return config
 
 
 def read(values: flags.FlagValues, rest: Sequence[str]) -> tuple[ml_collections.ConfigDict, Path]:
@@ -108,13 +110,26 @@ def _file_and_variant(values: flags.FlagValues) -> tuple[str, str]:
 
 
 def _remark(config: ml_collections.ConfigDict) -> None:
-    """Warn of overrides that have no effect because every stage sets its own value."""
+    """Warn of overrides that have no effect because every stage sets its own value, unless the config is refused as a whole."""
+    idle = list(_idle(config))
+    if not idle:
+        return
+    from lcx.recipes.recipe import recipe
+
+    with contextlib.suppress(UserError):
+        recipe(config)
+        for sentence in idle:
+            warn(sentence)
+
+
+def _idle(config: ml_collections.ConfigDict) -> Iterator[str]:
+    """A sentence about each override that has no effect."""
     for word in sys.argv:
         found = re.match(r"--?config\.(?:data\.)?((?:optim|parts)\.[^=]+)=", word)
         stages = config.get("stages") or {}
         if found and stages and all(_has(stage, found[1].split(".")) for stage in stages.values()):
             names = ", ".join(stages)
-            warn(f"{word} has no effect: every stage sets its own; use --config.stages.STAGE.{found[1]} with STAGE one of {names}")
+            yield f"{word} has no effect: every stage sets its own; use --config.stages.STAGE.{found[1]} with STAGE one of {names}"
 
 
 def _has(tree: Any, path: Sequence[str]) -> bool:

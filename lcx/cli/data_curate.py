@@ -14,7 +14,7 @@ from typing import Any
 from absl import flags
 
 from lcx.cli import config_flags
-from lcx.core import configs
+from lcx.core import configs, numbers
 from lcx.core.console import say, table
 from lcx.core.errors import UserError
 from lcx.core.host import cores
@@ -224,7 +224,7 @@ def _progress(start: float) -> Callable[[Progress], None]:
         if now - last >= 5:
             last = now
             speed = progress.fresh_bytes / 1e6 / (now - start)
-            done = f"{progress.shards} shards {progress.done}, {progress.bytes / 1e6:,.0f} MB, {speed:,.1f} MB/s"
+            done = f"{numbers.counted(progress.shards, 'shard')} {progress.done}, {progress.bytes / 1e6:,.0f} MB, {speed:,.1f} MB/s"
             say(f"{progress.source}: {done}")
 
     return report

@@ -15,6 +15,7 @@ from lcx.core import configs
 from lcx.core.configs import nearest
 from lcx.core.console import say
 from lcx.core.errors import UserError
+from lcx.core.numbers import counted
 from lcx.data.config import SourceConfig
 from lcx.data.curation.dependency import LongCeSettings
 from lcx.data.sources.prepare import Progress, prepare
@@ -68,7 +69,7 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     if weigher is not None:
         weigher()
         say(f"loss weights by LongCE of {values.longce}, which runs that read the dataset use")
-    say(f"dataset: {values.out}: {done.documents:,} documents, {done.tokens:,} tokens in {done.shards} shards")
+    say(f"dataset: {values.out}: {_size(done)} in {counted(done.shards, 'shard')}")
     say("to use it in a config:")
     say(f"    config.data.tokenizer = {values.tokenizer!r}")
     say(f"    config.data.parts.NAME.source = {{'kind': 'array_record', 'path': {values.out!r}}}")
@@ -90,7 +91,7 @@ def _weigher(values: flags.FlagValues) -> Callable[[], None] | None:
     reader.check("longce_window", settings.window)
     if reader.tokenizer.fingerprint != tokenizers.load(values.tokenizer).fingerprint:
         raise UserError(f"--longce={values.longce} has another tokenizer than --tokenizer={values.tokenizer}; use the model's own")
-    return lambda: add_weights(values.out, reader, settings, lambda shards: say(f"{shards} shards weighed"))
+    return lambda: add_weights(values.out, reader, settings, lambda shards: say(f"{counted(shards, 'shard')} weighed"))
 
 
 def _text_kinds() -> tuple[str, ...]:
@@ -100,6 +101,10 @@ def _text_kinds() -> tuple[str, ...]:
 def _progress(start: float) -> Callable[[Progress], None]:
     def report(progress: Progress) -> None:
         seconds = time.perf_counter() - start
-        say(f"{progress.shards} shards written: {progress.documents:,} documents, {progress.tokens:,} tokens, {seconds:,.0f} s")
+        say(f"{counted(progress.shards, 'shard')} written: {_size(progress)}, {seconds:,.0f} s")
 
     return report
+
+
+def _size(progress: Progress) -> str:
+    return f"{counted(progress.documents, 'document')}, {counted(progress.tokens, 'token')}"

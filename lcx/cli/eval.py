@@ -15,6 +15,7 @@ from lcx.cli import config_flags, distributed_flags, parse
 from lcx.core.console import say
 from lcx.core.errors import UserError
 from lcx.data.config import DataConfig
+from lcx.evals import zero_shot
 from lcx.evals.config import EndpointConfig, EvalConfig, QuestionConfig
 from lcx.evals.runner import chosen_tasks, evaluate_endpoint
 from lcx.recipes import models
@@ -63,6 +64,8 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     """Evaluate."""
     parse.nothing_left(rest, "eval")
     lengths = EvalConfig().lengths if values.lengths is None else tuple(parse.lengths(values))
+    for spec in values.positions:
+        zero_shot.check(spec, "--positions")
     evals = EvalConfig(
         tasks=tuple(values.tasks),
         lengths=lengths,
@@ -76,7 +79,7 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
             values.items, values.prompt_format, tuple(values.prose), values.qa_1, values.qa_2, values.data, values.faithful
         ),
     )
-    chosen_tasks(evals)
+    chosen_tasks(evals, "--tasks")
     if values.endpoint is not None:
         _endpoint(values, evals)
         return

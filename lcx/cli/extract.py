@@ -13,6 +13,7 @@ from absl import flags
 
 from lcx.cli import parse
 from lcx.core.errors import UserError
+from lcx.core.numbers import counted
 from lcx.merging.extract import Extraction, show
 
 
@@ -29,15 +30,14 @@ def define(values: flags.FlagValues) -> None:
 def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     """Extract."""
     if len(rest) != 2:
-        raise UserError(
-            f"lcx extract takes a base and its fine-tune but got {len(rest)} models; use lcx extract BASE TUNED --out=DIR"
-        )
+        got = counted(len(rest), "model")
+        raise UserError(f"lcx extract takes a base and its fine-tune but got {got}; use lcx extract BASE TUNED --out=DIR")
     out = Path(parse.needed(values, "out", "name a new directory"))
     forms = {"rank": values.rank, "energy": values.energy, "full": values.full or None, "sparse": values.sparse}
     chosen = [name for name, value in forms.items() if value is not None]
     if len(chosen) != 1:
-        got = "none of them" if not chosen else "--" + " and --".join(chosen)
-        raise UserError(f"give one of --rank=R, --energy=SHARE, --full and --sparse=SHARE, not {got}")
+        got = "none was given" if not chosen else f"--{', --'.join(chosen[:-1])} and --{chosen[-1]} were"
+        raise UserError(f"give one of --rank=R, --energy=SHARE, --full and --sparse=SHARE; {got}")
     if values.embed and chosen[0] in ("full", "sparse"):
         raise UserError(f"--embed is for adapters; --{chosen[0]} has all tensors anyway, so omit it")
     extraction = Extraction(*rest)

@@ -18,6 +18,7 @@ from lcx.core.console import say
 from lcx.core.errors import UserError
 from lcx.core.mesh import MeshConfig, make_mesh
 from lcx.data.tokenizers import tokenizers
+from lcx.evals import zero_shot
 from lcx.model.architecture import build_schemes
 from lcx.model.decode import Timings
 from lcx.recipes import models
@@ -57,6 +58,7 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     for name in ("system", "chat_template"):
         if values[name].value is not None and not values.chat:
             raise UserError(f"--{name} belongs to --chat, which is not given; add it or leave --{name} out")
+    zero_shot.check(values.positions, "--positions")
     sampling = sampling_flags.chosen(values)
     # One device, unless a mesh is requested: then all of them.
     one_device = values.context == values.tensor == 1

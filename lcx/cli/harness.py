@@ -18,6 +18,7 @@ from lcx.core.errors import UserError
 from lcx.core.extras import library
 from lcx.data.chat import chat
 from lcx.data.tokenizers import tokenizers
+from lcx.evals import zero_shot
 from lcx.evals.backends.local import LocalBackend
 from lcx.recipes import models
 from lcx.recipes.recipe import backend_of
@@ -56,6 +57,7 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     if include is not None and not include.is_dir():
         raise UserError(f"--include={values.include} is not a folder; name one with YAML files of tasks")
     lengths = parse.lengths(values)
+    zero_shot.check(values.positions, "--positions")
     loaded = models.load(checkpoint, step=values.step, stage=values.stage, dtype=values.dtype)
     run = loaded.run
     length = max([loaded.meta.length, *lengths]) if values.length is None else values.length

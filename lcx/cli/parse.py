@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import keyword
+import linecache
 import logging
 import re
 import sys
@@ -20,6 +21,7 @@ from absl import flags
 
 from lcx.core.configs import nearest
 from lcx.core.errors import UserError
+from lcx.core.numbers import counted
 
 CONFIG_HELP = "    --config.KEY=VALUE     change a value of the config, as in --config.seed=1; may be repeated\n"
 
@@ -167,7 +169,8 @@ def check_key(config: Any, key: str) -> None:
             config = config[part]
         elif isinstance(config, list | tuple) and part.isdigit():
             if int(part) >= len(config):
-                raise UserError(f"--config.{key}: {place} has {len(config)} entries but no index {part}; indices start at 0")
+                entries = counted(len(config), "entry", "entries")
+                raise UserError(f"--config.{key}: {place} has {entries} but no index {part}; indices start at 0")
             config = config[int(part)]
         elif config is not None:
             raise UserError(f"--config.{key}: {place}={config!r} is of type {type(config).__name__} and has no field {part!r}")
@@ -177,13 +180,19 @@ def check_key(config: Any, key: str) -> None:
 
 
 def _blame(filename: str, error: Exception) -> NoReturn:
-    """Raise a one-sentence error that names the failing line of the config file."""
-    line = error.lineno if isinstance(error, SyntaxError) and error.filename == filename else None
+    """Raise a one-sentence error that names the failing line of the config file, and its text."""
+
+    def is_here(other: str | None) -> bool:
+        return other is not None and Path(other).resolve() == Path(filename).resolve()
+
+    line = error.lineno if isinstance(error, SyntaxError) and is_here(error.filename) else None
     for frame in traceback.extract_tb(error.__traceback__):
-        if frame.filename == filename:
+        if is_here(frame.filename):
             line = frame.lineno
     what = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
-    at = "" if line is None else f", line {line}"
+    text = "" if line is None else linecache.getline(str(Path(filename).resolve()), line).strip()
+    quoted = f" (`{textwrap.shorten(text, 100, placeholder=' …')}`)" if text else ""
+    at = "" if line is None else f", line {line}{quoted}"
     raise UserError(f"--config={filename}{at}: {type(error).__name__}: {what}; fix the config file") from error
 
 

@@ -135,7 +135,7 @@ class _File:
         with path.open("rb") as file:
             begin = file.read(24)
             if begin[:4] != MAGIC:
-                raise UserError(f"{path} is not a GGUF file: it begins with {begin[:4]!r} instead of {MAGIC!r}")
+                raise UserError(f"{path} is not a GGUF file, as it does not begin with GGUF; download it again, or name another")
             self._size = path.stat().st_size
             if len(begin) < 24:
                 raise self._short(24)

@@ -20,6 +20,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from lcx.core import processes
 from lcx.core.chips import Chip, chip_of
 from lcx.core.errors import UserError
+from lcx.core.numbers import counted
 
 AXES = ("data", "fsdp", "expert", "tensor", "ring", "ulysses")
 
@@ -67,16 +68,18 @@ class MeshConfig:
         if len(open_axes) > 1:
             raise UserError(f"mesh.{' and mesh.'.join(open_axes)} are both -1; leave only one to be inferred")
         fixed = math.prod(size for size in given.values() if size != -1)
+        available = f"{num_devices} {'is' if num_devices == 1 else 'are'} available"
         if open_axes:
             if num_devices % fixed:
                 raise UserError(
-                    f"mesh axes {_text(given)} need a multiple of {fixed} devices and {num_devices} are available; lower their "
-                    f"product, or take more devices, on a CPU with --host_devices={fixed}"
+                    f"mesh axes {_text(given)} need a multiple of {fixed} devices and {available}; lower their product, or take "
+                    f"{fixed} devices, on a CPU with --host_devices={fixed}, or in a local launch with --num_processes={fixed}"
                 )
             given[open_axes[0]] = num_devices // fixed
         elif fixed != num_devices:
             raise UserError(
-                f"mesh axes {_text(given)} need {fixed} devices and {num_devices} are available; set one axis to -1 to use them all"
+                f"mesh axes {_text(given)} need {counted(fixed, 'device')} and {available}; set one axis to -1 to use "
+                f"{'it' if num_devices == 1 else 'them all'}"
             )
         context = given.pop("context")
         if context % self.ulysses:

@@ -16,6 +16,11 @@ def step_time(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds < 100 else f"{seconds:,.0f} s"
 
 
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """A count and what is counted, as in `1 device` and `4,096 devices`; `plural` where it is not the noun with an s."""
+    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
+
+
 def round_up(x: int, multiple: int) -> int:
     """The least multiple of `multiple` that is at least `x`."""
     return -(-x // multiple) * multiple

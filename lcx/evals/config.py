@@ -111,4 +111,4 @@ class EvalConfig:
         if not 0 < self.effective_threshold < 1:
             raise UserError(f"evals.effective_threshold={self.effective_threshold} must be between 0 and 1")
         for spec in self.zero_shot:
-            check(spec)
+            check(spec, "evals.zero_shot")

@@ -188,11 +188,23 @@ def _perplexity(curve: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def _others(folder: pathlib.Path) -> str:
+    """The way out for an evaluation that is missing from a folder: those that are there, or what would write some."""
+    if found := sorted(path.name for path in folder.glob("*.json")):
+        return f"{folder} has {', '.join(found[:5])}" + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+    return (
+        "`lcx run` writes eval/before.json and eval/after.json in its workdir, and `lcx eval` writes eval/LABEL.json, or without "
+        "--label a name made of the stage or step and the schemes"
+    )
+
+
 def _load(path: str | os.PathLike[str]) -> Mapping[str, object]:
     try:
         values = json.loads(pathlib.Path(path).read_text())
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; `lcx eval` writes it") from None
+        raise UserError(f"{path} does not exist; {_others(pathlib.Path(path).parent)}") from None
+    except (IsADirectoryError, NotADirectoryError):
+        raise UserError(f"{path} is not a file; name an evaluation, such as runs/quickstart/eval/after.json") from None
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); delete it and evaluate again") from None
     if not isinstance(values, Mapping):

@@ -48,12 +48,12 @@ def gather(data: DataConfig, config: EvalConfig) -> Materials:
     return Materials(config, data, tokenizer, heldout)
 
 
-def chosen_tasks(config: EvalConfig) -> list[Callable[[Materials], Task | None]]:
+def chosen_tasks(config: EvalConfig, path: str = "evals.tasks") -> list[Callable[[Materials], Task | None]]:
     """The rows of the table that `evals.tasks` names, groups taken apart.
 
-    Raises `UserError` with the nearest name for another.
+    Raises `UserError` with `path` and the nearest name for another.
     """
-    named = [choice("evals.tasks", name, (*TASKS, *GROUPS)) for name in config.tasks]
+    named = [choice(path, name, (*TASKS, *GROUPS)) for name in config.tasks]
     chosen = list(dict.fromkeys(one for name in named for one in GROUPS.get(name, (name,))))
     return [TASKS[name] for name in chosen]
 

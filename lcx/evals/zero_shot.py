@@ -23,10 +23,10 @@ def at_length(schemes: Mapping[str, Scheme], spec: str, trained: int, length: in
     return {kind: scheme if is_local(kind) else extend_to(scheme, spec, trained, length) for kind, scheme in schemes.items()}
 
 
-def check(spec: str) -> str:
-    """`spec`, when `at_length` can read its name; raises `UserError` with the nearest otherwise."""
+def check(spec: str, path: str = "positions") -> str:
+    """`spec`, when `at_length` can read its name; raises `UserError` with `path` and the nearest otherwise."""
     if spec.strip() != "none":
-        scheme_class(settings(spec)["name"], "the positions to try zero-shot")
+        scheme_class(settings(spec, path)["name"], path)
     return spec
 
 

@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 from lcx.core import exits, processes
 from lcx.core.console import friendly_errors, print_error, say, warn
 from lcx.core.errors import UserError
+from lcx.core.numbers import counted
 from lcx.core.version import VERSION
 from lcx.launch import supervisor
 from lcx.launch.cluster import Job, check_reachable, is_loopback, split_address
@@ -205,8 +206,8 @@ def _compare(said: Mapping[str, Any]) -> None:
             )
     if processes.is_first():
         hosts = len({processes.named(i).partition(" on ")[2] for i in range(processes.count())})
-        there = f"{jax.device_count()} devices ({device.device_kind})"
-        say(f"{processes.count()} processes on {hosts} host{'s'[: hosts > 1]}, {there}", stderr=True)
+        there = f"{counted(jax.device_count(), 'device')} ({device.device_kind})"
+        say(f"{counted(processes.count(), 'process', 'processes')} on {counted(hosts, 'host')}, {there}", stderr=True)
 
 
 @contextlib.contextmanager

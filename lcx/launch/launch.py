@@ -14,6 +14,7 @@ from lcx.core.configs import nearest
 from lcx.core.console import say
 from lcx.core.errors import UserError
 from lcx.core.files import write_atomically
+from lcx.core.numbers import counted
 from lcx.launch import local
 from lcx.launch.backends.table import BACKENDS
 from lcx.launch.job import Backend, JobSpec
@@ -92,7 +93,7 @@ def _here(jobs: Sequence[JobSpec], options: Processes, folder: Path, dry_run: bo
             for words in local.commands(job, options, options.port or local.EXAMPLE_PORT):
                 say(shlex.join(words))
             continue
-        say(f"{job.name}: {options.num_processes} processes; logs in {place}")
+        say(f"{job.name}: {counted(options.num_processes, 'process', 'processes')}; logs in {place}")
         status = local.run(job, options, place)
         say(f"{job.name}: " + ("finished" if status == 0 else f"ended with status {status}; logs in {place}"))
         worst = worst or status

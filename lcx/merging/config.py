@@ -114,9 +114,14 @@ def read(path: Path) -> MergeConfig:
     if not path.is_file():
         raise UserError(f"--config={path} does not exist or is not a file; name a YAML file such as merge.yml")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"--config={path} cannot be read as YAML ({' '.join(str(error).split())}); fix the file") from error
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        at = f"byte {error.start} is {error.object[error.start]:#04x}"
+        raise UserError(f"--config={path} is not UTF-8 text ({at}); convert it") from error
+    try:
+        values = yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"--config={path} cannot be read as YAML ({_problem(error, text)}); fix the file") from error
     if not isinstance(values, Mapping):
         raise UserError(f"--config={path} is not a mapping of merge_method, models and so on; see docs/merging.md")
     try:
@@ -125,13 +130,34 @@ def read(path: Path) -> MergeConfig:
         raise UserError(f"{path}: {error}") from error
 
 
+def _problem(error: Exception, text: str) -> str:
+    """Line, column and what is wrong there, without what the parser adds to it."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        place = error.problem_mark
+        return f"line {place.line + 1}, column {place.column + 1}: {error.problem}"
+    if isinstance(error, yaml.reader.ReaderError) and isinstance(error.character, int):
+        before = text[: error.position]
+        column = len(before) - before.rfind("\n")
+        return f"line {1 + before.count(chr(10))}, column {column}: the character U+{error.character:04X} is not allowed"
+    return "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+
+
 class _Loader(yaml.SafeLoader):
     """Makes nothing but plain values, and refuses a key that is there twice."""
 
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        """The value of a node; raises `YAMLError` for a text that is not of the type that it is said to be of, such as a date."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, AttributeError, TypeError, KeyError) as error:
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.MarkedYAMLError(problem=f"{node.value!r} is no {kind}", problem_mark=node.start_mark) from error
+
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
         """The mapping of a node."""
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        for key in keys:
-            if isinstance(key, Hashable) and keys.count(key) > 1:
-                raise yaml.YAMLError(f"the key {key!r} is there twice, at{node.start_mark}")
+        nodes = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        keys = [self.construct_object(key, deep=True) for key in nodes]
+        for i, key in enumerate(keys):
+            if isinstance(key, Hashable) and key in keys[:i]:
+                raise yaml.MarkedYAMLError(problem=f"the key {key!r} is there twice", problem_mark=nodes[i].start_mark)
         return super().construct_mapping(node, deep)

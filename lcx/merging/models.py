@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lcx.core.errors import UserError
+from lcx.core.gguf import is_gguf
 from lcx.interop import hf_config
 from lcx.interop.families import FAMILIES, NO_EFFECT, ROPE_KEYS, changes_nothing
 from lcx.interop.folder import check_folder, tokenizer_files
@@ -37,6 +38,11 @@ class Model:
 
     def __init__(self, name: str):
         self.name, self.folder = name, Path(name).expanduser()
+        if is_gguf(self.folder) and self.folder.exists():
+            raise UserError(
+                f"{name} is a GGUF file, but lcx merge, extract and apply read Hugging Face folders; write it as one with "
+                f"`lcx export --checkpoint={name} --out=FOLDER`, and name that folder"
+            )
         if not self.folder.is_dir():
             hint = "fetch a model first, for example with huggingface_hub's `hf download`, and name its folder"
             raise UserError(f"{name} does not exist or is not a directory; {hint}")

@@ -13,9 +13,8 @@ from lcx.core.console import say
 from lcx.core.errors import UserError
 from lcx.core.mesh import MeshConfig, make_mesh
 from lcx.recipes import models
-from lcx.training.loading import locate
+from lcx.training.loading import config_of, locate
 from lcx.training.stages import RunConfig
-from lcx.training.workdir import read_config
 
 
 def share_heads(mesh: MeshConfig, num_heads: int, num_kv_heads: int, lengths: Sequence[int]) -> None:
@@ -42,7 +41,7 @@ def evaluation_mesh(path: str | Path) -> Mesh | None:
     one."""
     if processes.count() > 1:
         return models.job_mesh(path)
-    run = None if models.is_foreign(path) else read_config(locate(Path(path))[0])
+    run = None if models.is_foreign(path) else config_of(locate(Path(path))[0])
     model = models.described(Path(path)).model if run is None else run.model
     if run is None or run.execution.recurrent_chunk is None:
         host_devices.share(model.num_heads, model.num_kv_heads, ())

@@ -40,7 +40,7 @@ from lcx.training.loading import InitialWeights, Loaded
 from lcx.training.memory import size
 from lcx.training.meta import Meta, scheme_configs
 from lcx.training.stages import CheckpointConfig, RunConfig, StageConfig, stage_ends
-from lcx.training.workdir import CONFIG, begun, fingerprint, open_workdir, read_config
+from lcx.training.workdir import CONFIG, begun, fingerprint, open_workdir
 
 DTYPES = ("float32", "bfloat16", "float16")
 AUTO = "auto"
@@ -117,7 +117,7 @@ def job_mesh(path: str | Path) -> Mesh | None:
         return None
     devices = jax.devices()
     if not is_foreign(path) and Path(path).is_dir():
-        config = read_config(loading.locate(Path(path))[0]).mesh
+        config = loading.config_of(loading.locate(Path(path))[0]).mesh
         try:
             return make_mesh(config, devices)
         except UserError as error:

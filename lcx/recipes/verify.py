@@ -10,6 +10,7 @@ from lcx.core import manifest
 from lcx.core.console import say, table
 from lcx.core.errors import UserError
 from lcx.core.gguf import is_gguf
+from lcx.core.numbers import counted
 from lcx.data.sources import records
 from lcx.training.checkpoints import FOLDER, Store
 from lcx.training.loading import locate
@@ -49,10 +50,13 @@ def verify(path: str | Path, update: bool = False) -> bool:
     table(
         str(path),
         ("what", "kind", "compared", "bytes", "found"),
-        [(one.what, one.kind, one.count, f"{one.bytes:,}", "; ".join(one.faults) or "whole") for one in found],
+        [(one.what, one.kind, one.count, f"{one.bytes:,}", "damaged" if one.faults else "whole") for one in found],
         left=2,
     )
     damaged = [one for one in found if one.faults]
+    for one in damaged:
+        for fault in one.faults:
+            say(f"{one.what}: {fault}")
     total = sum(one.bytes for one in found)
     say(f"{len(damaged)} of {len(found)} damaged, {total:,} bytes compared" if damaged else f"all whole, {total:,} bytes compared")
     return not damaged
@@ -77,7 +81,7 @@ def _run(path: Path) -> list[Checked]:
             raise UserError(f"{path} is not a complete checkpoint; those of the run are {known}")
         for one in store.steps if step is None else [step]:
             seen = store.examine(one)
-            count = f"{seen.arrays} arrays" if seen.arrays or seen.faults else "has no checksums"
+            count = counted(seen.arrays, "array") if seen.arrays or seen.faults else "has no checksums"
             found.append(Checked(f"{FOLDER}/{one}", "checkpoint", count, seen.bytes, tuple(seen.faults)))
     return found
 
@@ -113,7 +117,7 @@ def _manifest(place: Path, path: Path) -> Checked:
     except manifest.DamagedError as error:
         return Checked(what, "manifest", "", 0, (str(error),))
     faults = tuple(f"{name} {fault}" for name in found.files if (fault := found.fault(name)))
-    return Checked(what, _kind(found), f"{len(found.files)} files", found.bytes, faults)
+    return Checked(what, _kind(found), counted(len(found.files), "file"), found.bytes, faults)
 
 
 def _kind(found: manifest.Manifest) -> str:

@@ -69,6 +69,9 @@ class InitialWeights:
         return split(self.load(mesh).params, lambda path: path in names)[0]
 
 
+CHOICES = f"name a run's workdir, one of its {FOLDER}/<step>, a Hugging Face folder or a GGUF file"
+"""What a checkpoint may be, as the end of an error sentence."""
+
 GetWeights = Callable[[str], InitialWeights]
 """From what `init_from` says to the weights."""
 
@@ -83,7 +86,7 @@ def initial_weights(path: str) -> InitialWeights:
 def load_meta(path: str | Path) -> Meta:
     """The metadata of the newest checkpoint in a workdir, or of a checkpoint folder; reads no arrays."""
     workdir, step = locate(Path(path))
-    run = read_config(workdir)
+    run = config_of(workdir)
     with Store(workdir, CheckpointConfig(), stage_ends(run), clean=False) as store:
         if not store.steps or step is not None and step not in store.steps:
             raise UserError(f"{path} has no complete checkpoint; train first, or name another workdir")
@@ -126,7 +129,7 @@ def load_unfolded(
 def load_kept(path: str | Path, step: int | None = None, stage: str | None = None, mesh: Mesh | None = None) -> Loaded:
     """As `load_params`, but only what the checkpoint itself holds: of a run with adapters these, and what it trained in full."""
     asked, (workdir, step) = step, locate(Path(path), step)
-    run = read_config(workdir)
+    run = config_of(workdir)
     for name, value in (("step", asked), ("stage", stage)):
         if value is not None and step not in (None, asked):
             raise UserError(f"{path} names step {step}, which conflicts with {name}={value}; give only one of them")
@@ -174,13 +177,15 @@ def abstract_params(run: RunConfig, meta: Meta, mesh: Mesh | None) -> Tree:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), parameters.abstract(table))
 
 
+def config_of(workdir: Path) -> RunConfig:
+    """The config of the run whose checkpoint is asked for; raises `UserError` with all `CHOICES` where there is no run."""
+    return read_config(workdir, CHOICES)
+
+
 def locate(path: Path, step: int | None = None) -> tuple[Path, int | None]:
     """The workdir that a path names or lies in, and the step of the checkpoint that it names, else `step`."""
     if not path.is_dir():
-        raise UserError(
-            f"checkpoint {path} does not exist or is not a directory; name a run's workdir, one of its {FOLDER}/<step>, a "
-            "Hugging Face folder or a GGUF file"
-        )
+        raise UserError(f"checkpoint {path} does not exist or is not a directory; {CHOICES}")
     if path.name == FOLDER:
         return path.parent, step
     if path.parent.name == FOLDER and path.name.isdigit():

@@ -9,7 +9,7 @@ import platform
 import re
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import jax
 from lcx.core import configs, processes
 from lcx.core.errors import UserError
 from lcx.core.files import write_atomically
+from lcx.core.numbers import counted
 from lcx.core.version import VERSION
 from lcx.model.execution import FIELDS as EXECUTION_FIELDS
 from lcx.training import metrics
@@ -135,11 +136,11 @@ def exclusive(workdir: Path) -> Iterator[None]:
             lock.truncate(0)
 
 
-def read_config(workdir: Path) -> RunConfig:
-    """The config of the run in a workdir; raises `UserError` when there is none."""
+def read_config(workdir: Path, way: str = "name the workdir of a training run") -> RunConfig:
+    """The config of the run in a workdir; raises `UserError`, which ends in the `way` out, when there is none."""
     path = workdir / CONFIG
     if not path.exists():
-        raise UserError(f"{workdir} does not hold a run ({CONFIG} is missing); name the workdir of a training run")
+        raise UserError(f"{workdir} does not hold a run ({CONFIG} is missing); {way}")
     return configs.build(RunConfig, _migrated(_read(path)), str(path))
 
 
@@ -188,18 +189,25 @@ def _compare(workdir: Path, there: dict[str, Any], here: dict[str, Any]) -> None
         here = {**here, "stages": here["stages"][: len(there["stages"])]}
     old, new = dict(configs.leaves(there)), dict(configs.leaves(here))
     names = {f"stages.{i}": f"stages.{stage['name']}" for i, stage in enumerate(here["stages"])}
+    unset = object()
     differences = [
-        f"{_named(path, names)} is {old.get(path, 'absent')!r} there but {new.get(path, 'absent')!r} here"
+        f"{_named(path, names)} is {_shown(old, path)} there but {_shown(new, path)} here"
         for path in sorted({*old, *new})
-        if not _is_mutable(path) and old.get(path, "absent") != new.get(path, "absent")
+        if not _is_mutable(path) and old.get(path, unset) != new.get(path, unset)
     ]
     if differences:
-        more = f" and {len(differences) - 1} more" if len(differences) > 1 else ""
+        others = len(differences) - 1
+        more = f", and {counted(others, 'other value')} {'differs' if others == 1 else 'differ'}, too" if others else ""
         # On another kind of machine than the run began on, a config that leaves the type to the machine finds another.
         dtype, way = "execution.compute_dtype", "name another --workdir"
         if differences[0].startswith(dtype) and not more:
             way = f"give --config.{dtype}={old.get(dtype)}, or {way}"
         raise UserError(f"workdir {workdir} holds a run with another config: {differences[0]}{more}; {way}")
+
+
+def _shown(values: Mapping[str, Any], path: str) -> str:
+    """A value of a config, for a sentence."""
+    return repr(values[path]) if path in values else "not set"
 
 
 def _named(path: str, names: dict[str, str]) -> str:

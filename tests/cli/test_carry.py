@@ -16,6 +16,7 @@ def root(tmp_path_factory):
     make(folder / "base")
     make(folder / "tuned", seed=1, near=folder / "base", rope_theta=50000.0, max_position_embeddings=256)
     make(folder / "sibling", seed=2, near=folder / "base")
+    (folder / "model.gguf").write_bytes(b"GGUF")
     return folder
 
 
@@ -41,18 +42,22 @@ def test_from_two_models_to_a_third(root, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["extract", "BASE"], "takes a base and its fine-tune but got 1 models; use lcx extract BASE TUNED --out=DIR"),
+        (["extract", "BASE"], "takes a base and its fine-tune but got 1 model; use lcx extract BASE TUNED --out=DIR"),
         (["extract", "BASE", "TUNED"], "--out is missing"),
-        (["extract", "BASE", "TUNED", "--out=OUT"], "give one of --rank=R, --energy=SHARE, --full and --sparse=SHARE, not none of"),
-        (["extract", "BASE", "TUNED", "--out=OUT", "--rank=2", "--full"], "not --rank and --full"),
+        (
+            ["extract", "BASE", "TUNED", "--out=OUT"],
+            "give one of --rank=R, --energy=SHARE, --full and --sparse=SHARE; none was",
+        ),
+        (["extract", "BASE", "TUNED", "--out=OUT", "--rank=2", "--full"], "=SHARE; --rank and --full were"),
         (["extract", "BASE", "TUNED", "--out=OUT", "--rank=0"], "rank=0 must be above 0"),
         (["extract", "BASE", "TUNED", "--out=OUT", "--energy=1.5"], "--energy=1.5 must be a share above 0 and at most 1"),
         (["extract", "BASE", "TUNED", "--out=OUT", "--sparse=0"], "--sparse=0.0 must be a share of the numbers above 0"),
         (["extract", "BASE", "TUNED", "--out=OUT", "--full", "--embed"], "--embed is for adapters; --full has all tensors"),
         (["extract", "BASE", "BASE", "--out=OUT", "--rank=2"], "there is nothing to extract"),
         (["extract", "BASE", "gone", "--out=OUT", "--rank=2"], "gone does not exist or is not a directory; fetch a model first"),
+        (["extract", "BASE", "MODEL.gguf", "--out=OUT", "--rank=2"], "model.gguf is a GGUF file, but lcx merge, extract and apply"),
         (["extract", "BASE", "TUNED", "--out=BASE", "--full"], "already exists; choose a new folder"),
-        (["apply", "BASE"], "takes a delta and a model but got 1 names; use lcx apply DELTA TARGET --out=DIR"),
+        (["apply", "BASE"], "takes a delta and a model but got 1 name; use lcx apply DELTA TARGET --out=DIR"),
         (
             ["apply", "BASE", "TUNED", "--out=OUT"],
             "holds neither lcx_delta.json nor adapter_config.json; name what lcx extract wrote",
@@ -62,7 +67,7 @@ def test_from_two_models_to_a_third(root, tmp_path, capsys):
     ids=str,
 )
 def test_what_is_typed_wrongly(root, tmp_path, capsys, words, said):
-    places = {"BASE": str(root / "base"), "TUNED": str(root / "tuned"), "OUT": str(tmp_path / "out")}
+    places = {"BASE": str(root / "base"), "TUNED": str(root / "tuned"), "MODEL": str(root / "model"), "OUT": str(tmp_path / "out")}
     for name, place in places.items():
         words = [word.replace(name, place) for word in words]
     with pytest.raises(SystemExit) as left:

@@ -25,10 +25,13 @@ SLICES = (
 # A file's content, with what is put in the place of what -> what the answer has to name.
 WRONG = {
     # the file itself
-    ("merge_method: [linear", "", ""): "merge.yml cannot be read as YAML (while parsing a flow sequence",
+    ("merge_method: [linear", "", ""): "merge.yml cannot be read as YAML (line 1, column 22: expected ',' or ']', but got "
+    "'<stream end>'); fix the file",
     ("- linear", "", ""): "merge.yml is not a mapping of merge_method, models and so on",
-    ("{merge_method: linear, merge_method: ties}", "", ""): "the key 'merge_method' is there twice",
-    ("!!python/object/apply:os.system [ls]", "", ""): "cannot be read as YAML (could not determine a constructor",
+    ("{merge_method: linear, merge_method: ties}", "", ""): "(line 1, column 24: the key 'merge_method' is there twice); fix the",
+    ("{merge_method: linear,\n seed: 2026-99-99}", "", ""): "(line 2, column 8: '2026-99-99' is no timestamp); fix the file",
+    ("merge_method: a\x01", "", ""): "(line 1, column 16: the character U+0001 is not allowed); fix the file",
+    ("!!python/object/apply:os.system [ls]", "", ""): "cannot be read as YAML (line 1, column 1: could not determine a constructor",
     # keys and values
     (LINEAR, "merge_method", "merge_methd"): "the merge has no field 'merge_methd'; did you mean 'merge_method'?",
     (LINEAR, "linear", "linaer"): "merge_method='linaer' is unknown; did you mean 'linear'?",
@@ -57,6 +60,8 @@ WRONG = {
     (SLERP, "t: 0.5", ""): "the parameter t is missing for model.embed_tokens.weight; give t in its parameters",
     # models
     (LINEAR, "ROOT/base", "ROOT/bsae"): "ROOT/bsae does not exist or is not a directory; fetch a model first",
+    (LINEAR, "ROOT/base", "ROOT/model.gguf"): "ROOT/model.gguf is a GGUF file, but lcx merge, extract and apply read Hugging Face "
+    "folders; write it as one with `lcx export --checkpoint=ROOT/model.gguf --out=FOLDER`, and name that folder",
     (LINEAR, "ROOT/base", "ROOT/empty"): "ROOT/empty has no config.json, so it is not a Hugging Face model",
     (LINEAR, "ROOT/base", "ROOT/pickled"): "pytorch_model.bin is a pickle, which can run arbitrary code when loaded",
     (LINEAR, "ROOT/base", "ROOT/broken"): "is not a complete safetensors file",
@@ -98,6 +103,7 @@ def root(tmp_path_factory):
     make(root / "tuned", seed=1, near=base, tokenizer=TOKENIZER)
     make(root / "other", seed=2, near=base)
     (root / "empty").mkdir()
+    (root / "model.gguf").write_bytes(b"GGUF")
     for name in ("pickled", "broken"):
         shutil.copytree(base, root / name)
     (root / "pickled" / "model.safetensors").rename(root / "pickled" / "pytorch_model.bin")

@@ -15,6 +15,8 @@ from lcx.cli.main import main
 from tests.cli.command import CONFIG, lcx
 
 CURATION = Path(__file__).parents[2] / "configs" / "data" / "long_mixture.py"
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.py"
+"""Every stage of it sets its own learning rate."""
 
 TINY = "from tests.cli import tiny\n\ndef get_config():\n    c = tiny.get_config()\n    {}\n    return c\n"
 """A config file that changes the tiny one."""
@@ -43,6 +45,7 @@ FILES = {
     "moved.py": TINY.format("c.model.mlp_tile = 64"),
     "moved_argument.py": "from lcx.recipes.recipe import defaults\n\ndef get_config():\n    return defaults({}, remat='none')\n",
     "moved_sweep.py": "from tests.cli.tiny import get_config\n\ndef get_sweep():\n    return [{'model.remat': 'none'}]\n",
+    "books.py": TINY.format("c.data.parts = {'books': c.data.parts.text}"),
     "type.py": TINY.format("c.optim.lr = 'fast'"),
     "numbers.py": "from tests.cli.tiny import get_config\n\ndef get_sweep():\n    return [1, 2]\n",
     "variant.py": "from lcx.recipes.recipe import variant_of\n\ndef get_config(variant=''):\n    variant_of(variant, 'smoke')\n",
@@ -73,6 +76,7 @@ FILES = {
 
 TRAIN = "train --config={config} --workdir={new} "
 CHAT = TRAIN + "--config.data.parts.text.source.kind=chat --config.data.parts.text.source.path={tmp}/chats.jsonl "
+RUN = "run --config={config} --workdir={new} "
 GENERATE = "generate --checkpoint={run} "
 PLAN = "plan --config={config} --nocompile "
 TEMPLATE = CHAT + "--config.data.chat_template={tmp}/"
@@ -101,10 +105,11 @@ WRONG = {
     "train --config={config} --workdir=": "--workdir= is empty; name a directory or omit the flag",
     # the config file
     "train --config={tmp}/missing.py": "missing.py does not exist or is not a file; name a config file such as",
-    "train --config={tmp}/syntax.py": "syntax.py, line 1: SyntaxError: invalid syntax; fix the config file",
+    "train --config={tmp}/syntax.py": "syntax.py, line 1 (`def get_config(:`): SyntaxError: invalid syntax; fix the config file",
     "train --config={tmp}/empty.py": "empty.py has no get_config(); define one",
     "train --config={tmp}/variant.py:smok --workdir={new}": "the config's variant='smok' is unknown; did you mean 'smoke'",
-    "train --config={tmp}/broken.py": "broken.py, line 2: NameError: name 'undefined_name' is not defined; fix the config file",
+    "train --config={tmp}/broken.py": "broken.py, line 2 (`return undefined_name`): NameError: name 'undefined_name' is not "
+    "defined; fix the config file",
     "train --config={tmp}/nothing.py": "get_config() returned NoneType; it must return a ConfigDict",
     "train --config={tmp}/typo.py --workdir={new}": "config.optim has no field 'lrr'; did you mean 'lr'",
     "train --config={tmp}/type.py --workdir={new}": "config.optim.lr='fast': expected float, got str",
@@ -127,6 +132,7 @@ WRONG = {
     TRAIN
     + "--config.stages.base.seq_len=99999999999": "stages.base: 99,999,999,999 positions exceed the number of int32 positions;",
     TRAIN + "--config.optim.lr=-1": "optim.lr=-1.0 must be above 0",
+    "train --config={quickstart} --workdir={new} --config.optim.lr=-1": "optim.lr=-1.0 must be above 0",
     TRAIN + "--config.positions.default.theta=-500": "rope.theta=-500.0 must be a number above 1, such as 10000",
     TRAIN + "--config.positions.default.name=yarm": "positions.default.name='yarm' is unknown; did you mean 'yarn'",
     TRAIN + "--config.model.head_dim=7": "= 7 dims; choose an even number of at least 2, such as 6",
@@ -136,7 +142,7 @@ WRONG = {
     TRAIN + "--config.stages.base.batch_size=6": "stages.base.batch_size=6 must be divisible by 8 (data=1 x fsdp=8 x expert=1 x",
     TRAIN + "--config.mesh.context=8 --config.stages.base.seq_len=60": "seq_len=60 must be divisible by 8 (mesh axes",
     TRAIN + "--config.mesh.data=3": "need a multiple of 3 devices and 8 are available; lower their product, "
-    "or split a CPU into more devices with --host_devices=3",
+    "or take 3 devices, on a CPU with --host_devices=3, or in a local launch with --num_processes=3",
     TRAIN + "--config.mesh.data=16 --config.mesh.fsdp=1": "need 16 devices and 8 are available; set one axis to -1",
     TRAIN + "--config.model.vocab_size=100": "model.vocab_size=100 is below the 256 tokens of data.tokenizer='bytes'; set it to",
     TRAIN + "--config.init_from={tmp}/nowhere": "nowhere does not exist or is not a directory; name a run's workdir, one of its",
@@ -163,6 +169,10 @@ WRONG = {
     "data prepare --kind=texty --out={new}": "source.kind='texty' is unknown; did you mean 'text'",
     "data prepare --kind=array_record --out={new}": "--kind=array_record is the format this command writes, not reads; allowed:",
     "data prepare --kind=jsonl --path={tmp}/page.jsonl --out={new}": "no text under source.field='text'; did you mean 'txt'",
+    "data prepare --kind=jsonl --path={tmp}/own.jinja --out={new}": "own.jinja:1 is not valid JSON (Expecting property name "
+    "enclosed in double quotes at column 2); if it is plain text, set source.kind='text', or --kind=text",
+    "data prepare --kind=jsonl --path={tmp}/broken.jsonl --out={new}": "broken.jsonl:1 is not valid JSON (Expecting value at "
+    "column 11); correct the line, or leave it out",
     "data prepare --kind=jsonl --path={tmp}/number.jsonl --out={new}": "has 5 under source.field='text'; expected text",
     "data prepare --kind=jsonl --path={tmp}/list.jsonl --out={new}": "is not a JSON object; expected lines such as {'text': ...}",
     "data prepare --kind=text --path={tmp} --out={new}": "is a directory; add a pattern, such as",
@@ -193,9 +203,15 @@ WRONG = {
     # workdirs and checkpoints
     "train --config={config} --config.seed=1 --workdir={run}": "holds a run with another config: seed is 0 there but 1 here",
     "train --config={config} --config.stages.longer.steps=9 --workdir={run}": "stages.longer.steps is 2 there but 9 here",
+    "train --config={config} --config.stages.longer.steps=9 --config.seed=1 --workdir={run}": "seed is 0 there but 1 here, and 1 "
+    "other value differs, too; name another --workdir",
+    "train --config={tmp}/books.py --workdir={run}": " is not set there but 'text' here, and ",
     "train --config={config} --workdir={tmp}/empty.txt": "empty.txt is a file; name a directory",
     "eval --lengths=64": "--checkpoint is missing; name a run's workdir",
-    "eval --checkpoint={tmp}": "does not hold a run (config.json is missing); name the workdir of a training run",
+    "eval --checkpoint={tmp}": "(config.json is missing); name a run's workdir, one of its checkpoints/<step>, a Hugging Face "
+    "folder or a GGUF file",
+    "generate --checkpoint={tmp} --prompt=a": "does not hold a run (config.json is missing); name a run's workdir, one of its",
+    "chat --checkpoint={tmp}": "does not hold a run (config.json is missing); name a run's workdir, one of its checkpoints/<step>",
     "eval --checkpoint={tmp}/nowhere": "nowhere does not exist or is not a directory; name a run's workdir, one of its",
     "eval --checkpoint={run} --stage=lnger": "has no stage 'lnger'; its stages are base, longer",
     "eval --checkpoint={run} --step=3": "has no checkpoint of step 3; its steps are 2, 4",
@@ -205,9 +221,12 @@ WRONG = {
     "eval --checkpoint={run}/checkpoints/2 --stage=longer": "/2 names step 2, which conflicts with stage=longer; give only one of",
     "eval --checkpoint={run} --label=after": "--label=after is reserved for the evaluations of lcx run; choose another",
     "eval --checkpoint={run} --lengths=64 --positions=t5": "positions='t5' learns table, which the checkpoint does not have; try",
-    "eval --checkpoint={run} --lengths=64 --positions=yarm": "'yarm' is unknown; did you mean 'yarn'",
+    "eval --checkpoint={run} --lengths=64 --positions=yarm": "error: --positions='yarm' is unknown; did you mean 'yarn'",
+    "eval --checkpoint={run} --positions=yarn:factor": "--positions='yarn:factor': 'factor' is not key=value, as in",
+    RUN + "\"--config.evals.zero_shot=('yarm',)\"": "error: evals.zero_shot='yarm' is unknown; did you mean 'yarn'",
+    RUN + "\"--config.evals.tasks=('rular',)\"": "error: evals.tasks='rular' is unknown; did you mean 'ruler'",
     "eval --checkpoint={run} --lengths=64 --positions=yarn:factor=big": "factor='big'",
-    "eval --checkpoint={run} --tasks=rular --lengths=64": "evals.tasks='rular' is unknown; did you mean 'ruler'",
+    "eval --checkpoint={run} --tasks=rular --lengths=64": "error: --tasks='rular' is unknown; did you mean 'ruler'",
     "eval --checkpoint={run} --tasks=ruler_niah_single_1 --lengths=64": "evals.lengths has 64, but ruler_niah",
     "eval --checkpoint={run} --tasks=ruler_vt --lengths=2048 --prompt_format=chat": "has no chat template; name a template file",
     "eval --checkpoint={run} --tasks=ruler_qa_1 --lengths=2048 --qa_1={tmp}/no.json": "no.json' does not exist or is not a file",
@@ -250,7 +269,7 @@ WRONG = {
     GENERATE + "--prompt=a --max_new_tokens=0": "max_new_tokens=0 must be at least 1",
     GENERATE + "--prompt=a --max_new_tokens=8 --chunk=0": "chunk=0 must be at least 1",
     GENERATE + "--prompt=a --stop=": "a stop string is empty; omit it, or give text to stop at",
-    GENERATE + "--prompt=a --positions=yarm": "'yarm' is unknown; did you mean 'yarn'",
+    GENERATE + "--prompt=a --positions=yarm": "error: --positions='yarm' is unknown; did you mean 'yarn'",
     GENERATE + "--prompt=a --context=3": "need a multiple of 3 devices and 8 are available",
     GENERATE + "--prompt=a --context=0": "mesh.context=0 must be positive",
     "report": "--workdir is missing; name the workdir of a run",
@@ -285,6 +304,7 @@ WRONG = {
     "harness --checkpoint={run} --tasks=a --include={new}": "is not a folder; name one with YAML files of tasks",
     "harness --checkpoint={run} --tasks=a --lengths=64,long": "invalid value 'long' in --lengths",
     "harness --checkpoint={run} --tasks=a --lengths=64 --length=32": "--length=32 must be at least 64, the longest of --lengths",
+    "harness --checkpoint={run} --tasks=a --positions=yarm": "error: --positions='yarm' is unknown; did you mean 'yarn'",
     "harness --checkpoint={run} --tasks=a --prompt_format=chat": "has no chat template",
     "eval --checkpoint={run} --tasks=needles --evaluator={run}": "has nothing to judge: only long_perplexity has key tokens",
     "eval --checkpoint={tmp}/pickled": "pytorch_model.bin is a pickle",
@@ -298,7 +318,11 @@ WRONG = {
     "report --workdir={run} --add={tmp}/page.jsonl": "has no field 'txt'",
     "compare": "takes a run's workdir or two evaluations but got 0; use lcx compare ONE.json OTHER.json",
     "compare {tmp}/lama": "has not been evaluated before and after; `lcx run` does that at its end",
-    "compare {new}": "before.json does not exist; `lcx eval` writes it",
+    "compare {new}": "new does not exist; name a run's workdir, or two evaluations, as in lcx compare ONE.json OTHER.json",
+    "compare {tmp}/page.jsonl": "page.jsonl is a single file; name a run's workdir, or two evaluations, as in lcx compare",
+    "compare {new}/4.json {tmp}/page.jsonl": "4.json does not exist; `lcx run` writes eval/before.json and eval/after.json",
+    "compare {tmp}/lama {tmp}/lama/4.json": "lama is not a file; name an evaluation, such as",
+    "compare {tmp}/lama/4.json {tmp}/page.jsonl": "4.json does not exist; {tmp}/lama has config.json",
     "compare {tmp}/page.jsonl {tmp}/page.jsonl": "has no field 'txt'",
     "compare {run} --up_to=1": "--up_to",
     "verify": "lcx verify takes one folder or GGUF file but got 0",
@@ -331,7 +355,7 @@ def places(tmp_path, run):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     (tmp_path / "latin.prompt").write_bytes("café"[2:].encode("latin-1"))
-    return {"config": CONFIG, "curation": CURATION, "tmp": tmp_path, "run": run, "new": tmp_path / "new"}
+    return {"config": CONFIG, "curation": CURATION, "quickstart": QUICKSTART, "tmp": tmp_path, "run": run, "new": tmp_path / "new"}
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -351,7 +375,7 @@ def test_one_sentence_and_nothing_lost(typed, places, capsys):
     before = contents(places["run"])
     with pytest.raises(SystemExit) as left:
         main(shlex.split(typed.format(**places)))
-    one_sentence(capsys.readouterr().err, WRONG[typed])
+    one_sentence(capsys.readouterr().err, WRONG[typed].replace("{tmp}", str(places["tmp"])))
     assert left.value.code == 1
     assert contents(places["run"]) == before
     # Nothing was begun that would stand in the way of the command put right.
@@ -424,6 +448,22 @@ def test_a_full_disk_while_preparing(places):
     one_sentence(ended.stderr, "rerun the same command, it resumes from there")
     assert ended.returncode == 1
     assert lcx(words).returncode == 0
+
+
+def test_a_value_without_effect_is_remarked(capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", f"--config={QUICKSTART}", "--nocompile", "--config.optim.lr=0.5", "--stage=none"])
+    remark, error = capsys.readouterr().err.strip().splitlines()
+    assert remark.startswith("warning: --config.optim.lr=0.5 has no effect: every stage sets its own; use --config.stages.STAGE.")
+    assert error.startswith("error: --stage='none' is unknown")
+
+
+@pytest.mark.parametrize("name", ["syntax.py", "broken.py"])
+def test_the_line_of_a_config_named_from_the_folder_it_is_in(name, places, monkeypatch, capsys):
+    monkeypatch.chdir(places["tmp"])
+    with pytest.raises(SystemExit):
+        main(["train", f"--config={name}"])
+    one_sentence(capsys.readouterr().err, f"--config={WRONG['train --config={tmp}/' + name]}")
 
 
 def test_errors_leave_a_process_with_status_1(places):

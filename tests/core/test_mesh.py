@@ -41,6 +41,17 @@ def test_sizes_that_do_not_fit_are_named(devices, config, words):
     assert all(word in str(caught.value) for word in words), caught.value
 
 
+def test_one_device_is_one():
+    for config, says in (
+        (MeshConfig(tensor=2), "need a multiple of 2 devices and 1 is available; lower their product, or take 2 devices"),
+        (MeshConfig(fsdp=2), "need 2 devices and 1 is available; set one axis to -1 to use it"),
+    ):
+        with pytest.raises(UserError, match=says):
+            config.sizes(1)
+    with pytest.raises(UserError, match="need 1 device and 8 are available; set one axis to -1 to use them all"):
+        MeshConfig(fsdp=1).sizes(8)
+
+
 def test_partition_spec_and_collisions():
     assert partition_spec(("embed", "heads", None)) == PartitionSpec(("fsdp", "ring", "ulysses"), ("tensor",), None)
     with pytest.raises(ValueError, match="'embed' and 'batch' both claim mesh axis 'fsdp'"):

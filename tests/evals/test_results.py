@@ -113,7 +113,9 @@ def test_files_of_the_former_layout_are_read():
 
 
 def test_wrong_files_are_answered(tmp_path):
-    with pytest.raises(UserError, match="does not exist; `lcx eval` writes it"):
+    with pytest.raises(
+        UserError, match="does not exist; `lcx run` writes eval/before.json and .* `lcx eval` writes eval/LABEL.json"
+    ):
         results.read(tmp_path / "none.json")
     (tmp_path / "cut.json").write_text('{"label": ')
     with pytest.raises(UserError, match="cut.json is not JSON"):

@@ -407,7 +407,7 @@ def refused(path, capsys):
 def test_not_gguf(tmp_path, capsys):
     path = tmp_path / "a.gguf"
     path.write_bytes(b"PK\x03\x04" + bytes(100))
-    assert "is not a GGUF file: it begins with b'PK" in refused(path, capsys)
+    assert "a.gguf is not a GGUF file, as it does not begin with GGUF; download it again, or" in refused(path, capsys)
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 1, 0, 0))
     assert "has version 1 of GGUF" in refused(path, capsys)
     path.write_bytes(b"GGUF" + struct.pack(">IQQ", 3, 0, 0))
@@ -417,6 +417,14 @@ def test_not_gguf(tmp_path, capsys):
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     assert "git lfs pull" in refused(path, capsys)
     assert "does not exist" in refused(tmp_path / "b.gguf", capsys)
+
+
+def test_a_library_that_is_missing(llama, tmp_path, monkeypatch):
+    found = container.read(llama / "tiny.gguf")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(UserError, match=r"install the extra: pip install -e '.\[gguf\]'"):
+        gguf_vocab.files(found)
 
 
 def test_split_files(llama, tmp_path, capsys):

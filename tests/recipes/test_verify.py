@@ -162,8 +162,11 @@ def test_verify_names_the_array_and_exits_with_1(run, tmp_path, capsys):
     file.write_bytes(bytes(content))
     with pytest.raises(SystemExit) as caught:
         main(["verify", str(workdir)])
-    said = " ".join(capsys.readouterr().out.split())
-    assert caught.value.code == 1 and "1 of 3 damaged" in said and "array params/" in said
+    said = capsys.readouterr().out
+    assert caught.value.code == 1 and "1 of 3 damaged" in said
+    table, below = said.split("└")
+    assert "damaged" in table and max(map(len, table.splitlines())) < 100
+    assert "\ncheckpoints/8: array params/" in below
     with pytest.raises(UserError, match=r"array params/\S+ is not what was saved.* name another of its steps \(4\)"):
         load_params(workdir)
     assert load_params(workdir, step=4).meta.step == 4

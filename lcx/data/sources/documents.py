@@ -163,9 +163,9 @@ def _rows(config: SourceConfig, field: str, what: str, refuse: Refuse) -> Iterat
                 continue
             name = f"{path}:{number}"
             try:
-                row = json.loads(line)
+                row = json.loads(line.rstrip())
             except (ValueError, RecursionError) as error:
-                refuse(name, "broken_line", f"{name} is not valid JSON: {error}")
+                refuse(name, "broken_line", _not_json(path, name, error))
                 continue
             if not isinstance(row, dict):
                 refuse(name, "not_an_object", f"{name} is not a JSON object; expected lines such as {{{field!r}: ...}}")
@@ -173,6 +173,14 @@ def _rows(config: SourceConfig, field: str, what: str, refuse: Refuse) -> Iterat
                 refuse(name, "no_field", f"{name} has no {what} under source.field={field!r}{nearest(field, row)}")
             else:
                 yield name, row
+
+
+def _not_json(path: pathlib.Path, name: str, error: Exception) -> str:
+    """A sentence about a line that is not JSON, which may be of a file that was never meant to be."""
+    why = f"{error.msg} at column {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else str(error)
+    json_file = path.name.lower().removesuffix(".gz").endswith((".json", ".jsonl", ".ndjson"))
+    way = "correct the line, or leave it out" if json_file else "if it is plain text, set source.kind='text', or --kind=text"
+    return f"{name} is not valid JSON ({why}); {way}"
 
 
 def _parquet(config: SourceConfig, refuse: Refuse) -> Iterator[tuple[str, bytes]]:

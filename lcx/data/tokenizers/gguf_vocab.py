@@ -185,7 +185,7 @@ def _json(values: Any) -> bytes:
 
 def _bpe(where: str, tokens: list[str], types: list[int], merges: list[str], cut: Cut, roles: Mapping[str, str]) -> bytes:
     """tokenizer.json of a byte-level BPE; `roles` has the begin-of-sequence token if texts begin with it."""
-    tokenizers = library("tokenizers", where)
+    tokenizers = library("tokenizers", where, "gguf")
     vocab = {token: i for i, (token, type_) in enumerate(zip(tokens, types, strict=True)) if type_ != UNUSED}
     pairs = []
     for merge in merges:
@@ -258,14 +258,14 @@ def _pieces(where: str, tokens: list[str], types: list[int], data: Mapping[str, 
         normal.precompiled_charsmap = bytes(one % 256 for one in charsmap)
     raw = model.SerializeToString()
     try:
-        library("sentencepiece", where).SentencePieceProcessor(model_proto=raw)
+        library("sentencepiece", where, "gguf").SentencePieceProcessor(model_proto=raw)
     except RuntimeError as error:
         raise UserError(f"{where} has a vocabulary that the sentencepiece library refuses ({error}); download it again") from error
     return raw
 
 
 def _model_proto(where: str) -> Any:
-    library("sentencepiece", where)
+    library("sentencepiece", where, "gguf")
     from sentencepiece import sentencepiece_model_pb2
 
     return sentencepiece_model_pb2
