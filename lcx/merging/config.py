@@ -151,7 +151,7 @@ class _Loader(yaml.SafeLoader):
             return super().construct_object(node, deep)
         except (ValueError, AttributeError, TypeError, KeyError) as error:
             kind = node.tag.rpartition(":")[2]
-            raise yaml.MarkedYAMLError(problem=f"{node.value!r} is no {kind}", problem_mark=node.start_mark) from error
+            raise yaml.MarkedYAMLError(problem=f"{node.value!r} is not a valid {kind}", problem_mark=node.start_mark) from error
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
         """The mapping of a node."""
