@@ -236,7 +236,7 @@ def draw_perplexity(axes: Axes, curves: Mapping[str, EvalResult], trained: int |
     style.grid_lines(axes)
     style.mark_trained(axes, trained, "base trained at" if "extended" in curves else "trained at")
     axes.set_title("Held-out perplexity, last tokens of each text" if final else "Held-out perplexity")
-    style.end_labels(axes, ends, gap=0.075)
+    style.end_labels(axes, ends)
 
 
 def draw_losses(axes: Axes, stages: Sequence[StageCurve], width: float = 8.4) -> None:
