@@ -191,11 +191,12 @@ def _needle_note(run: Run) -> str:
     grid = _needles(run.after)
     if grid is None:
         return ""
-    items = grid.rows[0].n
+    items, old = grid.rows[0].n, _needles(run.before)
     made = [found for result in run.evals if (found := result.select(task="generated_needles"))]
+    earlier = f" ({old.rows[0].n} before the extension)" if old and old.rows[0].n != items else ""
     extra = "".join(f" By generation at {g.trained:,}: {_percent(g.mean())} of {g.rows[0].n} a cell." for g in made)
     return html.escape(
-        f"Share of needles found, of {items} in each cell, with fresh keys and values in held-out text. "
+        f"Share of needles found, of {items} in each cell{earlier}, with fresh keys and values in held-out text. "
         "Found means: every answer token is the most likely one given all before it. Lengths include the answer. "
         f"The 95% interval of a cell is ±{100 * _half(wilson(items // 2, items)):.0f} points at its widest.{extra}"
     )
@@ -265,22 +266,29 @@ def _zero_shot(run: Run) -> str:
     if len(schemes) < 2 or not curves:
         return ""
     lengths = sorted(next(iter(curves.values())).select(metric="nll").values("length"))
+    grids = {name: _needles(run.after if name == "extended" else base, curve.rows[0].scheme) for name, curve in curves.items()}
+    asked = {name: grid for name, grid in grids.items() if grid}
+    items = dict(zip(asked, plots.counted(list(asked.values())), strict=True))
+    differ = any(items.values())
     rows = []
     for name, curve in curves.items():
         extended = name == "extended"
         losses = curve.select(metric="nll").by_length()
-        grid = _needles(run.after if extended else base, curve.rows[0].scheme)
-        shares = grid.by_length() if grid else {}
-        cells: list[Cell] = [name]
+        shares = asked[name].by_length() if name in asked else {}
+        cells: list[Cell] = [name, *([items.get(name, "–")] if differ else [])]
         for length in lengths:
             value = style.number(perplexity(losses[length])) if length in losses else "–"
             cells.append((value, f"{100 * shares[length]:.0f}%") if length in shares else value)
         rows.append((cells, "strong" if extended else ""))
+    found = f", of {next(iter(asked.values())).rows[0].n:,} in each cell" if asked else ""
+    if differ:
+        found = "; schemes that were asked different numbers of needles a cell were asked different ones"
+    heads = ("scheme", "needles a cell") if differ else ("scheme",)
     note = (
-        "Perplexity, with the share of needles found in grey. "
+        f"Perplexity, with the share of needles found in grey{found}. "
         "The factor of each scheme is length / trained length, chosen at each length unless given."
     )
-    return table(("scheme", *(f"{length:,}" for length in lengths)), rows) + f"<p class=note>{html.escape(note)}</p>"
+    return table((*heads, *(f"{length:,}" for length in lengths)), rows) + f"<p class=note>{html.escape(note)}</p>"
 
 
 def _reproduce(run: Run) -> str:

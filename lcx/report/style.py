@@ -25,6 +25,8 @@ PAPER = "#FFFFFF"
 LOST, HALF, FOUND = "#F0496E", "#EBB839", "#0CD79F"
 SCORES = matplotlib.colors.LinearSegmentedColormap.from_list("found", [LOST, HALF, FOUND])
 BEFORE, AFTER = "#D6335A", "#0A9A76"
+CONTEXT = "context length, tokens"
+"""What every picture calls the number of tokens that a model is given."""
 LINES = ("#2B62C9", "#C77A12", "#7D4FC4", "#0E8FA8", "#B23A7A", "#5E7A1F", "#8A5A3C", "#3F4E9E")
 
 _RC = {
@@ -119,7 +121,7 @@ def grid_lines(axes: Axes, axis: str = "y") -> None:
     axes.set_axisbelow(True)
 
 
-def length_axis(axes: Axes, lengths: Sequence[int], label: str = "context length, tokens") -> None:
+def length_axis(axes: Axes, lengths: Sequence[int], label: str = CONTEXT) -> None:
     """A base-2 logarithmic x axis with one tick for each length, thinned to at most nine."""
     axes.set_xscale("log", base=2)
     shown = list(lengths)[:: -(-len(lengths) // 9)]
@@ -207,7 +209,7 @@ def end_labels(axes: Axes, ends: Sequence[tuple[float, float, str, str]], size: 
 
 
 def spread(wanted: Sequence[float], gap: float, margin: float = 0.0) -> list[float]:
-    """The sorted heights moved as little as is needed (least squares) for neighbours to stand `gap` apart, `margin` from 0 and 1."""
+    """The sorted heights moved as little as is needed (least squares) to stand `gap` apart, and `margin` from 0 and 1."""
     blocks: list[list[float]] = []  # each [sum of (wanted - offset), count]: pooled neighbours that touch
     for i, height in enumerate(wanted):
         blocks.append([height - i * gap, 1.0])
