@@ -41,7 +41,7 @@ ROW = 15
 
 @style.typography()
 def needles(grids: Mapping[str, EvalResult]) -> Figure:
-    """Needle heatmaps on one scale, side by side and in rows, under the keys as titles: x context length, y depth with 0 at the top.
+    """Needle heatmaps on one scale, side by side and in rows, under the keys as titles: x length, y depth, 0 at the top.
 
     Where the heatmaps differ in their number of items, each says below how many a cell holds.
     """
@@ -313,6 +313,11 @@ def draw_losses(axes: Axes, stages: Sequence[StageCurve], width: float = 8.4) ->
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     style.grid_lines(axes)
     axes.set_title("Training loss by stage")
+
+
+def scheme_name(spec: str) -> str:
+    """A name for a line that a reader understands without the spec's grammar."""
+    return {"none": "unchanged", "rope:theta=critical": "theta raised"}.get(spec, spec)
 
 
 def line_colour(name: str, index: int) -> str:

@@ -91,7 +91,7 @@ def needle_grids(run: Run) -> dict[str, EvalResult]:
 def perplexity_curves(run: Run) -> dict[str, EvalResult]:
     """The base checkpoint under every scheme tried, then the extended one as `extended`."""
     losses = _losses(run.before or run.after)
-    curves = {scheme_name(spec): losses.select(scheme=spec) for spec in losses.values("scheme")} if losses else {}
+    curves = {plots.scheme_name(spec): losses.select(scheme=spec) for spec in losses.values("scheme")} if losses else {}
     if run.before and (after := _losses(run.after, scheme="none")):
         curves["extended"] = after
     return curves
@@ -105,11 +105,6 @@ def _losses(result: EvalResult | None, **fields: str) -> EvalResult | None:
     return None if result is None else result.select(task="perplexity", **fields)
 
 
-def scheme_name(spec: str) -> str:
-    """A name for a line that a reader understands without the spec's grammar."""
-    return {"none": "unchanged", "rope:theta=critical": "theta raised"}.get(spec, spec)
-
-
 def render(run: Run, figures: dict[str, Figure]) -> str:
     """The whole HTML document."""
     images = {name: picture(style.png(figure), name) for name, figure in figures.items()}
@@ -120,7 +115,11 @@ def render(run: Run, figures: dict[str, Figure]) -> str:
             ("Needles", images.get("needles", ""), _needle_note(run)),
             ("Questions in words", asked + questions.section(run.evals), ""),
             ("Answers to read", questions.reading(run.answers, [result.label for result in run.evals]), ""),
-            ("Which tokens gain from context", images.get("kinds", "") + likelihood.losses(run.evals), ""),
+            (
+                "Which tokens gain from context",
+                images.get("kinds", "") + likelihood.losses(run.evals),
+                likelihood.KINDS_NOTE if "kinds" in images else "",
+            ),
             ("Key tokens", likelihood.passages(run.answers), ""),
             ("Short contexts: what the extension cost", retention.section(run.before, run.after), ""),
             ("Perplexity", images.get("perplexity", ""), _perplexity_note(run)),
