@@ -131,6 +131,20 @@ def length_axis(axes: Axes, lengths: Sequence[int], label: str = CONTEXT) -> Non
     axes.set_xlabel(label)
 
 
+def bar_edges(axes: Axes, edges: Sequence[str], label: str, most: int = 12) -> None:
+    """An x axis of bars at 0, 1, ...: a tick with its name where one bar ends and the next begins, thinned to at most so many.
+
+    The first bar has all below the first edge, the last one all from the last edge on. Leaves room above the tallest bar.
+    """
+    step = max(1, -(-len(edges) // most))
+    shown = range((len(edges) - 1) % step, len(edges), step)
+    axes.set_xticks([i + 0.5 for i in shown], [edges[i] for i in shown], fontsize=8.5)
+    axes.tick_params(axis="x", length=3.5, width=0.8, pad=3, color=MUTED)
+    axes.set_xlim(-0.6, len(edges) + 0.6)
+    axes.set_xlabel(label)
+    axes.set_ylim(0, 1.08 * axes.dataLim.y1 or 1.0)
+
+
 def value_axis(axes: Axes, low: float, high: float, label: str) -> None:
     """A y axis over `low`..`high`: linear, or logarithmic with plain numbers when the values span more than a factor of four."""
     if low > 0 and high > 4 * low:
