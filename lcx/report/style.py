@@ -213,11 +213,11 @@ def end_labels(axes: Axes, ends: Sequence[tuple[float, float, str, str]], size: 
         moved = any(abs(height - end[0]) > 0.2 * gap for height, end in zip(heights, here, strict=True))
         last, lead = at == max(end[0] for end in ends), LABEL_LEAD if moved else LABEL_EDGE
         room = wide * (1 - axes.transLimits.transform(axes.transScale.transform((at, low)))[0]) if last else 0.0
-        beside = shifted(axes.transAxes if last else axes.get_xaxis_transform(), max(LABEL_EDGE, lead - room))
+        column = shifted(axes.transAxes if last else axes.get_xaxis_transform(), max(LABEL_EDGE, lead - room))
         for height, (_, y, text, colour) in zip(heights, here, strict=True):
             line = {"arrowstyle": "-", "color": colour, "linewidth": 0.8, "shrinkA": 1, "shrinkB": 4, "relpos": (0, 0.5)}
             axes.annotate(
-                text, (at, y), xytext=(1.0 if last else at, height), textcoords=beside, ha="left", va="center", fontsize=size,
+                text, (at, y), xytext=(1.0 if last else at, height), textcoords=column, ha="left", va="center", fontsize=size,
                 color=colour, fontweight="bold", annotation_clip=False, arrowprops=line if moved else None,
             )  # fmt: skip
 
