@@ -40,15 +40,8 @@ def section(before: EvalResult | None, after: EvalResult | None) -> str:
 def _row(row: Comparison) -> tuple[Cell, ...]:
     half = (row.difference.high - row.difference.low) / 2
     gap = (row.shown(row.difference.mean, "+"), f"±{row.shown(half)}")
-    return (
-        called(row.task, row.metric),
-        f"{row.length:,}",
-        f"{row.n:,}",
-        row.shown(row.before),
-        row.shown(row.after),
-        gap,
-        SIGNS[row.verdict],
-    )
+    means = row.shown(row.before), row.shown(row.after)
+    return called(row.task, row.metric), f"{row.length:,}", f"{row.n:,}", *means, gap, SIGNS[row.verdict]
 
 
 def called(task: str, metric: str) -> str:
