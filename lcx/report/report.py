@@ -281,7 +281,7 @@ def _zero_shot(run: Run) -> str:
         rows.append((cells, "strong" if extended else ""))
     found = f", of {next(iter(asked.values())).rows[0].n:,} in each cell" if asked else ""
     if differ:
-        found = "; schemes that were asked different numbers of needles a cell were asked different ones"
+        found = "; where the numbers of needles a cell differ, so do the needles, and shares differ by chance as well"
     heads = ("scheme", "needles a cell") if differ else ("scheme",)
     note = (
         f"Perplexity, with the share of needles found in grey{found}. "

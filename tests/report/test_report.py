@@ -94,7 +94,7 @@ def test_schemes_that_were_asked_fewer_needles_say_so(workdir, tmp_path):
     text = re.sub(r"\s+", " ", " ".join(read(tmp_path)[1].text))
     assert "scheme needles a cell 256" in text and "yarn 4 4.25 100%" in text and "unchanged 20 4.25 98%" in text
     assert "theta raised – 4.25" in text and "extended 20 4 100%" in text
-    assert "different numbers of needles" in text
+    assert "where the numbers of needles a cell differ, so do the needles" in text
 
 
 def test_the_pictures_lie_beside_it(workdir):
