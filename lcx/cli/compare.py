@@ -48,8 +48,14 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
         )
     heads = ("task", "metric", "length", "items", before.label, after.label, "difference [95%]", "higher / lower", "verdict")
     table("the same items", heads, map(_cells, found))
-    better, worse = (sum(row.verdict == verdict for row in found) for verdict in ("better", "worse"))
-    say(f"{len(found)} compared: {better} better, {worse} worse, the rest equal within 95%")
+    say(tally([row.verdict for row in found]))
+
+
+def tally(verdicts: Sequence[str]) -> str:
+    """How many comparisons came out better, worse, and equal if any did, as a sentence."""
+    better, worse = (verdicts.count(verdict) for verdict in ("better", "worse"))
+    equal = len(verdicts) - better - worse
+    return f"{len(verdicts)} compared: {better} better, {worse} worse" + (f", {equal} equal within 95%" if equal else "")
 
 
 def _why(before: results.EvalResult, after: results.EvalResult) -> str:

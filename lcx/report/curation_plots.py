@@ -85,10 +85,9 @@ def lengths(sources: Mapping[str, Any], what: str) -> Figure | None:
     documents = sum(np.interp(edges[1:], of["edges"], [0, *np.cumsum(of["read"]["documents"])]) for of in known.values())
     below = int(np.searchsorted(documents, 0.01 * documents[-1], "right"))
     counts = np.concatenate([counts[:, :, : below + 1].sum(-1, keepdims=True), counts[:, :, below + 1 :]], -1)
-    marks = [f"<{size(edges[below + 1])}" if below else size(edges[0]), *map(size, edges[below + 1 : -1])]
     unit, name = next(((unit, name) for unit, name in _UNITS if what == "bytes" and counts.max() >= unit), (1, what))
     figure, painted = style.new_figure(PANEL, 3.5), colours(list(sources))
-    axes, bottom, places = figure.subplots(), np.zeros(len(marks)), np.arange(len(marks))
+    axes, bottom, places = figure.subplots(), np.zeros(counts.shape[-1]), np.arange(counts.shape[-1])
     for source, row in zip(known, counts / unit, strict=True):
         axes.bar(places, row[0], bottom=bottom, color=painted[source], width=0.84, zorder=2, label=source)
         bottom += row[0]
@@ -98,9 +97,7 @@ def lengths(sources: Mapping[str, Any], what: str) -> Figure | None:
     style.grid_lines(axes)
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: style.number(y)))
-    shown = [at for at in places if at == 0 or (at > 1 and (places[-1] - at) % (1 if len(places) < 10 else 2) == 0)]
-    axes.set_xticks(shown, [marks[at] for at in shown], fontsize=8.5, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_xlabel("length of the document from")
+    style.bar_edges(axes, [size(edge) for edge in edges[below + 1 : -1]], "length of the document", most=6)
     axes.set_title(f"{name.capitalize() if unit == 1 else name} by length")
     _legend(figure, painted, ["dropped"] if dropped.any() else [], "#CBD3DB")
     return figure

@@ -8,47 +8,88 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from lcx.evals.results import EvalResult, perplexity
 from lcx.report import style
 from lcx.report.page import Cell, table
+from lcx.report.plots import line_colour, scheme_name
 
 PASSAGES = 2
 """Passages that are drawn."""
 
 KINDS = "loss_by_kind_"
 
+KINDS_NOTE = (
+    "Every panel spans the same number of nats, so slopes and gaps can be compared; where a line falls, these tokens gain from "
+    "more context. The number beside a line is its loss at the longest length."
+)
+
 
 @style.typography()
 def kinds(before: EvalResult | None, after: EvalResult) -> Figure | None:
-    """Loss of each kind of token against context length, dashed for the model before its extension; None without such rows."""
-    lines = {}
-    for result, dash in ((after, "-"), (before, (0, (3, 2)))):
-        own = result.select(scheme="none") if result else None
-        for task in own.values("task") if own else ():
-            if task.startswith(KINDS):
-                lines[task.removeprefix(KINDS), dash] = own.select(task=task).by_length()
-    if not lines:
+    """A panel a kind of token: its loss against context length, before the extension and after; None without such rows.
+
+    Panels have the same height in nats, each around its own losses, so that slopes and gaps can be compared. Schemes that were
+    tried zero-shot are thin lines without a number.
+    """
+    curves = _curves(before, after)
+    names = list(dict.fromkeys(name for found in curves.values() for name in found))
+    if not names:
         return None
-    figure = style.new_figure(9.0, 5.2)
-    axes, ends, values, lengths = figure.subplots(), [], [], set()
-    names = list(dict.fromkeys(name for name, _ in lines if name != "new"))
-    for (name, dash), found in lines.items():
-        x, y = zip(*((n, loss) for n, loss in found.items() if math.isfinite(loss)), strict=True)
-        colour = style.LINES[names.index(name) % len(style.LINES)] if name != "new" else style.MUTED
-        faint = dash != "-"
-        axes.plot(x, y, color=colour, linestyle=dash, linewidth=1.1 if faint else 1.9, alpha=0.6 if faint else 1.0, zorder=3)
-        if not faint:
-            axes.plot(x, y, color=colour, linestyle="none", marker="o", markersize=4, zorder=3)
-            ends.append((x[-1], y[-1], name.replace("_", " "), colour))
-        values += y
-        lengths |= set(x)
-    style.length_axis(axes, sorted(lengths))
-    style.value_axis(axes, min(values), max(values), "loss, nats per token")
-    style.grid_lines(axes)
-    axes.set_title("Held-out loss by kind of token" + (", dashed: before the extension" if len({d for _, d in lines}) > 1 else ""))
-    style.end_labels(axes, ends)
+    values = {name: [loss for found in curves.values() for loss in found.get(name, {}).values()] for name in names}
+    span = 1.16 * max(max(held) - min(held) for held in values.values()) or 0.2
+    across = min(3, len(names))
+    down = -(-len(names) // across)
+    wide = max(6.4, 3.0 * across + 0.4)
+    figure = style.new_figure(wide, 1.75 * down + 0.9)
+    figure.get_layout_engine().set(wspace=0.05)  # between the numbers of a panel and the ticks of the next
+    panels = list(figure.subplots(down, across, squeeze=False, sharex=True).flat)
+    for empty in panels[len(names) :]:
+        empty.set_axis_off()
+    for i, (axes, name) in enumerate(zip(panels, names, strict=False)):
+        ends = []
+        for place, (title, found) in enumerate(curves.items()):
+            if name not in found:
+                continue
+            x, y = zip(*found[name].items(), strict=True)
+            colour, own = line_colour(title, place), title in ("before", "after")
+            axes.plot(x, y, color=colour, linewidth=1.8 if own else 1.1, zorder=3 if own else 2, label=title)
+            axes.plot(x, y, color=colour, marker="o", markersize=3.5 if own else 0, linestyle="none", zorder=3)
+            if own:
+                ends.append((x[-1], y[-1], f"{y[-1]:.2f}", colour))
+        style.length_axis(axes, sorted({length for found in curves.values() for of in found.values() for length in of}), "")
+        middle = (min(values[name]) + max(values[name])) / 2
+        low = max(0.0, middle - span / 2)
+        axes.set_ylim(low, low + span)
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        style.grid_lines(axes)
+        axes.set_title(name.replace("_", " "), fontsize=10.5, pad=6)
+        axes.tick_params(labelbottom=i + across >= len(names), labelsize=8.5)
+        style.end_labels(axes, ends, size=8.5)
+    figure.suptitle("Held-out loss by kind of token", fontsize=11.5, fontweight="bold", x=0.01, ha="left")
+    figure.supxlabel(style.CONTEXT, fontsize=10, color=style.MUTED)
+    figure.supylabel("loss, nats per token", fontsize=10, color=style.MUTED)
+    if len(curves) > 1:
+        handles = [Line2D([], [], color=line_colour(title, i), label=title) for i, title in enumerate(curves)]
+        figure.legend(handles=handles, loc="outside upper right", ncols=int((wide - 2.8) / 1.05), frameon=False, fontsize=9)
     return figure
+
+
+def _curves(before: EvalResult | None, after: EvalResult) -> dict[str, dict[str, dict[int, float]]]:
+    """Finite losses by length of each kind, under `before`, the schemes tried on the first model, and `after`."""
+    found = {}
+    for result in filter(None, (before, after)):
+        for scheme in ("none",) if before and result is after else result.values("scheme"):
+            rows = result.select(scheme=scheme)
+            tasks = [task for task in rows.values("task") if task.startswith(KINDS)] if rows else []
+            losses = {task.removeprefix(KINDS): rows.select(task=task, metric="nll").by_length() for task in tasks}
+            losses = {name: {n: x for n, x in by_length.items() if math.isfinite(x)} for name, by_length in losses.items()}
+            if losses := {name: by_length for name, by_length in losses.items() if by_length}:
+                title = scheme_name(scheme) if scheme != "none" else "after" if result is after else "before"
+                found[title] = losses
+    return found
 
 
 def losses(results: Sequence[EvalResult]) -> str:

@@ -78,9 +78,7 @@ def _by_length(axes: Axes, report: Report, what: str) -> None:
     style.grid_lines(axes)
     axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: style.number(y)))
-    # A bar is named by its shortest length: the next one's is where it ends.
-    axes.set_xticks(range(len(bottom)), [style.tokens(low) for low in report.edges[:-1]], fontsize=8.5, rotation=45)
-    axes.set_xlabel("length from, tokens")
+    style.bar_edges(axes, [style.tokens(edge) for edge in report.edges[1:-1]], "length of the document, tokens")
     axes.set_title("Documents by length" if what == "documents" else "Tokens by length of their document")
 
 

@@ -35,15 +35,27 @@ class PartCurve:
     loss: tuple[float, ...]
 
 
+ROW = 15
+"""Columns of cells that have room beside one another."""
+
+
 @style.typography()
 def needles(grids: Mapping[str, EvalResult]) -> Figure:
-    """Needle heatmaps side by side on one scale: x token limit, y depth in percent with 0 at the top; titles are the keys."""
-    rows = max(len(grid.values("depth")) for grid in grids.values())
+    """Needle heatmaps on one scale, side by side and in rows, under the keys as titles: x length, y depth, 0 at the top.
+
+    Where the heatmaps differ in their number of items, each says below how many a cell holds.
+    """
     widths = [len(grid.values("length")) for grid in grids.values()]
-    figure = style.new_figure(min(10.0, 2.2 + 0.75 * max(sum(widths), 6)), 1.5 + 0.36 * max(rows, 5))
-    panels = figure.subplots(1, len(grids), squeeze=False, width_ratios=widths)[0]
-    for i, (panel, (title, grid)) in enumerate(zip(panels, grids.items(), strict=True)):
-        draw_needles(panel, grid, title, first=i == 0)
+    across = max(1, min(len(grids), ROW // max(widths)))
+    down = -(-len(grids) // across)
+    wide = [max(widths[i::across]) for i in range(across)]
+    rows = max(len(grid.values("depth")) for grid in grids.values())
+    figure = style.new_figure(min(10.0, 2.2 + 0.75 * max(sum(wide), 6)), 0.3 + (1.2 + 0.36 * max(rows, 5)) * down)
+    panels = list(figure.subplots(down, across, squeeze=False, width_ratios=wide).flat)
+    for empty in panels[len(grids) :]:
+        empty.remove()
+    panels = panels[: len(grids)]
+    draw_grids(panels, grids, across)
     score_bar(figure, panels)
     return figure
 
@@ -58,14 +70,18 @@ def perplexity(curves: Mapping[str, EvalResult], trained: int | None = None, fin
 
 @style.typography()
 def score_by_length(curves: Mapping[str, EvalResult], task: str) -> Figure:
-    """Mean scores of a task in percent against length, one line for each result, named at its end."""
+    """Mean scores of a task in percent against length, one line for each result, named at its end.
+
+    Where the results differ in their number of items, the names say how many each has.
+    """
     figure = style.new_figure(9.0, 4.2)
     axes, ends = figure.subplots(), []
+    said = counted(list(curves.values()))
     for i, (name, curve) in enumerate(curves.items()):
         x, y = zip(*curve.by_length().items(), strict=True)
         colour = line_colour(name, i)
         axes.plot(x, y, color=colour, marker="o", markersize=4, zorder=3)
-        ends.append((x[-1], y[-1], name, colour))
+        ends.append((x[-1], y[-1], f"{name} ({said[i]} items)" if said[i] else name, colour))
     style.length_axis(axes, sorted({length for curve in curves.values() for length in curve.values("length")}))
     style.share_axis(axes)
     style.grid_lines(axes)
@@ -155,8 +171,7 @@ def summary(
     figure = style.new_figure(10.0, 5.0 + 0.3 * max(rows, 5))
     top, bottom = figure.subfigures(2, 1, height_ratios=[1.0 + 0.32 * max(rows, 5), 3.3], hspace=0.04)
     panels = top.subplots(1, 2, width_ratios=[len(grid.values("length")) for grid in (before, after)])
-    for i, (panel, grid, title) in enumerate(zip(panels, (before, after), titles, strict=True)):
-        draw_needles(panel, grid, title, first=i == 0)
+    draw_grids(panels, dict(zip(titles, (before, after), strict=True)))
     score_bar(top, panels)
     left, right = bottom.subplots(1, 2, width_ratios=[1, 1])
     if curves:
@@ -170,6 +185,23 @@ def summary(
     return figure
 
 
+def draw_grids(panels: Sequence[Axes], grids: Mapping[str, EvalResult], across: int = 2) -> None:
+    """Needle heatmaps into `panels`, `across` a row, under the keys as titles; one name of the x axis for all of them."""
+    said = dict(zip(grids, counted(list(grids.values())), strict=True))
+    for i, (panel, (title, grid)) in enumerate(zip(panels, grids.items(), strict=True)):
+        draw_needles(panel, grid, title, first=i % across == 0)
+        panel.set_xlabel(f"{said[title]} items a cell" if said[title] else "")
+    panels[0].figure.supxlabel(style.CONTEXT, fontsize=10, color=style.MUTED)
+
+
+def counted(found: Sequence[EvalResult]) -> list[str]:
+    """How many items each result's rows have, as `4` or `4–20`; empty texts where all have the same number."""
+    held = [sorted({row.n for row in result.rows}) for result in found]
+    if len({n for counts in held for n in counts}) == 1:
+        return [""] * len(held)
+    return [f"{counts[0]:,}–{counts[-1]:,}" if counts[1:] else f"{counts[0]:,}" for counts in held]
+
+
 def draw_needles(axes: Axes, grid: EvalResult, title: str, first: bool = True) -> None:
     """One heatmap into `axes`, with the share found printed in each cell and a line where training ended."""
     shares = 100 * np.asarray(grid.table())
@@ -178,7 +210,6 @@ def draw_needles(axes: Axes, grid: EvalResult, title: str, first: bool = True) -
     axes.set_xticks(range(columns), [style.tokens(x) for x in grid.values("length")])
     axes.set_yticks(range(rows), [f"{100 * depth:.0f}%" for depth in grid.values("depth")])
     axes.tick_params(labelleft=first)
-    axes.set_xlabel("token limit")
     if first:
         axes.set_ylabel("depth of the needle")
     axes.set_title(title, pad=22)
@@ -236,7 +267,7 @@ def draw_perplexity(axes: Axes, curves: Mapping[str, EvalResult], trained: int |
     style.grid_lines(axes)
     style.mark_trained(axes, trained, "base trained at" if "extended" in curves else "trained at")
     axes.set_title("Held-out perplexity, last tokens of each text" if final else "Held-out perplexity")
-    style.end_labels(axes, ends, gap=0.075)
+    style.end_labels(axes, ends)
 
 
 def draw_losses(axes: Axes, stages: Sequence[StageCurve], width: float = 8.4) -> None:
@@ -282,6 +313,11 @@ def draw_losses(axes: Axes, stages: Sequence[StageCurve], width: float = 8.4) ->
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     style.grid_lines(axes)
     axes.set_title("Training loss by stage")
+
+
+def scheme_name(spec: str) -> str:
+    """A name for a line that a reader understands without the spec's grammar."""
+    return {"none": "unchanged", "rope:theta=critical": "theta raised"}.get(spec, spec)
 
 
 def line_colour(name: str, index: int) -> str:

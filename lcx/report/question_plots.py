@@ -41,7 +41,7 @@ def scored(found: EvalResult) -> EvalResult:
 
 @style.typography()
 def tasks(named: Mapping[str, EvalResult]) -> Figure:
-    """A heatmap a model, side by side: y tasks, x token limit, mean scores in percent; what was not asked stays white."""
+    """A heatmap a model, side by side: y tasks, x context length, mean scores in percent; what was not asked stays white."""
     scores = {name: scored(found) for name, found in named.items()}
     rows = list(dict.fromkeys(task for found in scores.values() for task in found.values("task")))
     lengths = {name: sorted(found.values("length")) for name, found in scores.items()}
@@ -58,8 +58,8 @@ def tasks(named: Mapping[str, EvalResult]) -> Figure:
         axes.set_xticks(range(len(shown)), [style.tokens(length) for length in shown])
         axes.set_yticks(range(len(rows)), rows)
         axes.tick_params(labelleft=i == 0)
-        axes.set_xlabel("token limit")
         axes.set_title(name.replace(", ", "\n"), fontsize=9.5)
+    figure.supxlabel(style.CONTEXT, fontsize=10, color=style.MUTED)
     score_bar(figure, panels, "score")
     return figure
 

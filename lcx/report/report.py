@@ -91,7 +91,7 @@ def needle_grids(run: Run) -> dict[str, EvalResult]:
 def perplexity_curves(run: Run) -> dict[str, EvalResult]:
     """The base checkpoint under every scheme tried, then the extended one as `extended`."""
     losses = _losses(run.before or run.after)
-    curves = {scheme_name(spec): losses.select(scheme=spec) for spec in losses.values("scheme")} if losses else {}
+    curves = {plots.scheme_name(spec): losses.select(scheme=spec) for spec in losses.values("scheme")} if losses else {}
     if run.before and (after := _losses(run.after, scheme="none")):
         curves["extended"] = after
     return curves
@@ -105,11 +105,6 @@ def _losses(result: EvalResult | None, **fields: str) -> EvalResult | None:
     return None if result is None else result.select(task="perplexity", **fields)
 
 
-def scheme_name(spec: str) -> str:
-    """A name for a line that a reader understands without the spec's grammar."""
-    return {"none": "unchanged", "rope:theta=critical": "theta raised"}.get(spec, spec)
-
-
 def render(run: Run, figures: dict[str, Figure]) -> str:
     """The whole HTML document."""
     images = {name: picture(style.png(figure), name) for name, figure in figures.items()}
@@ -120,7 +115,11 @@ def render(run: Run, figures: dict[str, Figure]) -> str:
             ("Needles", images.get("needles", ""), _needle_note(run)),
             ("Questions in words", asked + questions.section(run.evals), ""),
             ("Answers to read", questions.reading(run.answers, [result.label for result in run.evals]), ""),
-            ("Which tokens gain from context", images.get("kinds", "") + likelihood.losses(run.evals), ""),
+            (
+                "Which tokens gain from context",
+                images.get("kinds", "") + likelihood.losses(run.evals),
+                likelihood.KINDS_NOTE if "kinds" in images else "",
+            ),
             ("Key tokens", likelihood.passages(run.answers), ""),
             ("Short contexts: what the extension cost", retention.section(run.before, run.after), ""),
             ("Perplexity", images.get("perplexity", ""), _perplexity_note(run)),
@@ -191,11 +190,12 @@ def _needle_note(run: Run) -> str:
     grid = _needles(run.after)
     if grid is None:
         return ""
-    items = grid.rows[0].n
+    items, old = grid.rows[0].n, _needles(run.before)
     made = [found for result in run.evals if (found := result.select(task="generated_needles"))]
+    earlier = f" ({old.rows[0].n} before the extension)" if old and old.rows[0].n != items else ""
     extra = "".join(f" By generation at {g.trained:,}: {_percent(g.mean())} of {g.rows[0].n} a cell." for g in made)
     return html.escape(
-        f"Share of needles found, of {items} in each cell, with fresh keys and values in held-out text. "
+        f"Share of needles found, of {items} in each cell{earlier}, with fresh keys and values in held-out text. "
         "Found means: every answer token is the most likely one given all before it. Lengths include the answer. "
         f"The 95% interval of a cell is ±{100 * _half(wilson(items // 2, items)):.0f} points at its widest.{extra}"
     )
@@ -265,22 +265,29 @@ def _zero_shot(run: Run) -> str:
     if len(schemes) < 2 or not curves:
         return ""
     lengths = sorted(next(iter(curves.values())).select(metric="nll").values("length"))
+    grids = {name: _needles(run.after if name == "extended" else base, curve.rows[0].scheme) for name, curve in curves.items()}
+    asked = {name: grid for name, grid in grids.items() if grid}
+    items = dict(zip(asked, plots.counted(list(asked.values())), strict=True))
+    differ = any(items.values())
     rows = []
     for name, curve in curves.items():
         extended = name == "extended"
         losses = curve.select(metric="nll").by_length()
-        grid = _needles(run.after if extended else base, curve.rows[0].scheme)
-        shares = grid.by_length() if grid else {}
-        cells: list[Cell] = [name]
+        shares = asked[name].by_length() if name in asked else {}
+        cells: list[Cell] = [name, *([items.get(name, "–")] if differ else [])]
         for length in lengths:
             value = style.number(perplexity(losses[length])) if length in losses else "–"
             cells.append((value, f"{100 * shares[length]:.0f}%") if length in shares else value)
         rows.append((cells, "strong" if extended else ""))
+    found = f", of {next(iter(asked.values())).rows[0].n:,} in each cell" if asked else ""
+    if differ:
+        found = "; where the numbers of needles a cell differ, so do the needles, and shares differ by chance as well"
+    heads = ("scheme", "needles a cell") if differ else ("scheme",)
     note = (
-        "Perplexity, with the share of needles found in grey. "
+        f"Perplexity, with the share of needles found in grey{found}. "
         "The factor of each scheme is length / trained length, chosen at each length unless given."
     )
-    return table(("scheme", *(f"{length:,}" for length in lengths)), rows) + f"<p class=note>{html.escape(note)}</p>"
+    return table((*heads, *(f"{length:,}" for length in lengths)), rows) + f"<p class=note>{html.escape(note)}</p>"
 
 
 def _reproduce(run: Run) -> str:

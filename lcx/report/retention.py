@@ -8,6 +8,12 @@ from lcx.evals.comparison import Comparison, compare
 from lcx.evals.results import EvalResult
 from lcx.report.page import Cell, table
 
+LOSSES = {
+    ("perplexity", "nll"): "held-out text",
+    ("perplexity", "final_nll"): "last tokens of held-out text",
+    ("long_perplexity", "nll"): "key tokens (LongPPL)",
+    ("long_perplexity", "other_nll"): "other tokens",
+}
 SIGNS = {"better": "better", "worse": "worse", "equal": "no difference shown"}
 
 
@@ -24,7 +30,7 @@ def section(before: EvalResult | None, after: EvalResult | None) -> str:
     )
     note = (
         f"{said} Both models answered the same items, up to the {before.trained:,} tokens that the first was trained at; "
-        "differences are paired, with the half-width of their 95% interval in grey. Losses are in nats a token."
+        "differences are paired, with the half-width of their 95% interval in grey. Losses are in nats per token."
     )
     rows = [(_row(row), "strong" if row.verdict == "better" else "") for row in found]
     heads = ("task", "length", "items", "before", "after", "difference", "")
@@ -33,6 +39,21 @@ def section(before: EvalResult | None, after: EvalResult | None) -> str:
 
 def _row(row: Comparison) -> tuple[Cell, ...]:
     half = (row.difference.high - row.difference.low) / 2
-    name = row.task if row.metric in ("score", "accuracy") else f"{row.task} ({row.metric})"
     gap = (row.shown(row.difference.mean, "+"), f"±{row.shown(half)}")
-    return name, f"{row.length:,}", f"{row.n:,}", row.shown(row.before), row.shown(row.after), gap, SIGNS[row.verdict]
+    means = row.shown(row.before), row.shown(row.after)
+    return called(row.task, row.metric), f"{row.length:,}", f"{row.n:,}", *means, gap, SIGNS[row.verdict]
+
+
+def called(task: str, metric: str) -> str:
+    """What a task's metric is the mean of, in words: the task for a score, and for a loss the tokens that it is over."""
+    if metric in ("score", "accuracy"):
+        return task
+    if metric == "bits_per_byte":
+        return f"bits per byte, {LOSSES.get((task, 'nll'), task)}"
+    if (task, metric) in LOSSES:
+        return f"loss, {LOSSES[task, metric]}"
+    if task.startswith("loss_by_kind_"):
+        return f"loss by kind: {task.removeprefix('loss_by_kind_').replace('_', ' ')}"
+    if task.startswith("loss_by_source_"):
+        return f"loss by source: {task.removeprefix('loss_by_source_')}"
+    return f"{task} ({metric})"

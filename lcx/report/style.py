@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib
 import matplotlib.colors
 import matplotlib.ticker
+import matplotlib.transforms
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -24,6 +25,8 @@ PAPER = "#FFFFFF"
 LOST, HALF, FOUND = "#F0496E", "#EBB839", "#0CD79F"
 SCORES = matplotlib.colors.LinearSegmentedColormap.from_list("found", [LOST, HALF, FOUND])
 BEFORE, AFTER = "#D6335A", "#0A9A76"
+CONTEXT = "context length, tokens"
+"""What every picture calls the number of tokens that a model is given."""
 LINES = ("#2B62C9", "#C77A12", "#7D4FC4", "#0E8FA8", "#B23A7A", "#5E7A1F", "#8A5A3C", "#3F4E9E")
 
 _RC = {
@@ -118,7 +121,7 @@ def grid_lines(axes: Axes, axis: str = "y") -> None:
     axes.set_axisbelow(True)
 
 
-def length_axis(axes: Axes, lengths: Sequence[int], label: str = "context length, tokens") -> None:
+def length_axis(axes: Axes, lengths: Sequence[int], label: str = CONTEXT) -> None:
     """A base-2 logarithmic x axis with one tick for each length, thinned to at most nine."""
     axes.set_xscale("log", base=2)
     shown = list(lengths)[:: -(-len(lengths) // 9)]
@@ -126,6 +129,20 @@ def length_axis(axes: Axes, lengths: Sequence[int], label: str = "context length
     axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: tokens(round(x))))
     axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
     axes.set_xlabel(label)
+
+
+def bar_edges(axes: Axes, edges: Sequence[str], label: str, most: int = 12) -> None:
+    """An x axis of bars at 0, 1, ...: a tick with its name where one bar ends and the next begins, thinned to at most so many.
+
+    The first bar has all below the first edge, the last one all from the last edge on. Leaves room above the tallest bar.
+    """
+    step = max(1, -(-len(edges) // most))
+    shown = range((len(edges) - 1) % step, len(edges), step)
+    axes.set_xticks([i + 0.5 for i in shown], [edges[i] for i in shown], fontsize=8.5)
+    axes.tick_params(axis="x", length=3.5, width=0.8, pad=3, color=MUTED)
+    axes.set_xlim(-0.6, len(edges) + 0.6)
+    axes.set_xlabel(label)
+    axes.set_ylim(0, 1.08 * axes.dataLim.y1 or 1.0)
 
 
 def value_axis(axes: Axes, low: float, high: float, label: str) -> None:
@@ -164,26 +181,49 @@ def mark_trained(axes: Axes, trained: int | None, text: str = "trained at") -> N
     )  # fmt: skip
 
 
-def end_labels(axes: Axes, ends: Sequence[tuple[float, float, str, str]], gap: float = 0.062) -> None:
-    """Name lines at their right ends: `(x, y, text, colour)` in data units; at one x they stand `gap` of the height apart."""
+LABEL_GAP, LABEL_EDGE, LABEL_LEAD = 13.0, 7.0, 24.0
+"""Points between the middles of neighbouring labels, from the frame's edge to a label, and at least from a line's end to one."""
+
+
+def end_labels(axes: Axes, ends: Sequence[tuple[float, float, str, str]], size: float = 9.5) -> None:
+    """Name lines at their right ends: `(x, y, text, colour)` in data units; call it when the limits of the axes are final.
+
+    The names of the lines that end furthest to the right stand in a column beside the frame, those of the others beside their
+    ends. Names stay within the frame's height; where one had to move to leave room for its neighbours, thin lines in the colours
+    of its column lead from the lines' ends to their names.
+    """
     low, high = axes.get_ylim()
     log = axes.get_yscale() == "log"
+    axes.get_xlim()  # settles the limits, on which the transforms below depend
+    box, sheet = axes.get_position(), axes.figure.bbox
+    wide, tall = (72 / axes.figure.dpi * side for side in (box.width * sheet.width, box.height * sheet.height))
+    gap = LABEL_GAP / tall * size / 9.5
 
     def place(y: float) -> float:
         height = math.log(y / low) / math.log(high / low) if log else (y - low) / (high - low)
         return min(1.0, max(0.0, height))
 
+    def shifted(transform: Any, points: float) -> Any:
+        return transform + matplotlib.transforms.ScaledTranslation(points / 72, 0, axes.figure.dpi_scale_trans)
+
     for at in dict.fromkeys(end[0] for end in ends):
-        here = sorted((place(y), text, colour) for x, y, text, colour in ends if x == at)
-        for height, (_, text, colour) in zip(spread([end[0] for end in here], gap), here, strict=True):
+        here = sorted((place(y), y, text, colour) for x, y, text, colour in ends if x == at)
+        apart = min(gap, 1 / len(here))
+        heights = spread([end[0] for end in here], apart, apart / 2)
+        moved = any(abs(height - end[0]) > 0.2 * gap for height, end in zip(heights, here, strict=True))
+        last, lead = at == max(end[0] for end in ends), LABEL_LEAD if moved else LABEL_EDGE
+        room = wide * (1 - axes.transLimits.transform(axes.transScale.transform((at, low)))[0]) if last else 0.0
+        column = shifted(axes.transAxes if last else axes.get_xaxis_transform(), max(LABEL_EDGE, lead - room))
+        for height, (_, y, text, colour) in zip(heights, here, strict=True):
+            line = {"arrowstyle": "-", "color": colour, "linewidth": 0.8, "shrinkA": 1, "shrinkB": 4, "relpos": (0, 0.5)}
             axes.annotate(
-                text, (at, height), xycoords=("data", "axes fraction"), xytext=(8, 0), textcoords="offset points",
-                ha="left", va="center", fontsize=9.5, color=colour, fontweight="bold", annotation_clip=False,
+                text, (at, y), xytext=(1.0 if last else at, height), textcoords=column, ha="left", va="center", fontsize=size,
+                color=colour, fontweight="bold", annotation_clip=False, arrowprops=line if moved else None,
             )  # fmt: skip
 
 
-def spread(wanted: Sequence[float], gap: float) -> list[float]:
-    """The sorted heights moved as little as is needed (least squares) for neighbours to stand `gap` apart between 0 and 1."""
+def spread(wanted: Sequence[float], gap: float, margin: float = 0.0) -> list[float]:
+    """The sorted heights moved as little as is needed (least squares) to stand `gap` apart, and `margin` from 0 and 1."""
     blocks: list[list[float]] = []  # each [sum of (wanted - offset), count]: pooled neighbours that touch
     for i, height in enumerate(wanted):
         blocks.append([height - i * gap, 1.0])
@@ -192,5 +232,5 @@ def spread(wanted: Sequence[float], gap: float) -> list[float]:
             blocks[-1][0] += total
             blocks[-1][1] += count
     means = [total / count for total, count in blocks for _ in range(int(count))]
-    most = 1.0 - (len(wanted) - 1) * gap
-    return [min(max(mean, 0.0), most) + i * gap for i, mean in enumerate(means)]
+    most = 1.0 - margin - (len(wanted) - 1) * gap
+    return [min(max(mean, margin), most) + i * gap for i, mean in enumerate(means)]

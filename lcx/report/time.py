@@ -34,30 +34,54 @@ SHORT = {
 }
 """Names of parts on the bar."""
 
-LETTER = 0.008
-"""The width of a letter as a share of the bar: a piece that is too narrow for its name goes without."""
+LETTER = 0.0078
+"""The width of a letter as a share of the bar: a piece that is too narrow for its name has it above the bar."""
 
 
 @style.typography()
 def bar(found: Goodput) -> Figure:
-    """One bar over the whole time, a piece a part, in the order in which they happen in a step and then around it."""
-    figure = style.new_figure(9.0, 1.1)
-    axes = figure.subplots()
-    left = 0.0
+    """One bar over the whole time, a piece a part, in the order in which they happen in a step and then around it.
+
+    Every piece has its name and share: in it where there is room, else above the bar at the end of a thin line.
+    """
+    pieces, left, narrow = [], 0.0, []
+    total = max(1.0, sum(found.parts.values()) / found.wall)
     for part, seconds in found.parts.items():
         share = seconds / found.wall
-        colour = colour_of(part)
-        axes.barh(0, share, left=left, height=0.8, color=colour, edgecolor=style.PAPER, linewidth=1.0)
-        name = SHORT.get(part, part)
-        if share > LETTER * (len(name) + 1):
-            words = f"{name}\n{100 * share:.0f}%"
-            axes.text(left + share / 2, 0, words, ha="center", va="center", fontsize=9, color=style.ink_on(colour))
+        words = f"{SHORT.get(part, part)}\n{_percent(share)}"
+        pieces.append((left, share, words, colour_of(part)))
+        if share < LETTER * total * (_width(words) + 1):
+            narrow.append(pieces[-1])
         left += share
-    axes.set_xlim(0, max(1.0, left))
+    figure = style.new_figure(9.0, 1.8 if narrow else 1.3)
+    axes = figure.subplots()
+    for left, share, words, colour in pieces:
+        axes.barh(0, share, left=left, height=0.8, color=colour, edgecolor=style.PAPER, linewidth=0.5)
+        if (left, share, words, colour) not in narrow:
+            axes.text(left + share / 2, 0, words, ha="center", va="center", fontsize=9, color=style.ink_on(colour))
+    gap = min(LETTER * (max((_width(words) for _, _, words, _ in narrow), default=0) + 1), 1 / max(len(narrow), 1))
+    middles = [(left + share / 2) / total for left, share, *_ in narrow]
+    for place, middle, (_, _, words, colour) in zip(style.spread(middles, gap, gap / 2), middles, narrow, strict=True):
+        axes.annotate(
+            words, (middle * total, 0.4), xytext=(place * total, 0.75), ha="center", va="bottom", fontsize=9, color=colour,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 0, "relpos": (0.5, 0)},
+        )  # fmt: skip
+    axes.set_xlim(0, total)
+    axes.set_ylim(-0.45, 1.5 if narrow else 0.45)
     axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f}%")
     axes.yaxis.set_visible(False)
     axes.spines["left"].set_visible(False)
+    axes.set_title(f"Where the time went: {duration(found.wall)}")
     return figure
+
+
+def _width(words: str) -> int:
+    """Letters of the longest line."""
+    return max(map(len, words.split("\n")))
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}%" if share >= 0.0095 else f"{100 * share:.1f}%" if share >= 0.0005 else "<0.1%"
 
 
 def colour_of(part: str) -> str:

@@ -115,6 +115,9 @@ def test_pictures_are_drawn_from_the_numbers(curated):
         assert axes.get_title(loc="left") == ("Documents by length" if what == "documents" else "KiB by length")
         heights = {group.get_label(): sum(bar.get_height() for bar in group) for group in axes.containers}
         unit = 1 if what == "documents" else 1024
+        assert axes.get_xlabel() == "length of the document"
+        assert all(tick % 1 == 0.5 for tick in axes.get_xticks())  # between bars
+        assert axes.get_ylim()[1] > 1.05 * max(bar.get_y() + bar.get_height() for group in axes.containers for bar in group)
         assert heights["a"] * unit == pytest.approx(report["sources"]["a"]["kept"][what])
         lost = sum(one[what] for of in report["sources"].values() for one in of["dropped"].values())
         assert heights["dropped"] * unit == pytest.approx(lost)

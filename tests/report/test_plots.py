@@ -8,7 +8,7 @@ import pytest
 from lcx.data.report import PartReport, Report
 from lcx.report import plots, style
 from lcx.report.mixture_plot import mixture
-from tests.report.synthetic import AFTER, AFTER_COUNTS, BEFORE, BEFORE_COUNTS, CURVES, STAGES
+from tests.report.synthetic import AFTER, AFTER_COUNTS, BEFORE, BEFORE_COUNTS, CURVES, STAGES, needles
 
 
 def text_of(axes) -> list[str]:
@@ -30,6 +30,31 @@ def test_needles_show_every_cell_on_one_scale():
     assert "trained to 256" in text_of(left) and "trained to 4K" in text_of(right)
     marks = [line.get_xdata()[0] for line in left.lines if line.get_color() == style.INK]
     assert marks == [0.5]
+
+
+def test_heatmaps_and_lines_of_different_numbers_of_items_say_so():
+    few = needles(((4, 3, 1, 0),) * 3, items=4, scheme="yarn")
+    grids = {"before": BEFORE, "yarn": few, "ntk": few, "after": AFTER}
+    figure = plots.needles(grids)
+    panels = [axes for axes in figure.axes if axes.images]
+    assert [axes.get_xlabel() for axes in panels] == [f"{n} items a cell" for n in (20, 4, 4, 20)]
+    assert [axes.get_title(loc="left") for axes in panels] == list(grids)
+    assert figure.get_supxlabel() == "context length, tokens"
+    assert {axes.get_xlabel() for axes in plots.needles({"before": BEFORE, "after": AFTER}).axes} == {""}
+    lines = plots.score_by_length({"unchanged": BEFORE, "yarn": few}, "needles").axes[0]
+    assert set(text_of(lines)) == {"yarn (4 items)", "unchanged (20 items)"}
+    assert set(text_of(plots.score_by_length({"unchanged": BEFORE, "extended": AFTER}, "needles").axes[0])) == {
+        "unchanged",
+        "extended",
+    }
+
+
+def test_many_heatmaps_stand_in_rows_in_their_order():
+    figure = plots.needles({f"{i}": BEFORE for i in range(7)})
+    figure.draw_without_rendering()
+    boxes = [axes.get_window_extent() for axes in figure.axes if axes.images]
+    assert [(round(boxes[0].y0 - box.y0) > 0) + (round(boxes[3].y0 - box.y0) > 0) for box in boxes] == [0, 0, 0, 1, 1, 1, 2]
+    assert all(left.x1 < right.x0 for row in (boxes[:3], boxes[3:6]) for left, right in zip(row, row[1:], strict=False))
 
 
 def test_the_colours_are_those_of_the_field():
@@ -74,7 +99,11 @@ def test_a_mixture_is_drawn_as_it_was_counted():
     for axes, which in ((left, 1), (middle, 2)):
         heights = [bar.get_height() for bars in axes.containers for bar in bars]
         assert heights == [*counted[0][which], *counted[1][which]]
-        assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "64", "128"]
+        # Ticks stand where one bar ends and the next begins: the first bar is of documents below 64 tokens.
+        assert [(tick.get_position()[0], tick.get_text()) for tick in axes.get_xticklabels()] == [(0.5, "64"), (1.5, "128")]
+        assert [round(bar.get_x() + bar.get_width() / 2, 6) for bar in axes.containers[0]] == [0, 1, 2]
+        assert axes.get_ylim()[1] > 1.05 * max(bar.get_y() + bar.get_height() for bars in axes.containers for bar in bars)
+        assert axes.get_xlabel() == "length of the document, tokens"
     assert text_of(right) == ["34.0%", "66.0%"]
     assert [label.get_text() for label in right.get_yticklabels()] == ["code", "needles"]
     assert right.get_xlabel() == "rows of 128, 50.0% filled"

@@ -1,3 +1,4 @@
+import dataclasses
 import html.parser
 import json
 import re
@@ -5,6 +6,7 @@ import re
 import pytest
 
 from lcx.core.errors import UserError
+from lcx.evals import results
 from lcx.report import history
 from lcx.report.report import write_report
 from lcx.training.workdir import record_environment
@@ -80,6 +82,19 @@ def test_the_report_holds_the_numbers_it_was_given(workdir):
     assert "far " + " ".join(f"{cell:.3f}" for cell in cells) in re.sub(r"\s+", " ", text)
     for length, share in (("512", "35%"), ("4,096", "5%")):
         assert share in text, length
+
+
+def test_schemes_that_were_asked_fewer_needles_say_so(workdir, tmp_path):
+    assert "needles a cell" not in read(workdir)[0] and "found in grey, of 20 in each cell." in read(workdir)[0]
+    write_run(tmp_path)
+    before = results.read(tmp_path / "eval" / "before.json")
+    few = tuple(dataclasses.replace(row, n=4) if row.task == "needles" and row.scheme == "yarn" else row for row in before.rows)
+    results.write(dataclasses.replace(before, rows=few), tmp_path / "eval" / "before.json")
+    write_report(tmp_path)
+    text = re.sub(r"\s+", " ", " ".join(read(tmp_path)[1].text))
+    assert "scheme needles a cell 256" in text and "yarn 4 4.25 100%" in text and "unchanged 20 4.25 98%" in text
+    assert "theta raised – 4.25" in text and "extended 20 4 100%" in text
+    assert "where the numbers of needles a cell differ, so do the needles" in text
 
 
 def test_the_pictures_lie_beside_it(workdir):
