@@ -29,7 +29,7 @@ WRONG = {
     "'<stream end>'); fix the file",
     ("- linear", "", ""): "merge.yml is not a mapping of merge_method, models and so on",
     ("{merge_method: linear, merge_method: ties}", "", ""): "(line 1, column 24: the key 'merge_method' is there twice); fix the",
-    ("{merge_method: linear,\n seed: 2026-99-99}", "", ""): "(line 2, column 8: '2026-99-99' is not a valid timestamp); fix the file",
+    ("{merge_method: linear,\n at: 2026-99-99}", "", ""): "(line 2, column 6: '2026-99-99' is not a valid timestamp); fix the file",
     ("merge_method: a\x01", "", ""): "(line 1, column 16: the character U+0001 is not allowed); fix the file",
     ("!!python/object/apply:os.system [ls]", "", ""): "cannot be read as YAML (line 1, column 1: could not determine a constructor",
     # keys and values
