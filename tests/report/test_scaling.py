@@ -67,5 +67,5 @@ def test_a_report_shows_other_runs_beside_its_own(tmp_path):
     assert "medium/after" in page and "small/after" in (tmp_path / "large" / "scores.csv").read_text()
     run = history.load(tmp_path / "large", others)
     assert [found.label for found in run.evals] == ["after", "small/after", "medium/after"] and run.after.label == "after"
-    with pytest.raises(UserError, match="does not exist; `lcx eval` writes it"):
+    with pytest.raises(UserError, match="does not exist; `lcx run` writes eval/before.json"):
         history.load(tmp_path / "large", [tmp_path / "none.json"])
