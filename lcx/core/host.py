@@ -72,7 +72,7 @@ def ending() -> Iterator[None]:
         if any(thread.name == LEFT_ALONE for thread in threading.enumerate()):
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(left.code if isinstance(left.code, int) else 0)
+            os._exit(left.code if isinstance(left.code, int) else int(left.code is not None))
         raise
 
 

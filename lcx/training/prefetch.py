@@ -86,8 +86,8 @@ class Stop:
 
     @contextlib.contextmanager
     def before_a_step(self) -> Iterator[None]:
-        """While entered there is no step to wait for, which a signal is answered with."""
-        self._plan = "stopping"
+        """While entered there is no step to wait for, which a signal is answered with by a process alone."""
+        self._plan = "stopping" if processes.count() == 1 else _AFTER_STEP
         yield
         self._plan = _AFTER_STEP
 
