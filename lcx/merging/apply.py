@@ -186,6 +186,9 @@ class PeftDelta:
 def opened(folder: str | Path) -> Delta:
     """What `lcx extract` or peft wrote into a folder."""
     folder = Path(folder)
+    if not folder.is_dir():
+        what = "is not a folder" if folder.exists() else "does not exist"
+        raise UserError(f"{folder} {what}; name the folder that lcx extract wrote, or an adapter of peft's")
     check_folder(folder)
     if (folder / DELTA).is_file():
         record = hf_config.read_json(folder / DELTA)

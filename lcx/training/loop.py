@@ -17,6 +17,7 @@ from lcx.core import configs, processes
 from lcx.core.batch import Batch
 from lcx.core.console import Progress, console, say, warn
 from lcx.core.errors import UserError
+from lcx.core.numbers import counted
 from lcx.core.param_spec import abstract
 from lcx.core.trees import Tree, num_elements, paths
 from lcx.model.architecture import Architecture
@@ -164,7 +165,7 @@ class Trainer:
         # Of what came too late for a step: the evaluation that may follow would not hear of it.
         if number := max(processes.exchange("stop", self.stop.signal or 0)):
             self._leave(self.ends[-1], number)
-        say(f"done: {self.ends[-1]} steps; metrics and checkpoints in {self.workdir}")
+        say(f"done: {counted(self.ends[-1], 'step')}; metrics and checkpoints in {self.workdir}")
         params = state.all_params
         return Result(self.workdir, self.ends[-1], params, built.arch, built.buffers, built.schemes, tuple(self.decisions))
 

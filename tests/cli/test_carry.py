@@ -62,7 +62,7 @@ def test_from_two_models_to_a_third(root, tmp_path, capsys):
             ["apply", "BASE", "TUNED", "--out=OUT"],
             "holds neither lcx_delta.json nor adapter_config.json; name what lcx extract wrote",
         ),
-        (["apply", "gone", "TUNED", "--out=OUT"], "gone holds neither"),
+        (["apply", "gone", "TUNED", "--out=OUT"], "gone does not exist; name the folder that lcx extract wrote"),
     ],
     ids=str,
 )
