@@ -77,6 +77,11 @@ class Chip:
             return WIDE if self.wide > 128 else TPU
         return GPU if self.platform == "gpu" else HOST
 
+    @property
+    def device_flops(self) -> float:
+        """Dense bfloat16 operations per second of a device."""
+        return self.flops / self.cores
+
     def gathered(self, devices: int) -> float:
         """Bytes per second that a device receives if `devices` gather: from both sides in each dimension of the torus they span."""
         link = self.link / self.cores

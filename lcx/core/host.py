@@ -8,6 +8,7 @@ import glob
 import math
 import os
 import platform
+import signal
 import sys
 import threading
 from collections.abc import Collection, Iterator
@@ -57,6 +58,11 @@ def end_with_parent(number: int) -> None:
     """On Linux, have this process sent a signal when the one that started it ends, however that ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, number)
+
+
+def signal_name(number: int) -> str:
+    """The name of a signal, as in SIGKILL; "signal 40" for one without."""
+    return {int(one): one.name for one in signal.Signals}.get(number, f"signal {number}")
 
 
 LEFT_ALONE = "compile"

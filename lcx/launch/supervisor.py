@@ -87,7 +87,7 @@ def _run(command: Sequence[str], environment: Mapping[str, str], silence: float)
         text = f"it gave no sign of life for {PATIENCE * silence:g} s and was killed; it was last at '{at}'"
     elif code < 0:
         number = -code
-        name = {int(one): one.name for one in signal.Signals}.get(number, f"signal {number}")
+        name = host.signal_name(number)
         if number in (signal.SIGTERM, signal.SIGINT):
             return End(128 + number, f"it was ended by {name} at '{at}'", at)
         late = number == signal.SIGABRT and at == JOINING

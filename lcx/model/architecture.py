@@ -91,11 +91,11 @@ def windows(config: ModelConfig) -> Windows:
     return tuple((window, found.count(window) / len(found)) for window in dict.fromkeys(found))
 
 
-def share_of(model: ModelConfig, length: int, mesh: Mapping[str, int]) -> Share:
-    """What a device has of a row of `length` tokens over a mesh (axis to size), before heads are traded for tokens."""
+def share_of(model: ModelConfig, length: int, mesh: Mapping[str, int], rows: int = 1) -> Share:
+    """What a device has of rows of `length` tokens over a mesh (axis to size), before heads are traded for tokens."""
     tensor, ring = mesh["tensor"], mesh["ring"]
     heads, kv_heads = model.num_heads // tensor, max(1, model.num_kv_heads // tensor)
-    return Share(1, length // ring, heads, kv_heads, model.head_dim, mesh["ulysses"], ring)
+    return Share(rows, length // ring, heads, kv_heads, model.head_dim, mesh["ulysses"], ring)
 
 
 def row_layout(config: ModelConfig, execution: ExecutionConfig, length: int, mesh: Mesh) -> SequenceLayout:

@@ -18,11 +18,12 @@ import jax
 import jax.numpy as jnp
 
 from lcx.adapters import lora
-from lcx.attention.parallel.head_groups import Share, choose_groups
+from lcx.attention.parallel.head_groups import choose_groups
 from lcx.core.mesh import RULES
 from lcx.core.numbers import round_up
 from lcx.core.param_spec import ParamSpec, abstract, paths_of
 from lcx.core.trees import paths
+from lcx.model.architecture import share_of
 from lcx.planning.program import schemes_at
 from lcx.planning.topology import Topology
 from lcx.planning.work import Work, work_of
@@ -171,9 +172,7 @@ def head_groups(work: Work, platform: str, asked: int | None) -> int:
     """Groups of heads that attend one after another where devices share a row; 1 elsewhere."""
     if work.share == 1:
         return 1
-    m, ring, tensor = work.model, work.mesh["ring"], work.mesh["tensor"]
-    heads, kv_heads = m.num_heads // tensor, max(1, m.num_kv_heads // tensor)
-    share = Share(max(1, int(work.rows)), work.length // ring, heads, kv_heads, m.head_dim, work.mesh["ulysses"], ring)
+    share = share_of(work.model, work.length, work.mesh, max(1, int(work.rows)))
     return choose_groups(share, platform, work.strategy, biased=False, asked=asked).count
 
 

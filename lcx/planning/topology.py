@@ -42,7 +42,7 @@ class Topology:
     @property
     def flops(self) -> float:
         """Operations per second of a device."""
-        return self.chip.flops / self.chip.cores
+        return self.chip.device_flops
 
     @property
     def host(self) -> float:

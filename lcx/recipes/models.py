@@ -74,8 +74,7 @@ def opened(path: str | Path) -> Source:
 
 def _read(source: Source, path: str | Path, dtype: str, mesh: Mesh | None) -> Tree:
     """The weights of a model, of which is said that it is read if that takes a while."""
-    files = [Path(path)] if is_gguf(path) else list(Path(path).glob("*.safetensors"))
-    if (total := sum(file.stat().st_size for file in files)) >= SLOW:
+    if (total := sum(file.stat().st_size for file in source.files)) >= SLOW:
         say(f"reading {path}, {size(total)}", stderr=True)
     return source.params(dtype, mesh)
 

@@ -18,6 +18,7 @@ from typing import Any
 from lcx.core import configs
 from lcx.core.errors import UserError
 from lcx.core.files import write_atomically
+from lcx.core.host import signal_name
 from lcx.report.sweep_plots import PointResult
 
 Collect = Callable[[pathlib.Path], dict[str, Any]]
@@ -95,8 +96,7 @@ def _execute(argv: list[str], log: pathlib.Path, timeout: float | None) -> str:
             raise
     if code < 0:
         number = -code
-        text = signal.Signals(number).name if number in iter(signal.Signals) else f"signal {number}"
-        return f"killed by {text}" + (" (out of memory, perhaps)" if number == signal.SIGKILL else "")
+        return f"killed by {signal_name(number)}" + (" (out of memory, perhaps)" if number == signal.SIGKILL else "")
     return f"exit status {code}: {_last_line(log)}" if code else ""
 
 

@@ -58,7 +58,7 @@ def peak_flops(device: jax.Device, given: float | None = None) -> float:
     if given is not None:
         return given
     chip = known_chip(device)
-    return chip.flops / chip.cores if chip is not None else _measure(device)
+    return chip.device_flops if chip is not None else _measure(device)
 
 
 @functools.lru_cache(maxsize=4)

@@ -14,9 +14,8 @@ import numpy as np
 
 from lcx.attention.parallel.balance import Balance, Step, of_layout
 from lcx.attention.parallel.documents import Documents
-from lcx.attention.parallel.head_groups import Share
+from lcx.attention.parallel.head_groups import HeadGroups, Share
 from lcx.attention.parallel.ring import window_hops
-from lcx.attention.parallel.ulysses import kv_copies
 from lcx.core.batch import SequenceLayout
 from lcx.core.chips import Chip
 from lcx.core.mask import Mask
@@ -49,14 +48,14 @@ class SplitCost:
         """Query-key pairs per second of a device, in all its heads."""
         here, chip = self.share, self.chip
         reached = chip.efficiency.attention_at(here.tokens / here.ulysses)
-        return chip.flops / chip.cores * reached / (4 * here.rows * here.heads / here.ulysses * here.head_dim)
+        return chip.device_flops * reached / (4 * here.rows * here.heads / here.ulysses * here.head_dim)
 
     @property
     def keys(self) -> float:
         """Bytes of the keys and values of a device, of the heads that it has after an exchange."""
         here = self.share
-        heads = here.kv_heads * kv_copies(here.kv_heads, here.ulysses) / here.ulysses
-        return 2 * here.rows * here.tokens * heads * here.head_dim * WIDTH
+        _, kv_heads = here.of_group(HeadGroups())
+        return 2 * here.rows * here.tokens * kv_heads * here.head_dim * WIDTH
 
     @property
     def hop(self) -> float:
