@@ -1,11 +1,15 @@
 """The notebooks run from top to bottom in a fresh kernel, and what is committed of them shows real results."""
 
+import ast
+import importlib
 import io
 import json
 import math
 import os
+import pkgutil
 import re
 from base64 import b64decode
+from types import ModuleType
 
 import matplotlib.image
 import nbformat
@@ -146,6 +150,25 @@ def test_a_real_model(environment, tmp_path):
     wanted = [["needle_in_prose", "score", length, depth] for length in (1024, 2048) for depth in depths]
     assert found["measured"] == wanted + [["perplexity", "nll", length, None] for length in (1024, 2048)]
     assert found["same"] and {"config.json", "model.safetensors", "tokenizer.json"} <= set(found["files"])
+
+
+@pytest.mark.parametrize("path", (EXPLORE, EXTEND, REAL), ids=["explore", "extend", "real"])
+def test_names_of_lcx(path):
+    """What a notebook takes from lcx, and what it reads of lcx's modules, is there, as told without running it."""
+    code = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
+    modules, checked = {}, set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "lcx":
+            for name in node.names:
+                modules[name.asname or name.name] = pkgutil.resolve_name(f"{node.module}.{name.name}")
+        elif isinstance(node, ast.Import):
+            modules |= {name.name: importlib.import_module(name.name) for name in node.names if name.name == "lcx"}
+    modules = {name: value for name, value in modules.items() if isinstance(value, ModuleType)}
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            assert hasattr(modules[node.value.id], node.attr), f"{node.value.id}.{node.attr}"
+            checked.add(node.value.id)
+    assert modules and checked == set(modules)
 
 
 @pytest.mark.parametrize(("path", "pictures"), [(EXPLORE, 8), (EXTEND, 4), (REAL, 3)], ids=["explore", "extend", "real"])
