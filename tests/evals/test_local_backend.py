@@ -68,6 +68,22 @@ def test_answers_are_kept_apart_by_the_type_they_were_computed_in(weights):
     assert plain == again != rounded
 
 
+def test_answers_are_known_again_on_other_devices_and_not_for_other_weights(weights):
+    params, schemes = weights
+
+    def fingerprint(params):
+        return LocalBackend(params, MODEL, ExecutionConfig(), schemes, 64).fingerprint
+
+    plain = fingerprint(params)
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
+    spread = jax.device_put(params, shardings(specs(MODEL, schemes, 64), mesh))
+    assert any(not x.is_fully_replicated for x in jax.tree.leaves(spread))
+    assert fingerprint(spread) == plain
+    embedding = params["embed"]["embedding"]
+    for other in (embedding[::-1], embedding[:, ::-1], embedding.at[3, 5].add(1e-6), -embedding):
+        assert fingerprint({**params, "embed": {"embedding": other}}) != plain
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 4])
 def test_what_questions_have_in_common_is_computed_once(weights, rows, monkeypatch):
