@@ -41,7 +41,15 @@ def get_config():
     config.pose_tokens = 2048
     config.tokens_per_step = 4096
     config.optim.warmup_steps = 10
+    # Steps are few and the model is small.
+    config.optim.lr = 1e-4
     config.data.parts.task.weight = 0.5
+    # Few rows have to teach where to look: many questions in each, of the skills that look something up, and little of the prose
+    # around them, which the other parts are for.
+    questions = config.data.parts.task.questions
+    questions.skills = ("retrieval", "lookup")
+    questions.facts, questions.questions = 16, 8
+    questions.answer_weight, questions.haystack_weight = 20.0, 0.1
     config.data.parts.short = part(weight=0.2, packing={"mask_documents": True, "reset_positions": True})
     config.evals.tasks = ("needle_in_prose", "perplexity")
     config.evals.lengths = (2048, 8192, 16384)
