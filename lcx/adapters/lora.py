@@ -11,12 +11,13 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 
+from lcx.core import quantized
 from lcx.core.configs import nearest, positive
 from lcx.core.errors import UserError
 from lcx.core.param_spec import Init, ParamSpec, paths_of
@@ -41,7 +42,8 @@ class LoraConfig:
     or `alpha`. `dora` learns the norm of each output's weights apart from their direction (2402.09353). `init` of the first
     matrix: `kaiming`, uniform within 1 / sqrt(inputs), or `gaussian` of deviation 1 / rank; the second one starts at zero.
     `b_lr_ratio` multiplies the learning rate of the second matrix (LoRA+, 2402.12354). `base_dtype`: the type in which training
-    holds frozen kernels and embeddings, which it widens where they are used; a model stored in bfloat16 loses nothing by it.
+    holds frozen kernels and embeddings, which it widens where they are used; a model stored in bfloat16 loses nothing by bfloat16.
+    With `int8` or `nf4` (QLoRA, 2305.14314; extra `qlora`) the layers' kernels are quantised, and the rest is held in bfloat16.
     """
 
     rank: int | None = None
@@ -54,7 +56,7 @@ class LoraConfig:
     dora: bool = False
     init: Literal["kaiming", "gaussian"] = "kaiming"
     b_lr_ratio: float = 1.0
-    base_dtype: Literal["float32", "bfloat16"] = "float32"
+    base_dtype: Literal["float32", "bfloat16", "int8", "nf4"] = "float32"
 
     def __post_init__(self) -> None:
         if self.rank is None:
@@ -65,6 +67,8 @@ class LoraConfig:
         for field in ("ranks", "alphas"):
             for pattern, value in getattr(self, field):
                 positive(f"lora.{field}", **{pattern: value})
+        if self.base_dtype in quantized.KINDS:
+            quantized.check_installed(f"lora.base_dtype={self.base_dtype}")
         if not self.targets:
             raise UserError("lora.targets=() leaves nothing to adapt; name parameters, or set lora.rank=None to train all of them")
         for field, pattern in self.patterns:
@@ -125,9 +129,29 @@ def is_trained(path: str, config: LoraConfig) -> bool:
 
 
 def held_as(path: str, config: LoraConfig | None) -> str:
-    """numpy's name of the type in which training holds a parameter."""
+    """How training holds a parameter: numpy's name of a type, or one of `quantized.KINDS`."""
     is_matrix = path.endswith(("/kernel", "/embedding"))
-    return "float32" if config is None or not is_matrix or is_trained(path, config) else config.base_dtype
+    if config is None or not is_matrix or is_trained(path, config):
+        return "float32"
+    if config.base_dtype in quantized.KINDS and not (path.startswith("layers/") and not path.endswith("/router/kernel")):
+        return "bfloat16"
+    return config.base_dtype
+
+
+def held(path: str, x: jax.Array, spec: ParamSpec, config: LoraConfig | None) -> Any:
+    """A parameter as training holds it; one that is quantised already as it is."""
+    kind = held_as(path, config)
+    if quantized.is_quantized(x):
+        return x
+    return quantized.quantize(x, kind, spec.stacked + spec.inputs - 1) if kind in quantized.KINDS else x.astype(kind)
+
+
+def held_bytes(path: str, spec: ParamSpec, config: LoraConfig | None) -> float:
+    """Bytes of a number of a parameter as training holds it, with its share of a scale."""
+    kind = held_as(path, config)
+    if kind not in quantized.KINDS:
+        return jnp.dtype(kind).itemsize
+    return quantized.bytes_of(kind, spec.shape[spec.stacked + spec.inputs - 1])
 
 
 def is_adapter(path: str) -> bool:

@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lcx.core import quantized
+
 Tree = Any
-"""A nested dict whose leaves are arrays (or abstract arrays)."""
+"""A nested dict whose leaves are arrays (or abstract arrays), some of them perhaps quantised."""
 
 
 def paths(tree: Tree) -> Iterator[tuple[str, Any]]:
     """Leaves with their path joined by `/`, in the tree's own order."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=quantized.is_quantized):
         yield joined(path), leaf
 
 
@@ -31,7 +33,7 @@ def num_bytes(tree: Tree) -> int:
 
 def num_elements(tree: Tree) -> int:
     """Total number of elements of the leaves."""
-    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree, is_leaf=quantized.is_quantized))
 
 
 def cast(tree: Tree, dtype: jnp.dtype) -> Tree:

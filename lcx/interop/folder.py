@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from lcx.core import manifest, processes
 from lcx.core.errors import UserError
+from lcx.core.quantized import Hold
 from lcx.core.trees import Tree, paths
 from lcx.interop import hf_config as configs
 from lcx.interop import weights
@@ -67,10 +68,10 @@ class HfFolder:
         """numpy's name of the dtype of the stored weights (the embedding's)."""
         return self.shards.dtype(f"{self.described.family.names['embed']}.weight")
 
-    def params(self, dtype: str | None = None, mesh: Mesh | None = None) -> Tree:
-        """The parameters in numpy's `dtype` (None: as stored) on `mesh` (None: the first device)."""
+    def params(self, dtype: str | None = None, mesh: Mesh | None = None, hold: Hold | None = None) -> Tree:
+        """The parameters in numpy's `dtype` (None: as stored) on `mesh` (None: the first device), each as `hold` makes it."""
         self._check_weights()
-        return weights.load(self.shards, self._specs, self.slots, dtype or self.dtype, mesh)
+        return weights.load(self.shards, self._specs, self.slots, dtype or self.dtype, mesh, hold)
 
     def _check_weights(self) -> None:
         """Compare the files of weights with the manifest, each in one of the processes."""

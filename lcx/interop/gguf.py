@@ -27,6 +27,7 @@ from lcx.core.extras import library
 from lcx.core.files import write_atomically
 from lcx.core.gguf import Gguf, Place
 from lcx.core.manifest import check_file
+from lcx.core.quantized import Hold
 from lcx.core.trees import Tree, paths
 from lcx.data.tokenizers import gguf_vocab
 from lcx.interop import gguf_config, hf_config, weights
@@ -80,11 +81,11 @@ class GgufModel:
             exact = all(np.array_equal(x.astype(narrow).astype(x.dtype), x) for x in vectors)
         return narrow if exact else "float32"
 
-    def params(self, dtype: str | None = None, mesh: Mesh | None = None) -> Tree:
-        """The parameters in numpy's `dtype` (None: `self.dtype`) on `mesh` (None: the first device)."""
+    def params(self, dtype: str | None = None, mesh: Mesh | None = None, hold: Hold | None = None) -> Tree:
+        """The parameters in numpy's `dtype` (None: `self.dtype`) on `mesh` (None: the first device), each as `hold` makes it."""
         for file in self.files:
             check_file(file)
-        return weights.load(self.tensors, self._specs, self.slots, dtype or self.dtype, mesh)
+        return weights.load(self.tensors, self._specs, self.slots, dtype or self.dtype, mesh, hold)
 
 
 def describe(path: str | Path) -> Described:

@@ -25,7 +25,8 @@ from lcx.adapters import lora
 from lcx.core import manifest
 from lcx.core.configs import choice
 from lcx.core.errors import UserError
-from lcx.core.trees import Tree
+from lcx.core.quantized import Hold
+from lcx.core.trees import Tree, joined
 from lcx.interop import folder as hf
 from lcx.interop import hf_config, weights
 from lcx.interop.folder import HfFolder
@@ -94,9 +95,11 @@ class PeftFolder:
         """numpy's name of the dtype of the base's weights."""
         return self.base.dtype
 
-    def params(self, dtype: str | None = None, mesh: Mesh | None = None) -> Tree:
-        """The parameters with the adapter folded in, in numpy's `dtype` (None: the base's) on `mesh` (None: the first device)."""
-        return jax.tree.map(lambda x: x.astype(jnp.dtype(dtype or self.dtype)), lora.fold(self.unfolded(mesh)))
+    def params(self, dtype: str | None = None, mesh: Mesh | None = None, hold: Hold | None = None) -> Tree:
+        """The parameters with the adapter folded in, in numpy's `dtype` (None: the base's) on `mesh` (None: the first device), each
+        as `hold` makes it."""
+        params = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype or self.dtype)), lora.fold(self.unfolded(mesh)))
+        return params if hold is None else jax.tree_util.tree_map_with_path(lambda path, x: hold(joined(path), x), params)
 
     def unfolded(self, mesh: Mesh | None = None) -> Tree:
         """The base's parameters, float32, with the adapters beside them and what was trained in full in its place."""

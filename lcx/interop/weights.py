@@ -25,6 +25,7 @@ from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from lcx.core.errors import UserError
 from lcx.core.mesh import fitting_spec
 from lcx.core.param_spec import ParamSpec, is_spec, paths_of
+from lcx.core.quantized import Hold
 from lcx.core.trees import Tree
 from lcx.interop.families import Family
 from lcx.interop.shards import Tensors, finite, some
@@ -169,17 +170,23 @@ def check(shards: Tensors, wanted: Mapping[str, list[Slot]], tied: bool, describ
         )
 
 
-def load(shards: Tensors, table: Tree, wanted: Mapping[str, list[Slot]], dtype: str, mesh: Mesh | None = None) -> Tree:
+def load(
+    shards: Tensors, table: Tree, wanted: Mapping[str, list[Slot]], dtype: str, mesh: Mesh | None = None, hold: Hold | None = None
+) -> Tree:
     """The parameters of a table in numpy's `dtype`, each placed on `mesh` (None: the first device) as specified in the table.
 
-    Every process reads only what its own devices hold. Raises `UserError` for numbers that are not finite.
+    What `hold` makes of one takes its place before the next is read. Every process reads only what its own devices hold. Raises
+    `UserError` for numbers that are not finite.
     """
     by_path: dict[str, list[Slot]] = {}
     for parts in wanted.values():
         for slot in parts:
             by_path.setdefault(slot.path, []).append(slot)
 
-    leaves = [_leaf(shards, spec, by_path[path], jnp.dtype(dtype), _sharding(spec, mesh)) for path, spec in paths_of(table)]
+    leaves = []
+    for path, spec in paths_of(table):
+        leaf = _leaf(shards, spec, by_path[path], jnp.dtype(dtype), _sharding(spec, mesh))
+        leaves.append(leaf if hold is None else hold(path, leaf))
     return jax.tree.unflatten(jax.tree.structure(table, is_leaf=is_spec), leaves)
 
 

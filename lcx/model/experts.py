@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, PartitionSpec
 
+from lcx.core import quantized
 from lcx.core.mesh import fitting_spec, psum_scatter, target_platform
 from lcx.core.trees import Tree
 from lcx.model.config import ModelConfig
@@ -94,7 +95,8 @@ def mix(
 
     `params` holds `up`, `down` and optionally `gate` with kernels `[E, ins, outs]`. `feed_forward(params, x)` is one expert.
     """
-    params = {name: effective_kernel(params[name], 1) for name in ("up", "gate", "down") if name in params}
+    names = (name for name in ("up", "gate", "down") if name in params)
+    params = {name: quantized.dense(effective_kernel(params[name], 1), x.dtype) for name in names}
     matmul = execution.expert_matmul
     dense = matmul == "dense" or (matmul == "auto" and target_platform() == "cpu")
 

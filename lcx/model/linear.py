@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lcx.core.mesh import target_platform
+from lcx.core.quantized import dense
 from lcx.core.trees import Tree
 
 
@@ -21,9 +22,9 @@ def linear(params: Tree, x: jax.Array, inputs: int = 1) -> jax.Array:
 
     Kernels are `[*ins, *outs]`, biases `[*outs]`. With `params["lora"]` the kernel is changed by a product of two thin matrices
     (Hu et al., 2106.09685): `a` `[*ins, r]`, `b` `[r, *outs]`, `scale` a scalar; with its `magnitude` `[*outs]` by DoRA
-    (Liu et al., 2402.09353), whose norms carry no gradient.
+    (Liu et al., 2402.09353), whose norms carry no gradient. A kernel may be quantised.
     """
-    kernel, lora = params["kernel"].astype(x.dtype), params.get("lora")
+    kernel, lora = dense(params["kernel"], x.dtype), params.get("lora")
     y: Any = _matmul(inputs, x, kernel)
     if lora is not None:
         y = y + lora["scale"].astype(x.dtype) * _matmul(1, _matmul(inputs, x, lora["a"]), lora["b"])
@@ -53,7 +54,7 @@ def effective_kernel(params: Tree, inputs: int) -> jax.Array:
     kernel, lora = params["kernel"], params.get("lora")
     if lora is None:
         return kernel
-    changed = kernel.astype(lora["a"].dtype) + change(lora)
+    changed = dense(kernel, lora["a"].dtype) + change(lora)
     if "magnitude" not in lora:
         return changed
     stacked = lora["scale"].ndim

@@ -19,6 +19,7 @@ from lcx.attention.blockwise import SAVED
 from lcx.attention.parallel.nested import parts_of
 from lcx.core.batch import PADDING, SHARED, Batch, Index
 from lcx.core.mesh import context_size, fitting_spec, target_platform
+from lcx.core.quantized import is_quantized
 from lcx.core.trees import Tree, cast
 from lcx.model.architecture import Architecture
 from lcx.model.config import ModelConfig, is_local
@@ -114,7 +115,9 @@ def cast_params(params: Tree, arch: Architecture) -> Tree:
     """Weights in the compute dtype; cast while still sharded, so that gathering moves the smaller numbers."""
     # Weights of a narrower type, as a frozen base may have, are widened where they are used, a layer at a time.
     dtype = jnp.dtype(arch.execution.compute_dtype)
-    low = jax.tree.map(lambda x: x if x.dtype.itemsize < dtype.itemsize else cast(x, dtype), params)
+    low = jax.tree.map(
+        lambda x: x if is_quantized(x) or x.dtype.itemsize < dtype.itemsize else cast(x, dtype), params, is_leaf=is_quantized
+    )
     # Parameters of positional biases stay float32: they are added to float32 scores.
     if "positions" in params:
         low["positions"] = params["positions"]

@@ -101,7 +101,7 @@ def state_sizes(run: RunConfig, stage: StageConfig, mesh: Mapping[str, int]) -> 
     own = {path: _on_device(spec, mesh) for path, spec in table}
     optim = run.optim_of(stage)
     trained = frozenset(path for path in own if is_trained(optim, run.adapters, path))
-    parameters = sum(own[path] * jnp.dtype(lora.held_as(path, run.adapters)).itemsize for path in own)
+    parameters = sum(own[path] * lora.held_bytes(path, spec, run.adapters) for path, spec in table)
     state = sum(width * (own[path] if path else size) for path, size, width in _moments(optim, stage.steps, table, trained))
     layers = [path for path in own if path.startswith("layers/")]
     return StateSizes(

@@ -21,6 +21,7 @@ from lcx.core.errors import UserError
 from lcx.core.files import sampled_hash
 from lcx.core.gguf import is_gguf, stem
 from lcx.core.mesh import MeshConfig, fast_dtype, make_mesh
+from lcx.core.quantized import Hold
 from lcx.core.trees import Tree, cast, num_bytes, num_elements, paths
 from lcx.data.config import DataConfig
 from lcx.data.tokenizers import tokenizers
@@ -72,11 +73,11 @@ def opened(path: str | Path) -> Source:
     return GgufModel(path) if is_gguf(path) else PeftFolder(path) if peft.is_adapter(path) else HfFolder(path)
 
 
-def _read(source: Source, path: str | Path, dtype: str, mesh: Mesh | None) -> Tree:
+def _read(source: Source, path: str | Path, dtype: str, mesh: Mesh | None, hold: Hold | None = None) -> Tree:
     """The weights of a model, of which is said that it is read if that takes a while."""
     if (total := sum(file.stat().st_size for file in source.files)) >= SLOW:
         say(f"reading {path}, {size(total)}", stderr=True)
-    return source.params(dtype, mesh)
+    return source.params(dtype, mesh, hold)
 
 
 def described(path: Path) -> Described:
@@ -133,14 +134,14 @@ def _weights(init_from: str) -> InitialWeights:
     keep = functools.partial(copy_hf_files, init_from)
     if not is_foreign(init_from):
         given = loading.initial_weights(init_from)
-        load = functools.partial(loading.load_params, init_from, None, None, get_weights=_weights)
-        return dataclasses.replace(given, keep=keep, load=load)
+        read = functools.partial(loading.load_params, init_from, None, None, get_weights=_weights)
+        return dataclasses.replace(given, keep=keep, load=lambda mesh, hold: loading.as_held(read(mesh), hold))
     source = opened(init_from)
     run = _run_of(source, "float32")
     meta = _meta_of(run, source)
 
-    def load(mesh: Mesh | None) -> Loaded:
-        return Loaded(_read(source, init_from, "float32", mesh), run, meta)
+    def load(mesh: Mesh | None, hold: Hold | None) -> Loaded:
+        return Loaded(_read(source, init_from, "float32", mesh, hold), run, meta)
 
     return InitialWeights(init_from, meta, load, lambda: sampled_hash(source.files), keep)
 

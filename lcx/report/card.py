@@ -14,6 +14,7 @@ import yaml
 
 from lcx.core.console import warn
 from lcx.core.files import write_atomically
+from lcx.core.quantized import KINDS
 from lcx.evals.results import EvalResult, perplexity
 from lcx.interop.folder import CARD, terms
 from lcx.report import history, markdown, report, serving, style
@@ -181,9 +182,10 @@ def _trained(exported: Exported) -> str:
     besides = f", and {_listed(lora.train)} in full" if lora.train else ""
     where = "they are in this folder" if exported.form == "peft" else "they are folded into the weights"
     kind = "DoRA" if lora.dora else "LoRA"
+    over = f" over a base in {lora.base_dtype}" if lora.base_dtype in KINDS else ""
     return (
-        f"Trained were adapters ({kind}, rank {lora.rank}, alpha {lora.alpha:g}) of {_listed(lora.targets)}{besides}{frozen}, "
-        f"{how}; {where}."
+        f"Trained were adapters ({kind}, rank {lora.rank}, alpha {lora.alpha:g}) of {_listed(lora.targets)}{besides}{frozen}"
+        f"{over}, {how}; {where}."
     )
 
 

@@ -14,7 +14,8 @@ from lcx.adapters.freeze import join, split
 from lcx.core import configs
 from lcx.core import param_spec as parameters
 from lcx.core.errors import UserError
-from lcx.core.trees import Tree, paths
+from lcx.core.quantized import Hold
+from lcx.core.trees import Tree, joined, paths
 from lcx.positions.scheme import Scheme
 from lcx.training.checkpoints import FOLDER, Store
 from lcx.training.meta import Meta
@@ -42,14 +43,15 @@ class Loaded:
 
 @dataclasses.dataclass(frozen=True)
 class InitialWeights:
-    """Weights that a run starts from: their `name` in messages, their metadata, and `load(mesh)`, which reads them.
+    """Weights that a run starts from: their `name` in messages, their metadata, and `load(mesh, hold)`, which reads them.
 
-    `fingerprint()` tells them from others, `keep(workdir)` copies into the run's workdir what else of the source will be needed.
+    What `hold`, if there is one, makes of a parameter takes its place. `fingerprint()` tells them from others, `keep(workdir)`
+    copies into the run's workdir what else of the source will be needed.
     """
 
     name: str
     meta: Meta
-    load: Callable[[Mesh | None], Loaded]
+    load: Callable[[Mesh | None, Hold | None], Loaded]
     fingerprint: Callable[[], str]
     keep: Callable[[Path], None] = lambda _: None
 
@@ -58,7 +60,7 @@ class InitialWeights:
         """What `Meta.base` says of them."""
         return {"path": str(Path(self.name).absolute()), "fingerprint": self.fingerprint()}
 
-    def missing(self, there: Meta, wanted: Tree, mesh: Mesh | None) -> Tree:
+    def missing(self, there: Meta, wanted: Tree, mesh: Mesh | None, hold: Hold | None = None) -> Tree:
         """Their parameters at the paths of `wanted`, for a checkpoint that lacks them; raises `UserError` if they have changed."""
         if there.base is not None and there.base["fingerprint"] != self.fingerprint():
             raise UserError(
@@ -66,7 +68,7 @@ class InitialWeights:
                 "the run again in another workdir"
             )
         names = {path for path, _ in paths(wanted)}
-        return split(self.load(mesh).params, lambda path: path in names)[0]
+        return split(self.load(mesh, hold).params, lambda path: path in names)[0]
 
 
 CHOICES = f"name a run's workdir, one of its {FOLDER}/<step>, a Hugging Face folder or a GGUF file"
@@ -80,7 +82,16 @@ def initial_weights(path: str) -> InitialWeights:
     """The weights of the checkpoint that `init_from` names."""
     meta = load_meta(path)
     digits = configs.fingerprint(meta)
-    return InitialWeights(path, meta, lambda mesh: load_params(path, mesh=mesh), lambda: digits)
+    return InitialWeights(path, meta, lambda mesh, hold: as_held(load_params(path, mesh=mesh), hold), lambda: digits)
+
+
+def as_held(loaded: Loaded, hold: Hold | None) -> Loaded:
+    """With what `hold` makes of each parameter."""
+    if hold is None:
+        return loaded
+    return dataclasses.replace(
+        loaded, params=jax.tree_util.tree_map_with_path(lambda path, x: hold(joined(path), x), loaded.params)
+    )
 
 
 def load_meta(path: str | Path) -> Meta:
@@ -149,11 +160,11 @@ def load_kept(path: str | Path, step: int | None = None, stage: str | None = Non
         return Loaded(params, run, meta)
 
 
-def unkept(run: RunConfig, meta: Meta, mesh: Mesh | None, base: InitialWeights) -> Tree:
+def unkept(run: RunConfig, meta: Meta, mesh: Mesh | None, base: InitialWeights, hold: Hold | None = None) -> Tree:
     """The parameters that a checkpoint of a run lacks: those of the weights that it began with, and the constants of adapters."""
     _, rest = split(run.specs(meta.schemes, meta.length), run.is_kept)
     constants, rest = split(rest, lora.is_constant)
-    return join(base.missing(meta, rest, mesh), parameters.initialize(constants, jax.random.key(0)))
+    return join(base.missing(meta, rest, mesh, hold), parameters.initialize(constants, jax.random.key(0)))
 
 
 def _base_of(run: RunConfig, meta: Meta, get_weights: GetWeights) -> InitialWeights:

@@ -72,7 +72,7 @@ def from_initial_weights(builder: StageBuilder, built: BuiltStage) -> ResumePoin
     given = builder.initial
     if given is None:
         return ResumePoint(built.step.init_state(jax.random.key(run.seed)), 0, 0)
-    params = given.load(built.mesh).params
+    params = given.load(built.mesh, built.step.hold).params
     noise = f", with noise of {run.init_noise:g} of their size" if run.init_noise else ""
     say(f"starting from the weights of {given.name} (stage {given.meta.stage}, step {given.meta.step}){noise}")
     params = lora.start(fit(params, built, run.seed, f"weights of {given.name}"))
@@ -106,7 +106,7 @@ def completed(state: TrainState, built: BuiltStage, builder: StageBuilder, meta:
         raise UserError(
             "the checkpoint holds only what its run trained; set init_from to the model that that run began with, as it did"
         )
-    rest = unkept(builder.run, meta, built.mesh, builder.initial)
+    rest = unkept(builder.run, meta, built.mesh, builder.initial, built.step.hold)
     return state.replace(frozen=built.step.place_frozen(join(state.frozen, rest)))
 
 

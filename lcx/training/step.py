@@ -28,8 +28,9 @@ from lcx.attention.parallel.dealing import deal
 from lcx.attention.parallel.documents import Documents
 from lcx.attention.parallel.sequence_layout import arrange
 from lcx.core.batch import Batch
-from lcx.core.mesh import named_sharding, partition_spec
-from lcx.core.param_spec import ParamSpec, abstract, initialize, paths_of, shardings
+from lcx.core.mesh import fitting_spec, named_sharding, partition_spec
+from lcx.core.param_spec import ParamSpec, abstract, initialize, is_spec, paths_of, shardings
+from lcx.core.quantized import is_quantized
 from lcx.core.trees import Tree, joined, paths
 from lcx.model import recurrent
 from lcx.model.architecture import Architecture, row_layout, windows
@@ -45,9 +46,9 @@ Table = tuple[tuple[str, ParamSpec], ...]
 class TrainState:
     """What a step changes.
 
-    `params` float32, the trained ones; `frozen` the others, which a step hands on as they are; `opt_state` as optax made it; `step`
-    int32, steps of this stage, dropped ones included; `skipped` and `in_a_row` int32, how many non-finite steps were dropped in the
-    run and without a good one in between.
+    `params` float32, the trained ones; `frozen` the others, perhaps quantised, which a step hands on as they are; `opt_state` as
+    optax made it; `step` int32, steps of this stage, dropped ones included; `skipped` and `in_a_row` int32, how many non-finite
+    steps were dropped in the run and without a good one in between.
     """
 
     params: Tree
@@ -100,7 +101,11 @@ class TrainStep:
         self.specs = flax.traverse_util.unflatten_dict(dict(table), sep="/")
         self.transform = optimizer(optim, steps, self.specs)
         self._schedule = learning_rate(optim, steps)
-        self._param_shardings, self._frozen_shardings = self.split(shardings(self.specs, mesh))
+        trained, frozen = self.split(self.specs)
+        self._frozen_specs = dict(paths_of(frozen))
+        self._param_shardings = shardings(trained, mesh)
+        self._frozen_shardings = jax.tree.map(lambda x: x.sharding, self._abstract_frozen())
+        self._frozen_places = dict(paths(self._frozen_shardings))
         self._batch_sharding = named_sharding(mesh, ("batch", "sequence"))
         self._row_sharding = named_sharding(mesh, ("batch",))
         self._replicated = NamedSharding(mesh, PartitionSpec())
@@ -235,19 +240,34 @@ class TrainStep:
         return rest(params).replace(params=params, frozen=self.place_frozen(frozen))
 
     def place_frozen(self, frozen: Tree) -> Tree:
-        """Frozen parameters (any sharding) where the step wants them."""
-        return jax.device_put(self._held(frozen), self._frozen_shardings)
+        """Frozen parameters (any sharding) where the step wants them, as it holds them."""
+        return jax.tree_util.tree_map_with_path(lambda path, x: self.hold(joined(path), x), frozen, is_leaf=is_quantized)
 
-    def _held(self, params: Tree) -> Tree:
-        """Parameters, or abstract ones, in the types in which they are held."""
+    def hold(self, path: str, x: Any) -> Any:
+        """A parameter of any sharding: a frozen one where the step wants it, as it holds it; others as they are."""
+        spec = self._frozen_specs.get(path)
+        if spec is None or spec.shape != x.shape:
+            return x
+        held, where = functools.partial(lora.held, path, spec=spec, config=self.lora), self._frozen_places[path]
+        if is_quantized(where) and not is_quantized(x):
+            return jax.jit(held, out_shardings=where)(jax.device_put(x, named_sharding(self.mesh, spec.logical_axes)))
+        return jax.device_put(held(x), where)
 
-        def one(path: tuple, x: Any) -> Any:
-            dtype = jnp.dtype(lora.held_as(joined(path), self.lora))
-            if x.dtype == dtype:
-                return x
-            return jax.ShapeDtypeStruct(x.shape, dtype) if isinstance(x, jax.ShapeDtypeStruct) else x.astype(dtype)
+    def _abstract_frozen(self) -> Tree:
+        """Abstract frozen parameters as they are held; scales of quantised ones lie with their weights as far as they divide."""
 
-        return jax.tree_util.tree_map_with_path(one, params)
+        def one(path: tuple, spec: ParamSpec) -> Any:
+            x = jax.ShapeDtypeStruct(spec.shape, jnp.float32, sharding=named_sharding(self.mesh, spec.logical_axes))
+            found = jax.eval_shape(functools.partial(lora.held, joined(path), spec=spec, config=self.lora), x)
+
+            def placed(part: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+                axes = fitting_spec(spec.logical_axes, part.shape, self.mesh)
+                where = NamedSharding(self.mesh, axes) if is_quantized(found) else x.sharding
+                return jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=where)
+
+            return jax.tree.map(placed, found)
+
+        return jax.tree_util.tree_map_with_path(one, self.split(self.specs)[1], is_leaf=is_spec)
 
     def _at_step_zero(self, params: Tree, frozen: Tree) -> TrainState:
         """The state at step 0 around parameters."""
@@ -257,7 +277,7 @@ class TrainStep:
 
     def abstract_state(self) -> TrainState:
         """`ShapeDtypeStruct`s with shardings, for a restore that needs no initialised state."""
-        shapes = jax.eval_shape(self._at_step_zero, *self.split(self._held(abstract(self.specs))))
+        shapes = jax.eval_shape(self._at_step_zero, self.split(abstract(self.specs))[0], self._abstract_frozen())
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.state_shardings)
 
     def _state_shardings(self) -> TrainState:

@@ -1,6 +1,8 @@
 """Adapters against their formulas in float64, folded against unfolded, and what cannot be adapted."""
 
 import dataclasses
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,8 @@ from lcx.core.batch import Batch
 from lcx.core.errors import UserError
 from lcx.core.mesh import MeshConfig, make_mesh
 from lcx.core.param_spec import initialize
-from lcx.core.trees import paths
+from lcx.core.quantized import dense, is_quantized
+from lcx.core.trees import num_bytes, paths
 from lcx.model.architecture import build_architecture
 from lcx.model.config import ModelConfig
 from lcx.model.execution import ExecutionConfig
@@ -273,6 +276,74 @@ def test_a_base_in_bfloat16():
     assert {path for path, dtype in dtypes.items() if dtype == jnp.bfloat16} == {
         path for path in dtypes if path.endswith(("kernel", "embedding")) and "mlp/up" not in path
     }
+
+
+def rounded(params, config, model=MODEL):
+    """Parameters with the numbers that a quantised base holds, in float32."""
+    table = dict(paths(lora.specs(specs(model, SCHEMES, LENGTH), config)))
+    held = [dense(lora.held(path, x, table[path], config), jnp.float32) for path, x in paths(params)]
+    return jax.tree.unflatten(jax.tree.structure(params), held)
+
+
+@pytest.fixture(scope="module")
+def quantised():
+    """By kind: the config, parameters, and what training gives that is told the numbers which the base holds."""
+
+    @functools.cache
+    def of(kind):
+        config = LoraConfig(rank=2, train=("mlp/up",), base_dtype=kind)
+        params = smaller(tree(config))
+        return config, params, run(*make_step(LoraConfig(rank=2, train=("mlp/up",)), ONE), rounded(params, config), steps=2)
+
+    return of
+
+
+@pytest.mark.parametrize("kind", mostly_slow(["int8", "nf4"], ["nf4"]))
+def test_a_quantised_base(quantised, kind):
+    """The same losses and gradients as with the numbers that it holds, which take 8 or 4 bits and their share of a scale."""
+    config, params, (losses, gradients, _) = quantised(kind)
+    got_losses, got_gradients, state = run(*make_step(config, ONE), params, steps=2)
+    np.testing.assert_allclose(got_losses, losses, rtol=1e-6)
+    for got, want in zip(got_gradients, gradients, strict=True):
+        assert worst_error(got, want)[0] <= 1e-6
+    held = dict(paths(state.all_params))
+    kernels = {path for path in held if path.startswith("layers/") and path.endswith("/kernel") and "mlp/up" not in path}
+    assert {path for path, leaf in held.items() if is_quantized(leaf)} == kernels
+    assert held["head/kernel"].dtype == held["embed/embedding"].dtype == jnp.bfloat16
+    table = dict(paths(lora.specs(specs(MODEL, SCHEMES, LENGTH), config)))
+    inputs = {"query": 24, "key": 24, "value": 24, "out": 4, "gate": 24, "down": 32}
+    for path in kernels:
+        count, block = math.prod(table[path].shape), inputs[path.split("/")[-2]]
+        bits = {"int8": 8, "nf4": 4}[kind] + 32 / block
+        assert num_bytes(held[path]) == count * bits / 8 == count * lora.held_bytes(path, table[path], config), path
+
+
+@pytest.mark.slow
+def test_quantised_experts():
+    config = LoraConfig(rank=2, base_dtype="nf4")
+    params = smaller(tree(config, EXPERTS))
+    (losses, gradients, _), (got_losses, got_gradients, state) = (
+        run(*make_step(chosen, ONE, model=EXPERTS), given, steps=2)
+        for chosen, given in ((LoraConfig(rank=2), rounded(params, config, EXPERTS)), (config, params))
+    )
+    np.testing.assert_allclose(got_losses, losses, rtol=1e-6)
+    for got, want in zip(got_gradients, gradients, strict=True):
+        assert worst_error(got, want)[0] <= 1e-6
+    mlp = state.frozen["layers"]["mlp"]
+    assert is_quantized(mlp["up"]["kernel"]) and mlp["router"]["kernel"].dtype == jnp.bfloat16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("sizes", MESHES)
+def test_a_quantised_base_on_meshes(quantised, kind, sizes):
+    config, params, (losses, gradients, _) = quantised(kind)
+    data, fsdp, tensor, context = sizes
+    mesh = MeshConfig(data=data, fsdp=fsdp, tensor=tensor, context=context)
+    got_losses, got_gradients, _ = run(*make_step(config, mesh), params, steps=2)
+    np.testing.assert_allclose(got_losses, losses, rtol=1e-6)
+    for got, want in zip(got_gradients, gradients, strict=True):
+        assert worst_error(got, want)[0] <= 1e-5
 
 
 def test_frozen_kernels_cost_no_gradient():

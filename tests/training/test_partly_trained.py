@@ -90,6 +90,22 @@ def test_a_stage_frees_what_another_freezes(base, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_over_a_quantised_base_resumes_bitwise(base, tmp_path):
+    """Through the end of a stage; what is loaded afterwards has the base as its own run left it."""
+    over = LORA | {"base_dtype": "nf4"}
+    result = go(tmp_path / "run", base, lora=over)
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "10")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "8")
+    again = go(tmp_path / "again", base, lora=over)
+    assert rows(tmp_path / "again") == rows(tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, again.params, result.params)
+    up = [dict(paths(load_params(where).params))["layers/mlp/up/kernel"] for where in (base, tmp_path / "run")]
+    np.testing.assert_array_equal(*up)
+    assert rows(tmp_path / "run")[-1]["loss"] < rows(tmp_path / "run")[0]["loss"]
+
+
+@pytest.mark.slow
 def test_adapters_of_adapters(adapted, base, tmp_path):
     """A run with adapters is a model like any other, for the next one too."""
     workdir, _ = adapted
