@@ -124,9 +124,11 @@ def _remark(config: ml_collections.ConfigDict) -> None:
 
 def _idle(config: ml_collections.ConfigDict) -> Iterator[str]:
     """A sentence about each override that has no effect."""
+    stages = config.get("stages") or {}
+    if not isinstance(stages, Mapping | ml_collections.ConfigDict):
+        return  # made by the config's `complete`, of the flags
     for word in sys.argv:
         found = re.match(r"--?config\.(?:data\.)?((?:optim|parts)\.[^=]+)=", word)
-        stages = config.get("stages") or {}
         if found and stages and all(_has(stage, found[1].split(".")) for stage in stages.values()):
             names = ", ".join(stages)
             yield f"{word} has no effect: every stage sets its own; use --config.stages.STAGE.{found[1]} with STAGE one of {names}"

@@ -458,6 +458,22 @@ def test_a_value_without_effect_is_remarked(capsys):
     assert error.startswith("error: --stage='none' is unknown")
 
 
+def test_stages_that_a_config_makes_of_its_flags(tmp_path, capsys):
+    """As configs/extend_hf.py does: what every stage has there came from the flags."""
+    config = tmp_path / "made.py"
+    config.write_text(
+        "import runpy\n"
+        f"get_config = runpy.run_path({str(QUICKSTART)!r})['get_config']\n"
+        "def complete(config):\n"
+        "    values = config.to_dict()\n"
+        "    values['stages'] = [{'name': name, **values['stages'][name]} for name in values.pop('stage_order')]\n"
+        "    return type(config)(values)\n"
+    )
+    with pytest.raises(SystemExit):
+        main(["plan", f"--config={config}", "--nocompile", "--config.optim.lr=0.5", "--stage=none"])
+    one_sentence(capsys.readouterr().err, "--stage='none' is unknown")
+
+
 @pytest.mark.parametrize("name", ["syntax.py", "broken.py"])
 def test_the_line_of_a_config_named_from_the_folder_it_is_in(name, places, monkeypatch, capsys):
     monkeypatch.chdir(places["tmp"])
