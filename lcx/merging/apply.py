@@ -24,7 +24,7 @@ from lcx.merging import models as checks
 from lcx.merging.extract import DELTA, SPARSE
 from lcx.merging.models import LENGTH, Model, config_text, with_rotary
 from lcx.merging.stream import MAX_SHARD_BYTES, Work, stream
-from lcx.merging.tensors import Reader, Tensor
+from lcx.merging.tensors import Reader, Rows, Tensor
 from lcx.merging.writer import Stored
 
 SIDES = ("delta", "target")
@@ -211,10 +211,18 @@ class Application:
     """A delta and its target, checked. `weight` multiplies the change; `rotary` says whose positions the result has.
 
     Raises `UserError` for another architecture, vocabulary or shape, and where the target's rotary settings are neither those of
-    the delta's base nor the tuned ones and `rotary` is None.
+    the delta's base nor the tuned ones and `rotary` is None; `on_conflict` then is the way out, with the delta's settings for `{}`.
     """
 
-    def __init__(self, delta: str, target: str, weight: float = 1.0, rotary: str | None = None, dtype: str | None = None):
+    def __init__(
+        self,
+        delta: str,
+        target: str,
+        weight: float = 1.0,
+        rotary: str | None = None,
+        dtype: str | None = None,
+        on_conflict: str = "say whose the result gets with --rotary=delta ({}) or --rotary=target",
+    ):
         if not math.isfinite(weight):
             raise UserError(f"--weight={weight} must be finite; 1 adds the change as it is")
         self.delta, self.target, self.weight = opened(delta), Model(target), weight
@@ -223,7 +231,7 @@ class Application:
             known: Any = _Named(delta, self.delta.tuned, self.target.layers)
             checks.same_architecture([known, self.target], whole=True)
         checks.same_vocabulary(self.delta.folder, self.target.folder)
-        self.values = self._with_rotary(rotary)
+        self.values = self._with_rotary(rotary, on_conflict)
         self.shapes = self._checked(delta)
 
     def write(self, out: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
@@ -266,7 +274,7 @@ class Application:
                 )
         return found
 
-    def _with_rotary(self, rotary: str | None) -> dict[str, Any]:
+    def _with_rotary(self, rotary: str | None, on_conflict: str) -> dict[str, Any]:
         """The target's config.json with the rotary settings that count."""
         values, tuned, base = dict(self.target.values), self.delta.tuned, self.delta.base
         if rotary is not None:
@@ -280,7 +288,38 @@ class Application:
             if not any(checks.same_rotary(values, one) for one in known):
                 raise UserError(
                     f"{self.target.name} ({checks.rotary_text(values)}) has other rotary settings than the base of "
-                    f"{self.delta.folder}; say whose the result gets with --rotary=delta ({checks.rotary_text(tuned)}) or "
-                    "--rotary=target"
+                    f"{self.delta.folder}; {on_conflict.format(checks.rotary_text(tuned))}"
                 )
         return values if rotary == "target" else with_rotary(values, tuned)
+
+
+class LaidOver(Reader):
+    """The tensors of a model with a delta laid over it."""
+
+    def __init__(self, laid: Application):
+        super().__init__(laid.target.folder)
+        self._laid = laid
+
+    def rows(self, name: str) -> Rows:
+        """Reads the rows of a tensor, and changes them."""
+        below = super().rows(name)
+        if name not in self._laid.shapes:
+            return below
+        change = self._laid.delta.change(name)
+
+        def read(start: int, stop: int) -> np.ndarray:
+            found = below(start, stop)
+            return found + change(start, found)
+
+        return read
+
+
+def open_model(name: str) -> Model:
+    """The model that a merge's file calls `name`: a folder, or FOLDER+DELTA, with an adapter or differences laid over it."""
+    target, _, delta = name.rpartition("+")
+    if not target or Path(name).expanduser().exists():
+        return Model(name)
+    laid = Application(str(Path(delta).expanduser()), target, on_conflict="`lcx apply` it first, which asks whose the result gets")
+    model = laid.target
+    model.name, model.values, model.reader = name, laid.values, LaidOver(laid)
+    return model

@@ -14,6 +14,7 @@ from lcx.core.errors import UserError
 from lcx.interop.folder import created, files_with_weights, raise_tokenizer_length, refuse_full_disk, tokenizer_files
 from lcx.interop.hf_config import FILE, read_json
 from lcx.merging import models as checks
+from lcx.merging.apply import open_model
 from lcx.merging.config import MergeConfig, read
 from lcx.merging.models import LAYER_COUNTS, LENGTH, PER_LAYER, Model, config_text, with_rotary
 from lcx.merging.plan import NO_EFFECT, Job, Plan, PlanBuilder, kind
@@ -30,7 +31,7 @@ class Merge:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.config: MergeConfig = read(self.path)
-        self.models = {name: Model(name) for name in self.config.paths}
+        self.models = {name: open_model(name) for name in self.config.paths}
         every = list(self.models.values())
         checks.same_architecture(every, whole=self.config.models is not None)
         self.rotary = checks.rotary_source(every, self.config.rotary_source)

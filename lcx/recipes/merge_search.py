@@ -85,6 +85,8 @@ def search(merge: Merge, config: SearchConfig) -> tuple[Path, Found]:
         )
     if merge.config.models is None:
         raise UserError(f"{merge.path}: --tune searches weights of whole models; list models in place of slices, or leave it out")
+    if laid := next((name for name, model in merge.models.items() if not Path(name).expanduser().is_dir()), None):
+        raise UserError(f"{merge.path}: --tune reads whole models, and {laid} is one with changes; write it with `lcx apply` first")
     relative = merge.config.merge_method == "task_arithmetic"
     if not relative and not all(job.values["normalize"] for job in merge.plan.jobs):
         raise UserError(f"{merge.path}: --tune keeps the sum of weights at 1, but parameters.normalize is false; leave that out")

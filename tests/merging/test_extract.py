@@ -19,6 +19,7 @@ from lcx.merging.apply import Application
 from lcx.merging.extract import Extraction, show
 from tests.interop import hf_models
 from tests.interop.test_peft import made_by_peft, our_logits
+from tests.merging.folders import merge
 from tests.quick import mostly_slow
 
 ROPE = {"rope_type": "default", "rope_theta": 5e3}
@@ -234,3 +235,44 @@ def test_a_broken_delta_leaves_nothing(models, tmp_path):
     with pytest.raises(UserError, match="is not a complete safetensors file"):
         Application(str(tmp_path / "delta"), str(models / "base"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["delta"]
+
+
+@pytest.mark.parametrize("form", ["adapter", "full", "sparse"])
+def test_a_merge_reads_a_model_with_a_delta_over_it(models, tmp_path, form):
+    """The same bits as a merge of the model that `lcx apply` writes."""
+    extraction, delta = Extraction(str(models / "base"), str(models / "tuned")), tmp_path / "delta"
+    write = {
+        "adapter": lambda: extraction.adapter(delta, 2, None),
+        "full": lambda: extraction.full(delta),
+        "sparse": lambda: extraction.sparse(delta, 0.1),
+    }
+    write[form]()
+    applied(delta, models / "base", tmp_path / "written")
+    merged = []
+    for i, name in enumerate((f"{models / 'base'}+{delta}", str(tmp_path / "written"))):
+        found = merge(
+            tmp_path, f"out{i}", merge_method="ties", base_model=str(models / "base"), rotary_source=name,
+            models=[{"model": model, "parameters": {"weight": 1, "density": 0.5}} for model in (name, str(models / "sibling"))],
+        )  # fmt: skip
+        merged.append((tensors(found), json.loads((found / "config.json").read_text())["rope_theta"]))
+    assert merged[0][1] == merged[1][1] == 4e5
+    for name, x in merged[1][0].items():
+        np.testing.assert_array_equal(merged[0][0][name], x, err_msg=name)
+
+
+def test_a_delta_that_does_not_fit_into_a_merge(models, tmp_path):
+    extracted(models, tmp_path / "delta", rank=2)
+    rewritten(
+        models / "base",
+        tmp_path / "other",
+        lambda _, x: x,
+        **{**LONGER, "rope_theta": 7.0, "rope_parameters": {**ROPE, "rope_theta": 7.0}},
+    )
+    for name, said in (
+        (f"{tmp_path / 'other'}+{tmp_path / 'delta'}", "`lcx apply` it first, which asks whose the result gets"),
+        (f"{models / 'base'}+{tmp_path / 'none'}", "none does not exist; name the folder that lcx extract wrote"),
+        (f"{tmp_path / 'nowhere'}+{tmp_path / 'delta'}", "nowhere does not exist or is not a directory"),
+    ):
+        with pytest.raises(UserError, match=said):
+            merge(tmp_path, merge_method="linear", models=[{"model": name, "parameters": {"weight": 1}}])
+    assert not (tmp_path / "out").exists()
