@@ -131,7 +131,11 @@ def render(run: Run, figures: dict[str, Figure]) -> str:
                 images.get("positions", ""),
                 "Means over held-out windows of the longest length, in logarithmic bins.",
             ),
-            ("Where the time went", images.get("time", "") + time.section(run.goodput), time.note(run.goodput)),
+            (
+                "Where the time went",
+                images.get("time", "") + time.section(run.goodput) + time.slow_steps(run.goodput),
+                time.note(run.goodput),
+            ),
             ("Reproduce", _reproduce(run), ""),
         ]
     )

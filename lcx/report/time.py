@@ -102,6 +102,17 @@ def section(found: Goodput | None) -> str:
     return f"<div class=words>{table(('part', 'seconds', 'share', 'what it is'), [*rows, total])}</div>"
 
 
+def slow_steps(found: Goodput | None) -> str:
+    """HTML of the table of steps that took much longer than others; empty where there are none."""
+    if found is None or not found.slow:
+        return ""
+    rows = []
+    for one in found.slow:
+        numbers = (f"{x:,.1f}" for x in (one.took, one.usual, one.late, one.data))
+        rows.append(((f"{one.step:,}", *numbers, one.process), ""))
+    return table(("slow step", "seconds", "usual", "ready late by", "waiting for data", "who was ready last"), rows)
+
+
 def note(found: Goodput | None) -> str:
     """HTML of what the table does not say."""
     if found is None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from lcx.core.files import write_atomically
 from lcx.training import metrics
+from lcx.training.slow_steps import SlowStep
 
 FILE = "goodput.jsonl"
 
@@ -105,6 +106,10 @@ class Recorder:
         """Step `step` of the run (from 1) is done."""
         self._row("step_end", step=step)
 
+    def slow_step(self, found: SlowStep) -> None:
+        """A step took much longer than others."""
+        self._row("slow_step", **dataclasses.asdict(found))
+
     def goes_on_from(self, step: int) -> None:
         """The run goes on behind step `step`; what it did after that before, it does again."""
         self._row("goes_on_from", step=step)
@@ -129,8 +134,8 @@ class Recorder:
 class Goodput:
     """The time of a run in seconds: `parts`, which make up `wall`; what it `paused` is beside that.
 
-    `processes` took part one after the other. `lost` are the steps that each of the later ones had to do again, `rolled_back` those
-    that the monitor did.
+    `processes` took part one after the other; `slow` are steps that took much longer than others. `lost` are the steps that each of
+    the later ones had to do again, `rolled_back` those that the monitor did.
     """
 
     parts: Mapping[str, float]
@@ -139,6 +144,7 @@ class Goodput:
     processes: int
     lost: tuple[int, ...]
     rolled_back: int
+    slow: tuple[SlowStep, ...] = ()
 
     @property
     def share(self) -> float:
@@ -153,6 +159,7 @@ def summary(rows: Iterable[Mapping[str, Any]]) -> Goodput | None:
     wall = paused = before = 0.0
     processes, rolled_back, how = 0, 0, ""
     lost: list[int] = []
+    slow: list[SlowStep] = []
     fresh = False
     for row in rows:
         now, event, seconds = row["time"], row["event"], row.get("seconds", {})
@@ -169,6 +176,8 @@ def summary(rows: Iterable[Mapping[str, Any]]) -> Goodput | None:
         before = now
         if event == "step_end":
             done[row["step"]] = seconds
+        if event == "slow_step":
+            slow.append(SlowStep(**{field.name: row[field.name] for field in dataclasses.fields(SlowStep)}))
         for part, value in seconds.items():
             spent[part] += value
         if event == "goes_on_from":
@@ -186,4 +195,4 @@ def summary(rows: Iterable[Mapping[str, Any]]) -> Goodput | None:
     if not processes:
         return None
     parts = {part: spent[part] for part in [*PARTS, *sorted(spent.keys() - PARTS.keys())] if spent[part] > 0}
-    return Goodput(parts, wall, paused, processes, tuple(lost), rolled_back)
+    return Goodput(parts, wall, paused, processes, tuple(lost), rolled_back, tuple(slow))

@@ -35,6 +35,7 @@ from lcx.training.optimizer import groups
 from lcx.training.prefetch import Prefetcher, Stop
 from lcx.training.profile import Profiler, ProfileSteps
 from lcx.training.resume import ResumePoint, StageHistory, continue_into, history_of, reread_stage_start, resume_point
+from lcx.training.slow_steps import SlowSteps
 from lcx.training.stages import RunConfig, stage_ends
 from lcx.training.step import TrainState
 from lcx.training.workdir import check_shared, exclusive, fingerprint, keep_programs, make_workdir, open_workdir
@@ -125,7 +126,7 @@ class Trainer:
     ):
         self.builder, self.config, self.workdir = builder, builder.run, workdir
         self.store, self.writer, self.decisions, self.stop, self.profiler = store, writer, decisions, stop, profiler
-        self.record, self.reweight = record, reweight
+        self.record, self.reweight, self.slow = record, reweight, SlowSteps()
         self.ends = stage_ends(self.config)
         self.config_fingerprint = fingerprint(self.config)
         given, whole = builder.initial, all(self.config.is_kept(path) for path, _ in paths(builder.build(0).specs))
@@ -186,6 +187,7 @@ class Trainer:
             with self.record.span(goodput.EVALUATION):
                 history.before = self.builder.probe(built, state.all_params)
                 history.reference = self.builder.reference(built, state.all_params)
+        self.slow = SlowSteps()
         title = stage.name if not built.attempt.index else f"{stage.name} (attempt {built.attempt.index + 1})"
         if built.layout:
             say(f"{title}: layout {built.layout}")
@@ -216,13 +218,15 @@ class Trainer:
                     processes.meet("compiled")  # the first step's transfers begin within a limit of their library's
                 done, total = step + 1, number
                 with self.profiler.begin(total, pending.flush):
+                    ready = time.perf_counter()
                     state, metrics = built.step(state, batch, built.buffers)
-                pending.flush((step, metrics, waited))
+                pending.flush(Pending(step, metrics, waited, ready))
                 self.profiler.end(total, pending.flush)
                 if done == judged:
                     pending.flush()
                     if self._judge(built, state, history):
                         return state, False
+                    self.slow.skip()
                 stopping = self.stop.now(built.mesh)
                 if stopping is not None or done == stage.steps or (every is not None and total % every == 0):
                     pending.flush()
@@ -252,6 +256,11 @@ class Trainer:
         )
         with self.record.span(goodput.SAVE):
             self.store.save(state, meta)
+        for one in self.slow.gather():
+            self.record.slow_step(one)
+            if jax.process_index() == 0 and processes.count() > 1:
+                warn(one.sentence)
+        self.slow.skip()
 
     def _judge(self, built: BuiltStage, state: TrainState, history: StageHistory) -> bool:
         """Judge the stage, record and report the decision; True when the run has to return to the stage's start."""
@@ -311,6 +320,17 @@ class Trainer:
             before = found
 
 
+@dataclasses.dataclass(frozen=True)
+class Pending:
+    """A step of a stage (from 0) that the device works on: its metrics, the seconds waited for its batch, and when this process was
+    ready for it (`time.perf_counter()`)."""
+
+    step: int
+    metrics: dict[str, jax.Array]
+    waited: float
+    ready: float
+
+
 class PendingMetrics:
     """Defers the figures of a step: they are read while the device already works on the next one.
 
@@ -320,7 +340,7 @@ class PendingMetrics:
 
     def __init__(self, trainer: Trainer, built: BuiltStage, history: StageHistory, bar: Progress):
         self._trainer, self._built, self._history, self._bar = trainer, built, history, bar
-        self._pending: tuple[int, dict[str, jax.Array], float, Future[float]] | None = None
+        self._pending: tuple[Pending, Future[float]] | None = None
         self._watcher = ThreadPoolExecutor(1, "step-end")
         self._before = time.perf_counter()
         self._plain = not console().is_terminal
@@ -341,17 +361,17 @@ class PendingMetrics:
         self._before += seconds
         self._bar.note(f"compiled in {seconds:,.0f} s")
 
-    def flush(self, following: tuple[int, dict[str, jax.Array], float] | None = None) -> None:
+    def flush(self, following: Pending | None = None) -> None:
         """Write the pending row, if any; `following` becomes the pending one."""
         pending, self._pending = self._pending, None
         if following is not None:
-            self._pending = (*following, self._watcher.submit(_finish_time, following[1]))
+            self._pending = following, self._watcher.submit(_finish_time, following.metrics)
         if pending is None:
             return
-        step, metrics, waited, finish = pending
-        built, trainer = self._built, self._trainer
+        one, finish = pending
+        step, built, trainer = one.step, self._built, self._trainer
         now = finish.result()
-        seconds, self._before = now - self._before, now
+        seconds, late, self._before = now - self._before, max(0.0, one.ready - self._before), now
         place = {
             "step": trainer.ends[built.index] - built.stage.steps + step + 1,
             "stage": built.stage.name,
@@ -361,9 +381,10 @@ class PendingMetrics:
             "seq_len": built.stage.seq_len,
             "theta": built.theta,
         }
-        timing = {**built.meter.speed(seconds), "data_wait": waited}
-        row = metrics_log.row(place, metrics, timing, built.loader.names)
+        timing = {**built.meter.speed(seconds), "data_wait": one.waited}
+        row = metrics_log.row(place, one.metrics, timing, built.loader.names)
         trainer.writer.write(row)
+        trainer.slow.add(row["step"], seconds, late, one.waited)
         trainer.record.step(row["step"])
         if built.attempt.watched and len(self._history.losses) < trainer.config.monitor.steps:
             self._history.losses.append(row["loss"])

@@ -111,6 +111,21 @@ def test_a_run_leaves_a_record_of_all_its_steps(tmp_path):
     assert time_report.section(None) == time_report.note(None) == ""
 
 
+def test_a_run_records_a_step_that_this_process_was_late_for(tmp_path):
+    def slowly(built, step, state, batch):
+        if built.index == 1 and step == 13:
+            time.sleep(1.6)
+        return batch
+
+    run = run_config(tiny.config(stages=[{**stage, "steps": 16} for stage in tiny.stages()[:2]], monitor={"enabled": False}))
+    train(run, tmp_path, jax.devices()[:1], reweight=slowly)
+    (one,) = summary(metrics.read(tmp_path / FILE)).slow
+    assert one.step == 30 and one.late == pytest.approx(1.6, abs=0.5) and one.took > one.late > one.usual
+    page = time_report.slow_steps(summary(metrics.read(tmp_path / FILE)))
+    assert "who was ready last" in page and "process 0" in page and ">30<" in page
+    assert time_report.slow_steps(None) == ""
+
+
 SLOW_STEPS = """
 import sys, time, signal, jax
 from lcx.training.loop import train
