@@ -108,11 +108,11 @@ def search(merge: Merge, config: SearchConfig) -> tuple[Path, Found]:
         raise UserError(
             f"--tune_length={length:,} exceeds the {loaded.meta.length:,} tokens that {merge.rotary.name} was trained for; lower it"
         )
-    rows = _rows(config, texts, length, tokenizers.load(models.load(merge.main.folder).run.data.tokenizer))
+    rows = _rows(config, texts, length, tokenizers.load(models.tokenizer_of(merge.tokenizer, loaded.run.model)))
     arch, buffers = build_architecture(
         loaded.run.model, loaded.run.execution, build_schemes(loaded.run.model, loaded.schemes), length
     )
-    params = models.load(merge.models[base].folder).params
+    params = loaded.params if merge.models[base] is merge.rotary else models.load(merge.models[base].folder).params
     added = [jax.tree.map(jnp.subtract, models.load(merge.models[name].folder).params, params) for name in others]
     found = descend(params, added, _start(merge, others), rows, arch, buffers, config)
     path = merge.path.with_name(f"{merge.path.stem}.tuned.yml")
