@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from lcx.core import quantized
 from lcx.core.configs import nearest, positive
 from lcx.core.errors import UserError
+from lcx.core.extras import check_installed
 from lcx.core.param_spec import Init, ParamSpec, paths_of
 from lcx.core.trees import Tree
 from lcx.model.linear import effective_kernel, norms
@@ -68,7 +69,7 @@ class LoraConfig:
             for pattern, value in getattr(self, field):
                 positive(f"lora.{field}", **{pattern: value})
         if self.base_dtype in quantized.KINDS:
-            quantized.check_installed(f"lora.base_dtype={self.base_dtype}")
+            check_installed("qwix", f"lora.base_dtype={self.base_dtype}", "qlora")
         if not self.targets:
             raise UserError("lora.targets=() leaves nothing to adapt; name parameters, or set lora.rank=None to train all of them")
         for field, pattern in self.patterns:
@@ -133,9 +134,8 @@ def held_as(path: str, config: LoraConfig | None) -> str:
     is_matrix = path.endswith(("/kernel", "/embedding"))
     if config is None or not is_matrix or is_trained(path, config):
         return "float32"
-    if config.base_dtype in quantized.KINDS and not (path.startswith("layers/") and not path.endswith("/router/kernel")):
-        return "bfloat16"
-    return config.base_dtype
+    quantizable = path.startswith("layers/") and not path.endswith("/router/kernel")
+    return "bfloat16" if config.base_dtype in quantized.KINDS and not quantizable else config.base_dtype
 
 
 def held(path: str, x: jax.Array, spec: ParamSpec, config: LoraConfig | None) -> Any:

@@ -5,7 +5,6 @@ qwix quantises them: a block of weights of one output shares a float32 scale.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from lcx.core.errors import UserError
 from lcx.core.extras import library
 
 KINDS = ("int8", "nf4")
@@ -58,12 +56,6 @@ class Quantized:
 def is_quantized(leaf: Any) -> bool:
     """Whether a leaf of a parameter tree is held in fewer bits than its numbers have."""
     return isinstance(leaf, Quantized)
-
-
-def check_installed(what: str) -> None:
-    """Raises `UserError` where qwix is not installed, which `what` needs."""
-    if importlib.util.find_spec("qwix") is None:
-        raise UserError(f"{what} needs the qwix library; install the extra: pip install -e '.[qlora]'")
 
 
 def block_of(size: int) -> int:

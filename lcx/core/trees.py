@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -19,6 +19,11 @@ def paths(tree: Tree) -> Iterator[tuple[str, Any]]:
     """Leaves with their path joined by `/`, in the tree's own order."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=quantized.is_quantized):
         yield joined(path), leaf
+
+
+def map_paths(function: Callable[[str, Any], Any], tree: Tree) -> Tree:
+    """The tree with `function` of each leaf's path joined by `/`, and the leaf, in its place."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: function(joined(path), x), tree, is_leaf=quantized.is_quantized)
 
 
 def joined(path: tuple[Any, ...]) -> str:

@@ -26,7 +26,7 @@ from lcx.core import manifest
 from lcx.core.configs import choice
 from lcx.core.errors import UserError
 from lcx.core.quantized import Hold
-from lcx.core.trees import Tree, joined
+from lcx.core.trees import Tree, map_paths
 from lcx.interop import folder as hf
 from lcx.interop import hf_config, weights
 from lcx.interop.folder import HfFolder
@@ -99,7 +99,7 @@ class PeftFolder:
         """The parameters with the adapter folded in, in numpy's `dtype` (None: the base's) on `mesh` (None: the first device), each
         as `hold` makes it."""
         params = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype or self.dtype)), lora.fold(self.unfolded(mesh)))
-        return params if hold is None else jax.tree_util.tree_map_with_path(lambda path, x: hold(joined(path), x), params)
+        return params if hold is None else map_paths(hold, params)
 
     def unfolded(self, mesh: Mesh | None = None) -> Tree:
         """The base's parameters, float32, with the adapters beside them and what was trained in full in its place."""

@@ -30,6 +30,7 @@ from lcx.data.config import SourceConfig
 from lcx.data.sources import documents
 from lcx.data.tokenizers import tokenizers
 from lcx.merging.merge import Merge
+from lcx.merging.methods.span import shares
 from lcx.merging.models import LAYER
 from lcx.merging.plan import Job
 from lcx.model.architecture import Architecture, build_architecture, build_schemes
@@ -211,7 +212,7 @@ def _start(merge: Merge, others: Sequence[str]) -> np.ndarray:
 def _of_job(job: Job, merge: Merge, others: Sequence[str]) -> list[float]:
     values = job.values.each("weight")
     if job.values["normalize"]:
-        values = values / values.sum()
+        values = shares(job.name, values)
     if merge.config.merge_method == "task_arithmetic":
         values = job.values["lambda"] * values
     return [sum(float(value) for one, value in zip(job.models, values, strict=True) if one.model.name == name) for name in others]

@@ -15,7 +15,7 @@ from lcx.core import configs
 from lcx.core import param_spec as parameters
 from lcx.core.errors import UserError
 from lcx.core.quantized import Hold
-from lcx.core.trees import Tree, joined, paths
+from lcx.core.trees import Tree, map_paths, paths
 from lcx.positions.scheme import Scheme
 from lcx.training.checkpoints import FOLDER, Store
 from lcx.training.meta import Meta
@@ -87,11 +87,7 @@ def initial_weights(path: str) -> InitialWeights:
 
 def as_held(loaded: Loaded, hold: Hold | None) -> Loaded:
     """With what `hold` makes of each parameter."""
-    if hold is None:
-        return loaded
-    return dataclasses.replace(
-        loaded, params=jax.tree_util.tree_map_with_path(lambda path, x: hold(joined(path), x), loaded.params)
-    )
+    return loaded if hold is None else dataclasses.replace(loaded, params=map_paths(hold, loaded.params))
 
 
 def load_meta(path: str | Path) -> Meta:

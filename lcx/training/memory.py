@@ -126,8 +126,8 @@ def _ways(run: RunConfig, stage: StageConfig, mesh: Mesh) -> str:
         ways.append("execution.compute_dtype=bfloat16")
     if run.adapters is None and run.init_from is not None:
         ways.append("adapters in place of the whole model (lora.rank=16)")
-    elif run.adapters is not None and run.lora.base_dtype in ("float32", "bfloat16"):
-        ways.append(f"lora.base_dtype={'bfloat16' if run.lora.base_dtype == 'float32' else 'nf4'}")
+    elif run.adapters is not None and (narrower := {"float32": "bfloat16", "bfloat16": "nf4"}.get(run.lora.base_dtype)):
+        ways.append(f"lora.base_dtype={narrower}")
     ways.append("a larger machine" if mesh.devices.flat[0].platform == "cpu" else "more devices")
     return f"try {', '.join(ways[:-1])} or {ways[-1]}"
 

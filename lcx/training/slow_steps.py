@@ -56,7 +56,6 @@ class SlowSteps:
     def __init__(self) -> None:
         self._recent: collections.deque[float] = collections.deque(maxlen=RECENT)
         self._seen: dict[int, _Seen] = {}
-        self._found: list[int] = []
         self._skipped = False
 
     def skip(self) -> None:
@@ -70,13 +69,12 @@ class SlowSteps:
             return
         usual = statistics.median(self._recent) if len(self._recent) >= LEAST else seconds
         self._seen[step] = _Seen(seconds, usual, late, data)
-        if seconds > max(FACTOR * usual, usual + MORE):
-            self._found.append(step)
         self._recent.append(seconds)
 
     def gather(self) -> list[SlowStep]:
         """What was slow since the last call; all processes call this, and get the same."""
-        own = sorted(sorted(self._found, key=lambda step: -self._seen[step].seconds)[:MOST])
+        slow = [step for step, one in self._seen.items() if one.seconds > max(FACTOR * one.usual, one.usual + MORE)]
+        own = sorted(sorted(slow, key=lambda step: -self._seen[step].seconds)[:MOST])
         steps = sorted({step for found in processes.exchange("slow steps", own) for step in found})
         told: list[SlowStep] = []
         if steps:
@@ -88,5 +86,4 @@ class SlowSteps:
                 seconds, usual = max(each[:2] for each in of_each)
                 told.append(SlowStep(step, seconds, usual, processes.named(process), *of_each[process][2:]))
         self._seen.clear()
-        self._found.clear()
         return told

@@ -31,7 +31,7 @@ from lcx.core.batch import Batch
 from lcx.core.mesh import fitting_spec, named_sharding, partition_spec
 from lcx.core.param_spec import ParamSpec, abstract, initialize, is_spec, paths_of, shardings
 from lcx.core.quantized import is_quantized
-from lcx.core.trees import Tree, joined, paths
+from lcx.core.trees import Tree, joined, map_paths, paths
 from lcx.model import recurrent
 from lcx.model.architecture import Architecture, row_layout, windows
 from lcx.model.loss import LossSums, loss_sums, unpadded_tokens
@@ -103,8 +103,9 @@ class TrainStep:
         self._schedule = learning_rate(optim, steps)
         trained, frozen = self.split(self.specs)
         self._frozen_specs = dict(paths_of(frozen))
+        self._abstract_frozen = self._as_held(frozen)
         self._param_shardings = shardings(trained, mesh)
-        self._frozen_shardings = jax.tree.map(lambda x: x.sharding, self._abstract_frozen())
+        self._frozen_shardings = jax.tree.map(lambda x: x.sharding, self._abstract_frozen)
         self._frozen_places = dict(paths(self._frozen_shardings))
         self._batch_sharding = named_sharding(mesh, ("batch", "sequence"))
         self._row_sharding = named_sharding(mesh, ("batch",))
@@ -241,7 +242,7 @@ class TrainStep:
 
     def place_frozen(self, frozen: Tree) -> Tree:
         """Frozen parameters (any sharding) where the step wants them, as it holds them."""
-        return jax.tree_util.tree_map_with_path(lambda path, x: self.hold(joined(path), x), frozen, is_leaf=is_quantized)
+        return map_paths(self.hold, frozen)
 
     def hold(self, path: str, x: Any) -> Any:
         """A parameter of any sharding: a frozen one where the step wants it, as it holds it; others as they are."""
@@ -253,7 +254,7 @@ class TrainStep:
             return jax.jit(held, out_shardings=where)(jax.device_put(x, named_sharding(self.mesh, spec.logical_axes)))
         return jax.device_put(held(x), where)
 
-    def _abstract_frozen(self) -> Tree:
+    def _as_held(self, frozen: Tree) -> Tree:
         """Abstract frozen parameters as they are held; scales of quantised ones lie with their weights as far as they divide."""
 
         def one(path: tuple, spec: ParamSpec) -> Any:
@@ -267,7 +268,7 @@ class TrainStep:
 
             return jax.tree.map(placed, found)
 
-        return jax.tree_util.tree_map_with_path(one, self.split(self.specs)[1], is_leaf=is_spec)
+        return jax.tree_util.tree_map_with_path(one, frozen, is_leaf=is_spec)
 
     def _at_step_zero(self, params: Tree, frozen: Tree) -> TrainState:
         """The state at step 0 around parameters."""
@@ -277,7 +278,7 @@ class TrainStep:
 
     def abstract_state(self) -> TrainState:
         """`ShapeDtypeStruct`s with shardings, for a restore that needs no initialised state."""
-        shapes = jax.eval_shape(self._at_step_zero, self.split(abstract(self.specs))[0], self._abstract_frozen())
+        shapes = jax.eval_shape(self._at_step_zero, self.split(abstract(self.specs))[0], self._abstract_frozen)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.state_shardings)
 
     def _state_shardings(self) -> TrainState:
