@@ -13,14 +13,30 @@ from absl import flags
 
 from lcx.cli import config_flags, distributed_flags, parse
 from lcx.core.console import say
-from lcx.core.errors import UserError
+from lcx.core.errors import UserError, naming
 from lcx.data.config import DataConfig
-from lcx.evals import zero_shot
 from lcx.evals.config import EndpointConfig, EvalConfig, QuestionConfig
 from lcx.evals.runner import chosen_tasks, evaluate_endpoint
 from lcx.recipes import models
 from lcx.recipes.cores import evaluation_mesh
 from lcx.recipes.recipe import evaluate_loaded, free_label
+
+FLAGS = {
+    "evals.tasks": "--tasks",
+    "evals.lengths": "--lengths",
+    "evals.zero_shot": "--positions",
+    "evals.perplexity_tokens": "--perplexity_tokens",
+    "evals.evaluator": "--evaluator",
+    "evals.questions.samples": "--items",
+    "evals.questions.prose": "--prose",
+    "evals.questions.qa_1": "--qa_1",
+    "evals.questions.qa_2": "--qa_2",
+    "evals.questions.data": "--data",
+    "endpoint.url": "--endpoint",
+    "endpoint.concurrency": "--concurrency",
+    "endpoint.timeout": "--timeout",
+}
+"""The settings of an evaluation as this command's flags."""
 
 
 def define(values: flags.FlagValues) -> None:
@@ -60,12 +76,11 @@ def define(values: flags.FlagValues) -> None:
     distributed_flags.define(values)
 
 
+@naming(FLAGS)
 def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     """Evaluate."""
     parse.nothing_left(rest, "eval")
     lengths = EvalConfig().lengths if values.lengths is None else tuple(parse.lengths(values))
-    for spec in values.positions:
-        zero_shot.check(spec, "--positions")
     evals = EvalConfig(
         tasks=tuple(values.tasks),
         lengths=lengths,
@@ -79,7 +94,7 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
             values.items, values.prompt_format, tuple(values.prose), values.qa_1, values.qa_2, values.data, values.faithful
         ),
     )
-    chosen_tasks(evals, "--tasks")
+    chosen_tasks(evals)
     if values.endpoint is not None:
         _endpoint(values, evals)
         return

@@ -123,7 +123,7 @@ class Materials:
     """What tasks are made from; `heldout` reads the documents of a source that were kept out of training.
 
     `evaluator` says which tokens depend on far ones (`lcx.evals.tasks.key_tokens`); None where there is no such model. `spans` are
-    held-out texts that several tasks score.
+    held-out texts that several tasks score. `read` are the settings of text and files that tasks have asked for.
     """
 
     config: EvalConfig
@@ -132,6 +132,22 @@ class Materials:
     heldout: Callable[[SourceConfig], Subset]
     evaluator: Evaluator | None = None
     spans: dict[str, Any] = dataclasses.field(default_factory=dict)
+    read: set[str] = dataclasses.field(default_factory=set)
+
+    def given(self, name: str) -> Any:
+        """`evals.questions.<name>`, which names text or files that a task reads."""
+        self.read.add(name)
+        return getattr(self.config.questions, name)
+
+    def refuse_unread(self) -> None:
+        """Raises `UserError` for text or files that no task has asked for."""
+        for name in ("prose", "qa_1", "qa_2", "data"):
+            value = getattr(self.config.questions, name)
+            if value and name not in self.read:
+                value = ", ".join(value) if name == "prose" else value
+                raise UserError(
+                    f"evals.questions.{name}={value} is read by none of evals.tasks ({', '.join(self.config.tasks)}); leave it out"
+                )
 
     def part(self, name: str | None, field: str, *, is_task: bool) -> PartConfig:
         """The named part of the mixture, or the first of its kind; `field` is the setting that names it."""

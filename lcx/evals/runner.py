@@ -48,12 +48,12 @@ def gather(data: DataConfig, config: EvalConfig) -> Materials:
     return Materials(config, data, tokenizer, heldout)
 
 
-def chosen_tasks(config: EvalConfig, path: str = "evals.tasks") -> list[Callable[[Materials], Task | None]]:
+def chosen_tasks(config: EvalConfig) -> list[Callable[[Materials], Task | None]]:
     """The rows of the table that `evals.tasks` names, groups taken apart.
 
-    Raises `UserError` with `path` and the nearest name for another.
+    Raises `UserError` with the nearest name for another.
     """
-    named = [choice(path, name, (*TASKS, *GROUPS)) for name in config.tasks]
+    named = [choice("evals.tasks", name, (*TASKS, *GROUPS)) for name in config.tasks]
     chosen = list(dict.fromkeys(one for name in named for one in GROUPS.get(name, (name,))))
     return [TASKS[name] for name in chosen]
 
@@ -142,7 +142,7 @@ def evaluate_endpoint(
 def _tasks(materials: Materials) -> list[tuple[Task, list[int]]]:
     """The tasks of an evaluation, and the lengths of each: those that it fits into, after a warning about others.
 
-    Raises `UserError` for a task that fits into none.
+    Raises `UserError` for a task that fits into none, and for text or files that none reads.
     """
     found: list[tuple[Task, list[int]]] = []
     for task in (build(materials) for build in chosen_tasks(materials.config)):
@@ -161,6 +161,7 @@ def _tasks(materials: Materials) -> list[tuple[Task, list[int]]]:
         found.append((task, fitting))
         if refused:
             warn_left_out(task.name, refused)
+    materials.refuse_unread()
     return found
 
 

@@ -22,7 +22,7 @@ import yaml
 from lcx.core.batch import Batch
 from lcx.core.configs import positive
 from lcx.core.console import Progress, say
-from lcx.core.errors import UserError
+from lcx.core.errors import UserError, naming
 from lcx.core.files import write_atomically
 from lcx.core.host import available_memory
 from lcx.core.trees import Tree, joined
@@ -177,10 +177,8 @@ def combined(base: Tree, added: Sequence[Tree], weights: jax.Array) -> Tree:
 
 
 def _texts(config: SearchConfig) -> list[str]:
-    try:
+    with naming({"source.path": "--tune"}):
         return [text.decode("utf-8", "replace") for _, text in documents.read(SourceConfig("text", config.text))]
-    except UserError as error:
-        raise UserError(str(error).replace("source.path", "--tune")) from error
 
 
 def _rows(config: SearchConfig, texts: Sequence[str], length: int, tokenizer: tokenizers.Tokenizer) -> np.ndarray:

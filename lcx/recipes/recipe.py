@@ -206,7 +206,7 @@ def evaluate_loaded(loaded: Loaded, evals: EvalConfig, label: str, workdir: Path
         if "long_perplexity" not in evals.tasks:
             raise UserError(
                 f"evals.evaluator={evals.evaluator} has nothing to judge: only long_perplexity has key tokens, and evals.tasks is "
-                f"{', '.join(evals.tasks)}; add it to --tasks, or leave --evaluator out"
+                f"{', '.join(evals.tasks)}; add it to evals.tasks, or leave evals.evaluator out"
             )
         chosen = models.load(evals.evaluator, dtype=models.AUTO)
         judge = Evaluator(

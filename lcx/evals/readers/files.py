@@ -108,7 +108,7 @@ class FileQuestions(Task):
             if not settings.samples:
                 return None
             format = choose(settings.prompt_format, materials.tokenizer, materials.data.chat_template)
-            questions, fitted = read(name, benchmark, settings.data, materials, format)
+            questions, fitted = read(name, benchmark, materials.given("data"), materials, format)
             plain = BasePrompt(materials.tokenizer)
             lengths = tuple(sorted(materials.config.lengths))
             seed = materials.config.seed
@@ -195,7 +195,7 @@ def read(
     wanted = ", ".join(part.patterns[0] for part in benchmark.parts.values())
     where = f"it looks for {wanted}; they come from {benchmark.origin}"
     if folder is None:
-        raise UserError(f"{name} reads files; name their folder with --data or evals.questions.data: {where}")
+        raise UserError(f"{name} reads files; name their folder with evals.questions.data: {where}")
     root = pathlib.Path(folder).expanduser()
     if not root.is_dir():
         raise UserError(f"evals.questions.data={folder!r} is not a directory; {where}")

@@ -162,7 +162,7 @@ class Babilong(TextQuestions):
     def sources(cls, materials: Materials, settings: dict[str, Any]) -> dict[str, Any]:
         """The user's prose, without sentences that could be taken for facts."""
         named = (*PEOPLE, *ROOMS, *GIVERS, *THINGS)
-        return {"prose": prose.load(materials.config.questions.prose).without(named)}
+        return {"prose": prose.load(materials.given("prose")).without(named)}
 
     @property
     def chance(self) -> float:

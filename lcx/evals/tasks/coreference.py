@@ -39,7 +39,7 @@ class RepeatTurn(TextQuestions):
     @classmethod
     def sources(cls, materials: Materials, settings: dict[str, Any]) -> dict[str, Any]:
         """The user's prose."""
-        return {"prose": prose.load(materials.config.questions.prose)}
+        return {"prose": prose.load(materials.given("prose"))}
 
     def least(self, length: int) -> int:
         """The needles."""

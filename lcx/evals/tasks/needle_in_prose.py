@@ -38,7 +38,7 @@ class NeedleInProse(TextQuestions):
     @classmethod
     def sources(cls, materials: Materials, settings: dict[str, Any]) -> dict[str, Any]:
         """The user's prose and depths."""
-        return {"prose": prose.load(materials.config.questions.prose), "grid": materials.config.depths}
+        return {"prose": prose.load(materials.given("prose")), "grid": materials.config.depths}
 
     @property
     def depths(self) -> Sequence[float | None]:

@@ -41,7 +41,7 @@ class HiddenValues(TextQuestions):
     @classmethod
     def sources(cls, materials: Materials, settings: dict[str, Any]) -> dict[str, Any]:
         """The prose of an essay."""
-        return {"prose": prose.load(materials.config.questions.prose)} if settings["haystack"] == "essay" else {}
+        return {"prose": prose.load(materials.given("prose"))} if settings["haystack"] == "essay" else {}
 
     def least(self, length: int) -> int:
         """A place for every needle."""

@@ -71,7 +71,7 @@ class DocumentQuestions(TextQuestions):
     def sources(cls, materials: Materials, settings: dict[str, Any]) -> dict[str, Any] | None:
         """The file that `evals.questions.<setting>` names."""
         setting = settings["setting"]
-        path = getattr(materials.config.questions, setting)
+        path = materials.given(setting)
         if path is None:
             warn(f"{settings['name']} is left out: evals.questions.{setting} names no file, such as {SOURCES[setting]}")
             return None

@@ -10,7 +10,7 @@ import re
 import textwrap
 from collections.abc import Iterator, Sequence
 
-from lcx.core.errors import UserError
+from lcx.core.errors import UserError, naming
 from lcx.data.config import SourceConfig
 from lcx.data.sources import documents
 
@@ -63,10 +63,8 @@ def load(patterns: Sequence[str]) -> Prose:
     if not patterns:
         return standard_library()
     source = SourceConfig("text", tuple(patterns))
-    try:
+    with naming({"source.path": "evals.questions.prose"}):
         texts = [text.decode("utf-8", "replace") for _, text in documents.read(source)]
-    except UserError as error:
-        raise UserError(str(error).replace("source.path", "evals.questions.prose")) from error
     return Prose([sentence for text in texts for sentence in split(text)], documents.describe(source))
 
 
