@@ -55,7 +55,7 @@ def define(values: flags.FlagValues) -> None:
 
 def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     """Chat."""
-    parse.nothing_left(rest, "chat")
+    parse.nothing_left(rest, "chat", "checkpoint")
     checkpoint = parse.needed(values, "checkpoint", "name a run's workdir, a Hugging Face folder or a GGUF file")
     conversation = _begun(values, checkpoint)
     for path, part in zip(values.file, conversation.parts()[-len(values.file) :], strict=False):

@@ -40,11 +40,17 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
             f"lcx compare takes a run's workdir or two evaluations but got {len(rest)}; use lcx compare ONE.json OTHER.json"
         )
     before, after = map(results.read, rest)
+    for path, result in zip(rest, (before, after), strict=True):
+        if values.scheme not in (schemes := result.values("scheme")):
+            raise UserError(f"--scheme={values.scheme} is not in {path}, which has {', '.join(map(repr, schemes)) or 'no rows'}")
     found = comparison.compare(before, after, values.scheme, values.up_to)
+    if not found and values.up_to is not None and (longer := comparison.compare(before, after, values.scheme)):
+        shortest = min(row.length for row in longer)
+        raise UserError(f"--up_to={values.up_to} is below {shortest:,}, the shortest length that both measured; raise it")
     if not found:
         raise UserError(
-            f"{rest[0]} and {rest[1]} have no items in common under scheme {values.scheme!r}{_why(before, after)}; evaluate both "
-            "with the same tokenizer, tasks, lengths, items and seed"
+            f"{rest[0]} and {rest[1]} have no items in common under scheme {values.scheme!r}{_why(before, after, values.scheme)}; "
+            "evaluate both with the same tokenizer, tasks, lengths, items and seed"
         )
     heads = ("task", "metric", "length", "items", before.label, after.label, "difference [95%]", "higher / lower", "verdict")
     table("the same items", heads, map(_cells, found))
@@ -52,15 +58,17 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
 
 
 def tally(verdicts: Sequence[str]) -> str:
-    """How many comparisons came out better, worse, and equal if any did, as a sentence."""
-    better, worse = (verdicts.count(verdict) for verdict in ("better", "worse"))
-    equal = len(verdicts) - better - worse
-    return f"{len(verdicts)} compared: {better} better, {worse} worse" + (f", {equal} equal within 95%" if equal else "")
+    """How many comparisons came out better and worse, and equal or unknown if any did, as a sentence."""
+    better, worse, equal, unknown = (verdicts.count(verdict) for verdict in ("better", "worse", "equal", "unknown"))
+    said = f"{len(verdicts)} compared: {better} better, {worse} worse"
+    said += f", {equal} equal within 95%" if equal else ""
+    return said + (f", {unknown} of a single item, which shows nothing" if unknown else "")
 
 
-def _why(before: results.EvalResult, after: results.EvalResult) -> str:
+def _why(before: results.EvalResult, after: results.EvalResult, scheme: str) -> str:
     """The first task and length that both have with other items, or nothing if there is none."""
-    counts = [{(row.task, row.length): row.n for row in result.rows if row.scores} for result in (before, after)]
+    rows = ([row for row in result.rows if row.scores and row.scheme == scheme] for result in (before, after))
+    counts = [{(row.task, row.length): row.n for row in found} for found in rows]
     task, length = next((key for key in counts[0] if key in counts[1]), (None, 0))
     if task is None:
         return ""
@@ -70,6 +78,6 @@ def _why(before: results.EvalResult, after: results.EvalResult) -> str:
 
 def _cells(row: comparison.Comparison) -> tuple[object, ...]:
     mean, low, high, above, below = row.difference
-    gap = f"{row.shown(mean, '+')} [{row.shown(low, '+')}, {row.shown(high, '+')}]"
+    gap = row.shown(mean, "+") + (f" [{row.shown(low, '+')}, {row.shown(high, '+')}]" if row.has_interval else "")
     means = row.shown(row.before), row.shown(row.after)
     return row.task, row.metric, f"{row.length:,}", row.n, *means, gap, f"{above} / {below}", row.verdict

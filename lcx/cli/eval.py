@@ -5,6 +5,7 @@ lcx eval --checkpoint=runs/quickstart --stage=base_256 --positions=yarn:factor=1
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from lcx.evals.config import EndpointConfig, EvalConfig, QuestionConfig
 from lcx.evals.runner import chosen_tasks, evaluate_endpoint
 from lcx.recipes import models
 from lcx.recipes.cores import evaluation_mesh
-from lcx.recipes.recipe import evaluate_loaded, free_label
+from lcx.recipes.recipe import evaluate_loaded, free_label, is_free
 
 FLAGS = {
     "evals.tasks": "--tasks",
@@ -32,6 +33,7 @@ FLAGS = {
     "evals.questions.qa_1": "--qa_1",
     "evals.questions.qa_2": "--qa_2",
     "evals.questions.data": "--data",
+    "data.chat_template": "--chat_template",
     "endpoint.url": "--endpoint",
     "endpoint.concurrency": "--concurrency",
     "endpoint.timeout": "--timeout",
@@ -53,9 +55,14 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("stage", None, "use the weights from the end of this stage (default: the newest)", flag_values=values)
     flags.DEFINE_integer("step", None, "use the weights from this step", flag_values=values)
     flags.DEFINE_multi_string("positions", [], "positional scheme to try zero-shot, such as yarn:factor=16", flag_values=values)
-    flags.DEFINE_list("lengths", None, "lengths in tokens (default: 256 to 4096)", flag_values=values)
-    flags.DEFINE_list("tasks", list(EvalConfig().tasks), "what to measure", flag_values=values)
-    flags.DEFINE_integer("items", 20, "needles per cell, and questions of each task in words", lower_bound=0, flag_values=values)
+    flags.DEFINE_list("lengths", None, "lengths in tokens, where K stands for 1,024 (default: 256 to 4K)", flag_values=values)
+    flags.DEFINE_list(
+        "tasks",
+        list(EvalConfig().tasks),
+        "what to measure: names in docs/evaluation.md",
+        flag_values=values,
+    )
+    flags.DEFINE_integer("items", 20, "needles and questions at each length and depth", lower_bound=0, flag_values=values)
     flags.DEFINE_integer(
         "generation_items", 0, "needles per cell to answer by generation as well", lower_bound=0, flag_values=values
     )
@@ -69,8 +76,11 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "data", None, "folder with the files of a benchmark that reads files, such as longbench", flag_values=values
     )
-    flags.DEFINE_string("evaluator", None, "the model that names key tokens of long_perplexity (itself)", flag_values=values)
+    flags.DEFINE_string(
+        "evaluator", None, "the model that names key tokens of long_perplexity (default: itself)", flag_values=values
+    )
     flags.DEFINE_bool("faithful", False, "keep the quirks of RULER v1", flag_values=values)
+    flags.DEFINE_string("chat_template", None, "a file with another chat template (jinja2)", flag_values=values)
     config_flags.define_dtype(values)
     flags.DEFINE_string("label", None, "write the result to eval/<label>.json in the run's workdir", flag_values=values)
     distributed_flags.define(values)
@@ -79,7 +89,7 @@ def define(values: flags.FlagValues) -> None:
 @naming(FLAGS)
 def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     """Evaluate."""
-    parse.nothing_left(rest, "eval")
+    parse.nothing_left(rest, "eval", "checkpoint")
     lengths = EvalConfig().lengths if values.lengths is None else tuple(parse.lengths(values))
     evals = EvalConfig(
         tasks=tuple(values.tasks),
@@ -95,6 +105,10 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
         ),
     )
     chosen_tasks(evals)
+    if not evals.tasks:
+        raise UserError("--tasks= is empty; name what to measure, such as --tasks=ruler, or leave the flag out")
+    if values.label == "":
+        raise UserError("--label= is empty; name the result, or leave the flag out")
     if values.endpoint is not None:
         _endpoint(values, evals)
         return
@@ -106,10 +120,11 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     named = values.label or "-".join([values.stage or models.short_name(checkpoint, loaded), *values.positions])
     if values.label in ("before", "after"):
         raise UserError(f"--label={values.label} is reserved for the evaluations of lcx run; choose another")
-    label = _file_name(named)
     workdir = models.workdir_of(checkpoint)
-    if values.label is None:
-        label = free_label(workdir, label, evals)
+    label = _label(workdir, values.label, named, evals, loaded.meta.step)
+    if values.chat_template is not None:
+        data = dataclasses.replace(loaded.run.data, chat_template=values.chat_template)
+        loaded = dataclasses.replace(loaded, run=dataclasses.replace(loaded.run, data=data))
     evaluate_loaded(loaded, evals, label, workdir)
     say(f"result: {workdir / 'eval' / (label + '.json')}")
 
@@ -122,13 +137,26 @@ def _endpoint(values: flags.FlagValues, evals: EvalConfig) -> None:
         raise UserError(f"--dtype={values.dtype} needs a checkpoint; a server has chosen its own")
     if values.positions:
         raise UserError(f"--positions={values.positions[0]} needs a checkpoint; a server has its own positions")
+    if values["tasks"].using_default_value:
+        raise UserError("--tasks is missing; a server answers questions in words, such as --tasks=ruler")
     model = parse.needed(values, "model", "the endpoint's name of the model")
     tokenizer = parse.needed(values, "tokenizer", "the folder of the model's tokenizer, to fit prompts to a length")
     endpoint = EndpointConfig(values.endpoint, model, values.api, values.concurrency, values.timeout)
     workdir = Path("runs") / _file_name(model)
-    label = values.label and _file_name(values.label) or free_label(workdir, "endpoint", evals)
-    evaluate_endpoint(endpoint, DataConfig(tokenizer=tokenizer), evals, label=label, workdir=workdir)
+    label = _label(workdir, values.label, "endpoint", evals, None)
+    data = DataConfig(tokenizer=tokenizer, chat_template=values.chat_template)
+    evaluate_endpoint(endpoint, data, evals, label=label, workdir=workdir)
     say(f"result: {workdir / 'eval' / (label + '.json')}")
+
+
+def _label(workdir: Path, given: str | None, usual: str, evals: EvalConfig, step: int | None) -> str:
+    """The name of the result: the one that was given, which must not be another result's, or the usual one with a number."""
+    if given is None:
+        return free_label(workdir, _file_name(usual), evals)
+    label = _file_name(given)
+    if not is_free(workdir, label, evals, step):
+        raise UserError(f"--label={given}: {workdir / 'eval' / label}.json holds another evaluation; choose another, or delete it")
+    return label
 
 
 def _file_name(text: str) -> str:

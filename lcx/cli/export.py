@@ -37,7 +37,7 @@ def define(values: flags.FlagValues) -> None:
 
 def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     """Export."""
-    parse.nothing_left(rest, "export")
+    parse.nothing_left(rest, "export", "checkpoint")
     checkpoint = parse.needed(values, "checkpoint", "name a run's workdir")
     out = Path(parse.needed(values, "out", "name a new directory or file"))
     size = int(values.max_shard_gb * 1e9)

@@ -46,7 +46,7 @@ def define(values: flags.FlagValues) -> None:
 
 def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     """Evaluate."""
-    parse.nothing_left(rest, "harness")
+    parse.nothing_left(rest, "harness", "checkpoint")
     # Before any weights are read.
     library("lm_eval", "lcx harness", "harness")
     from lcx.evals import harness

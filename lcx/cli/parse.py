@@ -132,17 +132,21 @@ def needed(values: flags.FlagValues, name: str, hint: str) -> str:
 
 
 def lengths(values: flags.FlagValues) -> list[int]:
-    """The numbers of `--lengths`; raises `UserError` for what is none."""
+    """The numbers of `--lengths`, where K stands for 1,024; raises `UserError` for what is none."""
+    found = []
     for text in values.lengths:
-        if not text.strip().isdecimal():
-            raise UserError(f"invalid value {text!r} in --lengths: expected whole numbers of tokens, as in --lengths=256,1024")
-    return [int(text) for text in values.lengths]
+        match = re.fullmatch(r"\s*([0-9]+)([kK]?)\s*", text)
+        if match is None:
+            raise UserError(f"invalid value {text!r} in --lengths: expected whole numbers of tokens, as in --lengths=256,4K")
+        found.append(int(match[1]) * (1024 if match[2] else 1))
+    return found
 
 
-def nothing_left(rest: Sequence[str], command: str) -> None:
-    """Raises `UserError` for a word that is not a flag, for commands that take only flags."""
+def nothing_left(rest: Sequence[str], command: str, path: str | None = None) -> None:
+    """Raises `UserError` for a word that is not a flag, for commands that take only flags; `path` is the one that names a path."""
     if rest:
-        raise UserError(f"unexpected argument {rest[0]!r}; see lcx {command} --help")
+        meant = f"did you mean --{path}={rest[0]}?" if path and Path(rest[0]).exists() else f"see lcx {command} --help"
+        raise UserError(f"unexpected argument {rest[0]!r}; {meant}")
 
 
 def _quoted(word: str) -> str:
@@ -207,8 +211,9 @@ def _sentence(error: Exception, values: flags.FlagValues, command: str) -> str:
     if (found := re.match(r"flag --([^=]+)=(.*?): ", text)) and found[1] in values:
         name, value = found.groups()
         flag = values[name]
-        wanted = {"bool": "true or false"}.get(flag.flag_type()) or getattr(flag.parser, "syntactic_help", "") or "another value"
-        usual = "" if flag.boolean or flag.default in (None, [], "") else f", such as {flag.default}"
+        names = ["true", "false"] if flag.boolean else getattr(flag.parser, "enum_values", [])
+        wanted = " or ".join(names) or flag.parser.syntactic_help or "another value"
+        usual = "" if names or flag.default in (None, [], "") else f", such as {flag.default}"
         return f"invalid value --{name}={value}: expected {wanted}{usual}"
     if found := re.match(r"Found (\S+) in argv before", text):
         return f"{found[1]} comes before --config; name the config file first"

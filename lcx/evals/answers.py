@@ -34,10 +34,12 @@ class AnswerLog:
             return
         text = path.read_text("utf-8")
         whole, _, cut_off = text.rpartition("\n")
-        try:
-            self._known = {entry["key"]: entry for entry in map(json.loads, whole.splitlines())}
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is damaged ({error}); delete it to have everything answered again") from error
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                entry = json.loads(line)
+                self._known[entry["key"]] = entry
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{path}: line {number} is damaged; delete it, and what it held is asked for again") from error
         if cut_off and jax.process_index() == 0:
             warn(f"{path} ends in the middle of an answer, which is asked for again")
             os.truncate(path, len(text.encode()) - len(cut_off.encode()))

@@ -61,10 +61,11 @@ class Reply(NamedTuple):
     output_tokens: int | None = None
 
 
-def warn_left_out(task: str, lengths: Iterable[int]) -> None:
-    """Says that a task is not asked at some lengths."""
-    named = " and ".join(f"{length:,}" for length in lengths)
-    warn(f"{task} is left out at {named}, which its shortest question does not fit into with this tokenizer")
+def warn_left_out(tasks: Sequence[str], lengths: Iterable[int]) -> None:
+    """Says that tasks are not asked at some lengths."""
+    named, verb = " and ".join(f"{length:,}" for length in lengths), "is" if len(tasks) == 1 else "are"
+    which = "which its shortest question does not fit into" if len(tasks) == 1 else "which their shortest questions do not fit into"
+    warn(f"{', '.join(tasks)} {verb} left out at {named}, {which} with this tokenizer")
 
 
 def digest(*arrays: np.ndarray) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from lcx.evals.results import EvalResult, Measurement
@@ -25,8 +26,15 @@ class Comparison(NamedTuple):
         return is_loss(self.metric)
 
     @property
+    def has_interval(self) -> bool:
+        """Whether there are items enough for an interval."""
+        return math.isfinite(self.difference.high)
+
+    @property
     def verdict(self) -> str:
-        """ "better", "worse", or "equal" where the interval holds 0."""
+        """ "better", "worse", "equal" where the interval holds 0, or "unknown" without an interval."""
+        if not self.has_interval:
+            return "unknown"
         low, high = (-self.difference.high, -self.difference.low) if self.is_loss else self.difference[1:3]
         return "better" if low > 0 else "worse" if high < 0 else "equal"
 

@@ -98,8 +98,13 @@ class EvalConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.lengths or min(self.lengths) < 2 or len(set(self.lengths)) < len(self.lengths):
-            raise UserError(f"evals.lengths={self.lengths} must be different lengths of at least 2 tokens")
+        shown = ",".join(map(str, self.lengths))
+        if not self.lengths:
+            raise UserError("evals.lengths is empty; give lengths in tokens, such as 256 and 1024")
+        if min(self.lengths) < 2:
+            raise UserError(f"evals.lengths={shown} has a length of fewer than 2 tokens, which nothing fits into; leave it out")
+        if len(set(self.lengths)) < len(self.lengths):
+            raise UserError(f"evals.lengths={shown} names a length twice; leave one out")
         for depth in self.depths:
             if not 0 <= depth <= 1:
                 raise UserError(f"evals.depths has {depth}; depths are fractions from 0 (start) to 1 (just before the question)")

@@ -109,7 +109,7 @@ def evaluate(
         materials, evaluator=evaluator or Evaluator(functools.partial(backend, "none"), materials.tokenizer)
     )
     specs = ("none", *(spec for spec in config.zero_shot if spec != "none"))
-    rows, notes = _measured(_tasks(materials), specs, backend, config, label, workdir, announce)
+    rows, notes = _measured(fitting_tasks(materials), specs, backend, config, label, workdir, announce)
     settings = {**_settings(config), "parameters": num_elements(params), "compute_dtype": execution.compute_dtype}
     return _kept(EvalResult(label, trained, step, rows, time.perf_counter() - started, settings, notes), workdir)
 
@@ -128,7 +128,7 @@ def evaluate_endpoint(
     Raises `UserError` for tasks that ask for more than words.
     """
     started, backend = time.perf_counter(), EndpointBackend(endpoint)
-    tasks = _tasks(gather(data, config))
+    tasks = fitting_tasks(gather(data, config))
     for task, _ in tasks:
         if not isinstance(task, TextQuestions | FileQuestions):
             words = ", ".join(GROUPS)
@@ -139,12 +139,14 @@ def evaluate_endpoint(
     return _kept(EvalResult(label, longest, None, rows, time.perf_counter() - started, settings, notes), workdir)
 
 
-def _tasks(materials: Materials) -> list[tuple[Task, list[int]]]:
+def fitting_tasks(materials: Materials) -> list[tuple[Task, list[int]]]:
     """The tasks of an evaluation, and the lengths of each: those that it fits into, after a warning about others.
 
-    Raises `UserError` for a task that fits into none, and for text or files that none reads.
+    Raises `UserError` for a task that fits into none, if it is named itself or its group has no other, and for text or files that
+    none reads.
     """
     found: list[tuple[Task, list[int]]] = []
+    left_out: dict[tuple[int, ...], list[str]] = {}
     for task in (build(materials) for build in chosen_tasks(materials.config)):
         if task is None:
             continue
@@ -156,11 +158,17 @@ def _tasks(materials: Materials) -> list[tuple[Task, list[int]]]:
                 fitting.append(length)
             except UserError as error:
                 refused[length] = error
-        if not fitting:
+        if refused and (min(fitting) < max(refused) if fitting else task.name in materials.config.tasks):
             raise refused[max(refused)]
-        found.append((task, fitting))
+        if fitting:
+            found.append((task, fitting))
         if refused:
-            warn_left_out(task.name, refused)
+            left_out.setdefault(tuple(refused), []).append(task.name)
+            last = refused[max(refused)]
+    if left_out and not found:
+        raise last
+    for lengths, names in left_out.items():
+        warn_left_out(names, lengths)
     materials.refuse_unread()
     return found
 
@@ -224,6 +232,8 @@ def _by_length(rows: Sequence[Measurement]) -> str:
     rows = [row for row in rows if row.metric != "left_out"]
     if not rows:
         return "nothing of these lengths"
+    if all(row.metric == "key_share" for row in rows):
+        return "no key tokens"
     metric = "score" if any(row.metric == "score" for row in rows) else rows[0].metric
     found = EvalResult("", 0, rows=tuple(row for row in rows if row.metric == metric)).by_length().items()
     shown = {n: f"{perplexity(value):.4g}" if metric == "nll" else f"{100 * value:.0f}%" for n, value in found}

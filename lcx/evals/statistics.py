@@ -7,12 +7,16 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import scipy.special
 
 Z = 1.959963985
 """Half-width of a 95% interval in standard errors."""
 
 RESAMPLES = 2000
 """Draws of a bootstrap."""
+
+FEW = 10
+"""Items below which a bootstrap's interval is far too narrow."""
 
 
 def wilson(correct: float, items: int, z: float = Z) -> tuple[float, float]:
@@ -27,8 +31,9 @@ def wilson(correct: float, items: int, z: float = Z) -> tuple[float, float]:
 
 
 def interval(scores: Sequence[float], resamples: int = RESAMPLES) -> tuple[float, float]:
-    """95% interval of a mean score: Wilson's if every score is 0 or 1, otherwise the percentile bootstrap of `resamples` draws."""
-    if _binary(scores):
+    """95% interval of a mean of scores from 0 to 1: Wilson's if every score is one of the two or there are fewer than `FEW`, as no
+    other scores of that mean vary more; otherwise the percentile bootstrap of `resamples` draws."""
+    if _binary(scores) or len(scores) < FEW:
         return wilson(sum(scores), len(scores))
     return _percentiles(_resampled(np.asarray(scores), resamples, np.random.default_rng(0)))
 
@@ -46,8 +51,9 @@ class Difference(NamedTuple):
 def paired(before: Sequence[float], after: Sequence[float]) -> Difference:
     """`after` minus `before` on the same items.
 
-    The interval is Agresti and Min's (2005) if every score is 0 or 1, which is not empty where no item changes; otherwise the
-    percentile bootstrap over items. Raises `ValueError` if there are none, or not as many of both.
+    The interval is Agresti and Min's (2005) if every score is 0 or 1, which is not empty where no item changes; otherwise Student's
+    below `FEW` items, without bounds for a single one, and the percentile bootstrap over items above. Raises `ValueError` if there
+    are none, or not as many of both.
     """
     if len(before) != len(after) or not len(before):
         raise ValueError(f"{len(before)} and {len(after)} scores cannot be paired")
@@ -57,6 +63,11 @@ def paired(before: Sequence[float], after: Sequence[float]) -> Difference:
         centre = (above - below) / (n + 2)
         half = Z * math.sqrt(max(0.0, (above + below + 1) - (above - below) ** 2 / (n + 2))) / (n + 2)
         low, high = max(-1.0, centre - half), min(1.0, centre + half)
+    elif n == 1:
+        low, high = -math.inf, math.inf
+    elif n < FEW:
+        half = float(scipy.special.stdtrit(n - 1, 0.975)) * float(np.std(gaps, ddof=1)) / math.sqrt(n)
+        low, high = float(gaps.mean()) - half, float(gaps.mean()) + half
     else:
         low, high = _percentiles(_resampled(gaps, RESAMPLES, np.random.default_rng(0)))
     return Difference(float(gaps.mean()), low, high, above, below)

@@ -14,7 +14,7 @@ import ml_collections
 from lcx.core import configs, processes
 from lcx.core.configs import choice
 from lcx.core.console import say
-from lcx.core.errors import UserError
+from lcx.core.errors import UserError, naming
 from lcx.core.mesh import make_mesh
 from lcx.data.config import PartConfig
 from lcx.data.tokenizers import tokenizers
@@ -167,18 +167,19 @@ def evaluate_source(chosen: Recipe, workdir: Path) -> EvalResult:
 
 def free_label(workdir: Path, label: str, evals: EvalConfig) -> str:
     """`label`, with a number behind it where the workdir keeps a result of other settings under it."""
+    names = itertools.chain([label], (f"{label}-{i}" for i in itertools.count(2)))
+    return next(name for name in names if is_free(workdir, name, evals))
 
-    def free(name: str) -> bool:
-        found = _result(workdir, name)
-        return found is None or _is_of(found, evals)
 
-    return next(filter(free, itertools.chain([label], (f"{label}-{i}" for i in itertools.count(2)))))
+def is_free(workdir: Path, label: str, evals: EvalConfig, step: int | None = None) -> bool:
+    """Whether the workdir keeps no result under a label but one of these settings, and of this step (None: of any)."""
+    found = _result(workdir, label)
+    return found is None or (_is_of(found, evals) and step in (None, found.step))
 
 
 def _known(chosen: Recipe, workdir: Path, label: str, step: int | None) -> EvalResult | None:
     """The result that is there already, if it is of this step (None: of any) and these settings."""
-    found = _result(workdir, label)
-    return found if found is not None and _is_of(found, chosen.evals) and step in (None, found.step) else None
+    return _result(workdir, label) if is_free(workdir, label, chosen.evals, step) else None
 
 
 def _known_to_all(chosen: Recipe, workdir: Path, label: str, step: int) -> EvalResult | None:
@@ -208,7 +209,8 @@ def evaluate_loaded(loaded: Loaded, evals: EvalConfig, label: str, workdir: Path
                 f"evals.evaluator={evals.evaluator} has nothing to judge: only long_perplexity has key tokens, and evals.tasks is "
                 f"{', '.join(evals.tasks)}; add it to evals.tasks, or leave evals.evaluator out"
             )
-        chosen = models.load(evals.evaluator, dtype=models.AUTO)
+        with naming({"checkpoint": "evals.evaluator"}):
+            chosen = models.load(evals.evaluator, dtype=models.AUTO)
         judge = Evaluator(
             functools.cache(lambda length: backend_of(chosen, length, tokens_per_forward=evals.tokens_per_forward)),
             tokenizers.load(chosen.run.data.tokenizer),

@@ -94,7 +94,7 @@ def table(heads: Sequence[str], rows: Iterable[tuple[Sequence[Cell], str]]) -> s
     """HTML of a table; rows are (cells, class); a cell is text, or text with a muted note."""
 
     def inside(cell: Cell) -> str:
-        return html.escape(cell) if isinstance(cell, str) else f"{html.escape(cell[0])}<span>{html.escape(cell[1])}</span>"
+        return html.escape(cell) if isinstance(cell, str) else f"{html.escape(cell[0])} <span>{html.escape(cell[1])}</span>"
 
     head = "".join(f"<th>{html.escape(text)}</th>" for text in heads)
     body = "".join(f"<tr class='{kind}'>" + "".join(f"<td>{inside(cell)}</td>" for cell in cells) + "</tr>" for cells, kind in rows)

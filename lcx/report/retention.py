@@ -14,7 +14,7 @@ LOSSES = {
     ("long_perplexity", "nll"): "key tokens (LongPPL)",
     ("long_perplexity", "other_nll"): "other tokens",
 }
-SIGNS = {"better": "better", "worse": "worse", "equal": "no difference shown"}
+SIGNS = {"better": "better", "worse": "worse", "equal": "no difference shown", "unknown": "one item only"}
 
 
 def section(before: EvalResult | None, after: EvalResult | None) -> str:
@@ -22,12 +22,14 @@ def section(before: EvalResult | None, after: EvalResult | None) -> str:
     found = compare(before, after, longest=before.trained) if before and after else []
     if not found:
         return ""
-    worse = [row for row in found if row.verdict == "worse"]
-    said = (
-        f"Worse than before in {len(worse)} of {len(found)} comparisons."
-        if worse
-        else f"In none of {len(found)} comparisons is the extended model worse than before beyond chance."
-    )
+    certain = [row for row in found if row.has_interval]
+    worse = [row for row in certain if row.verdict == "worse"]
+    if worse:
+        said = f"Worse than before in {len(worse)} of {len(certain)} comparisons."
+    elif certain:
+        said = f"In none of {len(certain)} comparisons is the extended model worse than before beyond chance."
+    else:
+        said = "A single item shows nothing: score more text, or ask more questions."
     note = (
         f"{said} Both models answered the same items, up to the {before.trained:,} tokens that the first was trained at; "
         "differences are paired, with the half-width of their 95% interval in grey. Losses are in nats per token."
@@ -38,8 +40,9 @@ def section(before: EvalResult | None, after: EvalResult | None) -> str:
 
 
 def _row(row: Comparison) -> tuple[Cell, ...]:
-    half = (row.difference.high - row.difference.low) / 2
-    gap = (row.shown(row.difference.mean, "+"), f"±{row.shown(half)}")
+    gap: Cell = row.shown(row.difference.mean, "+")
+    if row.has_interval:
+        gap = (gap, f"±{row.shown((row.difference.high - row.difference.low) / 2)}")
     means = row.shown(row.before), row.shown(row.after)
     return called(row.task, row.metric), f"{row.length:,}", f"{row.n:,}", *means, gap, SIGNS[row.verdict]
 

@@ -15,7 +15,7 @@ from lcx.evals.backends.local import LocalBackend, score
 from lcx.evals.base import Item
 from lcx.evals.config import EvalConfig, QuestionConfig
 from lcx.evals.results import Measurement
-from lcx.evals.runner import evaluate, gather
+from lcx.evals.runner import evaluate, fitting_tasks, gather
 from lcx.evals.tasks.needles import GeneratedNeedles, Needles
 from lcx.evals.tasks.perplexity import Perplexity
 from lcx.evals.text.questions import average
@@ -192,6 +192,24 @@ def test_tasks_are_left_out_where_they_do_not_fit(params, data, capsys):
     assert [(row.length, row.n) for row in result.select(metric="average").rows] == [(2048, 2)]
     with pytest.raises(UserError, match="evals.lengths has 1,024, but ruler_vt takes at least"):
         evaluate(*asked, dataclasses.replace(config, lengths=(512, 1024)), trained=64)
+    with pytest.raises(UserError, match="evals.lengths has 32, but graphwalks_bfs_3 takes at least"):
+        evaluate(*asked, dataclasses.replace(config, tasks=("graphwalks",), lengths=(32,)), trained=64)
+
+
+def test_only_a_task_that_is_named_itself_must_fit(data, capsys):
+    config = dataclasses.replace(CONFIG, tasks=("ruler",), lengths=(1024,), zero_shot=(), questions=QuestionConfig(1))
+    found = [task.name for task, lengths in fitting_tasks(gather(data, config)) if lengths == [1024]]
+    assert "ruler_niah_single_1" in found and not {"ruler_vt", "ruler_cwe"} & set(found)
+    said = capsys.readouterr().err
+    assert "ruler_vt, ruler_cwe" in said and said.count("which their shortest questions do not fit into") == 1
+
+
+def test_needles_are_checked_before_anything_is_measured(data):
+    config = dataclasses.replace(CONFIG, tasks=("needles",), lengths=(16, 64), zero_shot=())
+    with pytest.raises(UserError, match="evals.lengths has 8, which does not suit needles: a row of 8 tokens"):
+        fitting_tasks(gather(data, dataclasses.replace(config, lengths=(8,))))
+    with pytest.raises(UserError, match="evals.lengths has 100,000,000, which does not suit needles: the haystack has"):
+        fitting_tasks(gather(data, dataclasses.replace(config, lengths=(64, 100_000_000))))
 
 
 def test_averages_weigh_tasks_alike():
@@ -226,7 +244,9 @@ def test_scores_are_the_same_where_rows_are_split(params, length):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lengths": (64, 64)}, "must be different lengths"),
+        ({"lengths": (64, 64)}, "evals.lengths=64,64 names a length twice; leave one out"),
+        ({"lengths": (1, 64)}, "evals.lengths=1,64 has a length of fewer than 2 tokens"),
+        ({"lengths": ()}, "evals.lengths is empty; give lengths in tokens"),
         ({"depths": (0.0, 25.0)}, "depths are fractions from 0"),
         ({"zero_shot": ("yarm",)}, "did you mean 'yarn'"),
         ({"needle_items": -1}, "evals.needle_items=-1 must not be negative"),

@@ -45,6 +45,22 @@ def test_intervals_hold_the_true_difference_as_often_as_they_say():
     assert 0.92 < np.mean(held) < 0.99
 
 
+def test_few_items_prove_little():
+    alone = paired([3.0], [2.0])
+    assert (alone.mean, alone.low, alone.high) == (-1.0, -math.inf, math.inf)
+    # Student's quantile of two degrees of freedom is 4.303.
+    few = paired([1.0, 1.0, 1.0], [1.1, 1.2, 1.3])
+    assert (few.low, few.high) == pytest.approx((0.2 - 4.302653 * 0.1 / math.sqrt(3), 0.2 + 4.302653 * 0.1 / math.sqrt(3)))
+    low, high = interval([0.5])
+    assert high - low > 0.8
+
+
+def test_student_holds_the_true_difference_of_few_items():
+    rng = np.random.default_rng(0)
+    held = [(found := paired(np.zeros(4), rng.normal(0.3, 1, 4))).low <= 0.3 <= found.high for _ in range(1000)]
+    assert 0.93 < np.mean(held) < 0.97
+
+
 def test_what_is_not_of_the_same_items_is_refused():
     with pytest.raises(ValueError, match="3 and 2 scores cannot be paired"):
         paired([1, 0, 1], [1, 0])
@@ -95,6 +111,15 @@ def test_rows_of_the_same_items_are_compared():
     assert [row.length for row in comparison.compare(before, after, longest=256)] == [256]
     assert comparison.compare(before, result("after", {256: 1.0}, digest="other")) == []
     assert comparison.compare(before, after, scheme="yarn") == []
+
+
+def test_a_single_item_has_no_verdict():
+    before, after = (
+        EvalResult(name, 256, rows=(Measurement("perplexity", "nll", 256, value, 1, scores=(value,), digest="one"),))
+        for name, value in (("before", 3.0), ("after", 2.0))
+    )
+    (row,) = comparison.compare(before, after)
+    assert (row.verdict, row.has_interval, row.difference.mean) == ("unknown", False, -1.0)
 
 
 def test_less_loss_is_better():

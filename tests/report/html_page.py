@@ -74,7 +74,7 @@ class Page(html.parser.HTMLParser):
         section = self._section
         section.text += data
         if {"td", "th"} & set(self._stack):
-            section.tables[-1][-1][-1] += data if "span" not in self._stack else f" {data}"
+            section.tables[-1][-1][-1] += data
         if "summary" in self._stack:
             section.summaries[-1] += data
         if "span" in self._stack:

@@ -38,7 +38,7 @@ def test_scores_averages_and_answers(tmp_path):
     page = write_report(tmp_path).read_text()
     # One model with several tasks has a heatmap of them.
     assert (tmp_path / "plots" / "tasks.png").exists() and "alt='tasks'" in page and "alt='growth_" not in page
-    assert "<td>vt</td><td>75.0<span>±" in page and "<tr class='strong'><td>average of 2</td><td>37.5</td><td>37.5</td>" in page
+    assert "<td>vt</td><td>75.0 <span>±" in page and "<tr class='strong'><td>average of 2</td><td>37.5</td><td>37.5</td>" in page
     # Published averages stand under the lengths that they were measured at.
     assert "<tr class='dim'><td>Llama-3.1-8B-Instruct</td><td>95.5</td><td>93.8</td>" in page
     assert "up to 25%, in ruler_cwe at 4,096" in page

@@ -151,7 +151,7 @@ class FileQuestions(Task):
             try:
                 task.check(length)
             except UserError:
-                warn_left_out(task.name, [length])
+                warn_left_out([task.name], [length])
                 continue
             rows += task.measure(backend, length, count, log)
         return rows

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from lcx.core.errors import UserError
 from lcx.data.sources.sources import Subset
 from lcx.data.tasks.base import RetrievalTask
 from lcx.data.tasks.table import make_task
@@ -47,6 +48,13 @@ class Needles(Questions):
         """Items a cell under the checkpoint's own scheme and under another."""
         config = materials.config
         return config.needle_items, config.zero_shot_items * bool(config.zero_shot)
+
+    def check(self, length: int) -> None:
+        """Raises `UserError` for a length that the needles, or the text, are too short or too long for."""
+        try:
+            self.items(length, 1)
+        except UserError as error:
+            raise UserError(f"evals.lengths has {length:,}, which does not suit {self.name}: {error}") from error
 
     def count(self, zero_shot: bool) -> int:
         """`evals.needle_items`, or `evals.zero_shot_items`."""

@@ -73,7 +73,10 @@ class DocumentQuestions(TextQuestions):
         setting = settings["setting"]
         path = materials.given(setting)
         if path is None:
-            warn(f"{settings['name']} is left out: evals.questions.{setting} names no file, such as {SOURCES[setting]}")
+            missing = f"evals.questions.{setting} names no file, such as {SOURCES[setting]}"
+            if settings["name"] in materials.config.tasks:
+                raise UserError(f"{settings['name']} asks about documents, but {missing}")
+            warn(f"{settings['name']} is left out: {missing}")
             return None
         return {"reading": read(path, f"evals.questions.{setting}")}
 
