@@ -456,7 +456,7 @@ def test_rows_that_are_drawn_of_a_file(tmp_path):
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_folders_that_are_not_there(name, tmp_path):
     with pytest.raises(
-        UserError, match=rf"{name} reads files; name their folder with --data .*it looks for .*they come from https://"
+        UserError, match=rf"{name} reads files; name their folder with evals.questions.data.*it looks for .*they come from https://"
     ):
         build(name, None)
     with pytest.raises(UserError, match=rf"has no file of {name}; it looks for"):
