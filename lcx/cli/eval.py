@@ -116,12 +116,12 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
         if values[name].value is not None:
             raise UserError(f"--{name} belongs to --endpoint, which is not given; add it or leave --{name} out")
     checkpoint = parse.needed(values, "checkpoint", "name a run's workdir, a Hugging Face folder or a GGUF file, or an --endpoint")
-    loaded = models.load(checkpoint, values.step, values.stage, evaluation_mesh(checkpoint), values.dtype)
-    named = values.label or "-".join([values.stage or models.short_name(checkpoint, loaded), *values.positions])
     if values.label in ("before", "after"):
         raise UserError(f"--label={values.label} is reserved for the evaluations of lcx run; choose another")
+    loaded = models.load(checkpoint, values.step, values.stage, evaluation_mesh(checkpoint), values.dtype)
+    usual = "-".join([values.stage or models.short_name(checkpoint, loaded), *values.positions])
     workdir = models.workdir_of(checkpoint)
-    label = _label(workdir, values.label, named, evals, loaded.meta.step)
+    label = _label(workdir, values.label, usual, evals, loaded.meta.step)
     if values.chat_template is not None:
         data = dataclasses.replace(loaded.run.data, chat_template=values.chat_template)
         loaded = dataclasses.replace(loaded, run=dataclasses.replace(loaded.run, data=data))

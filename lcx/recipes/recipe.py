@@ -174,12 +174,13 @@ def free_label(workdir: Path, label: str, evals: EvalConfig) -> str:
 def is_free(workdir: Path, label: str, evals: EvalConfig, step: int | None = None) -> bool:
     """Whether the workdir keeps no result under a label but one of these settings, and of this step (None: of any)."""
     found = _result(workdir, label)
-    return found is None or (_is_of(found, evals) and step in (None, found.step))
+    return found is None or _is_of(found, evals, step)
 
 
 def _known(chosen: Recipe, workdir: Path, label: str, step: int | None) -> EvalResult | None:
     """The result that is there already, if it is of this step (None: of any) and these settings."""
-    return _result(workdir, label) if is_free(workdir, label, chosen.evals, step) else None
+    found = _result(workdir, label)
+    return found if found is not None and _is_of(found, chosen.evals, step) else None
 
 
 def _known_to_all(chosen: Recipe, workdir: Path, label: str, step: int) -> EvalResult | None:
@@ -193,9 +194,10 @@ def _result(workdir: Path, label: str) -> EvalResult | None:
     return results.read(path) if path.exists() else None
 
 
-def _is_of(found: EvalResult, evals: EvalConfig) -> bool:
+def _is_of(found: EvalResult, evals: EvalConfig, step: int | None) -> bool:
+    """Whether a result is of these settings, and of this step (None: of any)."""
     # A result of an earlier version lacks the settings that came later, which had their defaults.
-    return {**configs.plain(EvalConfig()), **found.settings.get("evals", {})} == configs.plain(evals)
+    return {**configs.plain(EvalConfig()), **found.settings.get("evals", {})} == configs.plain(evals) and step in (None, found.step)
 
 
 def evaluate_loaded(loaded: Loaded, evals: EvalConfig, label: str, workdir: Path | None) -> EvalResult:
