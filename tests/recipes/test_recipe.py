@@ -5,9 +5,13 @@ import shutil
 
 import pytest
 
+from lcx.core import configs
 from lcx.core.errors import UserError
 from lcx.core.mesh import MeshConfig
-from lcx.recipes.recipe import defaults, is_finished, part, recipe, run_recipe
+from lcx.evals import results
+from lcx.evals.config import EvalConfig
+from lcx.evals.results import EvalResult, Measurement
+from lcx.recipes.recipe import defaults, free_label, is_finished, is_free, part, recipe, run_recipe
 
 
 @pytest.fixture
@@ -43,3 +47,14 @@ def test_a_finished_run_is_not_done_again(chosen, tmp_path, capsys):
     assert not is_finished(chosen, workdir)
     with pytest.raises(UserError, match="corpus"):
         run_recipe(chosen, workdir, ["lcx", "run"])
+
+
+def test_a_label_is_free_for_the_same_evaluation_alone(tmp_path):
+    evals = EvalConfig(lengths=(64,))
+    assert is_free(tmp_path, "one", evals, 3)
+    rows = (Measurement("passkey", "score", 64, 1.0, 1),)
+    (tmp_path / "eval").mkdir()
+    results.write(EvalResult("one", 64, 3, rows, settings={"evals": configs.plain(evals)}), tmp_path / "eval" / "one.json")
+    assert is_free(tmp_path, "one", evals, 3) and is_free(tmp_path, "one", evals) and is_free(tmp_path, "two", evals, 3)
+    assert not is_free(tmp_path, "one", evals, 4) and not is_free(tmp_path, "one", EvalConfig(lengths=(128,)), 3)
+    assert free_label(tmp_path, "one", EvalConfig(lengths=(128,))) == "one-2"
