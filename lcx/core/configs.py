@@ -52,11 +52,11 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def nearest(key: str, allowed: Iterable[str]) -> str:
-    """The end of an error sentence: `; did you mean 'x'?`, names that begin like `key`, or all allowed ones if none is close."""
+    """The end of an error sentence: `; did you mean 'x'?`, all names that begin with `key_`, or all allowed ones if none is close."""
     allowed = [str(name) for name in allowed]
     begun = [name for name in allowed if name.startswith(f"{key}_")]
     if len(begun) > 1:
-        return f"; allowed: {', '.join(begun)}"
+        return f"; did you mean {', '.join(map(repr, begun[:-1]))} or {begun[-1]!r}?"
     close = difflib.get_close_matches(key, allowed, n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else f"; allowed: {', '.join(sorted(allowed)) or 'none'}"
 
