@@ -52,7 +52,7 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def nearest(key: str, allowed: Iterable[str]) -> str:
-    """The end of an error sentence: `; did you mean 'x'?`, all names that begin with `key_`, or all allowed ones if none is close."""
+    """The end of an error sentence: `; did you mean 'x'?`, all names that begin with `key_`, or all allowed if none is close."""
     allowed = [str(name) for name in allowed]
     begun = [name for name in allowed if name.startswith(f"{key}_")]
     if len(begun) > 1:

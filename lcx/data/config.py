@@ -121,8 +121,8 @@ class PartConfig:
     Length upsampling, as in arXiv:2402.10171: documents below `short_tokens` are kept with probability `short_keep`, longer ones
     always; `DataConfig.length_upsampling` says what becomes of the part's share. `min_tokens` and `max_tokens` exclude documents
     of other lengths entirely.
-    `remap`: positions passed to the model are `none` (as packed), `pose` (PoSE's skips) or `randomized`, up to the stage's
-    `max_position`.
+    `remap`: positions passed to the model are `none` (as packed), `pose` (PoSE's skips between `pose_chunks` chunks of a row) or
+    `randomized`, up to the stage's `max_position`.
     """
 
     kind: str = "text"
@@ -137,6 +137,7 @@ class PartConfig:
     min_tokens: int = 1
     max_tokens: int | None = None
     remap: Literal["none", "pose", "randomized"] = "none"
+    pose_chunks: int = 2
 
     def __post_init__(self) -> None:
         choice("kind", self.kind, ("text", QUESTIONS, *TASKS))
@@ -146,6 +147,10 @@ class PartConfig:
             raise UserError(f"part.short_keep={self.short_keep} must be a probability from 0 to 1")
         if self.max_tokens is not None and self.max_tokens < self.min_tokens:
             raise UserError(f"part.max_tokens={self.max_tokens} is below part.min_tokens={self.min_tokens}; raise it")
+        if self.pose_chunks < 2:
+            raise UserError(f"part.pose_chunks={self.pose_chunks} leaves no skip between chunks; give at least 2")
+        if self.pose_chunks != 2 and self.remap != "pose":
+            raise UserError(f"part.pose_chunks={self.pose_chunks} has no effect without part.remap='pose'; leave it out")
         if self.remap != "none" and not self.packing.is_plain:
             raise UserError(
                 f"part.remap={self.remap!r} rewrites the positions of whole rows; set packing.mask_documents, "

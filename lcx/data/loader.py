@@ -267,7 +267,7 @@ class Remapped:
         new = np.empty_like(out["positions"])
         for i, rng in enumerate(generators(self.key, rows)):
             if self.part.config.remap == "pose":
-                new[i] = remap.pose(out["positions"][i], rng, self.max_position)
+                new[i] = remap.pose(out["positions"][i], rng, self.max_position, self.part.config.pose_chunks)
             else:
                 new[i] = remap.randomized(new.shape[1], rng, self.max_position)
         return _cut({**out, "positions": new}, columns)
@@ -278,7 +278,9 @@ class Remapped:
 
     def describe(self, row: int) -> str:
         """The part's own description, and the remap."""
-        return f"{self.part.describe(row)}; positions {self.part.config.remap} up to {self.max_position}"
+        config = self.part.config
+        how = f"pose in {config.pose_chunks} chunks" if config.remap == "pose" else config.remap
+        return f"{self.part.describe(row)}; positions {how} up to {self.max_position}"
 
 
 def _cut(out: Mapping[str, np.ndarray], columns: np.ndarray | None) -> Mapping[str, np.ndarray]:
@@ -314,6 +316,8 @@ def _make_part(loader: Loader, name: str, split: sources.Split, key: tuple[int, 
             plan = packing.plan(config.packing.method, kept.lengths, seq_len - config.packing.shared_bos, rng)
             part = TextPart(config, seq_len, source, thinned, kept, plan, tokenizer.bos_id)
             part.build(np.arange(1))
+        if config.pose_chunks > seq_len:
+            raise UserError(f"part.pose_chunks={config.pose_chunks} exceeds the {seq_len} tokens of a row; lower it")
     except UserError as error:
         raise UserError(f"data.parts.{name}: {error}") from error
     return part if config.remap == "none" else Remapped(part, loader.max_position, (*key, _REMAP))
@@ -344,7 +348,7 @@ def probe(config: DataConfig, seq_len: int, rows: int, seed: int, corpus: Corpus
     task = dataclasses.replace(needles.task, answer_weight=1.0, needle_weight=0.0, query_weight=0.0, haystack_weight=0.0)
     words = dataclasses.replace(needles.questions, answer_weight=1.0, fact_weight=0.0, question_weight=0.0, haystack_weight=0.0)
     needles = dataclasses.replace(needles, task=task, questions=words)
-    plain = {"weight": 1.0, "loss_weight": 1.0, "remap": "none"}
+    plain = {"weight": 1.0, "loss_weight": 1.0, "remap": "none", "pose_chunks": 2}
     corpus = Corpus(config) if corpus is None else corpus
     halves = []
     for part, count in ((text, rows - rows // 2), (needles, rows // 2)):

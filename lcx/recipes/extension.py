@@ -39,8 +39,8 @@ class ExtensionConfig:
     (None: what it says).
     `theta`: that of the last stage (None: the critical base of each stage's length). `steps` of `tokens_per_step` tokens a stage,
     at least one row; `accumulate` microbatches a step. `pose_tokens`: rows of so many tokens stand for whole ones, their positions
-    skip so that they reach the stage's length (PoSE, arXiv:2309.10400; None: whole rows); then `whole_steps` steps of whole rows
-    of the target follow. Parts that mask documents or reset positions keep theirs.
+    skip between `pose_chunks` chunks so that they reach the stage's length (PoSE, arXiv:2309.10400; None: whole rows); then
+    `whole_steps` steps of whole rows of the target follow. Parts that mask documents or reset positions keep theirs.
     """
 
     source: str | None = None
@@ -52,6 +52,7 @@ class ExtensionConfig:
     tokens_per_step: int = 1 << 18
     accumulate: int = 1
     pose_tokens: int | None = None
+    pose_chunks: int = 2
     whole_steps: int = 0
 
     def __post_init__(self) -> None:
@@ -67,6 +68,12 @@ class ExtensionConfig:
                 f"config.whole_steps={self.whole_steps} follow steps of shorter rows; give config.pose_tokens, or leave it out and "
                 "set config.steps alone"
             )
+        if self.pose_tokens is None and self.pose_chunks != 2:
+            raise UserError(
+                f"config.pose_chunks={self.pose_chunks} has no effect on whole rows; give config.pose_tokens, or leave it out"
+            )
+        if self.pose_tokens is not None and not 2 <= self.pose_chunks <= self.pose_tokens:
+            raise UserError(f"config.pose_chunks={self.pose_chunks} must be between 2 and the {self.pose_tokens} tokens of a row")
         if self.pose_tokens is not None and self.pose_tokens >= self.target:
             raise UserError(
                 f"config.pose_tokens={self.pose_tokens} must be below config.target={self.target}; lower it, or leave it out for "
@@ -187,7 +194,8 @@ def _stages(wanted: ExtensionConfig, described: Described, trained: int, skippin
             "positions": _thetas(described, wanted, trained, length),
         }
         if row < length:
-            stage |= {"max_position": length, "parts": {name: {"remap": "pose"} for name in skipping}}
+            remap = {"remap": "pose", "pose_chunks": wanted.pose_chunks}
+            stage |= {"max_position": length, "parts": {name: dict(remap) for name in skipping}}
         stages.append(stage)
     if wanted.whole_steps:
         whole = {"name": f"extend_{target}", "seq_len": target, "steps": wanted.whole_steps, "keep_optimizer_state": True}

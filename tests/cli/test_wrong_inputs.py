@@ -221,7 +221,7 @@ WRONG = {
     "eval --checkpoint={run}/checkpoints/2 --stage=longer": "/2 names step 2, which conflicts with stage=longer; give only one of",
     "eval --checkpoint={run} --label= --lengths=64": "error: --label= is empty; name the result, or leave the flag out",
     "eval --checkpoint={run} --tasks= --lengths=64": "error: --tasks= is empty; name what to measure, such as --tasks=ruler, or",
-    "eval --checkpoint={run} --tasks=ruler_niah": "error: --tasks='ruler_niah' is unknown; did you mean 'ruler_niah_single_1', 'ruler",
+    "eval --checkpoint={run} --tasks=ruler_niah": "error: --tasks='ruler_niah' is unknown; did you mean 'ruler_niah_single_1', 'ru",
     "eval --checkpoint={run} --tasks=ruler_qa_1 --lengths=2048": "ruler_qa_1 asks about documents, but --qa_1 names no file,",
     "eval --checkpoint={run} --tasks=long_perplexity --evaluator={new} --lengths=64": "error: --evaluator {tmp}/new does not exist",
     "eval {run}": "; did you mean --checkpoint=/",

@@ -179,6 +179,14 @@ def test_remapped_positions(config, corpus, kind, remap):
     np.testing.assert_array_equal(batch.tokens, Loader(plain, 96, 6, seed=0, corpus=corpus).batch(2).tokens)
 
 
+def test_chunks_of_pose(config, corpus):
+    part = dataclasses.replace(config.parts["needles"], remap="pose", pose_chunks=7)
+    loader = Loader(dataclasses.replace(config, parts={"needles": part}), 96, 6, seed=0, corpus=corpus, max_position=100_000)
+    positions = loader.batch(0).positions
+    assert ((np.diff(positions, axis=1) > 1).sum(axis=1) == 6).all()
+    assert "positions pose in 7 chunks up to 100000" in loader.provenance(0)[0]
+
+
 def test_probe_is_fixed_and_held_out(config, corpus):
     one, two = (probe(config, 256, 7, seed=5, corpus=c) for c in (corpus, None))
     assert equal(one, two)
@@ -238,6 +246,9 @@ WRONG = [
     ({"parts": {"a": {"min_tokens": 9, "max_tokens": 3}}}, "max_tokens=3 is below part.min_tokens=9"),
     ({"parts": {"a": {"source": STDLIB, "min_tokens": 10**9}}}, "no document has between"),
     ({"parts": {"a": {"remap": "pose", "packing": {"reset_positions": True}}}}, "part.remap='pose'"),
+    ({"parts": {"a": {"pose_chunks": 4}}}, "part.pose_chunks=4 has no effect without part.remap='pose'"),
+    ({"parts": {"a": {"remap": "pose", "pose_chunks": 1}}}, "part.pose_chunks=1 leaves no skip"),
+    ({"parts": {"a": {"source": STDLIB, "remap": "pose", "pose_chunks": 129}}}, "data.parts.a: .*exceeds the 128 tokens of a row"),
     ({"heldout_fraction": 1.0}, "below 1"),
     ({"heldout_fraction": "x"}, "expected float, got str"),
     ({"tokenizer": "bites"}, "did you mean 'bytes'"),

