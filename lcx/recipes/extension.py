@@ -39,8 +39,10 @@ class ExtensionConfig:
     (None: what it says).
     `theta`: that of the last stage (None: the critical base of each stage's length). `steps` of `tokens_per_step` tokens a stage,
     at least one row; `accumulate` microbatches a step. `pose_tokens`: rows of so many tokens stand for whole ones, their positions
-    skip between `pose_chunks` chunks so that they reach the stage's length (PoSE, arXiv:2309.10400; None: whole rows); then
-    `whole_steps` steps of whole rows of the target follow. Parts that mask documents or reset positions keep theirs.
+    skip between `pose_chunks` chunks so that they reach the stage's length (PoSE, arXiv:2309.10400; None: whole rows). Parts that
+    mask documents or reset positions keep theirs.
+    After short rows `last_steps` steps of longer ones follow, as attention over many tokens is learned from many alone: rows of
+    `last_tokens` (None: whole rows of the target), the parts weighed by `last_mixture` where it names them.
     """
 
     source: str | None = None
@@ -53,20 +55,31 @@ class ExtensionConfig:
     accumulate: int = 1
     pose_tokens: int | None = None
     pose_chunks: int = 2
-    whole_steps: int = 0
+    last_steps: int = 0
+    last_tokens: int | None = None
+    last_mixture: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.source is None:
             raise UserError("config.source is missing; name a Hugging Face folder with --config.source=PATH")
         if self.target is None:
             raise UserError("config.target is missing; give the length to reach, as in --config.target=65536")
-        sizes = ("target", "trained", "theta", "steps", "tokens_per_step", "accumulate", "pose_tokens")
+        sizes = ("target", "trained", "theta", "steps", "tokens_per_step", "accumulate", "pose_tokens", "last_tokens")
         positive("config", **{name: getattr(self, name) for name in sizes})
-        not_negative("config", whole_steps=self.whole_steps)
-        if self.pose_tokens is None and self.whole_steps:
+        not_negative("config", last_steps=self.last_steps)
+        if self.pose_tokens is None and self.last_steps:
             raise UserError(
-                f"config.whole_steps={self.whole_steps} follow steps of shorter rows; give config.pose_tokens, or leave it out and "
+                f"config.last_steps={self.last_steps} follow steps of shorter rows; give config.pose_tokens, or leave it out and "
                 "set config.steps alone"
+            )
+        for name, value in (("last_tokens", self.last_tokens), ("last_mixture", self.last_mixture)):
+            if value and self.last_steps == 0:
+                raise UserError(f"config.{name}={value} has no effect without config.last_steps; leave it out")
+        shortest, longest = self.pose_tokens or 0, self.target
+        if self.last_tokens is not None and not shortest < self.last_tokens <= longest:
+            raise UserError(
+                f"config.last_tokens={self.last_tokens} must exceed config.pose_tokens={shortest} and be at most "
+                f"config.target={longest}"
             )
         if self.pose_tokens is None and self.pose_chunks != 2:
             raise UserError(
@@ -88,9 +101,10 @@ class ExtensionConfig:
 def defaults() -> ml_collections.ConfigDict:
     """The fields of an extension and of everything else in a run but what `complete` finds out, for flags to change."""
     run = run_defaults()
-    scalars = {"source": str, "target": int, "trained": int, "theta": float, "pose_tokens": int}
+    scalars = {"source": str, "target": int, "trained": int, "theta": float, "pose_tokens": int, "last_tokens": int}
     for field in dataclasses.fields(ExtensionConfig):
         run[field.name] = placeholder(scalars[field.name]) if field.name in scalars else field.default
+    run.last_mixture = ml_collections.ConfigDict({}, type_safe=False)
     return run
 
 
@@ -130,7 +144,7 @@ def complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         for name, part in values["data"]["parts"].items()
     }
     skipping = [name for name, how in packing.items() if how.is_plain]
-    values["stages"] = _stages(wanted, described, trained, skipping)
+    values["stages"] = _stages(wanted, described, trained, skipping, values["optim"]["warmup_steps"])
     reached = (stage.get("max_position", stage["seq_len"]) for stage in values["stages"])
     return with_source(values, source, described, (trained, *reached))
 
@@ -181,26 +195,31 @@ def lengths(trained: int, target: int, growth: float) -> list[int]:
     return sorted({step for step in steps if trained < step < target} | {target})
 
 
-def _stages(wanted: ExtensionConfig, described: Described, trained: int, skipping: Sequence[str]) -> list[dict[str, Any]]:
+def _stages(
+    wanted: ExtensionConfig, described: Described, trained: int, skipping: Sequence[str], warmup: int
+) -> list[dict[str, Any]]:
     target = int(wanted.target or 0)
     stages = []
     for length in lengths(trained, target, wanted.growth):
-        row = min(length, wanted.pose_tokens or length)
-        stage: dict[str, Any] = {
-            "name": f"{'pose' if row < length else 'extend'}_{length}",
-            "seq_len": row,
-            "steps": wanted.steps,
-            **rows_of(wanted.tokens_per_step, row, wanted.accumulate),
-            "positions": _thetas(described, wanted, trained, length),
-        }
-        if row < length:
-            remap = {"remap": "pose", "pose_chunks": wanted.pose_chunks}
-            stage |= {"max_position": length, "parts": {name: dict(remap) for name in skipping}}
-        stages.append(stage)
-    if wanted.whole_steps:
-        whole = {"name": f"extend_{target}", "seq_len": target, "steps": wanted.whole_steps, "keep_optimizer_state": True}
-        stages.append({**whole, **rows_of(wanted.tokens_per_step, target, wanted.accumulate)})
+        stage = _stage(wanted, length, wanted.pose_tokens, wanted.steps, skipping)
+        stages.append({**stage, "positions": _thetas(described, wanted, trained, length)})
+    if wanted.last_steps:
+        last = _stage(wanted, target, wanted.last_tokens, wanted.last_steps, skipping)
+        # Moments go on as well, so a long warmup would be for nothing.
+        warmup = {"warmup_steps": min(warmup, wanted.last_steps // 10)}
+        stages.append({**last, "mixture": wanted.last_mixture, "optim": warmup, "keep_optimizer_state": True})
     return stages
+
+
+def _stage(wanted: ExtensionConfig, length: int, row: int | None, steps: int, skipping: Sequence[str]) -> dict[str, Any]:
+    """A stage that reaches `length`, by rows of `row` tokens if that is less; positions of the parts `skipping` skip then."""
+    row = min(length, row or length)
+    stage = {"seq_len": row, "steps": steps, **rows_of(wanted.tokens_per_step, row, wanted.accumulate)}
+    if row == length:
+        return {"name": f"extend_{length}", **stage}
+    remap = {"remap": "pose", "pose_chunks": wanted.pose_chunks}
+    name = f"pose_{length}" if row == wanted.pose_tokens else f"pose_{length}_by_{row}"
+    return {"name": name, **stage, "max_position": length, "parts": {part: dict(remap) for part in skipping}}
 
 
 def rows_of(tokens_per_step: int, row: int, accumulate: int) -> dict[str, int]:

