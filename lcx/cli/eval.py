@@ -121,10 +121,10 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     loaded = models.load(checkpoint, values.step, values.stage, evaluation_mesh(checkpoint), values.dtype)
     usual = "-".join([values.stage or models.short_name(checkpoint, loaded), *values.positions])
     workdir = models.workdir_of(checkpoint)
-    label = _label(workdir, values.label, usual, evals, loaded.meta.step)
     if values.chat_template is not None:
         data = dataclasses.replace(loaded.run.data, chat_template=values.chat_template)
         loaded = dataclasses.replace(loaded, run=dataclasses.replace(loaded.run, data=data))
+    label = _label(workdir, values.label, usual, evals, loaded.meta.step, loaded.run.data.chat_template)
     evaluate_loaded(loaded, evals, label, workdir)
     say(f"result: {workdir / 'eval' / (label + '.json')}")
 
@@ -143,18 +143,18 @@ def _endpoint(values: flags.FlagValues, evals: EvalConfig) -> None:
     tokenizer = parse.needed(values, "tokenizer", "the folder of the model's tokenizer, to fit prompts to a length")
     endpoint = EndpointConfig(values.endpoint, model, values.api, values.concurrency, values.timeout)
     workdir = Path("runs") / _file_name(model)
-    label = _label(workdir, values.label, "endpoint", evals, None)
+    label = _label(workdir, values.label, "endpoint", evals, None, values.chat_template)
     data = DataConfig(tokenizer=tokenizer, chat_template=values.chat_template)
     evaluate_endpoint(endpoint, data, evals, label=label, workdir=workdir)
     say(f"result: {workdir / 'eval' / (label + '.json')}")
 
 
-def _label(workdir: Path, given: str | None, usual: str, evals: EvalConfig, step: int | None) -> str:
+def _label(workdir: Path, given: str | None, usual: str, evals: EvalConfig, step: int | None, template: str | None) -> str:
     """The name of the result: the one that was given, which must not be another result's, or the usual one with a number."""
     if given is None:
-        return free_label(workdir, _file_name(usual), evals)
+        return free_label(workdir, _file_name(usual), evals, template)
     label = _file_name(given)
-    if not is_free(workdir, label, evals, step):
+    if not is_free(workdir, label, evals, step, template):
         raise UserError(f"--label={given}: {workdir / 'eval' / label}.json holds another evaluation; choose another, or delete it")
     return label
 

@@ -110,7 +110,7 @@ def evaluate(
     )
     specs = ("none", *(spec for spec in config.zero_shot if spec != "none"))
     rows, notes = _measured(fitting_tasks(materials), specs, backend, config, label, workdir, announce)
-    settings = {**_settings(config), "parameters": num_elements(params), "compute_dtype": execution.compute_dtype}
+    settings = {**_settings(data, config), "parameters": num_elements(params), "compute_dtype": execution.compute_dtype}
     return _kept(EvalResult(label, trained, step, rows, time.perf_counter() - started, settings, notes), workdir)
 
 
@@ -134,7 +134,7 @@ def evaluate_endpoint(
             words = ", ".join(GROUPS)
             raise UserError(f"evals.tasks has {task.name!r}, which no server answers; choose tasks in words, such as {words}")
     rows, notes = _measured(tasks, ("none",), lambda spec, length: backend, config, label, workdir, announce)
-    settings = {**_settings(config), "endpoint": configs.plain(endpoint)}
+    settings = {**_settings(data, config), "endpoint": configs.plain(endpoint)}
     longest = max(config.lengths)
     return _kept(EvalResult(label, longest, None, rows, time.perf_counter() - started, settings, notes), workdir)
 
@@ -207,8 +207,8 @@ def _heard(bar: Progress, doing: str, before: int, added: int) -> None:
     bar.note(f"{doing}, answer {added - before:,}")
 
 
-def _settings(config: EvalConfig) -> dict[str, object]:
-    return {"evals": configs.plain(config)}
+def _settings(data: DataConfig, config: EvalConfig) -> dict[str, object]:
+    return {"evals": configs.plain(config), "chat_template": data.chat_template}
 
 
 def _kept(result: EvalResult, workdir: str | os.PathLike[str] | None) -> EvalResult:

@@ -165,22 +165,25 @@ def evaluate_source(chosen: Recipe, workdir: Path) -> EvalResult:
     return _known_to_all(chosen, workdir, "before", loaded.meta.step) or evaluate_loaded(loaded, chosen.evals, "before", workdir)
 
 
-def free_label(workdir: Path, label: str, evals: EvalConfig) -> str:
-    """`label`, with a number behind it where the workdir keeps a result of other settings under it."""
+def free_label(workdir: Path, label: str, evals: EvalConfig, template: str | None = None) -> str:
+    """`label`, with a number behind it where the workdir keeps a result of other settings under it (see `is_free`)."""
     names = itertools.chain([label], (f"{label}-{i}" for i in itertools.count(2)))
-    return next(name for name in names if is_free(workdir, name, evals))
+    return next(name for name in names if is_free(workdir, name, evals, template=template))
 
 
-def is_free(workdir: Path, label: str, evals: EvalConfig, step: int | None = None) -> bool:
-    """Whether the workdir keeps no result under a label but one of these settings, and of this step (None: of any)."""
+def is_free(workdir: Path, label: str, evals: EvalConfig, step: int | None = None, template: str | None = None) -> bool:
+    """Whether the workdir keeps no result under a label but one of these settings, and of this step (None: of any).
+
+    `template`: the file of the chat template (None: the tokenizer's own).
+    """
     found = _result(workdir, label)
-    return found is None or _is_of(found, evals, step)
+    return found is None or _is_of(found, evals, template, step)
 
 
 def _known(chosen: Recipe, workdir: Path, label: str, step: int | None) -> EvalResult | None:
     """The result that is there already, if it is of this step (None: of any) and these settings."""
     found = _result(workdir, label)
-    return found if found is not None and _is_of(found, chosen.evals, step) else None
+    return found if found is not None and _is_of(found, chosen.evals, chosen.run.data.chat_template, step) else None
 
 
 def _known_to_all(chosen: Recipe, workdir: Path, label: str, step: int) -> EvalResult | None:
@@ -194,10 +197,11 @@ def _result(workdir: Path, label: str) -> EvalResult | None:
     return results.read(path) if path.exists() else None
 
 
-def _is_of(found: EvalResult, evals: EvalConfig, step: int | None) -> bool:
-    """Whether a result is of these settings, and of this step (None: of any)."""
+def _is_of(found: EvalResult, evals: EvalConfig, template: str | None, step: int | None) -> bool:
+    """Whether a result is of these settings and this chat template, and of this step (None: of any)."""
     # A result of an earlier version lacks the settings that came later, which had their defaults.
-    return {**configs.plain(EvalConfig()), **found.settings.get("evals", {})} == configs.plain(evals) and step in (None, found.step)
+    asked = {**configs.plain(EvalConfig()), **found.settings.get("evals", {})}
+    return asked == configs.plain(evals) and found.settings.get("chat_template") == template and step in (None, found.step)
 
 
 def evaluate_loaded(loaded: Loaded, evals: EvalConfig, label: str, workdir: Path | None) -> EvalResult:

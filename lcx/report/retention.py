@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 
+from lcx.core.numbers import counted
 from lcx.evals.comparison import Comparison, compare
 from lcx.evals.results import EvalResult
 from lcx.report.page import Cell, table
@@ -25,9 +26,9 @@ def section(before: EvalResult | None, after: EvalResult | None) -> str:
     certain = [row for row in found if row.has_interval]
     worse = [row for row in certain if row.verdict == "worse"]
     if worse:
-        said = f"Worse than before in {len(worse)} of {len(certain)} comparisons."
+        said = f"Worse than before in {len(worse)} of {counted(certain, 'comparison')}."
     elif certain:
-        said = f"In none of {len(certain)} comparisons is the extended model worse than before beyond chance."
+        said = f"The extended model is worse than before beyond chance in 0 of {counted(certain, 'comparison')}."
     else:
         said = "A single item shows nothing: score more text, or ask more questions."
     note = (

@@ -58,3 +58,5 @@ def test_a_label_is_free_for_the_same_evaluation_alone(tmp_path):
     assert is_free(tmp_path, "one", evals, 3) and is_free(tmp_path, "one", evals) and is_free(tmp_path, "two", evals, 3)
     assert not is_free(tmp_path, "one", evals, 4) and not is_free(tmp_path, "one", EvalConfig(lengths=(128,)), 3)
     assert free_label(tmp_path, "one", EvalConfig(lengths=(128,))) == "one-2"
+    # The same questions under another chat template are another evaluation.
+    assert not is_free(tmp_path, "one", evals, 3, "turns.jinja") and free_label(tmp_path, "one", evals, "turns.jinja") == "one-2"

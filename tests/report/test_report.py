@@ -74,7 +74,7 @@ def test_the_report_holds_the_numbers_it_was_given(workdir):
     assert "tiny <run>" in text and "<run>" not in page.split("<style>")[0].split("<title>")[1]
     assert "longest with more than 85.6% of needles; 95% interval 4,096–4,096" in text
     # At 256 tokens 59 of 60 before, all 60 after.
-    assert "In none of 1 comparisons is the extended model worse than before beyond chance." in text
+    assert "The extended model is worse than before beyond chance in 0 of 1 comparison." in text
     assert "98.3% 100.0% +1.7% ±" in re.sub(r"\s+", " ", text)
     # Loss by part over the last tenth of the steps, and in grey over the first: needles have one step there, text two.
     far = STAGES[2].loss

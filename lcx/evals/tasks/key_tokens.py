@@ -83,7 +83,7 @@ class KeyTokens(Task):
         mask = np.stack([self._mask(row, log) for row in self.spans.text])
         losses, named = self.spans.losses(backend, length), f"{self.spans.digest} {self.evaluator.name} {self.short}"
         if length == self.spans.longest and mask.sum() < FEW:
-            warn(f"{self.name}: only {mask.sum():,} of {mask.size:,} tokens are key tokens; raise evals.perplexity_tokens")
+            warn(f"{self.name}: only {mask.sum():,} of {mask.size:,} tokens are key tokens; raise perplexity_tokens")
         made = [Measurement(self.name, "key_share", length, float(mask.mean()), mask.size)]
         if mask.any():
             made.insert(0, mean_loss(self.name, "nll", length, losses, named, mask))
