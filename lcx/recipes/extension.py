@@ -103,8 +103,12 @@ def defaults() -> ml_collections.ConfigDict:
     run = run_defaults()
     scalars = {"source": str, "target": int, "trained": int, "theta": float, "pose_tokens": int, "last_tokens": int}
     for field in dataclasses.fields(ExtensionConfig):
-        run[field.name] = placeholder(scalars[field.name]) if field.name in scalars else field.default
-    run.last_mixture = ml_collections.ConfigDict({}, type_safe=False)
+        if field.name in scalars:
+            run[field.name] = placeholder(scalars[field.name])
+        elif field.name == "last_mixture":
+            run[field.name] = ml_collections.ConfigDict({}, type_safe=False)
+        else:
+            run[field.name] = field.default
     return run
 
 
