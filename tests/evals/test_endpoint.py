@@ -135,7 +135,7 @@ def test_a_refusal_loses_no_other_answer(params):
 def test_wrong_endpoints():
     with pytest.raises(UserError, match="cannot be reached .*; is the server running"):
         next(
-            EndpointBackend(EndpointConfig("http://127.0.0.1:9/v1", "m", retries=0)).complete(
+            EndpointBackend(EndpointConfig("http://127.0.0.1:9/v1", "m")).complete(
                 [Item(np.arange(3, dtype=np.int32), np.zeros(0, np.int32))], 4
             )
         )

@@ -30,6 +30,7 @@ class EndpointBackend:
         key = os.environ.get("OPENAI_API_KEY") or "none"
         self._client = self._openai.OpenAI(api_key=key, base_url=config.url, timeout=config.timeout, max_retries=config.retries)
         named = json.dumps([config.url, config.model, config.api])
+        self._reached = False
         self.fingerprint = hashlib.sha256(named.encode()).hexdigest()[:16]
 
     def complete(self, items: Sequence[Item], new_tokens: int) -> Iterator[dict[int, str]]:
@@ -42,9 +43,10 @@ class EndpointBackend:
     ) -> Iterator[dict[int, Reply]]:
         """What the server says to each prompt, as it comes; raises `UserError` if it does not answer in spite of all retries.
 
-        What other requests that are open by then bring comes first. At a `temperature` each request has a seed, which depends on
-        its words; not every server heeds it.
+        A server that is not there at the start is not waited for. What other requests that are open by then bring comes first. At a
+        `temperature` each request has a seed, which depends on its words; not every server heeds it.
         """
+        self._reach()
         failed, more = None, {"temperature": temperature, **({"stop": list(stop)} if stop else {})}
         with concurrent.futures.ThreadPoolExecutor(self._config.concurrency) as pool:
             asked = {pool.submit(self._ask, item, new_tokens, more): number for number, item in enumerate(items)}
@@ -63,6 +65,24 @@ class EndpointBackend:
                     request.cancel()
         if failed is not None:
             raise failed
+
+    def _reach(self) -> None:
+        """Raises `UserError` if nothing listens at the address; a server that is there may answer what it likes."""
+        if self._reached:
+            return
+        try:
+            self._client.with_options(max_retries=0, timeout=10).models.list()
+        except self._openai.APITimeoutError:
+            pass
+        except self._openai.APIConnectionError as error:
+            if type(error.__cause__).__name__ == "ConnectError":
+                raise self._unreachable(error) from error
+        except self._openai.OpenAIError:
+            pass
+        self._reached = True
+
+    def _unreachable(self, error: Exception) -> UserError:
+        return UserError(f"{self._config.url} cannot be reached ({error.__cause__ or error}); is the server running?")
 
     def loglikelihood(self, items: Sequence[Item]) -> list[Scores]:
         """Raises `UserError`: servers do not tell the probabilities of given tokens."""
@@ -93,7 +113,7 @@ class EndpointBackend:
         except self._openai.APIStatusError as error:
             raise UserError(f"{config.url} answered {error.status_code} ({_said(error)}); {_way_out(error.status_code)}") from error
         except self._openai.APIConnectionError as error:
-            raise UserError(f"{config.url} cannot be reached ({error.__cause__ or error}); is the server running?") from error
+            raise self._unreachable(error) from error
         except (self._openai.APIError, AttributeError, IndexError, TypeError, ValueError) as error:
             raise UserError(
                 f"{config.url} does not answer as OpenAI's protocol says ({_said(error)}); check the address"
