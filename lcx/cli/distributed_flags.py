@@ -16,7 +16,7 @@ from lcx.core.errors import UserError
 from lcx.launch import supervisor
 from lcx.launch.cluster import AUTO, find_job
 
-COMMANDS = ("run", "train", "eval", "generate")
+COMMANDS = ("run", "train", "eval", "generate", "doremi")
 
 OWN = ("distributed", "num_processes", "process_id", "initialization_timeout", "heartbeat_timeout", "hang_timeout", "max_restarts")
 """Flags that say how a process joins its job; all others must be the same in all of them."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from lcx.cli import config_flags
+from lcx.cli import config_flags, distributed_flags
 from lcx.core.console import say, table
 from lcx.recipes.cores import on_cores
 from lcx.recipes.doremi import RESULT, find_mixture
@@ -26,6 +26,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("stage", None, "stage whose parts are weighed (default: the first)", flag_values=values)
     flags.DEFINE_float("step_size", default.step_size, "how fast weights follow the excess loss", flag_values=values)
     flags.DEFINE_float("smoothing", default.smoothing, "share that every update spreads over all parts", flag_values=values)
+    distributed_flags.define(values)
 
 
 def main(values: flags.FlagValues, rest: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lcx.core import processes
 from lcx.core.batch import Batch
 from lcx.core.console import say
 from lcx.core.errors import UserError
@@ -55,8 +56,9 @@ def find_mixture(
     say(f"doremi: the proxy, in {workdir / 'proxy'}")
     reweight = Reweight(trained.params, config, workdir / "proxy" / LOG)
     train(single(run, chosen, equal=True), workdir / "proxy", devices, given, reweight=reweight)
+    processes.meet("doremi")  # the first process has written the last update
     found = metrics.read(workdir / "proxy" / LOG)[-1]["mean"]
-    if jax.process_index() == 0:
+    if processes.is_first():
         write_atomically(workdir / RESULT, json.dumps({"stage": chosen.name, "mixture": found}, indent=1) + "\n")
     return found
 
@@ -67,7 +69,7 @@ def _claim(workdir: Path, settings: dict[str, Any]) -> None:
     if path.exists() and (there := json.loads(path.read_text())) != settings:
         raise UserError(f"workdir {workdir} holds a search with {there}, not {settings}; name another --workdir")
     make_workdir(workdir)
-    if jax.process_index() == 0:
+    if processes.is_first():
         write_atomically(path, json.dumps(settings) + "\n")
 
 
@@ -104,7 +106,7 @@ class Reweight:
         with jax.set_mesh(built.mesh):
             excess = doremi.measure(state.all_params, self._reference, built.buffers, batch, built.arch)
         self._weights = doremi.update(self._weights, np.asarray(excess), self._config)
-        if jax.process_index() == 0:
+        if processes.is_first():
             metrics.append(self._log, {"stage_step": step + 1, **_record(self._weights, names)})
         factors = (self._weights.now / built.loader.shares).astype(np.float32)
         with jax.set_mesh(built.mesh):
@@ -117,7 +119,8 @@ class Reweight:
             raise UserError(
                 f"{self._log} has {len(rows)} of the {step} updates before this step; delete its directory to start again"
             )
-        if jax.process_index() == 0:
+        processes.meet("doremi")  # all have read what the first process writes again
+        if processes.is_first():
             write_atomically(self._log, "".join(json.dumps(row) + "\n" for row in rows))
         if not rows:
             return DomainWeights.uniform(len(names))

@@ -8,7 +8,9 @@ import pytest
 
 from lcx.cli import parse
 from lcx.core import exits
+from lcx.recipes.doremi import find_mixture
 from lcx.recipes.recipe import recipe
+from lcx.training.doremi import DoReMiConfig
 from lcx.training.loop import train
 from lcx.training.metrics import TIMING
 from tests.cli.command import CONFIG, lcx
@@ -38,6 +40,7 @@ def get_config():
     config.stage_order = ("base",)
     return config
 """
+SECOND = 'config.data.parts.other = {"weight": 2.0, "source": {"kind": "stdlib", "limit_bytes": 300_000}}'
 
 
 @pytest.mark.slow
@@ -52,6 +55,21 @@ def test_two_processes_train_as_one(tmp_path, devices):
     assert close([row["grad_norm"] for row in found], [row["grad_norm"] for row in expected])
     # Standard output is process 0's.
     assert "done: 2 steps" in job.said(tmp_path / "logs", 0) and "done:" not in job.said(tmp_path / "logs", 1)
+
+
+@pytest.mark.slow
+def test_two_processes_weigh_a_mixture_as_one(tmp_path, devices):
+    (config := tmp_path / "short.py").write_text(SHORT.replace("    return", f"    {SECOND}\n    return"))
+    command = ["doremi", f"--config={config}", f"--workdir={tmp_path / 'two'}"]
+    expected = find_mixture(recipe(parse.load(str(config))).run, tmp_path / "one", DoReMiConfig(), devices=devices[:4])
+    # The second job finds all done, and says the same.
+    for folder in ("first", "second"):
+        started = job.lcx(command, 2, tmp_path / folder)
+        assert job.ended(started) == [0, 0], job.said(tmp_path / folder, 0)[-2000:]
+        assert "config.stages.base.mixture" in job.said(tmp_path / folder, 0)
+    found = json.loads((tmp_path / "two" / "mixture.json").read_text())["mixture"]
+    assert found.keys() == expected.keys() and close(found.values(), expected.values())
+    assert len((tmp_path / "two" / "proxy" / "doremi.jsonl").read_text().splitlines()) == 2
 
 
 @pytest.mark.slow
