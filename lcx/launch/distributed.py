@@ -130,14 +130,15 @@ def _start(job: Job, patience: Patience) -> None:
         check_reachable(job.coordinator, job.process_id, min(left, 20.0) if job.process_id == 0 else left)
     arguments: dict[str, Any] = {
         **job.arguments(),
-        "initialization_timeout": int(left),
+        # Longer than the patience of this process, which ends in a sentence; JAX would abort with the places of its code.
+        "initialization_timeout": int(left) + 60,
         # Only for what the heartbeats of lcx do not find.
         "heartbeat_timeout_seconds": int(max(100, 4 * patience.silence)),
         "shutdown_timeout_seconds": 15,
     }
     if job.coordinator is not None and is_loopback(split_address(job.coordinator)[0]):
         arguments["coordinator_bind_address"] = job.coordinator
-    with _limited(left + 10, f"the processes that {job.scheduler} names did not all start within {patience.start:g} s"):
+    with _limited(left, f"not all processes that {job.scheduler} names have started within {patience.start:g} s"):
         try:
             jax.distributed.initialize(**arguments)
         except Exception as error:
@@ -168,8 +169,10 @@ def _limited(seconds: float, sentence: str) -> Iterator[None]:
     """End the process with a sentence if the body takes longer: some libraries wait for ever for an address that is gone."""
 
     def end() -> None:
+        stale = any(name.startswith("MEGASCALE_") for name in os.environ)
         print_error(
-            f"{sentence}; see what the other processes say. Addresses of an earlier job in MEGASCALE_* variables do this, too"
+            f"{sentence}; start the others with the same address, or raise --initialization_timeout"
+            + (". MEGASCALE_* variables of an earlier job do this, too" if stale else "")
         )
         tell(supervisor.pulse(), "end", f"{exits.RESTART} {sentence}")
         os._exit(exits.RESTART)

@@ -90,8 +90,7 @@ def _run(command: Sequence[str], environment: Mapping[str, str], silence: float)
         name = host.signal_name(number)
         if number in (signal.SIGTERM, signal.SIGINT):
             return End(128 + number, f"it was ended by {name} at '{at}'", at)
-        late = number == signal.SIGABRT and at == JOINING
-        text = f"it was ended by {name}{_LATE if late else _WHY.get(number, '')}; it was last at '{at}'"
+        text = f"it was ended by {name}{_WHY.get(number, '')}; it was last at '{at}'"
     elif code in (exits.DONE, exits.INTERRUPTED, exits.PREEMPTED):
         return End(code, None, at)
     elif at == _BEFORE:
@@ -103,7 +102,6 @@ def _run(command: Sequence[str], environment: Mapping[str, str], silence: float)
 
 
 _BEFORE = "its start"
-_LATE = ", as JAX does when not all processes have started in time"
 _WHY: dict[int, str] = {signal.SIGKILL: ", perhaps for want of memory", signal.SIGABRT: ", as JAX does when process 0 is lost"}
 
 

@@ -149,7 +149,9 @@ def test_a_process_that_never_comes(tmp_path):
     begun = time.time()
     started = job.lcx(words, 2, tmp_path / "logs", only=[0], initialization_timeout=15)
     assert job.ended(started, 120) == [exits.RESTART] and time.time() - begun < 90
-    assert "error:" in job.said(tmp_path / "logs", 0)
+    text = job.said(tmp_path / "logs", 0)
+    assert "error: not all processes that the command line names have started within 15 s; start the others" in text
+    assert "Check failure" not in text and "MEGASCALE" not in text
 
 
 @pytest.mark.slow
