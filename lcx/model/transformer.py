@@ -183,15 +183,21 @@ def scan_layers(
     period = len(config.pattern)
     whole = config.num_layers // period
     policy = remat_policy(execution, x.shape[1])
-    step = remat(functools.partial(_period, arch=arch, attention_fn=attention_fn, token_mask=token_mask), policy)
+    body = functools.partial(_period, arch=arch, attention_fn=attention_fn, token_mask=token_mask)
+    step = remat(body, policy)
     carry, done = (x, state, None if token_mask is None else jnp.zeros((), jnp.float32)), 0
     if whole > 1:
         every = execution.periods_together(whole)
         done = whole // every * every * period
-        grouped = jax.tree.map(lambda w: w[:done].reshape(-1, period, *w.shape[1:]), stacked)
+        grouped, group = jax.tree.map(lambda w: w[:done], stacked), step
+        if period == 1:
+            # Of stacks that are reshaped into turns of one layer XLA makes copies, on a CPU all of them at once.
+            group = remat(functools.partial(_of_one_layer, step=body), policy)
+        else:
+            grouped = jax.tree.map(lambda w: w.reshape(-1, period, *w.shape[1:]), grouped)
         unroll = execution.layer_unroll or (CPU_UNROLL if policy == "none" and target_platform() == "cpu" else 1)
         turns = (grouped, jnp.arange(done // period, dtype=jnp.int32))
-        run = functools.partial(jax.lax.scan, functools.partial(step, kinds=config.pattern), unroll=min(whole, unroll))
+        run = functools.partial(jax.lax.scan, functools.partial(group, kinds=config.pattern), unroll=min(whole, unroll))
         if every > 1:
             turns = jax.tree.map(lambda x: x.reshape(-1, every, *x.shape[1:]), turns)
             run = functools.partial(jax.lax.scan, _recomputed_together(run, policy))
@@ -282,6 +288,12 @@ def _period(
         x, state, balance = block(layer, x, arch, functools.partial(attention_fn, kind, nth, layer, state), token_mask)
         total = None if total is None else total + balance
     return (x, state, total), None
+
+
+def _of_one_layer(carry: tuple, turn: tuple, *, step: Callable[..., tuple], **options: Any) -> tuple:
+    """`step` on a layer whose weights are not stacked."""
+    weights, nth = turn
+    return step(carry, (jax.tree.map(lambda w: w[None], weights), nth), **options)
 
 
 def block(

@@ -245,3 +245,19 @@ def test_a_shifted_model_sees_no_future_and_no_other_group():
     whole = hidden_states(params, buffers, dataclasses.replace(arch, shifted_group=2 * T), batch)[0]
     exact = hidden_states(params, buffers, dataclasses.replace(arch, shifted_group=None), batch)[0]
     assert worst_error(whole, exact)[0] <= 1e-6
+
+
+@pytest.mark.parametrize("remat", ["block", "nested"])
+def test_stacks_of_weights_are_not_copied(remat):
+    """Of a model with one kind of layer, forward and backward with respect to its input; the weights are much of the memory."""
+    config = dataclasses.replace(TINY, pattern=("global",), window=None, num_layers=30, mlp_dim=2048)
+    params, buffers, arch = build(config, {"default": "rope:theta=500"})
+    arch = dataclasses.replace(arch, execution=ExecutionConfig(remat=remat))
+    batch = Batch.from_tokens(tokens())
+
+    def run(params, table):
+        return jax.grad(lambda table: loss({**params, "embed": {"embedding": table}}, buffers, arch, batch))(table)
+
+    memory = jax.jit(run).lower(params, params["embed"]["embedding"]).compile().memory_analysis()
+    stack = params["layers"]["mlp"]["up"]["kernel"].nbytes
+    assert memory.temp_size_in_bytes < stack
