@@ -14,6 +14,7 @@ from lcx.evals.results import EvalResult
 CONFIG = "tests/cli/tiny.py"
 
 
+@pytest.mark.slow
 def test_a_model_is_trained_read_evaluated_and_asked(tmp_path):
     workdir = tmp_path / "run"
     model = lcx.train(CONFIG, workdir, {"stages.longer.steps": 1, "mesh.fsdp": 1, "mesh.data": -1})

@@ -262,6 +262,7 @@ def make_step(config: ModelConfig, mesh: MeshConfig, accumulate: int = 1, steps:
     return step, step.state_from_params(params), buffers
 
 
+@pytest.mark.slow
 def test_the_balance_has_a_denominator_of_its_own():
     """Its gradient does not depend on the loss weights, and microbatches count by their tokens that are no padding."""
     batch = jax.tree.map(np.asarray, tokens())

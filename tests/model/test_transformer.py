@@ -223,6 +223,7 @@ def test_shifted_attention_is_that_of_groups_by_order(heads, kv_heads):
             np.testing.assert_allclose(got[t, h], weights @ v[0, keys, kv] / weights.sum(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_shifted_model_sees_no_future_and_no_other_group():
     """The token after a boundary of both halves' groups, and the wrapped group of the paper, whose head would see its tail."""
     config = dataclasses.replace(TINY, pattern=("global",), num_layers=1)
@@ -247,7 +248,7 @@ def test_a_shifted_model_sees_no_future_and_no_other_group():
     assert worst_error(whole, exact)[0] <= 1e-6
 
 
-@pytest.mark.parametrize("remat", ["block", "nested"])
+@pytest.mark.parametrize("remat", mostly_slow(["block", "nested"], ["block"]))
 def test_stacks_of_weights_are_not_copied(remat):
     """Of a model with one kind of layer, forward and backward with respect to its input; the weights are much of the memory."""
     config = dataclasses.replace(TINY, pattern=("global",), window=None, num_layers=30, mlp_dim=2048)

@@ -88,10 +88,13 @@ def test_the_weights_of_a_model_that_wrote_the_text_are_found(parts):
             "merge_method": "task_arithmetic", "base_model": base, "parameters": {"lambda": 0.5, "weight": 0.6},
             "models": [{"model": one, "parameters": {"weight": [0.1, 0.9]}}, {"model": two}],
         },
-        lambda base, one, two: {
-            "merge_method": "linear",
-            "models": [{"model": name, "parameters": {"weight": weight}} for name, weight in ((base, 2), (one, 1), (two, 1))],
-        },
+        pytest.param(
+            lambda base, one, two: {
+                "merge_method": "linear",
+                "models": [{"model": name, "parameters": {"weight": weight}} for name, weight in ((base, 2), (one, 1), (two, 1))],
+            },
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["task_arithmetic", "linear"],
 )  # fmt: skip

@@ -111,6 +111,7 @@ def test_a_run_leaves_a_record_of_all_its_steps(tmp_path):
     assert time_report.section(None) == time_report.note(None) == ""
 
 
+@pytest.mark.slow
 def test_a_run_records_a_step_that_this_process_was_late_for(tmp_path):
     def slowly(built, step, state, batch):
         if built.index == 1 and step == 13:
