@@ -192,7 +192,7 @@ def scan_layers(
         grouped, group = jax.tree.map(lambda w: w[:done], stacked), step
         if period == 1:
             # Of stacks that are reshaped into turns of one layer XLA makes copies, on a CPU all of them at once.
-            group = remat(functools.partial(body, alone=True), policy)
+            group = remat(functools.partial(body, stacked=False), policy)
         else:
             grouped = jax.tree.map(lambda w: w.reshape(-1, period, *w.shape[1:]), grouped)
         unroll = execution.layer_unroll or (CPU_UNROLL if policy == "none" and target_platform() == "cpu" else 1)
@@ -279,13 +279,13 @@ def _period(
     arch: Architecture,
     attention_fn: AttentionFn,
     token_mask: jax.Array | None,
-    alone: bool = False,
+    stacked: bool = True,
 ) -> tuple[tuple, None]:
-    """One turn of the scan; the weights of its layers are stacked, unless it has one layer that is `alone`."""
+    """One turn of the scan; the weights of its layers are `stacked`, or those of its only layer."""
     (x, state, total), (weights, turn) = carry, group
     x = checkpoint_name(x, INPUT)
     for i, kind in enumerate(kinds):
-        layer = weights if alone else jax.tree.map(lambda w, i=i: w[i], weights)
+        layer = jax.tree.map(lambda w, i=i: w[i], weights) if stacked else weights
         nth = turn * arch.config.pattern.count(kind) + kinds[:i].count(kind)
         x, state, balance = block(layer, x, arch, functools.partial(attention_fn, kind, nth, layer, state), token_mask)
         total = None if total is None else total + balance
