@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -183,28 +184,24 @@ def scan_layers(
     period = len(config.pattern)
     whole = config.num_layers // period
     policy = remat_policy(execution, x.shape[1])
-    body = functools.partial(_period, arch=arch, attention_fn=attention_fn, token_mask=token_mask)
-    step = remat(body, policy)
+    step = remat(functools.partial(_period, arch=arch, attention_fn=attention_fn, token_mask=token_mask), policy)
     carry, done = (x, state, None if token_mask is None else jnp.zeros((), jnp.float32)), 0
     if whole > 1:
         every = execution.periods_together(whole)
         done = whole // every * every * period
-        grouped, group = jax.tree.map(lambda w: w[:done], stacked), step
-        if period == 1:
-            # Of stacks that are reshaped into turns of one layer XLA makes copies, on a CPU all of them at once.
-            group = remat(functools.partial(body, stacked=False), policy)
-        else:
+        grouped = jax.tree.map(lambda w: w[:done], stacked)
+        if period > 1:
             grouped = jax.tree.map(lambda w: w.reshape(-1, period, *w.shape[1:]), grouped)
         unroll = execution.layer_unroll or (CPU_UNROLL if policy == "none" and target_platform() == "cpu" else 1)
         turns = (grouped, jnp.arange(done // period, dtype=jnp.int32))
-        run = functools.partial(jax.lax.scan, functools.partial(group, kinds=config.pattern), unroll=min(whole, unroll))
+        run = functools.partial(jax.lax.scan, functools.partial(step, kinds=config.pattern), unroll=min(whole, unroll))
         if every > 1:
             turns = jax.tree.map(lambda x: x.reshape(-1, every, *x.shape[1:]), turns)
             run = functools.partial(jax.lax.scan, _recomputed_together(run, policy))
         carry, _ = run(carry, turns)
     for start in range(done, config.num_layers, period):
         kinds = config.pattern[: config.num_layers - start]
-        rest = jax.tree.map(functools.partial(_slice, start=start, size=len(kinds)), stacked)
+        rest = jax.tree.map(operator.itemgetter(start if period == 1 else slice(start, start + len(kinds))), stacked)
         carry, _ = step(carry, (rest, start // period), kinds=kinds)
     return carry
 
@@ -236,10 +233,6 @@ def unstack(params: Tree) -> Tree:
     """
     count = jax.tree.leaves(params["layers"])[0].shape[0]
     return {**params, "layers": tuple(jax.tree.map(lambda w, i=i: w[i], params["layers"]) for i in range(count))}
-
-
-def _slice(w: jax.Array, *, start: int, size: int) -> jax.Array:
-    return w[start : start + size]
 
 
 def remat_policy(execution: ExecutionConfig, length: int) -> str:
@@ -279,13 +272,15 @@ def _period(
     arch: Architecture,
     attention_fn: AttentionFn,
     token_mask: jax.Array | None,
-    stacked: bool = True,
 ) -> tuple[tuple, None]:
-    """One turn of the scan; the weights of its layers are `stacked`, or those of its only layer."""
+    """One turn of the scan, with the weights of its layers stacked; those of a pattern of one kind are not.
+
+    Of stacks that are reshaped into turns of one layer XLA makes copies, on a CPU all of them at once.
+    """
     (x, state, total), (weights, turn) = carry, group
     x = checkpoint_name(x, INPUT)
     for i, kind in enumerate(kinds):
-        layer = jax.tree.map(lambda w, i=i: w[i], weights) if stacked else weights
+        layer = weights if len(arch.config.pattern) == 1 else jax.tree.map(operator.itemgetter(i), weights)
         nth = turn * arch.config.pattern.count(kind) + kinds[:i].count(kind)
         x, state, balance = block(layer, x, arch, functools.partial(attention_fn, kind, nth, layer, state), token_mask)
         total = None if total is None else total + balance
