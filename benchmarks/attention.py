@@ -14,7 +14,7 @@ import json
 import pathlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -36,7 +36,7 @@ TOKAMAX_LIMIT = 8192
 MASKS = {"causal": Mask(), "full": Mask(causal=False), "window64": Mask(window=64)}
 
 
-def ours(mask: Mask, shape: tuple[int, ...], buffers: list[np.ndarray]) -> Callable[[], None]:
+def ours(mask: Mask, shape: tuple[int, ...], buffers: list[np.ndarray]) -> Callable[[], object]:
     """A closure that runs forward and backward once."""
     index = Index.dense(*shape[:2])
     spec = AttentionSpec(mask, SchemeSpec(), scale=shape[-1] ** -0.5)
@@ -47,13 +47,13 @@ def ours(mask: Mask, shape: tuple[int, ...], buffers: list[np.ndarray]) -> Calla
     return compiled(step, *map(jnp.asarray, buffers), index)
 
 
-def compiled(step: Callable[..., tuple[jax.Array, ...]], *inputs: Any) -> Callable[[], None]:
+def compiled(step: Callable[..., Any], *inputs: Any) -> Callable[[], object]:
     """A closure that runs the compiled step and waits for it."""
     run = jax.jit(step).lower(*inputs).compile()
-    return lambda: jax.block_until_ready(run(*inputs)) and None
+    return lambda: jax.block_until_ready(run(*inputs))
 
 
-def fused(shape: tuple[int, ...], buffers: list[np.ndarray]) -> Callable[[], None]:
+def fused(shape: tuple[int, ...], buffers: list[np.ndarray]) -> Callable[[], object]:
     """The same with torch's scaled_dot_product_attention, causal."""
     import torch
 
@@ -67,7 +67,7 @@ def fused(shape: tuple[int, ...], buffers: list[np.ndarray]) -> Callable[[], Non
     return step
 
 
-def tokamax(shape: tuple[int, ...], buffers: list[np.ndarray]) -> Callable[[], None]:
+def tokamax(shape: tuple[int, ...], buffers: list[np.ndarray]) -> Callable[[], object]:
     """The same with tokamax's attention in chunks, its one path on a CPU that holds no array of all pairs; causal."""
     import tokamax as peer
     from absl import flags
@@ -81,7 +81,7 @@ def tokamax(shape: tuple[int, ...], buffers: list[np.ndarray]) -> Callable[[], N
     return compiled(step, *map(jnp.asarray, buffers))
 
 
-def measure(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, dict[str, float]]:
+def measure(steps: dict[Hashable, Callable[[], object]], repeats: int) -> dict[Hashable, dict[str, float]]:
     """Best wall and processor seconds of each step; the steps take turns."""
     best = {name: {"wall": float("inf"), "cpu": float("inf")} for name in steps}
     for _ in range(repeats + 1):

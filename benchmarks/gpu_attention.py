@@ -14,7 +14,6 @@ import importlib.util
 import json
 import os
 import pathlib
-import time
 from collections.abc import Callable, Sequence
 
 # Both libraries live on one card, so neither may take all of its memory beforehand.
@@ -23,6 +22,8 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 import jax.numpy as jnp
 import numpy as np
+from attention import compiled
+from attention import measure as in_turns
 
 from lcx.attention.attend import attend
 from lcx.attention.spec import AttentionSpec
@@ -49,9 +50,10 @@ def operands(shape: Sequence[int]) -> list[np.ndarray]:
 def of_jax(attention: Attention, buffers: Sequence[np.ndarray]) -> Passes:
     """Both passes of a function of JAX."""
     q, k, v, do = (jnp.asarray(x, jnp.bfloat16) for x in buffers)
-    forward = jax.jit(attention).lower(q, k, v).compile()
-    both = jax.jit(lambda q, k, v, do: jax.vjp(attention, q, k, v)[1](do)).lower(q, k, v, do).compile()
-    return {"fwd": lambda: jax.block_until_ready(forward(q, k, v)), "both": lambda: jax.block_until_ready(both(q, k, v, do))}
+    return {
+        "fwd": compiled(attention, q, k, v),
+        "both": compiled(lambda q, k, v, do: jax.vjp(attention, q, k, v)[1](do), q, k, v, do),
+    }
 
 
 def lcx(buffers: Sequence[np.ndarray]) -> Passes:
@@ -109,20 +111,14 @@ def measure(shape: Sequence[int], repeats: int) -> list[dict]:
     T, N, K, H = shape
     buffers = operands(shape)
     prepared = {name: side(buffers) for name, side in sides().items()}
-    best = {name: dict.fromkeys(passes, float("inf")) for name, passes in prepared.items()}
-    for _ in range(repeats + 1):
-        for name, passes in prepared.items():
-            for part, run in passes.items():
-                started = time.perf_counter()
-                run()
-                best[name][part] = min(best[name][part], time.perf_counter() - started)
+    best = in_turns({(name, part): run for name, passes in prepared.items() for part, run in passes.items()}, repeats)
     product = T * T * H * N  # multiplications and additions of one product of matrices, half of which the mask leaves out
     work = {"fwd": 2 * product, "both": 7 * product}
     return [
         {"side": name, "T": T, "H": H, "N": N, "KV": K}
-        | {f"{part}_ms": round(1e3 * seconds, 2) for part, seconds in took.items()}
-        | {f"{part}_tf": round(work[part] / seconds / 1e12) for part, seconds in took.items()}
-        for name, took in best.items()
+        | {f"{part}_ms": round(1e3 * best[name, part]["wall"], 2) for part in work}
+        | {f"{part}_tf": round(work[part] / best[name, part]["wall"] / 1e12) for part in work}
+        for name in prepared
     ]
 
 
@@ -130,9 +126,8 @@ def main() -> None:
     """Measures and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     card = jax.devices()[0].device_kind
-    parser.add_argument(
-        "--out", type=pathlib.Path, default=RESULTS / f"{card.lower().replace('nvidia ', '').replace(' ', '_')}.json"
-    )
+    name = card.lower().removeprefix("nvidia ").replace(" ", "_")
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS / f"{name}.json")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--shapes", type=lambda text: tuple(map(int, text.split("x"))), nargs="+", default=SHAPES, help="TxNxKxH")
     arguments = parser.parse_args()
@@ -141,9 +136,8 @@ def main() -> None:
     for shape in arguments.shapes:
         new = measure(shape, arguments.repeats)
         measured = {(row["side"], *shape) for row in new}
-        kept = (
-            row for row in record.get("attention", ()) if (row["side"], row["T"], row["N"], row["KV"], row["H"]) not in measured
-        )
+        before = record.get("attention", [])
+        kept = [row for row in before if tuple(row[key] for key in ("side", "T", "N", "KV", "H")) not in measured]
         record["attention"] = [*kept, *new]
         for row in new:
             print(json.dumps(row), flush=True)
