@@ -72,11 +72,10 @@ class ExtensionConfig:
             )
         if self.last_tokens is not None and self.last_steps == 0:
             raise UserError(f"config.last_tokens={self.last_tokens} has no effect without config.last_steps; leave it out")
-        shortest, longest = self.pose_tokens or 0, self.target
-        if self.last_tokens is not None and not shortest < self.last_tokens <= longest:
+        if self.last_tokens is not None and not (self.pose_tokens or 0) < self.last_tokens <= self.target:
             raise UserError(
-                f"config.last_tokens={self.last_tokens} must exceed config.pose_tokens={shortest} and be at most "
-                f"config.target={longest}"
+                f"config.last_tokens={self.last_tokens} must exceed config.pose_tokens={self.pose_tokens} and be at most "
+                f"config.target={self.target}"
             )
         if self.pose_tokens is None and self.pose_chunks != 2:
             raise UserError(
@@ -202,8 +201,8 @@ def _stages(
     if wanted.last_steps:
         last = _stage(wanted, target, wanted.last_tokens, wanted.last_steps, skipping)
         # Moments go on as well, so a long warmup would be for nothing.
-        warmup = {"warmup_steps": min(warmup, wanted.last_steps // 10)}
-        stages.append({**last, "optim": warmup, "keep_optimizer_state": True})
+        optim = {"warmup_steps": min(warmup, wanted.last_steps // 10)}
+        stages.append({**last, "optim": optim, "keep_optimizer_state": True})
     return stages
 
 
