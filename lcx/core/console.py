@@ -53,10 +53,11 @@ class Progress:
     """A progress bar with a line of figures.
 
     If the output is not a terminal, a plain line every `every` steps; None: one for whatever `note` is told, at most every 30 s.
+    `even` says that steps take equally long, so that the bar can tell how much time is left.
     """
 
-    def __init__(self, title: str, total: int, done: int = 0, every: int | None = 20):
-        self._title, self._total, self._done, self._every = title, total, done, every
+    def __init__(self, title: str, total: int, done: int = 0, every: int | None = 20, even: bool = True):
+        self._title, self._total, self._done, self._every, self._even = title, total, done, every, even
         self._console = console()
         self._bar: rich.progress.Progress | None = None
         self._task: rich.progress.TaskID | None = None
@@ -68,7 +69,7 @@ class Progress:
                 rich.progress.TextColumn("{task.description}"),
                 rich.progress.BarColumn(bar_width=24),
                 rich.progress.MofNCompleteColumn(),
-                rich.progress.TimeRemainingColumn(compact=True),
+                *([rich.progress.TimeRemainingColumn(compact=True)] if self._even else []),
                 rich.progress.TextColumn("{task.fields[figures]}"),
                 console=self._console,
             )

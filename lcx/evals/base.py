@@ -169,6 +169,8 @@ class Task(abc.ABC):
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
+    same_text: ClassVar[bool] = False
+    """Whether the same text is read at every length, in longer windows, and not as many rows of each length."""
     notes: tuple[str, ...] = ()
 
     @abc.abstractmethod
@@ -177,6 +179,10 @@ class Task(abc.ABC):
 
     def check(self, length: int) -> None:  # noqa: B027
         """Raises `UserError` if no item of the task fits into a length; called for all lengths before anything is measured."""
+
+    def answers(self, count: int) -> int | None:
+        """How many answers a cell of `count` items adds to a log; None if it adds none, or if that depends on the length."""
+        return None
 
     @abc.abstractmethod
     def measure(self, backend: Backend, length: int, count: int, log: AnswerLog) -> list[Measurement]:

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from lcx.core import configs, processes
 from lcx.core.configs import choice
 from lcx.core.console import Progress, say
 from lcx.core.errors import UserError
+from lcx.core.numbers import duration
 from lcx.core.trees import Tree, num_elements
 from lcx.data.config import DataConfig, SourceConfig
 from lcx.data.sources import sources
 from lcx.data.tokenizers import tokenizers
-from lcx.evals import results
+from lcx.evals import forecast, results
 from lcx.evals.answers import AnswerLog
 from lcx.evals.backends.endpoint import EndpointBackend
 from lcx.evals.backends.local import LocalBackend
 from lcx.evals.base import Backend, Evaluator, Materials, Task, warn_left_out
 from lcx.evals.config import EndpointConfig, EvalConfig
+from lcx.evals.forecast import Cell
 from lcx.evals.readers.files import FileQuestions
 from lcx.evals.results import EvalResult, Measurement, perplexity
 from lcx.evals.tasks.table import GROUPS, TASKS
@@ -31,6 +34,7 @@ from lcx.evals.zero_shot import at_length, refuse_learned
 from lcx.model.architecture import build_architecture
 from lcx.model.config import ModelConfig
 from lcx.model.execution import ExecutionConfig
+from lcx.model.flops import forward_flops
 from lcx.positions.scheme import Scheme
 
 FOLDER, ANSWERS = "eval", "answers.jsonl"
@@ -109,7 +113,8 @@ def evaluate(
         materials, evaluator=evaluator or Evaluator(functools.partial(backend, "none"), materials.tokenizer)
     )
     specs = ("none", *(spec for spec in config.zero_shot if spec != "none"))
-    rows, notes = _measured(fitting_tasks(materials), specs, backend, config, label, workdir, announce)
+    work = functools.partial(forward_flops, model, 1)
+    rows, notes = _measured(fitting_tasks(materials), specs, backend, work, config, label, workdir, announce)
     settings = {**_settings(data, config), "parameters": num_elements(params), "compute_dtype": execution.compute_dtype}
     return _kept(EvalResult(label, trained, step, rows, time.perf_counter() - started, settings, notes), workdir)
 
@@ -133,7 +138,7 @@ def evaluate_endpoint(
         if not isinstance(task, TextQuestions | FileQuestions):
             words = ", ".join(GROUPS)
             raise UserError(f"evals.tasks has {task.name!r}, which no server answers; choose tasks in words, such as {words}")
-    rows, notes = _measured(tasks, ("none",), lambda spec, length: backend, config, label, workdir, announce)
+    rows, notes = _measured(tasks, ("none",), lambda spec, length: backend, float, config, label, workdir, announce)
     settings = {**_settings(data, config), "endpoint": configs.plain(endpoint)}
     longest = max(config.lengths)
     return _kept(EvalResult(label, longest, None, rows, time.perf_counter() - started, settings, notes), workdir)
@@ -177,22 +182,27 @@ def _measured(
     tasks: Sequence[tuple[Task, Sequence[int]]],
     specs: Sequence[str],
     backend: Callable[[str, int], Backend],
+    work: Callable[[int], float],
     config: EvalConfig,
     label: str,
     workdir: str | os.PathLike[str] | None,
     announce: Callable[[str], None],
 ) -> tuple[tuple[Measurement, ...], tuple[str, ...]]:
-    """The rows of all tasks under all schemes at all lengths, and what readers of them should know."""
+    """The rows of all tasks under all schemes at all lengths, and what readers of them should know.
+
+    `work` is what one row of a length costs, in a unit of its own.
+    """
     planned = [(spec, task, lengths, count) for spec in specs for task, lengths in tasks if (count := task.count(spec != "none"))]
     log = AnswerLog(None if workdir is None else pathlib.Path(workdir) / FOLDER / ANSWERS, label)
     rows: list[Measurement] = []
-    with Progress(f"{label}: measuring", sum(len(lengths) for _, _, lengths, _ in planned), every=None) as bar:
+    cells = [_cell(task, spec, length, count, work) for spec, task, lengths, count in planned for length in lengths]
+    with Progress(f"{label}: measuring", len(cells), every=None, even=False) as bar:
+        following = _Course(bar, cells, log)
         for spec, task, lengths, count in planned:
             found: list[Measurement] = []
             for length in lengths:
-                bar.advance(doing := f"{task.name}, {spec} at {length:,}")
-                log.heard = functools.partial(_heard, bar, doing, log.added)
-                found += task.measure(backend(spec, length), length, count, log)
+                with following.next(task.answers(count)):
+                    found += task.measure(backend(spec, length), length, count, log)
             rows += [dataclasses.replace(row, scheme=spec) for row in found]
             announce(f"{label}: {task.name}, {spec}: {_by_part(task.name, found) or _by_length(found)}")
     for name, members in GROUPS.items():
@@ -203,8 +213,42 @@ def _measured(
     return tuple(rows), tuple(note for task, _ in tasks for note in task.notes)
 
 
-def _heard(bar: Progress, doing: str, before: int, added: int) -> None:
-    bar.note(f"{doing}, answer {added - before:,}")
+def _cell(task: Task, spec: str, length: int, count: int, work: Callable[[int], float]) -> Cell:
+    """A cell with its work: of one row of its length for each item, or of the windows that the same text is cut into."""
+    return Cell(task.name, spec, length, work(length) / length if task.same_text else work(length) * count)
+
+
+class _Course:
+    """What the bar of an evaluation says: the cell, its answers so far, and about how much time is left."""
+
+    def __init__(self, bar: Progress, cells: Sequence[Cell], log: AnswerLog):
+        self._bar, self._coming, self._log = bar, list(cells), log
+        self._seconds: dict[Cell, float] = {}
+
+    @contextlib.contextmanager
+    def next(self, answers: int | None) -> Iterator[None]:
+        """Around the measurement of the next cell, which is to add so many `answers` to the log, or fewer if it holds some."""
+        started, before = time.perf_counter(), self._log.added
+        doing = "{0.task}, {0.scheme} at {0.length:,}".format(self._coming[0])
+        self._bar.advance(doing + _left(forecast.remaining(self._coming, self._seconds)))
+        cell = self._coming.pop(0)
+
+        def heard(added: int) -> None:
+            took, share = time.perf_counter() - started, (added - before) / answers if answers else None
+            whole = self._seconds if share is None else {**self._seconds, cell: took / share}
+            left = forecast.remaining(self._coming, whole)
+            here = 0.0 if share is None else max(0.0, took / share - took)
+            self._bar.note(f"{doing}, answer {added - before:,}" + _left(None if left is None else left + here))
+
+        self._log.heard = heard
+        yield
+        new = self._log.added - before
+        if answers is None or new:
+            self._seconds[cell] = (time.perf_counter() - started) * (1.0 if answers is None else answers / new)
+
+
+def _left(seconds: float | None) -> str:
+    return "" if seconds is None else f"; about {duration(seconds)} left"
 
 
 def _settings(data: DataConfig, config: EvalConfig) -> dict[str, object]:

@@ -8,12 +8,15 @@ import pytest
 from lcx.core.console import Progress
 from lcx.core.errors import UserError
 from lcx.core.mesh import MeshConfig, make_mesh, mesh_of
+from lcx.core.numbers import duration
 from lcx.core.param_spec import initialize, shardings
 from lcx.data.config import DataConfig, PartConfig, SourceConfig
-from lcx.evals import results, runner
+from lcx.evals import forecast, results, runner
+from lcx.evals.answers import AnswerLog
 from lcx.evals.backends.local import LocalBackend, score
 from lcx.evals.base import Item
 from lcx.evals.config import EvalConfig, QuestionConfig
+from lcx.evals.forecast import Cell
 from lcx.evals.results import Measurement
 from lcx.evals.runner import evaluate, fitting_tasks, gather
 from lcx.evals.tasks.needles import GeneratedNeedles, Needles
@@ -265,3 +268,47 @@ def test_wrong_parts_are_answered(data):
         Needles.build(gather(data, dataclasses.replace(CONFIG, task="text")))
     with pytest.raises(UserError, match="tokens but evals.lengths needs 100,000"):
         Perplexity.build(gather(data, dataclasses.replace(CONFIG, lengths=(100_000,))))
+
+
+def test_the_time_that_is_left_is_told_by_the_nearest_cells():
+    first, second, third = Cell("a", "none", 100, 1.0), Cell("a", "none", 200, 3.0), Cell("a", "none", 400, 10.0)
+    other, scheme = Cell("b", "none", 100, 2.0), Cell("a", "ntk", 200, 3.0)
+    assert forecast.remaining([first, second], {}) is None
+    assert forecast.remaining([second, third], {first: 2.0}) == 2 * 13  # by work
+    assert forecast.remaining([third], {first: 2.0, second: 3.0}) == 10  # the longest of its task
+    assert forecast.remaining([scheme], {first: 2.0, scheme._replace(length=100, work=1.0): 5.0}) == 15  # of its scheme
+    assert forecast.remaining([other], {first: 2.0, second: 10.0}) == 2 * 12 / 4  # of all together
+    assert forecast.remaining([], {first: 2.0}) == 0
+
+
+def test_a_long_evaluation_tells_how_much_time_is_left(params, data, tmp_path, monkeypatch):
+    now, told = [0.0], []
+    monkeypatch.setattr(runner.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(Progress, "note", lambda self, text: told.append(text))
+    monkeypatch.setattr(Progress, "advance", lambda self, text="", steps=1: told.append(text))
+    add = AnswerLog.add
+
+    def slow(self, key, **values):
+        now[0] += values["length"]  # a second a token
+        add(self, key, **values)
+
+    monkeypatch.setattr(AnswerLog, "add", slow)
+    monkeypatch.setattr(runner, "forward_flops", lambda model, rows, length: rows * length)
+    config = EvalConfig(
+        tasks=("needle_in_prose",), lengths=(512, 1024), questions=QuestionConfig(1, prose=(str(tmp_path / "*.txt"),))
+    )  # fmt: skip
+
+    def measured(workdir):
+        told.clear()
+        evaluate(params, MODEL, ExecutionConfig(), SCHEMES, data, config, trained=64, workdir=workdir)
+        return told
+
+    assert measured(tmp_path / "a") == [
+        "needle_in_prose, none at 512",
+        *(
+            f"needle_in_prose, none at 512, answer {i}; about {duration(512 * (5 - i) + 5 * 1024)} left" for i in range(1, 6)
+        ),
+        f"needle_in_prose, none at 1,024; about {duration(5 * 1024)} left",
+        *(f"needle_in_prose, none at 1,024, answer {i}; about {duration(1024 * (5 - i))} left" for i in range(1, 6)),
+    ]  # fmt: skip
+    assert measured(tmp_path / "a") == ["needle_in_prose, none at 512", "needle_in_prose, none at 1,024"]  # all answers are there

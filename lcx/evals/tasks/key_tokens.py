@@ -51,6 +51,7 @@ class KeyTokens(Task):
     """`nll` in nats of key tokens, `other_nll` of the rest and `key_share` at each length, the same tokens at all of them."""
 
     name = "long_perplexity"
+    same_text = True
     spans: Spans
     tokenizer: Tokenizer
     evaluator: Evaluator

@@ -22,6 +22,7 @@ class LossByKind(Task):
     """`nll` in nats per token of each of `lcx.evals.text.token_kinds.KINDS` and `COPIES` that the spans hold, at each length."""
 
     name = "loss_by_kind"
+    same_text = True
     spans: Spans
     groups: Mapping[str, np.ndarray]
     """Which tokens are of a kind, boolean `[R, longest]`."""
@@ -55,6 +56,7 @@ class LossBySource(Task):
     """`nll` in nats per token of each text part of the mixture, at each length."""
 
     name = "loss_by_source"
+    same_text = True
     sources: Mapping[str, Spans]
 
     @classmethod

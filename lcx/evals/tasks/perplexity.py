@@ -106,6 +106,7 @@ class Perplexity(Task):
     """
 
     name = "perplexity"
+    same_text = True
     spans: Spans
     final: int
 

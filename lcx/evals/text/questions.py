@@ -105,6 +105,10 @@ class TextQuestions(Task):
         """`evals.questions.samples`, under every scheme."""
         return self.settings.samples
 
+    def answers(self, count: int) -> int:
+        """As many of each depth."""
+        return count * len(self.depths)
+
     def new_tokens(self, length: int) -> int:
         """Tokens that are left for the answer."""
         if self.settings.faithful:
