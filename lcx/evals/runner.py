@@ -14,6 +14,7 @@ from lcx.core import configs, processes
 from lcx.core.configs import choice
 from lcx.core.console import Progress, say
 from lcx.core.errors import UserError
+from lcx.core.host import give_back_freed_memory
 from lcx.core.numbers import duration
 from lcx.core.trees import Tree, num_elements
 from lcx.data.config import DataConfig, SourceConfig
@@ -84,6 +85,7 @@ def evaluate(
     length / trained, chosen at each length unless the spec fixes it. Without an `evaluator` the model judges itself.
     """
     started = time.perf_counter()
+    give_back_freed_memory()
     for spec in config.zero_shot:
         # A slip in the last spec is said before the first is measured, not after.
         for length in config.lengths:

@@ -28,6 +28,7 @@ from lcx.attention.parallel.dealing import deal
 from lcx.attention.parallel.documents import Documents
 from lcx.attention.parallel.sequence_layout import arrange
 from lcx.core.batch import Batch
+from lcx.core.host import give_back_freed_memory
 from lcx.core.mesh import fitting_spec, named_sharding, partition_spec
 from lcx.core.param_spec import ParamSpec, abstract, initialize, is_spec, paths_of, shardings
 from lcx.core.quantized import is_quantized
@@ -142,8 +143,9 @@ class TrainStep:
             return self._step.lower(state, batch, buffers)
 
     def keep(self, batch: Batch, program: jax.stages.Compiled) -> jax.stages.Compiled:
-        """Take a compiled program for batches such as this one; returns it."""
+        """Take a compiled program for batches such as this one; returns it. The memory that its compiler used is given back."""
         self._programs[_form(batch)] = program
+        give_back_freed_memory()
         return program
 
     def trace(self, state: TrainState, batch: Batch, buffers: Mapping[str, Any]) -> jax.stages.Traced:

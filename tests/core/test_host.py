@@ -68,6 +68,28 @@ def test_memory_that_was_freed_is_not_cleared_again():
     assert faults["keep"] < faults["return"] / 4
 
 
+IN_PIECES = """
+import numpy as np
+import psutil
+from lcx.core.host import give_back_freed_memory
+
+held = []
+pieces = [np.ones(1 << 13) for _ in range(3200)]
+held += pieces[::32]
+del pieces
+before = psutil.Process().memory_info().rss
+give_back_freed_memory()
+print(before - psutil.Process().memory_info().rss)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator is told")
+def test_memory_freed_between_what_stays_is_given_back():
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "GLIBC_TUNABLES": ""}
+    done = subprocess.run([sys.executable, "-c", IN_PIECES], env=env, capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 0.9 * 3100 * (8 << 13)
+
+
 def tree(root, cgroup, **files):
     for name, text in {"proc/self/cgroup": cgroup, **files}.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
