@@ -100,14 +100,14 @@ def unpadded_tokens(batch: Batch) -> jax.Array:
 def token_losses(params: Tree, hidden: jax.Array, targets: jax.Array, arch: Architecture) -> TokenLosses:
     """Loss of every token, unweighted; differentiable with respect to `params` and `hidden`."""
     config = arch.config
-    kernel = output_kernel(params, config).astype(hidden.dtype)
+    table = _output_table(params, config).astype(hidden.dtype)
     tiles, entries = _tile(hidden, arch)
     run = functools.partial(_tiled, tiles=tiles, entries=entries, softcap=config.logit_softcap)
     if tiles > 1 and context_size() > 1:
         tokens = PartitionSpec(None, SEQUENCE)
         split = {"in_specs": (tokens, PartitionSpec(), tokens), "out_specs": tokens, "axis_names": set(SEQUENCE)}
         run = jax.shard_map(run, **split, check_vma=False)
-    found: Any = run(hidden, kernel, targets)
+    found: Any = run(hidden, table, targets)
     lse, chosen, best = found
     return TokenLosses(nll=lse - chosen, lse=lse, correct=chosen >= best)
 
@@ -123,8 +123,13 @@ def output_kernel(params: Tree, config: ModelConfig) -> jax.Array:
     return params["embed"]["embedding"].T if config.tied_embeddings else effective_kernel(params["head"], 1)
 
 
+def _output_table(params: Tree, config: ModelConfig) -> jax.Array:
+    """The output weights as `[V, D]`: a tied table of embeddings as it lies in memory, of which tiles are no copies."""
+    return params["embed"]["embedding"] if config.tied_embeddings else effective_kernel(params["head"], 1).T
+
+
 def _tile(hidden: jax.Array, arch: Architecture) -> tuple[int, int]:
-    """Tiles of a device's tokens, and entries of the vocabulary in a tile."""
+    """Tiles of a device's tokens, and entries of the vocabulary in a tile: a whole part of it, unless that is far less than fit."""
     rows, length, most = hidden.shape[0], hidden.shape[1], arch.execution.loss_tile
     mesh, least = jax.sharding.get_abstract_mesh(), min(LEAST_ENTRIES, arch.config.vocab_size)
     here = rows if mesh.empty else -(-rows // axis_size(mesh, "batch"))
@@ -132,51 +137,51 @@ def _tile(hidden: jax.Array, arch: Architecture) -> tuple[int, int]:
     if here * shard_length(length) * least > most and length % context_size() == 0:
         tiles = count_tiles(shard_length(length), max(1, most // (2 * least) // here))
     tokens = rows * length if tiles == 1 else here * shard_length(length) // tiles
-    pieces = -(-tokens * arch.config.vocab_size // most)
-    return tiles, -(-arch.config.vocab_size // pieces)
+    pieces, vocab = -(-tokens * arch.config.vocab_size // most), arch.config.vocab_size
+    pieces = next((count for count in range(pieces, pieces * 3 // 2 + 1) if vocab % count == 0), pieces)
+    return tiles, -(-vocab // pieces)
 
 
 def _cap(raw: jax.Array, softcap: float | None) -> jax.Array:
     return raw if softcap is None else softcap * jnp.tanh(raw / softcap)
 
 
-def _tiles(kernel: jax.Array, tile: int) -> tuple[jax.Array, jax.Array]:
-    """The kernel as `[V/C, D, C]`, the last tile filled with zeros, and the first vocabulary entry of each tile."""
-    dim, vocab = kernel.shape
-    count = -(-vocab // tile)
-    padded = jnp.pad(kernel, ((0, 0), (0, count * tile - vocab)))
-    return padded.reshape(dim, count, tile).transpose(1, 0, 2), jnp.arange(count, dtype=jnp.int32) * tile
+def _tiles(table: jax.Array, entries: int) -> tuple[jax.Array, jax.Array]:
+    """The output weights as `[V/C, C, D]`, the last tile filled with zeros, and the first vocabulary entry of each tile."""
+    count = -(-table.shape[0] // entries)
+    padded = jnp.pad(table, ((0, count * entries - table.shape[0]), (0, 0)))
+    return padded.reshape(count, entries, -1), jnp.arange(count, dtype=jnp.int32) * entries
 
 
 def _tile_logits(hidden: jax.Array, weights: jax.Array, start: jax.Array, vocab: int, softcap: float | None) -> tuple:
-    raw = head_logits(weights, hidden)
-    entries = start + jnp.arange(weights.shape[1], dtype=jnp.int32)[None, None]
+    raw = jnp.einsum("btd,cd->btc", hidden, weights, preferred_element_type=jnp.float32)
+    entries = start + jnp.arange(weights.shape[0], dtype=jnp.int32)[None, None]
     return jnp.where(entries < vocab, _cap(raw, softcap), -jnp.inf), raw, entries
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _tiled(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, tiles: int, entries: int, softcap: float | None) -> tuple:
+def _tiled(hidden: jax.Array, table: jax.Array, targets: jax.Array, tiles: int, entries: int, softcap: float | None) -> tuple:
     """Log-sum-exp, the target's logit and the largest logit, each float32 `[B, T]`; the last carries no gradient.
 
     `tiles` of the tokens one after another, and for each the vocabulary in tiles of so many `entries`.
     """
     if tiles == 1:
-        return _lse_chosen_best(hidden, kernel, targets, entries, softcap)
+        return _lse_chosen_best(hidden, table, targets, entries, softcap)
 
     def one(part: Any) -> tuple:
-        return _lse_chosen_best(part[0], kernel, part[1], entries, softcap)
+        return _lse_chosen_best(part[0], table, part[1], entries, softcap)
 
     return join_tokens(jax.lax.map(one, cut_tokens((hidden, targets), tiles)))
 
 
-def _tiled_forward(hidden: Any, kernel: Any, targets: Any, tiles: int, entries: int, softcap: float | None) -> tuple:
-    found: Any = _tiled(hidden.value, kernel.value, targets.value, tiles, entries, softcap)
-    # A frozen kernel gets no gradient, which takes a third of the time: what is saved says so by its structure.
-    return found, (hidden.value, kernel.value, targets.value, found[0], () if kernel.perturbed else None)
+def _tiled_forward(hidden: Any, table: Any, targets: Any, tiles: int, entries: int, softcap: float | None) -> tuple:
+    found: Any = _tiled(hidden.value, table.value, targets.value, tiles, entries, softcap)
+    # Frozen weights get no gradient, which takes a third of the time: what is saved says so by its structure.
+    return found, (hidden.value, table.value, targets.value, found[0], () if table.perturbed else None)
 
 
-def _lse_chosen_best(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, tile: int, softcap: float | None) -> tuple:
-    vocab = kernel.shape[1]
+def _lse_chosen_best(hidden: jax.Array, table: jax.Array, targets: jax.Array, entries: int, softcap: float | None) -> tuple:
+    vocab = table.shape[0]
 
     def step(carry: tuple, tile_: tuple) -> tuple:
         best, total, chosen = carry
@@ -189,7 +194,7 @@ def _lse_chosen_best(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, t
 
     shape = targets.shape
     start = (jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros(shape))
-    weights, firsts = _tiles(kernel, tile)
+    weights, firsts = _tiles(table, entries)
     if weights.shape[0] == 1:
         (best, total, chosen), _ = step(start, (weights[0], firsts[0]))
     else:
@@ -199,10 +204,10 @@ def _lse_chosen_best(hidden: jax.Array, kernel: jax.Array, targets: jax.Array, t
 
 
 def _tiled_backward(tiles: int, entries: int, softcap: float | None, saved: tuple, cotangents: tuple) -> tuple:
-    hidden, kernel, targets, lse, trained = saved
+    hidden, table, targets, lse, trained = saved
     d_lse, d_chosen = (jnp.zeros(lse.shape) if isinstance(d, SymbolicZero) else d for d in cotangents[:2])
-    weights, firsts = _tiles(kernel, entries)
-    pull = functools.partial(_pull_back, weights=weights, firsts=firsts, vocab=kernel.shape[1], softcap=softcap, trained=trained)
+    weights, firsts = _tiles(table, entries)
+    pull = functools.partial(_pull_back, weights=weights, firsts=firsts, vocab=table.shape[0], softcap=softcap, trained=trained)
     if tiles == 1:
         d_hidden, d_tiles = pull(hidden, targets, lse, d_lse, d_chosen)
     else:
@@ -214,8 +219,8 @@ def _tiled_backward(tiles: int, entries: int, softcap: float | None, saved: tupl
         zeros = None if trained is None else jnp.zeros(weights.shape, jnp.float32)
         d_tiles, d_hidden = jax.lax.scan(one, zeros, cut_tokens((hidden, targets, lse, d_lse, d_chosen), tiles))
         d_hidden = join_tokens(d_hidden)
-    d_kernel = None if d_tiles is None else d_tiles.transpose(1, 0, 2).reshape(kernel.shape[0], -1)[:, : kernel.shape[1]]
-    return d_hidden.astype(hidden.dtype), None if d_kernel is None else d_kernel.astype(kernel.dtype), None
+    d_table = None if d_tiles is None else d_tiles.reshape(-1, table.shape[1])[: table.shape[0]].astype(table.dtype)
+    return d_hidden.astype(hidden.dtype), d_table, None
 
 
 def _pull_back(
@@ -231,7 +236,7 @@ def _pull_back(
     softcap: float | None,
     trained: tuple | None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The float32 gradients of `hidden` and of the tiles `weights` `[V/C, D, C]`; None for a kernel that is not trained."""
+    """The float32 gradients of `hidden` and of the tiles `weights` `[V/C, C, D]`; None for weights that are not trained."""
 
     def step(d_hidden: jax.Array, tile_: tuple) -> tuple[jax.Array, jax.Array | None]:
         weights, first = tile_
@@ -241,10 +246,10 @@ def _pull_back(
         if softcap is not None:
             slope = slope * (1 - jnp.square(jnp.tanh(raw / softcap)))
         slope = slope.astype(hidden.dtype)
-        d_hidden = d_hidden + jnp.einsum("btc,dc->btd", slope, weights, preferred_element_type=jnp.float32)
+        d_hidden = d_hidden + jnp.einsum("btc,cd->btd", slope, weights, preferred_element_type=jnp.float32)
         if trained is None:
             return d_hidden, None
-        return d_hidden, jnp.einsum("btd,btc->dc", hidden, slope, preferred_element_type=jnp.float32)
+        return d_hidden, jnp.einsum("btc,btd->cd", slope, hidden, preferred_element_type=jnp.float32)
 
     start = jnp.zeros(hidden.shape, jnp.float32)
     if weights.shape[0] > 1:
