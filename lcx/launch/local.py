@@ -28,6 +28,9 @@ ALONE, GRACE = 10.0, 30.0
 EXAMPLE_PORT = 8476
 """Shown where nothing is started, and so no port is chosen."""
 
+COUNTED = b"[Gloo] Rank "
+"""How the lines begin in which Gloo, which carries data between processes on CPUs, counts its connections, many times a run."""
+
 LOOK = 0.05
 """Seconds between two looks at the processes."""
 
@@ -167,10 +170,12 @@ def _passing_on(started: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[int
 
 
 def _copy(source: IO[bytes] | None, log: IO[bytes], prefix: str, lock: threading.Lock) -> None:
-    """Copy lines to a log and, behind the prefix, to standard output."""
+    """Copy lines to a log and, behind the prefix, to standard output; what a library counts there goes to the log alone."""
     for line in source or ():
         log.write(line)
         log.flush()
+        if line.startswith(COUNTED):
+            continue
         with lock:
             sys.stdout.write(prefix + line.decode(errors="replace"))
             sys.stdout.flush()

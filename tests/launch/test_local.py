@@ -29,11 +29,12 @@ def test_each_process_is_told_who_it_is():
 
 
 def test_output_is_prefixed_and_kept(tmp_path, capfd):
-    lines = [[*PYTHON, f"print('one {i}'); import sys; print('two {i}', file=sys.stderr)"] for i in range(2)]
+    gloo = "[Gloo] Rank 0 is connected to 1 peer ranks. Expected number of connected peer ranks is : 1"
+    lines = [[*PYTHON, f"print('one {i}'); print('{gloo}'); import sys; print('two {i}', file=sys.stderr)"] for i in range(2)]
     assert run_all(lines, tmp_path) == (0, False)
     said = capfd.readouterr().out.splitlines()
     assert sorted(said) == ["[0] one 0", "[0] two 0", "[1] one 1", "[1] two 1"]
-    assert sorted((tmp_path / "process_1.log").read_text().split("\n")) == ["", "one 1", "two 1"]
+    assert sorted((tmp_path / "process_1.log").read_text().split("\n")) == ["", gloo, "one 1", "two 1"]
     run_all(lines[:1], tmp_path)
     assert capfd.readouterr().out.startswith("one 0\n")
 
