@@ -152,7 +152,7 @@ def _trained(complete: ml_collections.ConfigDict, workdir: str | Path, fewer: st
 
 def _override(config: ml_collections.ConfigDict, values: Mapping[str, Any]) -> None:
     for key, value in values.items():
-        parse.check_key(config, key)
+        parse.value_at(config, key)
         config.update_from_flattened_dict({key: value})
 
 

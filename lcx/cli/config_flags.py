@@ -60,7 +60,7 @@ def chosen(values: flags.FlagValues, rest: Sequence[str]) -> ml_collections.Conf
         raise UserError("--config is missing; name a file such as configs/quickstart.py")
     complete = getattr(module(values), "complete", None)
     config = values.config if complete is None else complete(values.config)
-    _remark(config)
+    _remark(config, overrides(values))
     return config
 
 
@@ -93,6 +93,11 @@ def module(values: flags.FlagValues) -> ModuleType:
     return parse.module(filename(values))
 
 
+def overrides(values: flags.FlagValues) -> list[str]:
+    """The overrides of the config on the command line, each as `--config.KEY=VALUE`."""
+    return parse.overrides(values.config, sys.argv[1:])
+
+
 def command() -> list[str]:
     """The command line as it was typed, for the record."""
     program = Path(sys.argv[0]).name
@@ -109,9 +114,9 @@ def _file_and_variant(values: flags.FlagValues) -> tuple[str, str]:
     return name, variant
 
 
-def _remark(config: ml_collections.ConfigDict) -> None:
+def _remark(config: ml_collections.ConfigDict, given: Sequence[str]) -> None:
     """Warn of overrides that have no effect because every stage sets its own value, unless the config is refused as a whole."""
-    idle = list(_idle(config))
+    idle = list(_idle(config, given))
     if not idle:
         return
     from lcx.recipes.recipe import recipe
@@ -122,13 +127,13 @@ def _remark(config: ml_collections.ConfigDict) -> None:
             warn(sentence)
 
 
-def _idle(config: ml_collections.ConfigDict) -> Iterator[str]:
+def _idle(config: ml_collections.ConfigDict, given: Sequence[str]) -> Iterator[str]:
     """A sentence about each override that has no effect."""
     stages = config.get("stages") or {}
     if not isinstance(stages, Mapping | ml_collections.ConfigDict):
         return  # made by the config's `complete`, of the flags
-    for word in sys.argv:
-        found = re.match(r"--?config\.(?:data\.)?((?:optim|parts)\.[^=]+)=", word)
+    for word in given:
+        found = re.match(r"--config\.(?:data\.)?((?:optim|parts)\.[^=]+)=", word)
         if found and stages and all(_has(stage, found[1].split(".")) for stage in stages.values()):
             names = ", ".join(stages)
             yield f"{word} has no effect: every stage sets its own; use --config.stages.STAGE.{found[1]} with STAGE one of {names}"

@@ -55,7 +55,13 @@ def define(values: flags.FlagValues) -> None:
 
 def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     """Curate the sources."""
-    config = configs.build(CurationConfig, config_flags.chosen(values, rest).to_dict(), "config")
+    given = config_flags.chosen(values, rest)
+    if "stages" in given:
+        raise UserError(
+            f"--config={config_flags.filename(values)} is the config of a run; name one of a curation, such as "
+            "configs/data/long_mixture.py"
+        )
+    config = configs.build(CurationConfig, given.to_dict(), "config")
     if not values.out:
         raise UserError("--out is missing; name the directory to write, such as --out=data/curated")
     workers = cores() if values.workers is None else values.workers

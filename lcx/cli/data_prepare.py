@@ -8,18 +8,22 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from absl import flags
 
 from lcx.core import configs
 from lcx.core.configs import nearest
 from lcx.core.console import say
-from lcx.core.errors import UserError
+from lcx.core.errors import UserError, naming
 from lcx.core.numbers import counted
 from lcx.data.config import SourceConfig
 from lcx.data.curation.dependency import LongCeSettings
 from lcx.data.sources.prepare import Progress, prepare
 from lcx.data.tokenizers import tokenizers
+
+OF_SOURCE = [field.name for field in dataclasses.fields(SourceConfig) if field.name != "join"]
+"""The settings of a source that are flags here; those about chats, which are not prepared, are none."""
 
 
 def define(values: flags.FlagValues) -> None:
@@ -35,7 +39,9 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("data_dir", None, "where tfds keeps its datasets", flag_values=values)
     flags.DEFINE_bool("include_tests", False, "also read the test packages of the standard library", flag_values=values)
     flags.DEFINE_bool("append_eos", False, "end each document with the end-of-sequence token", flag_values=values)
-    flags.DEFINE_integer("limit_bytes", None, "stop after this many bytes of text", flag_values=values)
+    flags.DEFINE_integer(
+        "limit_bytes", None, "stop after the document in which this many bytes of text are reached", flag_values=values
+    )
     flags.DEFINE_string("name", "lcx", "name of the dataset for TFDS", flag_values=values)
     flags.DEFINE_string("longce", None, "a model that weighs the tokens by how much a long context helps it", flag_values=values)
     flags.DEFINE_integer("longce_window", 32768, "tokens of the long context, as in training", flag_values=values)
@@ -45,6 +51,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("shard_tokens", 1 << 24, "tokens per shard; finished shards survive an interruption", flag_values=values)
 
 
+@naming({f"source.{name}": f"--{name}" for name in OF_SOURCE})
 def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     """Prepare the dataset."""
     if rest:
@@ -53,10 +60,10 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
         raise UserError(f"--out is missing; name the directory to write, such as --out=data/{values.kind}")
     if values.kind == "array_record":
         raise UserError(f"--kind=array_record is the format this command writes, not reads{nearest('array_record', _text_kinds())}")
-    # What is about chats has no flag, as they are not prepared.
-    fields = [field.name for field in dataclasses.fields(SourceConfig) if field.name != "path" and field.name in values]
-    given = {"path": tuple(values.path), **{name: values[name].value for name in fields}}
-    source = configs.build(SourceConfig, given, "source")
+    if Path(values.out).exists() and not Path(values.out).is_dir():
+        raise UserError(f"--out={values.out} is a file; name a folder")
+    given = {name: values[name].value for name in OF_SOURCE}
+    source = configs.build(SourceConfig, {**given, "path": tuple(values.path)}, "source")
     weigher = _weigher(values)
     done = prepare(
         source,

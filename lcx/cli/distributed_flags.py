@@ -69,6 +69,9 @@ def joined(name: str, values: flags.FlagValues) -> AbstractContextManager[None]:
     """Around the command: it is one of its job's processes."""
     if name not in COMMANDS:
         return contextlib.nullcontext()
+    for flag in ("initialization_timeout", "heartbeat_timeout", "hang_timeout"):
+        if values[flag].value <= 0:
+            raise UserError(f"--{flag}={values[flag].value:g} must be above 0 seconds")
     job = find_job(values.distributed, values.num_processes, values.process_id)
     if job is None:
         return contextlib.nullcontext()

@@ -55,7 +55,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("stage", None, "use the weights from the end of this stage (default: the newest)", flag_values=values)
     flags.DEFINE_integer("step", None, "use the weights from this step", flag_values=values)
     flags.DEFINE_multi_string("positions", [], "positional scheme to try zero-shot, such as yarn:factor=16", flag_values=values)
-    flags.DEFINE_list("lengths", None, "lengths in tokens, where K stands for 1,024 (default: 256 to 4K)", flag_values=values)
+    flags.DEFINE_list("lengths", None, "lengths in tokens, as in 256,4K,1M (default: 256 to 4K)", flag_values=values)
     flags.DEFINE_list(
         "tasks",
         list(EvalConfig().tasks),
@@ -107,13 +107,19 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     chosen_tasks(evals)
     if not evals.tasks:
         raise UserError("--tasks= is empty; name what to measure, such as --tasks=ruler, or leave the flag out")
+    if not values.items and not values.generation_items and not values.perplexity_tokens:
+        raise UserError("--items=0 and --perplexity_tokens=0 leave nothing to measure; raise one of them")
     if values.label == "":
         raise UserError("--label= is empty; name the result, or leave the flag out")
+    if values.label is not None and values.label != _file_name(values.label):
+        raise UserError(
+            f"--label={values.label} cannot be a file's name; take one of letters, digits, and . = - _, or leave the flag out"
+        )
     if values.endpoint is not None:
         _endpoint(values, evals)
         return
-    for name in ("model", "tokenizer"):
-        if values[name].value is not None:
+    for name in ("model", "tokenizer", "api", "concurrency", "timeout"):
+        if values[name].present:
             raise UserError(f"--{name} belongs to --endpoint, which is not given; add it or leave --{name} out")
     checkpoint = parse.needed(values, "checkpoint", "name a run's workdir, a Hugging Face folder or a GGUF file, or an --endpoint")
     if values.label in ("before", "after"):
@@ -153,10 +159,9 @@ def _label(workdir: Path, given: str | None, usual: str, evals: EvalConfig, step
     """The name of the result: the one that was given, which must not be another result's, or the usual one with a number."""
     if given is None:
         return free_label(workdir, _file_name(usual), evals, template)
-    label = _file_name(given)
-    if not is_free(workdir, label, evals, step, template):
-        raise UserError(f"--label={given}: {workdir / 'eval' / label}.json holds another evaluation; choose another, or delete it")
-    return label
+    if not is_free(workdir, given, evals, step, template):
+        raise UserError(f"--label={given}: {workdir / 'eval' / given}.json holds another evaluation; choose another, or delete it")
+    return given
 
 
 def _file_name(text: str) -> str:

@@ -15,7 +15,7 @@ from absl import flags
 from lcx.cli import config_flags, distributed_flags, parse, sampling_flags
 from lcx.core import processes
 from lcx.core.console import say
-from lcx.core.errors import UserError
+from lcx.core.errors import UserError, naming
 from lcx.core.mesh import MeshConfig, make_mesh
 from lcx.data.tokenizers import tokenizers
 from lcx.evals import zero_shot
@@ -47,6 +47,7 @@ def define(values: flags.FlagValues) -> None:
     distributed_flags.define(values)
 
 
+@naming({"mesh.context": "--context", "mesh.tensor": "--tensor"})
 def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     """Generate."""
     if rest:

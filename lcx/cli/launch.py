@@ -9,8 +9,6 @@ Words behind -- are another command of lcx to start in place of run. launch/READ
 
 from __future__ import annotations
 
-import pkgutil
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,9 +17,8 @@ from typing import Any
 import ml_collections
 from absl import flags
 
-import lcx.cli
 from lcx.cli import config_flags, parse
-from lcx.core.configs import nearest
+from lcx.cli.commands import find_command
 from lcx.core.console import say
 from lcx.core.errors import UserError
 from lcx.launch import job
@@ -114,9 +111,7 @@ def _job(values: flags.FlagValues, rest: Sequence[str], backend: str, options: A
     if values.config is None:
         if not rest:
             raise UserError("--config is missing; name a file such as configs/quickstart.py, or give a command of lcx behind --")
-        commands = {module.name for module in pkgutil.iter_modules(lcx.cli.__path__)}
-        if not {"_".join(rest[:2]), rest[0]} & commands:
-            raise UserError(f"lcx has no command {rest[0]!r}{nearest(rest[0], commands)}")
+        find_command(rest)
         for flag in ("workdir", "profile"):
             if values[flag].value is not None:
                 raise UserError(f"--{flag} belongs behind --, to the command that is started; move it there")
@@ -125,7 +120,7 @@ def _job(values: flags.FlagValues, rest: Sequence[str], backend: str, options: A
     _check_config(values, values.config, options)
     profile_steps(values.profile)
     extra = [] if values.profile is None else [f"--profile={values.profile}"]
-    words = ["run", f"--config={_reachable(values, backend)}", *_overrides(), *extra, f"--workdir={workdir}"]
+    words = ["run", f"--config={_reachable(values, backend)}", *config_flags.overrides(values), *extra, f"--workdir={workdir}"]
     return _spec(values, backend, values.name or job.job_name(config_flags.title(values)), words, workdir)
 
 
@@ -136,7 +131,7 @@ def _sweep_jobs(values: flags.FlagValues, backend: str, options: Any) -> list[jo
     workdir = _workdir(values)
     points = points_of(config_flags.module(values), config_flags.filename(values))
     check_paths(points, values.config)
-    argv = cli_argv(_reachable(values, backend), "run", _overrides())
+    argv = cli_argv(_reachable(values, backend), "run", config_flags.overrides(values))
     title, found = values.name or job.job_name(config_flags.title(values)), []
     for name, overrides in zip(names(points), points, strict=True):
         folder = Path(workdir) / "points" / name
@@ -183,10 +178,6 @@ def _reachable(values: flags.FlagValues, backend: str) -> str:
             f"--config={path} lies outside this folder, which is all that the hosts of --backend={backend} see; move it here"
         )
     return str(path.resolve().relative_to(Path.cwd())) + name[len(str(path)) :] if path.is_absolute() else name
-
-
-def _overrides() -> list[str]:
-    return [word for word in sys.argv if re.match(r"--?(no)?config\.", word)]
 
 
 def _spec(values: flags.FlagValues, backend: str, name: str, words: list[str], workdir: str | None) -> job.JobSpec:

@@ -12,37 +12,10 @@ from types import ModuleType
 from absl import flags
 
 from lcx.cli import distributed_flags, parse
+from lcx.cli.commands import COMMANDS, WITHOUT_DEVICES, find_command
 from lcx.core import host
-from lcx.core.configs import nearest
 from lcx.core.console import friendly_errors, say
 from lcx.core.errors import UserError
-
-COMMANDS = {
-    "run": "train the stages of a config, evaluate before and after, and write the report",
-    "train": "train the stages of a config; resumes from its workdir",
-    "eval": "evaluate a checkpoint, under its own or any other positional scheme",
-    "harness": "evaluate a checkpoint with EleutherAI's lm_eval",
-    "generate": "continue prompts with a checkpoint, under its own or any other positional scheme",
-    "chat": "chat with a checkpoint in the terminal, under its chat template",
-    "report": "rewrite a run's report.html from its files",
-    "launch": "start a run, or each point of a sweep, on many hosts: Google Cloud, Kubernetes, Slurm, SkyPilot, or here",
-    "sweep": "run the unfinished points of a sweep, then print a table and draw a plot",
-    "doremi": "find weights for the parts of a mixture with a reference and a proxy run",
-    "plan": "say whether a config fits chips that need not be here, what its steps take, and what it costs",
-    "theta": "choose theta for a target length",
-    "import": "convert a Hugging Face folder or a GGUF file to a run's checkpoint",
-    "export": "write a run's weights as a Hugging Face folder or a GGUF file, or its adapters for peft",
-    "extract": "extract what a fine-tune adds to its base, as an adapter or as differences",
-    "apply": "lay an adapter or differences over a model, into a new Hugging Face folder",
-    "merge": "merge models tensor by tensor into a new Hugging Face folder",
-    "diff": "compare two models tensor by tensor",
-    "verify": "compare checkpoints, models and data with their checksums",
-    "compare": "compare two evaluations on the same items, paired",
-    "data curate": "filter and deduplicate sources of text, and say what was dropped and why",
-    "data prepare": "tokenise a corpus once into a dataset that runs read",
-    "data inspect": "print and plot what a config's data mixture contains",
-}
-"""Command -> what it does. Each is a module of this package with `define(values)` and `main(values, rest)`."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -58,15 +31,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not argv or argv[0] in ("-h", "--help", "-help", "help"):
             say(usage(COMMANDS))
             return
-        name, words = _command(argv)
-        if name not in COMMANDS:
-            within = {known: text for known, text in COMMANDS.items() if known.startswith(f"{name} ")}
-            say(usage(within))
-            return
+        if len(argv) == 1 or argv[1] in ("-h", "--help", "-help"):
+            group = {name: text for name, text in COMMANDS.items() if name.startswith(f"{argv[0]} ")}
+            if group:
+                say(usage(group))
+                return
+        name, words = find_command(argv)
         use_host_devices(words)
         distributed_flags.stand_over(name, words)
         module = importlib.import_module(f"lcx.cli.{name.replace(' ', '_')}")
-        values = _flags(module)
+        values = _flags(module, name)
         if any(word in ("-h", "--help", "-help") for word in words):
             say(parse.help_text(name, module.__doc__, values))
             return
@@ -92,22 +66,11 @@ def use_host_devices(argv: Sequence[str]) -> None:
         host_devices.split(int(count))
 
 
-def _command(argv: Sequence[str]) -> tuple[str, list[str]]:
-    """The command, or the group of commands (`data`) whose help is requested, that the words begin with; and the other words."""
-    for count in (2, 1):
-        if (name := " ".join(argv[:count])) in COMMANDS:
-            return name, list(argv[count:])
-    within = [name.removeprefix(f"{argv[0]} ") for name in COMMANDS if name.startswith(f"{argv[0]} ")]
-    if within and (len(argv) == 1 or argv[1] in ("-h", "--help", "-help")):
-        return argv[0], []
-    if within:
-        raise UserError(f"lcx {argv[0]} has no command {argv[1]!r}{nearest(argv[1], within)}")
-    raise UserError(f"lcx has no command {argv[0]!r}{nearest(argv[0], [*COMMANDS, *{name.split()[0] for name in COMMANDS}])}")
-
-
-def _flags(module: ModuleType) -> flags.FlagValues:
+def _flags(module: ModuleType, name: str) -> flags.FlagValues:
     values = flags.FlagValues()
     module.define(values)
+    if name in WITHOUT_DEVICES:
+        return values
     flags.DEFINE_integer(
         "host_devices",
         None,

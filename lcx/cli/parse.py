@@ -26,6 +26,10 @@ from lcx.core.numbers import counted
 CONFIG_HELP = "    --config.KEY=VALUE     change a value of the config, as in --config.seed=1; may be repeated\n"
 
 
+OVERRIDE = re.compile(r"--?(no)?config\.([^=]+)(=?)(.*)", re.DOTALL)
+"""A flag that changes a value of the config: "no", the key, an equals sign and the value, so far as they are there."""
+
+
 def steps_key(config: ml_collections.ConfigDict) -> str:
     """The key of a config that says how many steps a run takes."""
     return "steps" if "steps" in config else "stages.STAGE.steps"
@@ -39,8 +43,8 @@ def parse(values: flags.FlagValues, command: str, words: Sequence[str]) -> list[
     if _takes_config(values) and (path := given(words, "config")) is not None:
         config = load(path)
         for word in words:
-            if match := re.match(r"--?(?:no)?config\.([^=]+)", word):
-                check_key(config, match[1])
+            if match := OVERRIDE.match(word):
+                value_at(config, match[2])
     # ml_collections logs what it also raises.
     logging.getLogger("absl").setLevel(logging.ERROR)
     words = [_quoted(word) for word in words]
@@ -131,14 +135,52 @@ def needed(values: flags.FlagValues, name: str, hint: str) -> str:
     return values[name].value
 
 
+def overrides(config: ml_collections.ConfigDict, words: Sequence[str]) -> list[str]:
+    """The overrides of a config on a command line that has been read, each as `--config.KEY=VALUE` whatever way it is written."""
+    found, at = [], 0
+    while at < len(words):
+        match, at = OVERRIDE.fullmatch(words[at]), at + 1
+        if match is None:
+            continue
+        no, key, equals, value = match.groups()
+        if equals:
+            found.append(f"--config.{key}={value}")
+        elif no or isinstance(value_at(config, key), bool):
+            found.append(f"--config.{key}={'false' if no else 'true'}")
+        else:
+            found.append(f"--config.{key}={words[at]}")
+            at += 1
+    return found
+
+
+class Length(flags.ArgumentParser):
+    """A flag's number of tokens, where K stands for 1,024 and M for 1,048,576."""
+
+    syntactic_help = "a whole number of tokens, or one with K or M"
+
+    def parse(self, argument: str | int) -> int:
+        """The number; raises ValueError for what is none."""
+        if isinstance(argument, int):
+            return argument
+        match = re.fullmatch(r"\s*([+-]?[0-9]+)([kKmM]?)\s*", argument)
+        if match is None:
+            raise ValueError(f"{argument!r} is not {self.syntactic_help}")
+        return int(match[1]) << {"": 0, "k": 10, "m": 20}[match[2].lower()]
+
+
+def define_length(name: str, default: int | None, text: str, values: flags.FlagValues) -> None:
+    """Define a flag that is a `Length`."""
+    flags.DEFINE(Length(), name, default, text, values, flags.ArgumentSerializer())
+
+
 def lengths(values: flags.FlagValues) -> list[int]:
-    """The numbers of `--lengths`, where K stands for 1,024; raises `UserError` for what is none."""
+    """The numbers of `--lengths`, each a `Length`; raises `UserError` for what is none."""
     found = []
     for text in values.lengths:
-        match = re.fullmatch(r"\s*([0-9]+)([kK]?)\s*", text)
-        if match is None:
-            raise UserError(f"invalid value {text!r} in --lengths: expected whole numbers of tokens, as in --lengths=256,4K")
-        found.append(int(match[1]) * (1024 if match[2] else 1))
+        try:
+            found.append(Length().parse(text))
+        except ValueError as error:
+            raise UserError(f"--lengths: {error}") from error
     return found
 
 
@@ -152,14 +194,14 @@ def nothing_left(rest: Sequence[str], command: str, path: str | None = None) -> 
 def _quoted(word: str) -> str:
     """`--config.positions.global.theta=1` with `['global']`: ml_collections parses keys as Python, where `global` is a keyword."""
     key, equals, value = word.partition("=")
-    if not re.match(r"--?(no)?config\.", key):
+    if not OVERRIDE.match(key):
         return word
     first, *parts = key.split(".")
     return first + "".join(f"[{part!r}]" if keyword.iskeyword(part) else f".{part}" for part in parts) + equals + value
 
 
-def check_key(config: Any, key: str) -> None:
-    """Raises `UserError` with the nearest field where a config has nothing under a dotted key."""
+def value_at(config: Any, key: str) -> Any:
+    """What a config has under a dotted key; raises `UserError` with the nearest field where that is nothing."""
     place, parts = "config", re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", key).split(".")
     if parts[0] == "model":
         # JAX is imported with it, which commands without a model do without.
@@ -181,6 +223,7 @@ def check_key(config: Any, key: str) -> None:
         else:
             raise UserError(f"--config.{key}: {place} is None; set it as a whole in the config file")
         place = f"{place}.{part}"
+    return config
 
 
 def _blame(filename: str, error: Exception) -> NoReturn:

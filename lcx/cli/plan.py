@@ -57,6 +57,11 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     where = topology(values.topology or getattr(config_flags.module(values), "TOPOLOGY", "cpu:1"), values.slices)
     if values.find is not None:
         choice("--find", values.find, get_args(search.Wanted))
+    if values.html is not None:
+        if values.find is not None:
+            raise UserError("--html draws the plan of the config as it is, and --find looks for others; leave one of them out")
+        if Path(values.html).is_dir():
+            raise UserError(f"--html={values.html} is a directory; name a file in it, such as {Path(values.html) / 'plan.html'}")
     changes = parse_changes(values.what_if) if values.what_if is not None else {}
     other_run = planning.changed(run, changes) if changes else run
     index = planning.fullest(run, where) if values.stage is None else planning.stage_index(run, values.stage)
@@ -172,8 +177,13 @@ def show(plans: Sequence[StagePlan], index: int) -> None:
         ],
     )  # fmt: skip
     total = planning.totals(plans)
-    cost = f"{duration(total['hours'] * 3600)} and {total['chip_hours']:,.0f} chip-hours"
+    cost = f"{duration(total['hours'] * 3600)} and {chip_hours(total['chip_hours'])} chip-hours"
     say(f"in all {cost} for {total['tokens']:,} tokens on {chosen.where}")
+
+
+def chip_hours(hours: float) -> str:
+    """A sum of them: whole from 100 on."""
+    return f"{hours:,.0f}" if hours >= 100 else f"{hours:,.1f}"
 
 
 def yes(holds: bool) -> str:
@@ -214,7 +224,7 @@ def compare(text: str, before: Sequence[StagePlan], after: Sequence[StagePlan], 
         rows.append(
             [
                 name, yes(one.fits), size(one.needed), size(one.host) if one.host else "", step_time(one.time.seconds),
-                f"{one.time.mfu:.0%}", duration(total["hours"] * 3600), f"{total['chip_hours']:,.0f}",
+                f"{one.time.mfu:.0%}", duration(total["hours"] * 3600), chip_hours(total["chip_hours"]),
             ]
         )  # fmt: skip
     table(

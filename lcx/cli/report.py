@@ -24,9 +24,12 @@ def define(values: flags.FlagValues) -> None:
 
 def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     """Write the report."""
-    workdir = values.workdir or (rest[0] if len(rest) == 1 else None)
-    if workdir is None:
+    given = [*([] if values.workdir is None else [values.workdir]), *rest]
+    if not given:
         raise UserError("--workdir is missing; name the workdir of a run")
+    if len(given) > 1:
+        raise UserError(f"unexpected argument {given[1]!r} beside {given[0]}; a report is of one workdir")
+    (workdir,) = given
     added = []
     for pattern in values.add:
         if not (found := sorted(glob.glob(pattern))):

@@ -21,6 +21,7 @@ def define(values: flags.FlagValues, max_new_tokens: int, each: str) -> None:
 def chosen(values: flags.FlagValues) -> Sampling:
     """What the flags say; raises `UserError` for values out of range and for those without effect."""
     sampling = Sampling(values.temperature, values.top_k, values.top_p, values.seed)
-    if values.temperature == 0 and (values.top_k is not None or values.top_p < 1):
-        raise UserError("--top_k and --top_p only apply to sampling; add --temperature=1 or omit them")
+    for name in ("top_k", "top_p", "seed"):
+        if values.temperature == 0 and values[name].present:
+            raise UserError(f"--{name}={values[name].value} only applies to sampling; add --temperature=1 or omit it")
     return sampling

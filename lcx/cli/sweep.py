@@ -10,6 +10,7 @@ job of its own, after which --collect makes the table and the plot.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Sequence
 
 from absl import flags
@@ -41,14 +42,17 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     base, workdir = config_flags.read(values, rest)
     points = points_of(config_flags.module(values), config_flags.filename(values))
     recipe(base)
-    given = [word for word in config_flags.command() if word.startswith("--config.")]
-    argv = cli_argv(values["config"].config_filename, "run", given)
+    if values.collect and not workdir.is_dir():
+        raise UserError(f"--workdir={workdir} does not exist, so there is nothing to collect; name the workdir of a sweep")
+    argv = cli_argv(values["config"].config_filename, "run", config_flags.overrides(values))
     _refuse_rays_alone(values)
     ray = cluster.engine(values.ray_address, values.workers, num_cpus=values.point_cpus, num_gpus=values.point_gpus)
     with ray if values.engine == "ray" else contextlib.nullcontext(map) as runner:
-        run_sweep(
+        outcomes = run_sweep(
             points, base, workdir, argv, metric=values.metric, timeout=values.timeout, runner=runner, only_collect=values.collect
         )
+    if not values.collect and any(outcome.status == "failed" for outcome in outcomes):
+        sys.exit(1)
 
 
 def _refuse_rays_alone(values: flags.FlagValues) -> None:

@@ -1,6 +1,6 @@
 """Choose theta for a target length: the rules side by side, the pairs that never completed a turn in training, a staged schedule.
 
-lcx theta --from 8192 --theta 500000 --to 1048576 --head-dim 128 [--json]
+lcx theta --from 8K --theta 500000 --to 1M --head-dim 128 [--json]
 """
 
 from __future__ import annotations
@@ -10,23 +10,25 @@ from collections.abc import Sequence
 
 from absl import flags
 
+from lcx.cli import parse
 from lcx.core.configs import plain
 from lcx.core.console import say, table
-from lcx.core.errors import UserError
+from lcx.core.errors import UserError, naming
 from lcx.positions.theta import ThetaReport, report
 
 
 def define(values: flags.FlagValues) -> None:
     """The command's flags."""
-    flags.DEFINE_integer("from", 8192, "length in tokens that the model was trained at", flag_values=values)
+    parse.define_length("from", 8192, "length in tokens that the model was trained at, such as 8192 or 8K", values)
     flags.DEFINE_float("theta", 5e5, "rotary base that the model was trained with", flag_values=values)
-    flags.DEFINE_integer("to", 1048576, "target length in tokens", flag_values=values)
+    parse.define_length("to", 1048576, "target length in tokens, such as 1048576 or 1M", values)
     flags.DEFINE_integer("head_dim", 128, "rotary dimensions of a head", short_name="head-dim", flag_values=values)
     flags.DEFINE_float("factor", 4.0, "growth factor from stage to stage", flag_values=values)
     flags.DEFINE_bool("lower_bound", True, "also search for the lower bound (takes seconds)", flag_values=values)
     flags.DEFINE_bool("json", False, "print JSON instead of tables", flag_values=values)
 
 
+@naming({"trained length": "--from", "target length": "--to"})
 def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     """Print the report."""
     if rest:

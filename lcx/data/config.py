@@ -41,6 +41,15 @@ class JoinConfig:
                 )
 
 
+KINDS_WITH = {
+    "field": ("jsonl", "parquet", "tfds", "chat"),
+    "split": ("tfds",),
+    "data_dir": ("tfds",),
+    "include_tests": ("stdlib",),
+}
+"""The kinds of sources that settings mean something to, of settings that mean nothing to others."""
+
+
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
     """Where documents come from.
@@ -75,6 +84,16 @@ class SourceConfig:
             )
         if self.kind != "stdlib" and not self.paths:
             raise UserError(f"source.path is empty, but source.kind={self.kind!r} needs one; give a path, or use kind='stdlib'")
+        if self.kind == "stdlib" and self.paths:
+            raise UserError(
+                f"source.path={', '.join(self.paths)} is not read with source.kind='stdlib', which is Python's own library; set "
+                "source.kind='text', or the kind that the files are of"
+            )
+        for name, kinds in KINDS_WITH.items():
+            value = getattr(self, name)
+            if value != type(self).__dataclass_fields__[name].default and self.kind not in kinds:
+                meant = " or ".join(map(repr, kinds))
+                raise UserError(f"source.{name}={value} means nothing to source.kind={self.kind!r}, only to {meant}; leave it out")
         if self.kind == "chat" and self.append_eos:
             raise UserError(
                 "source.append_eos=True cannot be combined with source.kind='chat', whose template writes the end tokens; remove it"

@@ -316,8 +316,8 @@ def _make_part(loader: Loader, name: str, split: sources.Split, key: tuple[int, 
             plan = packing.plan(config.packing.method, kept.lengths, seq_len - config.packing.shared_bos, rng)
             part = TextPart(config, seq_len, source, thinned, kept, plan, tokenizer.bos_id)
             part.build(np.arange(1))
-        if config.pose_chunks > seq_len:
-            raise UserError(f"part.pose_chunks={config.pose_chunks} exceeds the {seq_len} tokens of a row; lower it")
+        if config.remap == "pose" and config.pose_chunks > seq_len:
+            raise UserError(f"part.pose_chunks={config.pose_chunks} exceeds a row, which has seq_len={seq_len}; lower it")
     except UserError as error:
         raise UserError(f"data.parts.{name}: {error}") from error
     return part if config.remap == "none" else Remapped(part, loader.max_position, (*key, _REMAP))

@@ -92,7 +92,7 @@ def values_of(folder: Path) -> dict[str, Any]:
     if not path.exists():
         found = sorted(folder.glob("*.gguf"))
         hint = f"; name the file itself to read its {found[0].name}" if found else ""
-        raise UserError(f"{folder} has no {FILE}, so it is not a Hugging Face model{hint}")
+        raise UserError(f"{folder} has no {FILE}, so it is not a Hugging Face model; name one{hint}")
     return read_json(path)
 
 
@@ -102,7 +102,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error})") from error
+        raise UserError(f"{path} cannot be read as JSON ({error}); fetch or write it again") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} is not a JSON object")
     return values
@@ -111,6 +111,10 @@ def read_json(path: Path) -> dict[str, Any]:
 def read(values: Mapping[str, Any], where: str = FILE) -> Described:
     """The model described by a config.json, given as a mapping; errors start with `where`."""
     model_type = values.get("model_type")
+    if model_type is None and "stages" in values:
+        raise UserError(
+            f"{where} is the config of a run of lcx, not of a Hugging Face model; `lcx export` writes the run's model as one"
+        )
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         hint = nearest(str(model_type), FAMILIES)
         raise UserError(f"{where}: model_type={model_type!r} is not an architecture that lcx supports{hint}")

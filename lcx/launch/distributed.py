@@ -43,15 +43,6 @@ class Patience:
     silence: float = 30.0
     hang: float = 1800.0
 
-    def __post_init__(self) -> None:
-        for flag, value in (
-            ("initialization_timeout", self.start),
-            ("heartbeat_timeout", self.silence),
-            ("hang_timeout", self.hang),
-        ):
-            if value <= 0:
-                raise UserError(f"--{flag}={value:g} must be above 0 seconds")
-
 
 @contextlib.contextmanager
 def joined(job: Job | None, patience: Patience, said: Callable[[], Mapping[str, Any]]) -> Iterator[None]:

@@ -130,18 +130,21 @@ def changed(run: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
             if first == "mesh":
                 places += [stage for stage in values["stages"] if stage["mesh"] is not None]
         for place in places:
-            _put(place, rest, value, f"--what_if={key}")
+            _put(place, rest, value, key)
     return configs.build(RunConfig, values)
 
 
 def _put(place: dict[str, Any], key: str, value: Any, said: str) -> None:
+    """Set a key, which stands behind that of a stage, if any, in the one that is `said`."""
     *parents, last = key.split(".")
-    for parent in parents:
-        configs.choice(said, parent, place)
-        place = place[parent]
+    for i, part in enumerate([*parents, last]):
         if not isinstance(place, dict):
-            raise UserError(f"{said}: {parent} holds {place!r} and no fields; change it as a whole in the config")
-    configs.choice(said, last, place)
+            raise UserError(f"--what_if={said}: {parents[i - 1]} holds {place!r} and no fields; change it as a whole in the config")
+        if part not in place:
+            where = parents[i - 1] if i else "a run"
+            raise UserError(f"--what_if={said}: {where} has no field {part!r}{configs.nearest(part, place)}")
+        if i < len(parents):
+            place = place[part]
     place[last] = value
 
 

@@ -75,7 +75,7 @@ def from_config(values: Mapping[str, Any] | str, path: str = "positions") -> Sch
 def scheme_class(name: Any, path: str = "positions.name") -> type[Scheme]:
     """The class with that name or alias; raises `UserError` with the nearest name for any other."""
     name = ALIASES.get(name, name) if isinstance(name, str) else name
-    return SCHEMES[configs.choice(path, name, SCHEMES)]
+    return SCHEMES[name] if name in SCHEMES else SCHEMES[configs.choice(path, name, (*SCHEMES, *ALIASES))]
 
 
 def _inner(outer: Mapping[str, Any], path: str) -> Scheme:

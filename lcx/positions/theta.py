@@ -36,7 +36,7 @@ def critical_dimension(theta: float, head_dim: int, length: int) -> int:
 def critical_base(theta: float, length: int, target: int) -> float:
     """The theta at which the critical dimension at `target` equals that of `theta` at `length`."""
     _check(theta, length)
-    _check(theta, target)
+    _check(theta, target, name="target length")
     return theta ** (math.log(target / (2 * math.pi)) / math.log(length / (2 * math.pi)))
 
 
@@ -145,8 +145,8 @@ def schedule(length: int, theta: float, target: int, factor: float = 4.0) -> lis
 
     Each theta is the critical base, which is the same whether computed from the first stage or from the previous one.
     """
-    _check(theta, length)
-    _check(theta, target)
+    _check(theta, length, name="trained length")
+    _check(theta, target, name="target length")
     if target < length:
         raise UserError(f"target length {target} is below the trained length {length}; there is nothing to extend")
     if not factor > 1:
@@ -234,11 +234,11 @@ def report(
     )
 
 
-def _check(theta: float | None, length: int | None, head_dim: int | None = None) -> None:
+def _check(theta: float | None, length: int | None, head_dim: int | None = None, name: str = "length") -> None:
     if theta is not None and not 1 < theta <= MOST_THETA:
         raise UserError(f"theta={theta!r} must be a number above 1, such as 10000, and at most {MOST_THETA:g}")
     if length is not None and not 7 <= length <= MOST_LENGTH:
-        raise UserError(f"length={length!r} must be at least 7 tokens, a turn of the fastest pair, and at most {MOST_LENGTH:,}")
+        raise UserError(f"{name}={length!r} must be at least 7 tokens, a turn of the fastest pair, and at most {MOST_LENGTH:,}")
     if head_dim is not None and (not 2 <= head_dim <= MOST_HEAD_DIM or head_dim % 2):
         near = min(MOST_HEAD_DIM, max(2, head_dim + head_dim % 2))
         raise UserError(f"head_dim={head_dim!r} must be even, at least 2 and at most {MOST_HEAD_DIM:,}, such as {near}")

@@ -204,7 +204,7 @@ def read_text(path: str, what: str = "file", way_out: str = "name a text file") 
     """A UTF-8 text; raises `UserError`, which says `what` the file is, if it is missing, empty or something else."""
     file = Path(path).expanduser()
     if not file.is_file():
-        raise UserError(f"{what} {path} does not exist or is not a file; {way_out}")
+        raise UserError(f"{what} {path} {'is not a file' if file.exists() else 'does not exist'}; {way_out}")
     try:
         text = file.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:

@@ -186,8 +186,9 @@ def import_model(source: str | Path, workdir: Path, mesh: Mesh | None = None, dt
     """
     source = Path(source)
     if not is_gguf(source) and not source.is_dir():
-        hint = "; fetch a model first, for example with huggingface_hub's `hf download`" if not source.exists() else ""
-        raise UserError(f"{source} does not exist or is not a directory{hint}")
+        if source.exists():
+            raise UserError(f"{source} is neither a directory nor a GGUF file; name the folder that it is in")
+        raise UserError(f"{source} does not exist; fetch a model first, for example with huggingface_hub's `hf download`")
     given = opened(source)
     dtype = _dtype(dtype, given.dtype)
     if (workdir / CONFIG).exists():

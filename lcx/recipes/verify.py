@@ -38,6 +38,11 @@ def verify(path: str | Path, update: bool = False) -> bool:
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path} does not exist; name a run, an exported model, a dataset or another folder that lcx wrote")
+    if update and path.is_dir() and (path / FOLDER).is_dir():
+        raise UserError(
+            f"{path} is a run, of which --update accepts nothing: its checkpoints are as they were written, or damaged; in a "
+            f"config.json that you have changed, delete the entry {OWN!r}"
+        )
     found = _run(path) if path.is_dir() and not update else []
     for place in _manifests(path):
         if update:

@@ -104,7 +104,8 @@ def load(workdir: str | os.PathLike[str], add: Sequence[str | os.PathLike[str]] 
     """
     workdir = pathlib.Path(workdir)
     if not workdir.is_dir():
-        raise UserError(f"workdir {workdir} does not exist; give the --workdir of a run")
+        what = "is a file" if workdir.exists() else "does not exist"
+        raise UserError(f"workdir {workdir} {what}; give the --workdir of a run")
     evals = [results.read(path) for path in sorted((workdir / "eval").glob("*.json"))]
     for path in map(pathlib.Path, add):
         found = results.read(path)

@@ -192,7 +192,7 @@ def config_of(workdir: Path) -> RunConfig:
 def locate(path: Path, step: int | None = None) -> tuple[Path, int | None]:
     """The workdir that a path names or lies in, and the step of the checkpoint that it names, else `step`."""
     if not path.is_dir():
-        raise UserError(f"checkpoint {path} does not exist or is not a directory; {CHOICES}")
+        raise UserError(f"checkpoint {path} {'is not a directory' if path.exists() else 'does not exist'}; {CHOICES}")
     if path.name == FOLDER:
         return path.parent, step
     if path.parent.name == FOLDER and path.name.isdigit():

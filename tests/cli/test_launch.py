@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from lcx.cli import sweep
 from lcx.cli.main import main
+from lcx.report.sweep_plots import PointResult
 from tests.cli.command import CONFIG
 
 SWEEP = """
@@ -90,6 +92,37 @@ def test_a_script_is_written_with_what_was_typed(places, capsys):
     for word in ("--config.seed=3", f"--workdir={places['run']}", "--profile=1:2@all", "--distributed=auto"):
         assert f"    {word}" in text
     assert "to start it: sbatch --output=" in capsys.readouterr().out
+
+
+SPELLED = "--config.seed 7 --noconfig.monitor.enabled -config.optim.lr=0.5 --config.execution.remat block"
+
+
+def test_values_of_the_config_are_passed_on_however_they_are_written(places):
+    main(shlex.split((SLURM + "--config={config} " + SPELLED + " --workdir={run} --name=mine").format(**places)))
+    words = (places["out"] / "mine.sbatch").read_text().replace(" \\", "").split()
+    for word in ("--config.seed=7", "--config.monitor.enabled=false", "--config.optim.lr=0.5", "--config.execution.remat=block"):
+        assert word in words
+    assert not {"7", "block"} & set(words)
+
+
+def test_a_sweep_passes_on_what_was_typed_and_says_when_a_point_failed(places, monkeypatch):
+    started = []
+
+    def failing(points, base, workdir, argv, **_):
+        started.append(argv({"seed": 1}, workdir))
+        return [PointResult("seed=1", {"seed": 1}, "failed", "x")]
+
+    monkeypatch.setattr(sweep, "run_sweep", failing)
+    typed = ("sweep --config={sweep} --noconfig.monitor.enabled -config.optim.lr 0.5 --workdir={run}").format(**places)
+    with pytest.raises(SystemExit) as left:
+        main(shlex.split(typed))
+    assert left.value.code == 1
+    assert started[0][3:] == [
+        *("run", f"--config={places['sweep']}", "--config.monitor.enabled=false", "--config.optim.lr=0.5", "--config.seed=1"),
+        f"--workdir={places['run']}",
+    ]
+    places["run"].mkdir()
+    main([*shlex.split(typed), "--collect"])  # what has failed is shown
 
 
 def test_a_copied_folder_has_relative_configs(places):

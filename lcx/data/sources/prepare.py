@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -68,6 +69,7 @@ def prepare(
         "source": {key: value for key, value in plain(source).items() if key != "join"},
         "shard_tokens": shard_tokens,
     }
+    is_new = not folder.exists()
     try:
         (folder / "index").mkdir(parents=True, exist_ok=True)
         if _claim(folder, identity):
@@ -80,6 +82,10 @@ def prepare(
                 if writer.full and writer.commit() and report is not None:
                     report(writer.progress)
         writer.finish()
+    except UserError:
+        if is_new and not records.index_path(folder, 0).exists():
+            shutil.rmtree(folder)
+        raise
     except OSError as error:
         raise UserError(
             f"{folder} cannot be written: {error}; fix that and rerun the same command, it resumes from there"
