@@ -39,13 +39,13 @@ def define(values: flags.FlagValues) -> None:
 
 def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     """Run the sweep."""
+    _refuse_rays_alone(values)
     base, workdir = config_flags.read(values, rest)
     points = points_of(config_flags.module(values), config_flags.filename(values))
     recipe(base)
     if values.collect and not workdir.is_dir():
         raise UserError(f"--workdir={workdir} does not exist, so there is nothing to collect; name the workdir of a sweep")
     argv = cli_argv(values["config"].config_filename, "run", config_flags.overrides(values))
-    _refuse_rays_alone(values)
     ray = cluster.engine(values.ray_address, values.workers, num_cpus=values.point_cpus, num_gpus=values.point_gpus)
     with ray if values.engine == "ray" else contextlib.nullcontext(map) as runner:
         outcomes = run_sweep(

@@ -153,7 +153,7 @@ def read(path: str | os.PathLike[str]) -> EvalResult:
 
 def from_mapping(values: Mapping[str, Any], where: str = "result") -> EvalResult:
     """A result from the plain values of its JSON, also of the form that it had before it was made of rows."""
-    if not {"label", "trained"} <= values.keys():
+    if not {"label", "trained"} & values.keys():
         raise UserError(f"{where} is not an evaluation of lcx; name one such as runs/quickstart/eval/after.json")
     values = dict(values)
     rows = [*map(_needles, values.pop("needles", ())), *map(_perplexity, values.pop("perplexity", ()))]

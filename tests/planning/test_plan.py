@@ -43,7 +43,7 @@ def test_changes_reach_the_run_its_stages_and_their_meshes():
 
 
 WRONG = {
-    "execution.remta": "--what_if=execution.remta='remta' is unknown; did you mean 'remat'",
+    "execution.remta": "--what_if=execution.remta: execution has no field 'remta'; did you mean 'remat'",
     "stages.lang.accumulate": "--stage='lang' is unknown; did you mean 'long'",
     "seed.more": "seed holds 0 and no fields",
 }

@@ -292,7 +292,7 @@ def test_wrong_names_of_weights(source, tmp_path):
         models.load(source, dtype="float8")
     with pytest.raises(UserError, match="already exists"):
         models.export_model(source, source)
-    with pytest.raises(UserError, match="does not exist or is not a directory"):
+    with pytest.raises(UserError, match="does not exist; fetch a model first"):
         models.import_model(tmp_path / "nothing", tmp_path / "run")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="has no config.json"):
