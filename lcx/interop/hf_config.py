@@ -195,7 +195,7 @@ def _check_keys(values: Mapping[str, Any], family: Family, where: str) -> tuple[
             ignored.append(key)
     for key in REQUIRED:
         if values.get(key) is None:
-            raise UserError(f"{where}: {key} is missing")
+            raise UserError(f"{where}: {key} is missing, without which the model is not known; fetch the whole file")
     return tuple(ignored)
 
 

@@ -181,9 +181,9 @@ class Shards:
         if pickled:
             raise _pickled(pickled[0])
         if single != SINGLE:
-            raise UserError(f"{self.folder} has no {single}")
+            raise UserError(f"{self.folder} has no {single}; name a folder with it")
         others = sorted(path.name for path in self.folder.glob("*.safetensors"))
-        hint = f"; it contains {some(others)} without {INDEX}" if others else ""
+        hint = f"; it contains {some(others)} without {INDEX}" if others else "; fetch the model's weights, too"
         raise UserError(f"{self.folder} has no {SINGLE} and no {INDEX}{hint}")
 
 
