@@ -182,7 +182,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         if not isinstance(value, Mapping):
             _wrong(path, value, "a mapping")
         item = (typing.get_args(hint) or (str, Any))[1]
-        return {str(key): _convert(item, entry, f"{path}.{key}") for key, entry in value.items()}
+        return {str(key): _convert_entry(item, entry, f"{path}.{key}") for key, entry in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is int and isinstance(value, float) and value.is_integer():
@@ -190,6 +190,16 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     return _wrong(path, value, getattr(hint, "__name__", str(hint)))
+
+
+def _convert_entry(hint: Any, value: Any, path: str) -> Any:
+    """An entry of a mapping, of which there may be many: errors say which, whoever raises them."""
+    try:
+        return _convert(hint, value, path)
+    except UserError as error:
+        if path in str(error):
+            raise
+        raise UserError(f"{path}: {error}") from error
 
 
 def _convert_union(options: tuple[Any, ...], value: Any, path: str) -> Any:

@@ -17,6 +17,10 @@ class Inner:
     kind: Literal["a", "b"] = "a"
     cap: int | None = None
 
+    def __post_init__(self):
+        if self.rate < 0:
+            raise UserError(f"inner.rate={self.rate} must not be negative")
+
 
 @dataclasses.dataclass(frozen=True)
 class Outer:
@@ -61,6 +65,13 @@ def test_errors_name_field_value_and_way_out(values, words):
         build(Outer, values)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_errors_of_one_entry_among_many_say_which():
+    with pytest.raises(UserError, match=r"^config\.parts\.x: inner\.rate=-1\.0 must not be negative$"):
+        build(Outer, {"size": 3, "parts": {"a": {}, "x": {"rate": -1.0}}})
+    with pytest.raises(UserError, match=r"^config\.parts\.x has no field 'rat'; did you mean 'rate'\?$"):
+        build(Outer, {"size": 3, "parts": {"x": {"rat": 1}}})
 
 
 def test_fingerprint_follows_every_value():
