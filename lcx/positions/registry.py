@@ -74,8 +74,8 @@ def from_config(values: Mapping[str, Any] | str, path: str = "positions") -> Sch
 
 def scheme_class(name: Any, path: str = "positions.name") -> type[Scheme]:
     """The class with that name or alias; raises `UserError` with the nearest name for any other."""
-    name = configs.choice(path, name, (*SCHEMES, *ALIASES))
-    return SCHEMES[ALIASES.get(name, name)]
+    known: str = configs.choice(path, name, (*SCHEMES, *ALIASES))
+    return SCHEMES[ALIASES.get(known, known)]
 
 
 def _inner(outer: Mapping[str, Any], path: str) -> Scheme:
