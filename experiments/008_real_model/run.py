@@ -29,8 +29,8 @@ CONFIG = HERE.parents[1] / "configs" / "real_model.py"
 TRAINED, TARGET = 8192, 32768
 
 
-def configured(args: argparse.Namespace):
-    """The config of configs/real_model.py on the books, with the flags' sizes."""
+def on_books(args: argparse.Namespace):
+    """The config of configs/real_model.py on the books, with the flags' sizes, before it is completed."""
     config = parse.load(str(CONFIG))
     config.steps, config.tokens_per_step = args.steps, args.tokens_per_step
     for part in config.data.parts.values():
@@ -39,6 +39,11 @@ def configured(args: argparse.Namespace):
     config.evals.questions.samples, config.evals.perplexity_tokens = args.samples, args.perplexity_tokens
     config.evals.questions.prose = (args.books,)
     config.evals.zero_shot = ()
+    return config
+
+
+def completed(config):
+    """The whole recipe of a config of `on_books`."""
     return parse.module(str(CONFIG)).complete(config)
 
 
@@ -106,7 +111,7 @@ def main() -> None:
     parser.add_argument("--zero_shot", nargs="*", default=("ntk", "yarn"))
     parser.add_argument("--longest", action="store_true", help="also measure the extended model at its target")
     args = parser.parse_args()
-    chosen = recipe(configured(args))
+    chosen = recipe(completed(on_books(args)))
     run_recipe(chosen, args.workdir, ["experiments/008_real_model/run.py"])
     before, after = (read(args.workdir / "eval" / f"{name}.json") for name in ("before", "after"))
     source = str(chosen.run.init_from)

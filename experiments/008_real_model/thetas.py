@@ -14,47 +14,39 @@ import json
 from pathlib import Path
 
 from matplotlib.ticker import MaxNLocator
+from run import HERE, TRAINED, completed, evaluated, on_books
 
-from lcx.cli import parse
 from lcx.core.console import say
-from lcx.evals.config import EvalConfig
-from lcx.evals.results import perplexity, plain_rows, read
+from lcx.evals.results import perplexity, plain_rows
 from lcx.positions.theta import critical_base
 from lcx.recipes import models
-from lcx.recipes.recipe import evaluate_loaded, recipe
+from lcx.recipes.recipe import recipe
 from lcx.report import markdown, style
 from lcx.training import metrics
 from lcx.training.loop import train
 from lcx.training.monitor import curve
 
-HERE = Path(__file__).parent
-CONFIG = HERE.parents[1] / "configs" / "real_model.py"
-THETA, TRAINED, TARGET = 1e5, 8192, 16384
+THETA, TARGET = 1e5, 16384
 MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0)
 
 
 def configured(args: argparse.Namespace, multiple: float):
     """The config of configs/real_model.py for one theta."""
-    config = parse.load(str(CONFIG))
+    config = on_books(args)
     config.target, config.theta = TARGET, multiple * critical_base(THETA, TRAINED, TARGET)
-    config.steps, config.tokens_per_step = args.steps, args.tokens_per_step
     config.optim.schedule, config.optim.warmup_steps = "constant", 5
     config.checkpoint.every = None
-    for part in config.data.parts.values():
-        part.source.kind, part.source.path = "text", args.books
-    config.evals.lengths = tuple(args.lengths)
-    config.evals.questions.samples, config.evals.perplexity_tokens = args.samples, args.perplexity_tokens
-    config.evals.questions.prose = (args.books,)
-    config.evals.zero_shot = ()
-    return parse.module(str(CONFIG)).complete(config)
+    return completed(config)
 
 
 def measured(args: argparse.Namespace, multiple: float) -> dict:
     """Train and evaluate one theta, unless that is done; what is kept of it."""
     chosen, folder = recipe(configured(args, multiple)), args.workdir / f"theta_{multiple:g}"
     train(chosen.run, folder, given=models.initial_weights(chosen.run.init_from))
-    rows = evaluated(folder, chosen.evals, "perplexity", "perplexity")
-    rows += evaluated(folder, chosen.evals, "needle_in_prose", f"needles_{args.samples}")
+    rows = []
+    for task, label in (("perplexity", "perplexity"), ("needle_in_prose", f"needles_{args.samples}")):
+        result = evaluated(folder, dataclasses.replace(chosen.evals, tasks=(task,)), label, folder)
+        rows += plain_rows(result.select(task=task))
     steps = [dict(row["loss_by_part"]) for row in metrics.read(folder / "metrics.jsonl")]
     return {
         "multiple": multiple,
@@ -62,13 +54,6 @@ def measured(args: argparse.Namespace, multiple: float) -> dict:
         "steps": steps,
         "rows": rows,
     }
-
-
-def evaluated(folder: Path, evals: EvalConfig, task: str, label: str) -> list[dict]:
-    """The rows of one task, from its file if it is there."""
-    file, evals = folder / "eval" / f"{label}.json", dataclasses.replace(evals, tasks=(task,))
-    result = read(file) if file.exists() else evaluate_loaded(models.load(folder), evals, label, folder)
-    return plain_rows(result.select(task=task))
 
 
 def by_length(rows: list[dict], task: str, metric: str) -> dict[int, float]:

@@ -38,14 +38,19 @@ WITHOUT_DEVICES = ("report", "theta", "diff", "verify", "compare")
 """Commands that compute nothing on devices."""
 
 
+def group(name: str) -> dict[str, str]:
+    """The commands of a group such as `data`, by their whole names; none if there is no such group."""
+    return {known: text for known, text in COMMANDS.items() if known.startswith(f"{name} ")}
+
+
 def find_command(words: Sequence[str]) -> tuple[str, list[str]]:
     """The command that the words begin with, and the other words; raises `UserError` if they begin with none."""
     for count in (2, 1):
         if (name := " ".join(words[:count])) in COMMANDS:
             return name, list(words[count:])
-    group = [name.removeprefix(f"{words[0]} ") for name in COMMANDS if name.startswith(f"{words[0]} ")]
-    if group and len(words) > 1:
-        raise UserError(f"lcx {words[0]} has no command {words[1]!r}{nearest(words[1], group)}")
-    if group:
-        raise UserError(f"lcx {words[0]} is a group of commands; name one of {', '.join(group)}")
+    within = [name.removeprefix(f"{words[0]} ") for name in group(words[0])]
+    if within and len(words) > 1:
+        raise UserError(f"lcx {words[0]} has no command {words[1]!r}{nearest(words[1], within)}")
+    if within:
+        raise UserError(f"lcx {words[0]} is a group of commands; name one of {', '.join(within)}")
     raise UserError(f"lcx has no command {words[0]!r}{nearest(words[0], dict.fromkeys(name.split()[0] for name in COMMANDS))}")

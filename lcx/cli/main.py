@@ -12,7 +12,7 @@ from types import ModuleType
 from absl import flags
 
 from lcx.cli import distributed_flags, parse
-from lcx.cli.commands import COMMANDS, WITHOUT_DEVICES, find_command
+from lcx.cli.commands import COMMANDS, WITHOUT_DEVICES, find_command, group
 from lcx.core import host
 from lcx.core.console import friendly_errors, say
 from lcx.core.errors import UserError
@@ -31,11 +31,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not argv or argv[0] in ("-h", "--help", "-help", "help"):
             say(usage(COMMANDS))
             return
-        if len(argv) == 1 or argv[1] in ("-h", "--help", "-help"):
-            group = {name: text for name, text in COMMANDS.items() if name.startswith(f"{argv[0]} ")}
-            if group:
-                say(usage(group))
-                return
+        if (within := group(argv[0])) and (len(argv) == 1 or argv[1] in ("-h", "--help", "-help")):
+            say(usage(within))
+            return
         name, words = find_command(argv)
         use_host_devices(words)
         distributed_flags.stand_over(name, words)

@@ -89,9 +89,9 @@ class SourceConfig:
                 f"source.path={', '.join(self.paths)} is not read with source.kind='stdlib', which is Python's own library; set "
                 "source.kind='text', or the kind that the files are of"
             )
-        for name, kinds in KINDS_WITH.items():
-            value = getattr(self, name)
-            if value != type(self).__dataclass_fields__[name].default and self.kind not in kinds:
+        for field in dataclasses.fields(self):
+            name, value, kinds = field.name, getattr(self, field.name), KINDS_WITH.get(field.name)
+            if kinds is not None and self.kind not in kinds and value != field.default:
                 meant = " or ".join(map(repr, kinds))
                 raise UserError(f"source.{name}={value} means nothing to source.kind={self.kind!r}, only to {meant}; leave it out")
         if self.kind == "chat" and self.append_eos:

@@ -38,7 +38,7 @@ def verify(path: str | Path, update: bool = False) -> bool:
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path} does not exist; name a run, an exported model, a dataset or another folder that lcx wrote")
-    if update and path.is_dir() and (path / FOLDER).is_dir():
+    if update and (path / FOLDER).is_dir():
         raise UserError(
             f"{path} is a run, of which --update accepts nothing: its checkpoints are as they were written, or damaged; in a "
             f"config.json that you have changed, delete the entry {OWN!r}"
