@@ -42,9 +42,7 @@ def parse(values: flags.FlagValues, command: str, words: Sequence[str]) -> list[
     """
     if _takes_config(values) and (path := given(words, "config")) is not None:
         config = load(path)
-        for word in words:
-            if match := OVERRIDE.match(word):
-                value_at(config, match[2])
+        words = [_emptied(config, word) for word in words]
     # ml_collections logs what it also raises.
     logging.getLogger("absl").setLevel(logging.ERROR)
     words = [_quoted(word) for word in words]
@@ -189,6 +187,15 @@ def nothing_left(rest: Sequence[str], command: str, path: str | None = None) -> 
     if rest:
         meant = f"did you mean --{path}={rest[0]}?" if path and Path(rest[0]).exists() else f"see lcx {command} --help"
         raise UserError(f"unexpected argument {rest[0]!r}; {meant}")
+
+
+def _emptied(config: ml_collections.ConfigDict, word: str) -> str:
+    """A word, with `--config.KEY=` of a tuple made `--config.KEY=()`; raises `UserError` for a key that is not there."""
+    match = OVERRIDE.match(word)
+    if match is None:
+        return word
+    value, is_empty = value_at(config, match[2]), match[3] and not match[4]
+    return f"{word}()" if is_empty and isinstance(value, tuple) else word
 
 
 def _quoted(word: str) -> str:
