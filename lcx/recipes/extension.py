@@ -37,10 +37,10 @@ class ExtensionConfig:
     `source`: a Hugging Face folder, a GGUF file, or the YAML file of a merge. `target`: length in tokens to reach, in stages each
     at most `growth` times longer than the one before; the first starts from `trained`, the length that the source was trained for
     (None: what it says).
-    `theta`: that of the last stage (None: the critical base of each stage's length). `steps` of `tokens_per_step` tokens a stage,
-    at least one row; `accumulate` microbatches a step. `pose_tokens`: rows of so many tokens stand for whole ones, their positions
-    skip between `pose_chunks` chunks so that they reach the stage's length (PoSE, arXiv:2309.10400; None: whole rows). Parts that
-    mask documents or reset positions keep theirs.
+    Every stage's theta is `theta_multiple` (None: 1) times the critical base of its length; `theta` fixes that of the last one
+    instead. `steps` of `tokens_per_step` tokens a stage, at least one row; `accumulate` microbatches a step. `pose_tokens`: rows of
+    so many tokens stand for whole ones, their positions skip between `pose_chunks` chunks so that they reach the stage's length
+    (PoSE, arXiv:2309.10400; None: whole rows). Parts that mask documents or reset positions keep theirs.
     After short rows `last_steps` steps of longer ones follow: rows of `last_tokens` (None: whole rows of the target).
     """
 
@@ -49,6 +49,7 @@ class ExtensionConfig:
     trained: int | None = None
     growth: float = 4.0
     theta: float | None = None
+    theta_multiple: float | None = None
     steps: int = 100
     tokens_per_step: int = 1 << 18
     accumulate: int = 1
@@ -62,8 +63,14 @@ class ExtensionConfig:
             raise UserError("config.source is missing; name a Hugging Face folder with --config.source=PATH")
         if self.target is None:
             raise UserError("config.target is missing; give the length to reach, as in --config.target=65536")
-        sizes = ("target", "trained", "theta", "steps", "tokens_per_step", "accumulate", "pose_tokens", "last_tokens")
+        thetas = ("theta", "theta_multiple")
+        sizes = ("target", "trained", *thetas, "steps", "tokens_per_step", "accumulate", "pose_tokens", "last_tokens")
         positive("config", **{name: getattr(self, name) for name in sizes})
+        if self.theta is not None and self.theta_multiple is not None:
+            raise UserError(
+                f"config.theta={self.theta:g} and config.theta_multiple={self.theta_multiple:g} both choose the last stage's "
+                "theta; give one of them"
+            )
         not_negative("config", last_steps=self.last_steps)
         if self.pose_tokens is None and self.last_steps:
             raise UserError(
@@ -97,7 +104,8 @@ class ExtensionConfig:
 def defaults() -> ml_collections.ConfigDict:
     """The fields of an extension and of everything else in a run but what `complete` finds out, for flags to change."""
     run = run_defaults()
-    scalars = {"source": str, "target": int, "trained": int, "theta": float, "pose_tokens": int, "last_tokens": int}
+    numbers = {"target": int, "trained": int, "pose_tokens": int, "last_tokens": int, "theta": float, "theta_multiple": float}
+    scalars = {"source": str, **numbers}
     for field in dataclasses.fields(ExtensionConfig):
         run[field.name] = placeholder(scalars[field.name]) if field.name in scalars else field.default
     return run
@@ -232,4 +240,5 @@ def _thetas(described: Described, wanted: ExtensionConfig, trained: int, length:
             "tokens, so there is nothing to extend"
         )
     last = wanted.theta if length == wanted.target else None
-    return {kind: last or critical_base(scheme.theta, trained, length) for kind, scheme in rotary.items()}
+    multiple = wanted.theta_multiple or 1.0
+    return {kind: last or multiple * critical_base(scheme.theta, trained, length) for kind, scheme in rotary.items()}

@@ -15,6 +15,7 @@ from lcx.cli import parse
 from lcx.core.errors import UserError
 from lcx.interop import byte_tokenizer
 from lcx.interop.shards import Shards
+from lcx.positions.theta import critical_base
 from lcx.recipes import extension, models
 from lcx.recipes.diff import diff
 from lcx.recipes.recipe import part, recipe
@@ -122,6 +123,22 @@ def test_what_is_learned_and_asked_follows_from_the_tokenizer(source):
     config = extension.defaults()
     config.source, config.target, config.evals.tasks = str(source), TARGET, ("perplexity",)
     assert tuple(extension.complete(config).evals.tasks) == ("perplexity",)
+
+
+def test_thetas_follow_from_the_length_or_are_named(source):
+    def found(**changes):
+        config = extension.defaults()
+        config.update(source=str(source), target=TARGET, **changes)
+        return [stage["positions"]["global"] for stage in extension.complete(config).stages]
+
+    usual = found()
+    assert usual == [critical_base(10000.0, TRAINED, length) for length in (TRAINED * 4, TARGET)]
+    assert found(theta_multiple=4.0) == [4 * theta for theta in usual]
+    assert found(theta=12345.0) == [usual[0], 12345.0]
+    with pytest.raises(UserError, match="theta=12345 and config.theta_multiple=4 both choose the last stage's theta; give one"):
+        found(theta=12345.0, theta_multiple=4.0)
+    with pytest.raises(UserError, match="theta_multiple=-1"):
+        found(theta_multiple=-1.0)
 
 
 def test_the_type_to_compute_in_is_the_machine_s_unless_it_is_named(source, monkeypatch):
