@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import html
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from lcx.evals.results import EvalResult, Measurement
+from lcx.evals.statistics import interval
 from lcx.report.page import table
 
 PUBLISHED = {
@@ -91,13 +93,12 @@ def _scores(result: EvalResult, scheme: str) -> str:
     notes = []
     if average is not None:
         known = average.by_length()
-        notes.append(_effective(found))
+        notes.append(_effective(found, known))
         rows.append(((f"average of {average.rows[0].n}", *(_number(known.get(n)) for n in lengths)), "strong"))
         if set(lengths) & set(LENGTHS):
             rows += [((name, *(_number_at(scores, n) for n in lengths)), "dim") for name, scores in PUBLISHED.items()]
             notes.append("Below the average stand published averages of all thirteen tasks, asked in RULER's own words.")
-    n = found.rows[0].n
-    notes.append(f"Mean scores of {n} questions a cell, in percent, with the half-width of their 95% interval in grey.")
+    notes.append(f"Mean scores of {_asked(found)} questions a cell, in percent, with the half-width of their 95% interval in grey.")
     empty = [row for row in _rows(result, scheme, "empty") if row.value > 0]
     if empty:
         worst = max(empty, key=lambda row: row.value)
@@ -107,24 +108,35 @@ def _scores(result: EvalResult, scheme: str) -> str:
     return table(head, rows) + f"<p class=note>{html.escape(' '.join(notes))}</p>"
 
 
-def _effective(found: EvalResult) -> str:
-    """RULER's effective length with its interval: every task weighs alike, as each has as many questions."""
-    ruler = [row for row in found.rows if row.task.startswith("ruler_")]
+def _effective(found: EvalResult, lengths: Collection[int]) -> str:
+    """RULER's effective length among these with its interval: every task weighs alike, as each has as many questions."""
+    ruler = [row for row in found.rows if row.task.startswith("ruler_") and row.length in lengths]
     scores = dataclasses.replace(found, rows=tuple(ruler))
     certain = scores.effective_interval()
     range_of = f" (95% interval {certain[0]:,}–{certain[1]:,})" if certain else ""
     return f"Effective length, the longest up to which every average exceeds 85.6%: {scores.effective_length():,}{range_of}."
 
 
+def _asked(found: EvalResult) -> str:
+    """How many questions a task has at a length, as text: "20", or "20 to 100"."""
+    counts = collections.Counter[tuple[str, int]]()
+    for row in found.rows:
+        counts[row.task, row.length] += row.n
+    fewest, most = min(counts.values()), max(counts.values())
+    return f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
+
+
 def _cells(found: EvalResult | None, lengths: Sequence[int]) -> list[str | tuple[str, str]]:
-    rows = {row.length: row for row in found.rows} if found else {}
-    return [_cell(rows.get(length)) for length in lengths]
+    return [_cell(found.select(length=length) if found else None) for length in lengths]
 
 
-def _cell(row: Measurement | None) -> str | tuple[str, str]:
-    if row is None or row.low is None or row.high is None:
+def _cell(found: EvalResult | None) -> str | tuple[str, str]:
+    """The mean over all depths, and the half-width of the interval of all their scores; Wilson's if a row does not keep them."""
+    if found is None:
         return "–"
-    return _number(row.value), f"±{50 * (row.high - row.low):.0f}"
+    kept = all(row.scores for row in found.rows)
+    low, high = interval([score for row in found.rows for score in row.scores or ()]) if kept else found.interval()
+    return _number(found.mean()), f"±{50 * (high - low):.0f}"
 
 
 def _number(share: float | None) -> str:

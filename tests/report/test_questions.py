@@ -8,7 +8,7 @@ import re
 from lcx.evals import results
 from lcx.evals.results import EvalResult, Measurement
 from lcx.evals.statistics import interval
-from lcx.report import question_plots
+from lcx.report import question_plots, questions
 from lcx.report.report import write_report
 
 
@@ -46,6 +46,26 @@ def test_scores_averages_and_answers(tmp_path):
     # The longest length alone is read: two wrong answers, then the right one.
     assert "ruler_vt at 8,192, 1 of 4 right" in page and page.count("the prompt ends") == 3
     assert page.index("(nothing)") < page.index("&lt;A&gt; B") and "Evaluations of" in page
+
+
+def test_a_score_is_of_all_depths():
+    by_depth = ((0.0, [1.0] * 20), (1.0, [0.0] * 20))
+    found = [
+        dataclasses.replace(row, scores=tuple(scores))
+        for depth, scores in by_depth
+        for row in rows("passkey", 4096, scores, (depth,))
+        if row.metric == "score"
+    ]
+    said = questions.section([EvalResult("tuned", 4096, rows=tuple(found))])
+    assert "<td>passkey</td><td>50.0 <span>±15</span></td>" in said and "Mean scores of 40 questions a cell" in said
+    both = questions.section([EvalResult("tuned", 4096, rows=(*found, *rows("ruler_vt", 4096, [1.0] * 20)))])
+    assert "Mean scores of 20 to 40 questions a cell" in both
+
+
+def test_the_effective_length_is_of_lengths_that_all_tasks_were_asked_at():
+    found = [*rows("ruler_vt", 512, [0.0]), *rows("ruler_vt", 4096, [1.0]), *rows("ruler_cwe", 4096, [1.0])]
+    found.append(Measurement("ruler", "average", 4096, 1.0, 2))
+    assert "every average exceeds 85.6%: 4,096" in questions.section([EvalResult("tuned", 4096, rows=tuple(found))])
 
 
 def test_answers_say_who_gave_them(tmp_path):
