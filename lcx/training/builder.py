@@ -167,7 +167,9 @@ class StageBuilder:
     def _probe(self, built: BuiltStage, params: Tree, arch: Architecture, buffers: Tree, seq_len: int) -> Probe:
         pieces = axis_size(built.mesh, "batch")
         rows = max(2, -(-self.run.monitor.probe_rows // pieces) * pieces)
-        batch = built.step.to_device(probe(self.run.data_of(built.stage), seq_len, rows, self.run.seed, self.corpus), rows)
+        own = built.step.local_rows(rows, seq_len)
+        held = probe(self.run.data_of(built.stage), seq_len, rows, self.run.seed, self.corpus)
+        batch = built.step.to_device(jax.tree.map(lambda x: x[own], held), rows)
         with jax.set_mesh(built.mesh):
             return read_probe(probe_sums(params, buffers, arch, batch))
 

@@ -40,6 +40,16 @@ def get_config():
     config.stage_order = ("base",)
     return config
 """
+JUDGED = """
+from tests.cli import tiny
+
+def get_config():
+    config = tiny.get_config()
+    config.stages.base.seq_len, config.stages.longer.seq_len = 128, 256
+    config.stages.longer.steps, config.monitor.steps = 9, 8
+    config.monitor.enabled, config.monitor.skip, config.monitor.retries = True, 0, 1
+    return config
+"""
 SECOND = 'config.data.parts.other = {"weight": 2.0, "source": {"kind": "stdlib", "limit_bytes": 300_000}}'
 
 
@@ -55,6 +65,20 @@ def test_two_processes_train_as_one(tmp_path, devices):
     assert close([row["grad_norm"] for row in found], [row["grad_norm"] for row in expected])
     # Standard output is process 0's.
     assert "done: 2 steps" in job.said(tmp_path / "logs", 0) and "done:" not in job.said(tmp_path / "logs", 1)
+
+
+@pytest.mark.slow
+def test_two_processes_judge_as_one(tmp_path, devices):
+    """Text and needles of the monitor's probe lie in different rows, so that each process measures others."""
+    (config := tmp_path / "judged.py").write_text(JUDGED)
+    started = job.lcx(["train", f"--config={config}", f"--workdir={tmp_path / 'two'}"], 2, tmp_path / "logs")
+    train(recipe(parse.load(str(config))).run, tmp_path / "one", devices[:4])
+    assert job.ended(started) == [0, 0], job.said(tmp_path / "logs", 0)[-2000:]
+    found, expected = (json.loads((tmp_path / name / "decisions.jsonl").read_text().splitlines()[0]) for name in ("two", "one"))
+    assert found["verdict"] == expected["verdict"]
+    for probe in ("probe_before", "probe_after"):
+        assert found[probe]["needle_loss"] != pytest.approx(found[probe]["text_loss"], rel=1e-3)
+        assert close(found[probe].values(), expected[probe].values())
 
 
 @pytest.mark.slow
