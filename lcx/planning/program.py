@@ -60,7 +60,7 @@ def schemes_at(run: RunConfig, index: int) -> dict[str, Scheme]:
     current = {kind: from_config(spec, f"positions.{kind}") for kind, spec in run.positions.items()}
     before: int | None = None
     for stage in run.stages[: index + 1]:
-        current = override(current, stage, before or stage.length)
+        current = override(current, stage, before)
         before = stage.length
     return current
 

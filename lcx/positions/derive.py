@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lcx.core.errors import UserError
+from lcx.positions.piecewise import Piecewise
 from lcx.positions.registry import ROTARY, from_config, scheme_class, settings
 from lcx.positions.rotary import Ntk, Rope, Stretched
 from lcx.positions.scaling import Dynamic
@@ -28,14 +29,12 @@ def extend(scheme: Scheme, spec: str | Mapping[str, Any], trained_length: int | 
     """The scheme of `spec`, keeping what `scheme` says about the trained model unless `spec` overrides it.
 
     Theta, layout, partial, trained length and temperature are kept if the new scheme has them: a zero-shot comparison on one
-    checkpoint must not change them. `trained_length` is used as `original_length` if neither scheme gives one.
+    checkpoint must not change them. `trained_length` is what the weights have been trained at since `scheme` was set: it takes
+    the place of a shorter `original_length`, or of none, unless the frequencies of `scheme` depend on that.
     """
     values = settings(spec) if isinstance(spec, str) else dict(spec.items())
     fields = _fields(scheme_class(values.get("name")))
-    for key in (*ROTARY, "temperature"):
-        kept = getattr(scheme, key, None)
-        if key == "original_length" and kept is None:
-            kept = trained_length
+    for key, kept in _kept(scheme, trained_length).items():
         if key in fields and key not in values and kept is not None:
             values[key] = kept
     return from_config(values)
@@ -68,6 +67,19 @@ def resolved(scheme: Scheme, head_dim: int, length: int) -> Scheme:
         # Dynamic NTK grows with the length, whatever its factor.
         return dataclasses.replace(scheme, factor=1.0 if isinstance(scheme, Dynamic) else scheme.stretch(length))
     return scheme
+
+
+def _kept(scheme: Scheme, trained_length: int | None) -> dict[str, Any]:
+    """What `scheme` says of the model, and None for what it doesn't say."""
+    kept = {key: getattr(scheme, key, None) for key in (*ROTARY, "temperature")}
+    length, temperature = kept["original_length"], kept["temperature"]
+    depends = length is not None and isinstance(scheme, Stretched | Piecewise)
+    if not depends and trained_length is not None:
+        kept["original_length"] = max(length or 0, trained_length)
+        if length is not None and length < trained_length and temperature is not None and temperature.kind != "llama4":
+            # A temperature without a length of its own was trained with the scheme's.
+            kept["temperature"] = dataclasses.replace(temperature, length=temperature.length or length)
+    return kept
 
 
 def _fields(cls: type[Scheme]) -> set[str]:

@@ -52,7 +52,7 @@ def choose(
     attempt, previous = Attempt(), before_first
     for i, stage in enumerate(run.stages[: index + 1]):
         named = bool(stage.positions) or i == 0 and previous is None
-        current = override(current, stage, previous.length if previous else stage.length)
+        current = override(current, stage, previous.length if previous else None)
         theta = theta_of(current)
         rows = [row for row in decisions if row["stage"] == stage.name]
         attempt = attempt_of(rows, _ladder(run, stage, named, theta, previous)) if run.monitored(stage) else Attempt()

@@ -280,8 +280,11 @@ def stage_ends(run: RunConfig) -> list[int]:
     return ends
 
 
-def override(current: Mapping[str, Scheme], stage: StageConfig, trained_length: int) -> dict[str, Scheme]:
-    """`current` (kind or `default` -> scheme) with the stage's changes; what a change does not name stays as it was."""
+def override(current: Mapping[str, Scheme], stage: StageConfig, trained_length: int | None) -> dict[str, Scheme]:
+    """`current` (kind or `default` -> scheme) with the stage's changes; what a change does not name stays as it was.
+
+    `trained_length` is that of the weights; None for those that are not trained, which begin at the stage's.
+    """
     changed = dict(current)
     for kind, spec in stage.positions.items():
         before = current.get(kind, current.get("default"))
@@ -298,7 +301,7 @@ def override(current: Mapping[str, Scheme], stage: StageConfig, trained_length: 
         # A scheme of the same name keeps all its settings, another keeps what it shares with the one before.
         if not isinstance(spec, str) and spec["name"] == before.name:
             spec = {**_settings(before), **spec}
-        changed[kind] = extend(before, spec, trained_length)
+        changed[kind] = extend(before, spec, trained_length or before.trained_length or stage.length)
     return changed
 
 

@@ -33,3 +33,17 @@ def test_extend_keeps_the_trained_model():
     assert (inner.theta, inner.original_length, inner.partial) == (500.0, 256, 0.5)
     assert extend(Nope(), "alibi").name == "alibi"
     assert extend(extend(trained, "dual_chunk:scaling=yarn"), "rope").theta == 500
+
+
+def test_extend_starts_from_the_longest_trained_length():
+    """A new theta alone leaves the length that a model came with in its scheme, however far it was trained since."""
+    came = Rope(original_length=8192, temperature=QueryScaling("log_n"))
+    dynamic = extend(came, "dynamic", trained_length=65536)
+    assert (dynamic.original_length, dynamic.stretch(131072)) == (65536, 2)
+    assert extend(came, "dual_chunk:scaling=yarn", trained_length=65536).sizes()[0] == 65536
+    assert extend(came, "yarn", trained_length=4096).original_length == 8192
+    assert extend(came, "yarn:original_length=4096", trained_length=65536).original_length == 4096
+    assert dynamic.temperature == QueryScaling("log_n", length=8192)  # as it was trained
+    assert extend(came, "yarn", trained_length=4096).temperature == came.temperature
+    for depends in ("yarn:factor=8", "dual_chunk"):
+        assert extend(extend(came, depends), "dynamic", trained_length=65536).original_length == 8192

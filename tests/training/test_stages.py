@@ -9,8 +9,9 @@ from lcx.core.configs import build, plain
 from lcx.core.errors import UserError
 from lcx.core.mesh import MeshConfig
 from lcx.data.schedule import Schedule
+from lcx.positions.registry import from_config
 from lcx.training.builder import StageBuilder
-from lcx.training.ladder import choose
+from lcx.training.ladder import PreviousStage, choose
 from lcx.training.stages import RunConfig, run_config
 
 
@@ -42,6 +43,19 @@ def test_positions_change_from_stage_to_stage():
     a, b, c, d = (choose(run_config(values), [], stage, None)[1]["default"] for stage in range(4))
     assert (a.theta, b.theta, b.partial, c.name, c.theta, c.partial) == (100.0, 400.0, 0.5, "linear", 400.0, 0.5)
     assert d == c
+
+
+def test_a_trained_length_is_that_of_the_weights():
+    stage = {"name": "a", "seq_len": 256, "steps": 1, "batch_size": 1, "positions": {"default": "yarn"}}
+
+    def length(scheme, before=None):
+        run = run_config(tiny.config(positions={"default": scheme}, stages=[stage]))
+        return choose(run, [], 0, before)[1]["default"].original_length
+
+    assert length("rope") == 256
+    assert length("rope:original_length=64") == 64  # no weights have seen 256 tokens
+    extended = PreviousStage({"default": from_config("rope:original_length=64")}, 128)
+    assert length("rope:original_length=64", extended) == 128
 
 
 def test_mixture_and_parts_change_one_stage():
