@@ -49,7 +49,10 @@ def is_loss(metric: str) -> bool:
 
 
 def compare(before: EvalResult, after: EvalResult, scheme: str = "none", longest: int | None = None) -> list[Comparison]:
-    """Everything that both measured on the same items under a scheme, at lengths of up to `longest` tokens (None: all)."""
+    """Everything that both measured on the same items under a scheme, at lengths of up to `longest` tokens (None: all).
+
+    Of the last tokens of a text as many must have been counted.
+    """
 
     def cells(result: EvalResult) -> dict[tuple[str, str, int], list[Measurement]]:
         found: dict[tuple[str, str, int], list[Measurement]] = {}
@@ -62,7 +65,7 @@ def compare(before: EvalResult, after: EvalResult, scheme: str = "none", longest
     for key in ones.keys() & others.keys():
         pairs = {row.digest: row for row in ones[key]}
         both = [(pairs[row.digest], row) for row in others[key] if row.digest in pairs]
-        both = [(one, other) for one, other in both if len(one.scores or ()) == len(other.scores or ())]
+        both = [(one, other) for one, other in both if one.n == other.n and len(one.scores or ()) == len(other.scores or ())]
         if both:
             old, new = ([score for pair in both for score in pair[side].scores or ()] for side in (0, 1))
             made.append(Comparison(*key, sum(old) / len(old), sum(new) / len(new), len(old), paired(old, new)))

@@ -31,7 +31,7 @@ class Measurement:
     `depth` is where the answer stands, from 0 (start of the context) to 1 (just before the question); `positions` the range
     `first <= p < end` of positions in the window that a loss is the mean over; None: does not apply. `low` and `high` are the 95%
     interval. `scores` are the values of single items, in their order, and `digest` tells these items from others: rows of the same
-    digest can be paired.
+    digest and `n` can be paired.
     """
 
     task: str

@@ -12,7 +12,9 @@ from lcx.data.sources.sources import InMemorySource, Subset
 from lcx.data.tokenizers.tokenizers import Bytes
 from lcx.evals.answers import AnswerLog
 from lcx.evals.base import Evaluator, Materials, Scores
+from lcx.evals.comparison import compare
 from lcx.evals.config import EvalConfig
+from lcx.evals.results import EvalResult
 from lcx.evals.tasks import key_tokens
 from lcx.evals.tasks.key_tokens import KeyTokens, carried, is_key, passage
 from lcx.evals.tasks.loss_by_kind import LossByKind, LossBySource
@@ -38,6 +40,18 @@ class Copier:
             text = bytes(row.astype(np.uint8))
             nll = [0.1 if text.find(text[max(0, i - 16) : i + 1], 0, i) >= 0 else 3.0 for i in range(first, len(row))]
             found.append(Scores(np.asarray(nll, np.float32), np.zeros(len(nll), bool)))
+        return found
+
+
+class Forgetful(Copier):
+    """A judge that finds as many key tokens, the last of them one place further down."""
+
+    def loglikelihood(self, items):
+        found = super().loglikelihood(items)
+        if self.length == LONGEST:
+            second_end = second()[1] - 1
+            nll = found[0].nll
+            nll[second_end], nll[second_end - 1] = 0.1, 3.0
         return found
 
 
@@ -194,6 +208,31 @@ def test_losses_of_kinds_add_up_to_the_whole():
     assert rows["loss_by_kind_number"].n >= 2 and rows["loss_by_kind_name"].n >= 4
     # All of them took the losses from one pass over the text.
     assert backend.asked == 1
+
+
+def result(kind, short=SHORT, judge=Copier) -> EvalResult:
+    made = materials()
+    config = dataclasses.replace(made.config, short_context=short)
+    made = dataclasses.replace(made, config=config, evaluator=Evaluator(judge, Bytes()))
+    return EvalResult("found", LONGEST, rows=tuple(kind.build(made).measure(Copier(), LONGEST, 1, AnswerLog(None))))
+
+
+def paired(before, after) -> set[str]:
+    return {f"{row.task} {row.metric}" for row in compare(before, after)}
+
+
+def test_losses_of_other_key_tokens_are_not_paired():
+    assert paired(result(KeyTokens), result(KeyTokens)) == {"long_perplexity nll", "long_perplexity other_nll"}
+    other = result(KeyTokens, judge=Forgetful)
+    assert other.select(metric="nll").rows[0].n == result(KeyTokens).select(metric="nll").rows[0].n
+    assert paired(result(KeyTokens), other) == set()
+
+
+def test_copies_from_near_under_another_short_context_are_not_paired():
+    before, after = result(LossByKind), result(LossByKind, 2 * SHORT)
+    everything = paired(before, before)
+    assert {"loss_by_kind_copied_near nll", "loss_by_kind_copied_far nll", "loss_by_kind_new nll"} < everything
+    assert paired(before, after) == {name for name in everything if "copied" not in name}
 
 
 def test_losses_of_sources():

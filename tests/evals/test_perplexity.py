@@ -10,6 +10,7 @@ from lcx.data.tokenizers.tokenizers import Bytes
 from lcx.evals.answers import AnswerLog
 from lcx.evals.backends.local import LocalBackend
 from lcx.evals.base import Item, Scores
+from lcx.evals.comparison import compare
 from lcx.evals.results import EvalResult
 from lcx.evals.tasks.perplexity import Perplexity, Spans, bytes_per_token, cover, loss_by_position, spans
 from lcx.model.architecture import build_architecture, build_schemes
@@ -131,6 +132,20 @@ def test_a_smaller_stride_gives_every_token_more_context():
     assert fine.mean() < coarse.mean() and fine.rows[0].n == coarse.rows[0].n == 128
     with pytest.raises(UserError, match="must not exceed the spans' 128 tokens"):
         curve_of(text, (256,), 16)
+
+
+def test_losses_are_paired_only_where_windows_and_last_tokens_are_the_same():
+    text = np.zeros((2, 129), np.int32)
+
+    def paired(**other):
+        before, after = (curve_of(text, (32, 128), **{"final": 16, **changed}) for changed in ({}, other))
+        return [(row.metric, row.length) for row in compare(before, after)]
+
+    all_of_them = [(metric, length) for length in (32, 128) for metric in ("nll", "final_nll")]
+    assert paired() == paired(stride=64) == all_of_them
+    # The longest length has one window, and the last tokens are those of the last one, whatever the stride.
+    assert paired(stride=8) == all_of_them[1:]
+    assert paired(final=8) == [("nll", 32), ("nll", 128)]
 
 
 def test_loss_by_position_bins_hold_every_token_once():

@@ -23,7 +23,7 @@ from lcx.data.curation.dependency import longce_weights
 from lcx.data.tokenizers.stream import pieces
 from lcx.data.tokenizers.tokenizers import Tokenizer
 from lcx.evals.answers import AnswerLog, key_of
-from lcx.evals.base import Backend, Evaluator, Item, Materials, Task
+from lcx.evals.base import Backend, Evaluator, Item, Materials, Task, digest
 from lcx.evals.config import EvalConfig
 from lcx.evals.results import Measurement
 from lcx.evals.tasks.perplexity import Spans, mean_loss
@@ -82,7 +82,7 @@ class KeyTokens(Task):
     def measure(self, backend: Backend, length: int, count: int, log: AnswerLog) -> list[Measurement]:
         """Losses of key tokens and of others; of `key_share` alone where there are no key tokens."""
         mask = np.stack([self._mask(row, log) for row in self.spans.text])
-        losses, named = self.spans.losses(backend, length), f"{self.spans.digest} {self.evaluator.name} {self.short}"
+        losses, named = self.spans.losses(backend, length), f"{self.spans.named(length)} {digest(*mask)}"
         if length == self.spans.longest and mask.sum() < FEW:
             warn(f"{self.name}: only {mask.sum():,} of {mask.size:,} tokens are key tokens; raise perplexity_tokens")
         made = [Measurement(self.name, "key_share", length, float(mask.mean()), mask.size)]

@@ -26,6 +26,8 @@ class LossByKind(Task):
     spans: Spans
     groups: Mapping[str, np.ndarray]
     """Which tokens are of a kind, boolean `[R, longest]`."""
+    near: int | None = None
+    """`evals.short_context`; the usual one follows from the longest length."""
 
     @classmethod
     def build(cls, materials: Materials) -> Self | None:
@@ -38,7 +40,7 @@ class LossByKind(Task):
         kind = np.stack([kinds(pieces(materials.tokenizer, row)) for row in spans.text])[:, 1:]
         copy = np.stack([copies(row, spans.bytes_per_token, near) for row in spans.text])[:, 1:]
         found = {name: kind == i for i, name in enumerate(KINDS)} | {name: copy == i for i, name in enumerate(COPIES)}
-        return cls(spans, {name: mask for name, mask in found.items() if mask.any()})
+        return cls(spans, {name: mask for name, mask in found.items() if mask.any()}, config.short_context)
 
     def count(self, zero_shot: bool) -> int:
         """All spans, under every scheme."""
@@ -46,9 +48,12 @@ class LossByKind(Task):
 
     def measure(self, backend: Backend, length: int, count: int, log: AnswerLog) -> list[Measurement]:
         """A row for each kind."""
-        losses = self.spans.losses(backend, length)
-        named = self.spans.digest
-        return [mean_loss(f"{self.name}_{kind}", "nll", length, losses, named, mask) for kind, mask in self.groups.items()]
+        losses, named = self.spans.losses(backend, length), self.spans.named(length)
+        split = named if self.near is None else f"{named} near {self.near}"
+        return [
+            mean_loss(f"{self.name}_{kind}", "nll", length, losses, split if kind in ("copied_near", "copied_far") else named, mask)
+            for kind, mask in self.groups.items()
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +79,6 @@ class LossBySource(Task):
     def measure(self, backend: Backend, length: int, count: int, log: AnswerLog) -> list[Measurement]:
         """A row for each source."""
         return [
-            mean_loss(f"{self.name}_{source}", "nll", length, spans.losses(backend, length), spans.digest)
+            mean_loss(f"{self.name}_{source}", "nll", length, spans.losses(backend, length), spans.named(length))
             for source, spans in self.sources.items()
         ]

@@ -63,6 +63,11 @@ class Spans:
         """What tells the text from another."""
         return digest(*self.text)
 
+    def named(self, length: int) -> str:
+        """What tells the losses at a length from those of other text, and of windows that move on by another stride."""
+        usual = self.stride is None or self.windows(length) == cover(self.longest, length, length)
+        return self.digest if usual else f"{self.digest} {self.stride}"
+
     def windows(self, length: int) -> list[tuple[int, int]]:
         """The windows of `cover` for a length; raises `UserError` if it is longer than the spans."""
         if length > self.longest:
@@ -131,10 +136,10 @@ class Perplexity(Task):
 
     def measure(self, backend: Backend, length: int, count: int, log: AnswerLog) -> list[Measurement]:
         """The losses with contexts of up to `length` tokens."""
-        nll, counted, named = self.spans.window_losses(backend, length), self.spans.losses(backend, length), self.spans.digest
+        nll, counted = self.spans.window_losses(backend, length), self.spans.losses(backend, length)
         made = [
-            mean_loss(self.name, "nll", length, counted, named),
-            mean_loss(self.name, "final_nll", length, nll[-1, :, length - self.final :], named),
+            mean_loss(self.name, "nll", length, counted, self.spans.named(length)),
+            mean_loss(self.name, "final_nll", length, nll[-1, :, length - self.final :], self.spans.digest),
         ]
         bits = made[0].value / math.log(2) / self.spans.bytes_per_token
         made.append(Measurement(self.name, "bits_per_byte", length, bits, made[0].n))
