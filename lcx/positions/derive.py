@@ -10,7 +10,7 @@ from lcx.core.errors import UserError
 from lcx.positions.piecewise import Piecewise
 from lcx.positions.registry import ROTARY, from_config, scheme_class, settings
 from lcx.positions.rotary import Ntk, Rope, Stretched
-from lcx.positions.scaling import Dynamic
+from lcx.positions.scaling import Dynamic, Proportional
 from lcx.positions.scheme import Scheme
 from lcx.positions.theta import critical_base, ntk_base
 
@@ -31,13 +31,18 @@ def extend(scheme: Scheme, spec: str | Mapping[str, Any], trained_length: int | 
     Theta, layout, partial, trained length and temperature are kept if the new scheme has them: a zero-shot comparison on one
     checkpoint must not change them. `trained_length` is what the weights have been trained at since `scheme` was set: it takes
     the place of a shorter `original_length`, or of none, unless the frequencies of `scheme` depend on that.
+    Raises `UserError` where a `partial` would be kept that means something else in the new scheme.
     """
     values = settings(spec) if isinstance(spec, str) else dict(spec.items())
     fields = _fields(scheme_class(values.get("name")))
-    for key, kept in _kept(scheme, trained_length).items():
-        if key in fields and key not in values and kept is not None:
-            values[key] = kept
-    return from_config(values)
+    kept = {key: value for key, value in _kept(scheme, trained_length).items() if key in fields - set(values) and value is not None}
+    new = from_config({**values, **kept})
+    if kept.get("partial", 1) != 1 and _is_proportional(scheme) != _is_proportional(new):
+        raise UserError(
+            f"partial={kept['partial']} of {scheme.name!r} and of {new.name!r} turn different dims, as p-RoPE counts pairs of the "
+            f"whole head; name one, as in '{new.name}:partial=1'"
+        )
+    return new
 
 
 def extend_to(scheme: Scheme, spec: str, trained: int, length: int) -> Scheme:
@@ -80,6 +85,10 @@ def _kept(scheme: Scheme, trained_length: int | None) -> dict[str, Any]:
             # A temperature without a length of its own was trained with the scheme's.
             kept["temperature"] = dataclasses.replace(temperature, length=temperature.length or length)
     return kept
+
+
+def _is_proportional(scheme: Scheme) -> bool:
+    return isinstance(scheme, Proportional) or isinstance(getattr(scheme, "scaling", None), Proportional)
 
 
 def _fields(cls: type[Scheme]) -> set[str]:

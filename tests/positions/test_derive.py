@@ -47,3 +47,27 @@ def test_extend_starts_from_the_longest_trained_length():
     assert extend(came, "yarn", trained_length=4096).temperature == came.temperature
     for depends in ("yarn:factor=8", "dual_chunk"):
         assert extend(extend(came, depends), "dynamic", trained_length=65536).original_length == 8192
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("proportional:partial=0.25", "yarn:factor=4,original_length=64"),
+        ("rope:partial=0.25", "p_rope"),
+        ("rope:partial=0.25", "dual_chunk:scaling=proportional"),
+        ("proportional:partial=0.25", "dual_chunk"),
+        ("dual_chunk:partial=0.25,scaling=proportional", "rope"),
+    ],
+)
+def test_partial_of_p_rope_is_not_that_of_others(old, new):
+    scheme = from_config(old)
+    with pytest.raises(UserError, match="partial=0.25 of .* and of .* turn different dims.*name one"):
+        extend(scheme, new)
+    assert extend(scheme, new + (",partial=1" if ":" in new else ":partial=1")).partial == 1
+    assert extend(with_theta(from_config(old.replace("0.25", "1")), 500.0), new).theta == 500
+
+
+def test_partial_of_p_rope_stays_in_p_rope():
+    scheme = from_config("proportional:partial=0.25")
+    assert extend(scheme, "p_rope:theta=500").partial == 0.25
+    assert extend(scheme, "dual_chunk:scaling=proportional").scaling.partial == 0.25
