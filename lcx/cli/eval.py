@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from absl import flags
 
 from lcx.cli import config_flags, distributed_flags, parse
+from lcx.core import configs
 from lcx.core.console import say
 from lcx.core.errors import UserError, naming
 from lcx.data.config import DataConfig
 from lcx.evals.config import EndpointConfig, EvalConfig, QuestionConfig
-from lcx.evals.runner import chosen_tasks, evaluate_endpoint
+from lcx.evals.runner import chosen_tasks, evaluate_endpoint, settings_of
 from lcx.recipes import models
 from lcx.recipes.cores import evaluation_mesh
 from lcx.recipes.recipe import evaluate_loaded, free_label, is_free
@@ -130,7 +131,8 @@ def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     if values.chat_template is not None:
         data = dataclasses.replace(loaded.run.data, chat_template=values.chat_template)
         loaded = dataclasses.replace(loaded, run=dataclasses.replace(loaded.run, data=data))
-    label = _label(workdir, values.label, usual, evals, loaded.meta.step, loaded.run.data.chat_template)
+    others = {"chat_template": loaded.run.data.chat_template, **settings_of(loaded.params, loaded.run.execution)}
+    label = _label(workdir, values.label, usual, evals, loaded.meta.step, others)
     evaluate_loaded(loaded, evals, label, workdir)
     say(f"result: {workdir / 'eval' / (label + '.json')}")
 
@@ -149,17 +151,18 @@ def _endpoint(values: flags.FlagValues, evals: EvalConfig) -> None:
     tokenizer = parse.needed(values, "tokenizer", "the folder of the model's tokenizer, to fit prompts to a length")
     endpoint = EndpointConfig(values.endpoint, model, values.api, values.concurrency, values.timeout)
     workdir = Path("runs") / _file_name(model)
-    label = _label(workdir, values.label, "endpoint", evals, None, values.chat_template)
+    others = {"chat_template": values.chat_template, "endpoint": configs.plain(endpoint)}
+    label = _label(workdir, values.label, "endpoint", evals, None, others)
     data = DataConfig(tokenizer=tokenizer, chat_template=values.chat_template)
     evaluate_endpoint(endpoint, data, evals, label=label, workdir=workdir)
     say(f"result: {workdir / 'eval' / (label + '.json')}")
 
 
-def _label(workdir: Path, given: str | None, usual: str, evals: EvalConfig, step: int | None, template: str | None) -> str:
+def _label(workdir: Path, given: str | None, usual: str, evals: EvalConfig, step: int | None, others: Mapping[str, object]) -> str:
     """The name of the result: the one that was given, which must not be another result's, or the usual one with a number."""
     if given is None:
-        return free_label(workdir, _file_name(usual), evals, template)
-    if not is_free(workdir, given, evals, step, template):
+        return free_label(workdir, _file_name(usual), evals, **others)
+    if not is_free(workdir, given, evals, step, **others):
         raise UserError(f"--label={given}: {workdir / 'eval' / given}.json holds another evaluation; choose another, or delete it")
     return given
 

@@ -10,6 +10,8 @@ import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import jax
+
 from lcx.core import configs, processes
 from lcx.core.configs import choice
 from lcx.core.console import Progress, say
@@ -117,8 +119,14 @@ def evaluate(
     specs = ("none", *(spec for spec in config.zero_shot if spec != "none"))
     work = functools.partial(forward_flops, model, 1)
     rows, notes = _measured(fitting_tasks(materials), specs, backend, work, config, label, workdir, announce)
-    settings = {**_settings(data, config), "parameters": num_elements(params), "compute_dtype": execution.compute_dtype}
+    settings = {**_settings(data, config), **settings_of(params, execution)}
     return _kept(EvalResult(label, trained, step, rows, time.perf_counter() - started, settings, notes), workdir)
+
+
+def settings_of(params: Tree, execution: ExecutionConfig) -> dict[str, object]:
+    """What a result's settings say about the model: its number of parameters, and the types it is held and computed in."""
+    largest = max(jax.tree.leaves(params), key=lambda x: x.size)
+    return {"parameters": num_elements(params), "weights_dtype": str(largest.dtype), "compute_dtype": execution.compute_dtype}
 
 
 def evaluate_endpoint(

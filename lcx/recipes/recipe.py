@@ -165,25 +165,26 @@ def evaluate_source(chosen: Recipe, workdir: Path) -> EvalResult:
     return _known_to_all(chosen, workdir, "before", loaded.meta.step) or evaluate_loaded(loaded, chosen.evals, "before", workdir)
 
 
-def free_label(workdir: Path, label: str, evals: EvalConfig, template: str | None = None) -> str:
+def free_label(workdir: Path, label: str, evals: EvalConfig, **others: object) -> str:
     """`label`, with a number behind it where the workdir keeps a result of other settings under it (see `is_free`)."""
     names = itertools.chain([label], (f"{label}-{i}" for i in itertools.count(2)))
-    return next(name for name in names if is_free(workdir, name, evals, template=template))
+    return next(name for name in names if is_free(workdir, name, evals, **others))
 
 
-def is_free(workdir: Path, label: str, evals: EvalConfig, step: int | None = None, template: str | None = None) -> bool:
+def is_free(workdir: Path, label: str, evals: EvalConfig, step: int | None = None, **others: object) -> bool:
     """Whether the workdir keeps no result under a label but one of these settings, and of this step (None: of any).
 
-    `template`: the file of the chat template (None: the tokenizer's own).
+    `others` are settings of the result besides those of `evals`: `chat_template`, `endpoint`, and `runner.settings_of` a model.
     """
     found = _result(workdir, label)
-    return found is None or _is_of(found, evals, template, step)
+    return found is None or _is_of(found, evals, step, others)
 
 
 def _known(chosen: Recipe, workdir: Path, label: str, step: int | None) -> EvalResult | None:
     """The result that is there already, if it is of this step (None: of any) and these settings."""
     found = _result(workdir, label)
-    return found if found is not None and _is_of(found, chosen.evals, chosen.run.data.chat_template, step) else None
+    others = {"chat_template": chosen.run.data.chat_template, "compute_dtype": chosen.run.execution.compute_dtype}
+    return found if found is not None and _is_of(found, chosen.evals, step, others) else None
 
 
 def _known_to_all(chosen: Recipe, workdir: Path, label: str, step: int) -> EvalResult | None:
@@ -197,11 +198,19 @@ def _result(workdir: Path, label: str) -> EvalResult | None:
     return results.read(path) if path.exists() else None
 
 
-def _is_of(found: EvalResult, evals: EvalConfig, template: str | None, step: int | None) -> bool:
-    """Whether a result is of these settings and this chat template, and of this step (None: of any)."""
-    # A result of an earlier version lacks the settings that came later, which had their defaults.
+def _is_of(found: EvalResult, evals: EvalConfig, step: int | None, others: Mapping[str, object]) -> bool:
+    """Whether a result is of these settings, and of this step (None: of any)."""
+    # A result of an earlier version lacks the settings that came later, which had their defaults, or are not known.
     asked = {**configs.plain(EvalConfig()), **found.settings.get("evals", {})}
-    return asked == configs.plain(evals) and found.settings.get("chat_template") == template and step in (None, found.step)
+    wanted = {"chat_template": None, "endpoint": None, **others}
+    there = {**others, "chat_template": None, "endpoint": None, **found.settings}
+    same = all(_telling(there[name]) == _telling(value) for name, value in wanted.items())
+    return asked == configs.plain(evals) and same and step in (None, found.step)
+
+
+def _telling(value: object) -> object:
+    """A setting of a result; of an endpoint, what its answers depend on."""
+    return {name: value[name] for name in ("url", "model", "api")} if isinstance(value, Mapping) else value
 
 
 def evaluate_loaded(loaded: Loaded, evals: EvalConfig, label: str, workdir: Path | None) -> EvalResult:

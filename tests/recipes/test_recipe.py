@@ -9,7 +9,7 @@ from lcx.core import configs
 from lcx.core.errors import UserError
 from lcx.core.mesh import MeshConfig
 from lcx.evals import results
-from lcx.evals.config import EvalConfig
+from lcx.evals.config import EndpointConfig, EvalConfig
 from lcx.evals.results import EvalResult, Measurement
 from lcx.recipes.recipe import defaults, free_label, is_finished, is_free, part, recipe, run_recipe
 
@@ -59,4 +59,30 @@ def test_a_label_is_free_for_the_same_evaluation_alone(tmp_path):
     assert not is_free(tmp_path, "one", evals, 4) and not is_free(tmp_path, "one", EvalConfig(lengths=(128,)), 3)
     assert free_label(tmp_path, "one", EvalConfig(lengths=(128,))) == "one-2"
     # The same questions under another chat template are another evaluation.
-    assert not is_free(tmp_path, "one", evals, 3, "turns.jinja") and free_label(tmp_path, "one", evals, "turns.jinja") == "one-2"
+    turns = {"chat_template": "turns.jinja"}
+    assert not is_free(tmp_path, "one", evals, 3, **turns) and free_label(tmp_path, "one", evals, **turns) == "one-2"
+
+
+def test_a_label_is_not_free_for_another_model_or_type(tmp_path):
+    evals = EvalConfig(lengths=(64,))
+    (tmp_path / "eval").mkdir()
+
+    def keep(**settings):
+        settings = {"evals": configs.plain(evals), **settings}
+        results.write(EvalResult("one", 64, settings=settings), tmp_path / "eval" / "one.json")
+
+    def free(**others):
+        return is_free(tmp_path, "one", evals, **others)
+
+    bfloat16 = {"parameters": 8, "weights_dtype": "bfloat16", "compute_dtype": "bfloat16"}
+    keep(**bfloat16)
+    assert free(**bfloat16)
+    assert not free(**{**bfloat16, "compute_dtype": "float32"}) and not free(**{**bfloat16, "weights_dtype": "float32"})
+    # An earlier version did not say in which type the weights were.
+    keep(compute_dtype="bfloat16")
+    assert free(**bfloat16) and not free(**{**bfloat16, "compute_dtype": "float32"})
+    served = configs.plain(EndpointConfig("http://localhost:1/v1", "m"))
+    assert not free(endpoint=served)
+    keep(endpoint=served)
+    assert free(endpoint=served) and free(endpoint={**served, "concurrency": 9, "timeout": 5.0, "retries": 0})
+    assert not any(free(endpoint={**served, name: "other"}) for name in ("url", "model", "api")) and not free(**bfloat16)
