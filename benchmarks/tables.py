@@ -180,10 +180,10 @@ def gpu_attention(found: dict[str, Any]) -> str:
     for (length, heads, kv_heads, dim), took in by_shape.items():
         default, flash = took["torch default"], took["torch flash"]
         now = took.get("lcx")
-        shown = ("not measured", "", "") if now is None else (f"{now:.1f}", f"{now / default:.2f}", f"{now / flash:.2f}")
+        shown = ("not measured", "", "") if now is None else (f"{now:,.1f}", f"{now / default:.2f}", f"{now / flash:.2f}")
         size = f"{length:,} x {heads} x {kv_heads} x {dim}"
         before = took.get("lcx, eight warps")
-        rows.append((size, shown[0], "" if before is None else f"{before:.1f}", f"{default:.1f}", f"{flash:.1f}", *shown[1:]))
+        rows.append((size, shown[0], "" if before is None else f"{before:,.1f}", f"{default:,.1f}", f"{flash:,.1f}", *shown[1:]))
     header = ("tokens x heads x KV heads x dim", "lcx", "with eight warps", "torch, default (cuDNN)", "torch, its flash kernel")
     return markdown.table((*header, "lcx / default", "lcx / flash"), rows)
 

@@ -3,9 +3,9 @@
 Command:  make quickstart      (the points start from its base stage, in runs/quickstart)
           lcx sweep --config=configs/sweeps/schemes.py --workdir=runs/schemes
 Hardware: 2 CPU cores.
-Time:     about 10 minutes, 13 points of 20 to 70 seconds.
-Result:   nope, the critical theta, rerope, p-RoPE and dynamic find 90% and more at 2,048, most others three quarters; ntk
-          less than half, alibi and plain rope hardly any (experiments/002_schemes).
+Time:     24 minutes, 13 points of 34 to 394 seconds.
+Result:   nope, the critical theta, rerope, p-RoPE and dynamic find 90% and more at 2,048, most others 76 to 82%; ntk less than
+          half, alibi a fifth, and plain rope nothing (experiments/002_schemes).
 """
 
 import runpy

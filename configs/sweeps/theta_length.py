@@ -3,7 +3,7 @@
 Command:  make quickstart      (the points start from its base stage, in runs/quickstart)
           lcx sweep --config=configs/sweeps/theta_length.py --workdir=runs/theta_length
 Hardware: 2 CPU cores.
-Time:     about 8 minutes, 18 points of 20 to 40 seconds.
+Time:     8.5 minutes, 18 points of 14 to 71 seconds.
 Result:   92 to 94% of needles at the critical base of every length, next to none at a fiftieth (experiments/001_theta_length).
 """
 

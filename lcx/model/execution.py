@@ -19,8 +19,8 @@ class ExecutionConfig:
     attention: str = "auto"
     """The kernel: a key of `attention.shard.KERNELS`, or `auto`, for which `attention.plan` decides by size and platform."""
     context_strategy: Literal["auto", "ring", "gather"] = "auto"
-    """How the devices that share a sequence access each other's keys (`attention.parallel.context`). `auto`: only
-    neighbours for a window, a ring if a device has enough tokens to hide it, otherwise all-gather."""
+    """How the devices that share a sequence access each other's keys (`attention.parallel.context`). `auto`: whichever of a ring,
+    a window's neighbours and a gather takes least time on the chip (`attention.parallel.cost`)."""
     context_layout: Literal["auto", "contiguous", "zigzag", "striped", "balanced"] = "auto"
     """How the tokens of a row are distributed over those devices. `balanced`: in training, by the documents of each row, so that
     all devices work equally much and few keys travel; else as `auto`. `auto`: zigzag, or contiguous if all layers are local; or
