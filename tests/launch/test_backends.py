@@ -198,7 +198,8 @@ def test_a_task_of_skypilot(accelerators, tmp_path):
     options = SkyPilot(nodes=2, accelerators=accelerators, infra="gcp/us-central1", spot=True)
     path = written("skypilot", spec(mounts=BUCKET, secrets={"SECRET": "SECRET"}), options, tmp_path)
     found = yaml.safe_load(path.read_text())
-    assert found["resources"]["job_recovery"]["recover_on_exit_codes"] == [75, 143]
+    # Codes to recover on are not counted, and errors that are counted would include status 1.
+    assert found["resources"]["job_recovery"] == {"recover_on_exit_codes": [143]}
     assert found["secrets"] == {"SECRET": None} and found["envs"]["NASTY"] == NASTY
     assert found["file_mounts"] == {"/mnt/b": {"source": "gs://bucket/sub", "mode": "MOUNT"}}
     script = tmp_path / "run.sh"
@@ -208,10 +209,12 @@ def test_a_task_of_skypilot(accelerators, tmp_path):
     start = ["--distributed=auto"]
     if accelerators == "H100:8":
         start = ["--distributed=10.0.0.1:8476", "--num_processes=2", "--process_id=1"]
-    assert calls(tmp_path)[0][0] == [*WORDS, *start]
+    assert calls(tmp_path)[0][0] == [*WORDS, "--max_restarts=10", *start]
     assert subprocess.run(["bash", "-n"], input=found["setup"], text=True).returncode == 0
     words = BACKENDS["skypilot"].submit(spec(secrets={"SECRET": "SECRET"}), options, path)
     assert words[:3] == ["sky", "jobs", "launch"] and words[-3:-1] == ["--secret", "SECRET"]
+    once = yaml.safe_load(written("skypilot", spec(mounts=BUCKET, max_restarts=0), options, tmp_path).read_text())
+    assert "job_recovery" not in once["resources"]
 
 
 REFUSED = [

@@ -8,18 +8,9 @@ from typing import Any, ClassVar
 
 import yaml
 
+from lcx.core import exits
 from lcx.core.errors import UserError
-from lcx.launch.job import (
-    BUCKETS,
-    RETRY_STATUSES,
-    Backend,
-    JobSpec,
-    at_least,
-    default_setup,
-    plain_word,
-    refuse_own_disks,
-    refuse_sources,
-)
+from lcx.launch.job import BUCKETS, Backend, JobSpec, at_least, default_setup, plain_word, refuse_own_disks, refuse_sources
 from lcx.launch.render import render
 
 PORT = 8476
@@ -66,11 +57,13 @@ def files(job: JobSpec, options: SkyPilot) -> dict[str, str]:
     resources: dict[str, Any] = {"accelerators": options.accelerators, "use_spot": options.spot}
     resources |= {"infra": options.infra} if options.infra is not None else {}
     resources |= {"image_id": f"docker:{job.image}"} if job.image is not None else {}
-    resources["job_recovery"] = {"max_restarts_on_errors": job.max_restarts, "recover_on_exit_codes": list(RETRY_STATUSES)}
+    # SkyPilot recovers on these codes without end, and max_restarts_on_errors is for every status, 1 included. So it is left to the
+    # run's own supervisor to start again after what is lost on nodes that stay, and to SkyPilot after preemptions.
+    resources |= {"job_recovery": {"recover_on_exit_codes": [exits.PREEMPTED]}} if job.max_restarts else {}
     text = render(
         "skypilot.yaml.j2", job=job, options=options, resources=_indented(resources, 2),
         setup=job.setup or (None if job.image else default_setup("tpu" if options.is_tpu else "gpu")),
-        words=["lcx", *job.words], port=PORT,
+        words=["lcx", *job.words, f"--max_restarts={job.max_restarts}"], port=PORT,
     )  # fmt: skip
     return {f"{job.name}.sky.yaml": text}
 
