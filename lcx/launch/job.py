@@ -165,15 +165,20 @@ def default_setup(extra: str) -> str:
     )
 
 
-def refuse_own_disks(job: JobSpec, hosts: int) -> None:
-    """Raises `UserError` where several hosts would keep a run's checkpoints each on its own disk."""
-    if hosts < 2 or job.workdir is None:
+def refuse_own_disks(job: JobSpec, hosts: int, ends: str | None = None, mount: str = "gs://BUCKET:/mnt/bucket") -> None:
+    """Raises `UserError` where several hosts would keep a run's checkpoints each on its own disk, or one on a disk that is lost.
+
+    `ends`: with what the disks of hosts end, as "the pod"; None: they stay. `mount` is an example of a `--mount` that helps.
+    """
+    if job.workdir is None or (hosts < 2 and ends is None):
         return
     place = PurePosixPath(job.workdir)
     if not any(place.is_relative_to(target) for target in job.targets):
+        what = f"a folder of its own on each of {hosts} hosts" if hosts > 1 else f"lost with {ends}"
+        why = "one that all see" if hosts > 1 else "one that stays"
         raise UserError(
-            f"--workdir={job.workdir} would be a folder of its own on each of {hosts} hosts, but a run keeps its checkpoints in "
-            "one that all see; add --mount=gs://BUCKET:/mnt/bucket and a --workdir under /mnt/bucket"
+            f"--workdir={job.workdir} would be {what}, but a run keeps its checkpoints in {why}; "
+            f"add --mount={mount} and a --workdir under {mount.rpartition(':')[2]}"
         )
 
 

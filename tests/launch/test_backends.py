@@ -93,10 +93,10 @@ def test_slurm_requeues_so_often_and_no_more(tmp_path):
 
 
 def test_slurm_with_an_image_runs_in_it(tmp_path):
-    path = written("slurm", spec(image="host/lcx:1", mounts=(Mount("/scratch/a", "/data"),)), Slurm(nodes=1), tmp_path)
+    path = written("slurm", spec(image="host/lcx:1", mounts=(Mount("/scratch/a", "/mnt/b"),)), Slurm(nodes=1), tmp_path)
     shell(path, tmp_path, {"srun": NOTE})
     words = calls(tmp_path)[0][0]
-    assert words[1:5] == ["--container-image=host/lcx:1", "--container-mounts=/scratch/a:/data", "lcx", "run"]
+    assert words[1:5] == ["--container-image=host/lcx:1", "--container-mounts=/scratch/a:/mnt/b", "lcx", "run"]
 
 
 CLOUD = (
@@ -233,6 +233,13 @@ REFUSED = [
     ("tpu_vm", {"mounts": ()}, TpuVm("v5e", "1x1", "z", "p", num_slices=2), "folder of its own on each of 2 hosts"),
     ("skypilot", {"secrets": {"A": "b"}, "mounts": BUCKET}, SkyPilot(1, "H100:8"), "export A and write --secret=A=A"),
     ("skypilot", {}, SkyPilot(2, "H100:8"), "folder of its own on each of 2 hosts"),
+    # One host is enough to lose all where its disk ends with the job.
+    ("skypilot", {}, SkyPilot(1, "H100:8"), "would be lost with the node, .* add --mount=gs://BUCKET:/mnt/bucket"),
+    ("gke", {"image": "a"}, Gke("v5e", "1x1"), "would be lost with the pod"),
+    ("gke", {"image": "a", "mounts": (Mount("pvc/a", "/data"),)}, Gke("v5e", "1x1"), "would be lost with the pod"),
+    ("tpu_vm", {"image": "a"}, TpuVm("v5e", "1x1", "z", "p"), "would be lost with the container"),
+    ("slurm", {"image": "a"}, Slurm(1), "would be lost with the container, .* add --mount=/scratch/me:/scratch and"),
+    ("slurm", {"image": "a"}, Slurm(2), "folder of its own on each of 2 hosts"),
 ]
 
 
@@ -240,6 +247,12 @@ REFUSED = [
 def test_what_a_platform_cannot_do_is_refused(backend, values, options, answer):
     with pytest.raises(UserError, match=answer):
         BACKENDS[backend].files(spec(**values), options)
+
+
+def test_a_disk_that_stays_may_hold_the_workdir():
+    assert BACKENDS["tpu_vm"].files(spec(), TpuVm("v5e", "1x1", "z", "p"))
+    assert BACKENDS["slurm"].files(spec(), Slurm(2))
+    assert BACKENDS["gke"].files(spec(image="a", workdir=None), Gke("v5e", "1x1"))
 
 
 def test_values_that_could_break_a_directive_are_refused():
@@ -292,7 +305,8 @@ def test_shellcheck_has_nothing_to_say(backend, tmp_path):
         pytest.skip("shellcheck is not installed")
     options = Slurm(2) if backend == "slurm" else TpuVm("v5e", "4x4", "z", "p", num_slices=2)
     for image in (None, "host/lcx:1"):
-        path = written(backend, spec(mounts=BUCKET if backend == "tpu_vm" else (), image=image), options, tmp_path)
+        mounts = BUCKET if backend == "tpu_vm" else (Mount("/scratch", "/mnt/b"),) if image else ()
+        path = written(backend, spec(mounts=mounts, image=image), options, tmp_path)
         # A dollar sign in single quotes is meant.
         ended = subprocess.run([tool, "--exclude=SC2016", str(path)], capture_output=True, text=True)
         assert ended.returncode == 0, ended.stdout

@@ -43,7 +43,7 @@ def files(job: JobSpec, options: Gke) -> dict[str, str]:
         raise UserError("--backend=gke needs --image, a container image with lcx in it, as in --image=HOST/PROJECT/lcx:1")
     place = Slice(options.tpu, options.topology)
     refuse_sources(job, "gke", ("gs://", "pvc/"), "gs://my-bucket:/mnt/bucket")
-    refuse_own_disks(job, place.hosts * options.num_slices)
+    refuse_own_disks(job, place.hosts * options.num_slices, ends="the pod")
     for name, where in job.secrets.items():
         if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*/[A-Za-z0-9._-]+", where):
             raise UserError(

@@ -47,7 +47,7 @@ class SkyPilot:
 def files(job: JobSpec, options: SkyPilot) -> dict[str, str]:
     """The task's YAML."""
     refuse_sources(job, "skypilot", BUCKETS, "gs://my-bucket:/mnt/bucket")
-    refuse_own_disks(job, options.nodes)
+    refuse_own_disks(job, options.nodes, ends="the node")
     for name, where in job.secrets.items():
         if where != name:
             raise UserError(

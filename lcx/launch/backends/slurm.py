@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from lcx.core.errors import UserError
-from lcx.launch.job import RETRY_STATUSES, Backend, JobSpec, at_least, plain_word, refuse_sources
+from lcx.launch.job import RETRY_STATUSES, Backend, JobSpec, at_least, plain_word, refuse_own_disks, refuse_sources
 from lcx.launch.render import render
 
 SECONDS_TO_SAVE = 120
@@ -46,7 +46,9 @@ class Slurm:
 def files(job: JobSpec, options: Slurm) -> dict[str, str]:
     """The sbatch script."""
     refuse_sources(job, "slurm", ("/",), "/scratch/me:/scratch")
-    if job.mounts and job.image is None:
+    if job.image is not None:
+        refuse_own_disks(job, options.nodes, ends="the container", mount="/scratch/me:/scratch")
+    elif job.mounts:
         raise UserError("--mount is for a container; without --image a job of Slurm sees the cluster's file systems as they are")
     for secret, place in job.secrets.items():
         if not place.startswith("/"):

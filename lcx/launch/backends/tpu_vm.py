@@ -43,7 +43,7 @@ def files(job: JobSpec, options: TpuVm) -> dict[str, str]:
     """The script; without arguments it starts or resumes the job, with `delete` it gives the slices back."""
     place = Slice(options.tpu, options.topology)
     refuse_sources(job, "tpu_vm", ("gs://",), "gs://my-bucket:/mnt/bucket")
-    refuse_own_disks(job, place.hosts * options.num_slices)
+    refuse_own_disks(job, place.hosts * options.num_slices, ends=None if job.image is None else "the container")
     for name, where in job.secrets.items():
         if not re.fullmatch(r"projects/[^/\s]+/secrets/[^/\s]+/versions/[^/\s]+", where):
             raise UserError(
