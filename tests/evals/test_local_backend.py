@@ -1,5 +1,6 @@
 """Answers of a model: alike with and without sharing what prompts begin with, whatever groups they are answered in."""
 
+import dataclasses
 import math
 
 import jax
@@ -13,7 +14,7 @@ from lcx.data.tokenizers import tokenizers
 from lcx.evals.answers import AnswerLog
 from lcx.evals.backends import local
 from lcx.evals.backends.branches import branches
-from lcx.evals.backends.local import LocalBackend
+from lcx.evals.backends.local import LocalBackend, told
 from lcx.evals.base import Item, Materials
 from lcx.evals.config import EvalConfig, QuestionConfig
 from lcx.evals.tasks.table import TASKS
@@ -22,7 +23,9 @@ from lcx.model.config import ModelConfig
 from lcx.model.decode import generate
 from lcx.model.execution import ExecutionConfig
 from lcx.model.params import specs
+from lcx.positions.registry import from_config
 from tests.model.test_transformer import build
+from tests.positions.test_registry import TEXTS
 
 MODEL = ModelConfig(
     model_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=64, pattern=("local", "global"), window=40
@@ -82,6 +85,30 @@ def test_answers_are_known_again_on_other_devices_and_not_for_other_weights(weig
     embedding = params["embed"]["embedding"]
     for other in (embedding[::-1], embedding[:, ::-1], embedding.at[3, 5].add(1e-6), -embedding):
         assert fingerprint({**params, "embed": {"embedding": other}}) != plain
+
+
+def test_answers_are_known_again_under_the_same_model_and_scheme_alone(weights):
+    params, _ = weights
+
+    def fingerprint(positions="rope:theta=500", **model):
+        config = dataclasses.replace(MODEL, **model)
+        return LocalBackend(params, config, ExecutionConfig(), build_schemes(config, {"default": positions}), 64).fingerprint
+
+    # None of these has other arrays.
+    models = [
+        {}, {"window": 39}, {"pattern": ("global",)}, {"attention_softcap": 50.0}, {"logit_softcap": 30.0}, {"query_scale": 0.1},
+        {"norm_eps": 1e-5}, {"activation": "gelu"}, {"embedding_scale": True}, {"num_experts": 4}, 
+        {"num_experts": 4, "experts_per_token": 1},
+    ]  # fmt: skip
+    schemes = [f"self_extend:window={window},group=4" for window in (16, 15)]
+    schemes += [{"name": "rope", "temperature": {"kind": kind, "scale": 1.0, "length": 32}} for kind in ("log_n", "ministral")]
+    found = [*(fingerprint(**model) for model in models), *map(fingerprint, schemes)]
+    assert len(set(found)) == len(found)
+    assert fingerprint(router_aux_weight=0.01, num_experts=4) == fingerprint(num_experts=4)
+
+
+def test_schemes_are_told_alike_in_every_process():
+    assert not any(" at 0x" in told(from_config(text).spec(16)) for text in TEXTS.values())
 
 
 @pytest.mark.slow

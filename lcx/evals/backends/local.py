@@ -5,9 +5,11 @@ Legend: B rows in one forward pass, T tokens, A answer tokens.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -195,11 +197,12 @@ class LocalBackend:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Sixteen hex digits of the weights, the frequencies that they are used with, and the type they are computed in."""
+        """Sixteen hex digits of the weights, the model and its positional schemes, and the type that they are computed in."""
         sums, dtype = jax.tree.leaves(_sums((self._params, self._buffers))), self._arch.execution.compute_dtype
-        # Answers that were kept before there was a choice were computed in float32.
-        named = b"" if dtype == "float32" else dtype.encode()
-        return hashlib.sha256(np.asarray(sums, np.uint32).tobytes() + named).hexdigest()[:16]
+        # The loss that balances experts is one of training.
+        model = dataclasses.replace(self._arch.config, router_aux_weight=0.0)
+        named = "".join([told(model), told(self._arch.schemes), "" if dtype == "float32" else dtype])
+        return hashlib.sha256(np.asarray(sums, np.uint32).tobytes() + named.encode()).hexdigest()[:16]
 
     def _groups(self, items: Sequence[Item]) -> list[Sequence[Item]]:
         return [items[first : first + self.rows] for first in range(0, len(items), self.rows)]
@@ -228,6 +231,17 @@ class _Ends:
                 if self._streams[row].stopped:
                     ended.append(row)
         return ended
+
+
+def told(value: Any) -> str:
+    """A value as text, the fields of dataclasses without those at their defaults, so that one that is added changes nothing."""
+    if isinstance(value, tuple):
+        return f"({', '.join(map(told, value))})"
+    if not dataclasses.is_dataclass(value):
+        return repr(value)
+    fields = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
+    given = (f"{field.name}={told(of)}" for field, of in fields if of != field.default)
+    return f"{type(value).__name__}({', '.join(given)})"
 
 
 @jax.jit
