@@ -110,16 +110,18 @@ if 'describe' in argv:
     open(os.environ['STATE'], 'w').write(' '.join(state[1:] or state))
 if 'create' in argv or 'delete' in argv:
     open(os.environ['STATE'], 'w').write('WAITING_FOR_RESOURCES ACTIVE' if 'create' in argv else 'ABSENT')
-command = [word for word in argv if word.startswith('--command=')]
-if command and 'lcx' in command[0] and '.venv/bin:$PATH' in command[0]:
-    slices = open(os.environ['CALLS']).read().count('"create"')
-    code = int(os.environ['CODES'].split(',')[slices - 1])
+words = ' '.join(argv)
+step = 'copy' if 'scp' in argv else 'setup' if 'mountpoint' in words else 'run' if '.venv/bin:$PATH' in words else None
+slices = open(os.environ['CALLS']).read().count('"create"')
+failing, _, code = os.environ['CODES'].split(',')[max(slices, 1) - 1].rpartition(':')
+if step == (failing or 'run'):
+    code = int(code)
     if code == 255:
         open(os.environ['STATE'], 'w').write('SUSPENDED')
     sys.exit(code)
 """
 )
-"""A `gcloud` that gives slices, on which runs end with one of CODES, and takes them away when that is 255."""
+"""A `gcloud` that gives slices, on which runs, or the steps that CODES name, end with CODES, and takes them away at 255."""
 
 
 @pytest.fixture
@@ -159,16 +161,20 @@ def test_a_tpu_vm_script_asks_waits_readies_and_runs(cloud):
         assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
 
 
-def test_a_preempted_slice_is_asked_for_again(cloud):
-    ended, words = cloud("255,0")
-    assert ended.returncode == 0, ended.stderr
+@pytest.mark.parametrize("codes, copies", [("255,0", 4), ("copy:255,0", 3), ("setup:255,0", 4)])
+def test_a_preempted_slice_is_asked_for_again(codes, copies, cloud):
+    ended, words = cloud(codes)
+    assert ended.returncode == 0 and "interrupted with status 255; starting again" in ended.stdout, ended.stderr
     assert len([one for one in words if "create" in one]) == 2 and len([one for one in words if "delete" in one]) == 1
+    assert len([one for one in words if "scp" in one]) == copies  # none after one that failed
 
 
-def test_a_mistake_is_not_tried_again(cloud):
-    ended, words = cloud("1")
+@pytest.mark.parametrize("codes", ["1", "copy:1", "setup:1"])
+def test_a_mistake_is_not_tried_again(codes, cloud):
+    ended, words = cloud(codes)
     assert ended.returncode == 1 and "fix the cause" in ended.stderr
     assert len([one for one in words if "create" in one]) == 1 and not [one for one in words if "delete" in one]
+    assert any("lcx run" in word for one in words for word in one) == (codes == "1")
 
 
 def test_a_jobset_has_the_words_the_slices_and_only_references(tmp_path):
