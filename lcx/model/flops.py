@@ -7,7 +7,7 @@ at run time (over the blocks that a mask leaves visible) take it from the caller
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -58,13 +58,23 @@ def _equation(equation: jex.JaxprEqn, while_trips: int, only: str | None) -> int
     if name == "pallas_call":
         return math.prod(params["grid_mapping"].grid) * _jaxpr(params["jaxpr"], while_trips, only)
     if name == "shard_map":
-        return math.prod(params["mesh"].shape.values()) * _jaxpr(params["jaxpr"], while_trips, only)
+        return _pieces(params) * _jaxpr(params["jaxpr"], while_trips, only)
     total = 0
     for value in params.values():
         inner = getattr(value, "jaxpr", value)
         if isinstance(inner, jex.Jaxpr):
             total += _jaxpr(inner, while_trips, only)
     return total
+
+
+def _pieces(params: Mapping[str, Any]) -> int:
+    """How many devices a `shard_map` splits its arguments over; of axes that are not manual, the body's shapes are whole."""
+    sizes = params["mesh"].shape
+    # The name differs between versions of JAX.
+    manual = params.get("newly_manual_axes", params.get("manual_axes"))
+    if manual is None:
+        manual = set(sizes) - set(params.get("auto", ()))
+    return math.prod(sizes[axis] for axis in manual)
 
 
 def _shape(value: Any) -> tuple[int, ...]:

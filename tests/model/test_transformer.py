@@ -176,6 +176,17 @@ def test_flops_of_a_scanned_loop_count_every_trip():
     assert flops.count(looped, jnp.ones((4, 4))) == 7 * 2 * 4**3
 
 
+@pytest.mark.parametrize("manual", [{"data"}, {"data", "tensor"}])
+def test_flops_of_a_split_program_are_those_of_the_whole(manual):
+    mesh = jax.sharding.AbstractMesh((2, 4), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    rows = jax.P(tuple(sorted(manual)))
+
+    def product(x, y):
+        return jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(rows, jax.P()), out_specs=rows, axis_names=manual)(x, y)
+
+    assert flops.count(product, jnp.ones((8, 4)), jnp.ones((4, 4))) == 2 * 8 * 4 * 4
+
+
 def test_visible_pairs():
     for length in (1, 5, 16):
         for window in (None, 1, 3, 16, 40):
