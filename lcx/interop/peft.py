@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,6 @@ class PeftFolder:
     def unfolded(self, mesh: Mesh | None = None) -> Tree:
         """The base's parameters, float32, with the adapters beside them and what was trained in full in its place."""
         flat = flax.traverse_util.flatten_dict(self.base.params("float32", mesh), sep="/")
-        layers = self.described.model.num_layers
         replaced: dict[str, np.ndarray] = {}
         for name, parts in self.base.slots.items():
             if (whole := self._whole(name)) is not None:
@@ -112,13 +111,13 @@ class PeftFolder:
                     target = replaced.setdefault(slot.path, np.array(flat[slot.path]))
                     target[slot.index or ...] = _unstored(slot, whole[slot.first : slot.first + slot.own_rows])
         flat |= {path: jax.device_put(x, flat[path].sharding) for path, x in replaced.items()}
-        adapters: dict[str, list[tuple[int, dict[str, np.ndarray]]]] = {}
+        adapters: dict[str, list[tuple[tuple[int, ...], dict[str, np.ndarray]]]] = {}
         for module, parts in self._modules.items():
             for slot in parts:
                 if (found := self._adapter(module, slot)) is not None:
-                    adapters.setdefault(slot.path, []).append((slot.index[0] if slot.index else -1, found))
+                    adapters.setdefault(slot.path, []).append((slot.index, found))
         for path, found in adapters.items():
-            flat |= _stacked(path, found, layers)
+            flat |= _stacked(path, found, flat[path].shape[: len(found[0][0])])
         tree = flax.traverse_util.unflatten_dict(flat, sep="/")
         if not self.settings["use_dora"]:
             return tree
@@ -272,27 +271,27 @@ def _unstored(slot: Slot, rows: np.ndarray) -> np.ndarray:
     return np.moveaxis(rows.reshape(*outs, *ins), range(len(outs)), range(-len(outs), 0))
 
 
-def _stacked(path: str, found: list[tuple[int, dict[str, np.ndarray]]], layers: int) -> dict[str, jax.Array]:
-    """The adapters of a kernel's layers as stacked arrays; where a layer's rank is lower, zeros fill up."""
+def _stacked(
+    path: str, found: Sequence[tuple[tuple[int, ...], dict[str, np.ndarray]]], stack: tuple[int, ...]
+) -> dict[str, jax.Array]:
+    """The adapters of a kernel by their index, layer and expert, as arrays `[*stack, ...]`; zeros fill up lower ranks."""
     module = path.rpartition("/")[0]
-    if found[0][0] < 0:
-        return {f"{module}/{lora.LORA}/{name}": jnp.asarray(x) for name, x in found[0][1].items()}
     rank = max(one["a"].shape[-1] for _, one in found)
     first = found[0][1]
     arrays = {
-        "a": np.zeros((layers, *first["a"].shape[:-1], rank), np.float32),
-        "b": np.zeros((layers, rank, *first["b"].shape[1:]), np.float32),
-        "scale": np.zeros((layers,), np.float32),
+        "a": np.zeros((*stack, *first["a"].shape[:-1], rank), np.float32),
+        "b": np.zeros((*stack, rank, *first["b"].shape[1:]), np.float32),
+        "scale": np.zeros(stack, np.float32),
     }
     if any("magnitude" in one for _, one in found):
         # Not a number where a layer has none: its norms take that place.
-        arrays["magnitude"] = np.full((layers, *first["b"].shape[1:]), np.nan, np.float32)
-    for layer, one in found:
+        arrays["magnitude"] = np.full((*stack, *first["b"].shape[1:]), np.nan, np.float32)
+    for index, one in found:
         own = one["a"].shape[-1]
-        arrays["a"][layer, ..., :own], arrays["b"][layer, :own] = one["a"], one["b"]
-        arrays["scale"][layer] = one["scale"]
+        arrays["a"][index][..., :own], arrays["b"][index][:own] = one["a"], one["b"]
+        arrays["scale"][index] = one["scale"]
         if "magnitude" in one:
-            arrays["magnitude"][layer] = one["magnitude"]
+            arrays["magnitude"][index] = one["magnitude"]
     return {f"{module}/{lora.LORA}/{name}": jnp.asarray(x) for name, x in arrays.items()}
 
 

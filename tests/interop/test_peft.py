@@ -170,6 +170,35 @@ def test_an_adapter_of_pefts_here(bases, tmp_path, case):
     assert np.max(np.abs(our_logits(source, source.base.params("float32"), ids) - wanted)) > 0.1
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapters_of_single_experts(bases, tmp_path, dora):
+    """As peft writes them for models whose experts are modules."""
+    base, rng = bases("mixtral"), np.random.default_rng(0)
+    stored = load_file(base / "model.safetensors")
+    tensors, wanted = {}, dict(stored)
+    for expert, what, rank in ((0, "w1", 2), (3, "w1", 4), (1, "w2", 4)):
+        module = f"model.layers.1.block_sparse_moe.experts.{expert}.{what}"
+        kernel = stored[f"{module}.weight"]
+        a, b = (rng.normal(size=size).astype(np.float32) for size in ((rank, kernel.shape[1]), (kernel.shape[0], rank)))
+        changed = kernel + 6 / rank * b @ a
+        tensors |= {f"base_model.model.{module}.lora_A.weight": a, f"base_model.model.{module}.lora_B.weight": b}
+        if dora:
+            magnitude = rng.random(len(kernel)).astype(np.float32)
+            tensors[f"base_model.model.{module}.lora_magnitude_vector"] = magnitude
+            changed = magnitude[:, None] * changed / np.linalg.norm(changed, axis=1, keepdims=True)
+        wanted[f"{module}.weight"] = changed
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "use_dora": dora, "rank_pattern": {r"experts\.0\.w1": 2}}
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": str(base)}))
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
+    shutil.copytree(base, tmp_path / "folded")
+    save_file({name: np.ascontiguousarray(x) for name, x in wanted.items()}, tmp_path / "folded" / "model.safetensors")
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, atol=1e-5),
+        PeftFolder(tmp_path / "adapter").params("float32"), HfFolder(tmp_path / "folded").params("float32"),
+    )  # fmt: skip
+
+
 @pytest.fixture
 def adapter(bases, tmp_path):
     made_by_peft(bases("llama", **LLAMA), tmp_path / "adapter", dict(r=4, target_modules=["q_proj", "v_proj"]))
