@@ -56,6 +56,7 @@ class ModelConfig:
     sinks: bool = False
     """One learned logit per head that takes part in the softmax without a value."""
     prefix_attention: bool = False
+    """Keys that a batch marks by `is_prefix` are seen by their whole document, before them too; no loader marks any."""
     # embedding and output
     tied_embeddings: bool = False
     embedding_scale: bool = False

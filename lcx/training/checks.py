@@ -111,7 +111,9 @@ def check_batch(stage: StageConfig, mesh: Mesh) -> None:
 
 
 def check_model(model: ModelConfig, mesh: Mesh) -> None:
-    """Raises `UserError` unless the model's sizes divide over the mesh axes that split them."""
+    """Raises `UserError` unless the model's sizes divide over the mesh axes that split them, and for what no row makes use of."""
+    if model.prefix_attention:
+        raise UserError("model.prefix_attention=True has no effect, as no part of the data marks a prefix; leave it out")
     for field, logical in (
         ("num_heads", "heads"),
         ("num_kv_heads", "kv_heads"),

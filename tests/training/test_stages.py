@@ -124,6 +124,7 @@ def test_wrong_configs(changes, message):
             {"mesh": {"data": 8, "fsdp": 1}},
             "batch_size=4 must be divisible by 16 \\(data=8 x fsdp=1 x expert=1 x accumulate=2\\)",
         ),
+        ({"model": {**tiny.config()["model"], "prefix_attention": True}}, "model.prefix_attention=True has no effect"),
         ({"mesh": {"tensor": 4, "fsdp": 2}}, "model.num_heads=2 must be divisible by 4 .mesh axes tensor=4"),
         ({"mesh": {"fsdp": 3}}, "need 3 devices and 8 are available"),
         (
