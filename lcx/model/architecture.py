@@ -78,9 +78,16 @@ def build_architecture(
     """Static architecture and the arrays of its schemes for a declared length (in tokens, including generated ones).
 
     The arrays are a pytree `{kind: {"rotations": ..., ...}}` whose structure does not depend on theta, so programs compiled for one
-    theta work for all.
+    theta work for all. Raises `UserError` for kinds of layers whose schemes would add different vectors to the embeddings.
     """
     specs = tuple((kind, schemes[kind].spec(length)) for kind in config.kinds)
+    added = {kind: dataclasses.replace(schemes[kind], temperature=None) for kind, spec in specs if spec.embed is not None}
+    for kind, scheme in added.items():
+        if scheme != next(iter(added.values())):
+            raise UserError(
+                f"positions.{next(iter(added))} and positions.{kind} would each add vectors of their own to the embeddings, which all "
+                "kinds of layers share; set both to the same scheme, or one to nope"
+            )
     buffers = {kind: schemes[kind].buffers(config.heads, length) for kind in config.kinds}
     return Architecture(config, execution, specs, shifted_group), buffers
 

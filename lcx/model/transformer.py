@@ -150,7 +150,7 @@ class LayerInputs:
 
 
 def embed(params: Tree, buffers: Tree, arch: Architecture, tokens: jax.Array, positions: jax.Array) -> jax.Array:
-    """Token embeddings `[B, T, D]` with absolute positional embeddings added once per scheme that has them."""
+    """Token embeddings `[B, T, D]` with absolute positional embeddings, of which `build_architecture` allows one scheme."""
     config = arch.config
     dtype, table = jnp.dtype(arch.execution.compute_dtype), params["embed"]
     x = table["embedding"][tokens].astype(dtype)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lcx.core.batch import PADDING, SHARED, Batch, Index
+from lcx.core.errors import UserError
 from lcx.core.mask import Mask, visible, visible_pairs
 from lcx.core.param_spec import initialize
 from lcx.model import flops
@@ -155,6 +156,17 @@ def test_changing_theta_compiles_nothing_again():
         values.append(float(step(params, buffers, arch, batch)))
     assert len(traced) == 1
     assert len(set(values)) == 3
+
+
+def test_one_scheme_alone_is_added_to_the_embeddings():
+    def build(**positions):
+        return build_architecture(TINY, ExecutionConfig(), build_schemes(TINY, positions), T)
+
+    for other in ("learned:max_length=1024", "sinusoidal:theta=500"):
+        with pytest.raises(UserError, match="positions.local and positions.global would each add vectors of their own"):
+            build(local="sinusoidal", **{"global": other})
+    assert build(local="sinusoidal", **{"global": "sinusoidal:temperature.kind=log_n,temperature.length=16"})
+    assert build(local="nope", **{"global": "learned:max_length=1024"})
 
 
 def test_flops_agree_with_the_walked_program():
