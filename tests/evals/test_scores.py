@@ -299,6 +299,15 @@ def test_scores(name, case):
     assert getattr(module, name)(prediction, references) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("digits", [400, 5000])
+def test_a_model_that_repeats_a_digit_is_wrong(digits):
+    said = "7" * digits
+    assert final_answers.counted_up(f"Answer: {said}", ["5"], "ANSWER_TYPE.NUMERIC") == 0
+    assert final_answers.boxed(rf"\boxed{{-{said}}}", ["5"]) == 0
+    assert final_answers.solved_number(f"The answer is {said}", ["7"]) == 0
+    assert scores.concordance_of_permutation(f"1, {said}", ["1", "2"]) == scores.concordance(f"{said}, 1", ["1", "2"]) == 0
+
+
 @pytest.mark.parametrize("module", [scores, final_answers], ids=["scores", "final_answers"])
 def test_every_score_has_five_cases(module):
     table = dict(CASES_OF)[module]

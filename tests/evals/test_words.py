@@ -116,6 +116,8 @@ def test_groups_and_rows():
         ("latent_list", ("5", "6"), "5, 6, 7]", 0),
         ("label_counts", ("10",), "12", 0.5625),
         ("label_counts", ("10",), "many", 0),
+        pytest.param("label_counts", ("10",), "7" * 400, 0, id="label_counts-400-digits"),
+        pytest.param("latent_list", ("5", "6"), "5, " + "7" * 5000, 0, id="latent_list-5000-digits"),
         ("mrcr_2", ("abcdefghij", "a b c"), "abcdefghij a b c", 1),
         ("mrcr_2", ("abcdefghij", "a b c"), "a b c", 0),
         ("ruler2_mk_basic", ("1234567890",), "<think>Answer: 1</think>Answer: 1234567890", 1),

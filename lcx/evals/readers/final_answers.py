@@ -9,6 +9,8 @@ import datetime
 import re
 from collections.abc import Sequence
 
+from lcx.evals.text.matching import near, whole
+
 
 # ---- L-Eval
 def exam_match(prediction: str, references: Sequence[str]) -> float:
@@ -64,7 +66,7 @@ def solved_number(prediction: str, references: Sequence[str]) -> float:
         return re.sub(r"\D", "", word.split(".")[0])
 
     found, wanted = digits(prediction), digits(references[0])
-    return float(bool(found) and int(found) == int(wanted))
+    return float(bool(found) and whole(found) == int(wanted))
 
 
 def code_output(prediction: str, references: Sequence[str]) -> float:
@@ -116,15 +118,8 @@ def counted_up(prediction: str, references: Sequence[str], kind: str = "") -> fl
     if said == wanted or (said in _COMPARED and said in wanted):
         return 1.0
     if kind.endswith("NUMERIC"):
-        return _near(said, wanted)
+        return near(said, wanted)
     return float(kind.endswith("DATE") and _date(said) is not None and _date(said) == _date(wanted))
-
-
-def _near(said: str, wanted: str) -> float:
-    try:
-        return 0.75 ** abs(int(said) - int(wanted))
-    except ValueError:
-        return 0.0
 
 
 def _date(text: str) -> datetime.datetime | None:
@@ -148,7 +143,7 @@ def boxed(prediction: str, references: Sequence[str]) -> float:
     if kinds[0] != kinds[1]:
         return 0.0
     if kinds[1] == "number":
-        return _near(said, wanted)
+        return near(said, wanted)
     if kinds[1] == "list":
         said_parts, parts = ([part.strip() for part in text.split(",") if part.strip()] for text in (said, wanted))
         return len(set(said_parts) & set(parts)) / len(parts) if parts else 0.0

@@ -14,6 +14,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 
 from lcx.core.extras import library
+from lcx.evals.text.matching import whole
 
 # ---- words
 
@@ -277,7 +278,7 @@ def concordance(prediction: str, references: Sequence[str]) -> float:
 
     0 if there are not as many numbers as references. Numbers that are counted from 1 are moved to 0.
     """
-    found = [int(number) for number in re.findall(r"\d+", prediction)]
+    found = [whole(number) for number in re.findall(r"\d+", prediction)]
     if len(found) != len(references):
         return 0.0
     if found and min(found) == 1:
@@ -296,11 +297,12 @@ def concordance_of_permutation(prediction: str, references: Sequence[str]) -> fl
     Only digits, commas and space count in the prediction; commas separate numbers.
     """
     kept = re.sub(r"[^\d,\s]", "", prediction)
-    found, wanted = [part.strip() for part in kept.strip().strip(",").split(",")], list(references)
-    if not all(part.isdigit() for part in found) or sorted(map(int, found)) != sorted(map(int, wanted)):
+    parts, wanted = [part.strip() for part in kept.strip().strip(",").split(",")], list(map(int, references))
+    found = list(map(whole, parts)) if all(part.isdigit() for part in parts) else []
+    if sorted(found) != sorted(wanted):
         return 0.0
-    pairs = _pairs([int(number) for number in wanted])
-    return len(pairs & _pairs([int(number) for number in found])) / len(pairs) if pairs else 1.0
+    pairs = _pairs(wanted)
+    return len(pairs & _pairs(found)) / len(pairs) if pairs else 1.0
 
 
 def near_percentage(prediction: str, references: Sequence[str]) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from lcx.evals.base import Item
 from lcx.evals.text import words
 from lcx.evals.text.formats import Sample
-from lcx.evals.text.matching import first_integer
+from lcx.evals.text.matching import first_integer, near
 from lcx.evals.text.questions import Draw, TextQuestions
 
 USERS = ("Ada", "Ben", "Cleo", "Dan")
@@ -58,4 +58,4 @@ class LabelCounts(TextQuestions):
     def score(self, item: Item, output: str) -> float:
         """1 for the count, less by a quarter for each that it is off; 0 without a number."""
         found = first_integer(output)
-        return 0.0 if found is None else 0.75 ** abs(int(found) - int(item.references[0]))
+        return 0.0 if found is None else near(found, item.references[0])

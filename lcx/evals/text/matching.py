@@ -36,12 +36,25 @@ def first_integer(prediction: str) -> str | None:
     return found[0] if found else None
 
 
+def whole(text: str) -> int:
+    """A whole number; of more than 1,000 digits the first ones, as no answer has so many and Python refuses more than 4,300."""
+    return int(text[:1000])
+
+
 def integers(prediction: str) -> list[int]:
     """All whole numbers of the first line that has any."""
     for line in prediction.split("\n"):
         if found := _INTEGER.findall(line):
-            return [int(text) for text in found]
+            return [whole(text) for text in found]
     return []
+
+
+def near(said: str, wanted: str) -> float:
+    """0.75 to the power of the error of a whole number; 0 for anything else (OOLONG)."""
+    try:
+        return 0.75 ** min(abs(whole(said) - int(wanted)), 10_000)
+    except ValueError:
+        return 0.0
 
 
 def last_list(prediction: str) -> set[str]:
