@@ -85,8 +85,8 @@ def build_architecture(
     for kind, scheme in added.items():
         if scheme != next(iter(added.values())):
             raise UserError(
-                f"positions.{next(iter(added))} and positions.{kind} would each add vectors of their own to the embeddings, which all "
-                "kinds of layers share; set both to the same scheme, or one to nope"
+                f"positions.{next(iter(added))} and positions.{kind} would each add vectors of their own to the embeddings, which "
+                "all kinds of layers share; set both to the same scheme, or one to nope"
             )
     buffers = {kind: schemes[kind].buffers(config.heads, length) for kind in config.kinds}
     return Architecture(config, execution, specs, shifted_group), buffers
