@@ -104,7 +104,8 @@ def _nucleus(x: jax.Array, top_p: jax.Array) -> jax.Array:
     def below(rank: jax.Array) -> jax.Array:
         return jnp.sum(jnp.where(ranks < rank, p, 0.0), axis=-1, keepdims=True)
 
-    border = _largest(lambda rank: below(rank) <= most, len(x))
+    # Of a tiny top_p float32 leaves 1 - top_p = 1, below which there is everything.
+    border = jnp.minimum(_largest(lambda rank: below(rank) <= most, len(x)), jnp.max(ranks, axis=-1, keepdims=True))
     equal = ranks == border
     nth = jnp.cumsum(equal, axis=-1)
     goes = equal & (below(border) + nth * p <= most) & (nth < _count(equal))

@@ -18,6 +18,7 @@ CASES = [
     Sampling(1.0, top_p=0.9),
     Sampling(2.0, top_p=0.3),
     Sampling(1.0, top_p=1e-6),
+    Sampling(1.0, top_p=1e-8),
     Sampling(1.0, top_k=5, top_p=0.8),
     Sampling(0.9, top_k=20, top_p=1.0),
 ]
@@ -97,9 +98,10 @@ def test_seeds_draw_differently():
     assert not np.array_equal(drawn(logits, Sampling(1.0, seed=1), 20), drawn(logits, Sampling(1.0, seed=2), 20))
 
 
-def test_temperature_zero_takes_the_most_likely_token():
+def test_temperature_zero_or_a_tiny_top_p_takes_the_most_likely_token():
     logits = np.random.default_rng(3).standard_normal((4, VOCAB)).astype(np.float32)
     np.testing.assert_array_equal(drawn(logits, Sampling(top_k=3, top_p=0.5), 1)[0], logits.argmax(-1))
+    np.testing.assert_array_equal(drawn(logits, Sampling(1.0, top_p=1e-8), 1)[0], logits.argmax(-1))
 
 
 def test_what_is_a_number_compiles_nothing_again():
