@@ -570,6 +570,14 @@ def test_how_often_words_of_cwe_occur(length, often, seldom, example_words, exam
     assert set(re.findall("[a-z]+", answer)) == common and len(sample.references) == 10
 
 
+def test_the_solved_example_of_cwe_names_ten_words_however_long_the_list(folder):
+    made = task("ruler_cwe", folder)
+    for number in range(5):
+        sample = composed(made, number, units=16_000, length=1 << 20)
+        answer = sample.prompt.rpartition("\nBelow is a numbered list")[0].rpartition(" in the list are:")[2]
+        assert re.fullmatch(" " + " ".join(rf"{i}\. [a-z]+" for i in range(1, 11)), answer)
+
+
 def test_cwe_has_its_small_form_by_default_where_the_large_one_leaves_no_room(folder, subwords):
     small, large = task("ruler_cwe", folder), task("ruler_cwe", folder, subwords)
     assert [occurrences(made, 4096) for made in (small, large)] == [SMALL, SMALL]

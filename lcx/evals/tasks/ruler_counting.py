@@ -39,6 +39,7 @@ class CommonWords(TextQuestions):
     that are not asked for. Chance is that of guessing words of the list.
     """
 
+    version = 2
     answer_tokens = 120
     units_per_1024 = 32
 
@@ -61,7 +62,9 @@ class CommonWords(TextQuestions):
     def sized(self, rng: random.Random, units: int, how: Occurrences) -> Sample:
         """A sample in the large or the small form."""
         drawn = words.unique_words(rng, units + how.example_words)
-        example = self._asked(rng, drawn[: how.example_words], drawn, how.example_often, how.example_seldom)
+        shown = drawn[: how.example_words]
+        # Of so few words hardly ten would be part of none of a long list.
+        example = self._asked(rng, shown, shown, how.example_often, how.example_seldom)
         asked = self._asked(rng, drawn[how.example_words :], drawn, how.often, how.seldom)
         solved = example.prompt + example.prefix + self.answer(example)
         return asked._replace(prompt=f"{solved}\n{asked.prompt}")
