@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -22,7 +23,7 @@ from lcx.model.config import ModelConfig
 from lcx.model.flops import kernel_entries, step_flops
 from lcx.positions.scheme import Scheme
 from lcx.training.checks import check_stage, check_vocabulary
-from lcx.training.ladder import Attempt, Decisions, PreviousStage, choose, theta_of
+from lcx.training.ladder import Attempt, PreviousStage, choose, theta_of
 from lcx.training.loading import InitialWeights
 from lcx.training.memory import check_least
 from lcx.training.metrics import Meter, peak_flops
@@ -68,12 +69,12 @@ class BuiltStage:
 
 
 class StageBuilder:
-    """Builds stages; `decisions` is read for each, so a recorded decision is in force from then on."""
+    """Builds stages; `decisions`, rows of `decisions.jsonl`, is read for each, so a recorded one is in force from then on."""
 
     def __init__(
         self,
         run: RunConfig,
-        decisions: Decisions,
+        decisions: list[dict[str, Any]],
         devices: Sequence[jax.Device] | None = None,
         initial: InitialWeights | None = None,
     ):

@@ -19,6 +19,7 @@ from orbax.checkpoint import v1 as ocp
 
 from lcx.core import checksums, configs, manifest
 from lcx.core.checksums import ArraySums
+from lcx.core.errors import UserError
 from lcx.core.files import write_atomically
 from lcx.core.manifest import DamagedError
 from lcx.core.trees import joined
@@ -132,17 +133,24 @@ def record(checkpointer: ocp.training.Checkpointer, step: int) -> Record:
         raise DamagedError("its metadata are not what was saved") from error
 
 
+def names(checkpointer: ocp.training.Checkpointer, step: int, part: str) -> frozenset[str] | None:
+    """The paths of the arrays that a part of a checkpoint holds; None for one without checksums."""
+    seals = record(checkpointer, step).sealed
+    return None if seals is None else frozenset(_sums(Path(checkpointer.directory) / str(step), part, seals))
+
+
 def load(checkpointer: ocp.training.Checkpointer, step: int, trees: dict[str, Any]) -> dict[str, Any]:
     """Arrays of a checkpoint, in the types and with the shardings of the abstract `trees`, part -> arrays.
 
-    Raises `DamagedError` if an array or a file of these parts is not what was saved, and whatever orbax raises for what it cannot
-    read in a checkpoint without checksums.
+    Raises `DamagedError` if an array or a file of these parts is not what was saved, `UserError` if they are whole but of other
+    names or shapes, and whatever orbax raises for what it cannot read in a checkpoint without checksums.
     """
     seals = record(checkpointer, step).sealed
     if seals is None:
         return checkpointer.load_checkpointables(step, trees)
     folder = Path(checkpointer.directory) / str(step)
     sums = {part: _sums(folder, part, seals) for part in trees}
+    _refuse_others(folder, trees, sums)
     stored = {part: _as_stored(tree, sums[part]) for part, tree in trees.items()}
     try:
         found = checkpointer.load_checkpointables(step, stored)
@@ -204,6 +212,20 @@ def _sums(folder: Path, part: str, seals: Mapping[str, str]) -> dict[str, ArrayS
                 raise DamagedError(f"its metadata are of other arrays than those in {part}")
             found |= {path: found[path].joined(of) if path in found else of for path, of in read.items()}
     return found
+
+
+def _refuse_others(folder: Path, trees: Mapping[str, Any], sums: Mapping[str, Sums]) -> None:
+    """Raises `UserError` if a checkpoint's arrays are not those of the abstract `trees`."""
+    for part, tree in trees.items():
+        wanted = {joined(at): tuple(x.shape) for at, x in jax.tree_util.tree_leaves_with_path(tree)}
+        there = {path: tuple(of.shape) for path, of in sums[part].items()}
+        for path in sorted({*wanted, *there}):
+            if wanted.get(path) != there.get(path):
+                said = (f"of shape {shapes[path]}" if path in shapes else "absent" for shapes in (there, wanted))
+                raise UserError(
+                    f"checkpoint {folder} is of another model or optimizer: {part}/{path} is {next(said)} there but {next(said)} "
+                    "here; use the config that it was written with"
+                )
 
 
 def _unlike(folder: Path, sums: Mapping[str, Sums], chosen: Mapping[str, Collection[str]] | None = None) -> list[str]:

@@ -43,7 +43,8 @@ class Store:
     """The checkpoints of one workdir. `ends`: steps at which stages end, always kept. Use as a context manager.
 
     They hold the parameters whose paths `is_kept`. `clean` removes what a killed run left half-written; readers pass False, because
-    a run may still be writing it. Without `with_checksums` nothing gets a checksum, to measure what they cost.
+    a run may still be writing it, and leave everything else as it is, too. Without `with_checksums` nothing gets a checksum, to
+    measure what they cost.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Store:
         is_kept: Callable[[str], bool] = lambda _: True,
         with_checksums: bool = True,
     ):
-        self.is_kept, self._checked = is_kept, with_checksums
+        self.is_kept, self._checked, self._reads = is_kept, with_checksums, not clean
         policies = ocp.training.preservation_policies
         keep = [policies.LatestN(config.keep_latest), policies.CustomSteps(steps=[0, *ends])]
         if config.keep_every is not None:
@@ -72,9 +73,9 @@ class Store:
         self._silence, self._failures = contextlib.ExitStack(), 0
 
     @classmethod
-    def of(cls, workdir: Path, run: RunConfig) -> "Store":
-        """The store that a run writes to."""
-        return cls(workdir, run.checkpoint, stage_ends(run), is_kept=run.is_kept)
+    def of(cls, workdir: Path, run: RunConfig, clean: bool = True) -> "Store":
+        """The store that a run writes to, or with `clean` False one to read it."""
+        return cls(workdir, run.checkpoint, stage_ends(run), clean, run.is_kept)
 
     def __enter__(self) -> "Store":
         # Errors reach the user as one sentence, which the library's own logs and tracebacks would bury. So would the errors of
@@ -115,7 +116,7 @@ class Store:
 
         Raises `UserError` when this checkpoint or the one before it does not fit on the disk; earlier ones are untouched.
         """
-        self._save({PARAMS: self._kept(state.all_params), PROGRESS: _progress(state)}, meta)
+        self._save({PARAMS: split(state.all_params, self.is_kept)[0], PROGRESS: _progress(state)}, meta)
 
     def save_params(self, params: Tree, meta: Meta) -> None:
         """Like `save`, for weights only: another run can start from them, but none can resume from them."""
@@ -156,7 +157,7 @@ class Store:
         """State and metadata of the newest checkpoint that is whole; None when there is no checkpoint.
 
         `abstract` gives the tree to restore into; checkpoints that `wanted` rejects are deleted. A damaged one is set aside with a
-        warning and the one before it is used; raises `UserError` when none can be read.
+        warning and the one before it is used; raises `UserError` when none can be read. A reader only passes over either.
         """
         broken: dict[int, Exception] = {}
         for step in reversed(self.steps):
@@ -165,16 +166,17 @@ class Store:
                 broken[step] = error
                 continue
             if found is None:
-                self._checkpointer.delete(step)
+                if not self._reads:
+                    self._checkpointer.delete(step)
                 continue
             for bad, error in broken.items():
                 self._set_aside(bad, error, step)
             return found
         if broken:
             step, error = next(iter(broken.items()))
+            way = "name another run" if self._reads else f"delete {self.directory} to start over"
             raise UserError(
-                f"no checkpoint in {self.directory} can be read (step {step}: {short(error)}); "
-                f"restore one from a backup, or delete {self.directory} to start over"
+                f"no checkpoint in {self.directory} can be read (step {step}: {short(error)}); restore one from a backup, or {way}"
             )
         return None
 
@@ -214,7 +216,7 @@ class Store:
         return self._whole(step, lambda: self._read(step, abstract))
 
     def _read(self, step: int, abstract: TrainState) -> TrainState:
-        trees = {PARAMS: self._kept(abstract.all_params), PROGRESS: _progress(abstract)}
+        trees = {PARAMS: self._held(step, abstract.all_params), PROGRESS: _progress(abstract)}
         found = self._load(step, trees)
         trained = {path for path, _ in paths(abstract.params)}
         params, frozen = split(found[PARAMS], lambda path: path in trained)
@@ -225,12 +227,17 @@ class Store:
 
         def read() -> tuple[Tree, Meta]:
             meta = self._meta(step)
-            return self._load(step, {PARAMS: self._kept(abstract(meta))})[PARAMS], meta
+            return self._load(step, {PARAMS: self._held(step, abstract(meta))})[PARAMS], meta
 
         return self._whole(step, read)
 
-    def _kept(self, params: Tree) -> Tree:
-        return split(params, self.is_kept)[0]
+    def _held(self, step: int, params: Tree) -> Tree:
+        """Those of the parameters that a checkpoint holds: a run to which stages were added may by now keep more."""
+        names = checked.names(self._checkpointer, step, PARAMS)
+        if names is None:
+            return split(params, self.is_kept)[0]
+        quantized = {name.rpartition("/")[0] for name in names}  # whose arrays have names below theirs
+        return split(params, lambda path: path in names or path in quantized)[0]
 
     def _load(self, step: int, trees: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -250,10 +257,12 @@ class Store:
             self._checkpointer.delete(later)
 
     def _set_aside(self, step: int, error: Exception, used: int) -> None:
+        damaged = f"checkpoint {step} in {self.directory} is damaged ({short(error)})"
+        if self._reads:
+            warn(f"{damaged}; resuming from step {used}")
+            return
         aside = self.directory.parent / f"{FOLDER}.unreadable" / str(step)
-        warn(
-            f"checkpoint {step} in {self.directory} is damaged ({short(error)}); moving it to {aside} and resuming from step {used}"
-        )
+        warn(f"{damaged}; moving it to {aside} and resuming from step {used}")
         if jax.process_index() == 0:
             shutil.rmtree(aside, ignore_errors=True)
             aside.parent.mkdir(parents=True, exist_ok=True)

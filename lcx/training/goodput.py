@@ -9,13 +9,11 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lcx.core.files import write_atomically
 from lcx.training import metrics
 from lcx.training.slow_steps import SlowStep
 
@@ -78,9 +76,7 @@ class Recorder:
             self._waiting.clear()
             return
         path = workdir / FILE
-        if path.exists() and not path.read_bytes().endswith(b"\n"):
-            # Killed in the middle of a row.
-            write_atomically(path, "".join(json.dumps(row) + "\n" for row in metrics.read(path)))
+        metrics.mend(path)
         self._path = path
         waiting, self._waiting = self._waiting, []
         for row in waiting:

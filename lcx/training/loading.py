@@ -127,9 +127,9 @@ def load_unfolded(
     """As `load_params`, with adapters beside their kernels."""
     loaded = load_kept(path, step, stage, mesh)
     run, meta = loaded.run, loaded.meta
-    if not split(run.specs(meta.schemes, meta.length), run.is_kept)[1]:
+    if len(dict(paths(run.specs(meta.schemes, meta.length)))) == len(dict(paths(loaded.params))):
         return loaded
-    rest = unkept(run, meta, mesh, _base_of(run, meta, get_weights))
+    rest = missing(run, meta, loaded.params, mesh, _base_of(run, meta, get_weights))
     return dataclasses.replace(loaded, params=join(loaded.params, rest))
 
 
@@ -156,9 +156,11 @@ def load_kept(path: str | Path, step: int | None = None, stage: str | None = Non
         return Loaded(params, run, meta)
 
 
-def unkept(run: RunConfig, meta: Meta, mesh: Mesh | None, base: InitialWeights, hold: Hold | None = None) -> Tree:
-    """The parameters that a checkpoint of a run lacks: those of the weights that it began with, and the constants of adapters."""
-    _, rest = split(run.specs(meta.schemes, meta.length), run.is_kept)
+def missing(run: RunConfig, meta: Meta, held: Tree, mesh: Mesh | None, base: InitialWeights, hold: Hold | None = None) -> Tree:
+    """The parameters that a checkpoint of a run lacks beside those `held`: those of the weights that it began with, and the
+    constants of adapters."""
+    names = {path for path, _ in paths(held)}
+    _, rest = split(run.specs(meta.schemes, meta.length), names.__contains__)
     constants, rest = split(rest, lora.is_constant)
     return join(base.missing(meta, rest, mesh, hold), parameters.initialize(constants, jax.random.key(0)))
 

@@ -93,6 +93,8 @@ def train(
         record = held.enter_context(goodput.Recorder()) if record is None else record
         check_shared(workdir)
         open_workdir(workdir, run)
+        if main:
+            metrics_log.mend(workdir / "decisions.jsonl")
         keep_programs(workdir)
         record.become(goodput.PREPARATION)
         if given is not None:
@@ -134,8 +136,11 @@ class Trainer:
 
     def run(self, fewer: str | None = None) -> Result:
         """Run all remaining stages; with `fewer` (see `train`), say first what they will take."""
+        own = len(self.decisions)
         with self.record.span(goodput.RESTORE if self.store.steps else goodput.PREPARATION):
             start = resume_point(self.builder, self.store)
+        for entry in self.decisions[own:]:  # of the run that this one goes on from
+            self._keep(entry)
         self.profiler.check(self.ends[start.index] - self.config.stages[start.index].steps + start.stage_step, self.ends[-1])
         # From here on nothing that was asked for is refused: a command that is leaves no trace.
         self.record.keep(self.workdir, active=jax.process_index() == 0)
@@ -281,8 +286,7 @@ class Trainer:
         self.decisions.append(entry)
         following = self.builder.choose(built.index)[0]
         entry["next_theta"] = following.theta
-        if jax.process_index() == 0:
-            metrics_log.append(self.workdir / "decisions.jsonl", entry)
+        self._keep(entry)
         theta = "its scheme" if built.theta is None else f"theta {built.theta:.4g}"
         say(f"monitor: {built.stage.name} at {theta}: {decision.verdict} ({decision.reason})")
         if decision.verdict == "straight down":
@@ -293,6 +297,10 @@ class Trainer:
             scheme = "its scheme as it is" if following.theta is None else f"theta {following.theta:.4g}, whose probe was the best"
             say(f"monitor: no theta is left to try for {built.stage.name}; it goes on with {scheme}")
         return following.index != built.attempt.index
+
+    def _keep(self, decision: dict[str, Any]) -> None:
+        if jax.process_index() == 0:
+            metrics_log.append(self.workdir / "decisions.jsonl", decision)
 
     def _leave(self, total: int, number: int) -> NoReturn:
         with self.record.span(goodput.SAVE):

@@ -7,6 +7,7 @@ import errno
 import functools
 import json
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -123,6 +124,13 @@ def append(path: Path, entry: Mapping[str, Any]) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise UserError(f"the disk of {path} is full ({error.strerror}); free disk space and rerun the same command") from error
+
+
+def mend(path: Path) -> None:
+    """Cut off the last line of a JSONL file if a full disk or a kill ended it early, so that others can be added."""
+    content = path.read_bytes() if path.exists() else b""
+    if content and not content.endswith(b"\n"):
+        os.truncate(path, content.rfind(b"\n") + 1)
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -15,10 +16,10 @@ from lcx.core.console import say, warn
 from lcx.core.errors import UserError
 from lcx.core.param_spec import initialize
 from lcx.core.trees import Tree, joined, paths
-from lcx.training import monitor
+from lcx.training import metrics, monitor
 from lcx.training.builder import BuiltStage, StageBuilder
 from lcx.training.checkpoints import Store
-from lcx.training.loading import unkept
+from lcx.training.loading import missing
 from lcx.training.meta import Meta
 from lcx.training.stages import stage_ends
 from lcx.training.step import TrainState
@@ -103,20 +104,26 @@ def completed(state: TrainState, built: BuiltStage, builder: StageBuilder, meta:
     if len(table) == len(held):
         return state
     if builder.initial is None:
+        lacking = next(path for path in table if path not in held)
         raise UserError(
-            "the checkpoint holds only what its run trained; set init_from to the model that that run began with, as it did"
+            f"the checkpoint lacks {lacking}; if its run trained only a part of a model, set init_from to that model, else use the "
+            "same model sizes"
         )
-    rest = unkept(builder.run, meta, built.mesh, builder.initial, built.step.hold)
+    rest = missing(builder.run, meta, state.all_params, built.mesh, builder.initial, built.step.hold)
     return state.replace(frozen=built.step.place_frozen(join(state.frozen, rest)))
 
 
-def restore_newest(builder: StageBuilder, store: Store) -> ResumePoint | None:
-    """The newest checkpoint that still counts after the monitor's decisions; None when there is none."""
+def restore_newest(builder: StageBuilder, store: Store, check: Callable[[Meta], None] = lambda _: None) -> ResumePoint | None:
+    """The newest checkpoint that still counts after the monitor's decisions; None when there is none.
+
+    `check` raises `UserError` for one that has no place in the run.
+    """
 
     def abstract(meta: Meta) -> TrainState:
         return builder.build(meta.stage_index).step.abstract_state()
 
     def wanted(meta: Meta) -> bool:
+        check(meta)
         # Attempts that were rolled back left checkpoints which no longer belong to the run.
         return meta.stage_step == 0 or meta.attempt >= builder.choose(meta.stage_index)[0].index
 
@@ -190,24 +197,30 @@ def fit(params: Tree, built: BuiltStage, seed: int, what: str) -> Tree:
 
 
 def _from_other_run(builder: StageBuilder, path: Path) -> ResumePoint:
-    """Full state of another run's newest checkpoint, at the same place of this run."""
+    """Full state of another run's newest checkpoint, at the same place of this run, which takes over the monitor's decisions."""
     if not path.is_dir():
         raise UserError(f"resume_from={str(path)!r} is not a directory; name another run's workdir")
-    other = read_config(path)
-    with Store.of(path, other) as store:
-        found = store.restore(lambda meta: _place(builder, meta, path).step.abstract_state(), lambda _: True)
-    if found is None:
+    other, stages = read_config(path), builder.run.stages
+
+    def check(meta: Meta) -> None:
+        if meta.stage_index >= len(stages) or meta.stage_step > stages[meta.stage_index].steps:
+            raise UserError(
+                f"resume_from={str(path)!r} is at step {meta.stage_step} of stage {meta.stage!r}, which this run does not have"
+            )
+
+    if not builder.decisions:
+        builder.decisions.extend(metrics.read(path / "decisions.jsonl"))
+    with Store.of(path, other, clean=False) as store:
+        found = restore_newest(builder, store, check)
+    if found is None or found.meta is None:
         raise UserError(f"resume_from={str(path)!r} has no checkpoint; name a workdir in which a run has trained")
-    state, meta = found
-    say(f"resuming from step {meta.step} of {path}")
-    state = completed(state, _place(builder, meta, path), builder, meta)
-    return ResumePoint(state, meta.stage_index, meta.stage_step, None)
-
-
-def _place(builder: StageBuilder, meta: Meta, path: Path) -> BuiltStage:
-    stages = builder.run.stages
-    if meta.stage_index >= len(stages) or meta.stage_step > stages[meta.stage_index].steps:
+    meta, (attempt, schemes) = found.meta, builder.choose(found.index)
+    if attempt.watched and 0 < found.stage_step < stages[found.index].steps and meta.probe_before is None:
         raise UserError(
-            f"resume_from={str(path)!r} is at step {meta.stage_step} of stage {meta.stage!r}, which this run does not have"
+            f"resume_from={str(path)!r} is at step {meta.stage_step} of stage {meta.stage!r}, which no monitor watched from its "
+            f"start; set stages.{stages[found.index].name}.monitor=False"
         )
-    return builder.build(meta.stage_index)
+    say(f"resuming from step {meta.step} of {path}")
+    if meta.schemes != schemes:
+        warn(f"stage {meta.stage} of {path} was trained under other positions than those under which it now goes on")
+    return found

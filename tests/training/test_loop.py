@@ -288,6 +288,32 @@ def test_going_on_from_another_run(whole, tmp_path):
     assert rows(tmp_path / "own") == rows(whole[0])[8:]
 
 
+def test_another_run_stays_as_it_is(whole, tmp_path, capfd):
+    source = tmp_path / "source"
+    shutil.copytree(whole[0], source)
+    damage = next(path for path in (source / "checkpoints" / "18").rglob("*") if path.name == "manifest.ocdbt")
+    damage.write_bytes(b"")
+    (source / "checkpoints" / "19.orbax-checkpoint-tmp").mkdir()
+    before = sorted(source.rglob("*"))
+    with pytest.raises(UserError, match="of another model or optimizer: progress/opt_state.* is absent there but"):
+        go(tmp_path / "own", resume_from=str(source), optim={"name": "adafactor"})
+    go(tmp_path / "own", resume_from=str(source))
+    assert "18 in" in (said := capfd.readouterr().err) and "is damaged" in said
+    assert rows(tmp_path / "own") == rows(whole[0])[16:]
+    assert sorted(source.rglob("*")) == before
+
+
+def test_a_stage_that_trains_what_was_frozen_can_follow(whole, tmp_path):
+    frozen = {**tiny.stages()[1], "steps": 2, "optim": {"freeze": ("embed",)}}
+    free = {**frozen, "name": "free", "optim": {"freeze": ()}}
+    start = {"init_from": str(whole[0]), "monitor": {"enabled": False}}
+    one = go(tmp_path, stages=[frozen], **start)
+    assert go(tmp_path, stages=[frozen, free], **start).step == 4
+    # The first stage's checkpoint, from when the run kept no embeddings, is as readable as before.
+    jax.tree.map(np.testing.assert_array_equal, load_params(tmp_path, step=2).params, one.params)
+    assert (load_params(tmp_path).params["embed"]["embedding"] != one.params["embed"]["embedding"]).any()
+
+
 MONITOR = {"enabled": True, "steps": 8, "skip": 0, "probe_rows": 4}
 HARD = {"max_up_pairs": -1.0}
 EASY = {"max_swing": 1e9, "max_up_pairs": 1.0, "max_text_excess": 9.0, "max_needle_excess": 9.0}
@@ -329,6 +355,22 @@ def test_the_monitor_rolls_back(whole, tmp_path, capsys):
     before = rows(tmp_path)
     again = go(tmp_path, monitor={**MONITOR, **HARD}, stages=tiny.stages(thetas=[400.0, 400.0, 1e6]))
     assert rows(tmp_path) == before and len(again.decisions) == 3
+    # So it is in a run that goes on from this one.
+    shutil.rmtree(tmp_path / "checkpoints" / "18")
+    after = go(
+        tmp_path / "own", resume_from=str(tmp_path), monitor={**MONITOR, **HARD}, stages=tiny.stages(thetas=[400.0, 400.0, 1e6])
+    )
+    assert rows(tmp_path / "own") == before[-2:] and after.decisions == again.decisions
+    assert read(tmp_path / "own" / "decisions.jsonl") == read(tmp_path / "decisions.jsonl")
+    with pytest.raises(UserError, match="which no monitor watched from its start; set stages.longer.monitor=False"):
+        go(tmp_path / "late", resume_from=str(unwatched(whole, tmp_path)), monitor={**MONITOR, **HARD})
+
+
+def unwatched(whole, folder):
+    """A run without a monitor in the middle of its second stage."""
+    shutil.copytree(whole[0], folder / "unwatched")
+    shutil.rmtree(folder / "unwatched" / "checkpoints" / "18")
+    return folder / "unwatched"
 
 
 @pytest.mark.slow
