@@ -81,9 +81,11 @@ def scheme_class(name: Any, path: str = "positions.name") -> type[Scheme]:
 def _inner(outer: Mapping[str, Any], path: str) -> Scheme:
     """The scheme inside a piecewise one, with the outer one's rotary settings unless it has its own."""
     values = outer["scaling"]
-    values = settings(values, path) if isinstance(values, str) else dict(values.items())
+    values = settings(values, path) if isinstance(values, str) else values
+    if not isinstance(values, Mapping | ml_collections.ConfigDict):
+        return from_config(values, path)  # which refuses it
     shared = {key: outer[key] for key in ROTARY if key in outer and key not in values}
-    return from_config({**shared, **values}, path)
+    return from_config({**shared, **dict(values.items())}, path)
 
 
 def settings(spec: str, path: str = "positions") -> dict[str, Any]:

@@ -34,10 +34,16 @@ def critical_dimension(theta: float, head_dim: int, length: int) -> int:
 
 
 def critical_base(theta: float, length: int, target: int) -> float:
-    """The theta at which the critical dimension at `target` equals that of `theta` at `length`."""
+    """The theta at which the critical dimension at `target` equals that of `theta` at `length`; `UserError` above `MOST_THETA`."""
     _check(theta, length)
     _check(theta, target, name="target length")
-    return theta ** (math.log(target / (2 * math.pi)) / math.log(length / (2 * math.pi)))
+    power = math.log(target / (2 * math.pi)) / math.log(length / (2 * math.pi))
+    if power * math.log10(theta) > math.log10(MOST_THETA):
+        raise UserError(
+            f"trained length={length:,} with theta={theta:g} has a critical base of 1e{power * math.log10(theta):.0f} at {target:,} "
+            f"tokens, above {MOST_THETA:g}; extend a model that was trained at more tokens"
+        )
+    return theta**power
 
 
 def ntk_base(theta: float, factor: float, head_dim: int) -> float:

@@ -81,6 +81,7 @@ def test_settings_arrive():
         ("learned", "is missing a value for max_length"),
         ("rope:temperature=llama5", "llama4"),
         ("dual_chunk:original_length=32,scaling=alibi", "scaling"),
+        ("dual_chunk:original_length=32,scaling=4", "positions.scaling=4 is not a scheme; use a mapping"),
         ({"name": ["yarn"]}, "name"),
     ],
 )

@@ -104,6 +104,7 @@ def test_report_is_plain_and_complete():
         (lambda: theta.critical_base(-1.0, 8192, 65536), "theta=-1.0"),
         (lambda: theta.critical_dimension(1e4, 127, 8192), "head_dim=127"),
         (lambda: theta.critical_base(1e4, 4, 65536), "length=4"),
+        (lambda: theta.critical_base(1e4, 7, 2**20), "length=7 with theta=10000 has a critical base of 1e445 at 1,048,576 tokens"),
         (lambda: theta.ntk_base(1e4, 0.5, 128), "factor=0.5"),
         (lambda: theta.schedule(8192, 5e5, 4096), "4096 is below"),
         (lambda: theta.schedule(8192, 5e5, 65536, factor=1), "factor=1"),
