@@ -40,8 +40,8 @@ def critical_base(theta: float, length: int, target: int) -> float:
     power = math.log(target / (2 * math.pi)) / math.log(length / (2 * math.pi))
     if power * math.log10(theta) > math.log10(MOST_THETA):
         raise UserError(
-            f"trained length={length:,} with theta={theta:g} has a critical base of 1e{power * math.log10(theta):.0f} at {target:,} "
-            f"tokens, above {MOST_THETA:g}; extend a model that was trained at more tokens"
+            f"trained length={length:,} with theta={theta:g} has a critical base of 1e{power * math.log10(theta):.0f} at "
+            f"{target:,} tokens, above {MOST_THETA:g}; extend a model that was trained at more tokens"
         )
     return theta**power
 
