@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args, get_type_hints
 
 from lcx.core.errors import UserError
-from lcx.core.mesh import MeshConfig
 from lcx.model.execution import ExecutionConfig
 from lcx.planning.plan import StagePlan, changed, room, stage_plan
 from lcx.planning.topology import Topology, shapes
@@ -65,8 +64,8 @@ def trial(run: RunConfig, index: int, where: Topology, what: str, changes: dict[
     try:
         if all(key.startswith("mesh.") for key in changes):
             # Building a run takes far longer than its plan, and a mesh is not built into it.
-            mesh = MeshConfig(**{key.removeprefix("mesh."): value for key, value in changes.items()})
-            plan = stage_plan(run, index, where, mesh_config=mesh)
+            sizes = {key.removeprefix("mesh."): value for key, value in changes.items()}
+            plan = stage_plan(run, index, where, mesh_config=dataclasses.replace(run.mesh_of(run.stages[index]), **sizes))
         else:
             plan = stage_plan(changed(run, changes), index, where)
     except UserError:

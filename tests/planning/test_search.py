@@ -39,6 +39,13 @@ def test_the_fastest_mesh_and_strategy_come_first():
         assert len({one.what for one in found}) == len(found) > 2
 
 
+def test_meshes_reach_over_slices_as_the_stage_does():
+    two = topology("v5p:2x2x1", 2)
+    for over, widest in ((False, 4), (True, 8)):
+        found = search.find("mesh", run(1 << 17, mesh={"context_over_slices": over}), 0, two)
+        assert max(one.plan.mesh["ring"] * one.plan.mesh["ulysses"] for one in found) == widest
+
+
 def test_strategies_are_those_that_divide():
     found = search.find("strategy", run(1 << 19, mesh={"ulysses": 2}), 0, V5P)
     splits = {(one.plan.mesh["ring"], one.plan.mesh["ulysses"], one.plan.work.strategy) for one in found}
