@@ -63,18 +63,18 @@ class EndpointConfig:
 class EvalConfig:
     """What to measure.
 
-    `tasks` are rows or groups of `lcx.evals.tasks.table`; one whose count of items is 0 is left out. `lengths` in tokens,
-    answers included; `depths` from 0 (start) to 1 (just before the question); `needle_items` in each cell. `zero_shot` are
-    schemes to try as well as the checkpoint's own (`lcx.evals.zero_shot.at_length`), with `zero_shot_items` needles a cell (0:
-    perplexity alone). `generation_items` needles a cell are answered by greedy generation too (0: none). `perplexity_tokens`
-    held-out tokens are scored at each length (0: none), in windows that move on by `stride` (None: the window), and the last
-    `final_tokens` of each span are reported apart (None: half the shortest length). `text` and `task` name the parts of the
-    data mixture that give held-out text and needles (None: the first of each kind). `tokens_per_forward` bounds memory: rows x
-    length of one pass, one row at least; `share_prefixes` prefills once what several questions in words begin with.
-    `evaluator` is a run's workdir, a Hugging Face folder or a GGUF file, whose model says which tokens are key tokens of
-    `long_perplexity` (None: the model itself), and `short_context` the tokens that it compares a whole context with (None: 4,096,
-    at most an eighth of the longest length). `effective_threshold` is the mean over depths that a length must exceed to count as
-    reached (RULER's 85.6%).
+    `tasks` are rows or groups of `lcx.evals.tasks.table`; one whose count of items is 0 is left out. `lengths` in tokens, answers
+    included; `depths` from 0 (start) to 1 (just before the question), without which tasks that ask at them are left out;
+    `needle_items` in each cell. `zero_shot` are schemes to try as well as the checkpoint's own (`lcx.evals.zero_shot.at_length`),
+    with `zero_shot_items` needles a cell (0: perplexity alone). `generation_items` needles a cell are answered by greedy generation
+    too (0: none). `perplexity_tokens` held-out tokens are scored at each length (0: none), in windows that move on by `stride`
+    (None: the window), and the last `final_tokens` of each span are reported apart (None: half the shortest length). `text` and
+    `task` name the parts of the data mixture that give held-out text and needles (None: the first of each kind).
+    `tokens_per_forward` bounds memory: rows x length of one pass, one row at least; `share_prefixes` prefills once what several
+    questions in words begin with. `evaluator` is a run's workdir, a Hugging Face folder or a GGUF file, whose model says which
+    tokens are key tokens of `long_perplexity` (None: the model itself), and `short_context` the tokens that it compares a whole
+    context with (None: 4,096, at most an eighth of the longest length). `effective_threshold` is the mean over depths that a length
+    must exceed to count as reached (RULER's 85.6%).
     """
 
     tasks: tuple[str, ...] = ("needles", "generated_needles", "perplexity", "loss_by_kind")

@@ -379,6 +379,7 @@ def test_nolima(tmp_path):
     for book in (1, 2):
         text = "\n".join(" ".join(f"word{book}-{line}-{i}" for i in range(8)) for line in range(400))
         (books / f"rand_book_{book}.txt").write_text(text)
+    assert build("nolima", tmp_path, depths=()) is None
     task = build("nolima", tmp_path, (1024, 4096), samples=6).fitted[0]
     for length in (1024, 4096):
         for item in task.items(length, 4):

@@ -5,7 +5,11 @@ import random
 import numpy as np
 import pytest
 
+from lcx.data.config import DataConfig
+from lcx.data.tokenizers import tokenizers
 from lcx.evals.answers import AnswerLog
+from lcx.evals.base import Materials
+from lcx.evals.config import EvalConfig
 from lcx.evals.statistics import interval
 from lcx.evals.tasks.table import GROUPS, TASKS, WORDS
 from lcx.evals.text.matching import edits, first_integer, integers, last_list, set_f1, word_error_rate
@@ -54,6 +58,12 @@ def test_answers_stand_at_the_depth_that_is_asked_for(name, tmp_path):
     items = made.items(16384, 4)
     scores = [made.score(item, output) for item, output in zip(items, Reader(name, 0.4).answers(items), strict=True)]
     assert scores == [float(item.depth >= 0.75) for item in items]
+
+
+@pytest.mark.parametrize("name", AT_DEPTHS)
+def test_without_depths_tasks_that_ask_at_them_are_left_out(name):
+    config = EvalConfig(depths=())
+    assert TASKS[name](Materials(config, DataConfig(), tokenizers.load("bytes"), None)) is None
 
 
 @pytest.mark.parametrize("name", OTHERS)

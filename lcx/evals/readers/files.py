@@ -108,7 +108,10 @@ class FileQuestions(Task):
             if not settings.samples:
                 return None
             format = choose(settings.prompt_format, materials.tokenizer, materials.data.chat_template)
-            questions, fitted = read(name, benchmark, materials.given("data"), materials, format)
+            questions, found = read(name, benchmark, materials.given("data"), materials, format)
+            fitted = [task for task in found if task.depths]
+            if not questions and not fitted:
+                return None
             plain = BasePrompt(materials.tokenizer)
             lengths = tuple(sorted(materials.config.lengths))
             seed = materials.config.seed

@@ -80,7 +80,8 @@ class TextQuestions(Task):
             if not questions.samples or (sources := cls.sources(materials, {"name": name, **settings})) is None:
                 return None
             format = choose(questions.prompt_format, materials.tokenizer, materials.data.chat_template)
-            return cls(name=name, format=format, settings=questions, seed=materials.config.seed, **settings, **sources)
+            made = cls(name=name, format=format, settings=questions, seed=materials.config.seed, **settings, **sources)
+            return made if made.depths else None
 
         return build
 
