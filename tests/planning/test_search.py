@@ -42,7 +42,7 @@ def test_the_fastest_mesh_and_strategy_come_first():
 def test_meshes_reach_over_slices_as_the_stage_does():
     two = topology("v5p:2x2x1", 2)
     for over, widest in ((False, 4), (True, 8)):
-        found = search.find("mesh", run(1 << 17, mesh={"context_over_slices": over}), 0, two)
+        found = search.find("mesh", run(1 << 17, batch_size=8, mesh={"context_over_slices": over}), 0, two)
         assert max(one.plan.mesh["ring"] * one.plan.mesh["ulysses"] for one in found) == widest
 
 
