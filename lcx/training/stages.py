@@ -21,7 +21,7 @@ from lcx.model import params
 from lcx.model.architecture import build_schemes
 from lcx.model.config import ModelConfig
 from lcx.model.execution import ExecutionConfig, refuse_moved
-from lcx.positions.derive import extend
+from lcx.positions.derive import extend, with_theta
 from lcx.positions.registry import from_config
 from lcx.positions.scheme import Scheme
 from lcx.training.metrics import MetricsConfig
@@ -225,6 +225,11 @@ class RunConfig:
         """The mesh of a stage."""
         return self.mesh if stage.mesh is None else stage.mesh
 
+    @property
+    def evaluation_mesh(self) -> MeshConfig:
+        """The mesh of the stage with the longest rows, which evaluations at their length need, too."""
+        return self.mesh_of(max(self.stages, key=lambda stage: stage.seq_len))
+
     def monitored(self, stage: StageConfig) -> bool:
         """Does the early monitor watch this stage? Not a first one from scratch, unless asked to: there is nothing to compare."""
         if stage.monitor is not None:
@@ -295,8 +300,9 @@ def override(current: Mapping[str, Scheme], stage: StageConfig, trained_length: 
             changed[kind] = from_config(spec, path)
             continue
         if isinstance(spec, int | float):
-            spec = {"name": before.name, "theta": float(spec)}
-        elif not isinstance(spec, str) and "name" not in spec:
+            changed[kind] = with_theta(before, float(spec))
+            continue
+        if not isinstance(spec, str) and "name" not in spec:
             spec = {"name": before.name, **spec}
         # A scheme of the same name keeps all its settings, another keeps what it shares with the one before.
         if not isinstance(spec, str) and spec["name"] == before.name:

@@ -45,6 +45,13 @@ def test_positions_change_from_stage_to_stage():
     assert d == c
 
 
+def test_a_theta_reaches_the_scaling_inside():
+    values = tiny.config(positions={"default": "dual_chunk:original_length=64,scaling=yarn"})
+    values["stages"] = tiny.stages(positions={"default": 1e6})
+    scheme = choose(run_config(values), [], 1, None)[1]["default"]
+    assert (scheme.theta, scheme.scaling.theta, scheme.original_length, scheme.scaling.original_length) == (1e6, 1e6, 64, 64)
+
+
 def test_a_trained_length_is_that_of_the_weights():
     stage = {"name": "a", "seq_len": 256, "steps": 1, "batch_size": 1, "positions": {"default": "yarn"}}
 
