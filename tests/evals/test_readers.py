@@ -54,6 +54,14 @@ class Answers:
             yield {number: next((answer for mark, answer in self.answers.items() if mark in item.text), "")}
 
 
+class Cut(Answers):
+    """The same, with a token for each byte and no more of an answer than was asked for."""
+
+    def complete(self, items, new_tokens):
+        for found in super().complete(items, new_tokens):
+            yield {number: text[:new_tokens] for number, text in found.items()}
+
+
 def measured(task, backend, length):
     return {(row.task, row.metric): row for row in task.measure(backend, length, 50, AnswerLog(None))}
 
@@ -168,6 +176,10 @@ def test_mrcr_and_graphwalks(tmp_path):
     backend = Answers({"Repeat": "abc a poem"})
     assert measured(build("mrcr_files", tmp_path / "mrcr"), backend, 1024)["mrcr_files_all", "score"].value == 1
     assert backend.asked == ["User: Write\nAssistant: a poem\nUser: Repeat\nAssistant:"]
+    long = {**row, "answer": "abc" + " a line of the poem" * 40}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([long]), tmp_path / "mrcr" / "a.parquet")
+    found = measured(build("mrcr_files", tmp_path / "mrcr", (4096,)), Cut({"Repeat": long["answer"]}), 4096)
+    assert found["mrcr_files_all", "score"].value == 1
     walks = build("graphwalks_files", tmp_path / "walks")
     assert measured(walks, Answers({"edges": "so\nFinal Answer: [x]"}), 1024)[
         "graphwalks_files_all", "score"

@@ -25,19 +25,21 @@ from lcx.evals.results import Measurement
 from lcx.evals.text.asking import ask
 from lcx.evals.text.formats import BasePrompt, PromptFormat, Sample, choose
 from lcx.evals.text.matching import cleaned
-from lcx.evals.text.questions import TextQuestions
+from lcx.evals.text.questions import TextQuestions, answer_room
 
 
 class Question(NamedTuple):
     """A question of a file: its sample, how many tokens an answer may have, and the score of a prediction.
 
-    `plain`: asked as text to continue even of a chat model, as the benchmark does.
+    `plain`: asked as text to continue even of a chat model, as the benchmark does. `answer`: a right one in full; a tokenizer that
+    needs more tokens for it is given more.
     """
 
     sample: Sample
     new_tokens: int
     score: Callable[[str], float]
     plain: bool = False
+    answer: str | None = None
 
 
 Row = Mapping[str, Any]
@@ -129,7 +131,7 @@ class FileQuestions(Task):
         shorter = max((other for other in self.lengths if other < length), default=0)
         for part, questions in self.questions.items():
             if part not in self.made:
-                self.made[part] = [(self._item(question), question) for question in questions]
+                self.made[part] = [self._tokenised(question) for question in questions]
             sized = self.made[part]
             sizes = [len(item.prompt) + question.new_tokens for item, question in sized]
             fitting = [pair for pair, size in zip(sized, sizes, strict=True) if shorter < size <= length]
@@ -181,11 +183,14 @@ class FileQuestions(Task):
             empty += sum(not cleaned(output) for output in outputs)
         return asked, scores, empty
 
-    def _item(self, question: Question) -> Item:
+    def _tokenised(self, question: Question) -> tuple[Item, Question]:
+        """The item of a question, and the question with the room that the tokenizer needs for its answer."""
         format, sample = self.plain if question.plain else self.format, question.sample
+        if question.answer is not None:
+            question = question._replace(new_tokens=answer_room(format.tokenizer, question.answer, question.new_tokens))
         text = format.text(sample)
         tokens = format.encode(text)
-        return Item(tokens, tokens[:0], None, text, sample.references, (*sample.turns, sample.prompt), sample.prefix)
+        return Item(tokens, tokens[:0], None, text, sample.references, (*sample.turns, sample.prompt), sample.prefix), question
 
 
 def read(

@@ -15,10 +15,10 @@ def mrcr(row: Row) -> Question:
     messages = json.loads(row["prompt"]) if isinstance(row["prompt"], str) else row["prompt"]
     references = (row["random_string_to_prepend"], row["answer"])
     *before, last = [message["content"] for message in messages]
-    # As long as the answer, which no tokenizer needs more tokens for than it has bytes.
+    # Twice as long as the answer at four characters a token.
     new_tokens = 64 + len(row["answer"]) // 2
     scored = functools.partial(scores.repeated_turn, references=references)
-    return Question(Sample(last, "", references, turns=tuple(before)), new_tokens, scored)
+    return Question(Sample(last, "", references, turns=tuple(before)), new_tokens, scored, answer=row["answer"])
 
 
 def graphwalks(row: Row) -> Question:

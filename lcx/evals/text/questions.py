@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import numpy as np
 
 from lcx.core.errors import UserError
+from lcx.data.tokenizers.tokenizers import Tokenizer
 from lcx.evals.answers import AnswerLog
 from lcx.evals.base import Backend, Item, Materials, Task, mean_score
 from lcx.evals.config import QuestionConfig
@@ -115,8 +116,7 @@ class TextQuestions(Task):
         if self.settings.faithful:
             return self.answer_tokens
         sample = self.compose(self._draw(length), self.least(length))
-        wanted = len(self.format.tokenizer.encode(self.answer(sample)))
-        return max(self.answer_tokens, wanted + wanted // 2 + 8)
+        return answer_room(self.format.tokenizer, self.answer(sample), self.answer_tokens)
 
     def items(self, length: int, count: int) -> list[Item]:
         """`count` questions of each depth that each fill the length as far as whole units allow."""
@@ -223,6 +223,12 @@ class TextQuestions(Task):
         at = None if self.one_text else depth
         rng = random.Random(f"{self.seed} {self.name} {self.version} {length} {number} {at}")
         return Draw(rng, length, number, self.depths[0] if depth is None else depth)
+
+
+def answer_room(tokenizer: Tokenizer, answer: str, least: int) -> int:
+    """Tokens that are left for an answer: `least`, or half as many again as a right one takes."""
+    wanted = len(tokenizer.encode(answer))
+    return max(least, wanted + wanted // 2 + 8)
 
 
 def _too_long(name: str, needed: int, length: int) -> UserError:
