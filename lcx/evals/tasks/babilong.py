@@ -166,7 +166,7 @@ class Babilong(TextQuestions):
 
     @property
     def chance(self) -> float:
-        """One in the number of labels that the question leaves."""
+        """One in the number of labels, of a guess that may also name those of the question, which do not count."""
         return 1 / len(KINDS[self.kind].labels)
 
     def compose(self, draw: Draw, units: int) -> Sample:
