@@ -195,7 +195,12 @@ def test_a_jobset_has_the_words_the_slices_and_only_references(tmp_path):
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
     assert pod["nodeSelector"]["cloud.google.com/gke-tpu-accelerator"] == "tpu-v5-lite-podslice"
     assert [one["mountPath"] for one in container["volumeMounts"]] == ["/mnt/b", "/data"]
-    assert pod["volumes"][0]["csi"]["volumeAttributes"] == {"bucketName": "bucket", "mountOptions": "implicit-dirs,only-dir=sub"}
+    attributes = {"bucketName": "bucket", "mountOptions": "implicit-dirs,only-dir=sub"}
+    # Without it a pod on the host's network would mount as its node, not as its service account.
+    assert pod["volumes"][0]["csi"]["volumeAttributes"] == {**attributes, "hostNetworkPodKSA": "true"}
+    plain = yaml.safe_load(written("gke", job, Gke("v5e", "4x4"), tmp_path).read_text())
+    (node,) = plain["spec"]["replicatedJobs"]
+    assert node["template"]["spec"]["template"]["spec"]["volumes"][0]["csi"]["volumeAttributes"] == attributes
     assert found["spec"]["failurePolicy"]["maxRestarts"] == 10
 
 

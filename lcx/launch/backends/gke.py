@@ -50,7 +50,7 @@ def files(job: JobSpec, options: Gke) -> dict[str, str]:
                 f"--secret={name}={where} must name a secret of the cluster and a key in it, as in --secret={name}=wandb/key"
             )
     text = render(
-        "jobset.yaml.j2", job=job, options=options, place=place, volumes=[_volume(i, job) for i in range(len(job.mounts))],
+        "jobset.yaml.j2", job=job, options=options, place=place, volumes=[_volume(i, job, options) for i in range(len(job.mounts))],
         secrets={name: where.split("/") for name, where in job.secrets.items()},
         env={name: _literal(value) for name, value in job.env.items()},
         command=["lcx", *map(_literal, job.words), "--distributed=auto"], user_error=exits.WRONG,
@@ -63,14 +63,17 @@ def _literal(text: str) -> str:
     return text.replace("$(", "$$(")
 
 
-def _volume(index: int, job: JobSpec) -> dict[str, Any]:
+def _volume(index: int, job: JobSpec, options: Gke) -> dict[str, Any]:
     """A volume of a pod: a bucket by the driver of Cloud Storage, or a claim."""
     name, source = f"mount-{index}", job.mounts[index].source
     if source.startswith("pvc/"):
         return {"name": name, "persistentVolumeClaim": {"claimName": source.removeprefix("pvc/")}}
     bucket, _, only = source.removeprefix("gs://").partition("/")
-    options = ",".join(["implicit-dirs", *[f"only-dir={only.rstrip('/')}"] * bool(only)])
-    attributes = {"bucketName": bucket, "mountOptions": options}
+    flags = ",".join(["implicit-dirs", *[f"only-dir={only.rstrip('/')}"] * bool(only)])
+    attributes = {"bucketName": bucket, "mountOptions": flags}
+    if options.service_account is not None:
+        # A pod on the host's network acts as its node's account otherwise (gcs-fuse-csi-driver, docs/authentication.md).
+        attributes["hostNetworkPodKSA"] = "true"
     return {"name": name, "csi": {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": attributes}}
 
 
