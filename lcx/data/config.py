@@ -78,6 +78,11 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         positive("source", limit_bytes=self.limit_bytes)
+        if self.kind == "array_record" and self.limit_bytes is not None:
+            raise UserError(
+                f"source.limit_bytes={self.limit_bytes} limits text to be tokenised, but source.kind='array_record' is tokenised; "
+                "leave it out, or give --limit_bytes to lcx data prepare"
+            )
         if self.join.tokens is not None and self.kind != "chat":
             raise UserError(
                 f"source.join.tokens={self.join.tokens} joins conversations, but source.kind={self.kind!r}; leave it out"
@@ -166,6 +171,8 @@ class PartConfig:
             raise UserError(f"part.short_keep={self.short_keep} must be a probability from 0 to 1")
         if self.max_tokens is not None and self.max_tokens < self.min_tokens:
             raise UserError(f"part.max_tokens={self.max_tokens} is below part.min_tokens={self.min_tokens}; raise it")
+        if self.is_task:
+            self._refuse_packing()
         if self.pose_chunks < 2:
             raise UserError(f"part.pose_chunks={self.pose_chunks} leaves no skip between chunks; give at least 2")
         if self.pose_chunks != 2 and self.remap != "pose":
@@ -175,6 +182,20 @@ class PartConfig:
                 f"part.remap={self.remap!r} rewrites the positions of whole rows; set packing.mask_documents, "
                 "packing.reset_positions and packing.shared_bos to False"
             )
+
+    def _refuse_packing(self) -> None:
+        """Raises `UserError` for settings of packed documents, which the rows of a task are not made of."""
+        usual = {"short_tokens": 4096, "short_keep": 1.0}
+        values = {
+            f"packing.{field.name}": (getattr(self.packing, field.name), field.default)
+            for field in dataclasses.fields(PackingConfig)
+        }
+        values |= {name: (getattr(self, name), default) for name, default in usual.items()}
+        for name, (value, default) in values.items():
+            if value != default:
+                raise UserError(
+                    f"part.{name}={value} is for packed documents, but part.kind={self.kind!r} makes rows of its own; leave it out"
+                )
 
     @property
     def is_task(self) -> bool:

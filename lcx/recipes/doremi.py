@@ -21,7 +21,9 @@ from lcx.recipes import models
 from lcx.training import doremi, metrics
 from lcx.training.builder import BuiltStage
 from lcx.training.doremi import DomainWeights, DoReMiConfig
+from lcx.training.ladder import PreviousStage, choose
 from lcx.training.loop import train
+from lcx.training.meta import scheme_configs
 from lcx.training.stages import RunConfig, StageConfig
 from lcx.training.step import TrainState
 from lcx.training.workdir import make_workdir
@@ -45,17 +47,18 @@ def find_mixture(
     chosen = next((one for one in run.stages if stage in (None, one.name)), None)
     if chosen is None:
         raise UserError(f"stage {stage!r} is not in the config; its stages are {', '.join(one.name for one in run.stages)}")
-    reference = single(run, chosen, equal=False)
+    given = models.initial_weights(run.init_from)
+    run = from_stage(run, run.stages.index(chosen), None if given is None else PreviousStage(given.meta.schemes, given.meta.length))
+    reference = single(run, run.stages[0], equal=False)
     names = sorted(reference.data.parts)
     if len(names) < 2:
         raise UserError(f"stage {chosen.name} trains on {', '.join(names)} alone; DoReMi weighs two parts or more")
     _claim(workdir, {"stage": chosen.name, **dataclasses.asdict(config)})
-    given = models.initial_weights(run.init_from)
     say(f"doremi: the reference, in {workdir / 'reference'}")
     trained = train(reference, workdir / "reference", devices, given)
     say(f"doremi: the proxy, in {workdir / 'proxy'}")
     reweight = Reweight(trained.params, config, workdir / "proxy" / LOG)
-    train(single(run, chosen, equal=True), workdir / "proxy", devices, given, reweight=reweight)
+    train(single(run, run.stages[0], equal=True), workdir / "proxy", devices, given, reweight=reweight)
     processes.meet("doremi")  # the first process has written the last update
     found = metrics.read(workdir / "proxy" / LOG)[-1]["mean"]
     if processes.is_first():
@@ -73,17 +76,28 @@ def _claim(workdir: Path, settings: dict[str, Any]) -> None:
         write_atomically(path, json.dumps(settings) + "\n")
 
 
+def from_stage(run: RunConfig, index: int, before_first: PreviousStage | None) -> RunConfig:
+    """A run that begins with one of its stages, under the schemes that are in force there (`before_first`: of its weights)."""
+    if not index:
+        return run
+    schemes = choose(run, (), index, before_first)[1]
+    stage = dataclasses.replace(run.stages[index], positions={})
+    return dataclasses.replace(run, positions=scheme_configs(schemes), stages=(stage, *run.stages[index + 1 :]))
+
+
 def single(run: RunConfig, stage: StageConfig, equal: bool) -> RunConfig:
     """One stage of `run` as a run without the monitor, on its parts that have a weight, each with its own or an `equal` one."""
     data = run.data_of(stage)
     parts = {name: part for name, part in data.parts.items() if part.weight > 0}
+    if stage.length == stage.seq_len:  # remapped positions are for other stages
+        parts = {name: dataclasses.replace(part, remap="none", pose_chunks=2) for name, part in parts.items()}
     if equal:
         parts = {name: dataclasses.replace(part, weight=1.0) for name, part in parts.items()}
     mixture: dict[str, Any] = {} if equal else {name: weight for name, weight in stage.mixture.items() if name in parts}
     return dataclasses.replace(
         run,
         data=dataclasses.replace(data, parts=parts),
-        stages=(dataclasses.replace(stage, mixture=mixture, parts={}, monitor=False),),
+        stages=(dataclasses.replace(stage, mixture=mixture, parts={}, monitor=False, thetas=()),),
         monitor=dataclasses.replace(run.monitor, enabled=False),
     )
 

@@ -117,7 +117,7 @@ def job_mesh(path: str | Path) -> Mesh | None:
         return None
     devices = jax.devices()
     if not is_foreign(path) and Path(path).is_dir():
-        config = loading.config_of(loading.locate(Path(path))[0]).mesh
+        config = loading.config_of(loading.locate(Path(path))[0]).evaluation_mesh
         try:
             return make_mesh(config, devices)
         except UserError as error:

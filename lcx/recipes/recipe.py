@@ -153,13 +153,13 @@ def _extended(chosen: Recipe) -> Recipe:
 
 def evaluate_stage(chosen: Recipe, workdir: Path, label: str, stage: str) -> EvalResult:
     """The evaluation of the model at the end of a stage, kept as `eval/<label>.json`."""
-    loaded = models.load(workdir, stage=stage, mesh=make_mesh(chosen.run.mesh))
+    loaded = models.load(workdir, stage=stage, mesh=make_mesh(chosen.run.evaluation_mesh))
     return _known_to_all(chosen, workdir, label, loaded.meta.step) or evaluate_loaded(loaded, chosen.evals, label, workdir)
 
 
 def evaluate_source(chosen: Recipe, workdir: Path) -> EvalResult:
     """The evaluation, kept as `before`, of the weights that the run began with, on the run's data, computed as in the run."""
-    loaded = models.load(str(chosen.run.init_from), mesh=make_mesh(chosen.run.mesh))
+    loaded = models.load(str(chosen.run.init_from), mesh=make_mesh(chosen.run.evaluation_mesh))
     run = dataclasses.replace(loaded.run, data=chosen.run.data, execution=chosen.run.execution)
     loaded = dataclasses.replace(loaded, run=run)
     return _known_to_all(chosen, workdir, "before", loaded.meta.step) or evaluate_loaded(loaded, chosen.evals, "before", workdir)

@@ -30,6 +30,7 @@ from lcx.core import configs
 from lcx.core.console import say, table
 from lcx.core.errors import UserError
 from lcx.core.files import write_atomically
+from lcx.core.gguf import is_gguf
 from lcx.evals.results import perplexity
 from lcx.model.execution import refuse_moved
 from lcx.recipes.point import Task, finished, look_at, run_point
@@ -117,13 +118,14 @@ def config_of(point: Overrides, base: ml_collections.ConfigDict) -> ml_collectio
     return config
 
 
-def _check_start(points: Sequence[Overrides], base: Mapping[str, Any]) -> None:
+def check_start(points: Sequence[Overrides], base: Mapping[str, Any]) -> None:
     """Raises `UserError` when the weights that points start from are not there: said once, not by every point."""
     for start in {point.get("init_from", base.get("init_from")) for point in points} - {None}:
-        if not pathlib.Path(start).is_dir():
+        path = pathlib.Path(start)
+        if not (path.is_dir() or is_gguf(path) and path.is_file()):
             raise UserError(
-                f"init_from={start!r} is not a directory; train these weights first, as the header of the sweep's file says, or "
-                "name others with --config.init_from=..."
+                f"init_from={start!r} is neither a directory nor a GGUF file; train these weights first, as the header of the "
+                "sweep's file says, or name others with --config.init_from=..."
             )
 
 
@@ -173,7 +175,7 @@ def run_sweep(
     anything runs.
     """
     check_paths(points, base)
-    _check_start(points, base)
+    check_start(points, base)
     workdir, named = pathlib.Path(workdir).absolute(), names(points)
     tasks = [
         Task(

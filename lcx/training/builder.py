@@ -90,6 +90,9 @@ class StageBuilder:
         self.corpus = _corpus(run)
         check_vocabulary(run.model, self.corpus.tokenizer.vocab_size, run.data.tokenizer)
         self.loaders = [self._loader(index, stage) for index, stage in enumerate(run.stages)]
+        for index, stage in enumerate(run.stages):
+            if run.monitored(stage):
+                self._check_probe(index, stage)
         self._layouts: dict[int, tuple[SequenceLayout | None, str]] = {}
 
     def build(self, index: int) -> BuiltStage:
@@ -173,6 +176,19 @@ class StageBuilder:
         batch = built.step.to_device(jax.tree.map(lambda x: x[own], held), rows)
         with jax.set_mesh(built.mesh):
             return read_probe(probe_sums(params, buffers, arch, batch))
+
+    def _check_probe(self, index: int, stage: StageConfig) -> None:
+        """Raises `UserError` if the rows by which the monitor judges a stage cannot be made: now, not when the stage begins."""
+        lengths = {stage.seq_len, self.run.stages[max(0, index - 1)].seq_len}
+        try:
+            for length in sorted(lengths):
+                probe(self.run.data_of(stage), length, 2, self.run.seed, self.corpus)
+        except UserError as error:
+            reason = str(error).removeprefix("data.parts.probe: ")
+            raise UserError(
+                f"stages.{stage.name} cannot be watched by the monitor, whose held-out rows cannot be made: {reason}; or set "
+                f"stages.{stage.name}.monitor=False"
+            ) from error
 
     def _loader(self, index: int, stage: StageConfig) -> Loader:
         data = self.run.data_of(stage)

@@ -25,7 +25,7 @@ class OptimConfig:
     """The optimizer, by its `name` in `optimizers.table`, and its schedule.
 
     `lr` is the peak learning rate. `schedule` shapes it after `warmup_steps` of linear warmup: `constant`; `cosine` and `linear`
-    fall to `end_fraction * lr` at the stage's last step; `wsd` stays at the peak and falls linearly over the last
+    fall to `end_fraction * lr` at the stage's end; `wsd` stays at the peak and falls linearly over the last
     `decay_fraction` of the stage. `clip_norm` bounds the global gradient norm (None: off). `z_loss` scales the squared
     log-partition term. Weight decay skips norms, biases, sinks, learned positions and all vectors.
 
@@ -83,7 +83,7 @@ class ScheduleState(NamedTuple):
 
 
 def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Learning rate at each step 0, 1, ... of a stage of `steps`; float32."""
+    """Learning rate at each step 0, 1, ... of a stage of `steps`; float32. A fall ends at step `steps`, the first not taken."""
     warmup = min(config.warmup_steps, max(0, steps - 1))
     rest = max(1, steps - warmup)
     end = config.lr * config.end_fraction

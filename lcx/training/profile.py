@@ -99,6 +99,8 @@ class Profiler:
             return contextlib.nullcontext()
         if step == self._steps.first:
             flush()
+            if self._open:  # the monitor has sent the run back from within the steps
+                self._stop()
             jax.profiler.start_trace(str(self._folder))
             self._open = True
         return jax.profiler.StepTraceAnnotation("train", step_num=step)

@@ -174,11 +174,32 @@ class RunConfig:
         for stage in self.stages:  # wrong overrides are answered here, not when their stage begins
             self.optim_of(stage)
             self.data_of(stage)
+            if stage.thetas and not self.monitored(stage):
+                raise UserError(
+                    f"stages.{stage.name}.thetas are what the monitor may try, but it does not watch the stage; set "
+                    f"monitor.enabled=True, or give the theta as stages.{stage.name}.positions"
+                )
             if self.monitored(stage) and self.monitor.steps >= stage.steps:
                 raise UserError(
                     f"stages.{stage.name}.steps={stage.steps} must exceed the monitor's {self.monitor.steps} steps; "
                     f"lower monitor.steps or set stages.{stage.name}.monitor=False"
                 )
+
+        self._check_remapped()
+
+    def _check_remapped(self) -> None:
+        """Raises `UserError` for a part whose positions are to be remapped, but are as long as its rows in all stages."""
+        parts = [(name, part, stage) for stage in self.stages for name, part in self.data_of(stage).parts.items()]
+        remapped = {name: part.remap for name, part, _ in parts if part.remap != "none"}
+        for name, _, stage in parts:
+            if stage.length > stage.seq_len:
+                remapped.pop(name, None)
+        if remapped:
+            name, remap = next(iter(remapped.items()))
+            raise UserError(
+                f"data.parts.{name}.remap={remap!r} changes no position, as max_position exceeds seq_len in no stage; set "
+                "stages.STAGE.max_position, or leave remap out"
+            )
 
     @property
     def adapters(self) -> LoraConfig | None:

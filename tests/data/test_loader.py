@@ -249,6 +249,18 @@ WRONG = [
     ({"parts": {"a": {"pose_chunks": 4}}}, "part.pose_chunks=4 has no effect without part.remap='pose'"),
     ({"parts": {"a": {"remap": "pose", "pose_chunks": 1}}}, "part.pose_chunks=1 leaves no skip"),
     ({"parts": {"a": {"source": STDLIB, "remap": "pose", "pose_chunks": 129}}}, "data.parts.a: .*exceeds a row, .*seq_len=128"),
+    (
+        {"parts": {"a": {"kind": "multikey", "packing": {"method": "best_fit"}}}},
+        "part.packing.method=best_fit is for packed documents",
+    ),
+    (
+        {"parts": {"a": {"kind": "questions", "short_keep": 0.5}}},
+        "part.short_keep=0.5 is for packed documents, but part.kind='quest",
+    ),
+    (
+        {"parts": {"a": {"source": {"kind": "array_record", "path": "x", "limit_bytes": 9}}}},
+        "limit_bytes=9 limits text to be token",
+    ),
     ({"heldout_fraction": 1.0}, "below 1"),
     ({"heldout_fraction": "x"}, "expected float, got str"),
     ({"tokenizer": "bites"}, "did you mean 'bytes'"),

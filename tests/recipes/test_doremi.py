@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from lcx.core.errors import UserError
-from lcx.recipes.doremi import find_mixture
+from lcx.recipes.doremi import find_mixture, from_stage, single
 from lcx.training import metrics
 from lcx.training.doremi import DoReMiConfig
+from lcx.training.ladder import choose
 from lcx.training.stages import run_config
 
 STEPS, ROWS, LENGTH = 60, 12, 64
@@ -89,6 +90,23 @@ def test_a_search_with_other_settings_is_not_mixed_in(run, found):
     workdir, _ = found
     with pytest.raises(UserError, match=r"holds a search with .*'step_size': 1.0.*, not .*'step_size': 0.5"):
         find_mixture(run, workdir, DoReMiConfig(step_size=0.5), devices=jax.devices()[:1])
+
+
+def test_a_later_stage_has_the_schemes_of_those_before_it(run):
+    """As in the whole run: a theta that an earlier stage chose, and a stretch from the length that was trained."""
+    stage = run.stages[0]
+    stages = (
+        dataclasses.replace(stage, name="base"),
+        dataclasses.replace(stage, name="longer", seq_len=4 * stage.seq_len, positions={"default": 5e5}),
+        dataclasses.replace(stage, name="last", seq_len=8 * stage.seq_len, positions={"default": "yarn:factor=2"}),
+        dataclasses.replace(stage, name="same", seq_len=8 * stage.seq_len),
+    )
+    whole = dataclasses.replace(run, stages=stages)
+    for index, one in enumerate(stages):
+        alone = single(later := from_stage(whole, index, None), later.stages[0], equal=True)
+        assert alone.stages[0].name == one.name
+        assert choose(alone, (), 0, None)[1] == choose(whole, (), index, None)[1]
+    assert choose(whole, (), 3, None)[1]["default"].theta == 5e5
 
 
 def test_what_cannot_be_weighed(run, tmp_path):

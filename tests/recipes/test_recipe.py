@@ -11,7 +11,18 @@ from lcx.core.mesh import MeshConfig
 from lcx.evals import results
 from lcx.evals.config import EndpointConfig, EvalConfig
 from lcx.evals.results import EvalResult, Measurement
-from lcx.recipes.recipe import defaults, free_label, is_finished, is_free, part, recipe, run_recipe
+from lcx.recipes import models
+from lcx.recipes.recipe import (
+    defaults,
+    evaluate_source,
+    evaluate_stage,
+    free_label,
+    is_finished,
+    is_free,
+    part,
+    recipe,
+    run_recipe,
+)
 
 
 @pytest.fixture
@@ -47,6 +58,24 @@ def test_a_finished_run_is_not_done_again(chosen, tmp_path, capsys):
     assert not is_finished(chosen, workdir)
     with pytest.raises(UserError, match="corpus"):
         run_recipe(chosen, workdir, ["lcx", "run"])
+
+
+def test_evaluations_lie_on_the_mesh_of_the_longest_rows(chosen, tmp_path, monkeypatch):
+    """The run's own mesh may be none of its stages'."""
+    short, long = chosen.run.stages
+    stages = (short, dataclasses.replace(long, seq_len=64, mesh=MeshConfig(fsdp=2, context=4)))
+    split = dataclasses.replace(chosen, run=dataclasses.replace(chosen.run, stages=stages))
+    found = []
+
+    def load(path, stage=None, mesh=None):
+        found.append(mesh.shape["ring"] * mesh.shape["ulysses"])
+        raise UserError("far enough")
+
+    monkeypatch.setattr(models, "load", load)
+    for evaluated in (lambda: evaluate_stage(split, tmp_path, "before", "base"), lambda: evaluate_source(split, tmp_path)):
+        with pytest.raises(UserError, match="far enough"):
+            evaluated()
+    assert found == [4, 4]
 
 
 def test_a_label_is_free_for_the_same_evaluation_alone(tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lcx.core.errors import UserError
-from lcx.recipes.sweeps import chain, check_paths, cli_argv, collect_run, names, param, prod, run_sweep, zip_
+from lcx.recipes.sweeps import chain, check_paths, check_start, cli_argv, collect_run, names, param, prod, run_sweep, zip_
 from lcx.report import sweep_plots
 from lcx.report.sweep_plots import PointResult
 from tests.report.synthetic import write_run
@@ -59,9 +59,16 @@ def test_unknown_paths_are_answered_with_the_nearest():
 
 def test_missing_first_weights_are_said_once(tmp_path):
     base = {**BASE.to_dict(), "init_from": str(tmp_path / "base")}
-    with pytest.raises(UserError, match=r"base' is not a directory; train these weights first"):
+    with pytest.raises(UserError, match=r"base' is neither a directory nor a GGUF file; train these weights first"):
         run_sweep(param("seed", 0, 1), base, tmp_path, cli_argv("configs/x.py"))
     assert not (tmp_path / "points").exists()
+
+
+def test_a_sweep_may_begin_with_a_gguf_file(tmp_path):
+    (file := tmp_path / "model.gguf").write_bytes(b"GGUF")
+    check_start(param("seed", 0, 1), {**BASE.to_dict(), "init_from": str(file)})
+    with pytest.raises(UserError, match="model.bin' is neither"):
+        check_start(param("init_from", str(file), str(tmp_path / "model.bin")), BASE.to_dict())
 
 
 def test_command_line_of_a_point(tmp_path):

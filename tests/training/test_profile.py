@@ -22,6 +22,16 @@ def test_a_process_that_is_not_there_is_named():
         ProfileSteps(1, 2, (0, 3)).check(0, 4)
 
 
+def test_steps_that_are_done_again_are_traced_again(tmp_path, capsys):
+    """The monitor may send a run back from within the steps."""
+    with Profiler(ProfileSteps(2, 3), tmp_path) as profiler:
+        for step in (1, 2, 1, 2, 3):
+            with profiler.begin(step, lambda: None):
+                pass
+            profiler.end(step, lambda: None)
+    assert "steps 2 to 3 are in" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_process_that_is_not_chosen_traces_nothing_but_checks_the_steps(tmp_path):
     with Profiler(ProfileSteps(1, 2, (1,)), tmp_path) as profiler:
         with profiler.begin(1, lambda: None):

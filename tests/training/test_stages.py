@@ -113,6 +113,8 @@ def test_knots_of_one_weight_are_that_weight():
         ({"stages": tiny.stages(mixture={"txt": 1.0})}, "'txt' is unknown; did you mean 'text'"),
         ({"stages": tiny.stages(seq_leng=3)}, "has no field 'seq_leng'; did you mean 'seq_len'"),
         ({"monitor": {"enabled": True, "steps": 10, "skip": 0}}, "must exceed the monitor's 10 steps"),
+        ({"stages": tiny.stages(thetas=[400.0])}, "stages.longer.thetas are what the monitor may try, but it does not watch"),
+        ({"stages": tiny.stages(parts={"text": {"remap": "pose"}})}, "data.parts.text.remap='pose' changes no position"),
         ({"optim": {"schedule": "cosin"}}, "config.optim.schedule='cosin' is unknown; did you mean 'cosine'"),
     ],
 )
@@ -137,6 +139,10 @@ def test_wrong_configs(changes, message):
         (
             {"monitor": {"enabled": True, "steps": 8, "skip": 0}, "stages": [{**tiny.stages()[1], "monitor": True}]},
             "set stages.longer.thetas",
+        ),
+        (
+            {"monitor": {"enabled": True, "steps": 8, "skip": 0}, "data": {**tiny.config()["data"], "heldout_fraction": 0.0}},
+            "stages.longer cannot be watched by the monitor, whose held-out rows cannot be made: .*; or set stages.longer.monitor=F",
         ),
         ({"data": {"tokenizer": "bytes+bos"}}, "model.vocab_size=256 is below the 257 tokens of data.tokenizer='bytes\\+bos'"),
     ],
