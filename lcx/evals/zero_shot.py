@@ -16,7 +16,8 @@ def at_length(schemes: Mapping[str, Scheme], spec: str, trained: int, length: in
 
     `spec` is "none" (as trained) or a scheme such as `yarn` or `linear:factor=16`; theta and layout stay the
     checkpoint's unless named, and so does a trained length that its frequencies depend on. A factor that is not named is
-    length / trained, 1 at least. `theta=critical` is the critical base for `length` (2310.05209). Layers under a sliding window keep their scheme: their distances do not grow.
+    length / trained, 1 at least. `theta=critical` is the critical base for `length` (2310.05209). Layers under a sliding window
+    keep their scheme: their distances do not grow.
     """
     if spec.strip() == "none":
         return dict(schemes)

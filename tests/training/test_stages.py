@@ -142,7 +142,7 @@ def test_wrong_configs(changes, message):
         ),
         (
             {"monitor": {"enabled": True, "steps": 8, "skip": 0}, "data": {**tiny.config()["data"], "heldout_fraction": 0.0}},
-            "stages.longer cannot be watched by the monitor, whose held-out rows cannot be made: .*; or set stages.longer.monitor=F",
+            "stages.longer cannot be watched by the monitor, whose held-out rows cannot be made: .*; or set stages.longer.mon",
         ),
         ({"data": {"tokenizer": "bytes+bos"}}, "model.vocab_size=256 is below the 257 tokens of data.tokenizer='bytes\\+bos'"),
     ],
