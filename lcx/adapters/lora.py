@@ -185,11 +185,10 @@ def fold(params: Tree) -> Tree:
         if "embedding" in module:
             lora = module[LORA]
             return {**rest, "embedding": module["embedding"] + lora["scale"] * (lora["a"] @ lora["b"])}
-        with jax.default_matmul_precision("highest"):
-            kernel = effective_kernel(module, _inputs(module)).astype(jnp.float32)
-        return {**rest, "kernel": kernel}
+        return {**rest, "kernel": effective_kernel(module, _inputs(module)).astype(jnp.float32)}
 
-    return _over_adapters(params, one)
+    with jax.default_matmul_precision("highest"):
+        return _over_adapters(params, one)
 
 
 def _adapter(path: str, spec: ParamSpec, config: LoraConfig) -> dict[str, ParamSpec]:

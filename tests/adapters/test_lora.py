@@ -144,6 +144,13 @@ def test_adapters_start_without_effect(init, deviation):
     assert worst_error(outputs(params), outputs(base))[0] <= 1e-6
 
 
+def test_an_accelerator_rounds_no_product_of_folding():
+    with jax.default_matmul_precision("default"):
+        steps = jax.make_jaxpr(lora.fold)(tree(ALL)).eqns
+    products = [step.params["precision"] for step in steps if step.primitive.name == "dot_general"]
+    assert set(products) == {(jax.lax.Precision.HIGHEST,) * 2}
+
+
 @pytest.mark.parametrize("model", [MODEL, pytest.param(EXPERTS, marks=pytest.mark.slow)], ids=["dense", "experts"])
 @pytest.mark.parametrize("dora", mostly_slow([False, True], [True]))
 def test_folded_equals_unfolded(model, dora):
