@@ -20,6 +20,7 @@ from lm_eval.tasks import TaskManager
 
 from lcx.core.console import Progress, warn
 from lcx.core.errors import UserError
+from lcx.core.files import write_atomically
 from lcx.data.chat import chat
 from lcx.data.chat.chat import Chat
 from lcx.data.tokenizers.tokenizers import Tokenizer
@@ -220,14 +221,11 @@ def scores(results: dict[str, Any]) -> list[tuple[str, str, float, float | None]
 
 def write(results: dict[str, Any], folder: pathlib.Path, label: str) -> pathlib.Path:
     """Writes the results to `<label>.json` of a folder, whose path is returned, and a task's samples to `<label>-<task>.jsonl`."""
-    folder.mkdir(parents=True, exist_ok=True)
     for task, samples in results.get("samples", {}).items():
         lines = [json.dumps(sample, default=utils.handle_non_serializable, ensure_ascii=False) for sample in samples]
-        (folder / f"{label}-{task}.jsonl").write_text("\n".join([*lines, ""]), "utf-8")
+        write_atomically(folder / f"{label}-{task}.jsonl", "\n".join([*lines, ""]))
     kept = {key: value for key, value in results.items() if key != "samples"}
-    path = folder / f"{label}.json"
-    path.write_text(json.dumps(kept, default=utils.handle_non_serializable, indent=1) + "\n", "utf-8")
-    return path
+    return write_atomically(folder / f"{label}.json", json.dumps(kept, default=utils.handle_non_serializable, indent=1) + "\n")
 
 
 class _Tasks(TaskManager):

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 
 import numpy as np
 import pytest
@@ -114,6 +115,19 @@ def test_texts_are_those_of_transformers(ours, theirs):
     found = ours.generate_until(asked)
     assert found == theirs.generate_until(asked)
     assert found[0] and not any("e" in text for text in found[1:3])
+
+
+def test_a_result_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = harness.write({"results": {}, "samples": {"one": [{"doc_id": 0}]}}, tmp_path, "found")
+    assert json.loads(path.read_text()) == {"results": {}} and (tmp_path / "found-one.jsonl").read_text() == '{"doc_id": 0}\n'
+
+    def full(*args):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="no space"):
+        harness.write({"results": {"one": 1}}, tmp_path, "found")
+    assert json.loads(path.read_text()) == {"results": {}}
 
 
 def test_answers_that_are_sampled_are_refused(ours):
