@@ -62,8 +62,8 @@ class SourceConfig:
     `field`: the key, column or feature that holds the text (for `chat` the messages, `messages` by default).
     `split`: split of a `tfds` dataset. `data_dir`: where `tfds` looks for it. `include_tests`: also read the test packages of the
     standard library. `append_eos`: end each document with the tokenizer's end-of-sequence token, and each part of a document that
-    curation has assembled. `limit_bytes`: stop reading documents once this much text has been read (None: read all). `join`: short
-    conversations of a `chat` become long ones.
+    curation has assembled. `limit_bytes`: stop reading documents once this much text has been read (None: read all); prepared
+    data are read whole. `join`: short conversations of a `chat` become long ones.
     """
 
     kind: Literal["stdlib", "text", "jsonl", "parquet", "tfds", "array_record", "chat"] = "stdlib"
@@ -78,11 +78,6 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         positive("source", limit_bytes=self.limit_bytes)
-        if self.kind == "array_record" and self.limit_bytes is not None:
-            raise UserError(
-                f"source.limit_bytes={self.limit_bytes} limits text to be tokenised, but source.kind='array_record' is tokenised; "
-                "leave it out, or give --limit_bytes to lcx data prepare"
-            )
         if self.join.tokens is not None and self.kind != "chat":
             raise UserError(
                 f"source.join.tokens={self.join.tokens} joins conversations, but source.kind={self.kind!r}; leave it out"

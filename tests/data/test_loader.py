@@ -257,10 +257,6 @@ WRONG = [
         {"parts": {"a": {"kind": "questions", "short_keep": 0.5}}},
         "part.short_keep=0.5 is for packed documents, but part.kind='quest",
     ),
-    (
-        {"parts": {"a": {"source": {"kind": "array_record", "path": "x", "limit_bytes": 9}}}},
-        "limit_bytes=9 limits text to be token",
-    ),
     ({"heldout_fraction": 1.0}, "below 1"),
     ({"heldout_fraction": "x"}, "expected float, got str"),
     ({"tokenizer": "bites"}, "did you mean 'bytes'"),
