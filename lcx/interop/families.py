@@ -83,6 +83,10 @@ class Family:
     """The theta that transformers uses if a config has none."""
     nested: bool = False
     """Full and sliding layers have separate rotary embeddings."""
+    scales_queries: bool = False
+    """Queries are multiplied by a factor that grows with their position, `llama_4_scaling_beta`; others ignore that key."""
+    scaling_queries: str | None = None
+    """The family that is the same but for such a factor."""
 
 
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
@@ -90,7 +94,7 @@ REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers
 
 ROPE_KEYS = (
     "rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq", "partial_rotary_factor",
-    "original_max_position_embeddings",
+    "original_max_position_embeddings", "llama_4_scaling",
 )  # fmt: skip
 """Keys about rotary positions, transformers 5's and the older ones; `positions.hf` reads them."""
 
@@ -209,8 +213,24 @@ _GEMMA = {
 _GEMMA_OPTIONS = {"norm_offset": 1.0, "post_norm": True, "embedding_scale": True}
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family("LlamaForCausalLM", {**_LLAMA, "attention_bias": False, "mlp_bias": False}, _always_global),
-    "mistral": Family("MistralForCausalLM", {**_LLAMA, "num_key_value_heads": 8, "sliding_window": 4096}, _all_alike),
+    "llama": Family(
+        "LlamaForCausalLM",
+        {**_LLAMA, "attention_bias": False, "mlp_bias": False},
+        _always_global,
+        scaling_queries="ministral3",
+    ),
+    "mistral": Family(
+        "MistralForCausalLM",
+        {**_LLAMA, "num_key_value_heads": 8, "sliding_window": 4096},
+        _all_alike,
+        scaling_queries="ministral3",
+    ),
+    "ministral3": Family(
+        "Ministral3ForCausalLM",
+        {**_LLAMA, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5, "sliding_window": None},
+        _all_alike,
+        scales_queries=True,
+    ),
     "qwen2": Family(
         "Qwen2ForCausalLM", {**_LLAMA, **_WINDOWED, "num_key_value_heads": 32}, _qwen, options={"qkv_bias": True}
     ),

@@ -129,6 +129,8 @@ def read(values: Mapping[str, Any], where: str = FILE) -> Described:
     try:
         model = _model(full, family, where)
         by_type = hf.from_hf({"default_theta": family.theta, **_rope_keys(full, family)})
+        if family.scales_queries and not any(getattr(scheme, "temperature", None) for scheme in _each(by_type)):
+            raise UserError(f"rope_parameters has no llama_4_scaling_beta, without which {family.architecture} computes nothing")
     except UserError as error:
         raise error if where in str(error) else UserError(f"{where}: {error}") from error
     schemes: dict[str, Scheme] = {}
@@ -139,6 +141,8 @@ def read(values: Mapping[str, Any], where: str = FILE) -> Described:
             schemes[kind] = by_type["sliding_attention" if is_local(kind) else "full_attention"]
         else:
             schemes[kind] = by_type
+        if not family.scales_queries and getattr(schemes[kind], "temperature", None) is not None:
+            schemes[kind] = dataclasses.replace(schemes[kind], temperature=None)
     return Described(model_type, model, schemes, int(full["max_position_embeddings"]), ignored)
 
 
@@ -163,7 +167,9 @@ def write(
     # If these are missing, transformers uses the ids of the family's own tokenizer, and ends texts at one of them.
     base = base or {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": None}
     reasons: dict[str, str] = {}
-    for model_type in [base["model_type"]] if "model_type" in base else FAMILIES:
+    own = [str(base["model_type"])] if "model_type" in base else list(FAMILIES)
+    scaling = [other for other in (FAMILIES[name].scaling_queries for name in own) if other not in (None, *own)]
+    for model_type in (*own, *scaling):
         try:
             values = _values(model_type, wanted, dtype, base)
             reason = _difference(wanted, read(values))
@@ -262,6 +268,10 @@ def _rope_keys(full: Mapping[str, Any], family: Family) -> dict[str, Any]:
     return values
 
 
+def _each(by_type: Any) -> list[Any]:
+    return list(by_type.values()) if isinstance(by_type, Mapping) else [by_type]
+
+
 def _nested(parameters: Any) -> bool:
     return isinstance(parameters, Mapping) and any(isinstance(value, Mapping) for value in parameters.values())
 
@@ -287,7 +297,8 @@ def _values(model_type: str, wanted: Described, dtype: str, base: Mapping[str, A
         "layer_types": ["sliding_attention" if sliding else "full_attention" for sliding in local],
         "no_rope_layers": [int(not isinstance(wanted.schemes[kind], Nope)) for kind in model.layer_kinds],
     }
-    kept = {key: value for key, value in base.items() if key not in ROPE_KEYS and key not in ("dtype", "torch_dtype")}
+    other = ("dtype", "torch_dtype", *(("architectures", "model_type") if base.get("model_type") != model_type else ()))
+    kept = {key: value for key, value in base.items() if key not in ROPE_KEYS and key not in other}
     known = {key: said[key] for key in (*REQUIRED, *family.optional) if key in said}
     rope = _rope(wanted, family)
     return {
@@ -334,6 +345,10 @@ def _rope(wanted: Described, family: Family) -> dict[str, Any]:
         values["original_max_position_embeddings"] = full.original_length
     if "partial_rotary_factor" in flat:
         values["partial_rotary_factor"] = flat["partial_rotary_factor"]
+    if family.scales_queries and full.temperature is not None:
+        # vLLM looks for it here.
+        names = {"beta": "llama_4_scaling_beta", "original_max_position_embeddings": "original_max_position_embeddings"}
+        values["llama_4_scaling"] = {ours: flat[theirs] for ours, theirs in names.items()}
     older = {key: value for key, value in flat.items() if key != "rope_theta"}
     if family.nested:
         values["rope_local_base_freq"] = local_flat["rope_theta"]

@@ -145,7 +145,9 @@ class LayerInputs:
         bias = {**constants.get("bias", {}), **params.get("positions", {}).get(kind, {})} if scheme.bias is not None else None
         query_scale = None
         if scheme.query_scale is not None:
-            query_scale = scheme.query_scale(constants.get("query_scale", {}), index.positions)
+            # A row whose positions skip has fewer keys than they say, and one whose positions begin anew has hidden ones.
+            keys = jnp.minimum(index.order, index.positions)
+            query_scale = scheme.query_scale(constants.get("query_scale", {}), keys)
         return cls(tables(scheme, constants, index.positions), bias, query_scale)
 
 

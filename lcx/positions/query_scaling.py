@@ -1,6 +1,6 @@
-"""Temperatures: factors on the queries that grow with the position, so that attention stays sharp over more keys.
+"""Temperatures: factors on the queries that grow with the number of keys before them, so that attention stays sharp over more.
 
-A temperature multiplies q only, before the kernel, never the bias.
+A temperature multiplies q only, before the kernel, never the bias. Where a row's positions skip, keys are counted, not positions.
 
 Legend: B batch, T tokens.
 """
@@ -33,7 +33,7 @@ class QueryScaleFn:
     kind: Kind
 
     def __call__(self, constants: dict[str, jax.Array], positions: jax.Array) -> jax.Array:
-        """float32 factors on the queries, of the shape of int32 `positions` `[B, T]`."""
+        """float32 factors on the queries, of the shape of int32 `positions` `[B, T]`: how many keys come before each."""
         gain, scale, length = constants["gain"], constants["scale"], constants["length"]
         positions = jnp.asarray(positions).astype(jnp.uint32)
         match self.kind:

@@ -38,9 +38,12 @@ class ExtensionConfig:
     at most `growth` times longer than the one before; the first starts from `trained`, the length that the source was trained for
     (None: what it says).
     Every stage's theta is `theta_multiple` (None: 1) times the critical base of its length; `theta` fixes that of the last one
-    instead. `steps` of `tokens_per_step` tokens a stage, at least one row; `accumulate` microbatches a step. `pose_tokens`: rows of
-    so many tokens stand for whole ones, their positions skip between `pose_chunks` chunks so that they reach the stage's length
-    (PoSE, arXiv:2309.10400; None: whole rows). Parts that mask documents or reset positions keep theirs.
+    instead. With `temperature_scale` a query with n keys before it is multiplied by 1 + `temperature_scale` ln(1 + ⌊n / length⌋),
+    where `length` is `pose_tokens`, or `trained` for whole rows: attention stays sharp over more keys than were trained on (as in
+    Ministral 3; None: it is not).
+    `steps` of `tokens_per_step` tokens a stage, at least one row; `accumulate` microbatches a step. `pose_tokens`: rows of so many
+    tokens stand for whole ones, their positions skip between `pose_chunks` chunks so that they reach the stage's length (PoSE,
+    arXiv:2309.10400; None: whole rows). Parts that mask documents or reset positions keep theirs.
     After short rows `last_steps` steps of longer ones follow: rows of `last_tokens` (None: whole rows of the target).
     """
 
@@ -50,6 +53,7 @@ class ExtensionConfig:
     growth: float = 4.0
     theta: float | None = None
     theta_multiple: float | None = None
+    temperature_scale: float | None = None
     steps: int = 100
     tokens_per_step: int = 1 << 18
     accumulate: int = 1
@@ -63,7 +67,7 @@ class ExtensionConfig:
             raise UserError("config.source is missing; name a Hugging Face folder with --config.source=PATH")
         if self.target is None:
             raise UserError("config.target is missing; give the length to reach, as in --config.target=65536")
-        thetas = ("theta", "theta_multiple")
+        thetas = ("theta", "theta_multiple", "temperature_scale")
         sizes = ("target", "trained", *thetas, "steps", "tokens_per_step", "accumulate", "pose_tokens", "last_tokens")
         positive("config", **{name: getattr(self, name) for name in sizes})
         if self.theta is not None and self.theta_multiple is not None:
@@ -105,7 +109,7 @@ def defaults() -> ml_collections.ConfigDict:
     """The fields of an extension and of everything else in a run but what `complete` finds out, for flags to change."""
     run = run_defaults()
     numbers = {"target": int, "trained": int, "pose_tokens": int, "last_tokens": int, "theta": float, "theta_multiple": float}
-    scalars = {"source": str, **numbers}
+    scalars = {"source": str, "temperature_scale": float, **numbers}
     for field in dataclasses.fields(ExtensionConfig):
         run[field.name] = placeholder(scalars[field.name]) if field.name in scalars else field.default
     return run
@@ -205,7 +209,7 @@ def _stages(
     stages = []
     for length in lengths(trained, target, wanted.growth):
         stage = _stage(wanted, length, wanted.pose_tokens, wanted.steps, skipping)
-        stages.append({**stage, "positions": _thetas(described, wanted, trained, length)})
+        stages.append({**stage, "positions": _positions(described, wanted, trained, length)})
     if wanted.last_steps:
         last = _stage(wanted, target, wanted.last_tokens, wanted.last_steps, skipping)
         # Moments go on as well, so a long warmup would be for nothing.
@@ -231,8 +235,8 @@ def rows_of(tokens_per_step: int, row: int, accumulate: int) -> dict[str, int]:
     return {"batch_size": -(-rows // accumulate) * accumulate, "accumulate": accumulate}
 
 
-def _thetas(described: Described, wanted: ExtensionConfig, trained: int, length: int) -> dict[str, float]:
-    """A new theta for every kind of layer that sees the whole context and has one."""
+def _positions(described: Described, wanted: ExtensionConfig, trained: int, length: int) -> dict[str, Any]:
+    """A new theta, and a temperature if there is to be one, for every kind of layer that sees the whole context and has a theta."""
     rotary = {kind: scheme for kind, scheme in described.schemes.items() if not is_local(kind) and isinstance(scheme, Rope)}
     if not rotary:
         raise UserError(
@@ -240,5 +244,9 @@ def _thetas(described: Described, wanted: ExtensionConfig, trained: int, length:
             "tokens, so there is nothing to extend"
         )
     last = wanted.theta if length == wanted.target else None
-    multiple = wanted.theta_multiple or 1.0
-    return {kind: last or multiple * critical_base(scheme.theta, trained, length) for kind, scheme in rotary.items()}
+    multiple, scale = wanted.theta_multiple or 1.0, wanted.temperature_scale
+    thetas = {kind: last or multiple * critical_base(scheme.theta, trained, length) for kind, scheme in rotary.items()}
+    if scale is None:
+        return thetas
+    temperature = {"kind": "ministral", "scale": scale, "length": wanted.pose_tokens or trained}
+    return {kind: {"theta": theta, "temperature": temperature} for kind, theta in thetas.items()}

@@ -1,5 +1,8 @@
 """Every family against transformers: the same logits and gradients from the same files, and the same files back."""
 
+import dataclasses
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from lcx.model.architecture import build_architecture
 from lcx.model.execution import ExecutionConfig
 from lcx.model.loss import loss_sums
 from lcx.model.transformer import hidden_states
+from lcx.positions.query_scaling import QueryScaling
 from lcx.positions.xpos import Xpos
 from tests.interop import hf_models
 from tests.interop.hf_models import TRAINED
@@ -32,6 +36,7 @@ LLAMA3 = {
 LINEAR = {"rope_type": "linear", "rope_theta": 5e3, "factor": 4.0}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 5e3, "factor": 4.0}
 PLAIN = {"rope_type": "default", "rope_theta": 5e3}
+SCALED = {"llama_4_scaling_beta": 0.2}
 
 
 def longrope(pairs: int) -> dict:
@@ -55,6 +60,11 @@ CASES = {
     "llama-longrope": ("llama", dict(rope_parameters=longrope(8), max_position_embeddings=FAR)),
     "mistral": ("mistral", dict(rope_parameters=PLAIN, head_dim=24)),
     "mistral-full": ("mistral", dict(sliding_window=None, rope_parameters=YARN, max_position_embeddings=FAR)),
+    "ministral3": ("ministral3", dict(rope_parameters={**YARN, **SCALED}, max_position_embeddings=FAR, head_dim=24)),
+    "ministral3-tied": (
+        "ministral3",
+        dict(rope_parameters={**PLAIN, **SCALED, "original_max_position_embeddings": 16}, tie_word_embeddings=True, head_dim=16),
+    ),
     "qwen2": ("qwen2", dict(rope_parameters=PLAIN)),
     "qwen2-yarn-tied": (
         "qwen2",
@@ -138,6 +148,31 @@ def test_a_model_without_a_family_gets_one_that_has_its_positions(tmp_path):
     with pytest.raises(UserError) as refused:
         hf_config.write(given.model, {kind: Xpos() for kind in given.model.kinds}, given.length, "float32")
     assert str(refused.value).count("xpos has no Hugging Face rope_type") == 1
+
+
+def test_a_llama_with_scaled_queries_is_written_as_the_family_that_has_them(tmp_path):
+    """Llama itself would ignore them, as it does in transformers where its config has the key."""
+    source, scaled = tmp_path / "source", tmp_path / "scaled"
+    hf_models.make("llama", source, rope_parameters=PLAIN)
+    given = HfFolder(source)
+    found, temperature = given.described, QueryScaling("ministral", 0.3, 16)
+    schemes = {kind: dataclasses.replace(scheme, temperature=temperature) for kind, scheme in found.schemes.items()}
+    save(scaled, given.params(), found.model, schemes, found.length, "float32", source)
+    values = json.loads((scaled / "config.json").read_text())
+    assert (values["model_type"], values["architectures"]) == ("ministral3", ["Ministral3ForCausalLM"])
+    assert values["llama_4_scaling"] == {"beta": 0.3, "original_max_position_embeddings": 16}
+    with hf_models.float64_rotary():
+        model = transformers.AutoModelForCausalLM.from_pretrained(scaled, attn_implementation="eager").eval()
+    ids = hf_models.tokens(FAR)
+    reference, plain = hf_models.torch_logits(model, ids), hf_models.lcx_logits(source, ids)
+    assert np.abs(hf_models.lcx_logits(scaled, ids) - reference).max() <= 2e-5 * max(1, np.abs(reference).max())
+    assert np.abs(plain[:, :16] - reference[:, :16]).max() <= 2e-5 and np.abs(plain - reference).max() > 0.1
+
+    config = json.loads((source / "config.json").read_text())
+    config["rope_parameters"] |= {"llama_4_scaling_beta": 0.3, "original_max_position_embeddings": 16}
+    assert all(scheme.temperature is None for scheme in hf_config.read(config).schemes.values())
+    with pytest.raises(UserError, match="rope_parameters has no llama_4_scaling_beta"):
+        hf_config.read({**values, "rope_parameters": PLAIN, "rope_scaling": None})
 
 
 @pytest.mark.parametrize("name", mostly_slow(["llama-llama3-sharded", "qwen2", "qwen3"], ["qwen3"]))

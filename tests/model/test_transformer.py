@@ -19,7 +19,7 @@ from lcx.model.linear import linear
 from lcx.model.loss import loss_sums
 from lcx.model.params import specs
 from lcx.model.presets import FAMILIES, shrink
-from lcx.model.transformer import hidden_states, scan_layers, shifted_attention
+from lcx.model.transformer import LayerInputs, hidden_states, scan_layers, shifted_attention
 from lcx.positions.derive import with_theta
 from tests.compare import worst_error
 from tests.quick import mostly_slow
@@ -45,6 +45,19 @@ def tokens(rows: int = 2, length: int = T) -> np.ndarray:
 
 def loss(params, buffers, arch, batch):
     return loss_sums(params, hidden_states(params, buffers, arch, batch)[0], batch, arch).nll
+
+
+def test_temperatures_count_keys():
+    """Not positions that skip, nor keys of the document before where positions begin anew."""
+    temperature = "temperature.kind=ministral,temperature.length=8,temperature.scale=0.5"
+    params, buffers, arch = build(TINY, {"default": f"rope:theta=500,{temperature}"})
+    order = np.arange(16, dtype=np.int32)[None]
+    expected = 1 + 0.5 * np.log1p(order // 8)
+    skipped, anew = order + 1000 * (order >= 4), order % 8
+    for positions, wanted in ((order, expected), (skipped, expected), (anew, np.ones_like(expected))):
+        index = Index(jnp.asarray(order), jnp.asarray(positions), jnp.asarray(1 + (order - positions).clip(0)))
+        found = LayerInputs.build(arch, "global", params, buffers, index).query_scale
+        np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", mostly_slow(FAMILIES, ("llama3_8b", "gemma3_4b")))

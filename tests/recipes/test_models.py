@@ -15,10 +15,12 @@ from lcx.cli import parse
 from lcx.core.errors import UserError
 from lcx.interop import byte_tokenizer
 from lcx.interop.shards import Shards
+from lcx.positions.query_scaling import QueryScaling
 from lcx.positions.theta import critical_base
 from lcx.recipes import extension, models
 from lcx.recipes.diff import diff
 from lcx.recipes.recipe import part, recipe
+from lcx.training.ladder import choose
 from tests.interop import hf_models
 from tests.interop.hf_models import TRAINED
 
@@ -135,6 +137,13 @@ def test_thetas_follow_from_the_length_or_are_named(source):
     assert usual == [critical_base(10000.0, TRAINED, length) for length in (TRAINED * 4, TARGET)]
     assert found(theta_multiple=4.0) == [4 * theta for theta in usual]
     assert found(theta=12345.0) == [usual[0], 12345.0]
+    scaled = {"temperature": {"kind": "ministral", "scale": 0.125, "length": TRAINED // 2}}
+    assert found(temperature_scale=0.125, pose_tokens=TRAINED // 2) == [{"theta": theta, **scaled} for theta in usual]
+    assert found(temperature_scale=0.125)[0]["temperature"]["length"] == TRAINED
+    config = extension.defaults()
+    config.update(source=str(source), target=TARGET, temperature_scale=0.125, pose_tokens=TRAINED // 2)
+    last = choose(recipe(extension.complete(config)).run, (), 1, None)[1]["global"]
+    assert (last.theta, last.temperature) == (usual[1], QueryScaling("ministral", 0.125, TRAINED // 2))
     with pytest.raises(UserError, match="theta=12345 and config.theta_multiple=4 both choose the last stage's theta; give one"):
         found(theta=12345.0, theta_multiple=4.0)
     with pytest.raises(UserError, match="theta_multiple=-1"):
