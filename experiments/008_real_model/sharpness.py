@@ -1,0 +1,95 @@
+"""Is it attention over too many keys that loses needles? A trained model under temperatures that it was not trained with.
+
+    lcx train --config=configs/real_model.py --config.theta_multiple=4 --workdir=runs/008_theta_4 --config.data.parts...
+    python experiments/008_real_model/sharpness.py --books='books/*.txt' --workdir=runs/008_theta_4
+
+The source of the text is that of run.py. Resumes: what is measured is kept in the workdir. An hour on two cores. Writes
+sharpness.json and the table of README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+from run import HERE, TARGET
+
+from lcx.core.console import say
+from lcx.evals.config import EvalConfig, QuestionConfig
+from lcx.evals.results import perplexity, plain_rows, read
+from lcx.evals.zero_shot import at_length
+from lcx.recipes import models
+from lcx.recipes.recipe import evaluate_loaded
+from lcx.report import markdown
+from lcx.training.loading import Loaded
+from lcx.training.meta import scheme_configs
+
+LENGTHS = (4096, 8192, 16384, TARGET)
+SCALED = "rope:temperature.kind=ministral,temperature.length=2048,temperature.scale="
+SCHEMES = {
+    "as trained": "none",
+    "1.27 everywhere": "yarn:factor=1,attention_factor=1.127",
+    "ln n / ln 2,048": "rope:temperature.kind=log_n,temperature.length=2048",
+    "1 + 0.125 ln(1 + ⌊n / 2,048⌋)": f"{SCALED}0.125",
+    "1 + 0.25 ln(1 + ⌊n / 2,048⌋)": f"{SCALED}0.25",
+}
+"""What queries are multiplied by -> the scheme that does so."""
+
+NEEDLES, TEXT = "needle_in_prose", "perplexity"
+SHORTER = LENGTHS[:3]
+MEASURED = {
+    "as trained": [(NEEDLES, SHORTER), (TEXT, SHORTER)],
+    "1.27 everywhere": [(NEEDLES, (16384,)), (NEEDLES, (TARGET,)), (TEXT, SHORTER)],
+    "ln n / ln 2,048": [(NEEDLES, (16384,)), (NEEDLES, (TARGET,)), (TEXT, (16384,))],
+    "1 + 0.125 ln(1 + ⌊n / 2,048⌋)": [(NEEDLES, (16384,)), (TEXT, SHORTER)],
+    "1 + 0.25 ln(1 + ⌊n / 2,048⌋)": [(NEEDLES, (TARGET,))],
+}
+"""What is measured of each; perplexities at several lengths are over the same text if they are measured at once."""
+
+
+def measured(loaded: Loaded, name: str, task: str, lengths: tuple[int, ...], args: argparse.Namespace) -> list[dict]:
+    """The rows of one task, from its file if it is there."""
+    label = f"{task}_{'-'.join(map(str, lengths))}_{list(SCHEMES).index(name)}"
+    file = args.workdir / "eval" / f"{label}.json"
+    if not file.exists():
+        schemes = at_length(loaded.schemes, SCHEMES[name], loaded.meta.length, TARGET)
+        model = dataclasses.replace(loaded, meta=dataclasses.replace(loaded.meta, positions=scheme_configs(schemes)))
+        questions = QuestionConfig(1, prose=(args.books,) if task == NEEDLES else ())
+        evals = EvalConfig(tasks=(task,), lengths=lengths, questions=questions, perplexity_tokens=1 << 14)
+        evaluate_loaded(model, evals, label, args.workdir)
+    return plain_rows(read(file).select(task=task, metric="score" if task == NEEDLES else "nll"))
+
+
+def shown(rows: list[dict], task: str, length: int) -> str:
+    """A cell of the table."""
+    values = [row["value"] for row in rows if (row["task"], row["length"]) == (task, length)]
+    if not values:
+        return ""
+    mean = sum(values) / len(values)
+    return f"{100 * mean:.0f}%" if task == NEEDLES else f"{perplexity(mean):.2f}"
+
+
+def main() -> None:
+    """Measures and writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--books", required=True, help="files of plain text, as a pattern")
+    parser.add_argument("--workdir", type=Path, required=True, help="of the trained model")
+    args = parser.parse_args()
+    loaded = models.load(args.workdir)
+    found = {
+        name: [row for task, lengths in wanted for row in measured(loaded, name, task, lengths, args)]
+        for name, wanted in MEASURED.items()
+    }
+    record = {"theta": float(loaded.schemes["global"].theta), "schemes": SCHEMES, "rows": found}
+    (HERE / "sharpness.json").write_text(json.dumps(record, indent=1) + "\n")
+    columns = [(NEEDLES, length) for length in LENGTHS] + [(TEXT, length) for length in SHORTER]
+    head = ("queries times", *(f"{'needles' if task == NEEDLES else 'perplexity'}, {length:,}" for task, length in columns))
+    table = [(name, *(shown(rows, *column) for column in columns)) for name, rows in found.items()]
+    markdown.fill(HERE / "README.md", "sharpness", markdown.table(head, table))
+    say(f"written to {HERE}")
+
+
+if __name__ == "__main__":
+    main()
