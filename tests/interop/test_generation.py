@@ -20,7 +20,10 @@ CLOSE = 1e-4
 """Where transformers' two best logits are no further apart, rounding decides."""
 
 # Dynamic NTK and LongRoPE change their frequencies while transformers generates, beside keys that it cached under others.
-PLAIN = ["llama", "llama-yarn", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2", "smollm3", "mixtral", "qwen3-moe"]
+PLAIN = [
+    "llama", "llama-yarn", "mistral", "ministral3", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2", "smollm3", "mixtral",
+    "qwen3-moe",
+]  # fmt: skip
 
 
 def test_every_family_is_here():

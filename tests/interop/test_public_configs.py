@@ -217,6 +217,16 @@ PUBLIC = {
         "no_rope_layers": [int((i + 1) % 4 != 0) for i in range(36)], "pretraining_tp": 2, "rms_norm_eps": 1e-6,
         "rope_scaling": None, "rope_theta": 5000000.0, "sliding_window": None, "use_sliding_window": False,
     },
+    # Its text model, which has this as text_config.
+    "Ministral-3-3B": {
+        **sizes(131072, 3072, 9216, 26, 32, 8, 262144), "model_type": "ministral3", "head_dim": 128, "hidden_act": "silu",
+        "attention_dropout": 0.0, "dtype": "bfloat16", "initializer_range": 0.02, "rms_norm_eps": 1e-5, "sliding_window": None,
+        "tie_word_embeddings": True, "use_cache": True, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 11,
+        "rope_parameters": {
+            "beta_fast": 32.0, "beta_slow": 1.0, "factor": 16.0, "llama_4_scaling_beta": 0.1, "mscale": 1.0, "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 16384, "rope_theta": 1e6, "rope_type": "yarn", "type": "yarn",
+        },
+    },
 }  # fmt: skip
 
 
@@ -236,9 +246,9 @@ def test_is_read_as_it_is(name):
     assert found.length == values["max_position_embeddings"]
     rotary = {kind: scheme for kind, scheme in found.schemes.items() if isinstance(scheme, Rope)}
     scheme = rotary.get("global") or rotary["local"]
-    theta = values.get("rope_theta", found.family.theta)
+    scaling = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    theta = values.get("rope_theta", scaling.get("rope_theta", found.family.theta))
     assert scheme.theta == theta
-    scaling = values.get("rope_scaling") or {}
     kinds = {"yarn": Yarn, "llama3": Llama3, "longrope": LongRope}
     wanted = kinds.get(scaling.get("rope_type", scaling.get("type")))
     assert wanted is None or isinstance(scheme, wanted)
