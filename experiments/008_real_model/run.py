@@ -23,6 +23,7 @@ from lcx.recipes import models
 from lcx.recipes.recipe import evaluate_loaded, recipe, run_recipe
 from lcx.report import markdown, plots, style
 from lcx.training import metrics
+from lcx.training.loading import Loaded
 
 HERE = Path(__file__).parent
 CONFIG = HERE.parents[1] / "configs" / "real_model.py"
@@ -47,10 +48,12 @@ def completed(config):
     return parse.module(str(CONFIG)).complete(config)
 
 
-def evaluated(model: str | Path, evals: EvalConfig, label: str, workdir: Path) -> EvalResult:
+def evaluated(model: str | Path | Loaded, evals: EvalConfig, label: str, workdir: Path) -> EvalResult:
     """The evaluation, from its file if it is there."""
     file = workdir / "eval" / f"{label}.json"
-    return read(file) if file.exists() else evaluate_loaded(models.load(model), evals, label, workdir)
+    if file.exists():
+        return read(file)
+    return evaluate_loaded(model if isinstance(model, Loaded) else models.load(model), evals, label, workdir)
 
 
 def without_training(workdir: Path, source: str, evals: EvalConfig, schemes: Sequence[str]) -> EvalResult:

@@ -14,14 +14,13 @@ import dataclasses
 import json
 from pathlib import Path
 
-from run import HERE, TARGET
+from run import HERE, TARGET, evaluated
 
 from lcx.core.console import say
 from lcx.evals.config import EvalConfig, QuestionConfig
-from lcx.evals.results import perplexity, plain_rows, read
+from lcx.evals.results import EvalResult, perplexity, plain_rows
 from lcx.evals.zero_shot import at_length
 from lcx.recipes import models
-from lcx.recipes.recipe import evaluate_loaded
 from lcx.report import markdown
 from lcx.training.loading import Loaded
 from lcx.training.meta import scheme_configs
@@ -49,26 +48,24 @@ MEASURED = {
 """What is measured of each; perplexities at several lengths are over the same text if they are measured at once."""
 
 
-def measured(loaded: Loaded, name: str, task: str, lengths: tuple[int, ...], args: argparse.Namespace) -> list[dict]:
-    """The rows of one task, from its file if it is there."""
+def measured(loaded: Loaded, name: str, task: str, lengths: tuple[int, ...], args: argparse.Namespace) -> EvalResult:
+    """The scores or losses of one task."""
     label = f"{task}_{'-'.join(map(str, lengths))}_{list(SCHEMES).index(name)}"
-    file = args.workdir / "eval" / f"{label}.json"
-    if not file.exists():
-        schemes = at_length(loaded.schemes, SCHEMES[name], loaded.meta.length, TARGET)
-        model = dataclasses.replace(loaded, meta=dataclasses.replace(loaded.meta, positions=scheme_configs(schemes)))
-        questions = QuestionConfig(1, prose=(args.books,) if task == NEEDLES else ())
-        evals = EvalConfig(tasks=(task,), lengths=lengths, questions=questions, perplexity_tokens=1 << 14)
-        evaluate_loaded(model, evals, label, args.workdir)
-    return plain_rows(read(file).select(task=task, metric="score" if task == NEEDLES else "nll"))
+    schemes = at_length(loaded.schemes, SCHEMES[name], loaded.meta.length, TARGET)
+    model = dataclasses.replace(loaded, meta=dataclasses.replace(loaded.meta, positions=scheme_configs(schemes)))
+    questions = QuestionConfig(1, prose=(args.books,) if task == NEEDLES else ())
+    evals = EvalConfig(tasks=(task,), lengths=lengths, questions=questions, perplexity_tokens=1 << 14)
+    return evaluated(model, evals, label, args.workdir).select(task=task, metric="score" if task == NEEDLES else "nll")
 
 
-def shown(rows: list[dict], task: str, length: int) -> str:
-    """A cell of the table."""
-    values = [row["value"] for row in rows if (row["task"], row["length"]) == (task, length)]
-    if not values:
-        return ""
-    mean = sum(values) / len(values)
-    return f"{100 * mean:.0f}%" if task == NEEDLES else f"{perplexity(mean):.2f}"
+def cells(results: list[EvalResult]) -> dict[tuple[str, int], str]:
+    """Cells of a line of the table, by task and length."""
+    found = {}
+    for result in results:
+        task = result.rows[0].task
+        for length, value in result.by_length().items():
+            found[task, length] = f"{100 * value:.0f}%" if task == NEEDLES else f"{perplexity(value):.2f}"
+    return found
 
 
 def main() -> None:
@@ -78,15 +75,14 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True, help="of the trained model")
     args = parser.parse_args()
     loaded = models.load(args.workdir)
-    found = {
-        name: [row for task, lengths in wanted for row in measured(loaded, name, task, lengths, args)]
-        for name, wanted in MEASURED.items()
-    }
-    record = {"theta": float(loaded.schemes["global"].theta), "schemes": SCHEMES, "rows": found}
+    found = {name: [measured(loaded, name, task, lengths, args) for task, lengths in wanted] for name, wanted in MEASURED.items()}
+    rows = {name: [row for result in results for row in plain_rows(result)] for name, results in found.items()}
+    record = {"theta": float(loaded.schemes["global"].theta), "schemes": SCHEMES, "rows": rows}
     (HERE / "sharpness.json").write_text(json.dumps(record, indent=1) + "\n")
     columns = [(NEEDLES, length) for length in LENGTHS] + [(TEXT, length) for length in SHORTER]
     head = ("queries times", *(f"{'needles' if task == NEEDLES else 'perplexity'}, {length:,}" for task, length in columns))
-    table = [(name, *(shown(rows, *column) for column in columns)) for name, rows in found.items()]
+    lines = {name: cells(results) for name, results in found.items()}
+    table = [(name, *(line.get(column, "") for column in columns)) for name, line in lines.items()]
     markdown.fill(HERE / "README.md", "sharpness", markdown.table(head, table))
     say(f"written to {HERE}")
 

@@ -180,16 +180,13 @@ class PartConfig:
 
     def _refuse_packing(self) -> None:
         """Raises `UserError` for settings of packed documents, which the rows of a task are not made of."""
-        usual = {"short_tokens": 4096, "short_keep": 1.0}
-        values = {
-            f"packing.{field.name}": (getattr(self.packing, field.name), field.default)
-            for field in dataclasses.fields(PackingConfig)
-        }
-        values |= {name: (getattr(self, name), default) for name, default in usual.items()}
-        for name, (value, default) in values.items():
-            if value != default:
+        given = [("packing.", self.packing, field) for field in dataclasses.fields(PackingConfig)]
+        given += [("", self, field) for field in dataclasses.fields(PartConfig) if field.name in ("short_tokens", "short_keep")]
+        for place, config, field in given:
+            if (value := getattr(config, field.name)) != field.default:
                 raise UserError(
-                    f"part.{name}={value} is for packed documents, but part.kind={self.kind!r} makes rows of its own; leave it out"
+                    f"part.{place}{field.name}={value} is for packed documents, but part.kind={self.kind!r} makes rows of its own; "
+                    "leave it out"
                 )
 
     @property

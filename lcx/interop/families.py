@@ -85,7 +85,7 @@ class Family:
     """Full and sliding layers have separate rotary embeddings."""
     scales_queries: bool = False
     """Queries are multiplied by a factor that grows with their position, `llama_4_scaling_beta`; others ignore that key."""
-    scaling_queries: str | None = None
+    with_scaled_queries: str | None = None
     """The family that is the same but for such a factor."""
 
 
@@ -217,13 +217,13 @@ FAMILIES: dict[str, Family] = {
         "LlamaForCausalLM",
         {**_LLAMA, "attention_bias": False, "mlp_bias": False},
         _always_global,
-        scaling_queries="ministral3",
+        with_scaled_queries="ministral3",
     ),
     "mistral": Family(
         "MistralForCausalLM",
         {**_LLAMA, "num_key_value_heads": 8, "sliding_window": 4096},
         _all_alike,
-        scaling_queries="ministral3",
+        with_scaled_queries="ministral3",
     ),
     "ministral3": Family(
         "Ministral3ForCausalLM",

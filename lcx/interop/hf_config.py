@@ -129,8 +129,6 @@ def read(values: Mapping[str, Any], where: str = FILE) -> Described:
     try:
         model = _model(full, family, where)
         by_type = hf.from_hf({"default_theta": family.theta, **_rope_keys(full, family)})
-        if family.scales_queries and not any(getattr(scheme, "temperature", None) for scheme in _each(by_type)):
-            raise UserError(f"rope_parameters has no llama_4_scaling_beta, without which {family.architecture} computes nothing")
     except UserError as error:
         raise error if where in str(error) else UserError(f"{where}: {error}") from error
     schemes: dict[str, Scheme] = {}
@@ -143,6 +141,10 @@ def read(values: Mapping[str, Any], where: str = FILE) -> Described:
             schemes[kind] = by_type
         if not family.scales_queries and getattr(schemes[kind], "temperature", None) is not None:
             schemes[kind] = dataclasses.replace(schemes[kind], temperature=None)
+    if family.scales_queries and all(getattr(scheme, "temperature", None) is None for scheme in schemes.values()):
+        raise UserError(
+            f"{where}: rope_parameters has no llama_4_scaling_beta, which {family.architecture} needs; fetch the whole file"
+        )
     return Described(model_type, model, schemes, int(full["max_position_embeddings"]), ignored)
 
 
@@ -168,7 +170,7 @@ def write(
     base = base or {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": None}
     reasons: dict[str, str] = {}
     own = [str(base["model_type"])] if "model_type" in base else list(FAMILIES)
-    scaling = [other for other in (FAMILIES[name].scaling_queries for name in own) if other not in (None, *own)]
+    scaling = [other for other in (FAMILIES[name].with_scaled_queries for name in own) if other not in (None, *own)]
     for model_type in (*own, *scaling):
         try:
             values = _values(model_type, wanted, dtype, base)
@@ -268,10 +270,6 @@ def _rope_keys(full: Mapping[str, Any], family: Family) -> dict[str, Any]:
     return values
 
 
-def _each(by_type: Any) -> list[Any]:
-    return list(by_type.values()) if isinstance(by_type, Mapping) else [by_type]
-
-
 def _nested(parameters: Any) -> bool:
     return isinstance(parameters, Mapping) and any(isinstance(value, Mapping) for value in parameters.values())
 
@@ -347,8 +345,8 @@ def _rope(wanted: Described, family: Family) -> dict[str, Any]:
         values["partial_rotary_factor"] = flat["partial_rotary_factor"]
     if family.scales_queries and full.temperature is not None:
         # vLLM looks for it here.
-        names = {"beta": "llama_4_scaling_beta", "original_max_position_embeddings": "original_max_position_embeddings"}
-        values["llama_4_scaling"] = {ours: flat[theirs] for ours, theirs in names.items()}
+        length_key = "original_max_position_embeddings"
+        values["llama_4_scaling"] = {"beta": flat["llama_4_scaling_beta"], length_key: flat[length_key]}
     older = {key: value for key, value in flat.items() if key != "rope_theta"}
     if family.nested:
         values["rope_local_base_freq"] = local_flat["rope_theta"]

@@ -67,9 +67,9 @@ class ExtensionConfig:
             raise UserError("config.source is missing; name a Hugging Face folder with --config.source=PATH")
         if self.target is None:
             raise UserError("config.target is missing; give the length to reach, as in --config.target=65536")
-        thetas = ("theta", "theta_multiple", "temperature_scale")
-        sizes = ("target", "trained", *thetas, "steps", "tokens_per_step", "accumulate", "pose_tokens", "last_tokens")
-        positive("config", **{name: getattr(self, name) for name in sizes})
+        sizes = ("target", "trained", "steps", "tokens_per_step", "accumulate", "pose_tokens", "last_tokens")
+        factors = ("theta", "theta_multiple", "temperature_scale")
+        positive("config", **{name: getattr(self, name) for name in (*sizes, *factors)})
         if self.theta is not None and self.theta_multiple is not None:
             raise UserError(
                 f"config.theta={self.theta:g} and config.theta_multiple={self.theta_multiple:g} both choose the last stage's "
@@ -108,8 +108,8 @@ class ExtensionConfig:
 def defaults() -> ml_collections.ConfigDict:
     """The fields of an extension and of everything else in a run but what `complete` finds out, for flags to change."""
     run = run_defaults()
-    numbers = {"target": int, "trained": int, "pose_tokens": int, "last_tokens": int, "theta": float, "theta_multiple": float}
-    scalars = {"source": str, "temperature_scale": float, **numbers}
+    scalars = {"source": str, "target": int, "trained": int, "pose_tokens": int, "last_tokens": int}
+    scalars |= {"theta": float, "theta_multiple": float, "temperature_scale": float}
     for field in dataclasses.fields(ExtensionConfig):
         run[field.name] = placeholder(scalars[field.name]) if field.name in scalars else field.default
     return run

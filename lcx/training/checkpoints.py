@@ -234,10 +234,7 @@ class Store:
     def _held(self, step: int, params: Tree) -> Tree:
         """Those of the parameters that a checkpoint holds: a run to which stages were added may by now keep more."""
         names = checked.names(self._checkpointer, step, PARAMS)
-        if names is None:
-            return split(params, self.is_kept)[0]
-        quantized = {name.rpartition("/")[0] for name in names}  # whose arrays have names below theirs
-        return split(params, lambda path: path in names or path in quantized)[0]
+        return split(params, self.is_kept if names is None else names.__contains__)[0]
 
     def _load(self, step: int, trees: dict[str, Any]) -> dict[str, Any]:
         try:

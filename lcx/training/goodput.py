@@ -76,7 +76,7 @@ class Recorder:
             self._waiting.clear()
             return
         path = workdir / FILE
-        metrics.mend(path)
+        metrics.cut_partial_line(path)
         self._path = path
         waiting, self._waiting = self._waiting, []
         for row in waiting:

@@ -94,7 +94,7 @@ def train(
         check_shared(workdir)
         open_workdir(workdir, run)
         if main:
-            metrics_log.mend(workdir / "decisions.jsonl")
+            metrics_log.cut_partial_line(workdir / "decisions.jsonl")
         keep_programs(workdir)
         record.become(goodput.PREPARATION)
         if given is not None:

@@ -126,7 +126,7 @@ def append(path: Path, entry: Mapping[str, Any]) -> None:
         raise UserError(f"the disk of {path} is full ({error.strerror}); free disk space and rerun the same command") from error
 
 
-def mend(path: Path) -> None:
+def cut_partial_line(path: Path) -> None:
     """Cut off the last line of a JSONL file if a full disk or a kill ended it early, so that others can be added."""
     content = path.read_bytes() if path.exists() else b""
     if content and not content.endswith(b"\n"):

@@ -171,9 +171,10 @@ class RunConfig:
                 raise UserError(f"stages has {name!r} twice; stage names must differ")
             if not name or set(name) & set("/\\ "):
                 raise UserError(f"stage name {name!r} is invalid; names may hold neither blanks nor slashes")
+        mixtures = []
         for stage in self.stages:  # wrong overrides are answered here, not when their stage begins
             self.optim_of(stage)
-            self.data_of(stage)
+            mixtures.append(self.data_of(stage))
             if stage.thetas and not self.monitored(stage):
                 raise UserError(
                     f"stages.{stage.name}.thetas are what the monitor may try, but it does not watch the stage; set "
@@ -184,16 +185,17 @@ class RunConfig:
                     f"stages.{stage.name}.steps={stage.steps} must exceed the monitor's {self.monitor.steps} steps; "
                     f"lower monitor.steps or set stages.{stage.name}.monitor=False"
                 )
+        self._check_remapped(mixtures)
 
-        self._check_remapped()
+    def _check_remapped(self, mixtures: list[DataConfig]) -> None:
+        """Raises `UserError` for a part whose positions are to be remapped, but are as long as its rows in all stages.
 
-    def _check_remapped(self) -> None:
-        """Raises `UserError` for a part whose positions are to be remapped, but are as long as its rows in all stages."""
-        parts = [(name, part, stage) for stage in self.stages for name, part in self.data_of(stage).parts.items()]
-        remapped = {name: part.remap for name, part, _ in parts if part.remap != "none"}
-        for name, _, stage in parts:
+        `mixtures` are those of the stages.
+        """
+        remapped = {name: part.remap for data in mixtures for name, part in data.parts.items() if part.remap != "none"}
+        for stage, data in zip(self.stages, mixtures, strict=True):
             if stage.length > stage.seq_len:
-                remapped.pop(name, None)
+                remapped = {name: remap for name, remap in remapped.items() if name not in data.parts}
         if remapped:
             name, remap = next(iter(remapped.items()))
             raise UserError(

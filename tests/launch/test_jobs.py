@@ -53,12 +53,17 @@ def get_config():
 SECOND = 'config.data.parts.other = {"weight": 2.0, "source": {"kind": "stdlib", "limit_bytes": 300_000}}'
 
 
-@pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path, devices):
-    (config := tmp_path / "short.py").write_text(SHORT)
+def train_twice(text, tmp_path, devices):
+    """Train a config in two processes, in `two`, and in this one, in `one`."""
+    (config := tmp_path / "config.py").write_text(text)
     started = job.lcx(["train", f"--config={config}", f"--workdir={tmp_path / 'two'}"], 2, tmp_path / "logs")
     train(recipe(parse.load(str(config))).run, tmp_path / "one", devices[:4])
     assert job.ended(started) == [0, 0], job.said(tmp_path / "logs", 0)[-2000:]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path, devices):
+    train_twice(SHORT, tmp_path, devices)
     found, expected = rows(tmp_path / "two"), rows(tmp_path / "one")
     assert len(found) == 2
     assert close([row["loss"] for row in found], [row["loss"] for row in expected])
@@ -70,10 +75,7 @@ def test_two_processes_train_as_one(tmp_path, devices):
 @pytest.mark.slow
 def test_two_processes_judge_as_one(tmp_path, devices):
     """Text and needles of the monitor's probe lie in different rows, so that each process measures others."""
-    (config := tmp_path / "judged.py").write_text(JUDGED)
-    started = job.lcx(["train", f"--config={config}", f"--workdir={tmp_path / 'two'}"], 2, tmp_path / "logs")
-    train(recipe(parse.load(str(config))).run, tmp_path / "one", devices[:4])
-    assert job.ended(started) == [0, 0], job.said(tmp_path / "logs", 0)[-2000:]
+    train_twice(JUDGED, tmp_path, devices)
     found, expected = (json.loads((tmp_path / name / "decisions.jsonl").read_text().splitlines()[0]) for name in ("two", "one"))
     assert found["verdict"] == expected["verdict"]
     for probe in ("probe_before", "probe_after"):
