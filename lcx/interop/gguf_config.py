@@ -54,7 +54,8 @@ class Arch:
     `turned`: rows of queries and keys of a head are stored as they rotate, in neighbouring pairs (Hugging Face: a pair is half a
     head apart). `offset` is added to the weights of norms. `every`: each `every`-th layer sees everything, the others a window; 0
     without windows. `divisors`: which tensors of divisors llama.cpp reads. `large` is the number of layers at which it scales
-    queries by model dim / heads in place of the head dim. `values` are further keys of config.json.
+    queries by model dim / heads in place of the head dim. `tempered`: queries are multiplied as Ministral 3's, and YaRN's factor
+    is read as a ratio of two. `values` are further keys of config.json.
     """
 
     model_type: str
@@ -65,12 +66,14 @@ class Arch:
     divisors: tuple[str, ...] = ()
     partial: bool = False
     large: int = 0
+    tempered: bool = False
     activation: str = "silu"
     values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 ARCHS: dict[str, Arch] = {
     "llama": Arch("llama", turned=True, divisors=(FREQS, LONG, SHORT)),
+    "mistral3": Arch("ministral3", turned=True, divisors=(FREQS, LONG, SHORT), tempered=True, values={"sliding_window": None}),
     "qwen2": Arch("qwen2", values={"use_sliding_window": False}),
     "qwen3": Arch("qwen3", {**LLAMA_TENSORS, **_QK_NORMS}, values={"use_sliding_window": False}),
     "gemma2": Arch("gemma2", _GEMMA, offset=1.0, every=2, large=46, activation="gelu_pytorch_tanh"),
@@ -165,6 +168,9 @@ def values(found: Gguf) -> dict[str, Any]:
         config["attention_bias"] = "blk.0.attn_output.bias" in found.tensors
         config["mlp_bias"] = "blk.0.ffn_down.bias" in found.tensors
     config |= _rope_values(data, H, length)
+    if arch.tempered and "llama_4_scaling_beta" not in config.get("rope_scaling", {}):
+        # Without a temperature the graph of llama.cpp is Mistral's.
+        config["model_type"] = "mistral"
     ends = end_ids(found.metadata)
     config["bos_token_id"] = found.metadata.get(f"{PREFIX}bos_token_id")
     config["eos_token_id"] = ends[0] if len(ends) == 1 else ends or None
@@ -192,9 +198,18 @@ def _rope_values(data: Metadata, H: int, length: int) -> dict[str, Any]:
         config["partial_rotary_factor"] = turning / H
     if data.name == "gemma3":
         config["rope_local_base_freq"] = float(data.get("rope.freq_base_swa", 10000.0))
-    if data.get("rope.scaling.yarn_log_multiplier"):
+    if data.get("rope.scaling.yarn_log_multiplier") and not data.arch.tempered:
         raise UserError(f"{data.where}: {data.name}.rope.scaling.yarn_log_multiplier is not supported")
     scaling = _scaling(data, theta, turning, length)
+    if data.arch.tempered and (scale := data.get("attention.temperature_scale")):
+        # llama.cpp has one length for both.
+        trained = data.get("rope.scaling.original_context_length", length)
+        scaling = {"rope_type": "default", **(scaling or {}), "llama_4_scaling_beta": scale}
+        if scaling["rope_type"] == "llama3" and (other := scaling["original_max_position_embeddings"]) != trained:
+            raise UserError(
+                f"{data.where}: {FREQS} has wavelengths cut at {other}, and queries grow from {trained} on; expected one length"
+            )
+        scaling["original_max_position_embeddings"] = trained
     if scaling is not None:
         config["rope_scaling"] = scaling
         if scaling["rope_type"] == "longrope":
@@ -227,6 +242,11 @@ def _scaling(data: Metadata, theta: float, turning: int, length: int) -> dict[st
     scaling |= {
         f"beta_{one}": float(data.get(f"rope.scaling.yarn_beta_{one}", usual)) for one, usual in (("fast", 32), ("slow", 1))
     }
+    multiplier = data.get("rope.scaling.yarn_log_multiplier")
+    if multiplier and gain == 1:
+        return {**scaling, "mscale": 1.0, "mscale_all_dim": multiplier}
+    if multiplier:
+        raise UserError(f"{data.where}: {data.name}.rope.scaling.attn_factor={gain} beside yarn_log_multiplier is not supported")
     # llama.cpp multiplies by this beside the factor that YaRN implies.
     return scaling if gain == 1 else {**scaling, "attention_factor": gain * _yarn_gain(scaling["factor"])}
 
@@ -349,6 +369,13 @@ def _rope_keys(name: str, arch: Arch, config: Mapping[str, Any]) -> tuple[dict[s
     keys |= {"rope.freq_base": float(given["rope_theta"]), "rope.dimension_count": turning}
     writer = _WRITERS.get(kind)
     used = {"rope_type", "rope_theta", "partial_rotary_factor", "factor", *_USED.get(kind, ())}
+    if arch.tempered:
+        keys["attention.temperature_scale"] = float(given["llama_4_scaling_beta"])
+        keys["rope.scaling.original_context_length"] = given["original_max_position_embeddings"]
+        used |= {"llama_4_scaling_beta", "original_max_position_embeddings"}
+        if kind == "yarn" and given.get("mscale") == 1:
+            keys["rope.scaling.yarn_log_multiplier"] = float(given["mscale_all_dim"])
+            used |= {"mscale", "mscale_all_dim"}
     if writer is None or (other := sorted(set(given) - used)):
         what = f"rope_type={kind!r}" if writer is None else f"{other[0]}={given[other[0]]!r} of rope_type={kind!r}"
         raise UserError(f"llama.cpp has no {what}; it reads {', '.join(_WRITERS)}")

@@ -38,7 +38,7 @@ from lcx.model.transformer import hidden_states
 from lcx.recipes import extension, models
 from tests.interop import hf_models
 from tests.interop.hf_models import TRAINED
-from tests.interop.test_families import FAR, LINEAR, LLAMA3, PLAIN, YARN, longrope
+from tests.interop.test_families import FAR, LINEAR, LLAMA3, PLAIN, SCALED, YARN, longrope
 from tests.quick import mostly_slow
 
 LOCAL = {"rope_type": "default", "rope_theta": 1e4}
@@ -65,6 +65,16 @@ CASES = {
     "llama-yarn": ("llama", dict(rope_parameters=YARN, max_position_embeddings=FAR, head_dim=24)),
     "llama-longrope": ("llama", dict(rope_parameters=longrope(8), max_position_embeddings=FAR)),
     "mistral": ("mistral", dict(sliding_window=None, rope_parameters=YARN, max_position_embeddings=FAR)),
+    "ministral3": ("ministral3", dict(rope_parameters={**PLAIN, **SCALED, "original_max_position_embeddings": 16}, head_dim=24)),
+    "ministral3-linear": (
+        "ministral3",
+        dict(rope_parameters={**LINEAR, **SCALED, "original_max_position_embeddings": 16}, head_dim=16),
+    ),
+    "ministral3-llama3": ("ministral3", dict(rope_parameters={**LLAMA3, **SCALED}, max_position_embeddings=FAR, head_dim=16)),
+    "ministral3-yarn": (
+        "ministral3",
+        dict(rope_parameters={**YARN, **SCALED, "mscale": 1.0, "mscale_all_dim": 1.0}, max_position_embeddings=FAR, head_dim=16),
+    ),
     "qwen2": ("qwen2", dict(use_sliding_window=False, rope_parameters=PLAIN)),
     "qwen2-yarn-tied": (
         "qwen2",
@@ -129,7 +139,7 @@ def rewrite(source, out, metadata=None, tensors=None, split=0):
 # Models.
 
 
-QUICK = ("llama", "llama-llama3", "qwen2", "gemma3", "phi3-longrope")
+QUICK = ("llama", "llama-llama3", "ministral3-yarn", "qwen2", "gemma3", "phi3-longrope")
 
 
 @pytest.mark.parametrize("name", mostly_slow(CASES, QUICK))
@@ -195,7 +205,7 @@ def test_positions_are_written_as_llama_cpp_reads_them(tmp_path):
         models.export_model(tmp_path / name, tmp_path / f"{name}.gguf", form="gguf")
         found = container.read(tmp_path / f"{name}.gguf")
         part = found.metadata["general.architecture"] + "."
-        keys = ("rope.", "context_length")
+        keys = ("rope.", "context_length", "attention.temperature")
         return found, {
             key.removeprefix(part): value for key, value in found.metadata.items() if key.removeprefix(part).startswith(keys)
         }
@@ -207,6 +217,13 @@ def test_positions_are_written_as_llama_cpp_reads_them(tmp_path):
     assert written("qwen2-yarn-tied")[1] == {
         **long, "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": TRAINED,
         "rope.scaling.yarn_beta_fast": 32.0, "rope.scaling.yarn_beta_slow": 1.0,
+    }  # fmt: skip
+    scaled = {**plain, "attention.temperature_scale": np.float32(0.2), "rope.scaling.original_context_length": 16}
+    assert written("ministral3")[1] == {**scaled, "rope.dimension_count": 24}
+    assert written("ministral3-yarn")[1] == {
+        **scaled, "context_length": FAR, "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0,
+        "rope.scaling.original_context_length": TRAINED, "rope.scaling.yarn_beta_fast": 32.0, "rope.scaling.yarn_beta_slow": 1.0,
+        "rope.scaling.yarn_log_multiplier": 1.0,
     }  # fmt: skip
     found, keys = written("phi3-longrope")
     gain = np.float32(np.sqrt(1 + np.log(4) / np.log(TRAINED)))
@@ -254,7 +271,7 @@ def test_other_divisors_are_kept_as_they_are():
 @pytest.mark.parametrize(
     "name,changes,text",
     [
-        ("olmo2", {}, "GGUF is written for llama, qwen2, qwen3, gemma2, gemma3_text, phi3, mistral, not for olmo2"),
+        ("olmo2", {}, "GGUF is written for llama, ministral3, qwen2, qwen3, gemma2, gemma3_text, phi3, mistral, not for olmo2"),
         ("mistral", {}, "without sliding windows, and this model has one of 24 tokens"),
         ("llama", dict(rope_parameters={**PLAIN, "rope_type": "dynamic", "factor": 2.0}), "no rope_type='dynamic'"),
         ("qwen2", dict(use_sliding_window=False, rope_parameters=LLAMA3), "no rope_type='llama3' for qwen2"),
@@ -290,6 +307,26 @@ def test_narrow_types(llama, dtype, form, tmp_path):
     assert stored["blk.1.attn_norm.weight"].tensor_type == Type.F32
     # Norms have more digits than the matrices, so all is read as float32.
     assert GgufModel(out).dtype == "float32"
+
+
+def test_queries_that_grow_are_read_as_llama_cpp_computes_them(tmp_path, capsys):
+    name = "ministral3-llama3"
+    make(name, tmp_path / "hf")
+    models.export_model(tmp_path / "hf", tmp_path / "given.gguf", form="gguf")
+    plain = rewrite(tmp_path / "given.gguf", tmp_path / "plain.gguf", {"mistral3.attention.temperature_scale": None})
+    found = GgufModel(plain).described
+    assert (found.model_type, found.schemes["global"].temperature) == ("mistral", None)
+    for changes, text in (
+        ({"rope.scaling.original_context_length": 128}, "cut at 64, and queries grow from 128 on"),
+        (
+            {"rope.scaling.type": "yarn", "rope.scaling.yarn_log_multiplier": 1.0, "rope.scaling.attn_factor": 2.0},
+            "beside yarn_log",
+        ),
+    ):
+        tensors = {"rope_freqs.weight": None} if "rope.scaling.type" in changes else {}
+        keys = {f"mistral3.{key}": value for key, value in changes.items()}
+        other = rewrite(tmp_path / "given.gguf", tmp_path / f"{len(changes)}.gguf", keys, tensors)
+        assert text in refused(other, capsys)
 
 
 def test_stored_types_are_kept(llama, tmp_path):
@@ -448,7 +485,7 @@ def test_split_files(llama, tmp_path, capsys):
 @pytest.mark.parametrize(
     "metadata,text",
     [
-        ({"general.architecture": "mamba"}, "general.architecture='mamba' is not supported; lcx reads GGUF files of llama, qwen2"),
+        ({"general.architecture": "mamba"}, "general.architecture='mamba' is not supported; lcx reads GGUF files of llama, mist"),
         ({"llama.expert_count": 8}, "mixtures of experts are not read from GGUF"),
         ({"llama.block_count": 5}, "missing: model.layers.4.self_attn.q_proj.weight"),
         ({"llama.block_count": None}, "llama.block_count is missing; expected int"),
