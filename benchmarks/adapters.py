@@ -1,12 +1,12 @@
 """Tokens/s and peak memory of a step on a SmolLM2-135M, in full and by adapters: lcx against transformers and against peft.
 
-    python benchmarks/adapters.py [--length=2048 --length=8192] [--peer_python=PATH/bin/python]
+    python benchmarks/adapters.py [--length=2048 --length=8192] [--dtype=bfloat16] [--peer_python=PATH/bin/python]
 
-Random weights in the sizes of SmolLM2-135M, rank 8 on queries, keys, values and outputs, one row, float32, on all cores: forward,
-backward, clipping, AdamW. The peers recompute their layers (gradient checkpointing) above 2,048 tokens, where they do not fit
-otherwise. The sides live at once, each in its own process, and take turns; a figure is the median over the turns. Peak memory is
-the most that a process held, less what it held after its imports. What the file of results holds of other lengths and other
-sides is kept.
+Random weights in the sizes of SmolLM2-135M, rank 8 on queries, keys, values and outputs, one row, on all cores: forward, backward,
+clipping, AdamW. With bfloat16 all sides hold float32 weights and compute in bfloat16, the peers by torch's autocast. The peers
+recompute their layers (gradient checkpointing) above 2,048 tokens, where they do not fit otherwise. The sides live at once, each
+in its own process, and take turns; a figure is the median over the turns. Peak memory is the most that a process held, less what
+it held after its imports. What the file of results holds of other lengths, types and sides is kept.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("peer_python", sys.executable, "Interpreter that has torch, transformers and peft.")
 flags.DEFINE_string("out", str(HERE / "results" / "adapters.json"), "Where the figures are written.")
 flags.DEFINE_multi_integer("length", [2048, 8192], "Lengths to measure.")
+flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "In what all sides compute.")
 flags.DEFINE_integer("rounds", 2, "Turns of each side, of one step.", lower_bound=1)
 flags.DEFINE_multi_enum("side", list(SIDES), list(SIDES), "Sides to measure.")
 
@@ -53,7 +54,13 @@ def measure(length: int) -> dict[str, Any]:
         script, more = SIDES[name]
         own = script == "adapters_lcx"
         python = sys.executable if own else FLAGS.peer_python
-        case = {**CASE, "length": length, **more, **({} if own else {"checkpointing": length > UNCHECKPOINTED})}
+        case = {
+            **CASE,
+            "length": length,
+            "dtype": FLAGS.dtype,
+            **more,
+            **({} if own else {"checkpointing": length > UNCHECKPOINTED}),
+        }
         sides[name] = Process(name, script, case, python, own_packages=own)
     turns: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(FLAGS.rounds):
@@ -64,9 +71,14 @@ def measure(length: int) -> dict[str, Any]:
     facts = {name: {key: side.facts[key] for key in ("parameters", "trained")} for name, side in sides.items()}
     versions = {key: value for side in sides.values() for key, value in side.facts["versions"].items()}
     return {
-        "length": length, "turns_tokens_per_second": turns, "tokens_per_second": speed, "peak_bytes": memory, "facts": facts,
-        "versions": versions,
+        "length": length, "dtype": FLAGS.dtype, "turns_tokens_per_second": turns, "tokens_per_second": speed,
+        "peak_bytes": memory, "facts": facts, "versions": versions,
     }  # fmt: skip
+
+
+def key(result: dict[str, Any]) -> tuple:
+    """What was measured."""
+    return result["length"], result["dtype"], list(result["peak_bytes"])
 
 
 def main(argv: list[str]) -> None:
@@ -79,8 +91,8 @@ def main(argv: list[str]) -> None:
         measured = measure(length)
         machine = {"processor": processor(), "cores": cores(), "system": platform.system(), "python": platform.python_version()}
         machine["versions"] = measured.pop("versions")
-        others = [old for old in results if (old["length"], list(old["peak_bytes"])) != (length, list(measured["peak_bytes"]))]
-        results = sorted([measured, *others], key=lambda result: result["length"])
+        others = [old for old in results if key(old) != key(measured)]
+        results = sorted([measured, *others], key=key)
         found = {"machine": machine, "sizes": SIZES, "rank": RANK, "results": results}
         out.write_text(json.dumps(found, indent=1) + "\n")
         print(tables.adapters(found))

@@ -29,9 +29,19 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import jax
 import pytest
 
+from lcx.core import host
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.devices()  # there are eight from here on, whatever a command that a test runs in its process asks for
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_units():
+    """Numbers are those of most CPUs, without units for bfloat16; commands in processes of their own take what there is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host, "multiplies_bfloat16", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="session")

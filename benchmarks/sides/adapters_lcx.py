@@ -25,12 +25,12 @@ from lcx.training.step import train_step
 
 
 def build(
-    sizes: dict[str, int], theta: float, length: int, rank: int | None, alpha: float, remat: str, base_dtype: str
+    sizes: dict[str, int], theta: float, length: int, rank: int | None, alpha: float, dtype: str, remat: str, base_dtype: str
 ) -> tuple[Callable[[], float], dict[str, Any]]:
-    """The compiled, donated step in float32 on one device; each call moves a row from the host and waits for its loss."""
+    """The compiled, donated step, computed in `dtype` on one device; each call moves a row from the host and waits for its loss."""
     config = ModelConfig(**sizes, norm_eps=NORM_EPS, tied_embeddings=True)
     schemes = {"global": Rope(theta=theta)}
-    arch, buffers = build_architecture(config, ExecutionConfig(remat=remat), schemes, length)
+    arch, buffers = build_architecture(config, ExecutionConfig(compute_dtype=dtype, remat=remat), schemes, length)
     table = specs(config, schemes, length)
     adapters = None if rank is None else LoraConfig(rank=rank, alpha=alpha, base_dtype=base_dtype)
     table = table if adapters is None else lora.specs(table, adapters, tied_embeddings=True)

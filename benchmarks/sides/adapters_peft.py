@@ -13,9 +13,9 @@ from torch_side import adamw, llama_config
 
 
 def build(
-    sizes: dict[str, int], theta: float, length: int, rank: int | None, alpha: float, checkpointing: bool
+    sizes: dict[str, int], theta: float, length: int, rank: int | None, alpha: float, dtype: str, checkpointing: bool
 ) -> tuple[Callable[[], float], dict[str, Any]]:
-    """An eager float32 step on all cores; without a rank all parameters are trained."""
+    """An eager step on all cores, float32 or under autocast to bfloat16; without a rank all parameters are trained."""
     torch.set_num_threads(cores())
     torch.manual_seed(0)
     config = llama_config(sizes, length, theta)
@@ -34,7 +34,9 @@ def build(
     def run() -> float:
         tokens = torch.from_numpy(next(host)).long()
         optimizer.zero_grad(set_to_none=True)
-        loss = model(input_ids=tokens[:, :-1], labels=tokens[:, :-1], shift_labels=tokens[:, 1:].contiguous(), use_cache=False).loss
+        labels = {"labels": tokens[:, :-1], "shift_labels": tokens[:, 1:].contiguous()}
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss = model(input_ids=tokens[:, :-1], **labels, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, OPTIMIZER["clip_norm"], foreach=True)
         optimizer.step()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import glob
 import math
 import os
@@ -52,6 +53,24 @@ def cores(root: Path = Path("/")) -> int:
     """
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([bound, *_core_limits(root)]))
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU has units that multiply matrices of bfloat16 (Intel's AMX), and Linux lets this process use them.
+
+    XLA's products of bfloat16 then take a quarter of the time of those of float32; without such units they take longer.
+    """
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return False
+    with contextlib.suppress(OSError):
+        if "amx_bf16" in Path("/proc/cpuinfo").read_text().split():
+            return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA) == 0
+    return False
+
+
+_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
+"""Numbers of Linux on x86-64, by which a process asks for the registers of AMX."""
 
 
 def end_with_parent(number: int) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lcx.core import processes
+from lcx.core import host, processes
 from lcx.core.chips import Chip, chip_of
 from lcx.core.errors import UserError
 from lcx.core.numbers import counted
@@ -238,15 +238,18 @@ def compute_capability() -> str | None:
 
 
 def fast_dtype(platform: str | None = None, capability: str | None = None) -> str:
-    """The type of number to compute in where nobody names one: float32 on a CPU, bfloat16 where it is several times as fast.
+    """The type of number to compute in where nobody names one: bfloat16 where it is several times as fast, else float32.
 
-    That is on a TPU, and on a GPU whose compute `capability` (`compute_capability`) is at least 8.0: older ones have no bfloat16
-    products. Without a `platform` it is that of this process's devices.
+    That is on a TPU, on a GPU whose compute `capability` (`compute_capability`) is at least 8.0, as older ones have no bfloat16
+    products, and on a CPU with units for them (`host.multiplies_bfloat16`). Without a `platform` it is that of this process's
+    devices.
     """
     if platform is None:
         platform, capability = jax.default_backend(), compute_capability()
+    if platform == "cpu":
+        return "bfloat16" if host.multiplies_bfloat16() else "float32"
     old = platform == "gpu" and capability is not None and capability[0].isdigit() and float(capability) < 8.0
-    return "float32" if platform == "cpu" or old else "bfloat16"
+    return "float32" if old else "bfloat16"
 
 
 def _text(sizes: dict[str, int]) -> str:

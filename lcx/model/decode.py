@@ -38,8 +38,10 @@ from lcx.model.cache import (
     write_index,
     write_layer,
 )
+from lcx.model.linear import turned
 from lcx.model.loss import logits
 from lcx.model.norm import rms_norm
+from lcx.model.params import layer_specs
 from lcx.model.sampling import GREEDY, Sampling, SamplingSpec, draw
 from lcx.model.transformer import LayerInputs, cast_params, embed, scan_layers, unrolled_layers, unstack
 from lcx.positions.rotary import rotate, tables
@@ -286,7 +288,9 @@ def _side_by_side(prompts: Sequence[np.ndarray], chunk: int | None, equal: bool,
     check_chunk("a chunk", chunk)
     if equal:
         # Anything beyond the longest prompt is wasted work.
-        chunk = -(-longest // -(-longest // chunk))
+        smaller = -(-longest // -(-longest // chunk))
+        # Tiles of queries without padding need no mask where they see everything.
+        chunk = min(chunk, round_up(smaller, 16)) if smaller >= 256 else smaller
     chunk = chunk if chunk <= size else round_up(chunk, size)
     width = round_up(longest, chunk)
     padding = (width - lengths)[:, None].astype(np.int32)
@@ -362,9 +366,14 @@ class _Clock:
 
 @functools.partial(jax.jit, static_argnames=("arch", "stacked"))
 def prepare(params: Tree, arch: Architecture, stacked: bool) -> Tree:
-    """Weights as every step needs them: in the compute dtype, and on a CPU one array per layer."""
+    """Weights as every step needs them: in the compute dtype, and on a CPU one array per layer, in the faster order."""
     params = cast_params(params, arch)
-    return params if stacked else unstack(params)
+    if stacked:
+        return params
+    params = unstack(params)
+    if arch.execution.compute_dtype == "bfloat16" and target_platform() == "cpu":
+        params["layers"] = tuple(turned(layer, layer_specs(arch.config)) for layer in params["layers"])
+    return params
 
 
 @functools.partial(jax.jit, static_argnames=("arch", "sampling"))

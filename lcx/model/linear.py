@@ -13,8 +13,14 @@ import jax
 import jax.numpy as jnp
 
 from lcx.core.mesh import target_platform
-from lcx.core.quantized import dense
+from lcx.core.quantized import dense, is_quantized
 from lcx.core.trees import Tree
+
+TURNED = "turned"
+"""Key of weights that `turned` has made of a kernel."""
+
+FEWEST_ROWS = 4
+"""XLA's CPU backend has its fast products of bfloat16 for two rows or more, and they take no longer for four."""
 
 
 def linear(params: Tree, x: jax.Array, inputs: int = 1) -> jax.Array:
@@ -22,8 +28,12 @@ def linear(params: Tree, x: jax.Array, inputs: int = 1) -> jax.Array:
 
     Kernels are `[*ins, *outs]`, biases `[*outs]`. With `params["lora"]` the kernel is changed by a product of two thin matrices
     (Hu et al., 2106.09685): `a` `[*ins, r]`, `b` `[r, *outs]`, `scale` a scalar; with its `magnitude` `[*outs]` by DoRA
-    (Liu et al., 2402.09353), whose norms carry no gradient. A kernel may be quantised.
+    (Liu et al., 2402.09353), whose norms carry no gradient. A kernel may be quantised, or the weights be `turned`.
     """
+    if (weights := params.get(TURNED)) is not None:
+        outs = weights.shape[: weights.ndim - inputs]
+        y = _product(_flat(x, inputs), weights.reshape(math.prod(outs), -1), 1).reshape(*x.shape[: x.ndim - inputs], *outs)
+        return y if (bias := params.get("bias")) is None else y + _for_each_row(bias, y)
     kernel, lora = dense(params["kernel"], x.dtype), params.get("lora")
     y: Any = _matmul(inputs, x, kernel)
     if lora is not None:
@@ -91,7 +101,35 @@ def _matmul(inputs: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
     layer takes twice as long.
     """
     size, outs = x.shape[: x.ndim - inputs], kernel.shape[inputs:]
-    return (_flat(x, inputs) @ _matrix(kernel, inputs)).reshape(*size, *outs)
+    return _product(_flat(x, inputs), _matrix(kernel, inputs)).reshape(*size, *outs)
+
+
+def _product(a: jax.Array, b: jax.Array, b_axis: int = 0, dtype: Any = None) -> jax.Array:
+    """`a` times the matrix `b`, over the last axis of a and `b_axis` of b, in `dtype` (None: theirs).
+
+    On a CPU XLA has fast products of bfloat16 only with float32 results, and for more than one row.
+    """
+    common, dims = jnp.promote_types(a.dtype, b.dtype), (((a.ndim - 1,), (b_axis,)), ((), ()))
+    a, b = a.astype(common), b.astype(common)
+    if common != jnp.bfloat16 or target_platform() != "cpu":
+        return jax.lax.dot_general(a, b, dims, preferred_element_type=dtype)
+    size, rows = a.shape[:-1], math.prod(a.shape[:-1])
+    if rows < FEWEST_ROWS:
+        a, dims = jnp.pad(a.reshape(rows, -1), ((0, FEWEST_ROWS - rows), (0, 0))), (((1,), (b_axis,)), ((), ()))
+    product = jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32).astype(dtype or common)
+    return product if rows >= FEWEST_ROWS else product[:rows].reshape(*size, -1)
+
+
+def turned(params: Tree, specs: Tree) -> Tree:
+    """A layer's parameters with plain kernels `[*ins, *outs]` as `[*outs, *ins]`, in which XLA's CPU backend reads bfloat16 three
+    times as fast for few tokens, and for many no slower. For `linear` alone, without a gradient."""
+    if "kernel" not in params:
+        return {name: turned(value, specs[name]) if isinstance(value, dict) else value for name, value in params.items()}
+    kernel, spec = params["kernel"], specs["kernel"]
+    if set(params) - {"kernel", "bias"} or is_quantized(kernel) or spec.stacked > 1:
+        return params
+    moved = jnp.moveaxis(kernel, tuple(range(spec.inputs)), tuple(range(kernel.ndim - spec.inputs, kernel.ndim)))
+    return {TURNED: moved, **{name: value for name, value in params.items() if name != "kernel"}}
 
 
 def _matmul_forward(inputs: int, x: Any, kernel: Any) -> tuple:
@@ -103,7 +141,7 @@ def _matmul_forward(inputs: int, x: Any, kernel: Any) -> tuple:
 def _matmul_backward(inputs: int, saved: tuple, dy: jax.Array) -> tuple:
     x, kernel = saved
     flat_dy = _flat(dy, kernel.ndim - inputs)
-    dx = jax.lax.dot_general(flat_dy, _matrix(kernel, inputs), (((flat_dy.ndim - 1,), (1,)), ((), ())))
+    dx = _product(flat_dy, _matrix(kernel, inputs), 1)
     dx = dx.reshape(*dy.shape[: dy.ndim - kernel.ndim + inputs], *kernel.shape[:inputs])
     return dx, None if x is None else _outer(_flat(x, inputs), flat_dy).reshape(kernel.shape)
 
@@ -120,7 +158,8 @@ def _outer(x: jax.Array, dy: jax.Array) -> jax.Array:
     if x.shape[-1] > dy.shape[-1]:
         return _outer(dy, x).T
     turned = jax.lax.optimization_barrier(jnp.moveaxis(x, -1, 0))
-    return jax.lax.dot_general(turned, dy, ((tuple(r + 1 for r in rows), rows), ((), ())))
+    dims, wide = ((tuple(r + 1 for r in rows), rows), ((), ())), jnp.promote_types(x.dtype, jnp.float32)
+    return jax.lax.dot_general(turned, dy, dims, preferred_element_type=wide).astype(x.dtype)
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward, symbolic_zeros=True)
@@ -137,7 +176,7 @@ def _matrix(kernel: jax.Array, inputs: int) -> jax.Array:
 
 def head_logits(kernel: jax.Array, hidden: jax.Array) -> jax.Array:
     """`[..., D]` times the output weights `[D, C]`, or a tile of them, in float32: `[..., C]`."""
-    return jnp.einsum("...d,dc->...c", hidden, kernel, preferred_element_type=jnp.float32)
+    return _product(hidden, kernel, dtype=jnp.float32)
 
 
 @jax.custom_vjp

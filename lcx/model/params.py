@@ -22,7 +22,7 @@ def specs(config: ModelConfig, schemes: Mapping[str, Scheme], length: int) -> Tr
     """
     tree: Tree = {
         "embed": {"embedding": ParamSpec((config.vocab_size, config.model_dim), ("vocab", "embed"), _embedding_init(config))},
-        "layers": _layers(config),
+        "layers": layer_specs(config),
         "final_norm": _norm(config, config.model_dim, stacked=False),
     }
     if not config.tied_embeddings:
@@ -39,7 +39,8 @@ def _embedding_init(config: ModelConfig) -> Init:
     return fan_in(config.model_dim) if config.tied_embeddings or config.embedding_scale else Init("truncated", 0.5)
 
 
-def _layers(config: ModelConfig) -> Tree:
+def layer_specs(config: ModelConfig) -> Tree:
+    """The specs of the layers, stacked along L."""
     L, D, F = config.num_layers, config.model_dim, config.mlp_dim
     N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
     num_experts = config.num_experts or 0

@@ -48,9 +48,10 @@ def rotate(x_BTNH: jax.Array, cos_BTR: jax.Array, sin_BTR: jax.Array, layout: La
 def tables(spec: SchemeSpec, buffers: Mapping[str, Any], positions: jax.Array) -> Tables:
     """Cosines and sines, float32 `[B, T, R]` each, of every rotation of `spec` at int32 positions `[B, T]`.
 
-    Compute them once per kind of layer, outside the scan over layers.
+    Compute them once per kind of layer, outside the scan over layers; where layers are not scanned, the barrier keeps XLA from
+    computing them again in each.
     """
-    return {name: cos_sin(buffers["rotations"][name], positions) for name in spec.rotations}
+    return jax.lax.optimization_barrier({name: cos_sin(buffers["rotations"][name], positions) for name in spec.rotations})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ import psutil
 from lcx.core.chips import known_chip
 from lcx.core.configs import choice, positive
 from lcx.core.errors import UserError
+from lcx.core.mesh import fast_dtype
 
 TIMING = ("time", "tokens_per_second", "mfu", "data_wait", "host_memory")
 """Fields of a row that differ between two identical runs; all others are bitwise equal."""
@@ -66,13 +67,13 @@ def peak_flops(device: jax.Device, given: float | None = None) -> float:
 def _measure(device: jax.Device) -> float:
     size = 1024
     with jax.default_device(device):
-        x = jnp.ones((size, size), jnp.float32)
-        product = jax.jit(lambda x: x @ x)
-        product(x).block_until_ready()
+        x = jnp.ones((size, size), fast_dtype(device.platform))
+        product = jax.jit(functools.partial(jnp.matmul, preferred_element_type=jnp.float32))
+        product(x, x).block_until_ready()
         best = math.inf
         for _ in range(5):
             start = time.perf_counter()
-            product(x).block_until_ready()
+            product(x, x).block_until_ready()
             best = min(best, time.perf_counter() - start)
     # Devices of one host's CPU share its cores: each has its share of the peak.
     share = jax.local_device_count() if device.platform == "cpu" else 1

@@ -7,7 +7,7 @@ import pytest
 
 from lcx.attention.attend import attend
 from lcx.attention.dense import dense
-from lcx.attention.plan import choose_kernel
+from lcx.attention.plan import choose_kernel, shard_spec
 from lcx.attention.spec import AttentionSpec, Blocks
 from lcx.core import host
 from lcx.core.batch import Index
@@ -123,6 +123,13 @@ def test_wrong_options_are_named():
         choose_kernel(spec(kernel="flush"), 64, 64, "cpu")
     with pytest.raises(UserError, match="block_q=0 must be at least 1"):
         spec(block_q=0)
+
+
+@pytest.mark.parametrize("units,dtype", [(False, "float32"), (True, "bfloat16")])
+def test_tiles_are_multiplied_in_the_type_that_is_fast(units, dtype, monkeypatch):
+    monkeypatch.setattr(host, "multiplies_bfloat16", lambda: units)
+    q = jnp.zeros((1, 8, 2, 16), jnp.bfloat16)
+    assert shard_spec(spec(kernel="blockwise"), q, q.dtype, 8, 8, 2, 2).kernel.tile_dtype == dtype
 
 
 @pytest.mark.parametrize("kernel", ["dense", "blockwise"])

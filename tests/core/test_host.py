@@ -13,6 +13,7 @@ import pytest
 from lcx.core import host
 
 ROOT = Path(__file__).parents[2]
+UNITS = host.multiplies_bfloat16.__wrapped__  # type: ignore[attr-defined]
 PROGRAM = """
 import os, sys
 from lcx.core.host import take_huge_pages
@@ -42,6 +43,24 @@ def test_no_huge_pages_beside_an_accelerator(monkeypatch):
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     monkeypatch.setattr(host.glob, "glob", lambda pattern: ["/dev/nvidia0"] if "nvidia" in pattern else [])
     assert not host.huge_pages_help()
+
+
+@pytest.mark.parametrize(
+    "flags,granted,found", [("amx_bf16 avx", True, True), ("amx_bf16 avx", False, False), ("avx512_bf16", True, False)]
+)
+def test_units_for_bfloat16_are_there_and_granted(flags, granted, found, monkeypatch):
+    class Kernel:
+        def syscall(self, *numbers):
+            assert numbers == (158, 0x1023, 18)
+            return 0 if granted else -1
+
+    monkeypatch.setattr(host.sys, "platform", "linux")
+    monkeypatch.setattr(host.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(host.Path, "read_text", lambda path: f"flags : fpu {flags}")
+    monkeypatch.setattr(host.ctypes, "CDLL", lambda name: Kernel())
+    assert UNITS() is found
+    monkeypatch.setattr(host.platform, "machine", lambda: "aarch64")
+    assert UNITS() is False
 
 
 FREED = """

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from lcx.core import host
 from lcx.core.errors import UserError
 from lcx.core.mesh import AXES, MeshConfig, check_divides, fast_dtype, make_mesh, num_slices, partition_spec, slices_spanned
 from lcx.core.param_spec import ONES, Init, ParamSpec, abstract, initialize, shardings
@@ -120,9 +121,10 @@ def test_bad_specs_are_refused():
         ("gpu", None, "bfloat16"),
     ],
 )
-def test_the_type_to_compute_in(platform, capability, dtype):
+def test_the_type_to_compute_in(platform, capability, dtype, monkeypatch):
     assert fast_dtype(platform, capability) == dtype
-    assert fast_dtype() == "float32"  # the tests run on CPUs
+    monkeypatch.setattr(host, "multiplies_bfloat16", lambda: True)
+    assert fast_dtype() == "bfloat16"  # the tests run on CPUs
 
 
 class Chip:

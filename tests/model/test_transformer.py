@@ -10,12 +10,12 @@ import pytest
 from lcx.core.batch import PADDING, SHARED, Batch, Index
 from lcx.core.errors import UserError
 from lcx.core.mask import Mask, visible, visible_pairs
-from lcx.core.param_spec import initialize
+from lcx.core.param_spec import ParamSpec, initialize
 from lcx.model import flops
 from lcx.model.architecture import Architecture, build_architecture, build_schemes
 from lcx.model.config import ModelConfig
 from lcx.model.execution import ExecutionConfig
-from lcx.model.linear import linear
+from lcx.model.linear import linear, turned
 from lcx.model.loss import loss_sums
 from lcx.model.params import specs
 from lcx.model.presets import FAMILIES, shrink
@@ -138,6 +138,37 @@ def test_linear_has_the_gradients_of_a_contraction(outs):
     np.testing.assert_allclose(y, want, atol=1e-5)
     for got, wanted in zip(pull(dy), want_pull(dy), strict=True):
         np.testing.assert_allclose(got, wanted, atol=2e-5)
+
+
+@pytest.mark.parametrize("outs", [(6,), (40,), (2, 12)], ids=str)
+def test_linear_rounds_bfloat16_once(outs):
+    """Sums are float32, so that results are those of exact sums to the last place (2⁻⁸)."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = ((2, 300, 600), (600, *outs), (2, 300, *outs))
+    x, kernel, dy = (jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True))
+    y, pull = jax.vjp(lambda x, kernel: linear({"kernel": kernel}, x), x, kernel)
+    want, want_pull = jax.vjp(lambda x, kernel: jnp.tensordot(x, kernel, 1), *(one.astype(jnp.float32) for one in (x, kernel)))
+    for got, wanted in zip((y, *pull(dy)), (want, *want_pull(dy.astype(jnp.float32))), strict=True):
+        assert got.dtype == jnp.bfloat16
+        np.testing.assert_allclose(got.astype(jnp.float32), wanted, rtol=2**-8, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("ins,outs", [((16,), (40,)), ((16,), (2, 12)), ((2, 8), (16,))], ids=str)
+def test_turned_kernels_multiply_the_same(ins, outs, rows):
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {"one": {"kernel": jax.random.normal(keys[0], (*ins, *outs)), "bias": jax.random.normal(keys[1], outs)}}
+    other = turned(
+        params, {"one": {"kernel": ParamSpec((3, *ins, *outs), (None,) * (1 + len(ins + outs)), inputs=len(ins), stacked=1)}}
+    )["one"]
+    assert set(other) == {"turned", "bias"} and other["turned"].shape == (*outs, *ins)
+    x = jax.random.normal(keys[2], (1, rows, *ins))
+    want = linear(params["one"], x, len(ins))
+    np.testing.assert_allclose(linear(other, x, len(ins)), want, rtol=1e-5, atol=1e-5)
+    plain, other, x = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (params["one"], other, x))
+    got, want = linear(other, x, len(ins)), linear(plain, x, len(ins))
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(got.astype(jnp.float32), want.astype(jnp.float32), rtol=2**-7, atol=2**-9)
 
 
 @pytest.mark.slow
