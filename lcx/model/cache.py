@@ -215,11 +215,14 @@ def write_layer(old: Layers, new: jax.Array, nth: jax.Array | int, start: jax.Ar
     """Like `write`, for layers that are stacked or in a tuple."""
     if not isinstance(old, tuple):
         return write(old, new, nth, start)
-    flat = new.reshape(*new.shape[:2], -1)
+    flat, kept = new.reshape(*new.shape[:2], -1).astype(old[nth].dtype), old[nth]
+    if kept.dtype == jnp.bfloat16:
+        # As numbers XLA's CPU backend would update a copy of all slots in float32, for each token.
+        flat, kept = (jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (flat, kept))
     # A loop of one iteration: otherwise XLA's CPU backend fuses the update into each of its readers, and copies all slots for each.
     once = jnp.minimum(start, 0) + 1
-    written = jax.lax.fori_loop(0, once, lambda _, x: write(x[None], flat, 0, start)[0], old[nth])
-    return (*old[:nth], written, *old[nth + 1 :])
+    written = jax.lax.fori_loop(0, once, lambda _, x: write(x[None], flat, 0, start)[0], kept)
+    return (*old[:nth], jax.lax.bitcast_convert_type(written, old[nth].dtype), *old[nth + 1 :])
 
 
 def write(old: jax.Array, new: jax.Array, layer: jax.Array | int, start: jax.Array) -> jax.Array:

@@ -1,20 +1,23 @@
 """Generation with a cache equals taking the argmax of the whole forward pass again and again; draws, ends and what it is told."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lcx.core import host
 from lcx.core.batch import Batch, Index
 from lcx.core.errors import UserError
 from lcx.model.architecture import build_architecture
 from lcx.model.cache import empty_cache
 from lcx.model.config import ModelConfig
-from lcx.model.decode import _extend, decode_block, extend, generate, prefill
+from lcx.model.decode import _extend, decode_block, extend, generate, prefill, prepare
 from lcx.model.execution import ExecutionConfig
 from lcx.model.loss import logits
 from lcx.model.sampling import Sampling
-from lcx.model.transformer import hidden_states, unstack
+from lcx.model.transformer import hidden_states
 from lcx.positions.registry import from_config
 from tests.model.test_transformer import build
 from tests.quick import mostly_slow
@@ -162,21 +165,26 @@ def test_timings_count_every_token(model):
     assert timings.decode_rate == pytest.approx(6 / timings.decode_seconds)
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-def test_decoding_copies_no_cache(rows):
+@pytest.mark.parametrize("rows,dtype", [(1, "float32"), (3, "float32"), (1, "bfloat16")])
+def test_decoding_copies_no_cache(rows, dtype, monkeypatch):
     """Neither weights nor cache: a step's memory is small beside both."""
+    monkeypatch.setattr(host, "multiplies_bfloat16", lambda: dtype == "bfloat16")
     params, buffers, arch = build(CONFIG, {"default": "rope:theta=500"}, length=4096)
-    params = jax.jit(unstack)(params)
+    arch = dataclasses.replace(arch, execution=ExecutionConfig(compute_dtype=dtype))
+    params = prepare(params, arch, stacked=False)
     cache = empty_cache(arch, buffers, rows, 4096, 512, stacked=False)
     token, one = jnp.zeros(rows, jnp.int32), jnp.int32(1)
     chosen = Sampling()
     step = decode_block.lower(
         params, buffers, arch, cache, token, token > 0, token[:1], token[:, None], one, one, one, chosen.numbers, chosen.spec
     )
-    memory = step.compile(compiler_options={"xla_backend_optimization_level": 3}).memory_analysis()
+    compiled = step.compile(compiler_options={"xla_backend_optimization_level": 3})
+    memory, width = compiled.memory_analysis(), CONFIG.num_kv_heads * CONFIG.head_dim
+    if dtype == "bfloat16":
+        assert f"f32[{rows},4096,{width}]" not in compiled.as_text()
     assert memory.alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves(cache)), "the cache is not written in place"
-    # The float32 logits of all heads, a few times; keys and values of a layer are eight times as much.
-    assert memory.temp_size_in_bytes < 6 * rows * 4096 * CONFIG.num_heads * 4
+    # The float32 logits of all heads, a few times, and in bfloat16; keys and values of a layer in float32 are eight times as much.
+    assert memory.temp_size_in_bytes < (6 if dtype == "float32" else 6.5) * rows * 4096 * CONFIG.num_heads * 4
 
 
 def test_a_cache_of_other_frequencies_is_refused():
