@@ -6,7 +6,7 @@ Random weights in the sizes of SmolLM2-135M, rank 8 on queries, keys, values and
 clipping, AdamW. With bfloat16 all sides hold float32 weights and compute in bfloat16, the peers by torch's autocast. The peers
 recompute their layers (gradient checkpointing) above 2,048 tokens, where they do not fit otherwise. The sides live at once, each
 in its own process, and take turns; a figure is the median over the turns. Peak memory is the most that a process held, less what
-it held after its imports. What the file of results holds of other lengths, types and sides is kept.
+it held after its imports. What the file of results holds of other lengths, processors, types and sides is kept.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def measure(length: int) -> dict[str, Any]:
 
 def key(result: dict[str, Any]) -> tuple:
     """What was measured."""
-    return result["length"], result["dtype"], list(result["peak_bytes"])
+    return result["length"], result["machine"]["processor"], result["dtype"], list(result["peak_bytes"])
 
 
 def main(argv: list[str]) -> None:
@@ -90,10 +90,10 @@ def main(argv: list[str]) -> None:
     for length in FLAGS.length:
         measured = measure(length)
         machine = {"processor": processor(), "cores": cores(), "system": platform.system(), "python": platform.python_version()}
-        machine["versions"] = measured.pop("versions")
+        measured["machine"] = {**machine, "versions": measured.pop("versions")}
         others = [old for old in results if key(old) != key(measured)]
         results = sorted([measured, *others], key=key)
-        found = {"machine": machine, "sizes": SIZES, "rank": RANK, "results": results}
+        found = {"sizes": SIZES, "rank": RANK, "results": results}
         out.write_text(json.dumps(found, indent=1) + "\n")
         print(tables.adapters(found))
     if out.parent == HERE / "results":

@@ -141,14 +141,14 @@ def adapters(found: dict[str, Any]) -> str:
     for result in found["results"]:
         speeds, peaks = result["tokens_per_second"], result["peak_bytes"]
         for side, speed in speeds.items():
-            cells = [f"{result['length']:,}", result["dtype"], side]
+            cells = [result["machine"]["processor"], f"{result['length']:,}", result["dtype"], side]
             for values, own, unit, form in ((speeds, speed, 1, ",.1f"), (peaks, peaks[side], 2**20, ",.0f")):
                 cells.append(f"{own / unit:{form}}")
                 for other in ("lcx, full", "transformers, full", "peft, LoRA"):
                     cells.append(f"{own / values[other]:.2f}" if other in values else "")
             rows.append(tuple(cells))
     ratios = ("of lcx, full", "of transformers", "of peft")
-    return markdown.table(("tokens", "type", "side", "tok/s", *ratios, "MiB", *ratios), rows)
+    return markdown.table(("processor", "tokens", "type", "side", "tok/s", *ratios, "MiB", *ratios), rows)
 
 
 def evaluation(found: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from lcx.cli import parse
 from lcx.core.console import say
-from lcx.evals.config import EvalConfig, QuestionConfig
+from lcx.evals.config import EvalConfig
 from lcx.evals.results import EvalResult, perplexity, plain_rows, read
 from lcx.recipes import models
 from lcx.recipes.recipe import evaluate_loaded, recipe, run_recipe
@@ -63,9 +63,8 @@ def without_training(workdir: Path, source: str, evals: EvalConfig, schemes: Seq
 
 
 def longest(workdir: Path, evals: EvalConfig) -> EvalResult:
-    """The extended model at its target, where a text takes many minutes: one text of needles and one window of text."""
-    questions = QuestionConfig(1, prose=evals.questions.prose)
-    evals = dataclasses.replace(evals, lengths=(TARGET,), questions=questions, perplexity_tokens=TARGET, zero_shot=())
+    """The extended model at its target, where a text takes many minutes: needles, and one window of text."""
+    evals = dataclasses.replace(evals, lengths=(TARGET,), perplexity_tokens=TARGET, zero_shot=())
     return evaluated(workdir, evals, f"after-{TARGET}", workdir)
 
 
