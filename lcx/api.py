@@ -39,8 +39,8 @@ def load(
     """The weights of a run's workdir, of one of its checkpoint folders, of a Hugging Face folder, or of a GGUF file.
 
     `stage` or `step` chooses a checkpoint of a run (default: the newest); `dtype` of the weights is float32, bfloat16, float16 or
-    auto: float32 for a run, and for others bfloat16 where the machine multiplies it fast, else float32. `mesh` defaults to the
-    first device. Raises `UserError` if nothing can be read there.
+    auto: float32 for a run, and for others bfloat16 on TPUs and GPUs, float32 on CPUs. `mesh` defaults to the first device. Raises
+    `UserError` if nothing can be read there.
     """
     return models.load(path, step=step, stage=stage, mesh=mesh, dtype=dtype)
 

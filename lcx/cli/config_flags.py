@@ -45,7 +45,7 @@ def define_dtype(values: flags.FlagValues) -> None:
     """Define `--dtype`, for commands that use the weights of a model."""
     text = (
         "dtype of the weights: float32, bfloat16, float16 or auto, which for Hugging Face folders and GGUF files is bfloat16 on "
-        "TPUs, and on GPUs and CPUs that multiply it fast, else float32"
+        "TPUs and GPUs that multiply it, float32 on CPUs"
     )
     flags.DEFINE_string("dtype", "auto", text, flag_values=values)
 

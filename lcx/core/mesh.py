@@ -237,17 +237,17 @@ def compute_capability() -> str | None:
     return getattr(jax.local_devices()[0], "compute_capability", None)
 
 
-def fast_dtype(platform: str | None = None, capability: str | None = None) -> str:
+def fast_dtype(platform: str | None = None, capability: str | None = None, *, one_by_one: bool = False) -> str:
     """The type of number to compute in where nobody names one: bfloat16 where it is several times as fast, else float32.
 
     That is on a TPU, on a GPU whose compute `capability` (`compute_capability`) is at least 8.0, as older ones have no bfloat16
-    products, and on a CPU with units for them (`host.multiplies_bfloat16`). Without a `platform` it is that of this process's
-    devices.
+    products, and on a CPU with units for them (`host.multiplies_bfloat16`) unless tokens come `one_by_one`: XLA is
+    slow with single rows of bfloat16 there. Without a `platform` it is that of this process's devices.
     """
     if platform is None:
         platform, capability = jax.default_backend(), compute_capability()
     if platform == "cpu":
-        return "bfloat16" if host.multiplies_bfloat16() else "float32"
+        return "bfloat16" if host.multiplies_bfloat16() and not one_by_one else "float32"
     old = platform == "gpu" and capability is not None and capability[0].isdigit() and float(capability) < 8.0
     return "float32" if old else "bfloat16"
 

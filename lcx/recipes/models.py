@@ -95,7 +95,7 @@ def load(
     """
     choice("dtype", dtype, (AUTO, *DTYPES))
     if dtype == AUTO:
-        dtype = fast_dtype() if is_foreign(path) else "float32"
+        dtype = fast_dtype(one_by_one=True) if is_foreign(path) else "float32"
     if step is not None and stage is not None:
         raise UserError(f"--step={step} and --stage={stage} conflict; give only one of them")
     if not is_foreign(path):

@@ -164,7 +164,7 @@ def test_the_type_to_compute_in_is_the_machine_s_unless_it_is_named(source, monk
         "float32",
     )
     for module in (extension, models):
-        monkeypatch.setattr(module, "fast_dtype", lambda: "bfloat16")  # another machine
+        monkeypatch.setattr(module, "fast_dtype", lambda **_: "bfloat16")  # another machine
     assert (found(), found("float32")) == ("bfloat16", "float32")
     loaded = models.load(source, dtype="auto")
     assert loaded.run.execution.compute_dtype == "bfloat16"
