@@ -42,7 +42,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("peer_python", sys.executable, "Interpreter that has torch, transformers and peft.")
 flags.DEFINE_string("out", str(HERE / "results" / "adapters.json"), "Where the figures are written.")
 flags.DEFINE_multi_integer("length", [2048, 8192], "Lengths to measure.")
-flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "In what all sides compute.")
+flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Type in which all sides compute.")
 flags.DEFINE_integer("rounds", 2, "Turns of each side, of one step.", lower_bound=1)
 flags.DEFINE_multi_enum("side", list(SIDES), list(SIDES), "Sides to measure.")
 
@@ -54,13 +54,8 @@ def measure(length: int) -> dict[str, Any]:
         script, more = SIDES[name]
         own = script == "adapters_lcx"
         python = sys.executable if own else FLAGS.peer_python
-        case = {
-            **CASE,
-            "length": length,
-            "dtype": FLAGS.dtype,
-            **more,
-            **({} if own else {"checkpointing": length > UNCHECKPOINTED}),
-        }
+        case = {**CASE, "length": length, "dtype": FLAGS.dtype, **more}
+        case |= {} if own else {"checkpointing": length > UNCHECKPOINTED}
         sides[name] = Process(name, script, case, python, own_packages=own)
     turns: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(FLAGS.rounds):

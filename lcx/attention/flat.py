@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from lcx.attention.dense import weigh
 from lcx.attention.partial import Partial
 from lcx.attention.spec import KernelSpec
-from lcx.core import host
 from lcx.core.batch import Index
 
 
@@ -35,9 +34,8 @@ def flat(
     logits = raw.reshape(B, S, T, N).transpose(0, 3, 2, 1) * spec.scale
     weights, lse = weigh(spec, logits, q_index, k_index, bias_params)
     rows = weights.transpose(0, 2, 1, 3).reshape(B, T * N, S)
-    # Without units for bfloat16, products of float32 are worth a copy of the values.
-    narrow = v_BSKH.dtype if host.multiplies_bfloat16() else wide
-    o = jnp.matmul(rows.astype(narrow), v_BSKH.reshape(B, S, K * H).astype(narrow), preferred_element_type=wide)
+    chosen = spec.tile_dtype or wide
+    o = jnp.matmul(rows.astype(chosen), v_BSKH.reshape(B, S, K * H).astype(chosen), preferred_element_type=wide)
     o = o.reshape(B, T, K, N // K, K, H)
     o = jnp.sum(o * own.astype(wide).reshape(1, 1, K, 1, K, 1), axis=4).reshape(B, T, N, H)
     return o.astype(spec.out_dtype or q_BTNH.dtype), lse

@@ -34,8 +34,8 @@ class KernelSpec:
     """All that is static about one kernel call; every kernel takes it whole and reads what it needs.
 
     logits = cap(scale · q·k) + bias under `mask`, cap(x) = softcap · tanh(x / softcap). `blocks` are the tiles of blockwise and
-    flash; `tile_dtype` is the dtype in which blockwise multiplies tiles, `out_dtype` that of o (None: q's). `platform` selects the
-    flash kernel; `interpret` interprets it without such a device, for tests.
+    flash; `tile_dtype` is the dtype in which blockwise multiplies tiles, and flat values, `out_dtype` that of o (None: q's).
+    `platform` selects the flash kernel; `interpret` interprets it without such a device, for tests.
     """
 
     mask: Mask

@@ -55,6 +55,10 @@ def cores(root: Path = Path("/")) -> int:
     return max(1, min([bound, *_core_limits(root)]))
 
 
+_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
+"""Numbers of Linux on x86-64, by which a process asks for the registers of AMX."""
+
+
 @functools.cache
 def multiplies_bfloat16() -> bool:
     """Whether the CPU has units that multiply matrices of bfloat16 (Intel's AMX), and Linux lets this process use them.
@@ -67,10 +71,6 @@ def multiplies_bfloat16() -> bool:
         if "amx_bf16" in Path("/proc/cpuinfo").read_text().split():
             return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA) == 0
     return False
-
-
-_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
-"""Numbers of Linux on x86-64, by which a process asks for the registers of AMX."""
 
 
 def end_with_parent(number: int) -> None:

@@ -241,8 +241,8 @@ def fast_dtype(platform: str | None = None, capability: str | None = None, *, on
     """The type of number to compute in where nobody names one: bfloat16 where it is several times as fast, else float32.
 
     That is on a TPU, on a GPU whose compute `capability` (`compute_capability`) is at least 8.0, as older ones have no bfloat16
-    products, and on a CPU with units for them (`host.multiplies_bfloat16`) unless tokens come `one_by_one`: XLA is
-    slow with single rows of bfloat16 there. Without a `platform` it is that of this process's devices.
+    products, and on a CPU with units for them (`host.multiplies_bfloat16`) unless tokens come `one_by_one`: decoding
+    in bfloat16 is slower there. Without a `platform` it is that of this process's devices.
     """
     if platform is None:
         platform, capability = jax.default_backend(), compute_capability()

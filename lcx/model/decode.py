@@ -372,7 +372,8 @@ def prepare(params: Tree, arch: Architecture, stacked: bool) -> Tree:
         return params
     params = unstack(params)
     if arch.execution.compute_dtype == "bfloat16" and target_platform() == "cpu":
-        params["layers"] = tuple(turned(layer, layer_specs(arch.config)) for layer in params["layers"])
+        table = layer_specs(arch.config)
+        params["layers"] = tuple(turned(layer, table) for layer in params["layers"])
     return params
 
 

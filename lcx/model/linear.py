@@ -33,15 +33,21 @@ def linear(params: Tree, x: jax.Array, inputs: int = 1) -> jax.Array:
     if (weights := params.get(TURNED)) is not None:
         outs = weights.shape[: weights.ndim - inputs]
         y = _product(_flat(x, inputs), weights.reshape(math.prod(outs), -1), 1).reshape(*x.shape[: x.ndim - inputs], *outs)
-        return y if (bias := params.get("bias")) is None else y + _for_each_row(bias, y)
+    else:
+        y = _adapted(params, x, inputs)
+    if (bias := params.get("bias")) is not None:
+        y = y + _for_each_row(bias, y)
+    return y
+
+
+def _adapted(params: Tree, x: jax.Array, inputs: int) -> jax.Array:
+    """`x` times the kernel with its adapter."""
     kernel, lora = dense(params["kernel"], x.dtype), params.get("lora")
     y: Any = _matmul(inputs, x, kernel)
     if lora is not None:
         y = y + lora["scale"].astype(x.dtype) * _matmul(1, _matmul(inputs, x, lora["a"]), lora["b"])
         if "magnitude" in lora:
             y = y * _for_each_row(lora["magnitude"] / jax.lax.stop_gradient(norms(kernel + change(lora), inputs)), y)
-    if (bias := params.get("bias")) is not None:
-        y = y + _for_each_row(bias, y)
     return y
 
 
@@ -157,9 +163,9 @@ def _outer(x: jax.Array, dy: jax.Array) -> jax.Array:
         return jax.lax.dot_general(x, dy, ((rows, rows), ((), ())))
     if x.shape[-1] > dy.shape[-1]:
         return _outer(dy, x).T
-    turned = jax.lax.optimization_barrier(jnp.moveaxis(x, -1, 0))
+    columns = jax.lax.optimization_barrier(jnp.moveaxis(x, -1, 0))
     dims, wide = ((tuple(r + 1 for r in rows), rows), ((), ())), jnp.promote_types(x.dtype, jnp.float32)
-    return jax.lax.dot_general(turned, dy, dims, preferred_element_type=wide).astype(x.dtype)
+    return jax.lax.dot_general(columns, dy, dims, preferred_element_type=wide).astype(x.dtype)
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward, symbolic_zeros=True)
