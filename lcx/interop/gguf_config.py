@@ -373,7 +373,7 @@ def _rope_keys(name: str, arch: Arch, config: Mapping[str, Any]) -> tuple[dict[s
         keys["attention.temperature_scale"] = float(given["llama_4_scaling_beta"])
         keys["rope.scaling.original_context_length"] = given["original_max_position_embeddings"]
         used |= {"llama_4_scaling_beta", "original_max_position_embeddings"}
-        if kind == "yarn" and given.get("mscale") == 1:
+        if kind == "yarn" and given.get("mscale") == 1 and given.get("mscale_all_dim"):
             keys["rope.scaling.yarn_log_multiplier"] = float(given["mscale_all_dim"])
             used |= {"mscale", "mscale_all_dim"}
     if writer is None or (other := sorted(set(given) - used)):
