@@ -9,6 +9,7 @@ since XLA's CPU backend is several times slower on the transposed forms.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,9 @@ from lcx.attention.spec import KernelSpec
 from lcx.attention.tiles import block_bounds, fold, fold_index, row_terms, unfold, visits
 from lcx.core.batch import Index
 from lcx.core.mask import Bounds, visible
+
+ONES = 16
+"""Columns of ones that sum probabilities: as many as a unit of AMX multiplies at once."""
 
 SAVED = "attention"
 """Name of o and lse for rematerialisation policies: if they are saved, the forward pass over the tiles is not run again."""
@@ -92,8 +96,9 @@ def _turn(x: jax.Array) -> jax.Array:
 
 
 def _logits(spec: KernelSpec, masked: bool, raw, q_index: Index, k_index: Index, bias_params) -> tuple[jax.Array, jax.Array]:
-    """Logits of a tile `[rows, heads, G·bq, bk]` from `raw` = q·k, and those before bias and mask (for softcap's derivative)."""
-    capped = raw if spec.prescaled else raw * spec.scale
+    """Logits of a tile `[rows, heads, G·bq, bk]` from `raw` = q·k, divided by `spec.exponent_scale`, and those before bias and mask
+    (for softcap's derivative)."""
+    capped = raw if spec.prescaled or spec.exponent_scale != 1.0 else raw * spec.scale
     if spec.softcap is not None:
         capped = spec.softcap * jnp.tanh(capped / spec.softcap)
     logits = capped
@@ -105,6 +110,25 @@ def _logits(spec: KernelSpec, masked: bool, raw, q_index: Index, k_index: Index,
         seen = visible(spec.mask, q_index, k_index)[:, None, None]
         logits = jnp.where(seen, logits.reshape(split), MASKED).reshape(raw.shape)
     return logits, capped
+
+
+def _exp(spec: KernelSpec, x: jax.Array) -> jax.Array:
+    """exp(x) for x of at most about 0.
+
+    With `spec.rounds_exp` in bfloat16: the whole part of the power of two in the bits of the exponent, the rest by a polynomial
+    whose relative error is 1e-4, a fortieth of bfloat16's (as FlashAttention-4 does on GPUs, arXiv 2603.05451). XLA's own
+    exponential, rounded, takes twice as long.
+    """
+    if not spec.rounds_exp:
+        return jnp.exp(x)
+    # At 2^-127 the bits are those of 0.
+    x = jnp.maximum(x * math.log2(math.e), -127.0)
+    whole = jnp.floor(x)
+    part = x - whole
+    power = ((0.07711909 * part + 0.2275643) * part + 0.6951461) * part + 1.0
+    bits = jax.lax.bitcast_convert_type(power, jnp.uint32) + (whole.astype(jnp.int32).astype(jnp.uint32) << 23)
+    # To the nearest bfloat16: half of its last bit is added and the rest cut off.
+    return jax.lax.bitcast_convert_type(((bits + 0x8000) >> 16).astype(jnp.uint16), jnp.bfloat16)
 
 
 def _take(tree: Any, i: jax.Array) -> Any:
@@ -134,6 +158,9 @@ def _forward(spec: KernelSpec, q_BTNH, k_BSKH, v_BSKH, q_index, k_index, bias_pa
         raise ValueError(f"{blocks} must divide {B} rows, {N} heads and {K} KV heads (a bias needs all heads in one group)")
     q, q_index = _fold_queries(spec, q_BTNH, q_index, k_BSKH.shape[2])
     k, v, k_index = _fold_keys(spec, k_BSKH, v_BSKH, k_index)
+    if spec.rounds_exp:
+        # The product with values sums the probabilities, too.
+        v = jnp.concatenate([v, jnp.ones((*v.shape[:-1], ONES), v.dtype)], axis=-1)
 
     def group(args):
         q, kT, v, q_index, k_index = args
@@ -151,18 +178,20 @@ def _forward(spec: KernelSpec, q_BTNH, k_BSKH, v_BSKH, q_index, k_index, bias_pa
                 new_top = jnp.maximum(top, jnp.max(logits, axis=-1))
                 # A row without a visible key so far has new_top = MASKED; halving it keeps exp(MASKED - ...) at 0 there.
                 safe = jnp.maximum(new_top, MASKED / 2)
-                p = jnp.exp(logits - safe[..., None])
-                shrink = jnp.exp(top - safe)
+                p = _exp(spec, (logits - safe[..., None]) * spec.exponent_scale)
+                shrink = jnp.exp((top - safe) * spec.exponent_scale)
                 acc = acc * shrink[..., None] + _matmul(p, v_j, spec)
-                return new_top, total * shrink + jnp.sum(p, axis=-1), acc
+                return new_top, total if spec.rounds_exp else total * shrink + jnp.sum(p, axis=-1), acc
 
             rows = q.shape[:-1]
-            start = (jnp.full(rows, MASKED, spec.wide), jnp.zeros(rows, spec.wide), jnp.zeros(q.shape, spec.wide))
+            start = (jnp.full(rows, MASKED, spec.wide), jnp.zeros(rows, spec.wide), jnp.zeros((*rows, v.shape[-1]), spec.wide))
             visible_part = jax.lax.fori_loop(0, whole, functools.partial(tile, False), start)
             top, total, acc = jax.lax.fori_loop(whole, end, functools.partial(tile, True), visible_part)
+            if spec.rounds_exp:
+                total, acc = acc[..., -1], acc[..., :-ONES]
             empty = total == 0.0
             total = jnp.where(empty, 1.0, total)
-            lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))
+            lse = jnp.where(empty, -jnp.inf, top * spec.exponent_scale + jnp.log(total))
             return (acc / total[..., None]).astype(spec.out_dtype), lse[..., None]
 
         return jax.lax.map(query_block, (q, q_index))
@@ -208,8 +237,11 @@ def _backward(spec: KernelSpec, queries: _QueryTiles, bias_params, k_BSKH, v_BSK
                 (dq, dkT, dvT, dbias), j = carry, order[i]
                 k_j, kT_j, vT_j, index_j = _take((k, kT, vT, k_index), j)
                 logits, capped = _logits(spec, masked, _matmul(q, kT_j, spec), q_index, index_j, bias_params)
-                p = jnp.exp(logits - lse[..., None])
-                ds = p * (_matmul(do, vT_j, spec) - delta[..., None])
+                p = _exp(spec, logits * spec.exponent_scale - lse[..., None])
+                if spec.rounds_exp:
+                    # XLA takes it for cheap, and would compute it again for ds.
+                    p = jax.lax.optimization_barrier(p)
+                ds = p.astype(spec.wide) * (_matmul(do, vT_j, spec) - delta[..., None])
                 if spec.bias is not None:
                     dbias = _add_bias_cotangent(spec, dbias, ds, q_index, index_j, bias_params)
                 if spec.softcap is not None:

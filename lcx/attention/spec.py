@@ -65,6 +65,19 @@ class KernelSpec:
         """Whether to multiply q by the scale, where that costs no precision; otherwise every tile of logits is read once more."""
         return self.tile_dtype == self.wide
 
+    @property
+    def exponent_scale(self) -> float:
+        """What tiles of logits are multiplied by inside the exponential: the scale, if nothing before needs it in them.
+
+        A pass over a tile to scale it costs as much as one that takes its exponential.
+        """
+        return 1.0 if self.prescaled or self.softcap is not None or self.bias is not None else self.scale
+
+    @property
+    def rounds_exp(self) -> bool:
+        """Whether probabilities are rounded as they are computed: on a CPU that multiplies tiles in bfloat16."""
+        return self.platform == "cpu" and self.tile_dtype == jnp.bfloat16
+
     def with_dtypes(self, dtype: Any) -> KernelSpec:
         """The same with dtypes that are not given taken from q's."""
         return dataclasses.replace(

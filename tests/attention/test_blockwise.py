@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lcx.attention.blockwise import blockwise
-from lcx.attention.dense import dense
-from lcx.attention.spec import Blocks
+from lcx.attention.blockwise import _exp, blockwise
+from lcx.attention.dense import MASKED, dense
+from lcx.attention.spec import Blocks, KernelSpec
 from lcx.attention.tiles import fold, unfold, visited_pairs
 from lcx.core.batch import Index
 from lcx.core.mask import Band, Mask, visible
@@ -78,21 +78,62 @@ def test_order_may_come_permuted():
     np.testing.assert_allclose(lse[:, perm], lse2, atol=2e-6)
 
 
-def test_bfloat16_inputs_against_a_float32_oracle():
-    """Bounds: two units in the last place of bfloat16 (2⁻⁸) of the largest value of each array, one for the output."""
+@pytest.mark.parametrize("platform,exact", [("tpu", 1e-5), ("cpu", 2**-8)])
+def test_bfloat16_inputs_against_a_float32_oracle(platform, exact):
+    """Bounds: two units in the last place of bfloat16 (2⁻⁸) of the largest value of each array, one for the output.
+
+    On a CPU the log-sum-exp is that of rounded probabilities.
+    """
     index = Index.dense(B, S)
     inputs = draw(jnp.bfloat16, q_tokens=S)
     inputs[4] = inputs[4].astype(jnp.float32)
-    tiled = functools.partial(call, blockwise, blocks=Blocks(16, 16))
+    tiled = functools.partial(call, blockwise, blocks=Blocks(16, 16), platform=platform)
     o, lse, got = gradients(tiled, *inputs, index, index, mask=Mask(), scale=0.35)
     o2, lse2, wanted = gradients(
         functools.partial(call, dense), *(x.astype(jnp.float32) for x in inputs), index, index, mask=Mask(), scale=0.35
     )
     assert o.dtype == jnp.bfloat16 and lse.dtype == jnp.float32 and got[0].dtype == jnp.bfloat16
     np.testing.assert_allclose(o.astype(jnp.float32), o2, atol=2**-8 * float(jnp.abs(o2).max()))
-    np.testing.assert_allclose(lse, lse2, atol=1e-5)
+    np.testing.assert_allclose(lse, lse2, atol=exact)
     for one, two in zip(got[:3], wanted[:3], strict=True):
         np.testing.assert_allclose(one.astype(jnp.float32), two, atol=2**-7 * float(jnp.abs(two).max()))
+
+
+@pytest.mark.parametrize("softcap,bias", [(None, None), (3.0, T5Bias(8, 20, True))])
+def test_rounded_probabilities_with_empty_rows(softcap, bias):
+    """As `test_chunk_with_lse_cotangent_and_empty_rows`, to the bounds of bfloat16."""
+    q_index, k_index = chunk_index()
+    options = {"mask": Mask(window=13), "scale": 0.3, "softcap": softcap, "bias": bias}
+    tiled = functools.partial(call, blockwise, blocks=Blocks(8, 16, 1, 2), platform="cpu")
+    inputs = draw(jnp.bfloat16)
+    inputs[4] = inputs[4].astype(jnp.float32)
+    o, lse, got = gradients(tiled, *inputs, q_index, k_index, **options)
+    inputs = [x.astype(jnp.float32) for x in inputs]
+    o2, lse2, wanted = gradients(functools.partial(call, dense), *inputs, q_index, k_index, **options)
+    for one, two in zip((o, lse, *got), (o2, lse2, *wanted), strict=True):
+        one, two = np.asarray(one.astype(jnp.float32)), np.asarray(two)
+        seen = np.isfinite(two)
+        assert (one[~seen] == two[~seen]).all()
+        np.testing.assert_allclose(one[seen], two[seen], atol=2**-7 * np.abs(two[seen]).max())
+    empty = ~np.asarray(visible(options["mask"], q_index, k_index)).any(axis=2)
+    assert empty.any() and (np.asarray(o)[empty] == 0).all() and (np.asarray(got[0])[empty] == 0).all()
+
+
+def test_rounded_probabilities_keep_what_is_not_a_number():
+    index, (q, k, v, *_) = Index.dense(B, S), draw(jnp.bfloat16, q_tokens=S)
+    q = q.at[1, 7, 2, 0].set(jnp.nan)
+    o, lse = call(blockwise, q, k, v, index, index, Mask(), scale=0.35, blocks=Blocks(16, 16), platform="cpu")
+    wrong = np.isnan(np.asarray(o.astype(jnp.float32))).any(axis=-1)
+    assert wrong[1, 7, 2] and wrong.sum() == 1 and (np.isnan(lse) == wrong).all()
+
+
+def test_exponentials_in_bfloat16():
+    spec = KernelSpec(Mask(), 1.0, platform="cpu", tile_dtype=jnp.dtype(jnp.bfloat16))
+    x = np.concatenate([-np.geomspace(1e-6, 87, 10001), [0.0]]).astype(np.float32)
+    got = np.asarray(jax.jit(functools.partial(_exp, spec))(x).astype(jnp.float32), np.float64)
+    # Half a unit in the last place, and the polynomial's error.
+    np.testing.assert_allclose(got, np.exp(x.astype(np.float64)), rtol=2**-8 + 1e-4)
+    assert got[-1] == 1.0 and np.asarray(_exp(spec, jnp.asarray([-90.0, MASKED, -jnp.inf]))).tolist() == [0.0, 0.0, 0.0]
 
 
 def temporary_bytes(length, mask):
