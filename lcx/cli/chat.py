@@ -19,7 +19,7 @@ from absl import flags
 from lcx.cli import config_flags, parse, sampling_flags
 from lcx.core import console
 from lcx.core.configs import nearest
-from lcx.core.errors import UserError
+from lcx.core.errors import UserError, naming
 from lcx.evals import zero_shot
 from lcx.recipes import models
 from lcx.recipes.conversation import Conversation
@@ -42,17 +42,16 @@ def define(values: flags.FlagValues) -> None:
         "checkpoint", None, "a run's workdir, one of its checkpoints, a Hugging Face folder or a GGUF file", flag_values=values
     )
     flags.DEFINE_string("stage", None, "use the weights from the end of this stage (default: the newest)", flag_values=values)
-    flags.DEFINE_multi_string("file", [], "a text to put before the first question; may be repeated", flag_values=values)
+    flags.DEFINE_multi_string("file", [], "a text to put before the first question", flag_values=values)
     flags.DEFINE_string("system", None, "the system message", flag_values=values)
     flags.DEFINE_string("chat_template", None, "a file with another chat template (jinja2)", flag_values=values)
     sampling_flags.define(values, 512, "answer")
     flags.DEFINE_string("positions", "none", "positional scheme to try zero-shot, such as yarn:factor=4", flag_values=values)
-    flags.DEFINE_integer(
-        "length", None, "tokens that the chat may have (default: what the weights were trained for)", flag_values=values
-    )
+    parse.define_length("length", None, "tokens that the chat may have (default: what the weights were trained for)", values)
     config_flags.define_dtype(values)
 
 
+@naming(sampling_flags.NAMES)
 def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     """Chat."""
     parse.nothing_left(rest, "chat", "checkpoint")

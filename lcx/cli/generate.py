@@ -31,7 +31,7 @@ def define(values: flags.FlagValues) -> None:
         "checkpoint", None, "a run's workdir, one of its checkpoints, a Hugging Face folder or a GGUF file", flag_values=values
     )
     flags.DEFINE_string("stage", None, "use the weights from the end of this stage (default: the newest)", flag_values=values)
-    flags.DEFINE_multi_string("prompt", [], "text to continue; may be repeated", flag_values=values)
+    flags.DEFINE_multi_string("prompt", [], "text to continue", flag_values=values)
     flags.DEFINE_multi_string(
         "prompt_file", [], "a text file with one prompt, or a .jsonl file with a 'prompt' on each line", flag_values=values
     )
@@ -42,12 +42,12 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("chunk", None, "prompt tokens to process at a time (default: 512)", flag_values=values)
     flags.DEFINE_string("positions", "none", "positional scheme to try zero-shot, such as yarn:factor=16", flag_values=values)
     config_flags.define_dtype(values)
-    flags.DEFINE_integer("context", 1, "devices to split the tokens of a row over", flag_values=values)
-    flags.DEFINE_integer("tensor", 1, "devices to split the heads over", flag_values=values)
+    flags.DEFINE_integer("context", 1, "devices to split the tokens of a row over", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("tensor", 1, "devices to split the heads over", lower_bound=1, flag_values=values)
     distributed_flags.define(values)
 
 
-@naming({"mesh.context": "--context", "mesh.tensor": "--tensor"})
+@naming({"mesh.context": "--context", "mesh.tensor": "--tensor", **sampling_flags.NAMES})
 def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     """Generate."""
     if rest:

@@ -16,13 +16,17 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def naming(settings: Mapping[str, str]) -> Iterator[None]:
-    """Errors raised inside call each setting (a key such as `evals.lengths`) what the user has called it (`--lengths`)."""
+    """Errors raised inside call each setting (a key such as `evals.lengths`) what the user has called it (`--lengths`).
+
+    A key that ends in `=` is renamed only where a value follows, for those that are words of English, too.
+    """
     try:
         yield
     except UserError as error:
         text = renamed = str(error)
         for key, name in settings.items():
-            renamed = re.sub(rf"(?<![\w.-]){re.escape(key)}(?!\w|\.\w)", name, renamed)
+            follows = "" if key.endswith("=") else r"(?!\w|\.\w)"
+            renamed = re.sub(rf"(?<![\w.-]){re.escape(key)}{follows}", name, renamed)
         if renamed == text:
             raise
         raise UserError(renamed) from error

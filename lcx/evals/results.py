@@ -208,7 +208,7 @@ def _load(path: str | os.PathLike[str]) -> Mapping[str, object]:
     except (IsADirectoryError, NotADirectoryError):
         raise UserError(f"{path} is not a file; name an evaluation, such as runs/quickstart/eval/after.json") from None
     except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); delete it and evaluate again") from None
+        raise UserError(f"{path} is not JSON ({error}); name an evaluation, or evaluate again under another --label") from None
     if not isinstance(values, Mapping):
-        raise UserError(f"{path} does not hold an evaluation; delete it and evaluate again")
+        raise UserError(f"{path} does not hold an evaluation; name one, such as runs/quickstart/eval/after.json")
     return values

@@ -154,8 +154,8 @@ def evaluate_endpoint(
     return _kept(EvalResult(label, longest, None, rows, time.perf_counter() - started, settings, notes), workdir)
 
 
-def fitting_tasks(materials: Materials) -> list[tuple[Task, list[int]]]:
-    """The tasks of an evaluation, and the lengths of each: those that it fits into, after a warning about others.
+def fitting_tasks(materials: Materials, quiet: bool = False) -> list[tuple[Task, list[int]]]:
+    """The tasks of an evaluation, and the lengths of each: those that it fits into, after a warning about others unless `quiet`.
 
     Raises `UserError` for a task that fits into none, if it is named itself or its group has no other, and for text or files that
     none reads.
@@ -182,7 +182,7 @@ def fitting_tasks(materials: Materials) -> list[tuple[Task, list[int]]]:
             last = refused[max(refused)]
     if left_out and not found:
         raise last
-    for lengths, names in left_out.items():
+    for lengths, names in () if quiet else left_out.items():
         warn_left_out(names, lengths)
     materials.refuse_unread()
     return found
@@ -242,13 +242,17 @@ class _Course:
         doing = "{0.task}, {0.scheme} at {0.length:,}".format(self._coming[0])
         self._bar.advance(doing + _left(forecast.remaining(self._coming, self._seconds)))
         cell = self._coming.pop(0)
+        first: list[tuple[float, int]] = []
 
         def heard(added: int) -> None:
-            took, share = time.perf_counter() - started, (added - before) / answers if answers else None
-            whole = self._seconds if share is None else {**self._seconds, cell: took / share}
+            took, here, whole = time.perf_counter() - started, 0.0, self._seconds
+            first.append((took, added))
+            if answers and added > first[0][1]:
+                # Programs are compiled for the first answers, so that only those after them say how long the others take.
+                here = (before + answers - added) * (took - first[0][0]) / (added - first[0][1])
+                whole = {**whole, cell: took + here}
             left = forecast.remaining(self._coming, whole)
-            here = 0.0 if share is None else max(0.0, took / share - took)
-            self._bar.note(f"{doing}, answer {added - before:,}" + _left(None if left is None else left + here))
+            self._bar.note(f"{doing}, answer {added - before:,}" + _left(None if left is None else left + max(0.0, here)))
 
         self._log.heard = heard
         yield

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from lcx.adapters import lora
+from lcx.core.console import warn
 from lcx.core.errors import UserError
 from lcx.core.trees import Tree
 from lcx.interop import folder as hf
@@ -29,6 +30,9 @@ from lcx.interop.hf_config import Described
 from lcx.interop.peft import CONFIG, EMBEDDINGS, HEAD, PREFIX, RECORD, WEIGHTS, by_module
 from lcx.interop.shards import some
 from lcx.interop.weights import Slot
+
+SHAPES = ("vocab_size", "model_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "num_experts")
+"""What a base has in common with the model that its adapter was trained over."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,14 +51,14 @@ def save(out: Path, adapted: Adapted, described: Described, base: Path, record: 
     """Write an adapter's folder; returns its adapter_config.json.
 
     `described` has the positions that the adapter was trained with, which a config.json beside it says to transformers, with
-    `base`'s other keys. `record` is what else lcx knows of them. Raises `UserError` if `out` exists, and for what peft cannot
-    express.
+    `base`'s other keys. `record` is what else lcx knows of them. Raises `UserError` if `out` exists, for a base of other shapes,
+    and for what peft cannot express; warns of one with other weights.
     """
     hf.check_new(out)
+    below, flat = HfFolder(base), flax.traverse_util.flatten_dict(adapted.params, sep="/")
+    _check_base(below, flat, adapted, described)
     values = hf_config.write(described.model, described.schemes, described.length, "float32", hf_config.values_of(base), None, None)
-    slots = HfFolder(base).slots
-    flat = flax.traverse_util.flatten_dict(adapted.params, sep="/")
-    tensors, settings = _written(slots, flat, adapted, described)
+    tensors, settings = _written(below.slots, flat, adapted, described)
     settings = {**settings, "base_model_name_or_path": str(base.absolute())}
     if jax.process_index() != 0:
         return settings
@@ -67,6 +71,30 @@ def save(out: Path, adapted: Adapted, described: Described, base: Path, record: 
             (part / name).write_text(text + "\n", encoding="utf-8")
         hf.copy_companions(base, part, described.length)
     return settings
+
+
+def _check_base(base: HfFolder, flat: Mapping[str, Any], adapted: Adapted, described: Described) -> None:
+    for name in SHAPES:
+        ours, theirs = (getattr(model, name) for model in (described.model, base.described.model))
+        if ours != theirs:
+            raise UserError(
+                f"the adapters were trained over a model with {name}={ours}, and {base.folder} has {name}={theirs}; name a folder "
+                "of their own base with --base"
+            )
+
+    def is_compared(parts: list[Slot]) -> bool:
+        plain = all(isinstance(flat.get(slot.path), jax.Array | np.ndarray) and slot.path not in adapted.trained for slot in parts)
+        return plain and not parts[0].table and len(parts[0].tensor_shape) == 2
+
+    name = next((name for name, parts in base.slots.items() if is_compared(parts)), None)
+    if name is None:
+        return
+    ours = weights.tensor(flat, base.slots[name], "float32")
+    with base.shards.open(name) as read:
+        theirs = np.asarray(read((slice(None),)), np.float32)
+    # A copy in bfloat16 differs by half a percent at most.
+    if (share := float(np.abs(ours - theirs).mean() / np.abs(ours).mean())) > 0.02:
+        warn(f"{base.folder} is not the base that the adapters were trained over: {name} differs by {share:.0%}")
 
 
 def _written(

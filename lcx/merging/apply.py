@@ -223,8 +223,8 @@ class Application:
         dtype: str | None = None,
         on_conflict: str = "say whose the result gets with --rotary=delta ({}) or --rotary=target",
     ):
-        if not math.isfinite(weight):
-            raise UserError(f"--weight={weight} must be finite; 1 adds the change as it is")
+        if not math.isfinite(weight) or not weight:
+            raise UserError(f"--weight={weight} must be finite and not 0; 1 adds the change as it is")
         self.delta, self.target, self.weight = opened(delta), Model(target), weight
         self._dtype = None if dtype is None else choice("--dtype", dtype, tuple(DTYPES.values()))
         if self.delta.tuned is not None:

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from lcx.core.configs import positive
 from lcx.core.console import Progress, say, table
 from lcx.core.errors import UserError
 from lcx.interop import hf_config, peft_save
@@ -70,7 +69,8 @@ class Extraction:
         """
         if (rank is None) == (energy is None):
             raise UserError("give either --rank=R or --energy=SHARE, or --full or --sparse=SHARE for differences as they are")
-        positive("", rank=rank)
+        if rank is not None and rank < 1:
+            raise UserError(f"--rank={rank} must be at least 1")
         if energy is not None and not 0 < energy <= 1:
             raise UserError(f"--energy={energy} must be a share above 0 and at most 1, such as 0.99")
         whole, thin = self._changed(embed)

@@ -82,9 +82,10 @@ def same_architecture(models: Sequence[Model], whole: bool) -> None:
             way = "give them one vocabulary first (transformers: model.resize_token_embeddings)"
             raise _different(first, other, "vocab_size", sizes[0], sizes[1], way)
         ours, theirs = (_compared(model.values, whole) for model in (first, other))
+        way = "choose models of one shape, or correct a config.json that is wrong"
         for key in sorted(ours.keys() & theirs.keys(), key=lambda key: (key.startswith("model."), key)):
             if ours[key] != theirs[key]:
-                raise _different(first, other, key, ours[key], theirs[key], "make config.json agree, or choose other models")
+                raise _different(first, other, key, ours[key], theirs[key], way)
         if whole and first.layers != other.layers:
             raise _different(first, other, "layers", first.layers, other.layers, "choose layers with slices")
 

@@ -14,7 +14,7 @@ import numpy as np
 from lcx.core.errors import UserError
 from lcx.data.chat.chat import Chat
 from lcx.data.tokenizers.stream import NEIGHBOURS, Stream
-from lcx.evals.zero_shot import check
+from lcx.evals.zero_shot import at_length, check
 from lcx.model.architecture import build_architecture, build_schemes
 from lcx.model.sampling import GREEDY, Sampling
 from lcx.model.session import OnRead, Session
@@ -58,8 +58,11 @@ class Conversation:
         if "" in stop:
             raise UserError("a stop string is empty; omit it, or give text to stop at")
         model, trained = loaded.run.model, loaded.meta.length
-        self.length, self.used, self._answers = declared(check(positions), trained, length), 0, 0
-        schemes = schemes_for(model, build_schemes(model, loaded.schemes), positions, trained, self.length)
+        own = build_schemes(model, loaded.schemes)
+        # A slip in them is said before they are asked for a factor.
+        at_length(own, check(positions), trained, trained)
+        self.length, self.used, self._answers = declared(positions, trained, length), 0, 0
+        schemes = schemes_for(model, own, positions, trained, self.length)
         arch, buffers = build_architecture(model, loaded.run.execution, schemes, self.length)
         self._session = Session(loaded.params, buffers, arch, self.length)
         self._chat, self._system, self._first_texts, self._stop = chat, system, tuple(texts), tuple(stop)
@@ -96,7 +99,7 @@ class Conversation:
         if room < 1:
             raise UserError(
                 f"with this question the conversation has {len(tokens):,} tokens, which leaves no room for an answer in "
-                f"{self.length:,}; begin a new one, or declare a greater length"
+                f"{self.length:,}; begin a new one or a shorter text, or declare a greater length with length=N"
             )
         stream, ended = Stream(self._chat.tokenizer, self._stop, tokens[-NEIGHBOURS:]), "length"
 

@@ -178,7 +178,7 @@ def schemes_for(
     """
     if trained is not None and length > trained and positions.strip() == "none":
         warn(
-            f"prompt and new tokens add up to {length:,}, but the weights were trained up to {trained:,} tokens; beyond that "
+            f"up to {length:,} tokens are wanted, but the weights were trained up to {trained:,}; beyond that "
             "quality may drop; --positions tries another scheme"
         )
     chosen = at_length(schemes, positions, trained or length, length)

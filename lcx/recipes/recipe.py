@@ -23,7 +23,7 @@ from lcx.evals.backends.local import LocalBackend
 from lcx.evals.base import Evaluator
 from lcx.evals.config import EvalConfig
 from lcx.evals.results import EvalResult
-from lcx.evals.runner import chosen_tasks, evaluate
+from lcx.evals.runner import chosen_tasks, evaluate, fitting_tasks, gather
 from lcx.evals.zero_shot import at_length
 from lcx.model.architecture import build_schemes
 from lcx.model.config import ModelConfig
@@ -110,6 +110,8 @@ def run_recipe(
             profile.check(stage_ends(chosen.run)[-1], stage_ends(chosen.run)[-1])
         say(f"{workdir} is finished: {stage_ends(chosen.run)[-1]} steps; report: {workdir / 'report.html'}")
         return
+    # What no text of an evaluation fits into is said now, not after the training.
+    fitting_tasks(gather(chosen.run.data, chosen.evals), quiet=True)
     with goodput.Recorder(since) as record:
         given = models.initial_weights(chosen.run.init_from)
         train(chosen.run, workdir, given=given, profile=profile, fewer=fewer, record=record)

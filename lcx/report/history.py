@@ -144,7 +144,7 @@ def _json(path: pathlib.Path) -> Mapping[str, Any]:
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); delete it or restore it") from None
+        raise UserError(f"{path} is not JSON ({error}); restore it from a copy") from None
 
 
 def _rows(path: pathlib.Path) -> list[Mapping[str, Any]]:

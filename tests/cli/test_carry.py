@@ -49,7 +49,7 @@ def test_from_two_models_to_a_third(root, tmp_path, capsys):
             "give one of --rank=R, --energy=SHARE, --full and --sparse=SHARE; none was",
         ),
         (["extract", "BASE", "TUNED", "--out=OUT", "--rank=2", "--full"], "=SHARE; --rank and --full were"),
-        (["extract", "BASE", "TUNED", "--out=OUT", "--rank=0"], "rank=0 must be above 0"),
+        (["extract", "BASE", "TUNED", "--out=OUT", "--rank=0"], "--rank=0 must be at least 1"),
         (["extract", "BASE", "TUNED", "--out=OUT", "--energy=1.5"], "--energy=1.5 must be a share above 0 and at most 1"),
         (["extract", "BASE", "TUNED", "--out=OUT", "--sparse=0"], "--sparse=0.0 must be a share of the numbers above 0"),
         (["extract", "BASE", "TUNED", "--out=OUT", "--full", "--embed"], "--embed is for adapters; --full has all tensors"),

@@ -98,7 +98,7 @@ def test_the_first_interrupt_ends_an_answer_and_the_second_the_program():
         ("/reset now\n", (), "/reset takes nothing behind it; got 'now'"),
         ("\udcff\n", (), "standard input is not UTF-8 text; convert it"),
         ("", ("--file=nowhere.txt",), "file nowhere.txt does not exist"),
-        ("", ("--positions=yarn",), "names no factor; say with length=N"),
+        ("", ("--positions=yarn",), "--positions='yarn' names no factor; say with --length=N"),
         ("", ("--temperature=0", "--top_k=3"), "--top_k=3 only applies to sampling"),
         ("", ("--chat_template=nowhere.jinja",), "chat template nowhere.jinja cannot be read"),
         ("", ("again",), "unexpected argument 'again'; see lcx chat --help"),

@@ -272,3 +272,22 @@ def test_what_peft_cannot_express(bases, tmp_path):
     with pytest.raises(UserError, match="peft can save all, those of adapted modules or none"):
         save(tmp_path / "out", Adapted(params, frozenset(trained)), source.described, source.folder, {})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_base_that_is_not_the_adapters_own(bases, tmp_path, capsys):
+    source = HfFolder(bases("llama", **LLAMA))
+    params, trained = adapted(source, LoraConfig(rank=2, targets=("query",)))
+    made = Adapted(params, frozenset(trained))
+    other = bases("llama", **{**LLAMA, "intermediate_size": 48})
+    with pytest.raises(
+        UserError, match="were trained over a model with mlp_dim=[0-9]+, and .* has mlp_dim=48; name a folder of their"
+    ):
+        save(tmp_path / "out", made, source.described, other, {})
+    save(tmp_path / "out", made, source.described, source.folder, {})
+    assert "warning" not in capsys.readouterr().err
+    shutil.copytree(source.folder, tmp_path / "changed")
+    file = tmp_path / "changed" / "model.safetensors"
+    save_file({name: 1.5 * x for name, x in load_file(file).items()}, file, metadata={"format": "pt"})
+    save(tmp_path / "over", made, source.described, tmp_path / "changed", {})
+    said = " ".join(capsys.readouterr().err.split())
+    assert "is not the base that the adapters were trained over: lm_head.weight differs by 50%" in said

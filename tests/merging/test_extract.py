@@ -212,7 +212,7 @@ def test_models_that_do_not_belong_together(models, tmp_path):
         Application(str(tmp_path / "adapter"), str(tmp_path / "wide"))
     with pytest.raises(UserError, match="holds neither lcx_delta.json nor adapter_config.json"):
         Application(base, base)
-    with pytest.raises(UserError, match="--weight=nan must be finite"):
+    with pytest.raises(UserError, match="--weight=nan must be finite and not 0"):
         Application(str(tmp_path / "adapter"), base, weight=float("nan"))
     for name in ("config.json", "checksums.json"):
         (tmp_path / "adapter" / name).unlink()

@@ -127,6 +127,9 @@ def test_positions_are_tried(loaded, chat, capsys):
     ("options", "says"),
     [
         ({"positions": "yarn"}, "positions='yarn' names no factor; say with length=N"),
+        ({"positions": "yarn:factr=4"}, "has no field 'factr'; did you mean 'factor'"),
+        ({"positions": "yarn:factor=big"}, "yarn.factor='big': expected float, got str"),
+        ({"positions": "yarn:factor=-4"}, "yarn.factor=-4.0 must be at least 1"),
         ({"positions": "yarm", "length": 9}, "'yarm' is unknown; did you mean 'yarn'"),
         ({"length": 1}, "length=1 must be from 2 to"),
         ({"length": 1 << 31}, "must be from 2 to 2,147,483,647 tokens"),

@@ -60,6 +60,13 @@ def test_a_finished_run_is_not_done_again(chosen, tmp_path, capsys):
         run_recipe(chosen, workdir, ["lcx", "run"])
 
 
+def test_lengths_that_no_question_fits_into_are_refused_before_training(chosen, tmp_path):
+    evals = dataclasses.replace(chosen.evals, tasks=("ruler_vt", "perplexity"))
+    with pytest.raises(UserError, match="evals.lengths has 32, but ruler_vt takes at least"):
+        run_recipe(dataclasses.replace(chosen, evals=evals), tmp_path / "run", ["lcx", "run"])
+    assert not (tmp_path / "run").exists()
+
+
 def test_evaluations_lie_on_the_mesh_of_the_longest_rows(chosen, tmp_path, monkeypatch):
     """The run's own mesh may be none of its stages'."""
     short, long = chosen.run.stages
