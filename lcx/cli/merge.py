@@ -32,7 +32,7 @@ def define(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     flags.DEFINE_integer("tune_steps", None, "steps of the search (default: 100)", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("tune_length", None, "tokens of a row of its text (default: at most 512)", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("tune_length", None, "tokens of a row of its text (default: up to 512)", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("tune_tokens", None, "tokens of its text (default: 32,768)", lower_bound=1, flag_values=values)
     flags.DEFINE_float(
         "max_shard_gb", 5.0, "maximum size of a file of the directory in gigabytes", lower_bound=1e-6, flag_values=values

@@ -244,6 +244,7 @@ def test_words_and_wording_are_apart_from_every_evaluation(tmp_path):
     rng = random.Random(0)
     invented = {words.word(rng) for _ in range(20000)}
     assert not invented & set(evaluation_words.vocabulary())
+    assert not {word.lower() for word in (*words.FIRSTS, *words.SECONDS)} & set(evaluation_words.vocabulary())
     shown = set()
     for skill in SKILLS:
         tokenizer, rows = rows_of(skill, 2048, 24)

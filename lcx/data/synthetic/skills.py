@@ -61,12 +61,34 @@ def retrieval(rng: random.Random, size: Size) -> Exercise:
                 "What does the note of {who} say {thing} equals?",
                 "What do the notes say {thing} equals?",
             ),
+            (
+                "In the register of {who}, beneath the heading {thing} and in another hand, stands {value}.",
+                "What stands in the register of {who} beneath the heading {thing}?",
+                "What stands in any register beneath the heading {thing}?",
+            ),
+            (
+                "{value} is what {who} was told to bring along to the {thing}.",
+                "What was {who} told to bring along to the {thing}?",
+                "What was anybody told to bring along to the {thing}?",
+            ),
+            (
+                "The ticket that {who} got for the {thing} at the last moment bears the mark {value}.",
+                "Which mark does the ticket of {who} for the {thing} bear?",
+                "Which marks do tickets for the {thing} bear?",
+            ),
+            (
+                "Nobody but {who} had heard that the {thing} was known abroad as {value}.",
+                "As what was the {thing} known abroad, of which {who} had heard?",
+                "As what was the {thing} known abroad?",
+            ),
         )
     )
-    draw, kind = words.Distinct(rng), rng.choice(words.VALUES)
+    draw, kind, named = words.Distinct(rng), rng.choice(words.VALUES), words.naming(rng, size.facts)
     shared = rng.random() < 0.3
-    things = [draw(words.word) for _ in range(max(1, size.facts // 2) if shared else size.facts)]
-    facts = [(rng.choice(words.NAMES), things[i % len(things)], draw(kind)) for i in range(size.facts)]
+    things = [draw(named) for _ in range(max(1, size.facts // 2) if shared else size.facts)]
+    # Where all facts are one person's, only the things tell them apart.
+    people = [rng.choice(words.NAMES)] if rng.random() < 0.5 else words.NAMES
+    facts = [(rng.choice(people), things[i % len(things)], draw(kind)) for i in range(size.facts)]
     rng.shuffle(facts)
     order = list(things)
     rng.shuffle(order)
@@ -94,10 +116,10 @@ def lookup(rng: random.Random, size: Size) -> Exercise:
             ("<item name={key}>{value}</item>", "What is inside the item named {key}?"),
         )
     )
-    draw, kind, pairs = words.Distinct(rng), rng.choice(words.VALUES), []
+    draw, kind, named, pairs = words.Distinct(rng), rng.choice(words.VALUES), words.naming(rng, 2 * size.lines), []
 
     def more() -> str:
-        pairs.append((draw(words.word), draw(kind)))
+        pairs.append((draw(named), draw(kind)))
         return line.format(key=pairs[-1][0], value=pairs[-1][1])
 
     return Exercise("A list to consult:\n", _each(rng, pairs, lambda pair: (question.format(key=pair[0]), pair[1])), line=more)

@@ -18,10 +18,30 @@ NAMES = (
 """People."""
 
 
+FIRSTS = (
+    "crimson", "cobalt", "ochre", "maroon", "cedar", "pewter", "granite", "northern", "southern", "eastern", "lower", "outer",
+    "inner", "third", "seventh", "ninth", "twelfth", "oaken", "golden", "wicker", "woollen", "scarlet", "indigo", "turquoise",
+    "russet", "coastal", "inland", "upland", "riverside", "roadside", "hillside", "Dutch", "Welsh", "Flemish", "Roman", "Greek",
+    "Nordic", "alpine", "lavender", "juniper",
+)  # fmt: skip
+SECONDS = (
+    "ledger", "anchor", "chisel", "anvil", "scythe", "sickle", "harness", "bridle", "axle", "loom", "spindle", "thimble", "goblet",
+    "tankard", "flagon", "torch", "chimney", "rafter", "gable", "courtyard", "crypt", "lance", "rudder", "keel", "quay", "jetty",
+    "lighthouse", "weir", "forge", "smithy", "tannery", "brewery", "granary", "dovecote", "beehive", "furrow", "haystack",
+    "windmill", "signpost", "tollgate",
+)  # fmt: skip
+"""Words of English, none of which is in the lists that evaluations draw from."""
+
+
 def word(rng: random.Random) -> str:
     """An invented word of two or three syllables."""
     middle = "".join(rng.choice(MIDDLES) + rng.choice(VOWELS) for _ in range(rng.randint(1, 2)))
     return rng.choice(ONSETS) + rng.choice(VOWELS) + middle + rng.choice(CODAS)
+
+
+def pair(rng: random.Random) -> str:
+    """Two words of English, such as northern lighthouse: its tokens are common ones, and other names have one of the words, too."""
+    return f"{rng.choice(FIRSTS)} {rng.choice(SECONDS)}"
 
 
 def number(rng: random.Random) -> str:
@@ -33,6 +53,11 @@ def number(rng: random.Random) -> str:
 def code(rng: random.Random) -> str:
     """Two letters and digits in groups, such as KX-4071-92."""
     return f"{''.join(rng.choices('BCDFGHJKLMNPQRSTVWXZ', k=2))}-{rng.randrange(1000, 10000)}-{rng.randrange(10, 100)}"
+
+
+def naming(rng: random.Random, count: int) -> Callable[[random.Random], str]:
+    """What `count` facts are told apart by: words or, as long as few of all there are get used up, pairs."""
+    return rng.choice((word, pair)) if 4 * count <= len(FIRSTS) * len(SECONDS) else word
 
 
 VALUES: tuple[Callable[[random.Random], str], ...] = (number, code, word)
