@@ -112,15 +112,13 @@ def _logits(spec: KernelSpec, masked: bool, raw, q_index: Index, k_index: Index,
     return logits, capped
 
 
-def _exp(spec: KernelSpec, x: jax.Array) -> jax.Array:
-    """exp(x) for x of at most about 0.
+def _rounded_exp(x: jax.Array) -> jax.Array:
+    """exp(x) in bfloat16 for float32 x of at most about 0, for `spec.rounds_exp`.
 
-    With `spec.rounds_exp` in bfloat16: the whole part of the power of two in the bits of the exponent, the rest by a polynomial
-    whose relative error is 1e-4, a fortieth of bfloat16's (as FlashAttention-4 does on GPUs, arXiv 2603.05451). XLA's own
-    exponential, rounded, takes twice as long.
+    The whole part of the power of two is put into the bits of the exponent, the rest is a polynomial whose relative error is 1e-4,
+    a fortieth of bfloat16's (as FlashAttention-4 does on GPUs, arXiv 2603.05451). XLA's own exponential, rounded, takes twice as
+    long.
     """
-    if not spec.rounds_exp:
-        return jnp.exp(x)
     # At 2^-127 the bits are those of 0.
     x = jnp.maximum(x * math.log2(math.e), -127.0)
     whole = jnp.floor(x)
@@ -158,6 +156,7 @@ def _forward(spec: KernelSpec, q_BTNH, k_BSKH, v_BSKH, q_index, k_index, bias_pa
         raise ValueError(f"{blocks} must divide {B} rows, {N} heads and {K} KV heads (a bias needs all heads in one group)")
     q, q_index = _fold_queries(spec, q_BTNH, q_index, k_BSKH.shape[2])
     k, v, k_index = _fold_keys(spec, k_BSKH, v_BSKH, k_index)
+    exp = _rounded_exp if spec.rounds_exp else jnp.exp
     if spec.rounds_exp:
         # The product with values sums the probabilities, too.
         v = jnp.concatenate([v, jnp.ones((*v.shape[:-1], ONES), v.dtype)], axis=-1)
@@ -178,7 +177,7 @@ def _forward(spec: KernelSpec, q_BTNH, k_BSKH, v_BSKH, q_index, k_index, bias_pa
                 new_top = jnp.maximum(top, jnp.max(logits, axis=-1))
                 # A row without a visible key so far has new_top = MASKED; halving it keeps exp(MASKED - ...) at 0 there.
                 safe = jnp.maximum(new_top, MASKED / 2)
-                p = _exp(spec, (logits - safe[..., None]) * spec.exponent_scale)
+                p = exp((logits - safe[..., None]) * spec.exponent_scale)
                 shrink = jnp.exp((top - safe) * spec.exponent_scale)
                 acc = acc * shrink[..., None] + _matmul(p, v_j, spec)
                 return new_top, total if spec.rounds_exp else total * shrink + jnp.sum(p, axis=-1), acc
@@ -221,6 +220,7 @@ def _query_residuals(spec: KernelSpec, q_BTNH, q_index, kv_heads: int, whole: Pa
 def _backward(spec: KernelSpec, queries: _QueryTiles, bias_params, k_BSKH, v_BSKH, k_index):
     """The gradients; dq in tiles like `queries`."""
     k, v, k_index = _fold_keys(spec, k_BSKH, v_BSKH, k_index)
+    exp = _rounded_exp if spec.rounds_exp else jnp.exp
     zero_bias = jax.tree.map(lambda x: jnp.zeros(x.shape, spec.wide), bias_params)
 
     def group(dbias, args):
@@ -237,7 +237,7 @@ def _backward(spec: KernelSpec, queries: _QueryTiles, bias_params, k_BSKH, v_BSK
                 (dq, dkT, dvT, dbias), j = carry, order[i]
                 k_j, kT_j, vT_j, index_j = _take((k, kT, vT, k_index), j)
                 logits, capped = _logits(spec, masked, _matmul(q, kT_j, spec), q_index, index_j, bias_params)
-                p = _exp(spec, logits * spec.exponent_scale - lse[..., None])
+                p = exp(logits * spec.exponent_scale - lse[..., None])
                 if spec.rounds_exp:
                     # XLA takes it for cheap, and would compute it again for ds.
                     p = jax.lax.optimization_barrier(p)

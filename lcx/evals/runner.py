@@ -251,6 +251,8 @@ class _Course:
                 # Programs are compiled for the first answers, so that only those after them say how long the others take.
                 here = (before + answers - added) * (took - first[0][0]) / (added - first[0][1])
                 whole = {**whole, cell: took + here}
+            elif answers and self._seconds:
+                here = (forecast.remaining([cell], self._seconds) or 0.0) - took
             left = forecast.remaining(self._coming, whole)
             self._bar.note(f"{doing}, answer {added - before:,}" + _left(None if left is None else left + max(0.0, here)))
 

@@ -305,8 +305,9 @@ def test_a_long_evaluation_tells_how_much_time_is_left(params, data, tmp_path, m
 
     assert measured(tmp_path / "a") == [
         "needle_in_prose, none at 512",
+        "needle_in_prose, none at 512, answer 1",
         *(
-            f"needle_in_prose, none at 512, answer {i}; about {duration(512 * (5 - i) + 5 * 1024)} left" for i in range(1, 6)
+            f"needle_in_prose, none at 512, answer {i}; about {duration(512 * (5 - i) + 5 * 1024)} left" for i in range(2, 6)
         ),
         f"needle_in_prose, none at 1,024; about {duration(5 * 1024)} left",
         *(f"needle_in_prose, none at 1,024, answer {i}; about {duration(1024 * (5 - i))} left" for i in range(1, 6)),
