@@ -105,7 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--books", required=True, help="files of plain text, as a pattern")
     parser.add_argument("--workdir", type=Path, default=Path("runs/008_real_model"))
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--tokens_per_step", type=int, default=4096)
     parser.add_argument("--samples", type=int, default=2, help="texts of needles at each length")
     parser.add_argument("--perplexity_tokens", type=int, default=1 << 14, help="tokens of held-out text at each length")
