@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--squad", required=True, help="a file of questions, laid out like SQuAD's")
     parser.add_argument("--workdir", type=Path, required=True, help="of the extended model")
     parser.add_argument("--samples", type=int, default=2, help="of each RULER task at each length")
-    parser.add_argument("--short_samples", type=int, default=10, help="of each short task")
+    parser.add_argument("--short_samples", type=int, default=10, help="of each short task; 0 leaves them out")
     parser.add_argument("--lengths", type=int, nargs="+", default=(4096, 16384))
     parser.add_argument("--lengths_before", type=int, nargs="+", default=(4096,))
     args = parser.parse_args()
@@ -97,7 +97,8 @@ def main() -> None:
         name: joined([asked(model, name, RULER, length, args.samples, args) for length in lengths[name]])
         for name, model in both.items()
     }
-    short = {name: asked(model, name, SHORT, SHORT_LENGTH, args.short_samples, args) for name, model in both.items()}
+    asks = args.short_samples > 0
+    short = {name: asked(model, name, SHORT, SHORT_LENGTH, args.short_samples, args) for name, model in both.items() if asks}
     record = {
         "samples": args.samples,
         "short_samples": args.short_samples,
@@ -106,7 +107,8 @@ def main() -> None:
     }
     (HERE / "questions.json").write_text(json.dumps(record, indent=1) + "\n")
     markdown.fill(HERE / "README.md", "ruler", ruler_table(ruler))
-    markdown.fill(HERE / "README.md", "short", short_table(short))
+    if short:
+        markdown.fill(HERE / "README.md", "short", short_table(short))
     say(f"written to {HERE}")
 
 
