@@ -4,7 +4,7 @@
 
 The workdir is that of run.py, --squad a file laid out like SQuAD's. Resumes: what is measured is kept in the workdir, length by
 length. --lengths, --lengths_before and --samples choose how long it takes: on two cores with AMX a sample of the twelve tasks takes
-five minutes at 4,096 tokens and 20 at 16,384. Writes questions.json and two tables of README.md.
+two minutes at 4,096 tokens. Writes questions.json and two tables of README.md.
 """
 
 from __future__ import annotations
