@@ -21,6 +21,7 @@ from lcx.evals import comparison
 from lcx.evals.config import EvalConfig, QuestionConfig
 from lcx.evals.results import EvalResult, plain_rows
 from lcx.evals.tasks.table import GROUPS
+from lcx.evals.text.questions import average
 from lcx.recipes import models
 from lcx.report import markdown
 from lcx.training.loading import Loaded
@@ -48,31 +49,25 @@ def joined(found: list[EvalResult]) -> EvalResult:
     return dataclasses.replace(found[0], rows=tuple(row for result in found for row in result.rows if row.metric == "score"))
 
 
-def percent(values: list[float]) -> str:
-    """Their mean."""
-    return f"{100 * sum(values) / len(values):.0f}%" if values else ""
-
-
 def ruler_table(found: dict[str, EvalResult]) -> str:
     """A line for each task, and their average."""
     columns = [(name, length) for name in MODELS for length in found[name].values("length")]
+    whole = {
+        name: dataclasses.replace(result, rows=tuple(average(result.rows, "average", RULER))) for name, result in found.items()
+    }
 
-    def scores(task: str | None, name: str, length: int) -> list[float]:
-        rows = found[name].rows
-        return [row.value for row in rows if row.length == length and row.task == (task or row.task) and row.task in RULER]
+    def line(task: str, results: dict[str, EvalResult]) -> tuple[str, ...]:
+        values = {name: result.select(task=task).by_length() for name, result in results.items()}
+        return task, *(f"{100 * values[name][length]:.0f}%" for name, length in columns)
 
-    lines = [(task, *(percent(scores(task, *column)) for column in columns)) for task in RULER]
-    lines.append(("average", *(percent(scores(None, *column)) for column in columns)))
+    lines = [*(line(task, found) for task in RULER), line("average", whole)]
     return markdown.table(("", *(f"{name}, {length:,}" for name, length in columns)), lines)
 
 
 def short_table(found: dict[str, EvalResult]) -> str:
     """A line for each task, with the paired difference and its interval."""
-    lines = []
-    for row in comparison.compare(found["as it is"], found["extended"], "none"):
-        mean, low, high, *_ = row.difference
-        values = (f"{100 * row.before:.0f}%", f"{100 * row.after:.0f}%", f"{100 * mean:+.0f} [{100 * low:+.0f}, {100 * high:+.0f}]")
-        lines.append((row.task, *values, row.verdict))
+    compared = comparison.compare(found["as it is"], found["extended"], "none")
+    lines = [(row.task, row.shown(row.before), row.shown(row.after), row.gap, row.verdict) for row in compared]
     return markdown.table(("", *MODELS, "difference [95%]", ""), lines)
 
 

@@ -77,7 +77,6 @@ def _why(before: results.EvalResult, after: results.EvalResult, scheme: str) -> 
 
 
 def _cells(row: comparison.Comparison) -> tuple[object, ...]:
-    mean, low, high, above, below = row.difference
-    gap = row.shown(mean, "+") + (f" [{row.shown(low, '+')}, {row.shown(high, '+')}]" if row.has_interval else "")
+    *_, above, below = row.difference
     means = row.shown(row.before), row.shown(row.after)
-    return row.task, row.metric, f"{row.length:,}", row.n, *means, gap, f"{above} / {below}", row.verdict
+    return row.task, row.metric, f"{row.length:,}", row.n, *means, row.gap, f"{above} / {below}", row.verdict

@@ -38,6 +38,12 @@ class Comparison(NamedTuple):
         low, high = (-self.difference.high, -self.difference.low) if self.is_loss else self.difference[1:3]
         return "better" if low > 0 else "worse" if high < 0 else "equal"
 
+    @property
+    def gap(self) -> str:
+        """The difference as text, with its interval if there is one."""
+        mean, low, high, *_ = self.difference
+        return self.shown(mean, "+") + (f" [{self.shown(low, '+')}, {self.shown(high, '+')}]" if self.has_interval else "")
+
     def shown(self, value: float, sign: str = "") -> str:
         """A mean or a difference (`sign` "+") as text: losses in nats, scores in percent."""
         return f"{value:{sign}.4f}" if self.is_loss else f"{100 * value:{sign}.1f}%"

@@ -242,14 +242,15 @@ class _Course:
         doing = "{0.task}, {0.scheme} at {0.length:,}".format(self._coming[0])
         self._bar.advance(doing + _left(forecast.remaining(self._coming, self._seconds)))
         cell = self._coming.pop(0)
-        first: list[tuple[float, int]] = []
+        first: tuple[float, int] | None = None
 
         def heard(added: int) -> None:
+            nonlocal first
             took, here, whole = time.perf_counter() - started, 0.0, self._seconds
-            first.append((took, added))
-            if answers and added > first[0][1]:
+            first = first or (took, added)
+            if answers and added > first[1]:
                 # Programs are compiled for the first answers, so that only those after them say how long the others take.
-                here = (before + answers - added) * (took - first[0][0]) / (added - first[0][1])
+                here = (before + answers - added) * (took - first[0]) / (added - first[1])
                 whole = {**whole, cell: took + here}
             elif answers and self._seconds:
                 here = (forecast.remaining([cell], self._seconds) or 0.0) - took

@@ -83,7 +83,7 @@ def retrieval(rng: random.Random, size: Size) -> Exercise:
             ),
         )
     )
-    draw, kind, named = words.Distinct(rng), rng.choice(words.VALUES), words.naming(rng, size.facts)
+    draw, kind, named = words.Distinct(rng), rng.choice(words.VALUES), words.telling_apart(rng, size.facts)
     shared = rng.random() < 0.3
     things = [draw(named) for _ in range(max(1, size.facts // 2) if shared else size.facts)]
     # Where all facts are one person's, only the things tell them apart.
@@ -116,7 +116,7 @@ def lookup(rng: random.Random, size: Size) -> Exercise:
             ("<item name={key}>{value}</item>", "What is inside the item named {key}?"),
         )
     )
-    draw, kind, named, pairs = words.Distinct(rng), rng.choice(words.VALUES), words.naming(rng, 2 * size.lines), []
+    draw, kind, named, pairs = words.Distinct(rng), rng.choice(words.VALUES), words.telling_apart(rng, 2 * size.lines), []
 
     def more() -> str:
         pairs.append((draw(named), draw(kind)))

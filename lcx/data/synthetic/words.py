@@ -55,7 +55,7 @@ def code(rng: random.Random) -> str:
     return f"{''.join(rng.choices('BCDFGHJKLMNPQRSTVWXZ', k=2))}-{rng.randrange(1000, 10000)}-{rng.randrange(10, 100)}"
 
 
-def naming(rng: random.Random, count: int) -> Callable[[random.Random], str]:
+def telling_apart(rng: random.Random, count: int) -> Callable[[random.Random], str]:
     """What `count` facts are told apart by: words or, as long as few of all there are get used up, pairs."""
     return rng.choice((word, pair)) if 4 * count <= len(FIRSTS) * len(SECONDS) else word
 
