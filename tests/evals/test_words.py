@@ -1,6 +1,7 @@
 """Every benchmark in words: what readers of all, of part and of nothing score, and how full its prompts are."""
 
 import random
+import re
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from lcx.report.question_plots import COUNTED
 from tests.evals.text_cases import Reader, bpe, pieces, task
 
 OTHERS = tuple(name for name in WORDS if name not in GROUPS["ruler"])
-AT_DEPTHS = ("needle_in_prose", "passkey", "key_value", "json_kv", "infinitebench_number")
+AT_DEPTHS = ("needle_in_prose", "single_needle_in_prose", "passkey", "key_value", "json_kv", "infinitebench_number")
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +59,16 @@ def test_answers_stand_at_the_depth_that_is_asked_for(name, tmp_path):
     items = made.items(16384, 4)
     scores = [made.score(item, output) for item, output in zip(items, Reader(name, 0.4).answers(items), strict=True)]
     assert scores == [float(item.depth >= 0.75) for item in items]
+
+
+def test_a_single_needle_is_alone_in_prose_that_is_the_same_at_all_depths(tmp_path):
+    needle = re.compile(r"The keeper of the \w+ \w+ chose the number \d+\. ?")
+    found = {name: task(name, tmp_path).items(4096, 2) for name in ("needle_in_prose", "single_needle_in_prose")}
+    assert {len(needle.findall(item.text)) for item in found["needle_in_prose"]} == {5}
+    assert {len(needle.findall(item.text)) for item in found["single_needle_in_prose"]} == {1}
+    hay = [needle.sub("", item.text).rpartition("Question:")[0].rstrip() for item in found["single_needle_in_prose"]]
+    # Items come depth by depth: those of the first text are at even places.
+    assert len(set(hay[::2])) == len(set(hay[1::2])) == 1 and hay[0] != hay[1]
 
 
 @pytest.mark.parametrize("name", AT_DEPTHS)

@@ -294,6 +294,7 @@ READERS = {
     "ruler_qa_1": _keeper,
     "ruler_qa_2": _river,
     "needle_in_prose": _chosen,
+    "single_needle_in_prose": _chosen,
     "passkey": _passkey,
     "infinitebench_number": _passkey,
     "key_value": _pair,

@@ -24,11 +24,14 @@ class NeedleInProse(TextQuestions):
 
     A unit is a word of prose.
 
-    All depths are asked about one text, which a model has to read once. Chance is that of guessing a number of seven digits.
+    All depths are asked about one text, which a model has to read once, and the other sentences distract from the one that is
+    asked for. A `single` one has the text to itself, as in Kamradt's needle in a haystack: the same prose for all depths, read
+    anew from the needle on. Chance is that of guessing a number of seven digits.
     """
 
     prose: Prose
     grid: tuple[float, ...]
+    single: bool = False
 
     version = 2
     answer_tokens = 16
@@ -54,9 +57,11 @@ class NeedleInProse(TextQuestions):
         # The ends of sentences, in characters; needles are set in from behind, so that places before them stay.
         ends = [0, *itertools.accumulate(len(sentence) + 1 for sentence in hay)]
         places = [min(range(len(ends)), key=lambda i: abs(ends[i] - depth * ends[-1])) for depth in self.grid]
-        for place, name, value in sorted(zip(places, named, values, strict=True), reverse=True):
+        needles = list(zip(places, named, values, strict=True))
+        asked = needles[self.grid.index(draw.depth)]
+        for place, name, value in [asked] if self.single else sorted(needles, reverse=True):
             hay.insert(place, f"The keeper of the {name} chose the number {value}.")
-        name, value = next(pair for *pair, depth in zip(named, values, self.grid, strict=True) if depth == draw.depth)
+        _, name, value = asked
         prompt = (
             f"Read the text below; a question about it follows.\n{' '.join(hay)}\n"
             f"Question: Which number did the keeper of the {name} choose?"

@@ -30,6 +30,7 @@ from lcx.evals.text.questions import TextQuestions
 
 WORDS: dict[str, tuple[type[TextQuestions], dict]] = {
     "needle_in_prose": (NeedleInProse, {}),
+    "single_needle_in_prose": (NeedleInProse, {"single": True}),
     "passkey": (Passkey, {}),
     "key_value": (KeyValuePairs, {}),
     "json_kv": (KeyValuePairs, {"demonstrations": 2}),
