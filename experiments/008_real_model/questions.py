@@ -1,10 +1,10 @@
-"""RULER, and ten tasks in short texts, asked of SmolLM2-135M-Instruct as it is and extended.
+"""Single needles, RULER, and ten tasks in short texts, asked of SmolLM2-135M-Instruct as it is and extended.
 
     python experiments/008_real_model/questions.py --books='books/*.txt' --squad=squad.json --workdir=runs/008_real_model
 
 The workdir is that of run.py, --squad a file laid out like SQuAD's. Resumes: what is measured is kept in the workdir, length by
 length. --lengths, --lengths_before and --samples choose how long it takes: on two cores with AMX a sample of the twelve tasks takes
-two minutes at 4,096 tokens. Writes questions.json and two tables of README.md.
+two minutes at 4,096 tokens. Writes questions.json, a picture and three tables of README.md.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lcx.evals.results import EvalResult, plain_rows
 from lcx.evals.tasks.table import GROUPS
 from lcx.evals.text.questions import average
 from lcx.recipes import models
-from lcx.report import markdown
+from lcx.report import markdown, plots, style
 from lcx.training.loading import Loaded
 
 RULER = tuple(name for name in GROUPS["ruler"] if name != "ruler_qa_2")
@@ -33,20 +33,29 @@ SHORT = (
     "ruler_niah_multikey_1", "ruler_vt", "ruler_qa_1",
 )  # fmt: skip
 SHORT_LENGTH = 1024
+SINGLE = "single_needle_in_prose"
 MODELS = ("as it is", "extended")
 
 
 def asked(model: Loaded, name: str, tasks: tuple[str, ...], length: int, samples: int, args: argparse.Namespace) -> EvalResult:
     """The scores at one length, from their file if they are there."""
-    questions = QuestionConfig(samples, prose=(args.books,), qa_1=args.squad)
+    questions = QuestionConfig(samples, prose=(args.books,), qa_1=args.squad if "ruler_qa_1" in tasks else None)
     evals = EvalConfig(tasks=tasks, lengths=(length,), questions=questions, zero_shot=())
-    kind = "short" if tasks == SHORT else "ruler"
+    kind = {SHORT: "short", RULER: "ruler", (SINGLE,): "single"}[tasks]
     return evaluated(model, evals, f"{kind}-{length}-{samples}-{name.replace(' ', '_')}", args.workdir)
 
 
 def joined(found: list[EvalResult]) -> EvalResult:
     """Results at several lengths as one."""
     return dataclasses.replace(found[0], rows=tuple(row for result in found for row in result.rows if row.metric == "score"))
+
+
+def single_table(found: dict[str, EvalResult]) -> str:
+    """A line for each model: the mean over depths by length."""
+    lengths = sorted({length for result in found.values() for length in result.values("length")})
+    values = {name: result.by_length() for name, result in found.items()}
+    lines = [(name, *(f"{100 * means[n]:.0f}%" if n in means else "" for n in lengths)) for name, means in values.items()]
+    return markdown.table(("", *(f"{n:,}" for n in lengths)), lines)
 
 
 def ruler_table(found: dict[str, EvalResult]) -> str:
@@ -79,28 +88,34 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True, help="of the extended model")
     parser.add_argument("--samples", type=int, default=2, help="of each RULER task at each length")
     parser.add_argument("--short_samples", type=int, default=10, help="of each short task; 0 leaves them out")
-    parser.add_argument("--lengths", type=int, nargs="+", default=(4096, 16384))
-    parser.add_argument("--lengths_before", type=int, nargs="+", default=(4096,))
+    parser.add_argument("--needle_samples", type=int, default=1, help="of a single needle at each depth and length")
+    parser.add_argument("--lengths", type=int, nargs="+", default=(4096, 8192, 16384), help="of the extended model")
+    parser.add_argument("--lengths_before", type=int, nargs="+", default=(4096,), help="of RULER, for the model as it is")
+    parser.add_argument("--needle_lengths_before", type=int, nargs="+", default=(4096, 8192, 16384), help="the same of needles")
     args = parser.parse_args()
     extended = models.load(args.workdir)
     source = models.load(str(extended.run.init_from))
     # Both are computed in the type of the training.
     source = dataclasses.replace(source, run=dataclasses.replace(source.run, execution=extended.run.execution))
     both = dict(zip(MODELS, (source, extended), strict=True))
-    lengths = dict(zip(MODELS, (args.lengths_before, args.lengths), strict=True))
-    ruler = {
-        name: joined([asked(model, name, RULER, length, args.samples, args) for length in lengths[name]])
-        for name, model in both.items()
-    }
+
+    def at(tasks: tuple[str, ...], lengths_before: tuple[int, ...], samples: int) -> dict[str, EvalResult]:
+        lengths = dict(zip(MODELS, (lengths_before, args.lengths), strict=True))
+        return {name: joined([asked(both[name], name, tasks, n, samples, args) for n in lengths[name]]) for name in MODELS}
+
+    single = at((SINGLE,), args.needle_lengths_before, args.needle_samples)
+    ruler = at(RULER, args.lengths_before, args.samples)
     asks = args.short_samples > 0
     short = {name: asked(model, name, SHORT, SHORT_LENGTH, args.short_samples, args) for name, model in both.items() if asks}
     record = {
-        "samples": args.samples,
-        "short_samples": args.short_samples,
+        "samples": {"needles": args.needle_samples, "ruler": args.samples, "short": args.short_samples},
+        "needles": {name: plain_rows(result) for name, result in single.items()},
         "ruler": {name: plain_rows(result) for name, result in ruler.items()},
         "short": {name: plain_rows(result) for name, result in short.items()},
     }
     (HERE / "questions.json").write_text(json.dumps(record, indent=1) + "\n")
+    style.save(plots.needles(single), HERE / "single_needles.png")
+    markdown.fill(HERE / "README.md", "single", single_table(single))
     markdown.fill(HERE / "README.md", "ruler", ruler_table(ruler))
     if short:
         markdown.fill(HERE / "README.md", "short", short_table(short))

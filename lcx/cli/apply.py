@@ -1,5 +1,6 @@
 """Lay an adapter or extracted differences over a model of the same architecture, into a new Hugging Face folder.
 
+lcx apply DELTA MODEL --out=DIR
 lcx apply models/context models/MyLlama-3-8B --out=models/MyLlama-3-8B-1M [--weight=0.8] [--rotary=delta]
 """
 

@@ -34,7 +34,7 @@ COMMANDS = {
 }
 """Command -> what it does. Each is a module of this package with `define(values)` and `main(values, rest)`."""
 
-WITHOUT_DEVICES = ("report", "theta", "diff", "verify", "compare")
+WITHOUT_DEVICES = ("report", "theta", "extract", "apply", "diff", "verify", "compare")
 """Commands that compute nothing on devices."""
 
 

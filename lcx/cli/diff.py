@@ -1,5 +1,6 @@
 """Compare two models tensor by tensor: runs, their checkpoint folders, Hugging Face folders or GGUF files, in any pairing.
 
+lcx diff ONE OTHER
 lcx diff runs/extend_hf models/Llama-3.2-1B
 """
 

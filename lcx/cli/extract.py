@@ -1,5 +1,6 @@
 """Extract what a fine-tune adds to its base: a low-rank adapter in peft's files, or the differences, all or the largest.
 
+lcx extract BASE TUNED --out=DIR
 lcx extract models/Llama-3-8B models/Llama-3-8B-1M --out=models/context --rank=64
 lcx extract models/Llama-3-8B models/Llama-3-8B-1M --out=models/context --energy=0.99 | --full | --sparse=0.1
 """

@@ -23,14 +23,13 @@ from lcx.cli import config_flags
 from lcx.core.configs import choice
 from lcx.core.console import say, table, warn
 from lcx.core.errors import UserError
-from lcx.core.numbers import duration, step_time
+from lcx.core.numbers import duration, size, step_time
 from lcx.planning import plan as planning
 from lcx.planning import search
 from lcx.planning.compile import has_compiler
 from lcx.planning.plan import StagePlan
 from lcx.planning.topology import Topology, topology
 from lcx.recipes.recipe import recipe
-from lcx.training.memory import size
 from lcx.training.stages import RunConfig
 
 

@@ -16,6 +16,13 @@ def step_time(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds < 100 else f"{seconds:,.0f} s"
 
 
+def size(count: float) -> str:
+    """A number of bytes as people read it."""
+    if count >= 1e8:
+        return f"{count / 1e9:,.1f} GB"
+    return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count / 1e3:,.1f} kB"
+
+
 def counted(count: int, noun: str, plural: str | None = None) -> str:
     """A count and what is counted, as in `1 device` and `4,096 devices`; `plural` where it is not the noun with an s."""
     return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"

@@ -18,6 +18,7 @@ import numpy as np
 
 from lcx.core.console import Progress, say, table
 from lcx.core.errors import UserError
+from lcx.core.numbers import counted, size
 from lcx.interop import hf_config, peft_save
 from lcx.interop.families import ROPE_KEYS
 from lcx.interop.folder import created, files_with_weights
@@ -102,8 +103,10 @@ class Extraction:
                 (part / name).write_text(text + "\n", encoding="utf-8")
             (part / hf_config.FILE).write_text(config_text(self.tuned.values), encoding="utf-8")
             self._companions(part)
-        size = sum(x.nbytes for x in tensors.values())
-        say(f"extracted {len(found)} modules and {len(whole)} whole tensors, {size / 1e6:,.1f} MB, into {out}")
+        if rank is not None and (fewer := sum(one.rank < rank for one in found)):
+            say(f"--rank={rank} is more than {fewer} of {counted(len(found), 'difference')} have; their adapters have their rank")
+        written = size(sum(x.nbytes for x in tensors.values()))
+        say(f"extracted {counted(len(found), 'module')} and {counted(len(whole), 'whole tensor')}, {written}, into {out}")
         return found
 
     def full(self, out: Path) -> None:
@@ -118,11 +121,11 @@ class Extraction:
             )
             for name in names
         ]  # fmt: skip
-        size = sum(work.stored.bytes for work in works)
-        with created(out, size) as part:
+        needed = sum(work.stored.bytes for work in works)
+        with created(out, needed) as part:
             stream(part, works, "extract")
             self._finish(part, {"form": "full"})
-        say(f"extracted {len(names)} tensors, {size / 1e9:,.2f} GB, into {out}")
+        say(f"extracted {len(names)} tensors, {size(needed)}, into {out}")
 
     def sparse(self, out: Path, share: float) -> None:
         """Write the largest differences of every tensor, a `share` of its numbers, as indices and values."""
@@ -240,10 +243,10 @@ def _factors(module: str, delta: np.ndarray, rank: int | None, energy: float | N
 
 def _largest(x: np.ndarray, count: int) -> np.ndarray:
     """Indices of the `count` largest numbers by size, ascending."""
-    size = np.abs(x)
+    distance = np.abs(x)
     if count >= x.size:
         return np.arange(x.size)
-    return np.sort(np.argpartition(size, x.size - count)[x.size - count :])
+    return np.sort(np.argpartition(distance, x.size - count)[x.size - count :])
 
 
 def _group(name: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from lcx.core.console import say, table, warn
 from lcx.core.errors import UserError
+from lcx.core.numbers import counted, size
 from lcx.interop.folder import created, files_with_weights, raise_tokenizer_length, refuse_full_disk, tokenizer_files
 from lcx.interop.hf_config import FILE, read_json
 from lcx.merging import models as checks
@@ -68,8 +69,8 @@ class Merge:
         table("rotary settings", ("model", "layers", "settings", ""), settings)
         free = shutil.disk_usage(next(path for path in out.absolute().parents if path.exists())).free
         types = ", ".join(sorted({job.stored.dtype for job in self.plan.jobs}))
-        left = f"the disk has {free / 1e9:,.1f} GB left"
-        say(f"would write {self.plan.numbers:,} parameters as {types} ({self.bytes / 1e9:,.2f} GB) into {out}; {left}")
+        left = f"the disk has {size(free)} left"
+        say(f"would write {self.plan.numbers:,} parameters as {types} ({size(self.bytes)}) into {out}; {left}")
 
     def write(self, out: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
         """Write the result as a new folder, which is there whole or not at all."""
@@ -83,9 +84,10 @@ class Merge:
             raise_tokenizer_length(part, values.get(LENGTH, 0))
             (part / "README.md").write_text(self._card(out), encoding="utf-8")
         seconds = time.perf_counter() - start
-        what = f"{len(self.models)} model{'s' * (len(self.models) != 1)} by {self.config.merge_method}"
-        size = f"{self.plan.numbers:,} parameters, {self.bytes / 1e9:,.2f} GB, in {seconds:,.1f} s"
-        say(f"merged {what} into {out}: {size}")
+        base = self.config.base_model
+        what = counted(len(self.models.keys() - {base}), "model") + (" and a base" if base else "")
+        figures = f"{self.plan.numbers:,} parameters, {size(self.bytes)}, in {seconds:,.1f} s"
+        say(f"merged {what} by {self.config.merge_method} into {out}: {figures}")
 
     def _works(self) -> list[Work]:
         def work(job: Job) -> Work:

@@ -11,13 +11,13 @@ from lcx.core.configs import choice
 from lcx.core.errors import UserError
 from lcx.core.host import available_memory
 from lcx.core.mesh import MeshConfig
+from lcx.core.numbers import size
 from lcx.planning.compile import Compiled, compile_step
 from lcx.planning.memory import Held, held
 from lcx.planning.program import sizes_over
 from lcx.planning.roofline import StepTime, step_time
 from lcx.planning.topology import Topology
 from lcx.planning.work import Work, work_of
-from lcx.training.memory import size
 from lcx.training.stages import RunConfig, StageConfig
 
 

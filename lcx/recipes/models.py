@@ -21,6 +21,7 @@ from lcx.core.errors import UserError
 from lcx.core.files import sampled_hash
 from lcx.core.gguf import is_gguf, stem
 from lcx.core.mesh import MeshConfig, fast_dtype, make_mesh
+from lcx.core.numbers import size
 from lcx.core.quantized import Hold
 from lcx.core.trees import Tree, cast, num_bytes, num_elements, paths
 from lcx.data.config import DataConfig
@@ -38,7 +39,6 @@ from lcx.recipes.cards import Adapter, check_hub_name, write_card
 from lcx.training import loading
 from lcx.training.checkpoints import FOLDER, Store
 from lcx.training.loading import InitialWeights, Loaded
-from lcx.training.memory import size
 from lcx.training.meta import Meta, scheme_configs
 from lcx.training.stages import CheckpointConfig, RunConfig, StageConfig, stage_ends
 from lcx.training.workdir import CONFIG, begun, fingerprint, open_workdir
@@ -212,7 +212,7 @@ def import_model(source: str | Path, workdir: Path, mesh: Mesh | None = None, dt
         (workdir / CONFIG).unlink(missing_ok=True)
         shutil.rmtree(workdir / FOLDER, ignore_errors=True)
         raise
-    say(f"imported {num_elements(params):,} parameters as {dtype} ({num_bytes(params) / 1e9:,.2f} GB) into {workdir}")
+    say(f"imported {num_elements(params):,} parameters as {dtype} ({size(num_bytes(params))}) into {workdir}")
 
 
 def export_model(
@@ -330,10 +330,10 @@ def _dtype(asked: str | None, stored: str | None) -> str:
 
 
 def _check_tokenizer(run: RunConfig) -> None:
-    size = tokenizers.load(run.data.tokenizer).vocab_size
-    if size > run.model.vocab_size:
+    count = tokenizers.load(run.data.tokenizer).vocab_size
+    if count > run.model.vocab_size:
         raise UserError(
-            f"the tokenizer in {run.data.tokenizer} has ids up to {size - 1}, but the model's vocabulary ends at "
+            f"the tokenizer in {run.data.tokenizer} has ids up to {count - 1}, but the model's vocabulary ends at "
             f"{run.model.vocab_size - 1}; it belongs to another model, so replace it with this model's own"
         )
 

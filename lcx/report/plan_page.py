@@ -8,14 +8,13 @@ from pathlib import Path
 
 from lcx.core.errors import UserError
 from lcx.core.files import write_atomically
-from lcx.core.numbers import duration
+from lcx.core.numbers import duration, size
 from lcx.planning import plan as planning
 from lcx.planning.memory import PARTS
 from lcx.planning.plan import StagePlan
 from lcx.planning.roofline import StepTime
 from lcx.report import style
 from lcx.report.page import page, picture, sections, table
-from lcx.training.memory import size
 from lcx.training.stages import RunConfig
 
 COLOURS = dict(zip(PARTS, style.LINES, strict=False))

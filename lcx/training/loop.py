@@ -171,7 +171,7 @@ class Trainer:
         # Of what came too late for a step: the evaluation that may follow would not hear of it.
         if number := max(processes.exchange("stop", self.stop.signal or 0)):
             self._leave(self.ends[-1], number)
-        say(f"done: {counted(self.ends[-1], 'step')}; metrics and checkpoints in {self.workdir}")
+        say(f"trained {counted(self.ends[-1], 'step')}; metrics and checkpoints in {self.workdir}")
         params = state.all_params
         return Result(self.workdir, self.ends[-1], params, built.arch, built.buffers, built.schemes, tuple(self.decisions))
 

@@ -17,6 +17,7 @@ from lcx.core.console import warn
 from lcx.core.errors import UserError
 from lcx.core.host import available_memory
 from lcx.core.mesh import axis_size
+from lcx.core.numbers import size
 from lcx.core.trees import Tree, paths
 from lcx.model.config import ModelConfig
 from lcx.model.execution import ExecutionConfig
@@ -101,11 +102,6 @@ def check_program(run: RunConfig, stage: StageConfig, step: TrainStep, program: 
 def bytes_beside_arguments(found: Any) -> int:
     """What a program needs besides its arguments by its `memory_analysis`: temporaries, and results that are not in their place."""
     return found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-
-
-def size(count: float) -> str:
-    """A number of bytes as people read it."""
-    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
 
 
 def _need(stage: StageConfig, mesh: Mesh, need: Mapping[str, int], how: str = "") -> str:

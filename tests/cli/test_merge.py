@@ -188,13 +188,20 @@ def test_a_disk_that_fills_while_a_merge_is_written(root, tmp_path):
     assert [found.name for found in tmp_path.iterdir()] == ["merge.yml"]
 
 
+def test_a_base_is_not_counted_as_one_of_the_models(root, tmp_path, capsys):
+    path = tmp_path / "merge.yml"
+    path.write_text(TIES.replace("ROOT", str(root)))
+    main(["merge", f"--config={path}", f"--out={tmp_path / 'out'}"])
+    assert f"merged 1 model and a base by ties into {tmp_path / 'out'}: " in capsys.readouterr().out
+
+
 def test_a_merge_says_where_it_is(root, tmp_path, capsys):
     path = tmp_path / "merge.yml"
     path.write_text(LINEAR.replace("ROOT", str(root)))
     out = tmp_path / "models" / "merged"
     main(["merge", f"--config={path}", f"--out={out}"])
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith(f"merged 2 models by linear into {out}: 9,104 parameters, 0.00 GB")
+    assert last.startswith(f"merged 2 models by linear into {out}: 9,104 parameters, 36.4 kB")
     assert json.loads((out / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
     assert yaml.safe_load(path.read_text())["merge_method"] in (out / "README.md").read_text()
     main(["merge", "--help"])

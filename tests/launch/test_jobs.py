@@ -69,7 +69,7 @@ def test_two_processes_train_as_one(tmp_path, devices):
     assert close([row["loss"] for row in found], [row["loss"] for row in expected])
     assert close([row["grad_norm"] for row in found], [row["grad_norm"] for row in expected])
     # Standard output is process 0's.
-    assert "done: 2 steps" in job.said(tmp_path / "logs", 0) and "done:" not in job.said(tmp_path / "logs", 1)
+    assert "trained 2 steps" in job.said(tmp_path / "logs", 0) and "trained 2 steps" not in job.said(tmp_path / "logs", 1)
 
 
 @pytest.mark.slow

@@ -98,6 +98,15 @@ def test_an_adapter_of_sufficient_rank_gives_back_the_fine_tune(models, tmp_path
     np.testing.assert_allclose(ours, wanted, atol=1e-5 * np.max(np.abs(wanted)))
 
 
+def test_a_rank_above_that_of_the_differences_is_said(models, tmp_path, capsys):
+    found = extracted(models, tmp_path / "adapter", rank=9999)
+    assert {one.rank for one in found} == {3}
+    said = f"--rank=9999 is more than {len(found)} of {len(found)} differences have; their adapters have their rank"
+    assert said in capsys.readouterr().out
+    extracted(models, tmp_path / "other", rank=3)
+    assert "is more than" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("asked", [{"rank": 2}, {"energy": 0.8}], ids=str)
 def test_rank_energy_and_error_are_those_of_the_decomposition(models, tmp_path, asked, capsys):
     found = {one.module: one for one in extracted(models, tmp_path / "adapter", **asked)}
