@@ -51,7 +51,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("shard_tokens", 1 << 24, "tokens per shard; finished shards survive an interruption", flag_values=values)
 
 
-@naming({f"source.{name}": f"--{name}" for name in OF_SOURCE})
+@naming({**{f"source.{name}": f"--{name}" for name in OF_SOURCE}, "shard_tokens": "--shard_tokens"})
 def main(values: flags.FlagValues, rest: Sequence[str]) -> None:
     """Prepare the dataset."""
     if rest:

@@ -165,6 +165,7 @@ WRONG = {
     TEMPLATE
     + "own.jinja --config.data.parts.text.source.path={tmp}/page.jsonl": "page.jsonl:1 has no messages under source.field=",
     "data prepare --kind=chat --path={tmp}/chats.jsonl --out={new}": "--kind='chat' is read directly, with its loss weights",
+    "data prepare --path={tmp}/empty.txt --kind=text --out={new} --shard_tokens=0": "--shard_tokens=0 must be above 0",
     "data prepare --kind=text": "--out is missing; name the directory to write, such as --out=data/text",
     "data prepare --kind=texty --out={new}": "--kind='texty' is unknown; did you mean 'text'",
     "data prepare --kind=text --path={tmp}/empty.txt --out={new} --split=test": "--split=test means nothing to --kind='text', only",
