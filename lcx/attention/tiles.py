@@ -73,7 +73,7 @@ def row_terms(whole: Partial, cotangent: Partial, dtype: Any) -> tuple[jax.Array
     D = rowsum(do · o) − dlse. A row that saw nothing gets p = exp(−huge) = 0.
     """
     (o, lse), (do, dlse) = whole, cotangent
-    delta = jnp.sum(do.astype(dtype) * o.astype(dtype), axis=-1) - dlse
+    delta = jnp.einsum("...h,...h->...", do.astype(dtype), o.astype(dtype), precision="highest") - dlse
     return jnp.where(jnp.isneginf(lse), -MASKED, lse), delta
 
 
