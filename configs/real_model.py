@@ -7,8 +7,8 @@ Hardware: 2 CPU cores with 8 GB of memory; any GPU.
 Time:     two and three quarter hours of training and three quarters of an hour of evaluations on 2 CPU cores; with AMX half of
           that. --config.steps=... is shorter, and 100 do most of it.
 Result:   runs/real_model/report.html, and a folder that transformers and vLLM load. On books the perplexity at 16,384 tokens goes
-          from 41.8 to 17.7, and eight needles of ten are found there in place of none; at 32,768, five of ten
-          (experiments/008_real_model).
+          from 41.8 to 17.7, and of texts with five needles eight of ten are found there in place of none, at 32,768 five of
+          ten; of single needles all, and four of five (experiments/008_real_model).
 
 Another model: --config.source=FOLDER or a GGUF file, with --config.target=... Adapters: --config.lora.rank=16
 --config.optim.lr=2e-4. Whole rows: --config.pose_tokens=None, or longer ones at the end by
