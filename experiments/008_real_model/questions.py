@@ -3,7 +3,7 @@
     python experiments/008_real_model/questions.py --books='books/*.txt' --squad=squad.json --workdir=runs/008_real_model
 
 The workdir is that of run.py, --squad a file laid out like SQuAD's. Resumes: what is measured is kept in the workdir, length by
-length. --lengths, --lengths_before and --tokens choose how long it takes: on two cores with AMX a text of each of the twelve tasks
+length. --lengths, --lengths_before and --samples choose how long it takes: on two cores with AMX a text of each of the twelve tasks
 takes two minutes at 4,096 tokens, 12 at 16,384 and 45 at 32,768. Writes questions.json, a picture and three tables of README.md.
 """
 
@@ -35,6 +35,8 @@ SHORT = (
 SHORT_LENGTH = 1024
 SINGLE = "single_needle_in_prose"
 MODELS = ("as it is", "extended")
+WITHIN = 8192
+"""Of longer texts there is one."""
 
 
 def asked(model: Loaded, name: str, tasks: tuple[str, ...], length: int, samples: int, args: argparse.Namespace) -> EvalResult:
@@ -86,7 +88,8 @@ def main() -> None:
     parser.add_argument("--books", required=True, help="files of plain text, as a pattern")
     parser.add_argument("--squad", required=True, help="a file of questions, laid out like SQuAD's")
     parser.add_argument("--workdir", type=Path, required=True, help="of the extended model")
-    parser.add_argument("--tokens", type=int, default=4096, help="of each task at each length, or the one text that is longer")
+    parser.add_argument("--samples", type=int, default=1, help="of each RULER task at each length")
+    parser.add_argument("--needle_samples", type=int, default=2, help="of a single needle at each depth")
     parser.add_argument("--short_samples", type=int, default=5, help="of each short task; 0 leaves them out")
     parser.add_argument("--lengths", type=int, nargs="+", default=(4096, 16384), help="of RULER, for the extended model")
     parser.add_argument("--lengths_before", type=int, nargs="+", default=(4096,), help="the same, for the model as it is")
@@ -99,18 +102,22 @@ def main() -> None:
     source = dataclasses.replace(source, run=dataclasses.replace(source.run, execution=extended.run.execution))
     both = dict(zip(MODELS, (source, extended), strict=True))
 
-    def at(tasks: tuple[str, ...], *lengths: tuple[int, ...]) -> dict[str, EvalResult]:
+    def at(tasks: tuple[str, ...], samples: int, *lengths: tuple[int, ...]) -> dict[str, EvalResult]:
+        def count(length: int) -> int:
+            return samples if length <= WITHIN else 1
+
         return {
-            name: joined([asked(both[name], name, tasks, n, max(1, args.tokens // n), args) for n in here])
+            name: joined([asked(both[name], name, tasks, n, count(n), args) for n in here])
             for name, here in zip(MODELS, lengths, strict=True)
         }
 
-    single = at((SINGLE,), args.needle_lengths_before, args.needle_lengths)
-    ruler = at(RULER, args.lengths_before, args.lengths)
+    single = at((SINGLE,), args.needle_samples, args.needle_lengths_before, args.needle_lengths)
+    ruler = at(RULER, args.samples, args.lengths_before, args.lengths)
     asks = args.short_samples > 0
     short = {name: asked(model, name, SHORT, SHORT_LENGTH, args.short_samples, args) for name, model in both.items() if asks}
     record = {
-        "tokens": args.tokens,
+        "samples": args.samples,
+        "needle_samples": args.needle_samples,
         "short_samples": args.short_samples,
         "needles": {name: plain_rows(result) for name, result in single.items()},
         "ruler": {name: plain_rows(result) for name, result in ruler.items()},
