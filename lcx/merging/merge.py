@@ -84,8 +84,8 @@ class Merge:
             raise_tokenizer_length(part, values.get(LENGTH, 0))
             (part / "README.md").write_text(self._card(out), encoding="utf-8")
         seconds = time.perf_counter() - start
-        base = self.config.base_model
-        what = counted(len(self.models.keys() - {base}), "model") + (" and a base" if base else "")
+        merged = {one.model.folder for job in self.plan.jobs for one in job.models}
+        what = counted(len(merged), "model") + (" and a base" if any(job.base for job in self.plan.jobs) else "")
         figures = f"{self.plan.numbers:,} parameters, {size(self.bytes)}, in {seconds:,.1f} s"
         say(f"merged {what} by {self.config.merge_method} into {out}: {figures}")
 

@@ -188,11 +188,19 @@ def test_a_disk_that_fills_while_a_merge_is_written(root, tmp_path):
     assert [found.name for found in tmp_path.iterdir()] == ["merge.yml"]
 
 
-def test_a_base_is_not_counted_as_one_of_the_models(root, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (TIES, "merged 1 model and a base by ties"),
+        # It is there for its tokenizer, and a model like the other.
+        (LINEAR.replace("linear,", "linear, base_model: ROOT/base,"), "merged 2 models by linear"),
+    ],
+)
+def test_a_base_is_not_counted_as_one_of_the_models(root, tmp_path, capsys, text, said):
     path = tmp_path / "merge.yml"
-    path.write_text(TIES.replace("ROOT", str(root)))
+    path.write_text(text.replace("ROOT", str(root)))
     main(["merge", f"--config={path}", f"--out={tmp_path / 'out'}"])
-    assert f"merged 1 model and a base by ties into {tmp_path / 'out'}: " in capsys.readouterr().out
+    assert f"{said} into {tmp_path / 'out'}: " in capsys.readouterr().out
 
 
 def test_a_merge_says_where_it_is(root, tmp_path, capsys):
