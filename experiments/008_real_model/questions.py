@@ -14,7 +14,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from run import HERE, evaluated
+from run import HERE, evaluated, length_table, percent
 
 from lcx.core.console import say
 from lcx.evals import comparison
@@ -52,14 +52,6 @@ def joined(found: list[EvalResult]) -> EvalResult:
     return dataclasses.replace(found[0], rows=tuple(row for result in found for row in result.rows if row.metric == "score"))
 
 
-def single_table(found: dict[str, EvalResult]) -> str:
-    """A line for each model: the mean over depths by length."""
-    lengths = sorted({length for result in found.values() for length in result.values("length")})
-    values = {name: result.by_length() for name, result in found.items()}
-    lines = [(name, *(f"{100 * means[n]:.0f}%" if n in means else "" for n in lengths)) for name, means in values.items()]
-    return markdown.table(("", *(f"{n:,}" for n in lengths)), lines)
-
-
 def ruler_table(found: dict[str, EvalResult]) -> str:
     """A line for each task, and their average."""
     columns = [(name, length) for name in MODELS for length in found[name].values("length")]
@@ -69,7 +61,7 @@ def ruler_table(found: dict[str, EvalResult]) -> str:
 
     def line(task: str, results: dict[str, EvalResult]) -> tuple[str, ...]:
         values = {name: result.select(task=task).by_length() for name, result in results.items()}
-        return task, *(f"{100 * values[name][length]:.0f}%" for name, length in columns)
+        return task, *(percent(values[name][length]) for name, length in columns)
 
     lines = [*(line(task, found) for task in RULER), line("average", whole)]
     return markdown.table(("", *(f"{name}, {length:,}" for name, length in columns)), lines)
@@ -125,7 +117,7 @@ def main() -> None:
     }
     (HERE / "questions.json").write_text(json.dumps(record, indent=1) + "\n")
     style.save(plots.needles(single), HERE / "single_needles.png")
-    markdown.fill(HERE / "README.md", "single", single_table(single))
+    markdown.fill(HERE / "README.md", "single", length_table(single, percent))
     markdown.fill(HERE / "README.md", "ruler", ruler_table(ruler))
     if short:
         markdown.fill(HERE / "README.md", "short", short_table(short))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lcx.cli import parse
@@ -80,6 +80,19 @@ def panels(before: EvalResult, tried: EvalResult | None, after: EvalResult, long
     return found
 
 
+def length_table(found: dict[str, EvalResult], shown: Callable[[float], str]) -> str:
+    """A table with a line for each model, and its means as `shown` in a column for each length."""
+    means = {name: result.by_length() for name, result in found.items()}
+    lengths = sorted({length for values in means.values() for length in values})
+    lines = [(name, *(shown(values[n]) if n in values else "" for n in lengths)) for name, values in means.items()]
+    return markdown.table(("", *(f"{n:,}" for n in lengths)), lines)
+
+
+def percent(score: float) -> str:
+    """A score as the tables show it."""
+    return f"{100 * score:.0f}%"
+
+
 def write(compared: dict[str, EvalResult], history: list[dict], settings: dict) -> None:
     """results.json, the pictures, and the tables of the README."""
     record = {"settings": settings, "rows": {name: plain_rows(result) for name, result in compared.items()}, "training": history}
@@ -88,16 +101,8 @@ def write(compared: dict[str, EvalResult], history: list[dict], settings: dict) 
     texts = {name: result.select(task="perplexity", metric="nll") for name, result in compared.items()}
     style.save(plots.needles(needles), HERE / "needles.png")
     style.save(plots.perplexity(texts, TRAINED), HERE / "perplexity.png")
-    lengths = sorted({length for result in compared.values() for length in result.values("length")})
-    for name, results, shown in (
-        ("needles", needles, lambda value: f"{100 * value:.0f}%"),
-        ("perplexity", texts, lambda value: f"{perplexity(value):.2f}"),
-    ):
-        table = []
-        for model, result in results.items():
-            values = result.by_length()
-            table.append((model, *(shown(values[length]) if length in values else "" for length in lengths)))
-        markdown.fill(HERE / "README.md", name, markdown.table(("", *(f"{n:,}" for n in lengths)), table))
+    markdown.fill(HERE / "README.md", "needles", length_table(needles, percent))
+    markdown.fill(HERE / "README.md", "perplexity", length_table(texts, lambda value: f"{perplexity(value):.2f}"))
 
 
 def main() -> None:
